@@ -1,0 +1,1 @@
+"""Configuration: Hydra composition, pydantic validation, JSON Schema. Imports no torch."""

@@ -1,0 +1,151 @@
+"""Hydra composition and readable validation errors."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from vipo.config.models import ArmConfig, Config
+
+
+_DOTTED = re.compile(r"\w+(\.\w+)+=")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and what is allowed."""
+
+
+def repository_root() -> Path:
+    """The folder that holds `configs/`: the working directory, or the checkout that this package is in.
+
+    Raises:
+        ConfigError: neither has a `configs` folder.
+    """
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / "configs" / "config.yaml").is_file():
+            return root
+    raise ConfigError(f"no configs/config.yaml in {Path.cwd()}: run vipo from a checkout of the repository")
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """Compose `configs/` with Hydra overrides and validate the result.
+
+    The chosen arm's own overrides (``experiment.arms.<arm>.overrides``) are applied before the caller's.
+
+    Raises:
+        ConfigError: an unknown group, key or arm, a wrong type or an impossible combination.
+    """
+    first = _compose(overrides)
+    arm = first.get("arm")
+    own = _validate(ArmConfig, first["experiment"].get("arms", {}).get(arm) or {}, f"experiment.arms.{arm}.").overrides
+    return validate_config(_compose([*own, *overrides]) if own else first)
+
+
+def load_config_file(path: Path) -> Config:
+    """Read a resolved configuration file as `dump_config` writes it.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not validate.
+    """
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as configuration: {error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+        raise
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds no mapping of keys to values")
+    return validate_config(data)
+
+
+def validate_config(data: Any) -> Config:
+    """Validate plain data against `Config`.
+
+    Raises:
+        ConfigError: one line per problem with key, value and what is allowed.
+    """
+    return _validate(Config, data, "")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, complete and in a fixed order."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def write_if_changed(path: Path, text: str) -> bool:
+    """Write `text` unless the file holds it already (so that its time stamp triggers nothing); True if written."""
+    if path.is_file() and path.read_text() == text:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return True
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    # Defaults live in the models, so a key that no YAML file names is still a valid one: `++` lets it in,
+    # and validation, which knows all keys, judges it.
+    values = [f"++{text}" if _DOTTED.match(text) else text for text in overrides]
+    try:
+        with initialize_config_dir(str(repository_root() / "configs"), version_base="1.3", job_name="vipo"):
+            composed = compose("config", overrides=values)
+        data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_readable(str(error))) from error
+    if not isinstance(data, dict):
+        raise ConfigError("configs/config.yaml holds no mapping")
+    return {str(key): value for key, value in data.items()}
+
+
+def _readable(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    noise = ("full_key", "object_type", "Set the environment", "See https", "Config search path", "provider=")
+    return " ".join(line for line in lines if not line.startswith(noise))
+
+
+def _validate(model: type[Model], data: Any, prefix: str) -> Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_problem(model, item, prefix) for item in error.errors())) from error
+
+
+def _problem(model: type[BaseModel], item: Any, prefix: str) -> str:
+    key = prefix + ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(model, item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        return f"{key}: unknown key; {hint}allowed: {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{key}: missing; give it a value"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {item['input']!r})"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    current: Any = model
+    for part in location:
+        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
+            continue
+        field = current.model_fields.get(part)
+        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return sorted(current.model_fields)
+    return []

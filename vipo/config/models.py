@@ -1,0 +1,336 @@
+"""The validated configuration. Every number that decides a result is a field here.
+
+Fields are frozen and unknown keys are refused. Values that need a model to be checked (component
+count against feature width, grid sizes) are checked in the trainer's preflight.
+"""
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are immutable and never coerced from text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class GeneratorConfig(Section):
+    """Which generator is post-trained and how it is called."""
+
+    family: str = Field(
+        "flux", description="Generator adapter: 'flux', or an import path 'package.module:object'."
+    )
+    path: str = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
+    revision: str | None = Field(None, description="Hub revision (commit) where `path` is a hub id.")
+    height: PositiveInt = Field(description="Image height in pixels.")
+    width: PositiveInt = Field(description="Image width in pixels.")
+    max_sequence_length: PositiveInt = Field(512, description="Text tokens for the sequence encoder.")
+    guidance_scale: NonNegativeFloat = Field(3.5, description="Embedded guidance; read only by guidance-distilled models.")
+    device: str = Field("cpu", description="'cpu' or 'cuda'; a device that is absent is an error, never replaced.")
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        return _registered(value, ("flux",), "generator family")
+
+
+class PromptsConfig(Section):
+    """Where prompts come from and how they are split."""
+
+    source: str = Field(description="txt, jsonl, csv or parquet file; relative paths start at the repository root.")
+    text_key: str = Field("prompt", description="Column or key that holds the prompt (jsonl, csv, parquet).")
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="Share of prompts held out, decided by each prompt's own hash.")
+    max_characters: PositiveInt = Field(2000, description="Longer prompts are dropped and counted.")
+
+
+class RewardTerm(Section):
+    """One reward of the weighted sum."""
+
+    name: str = Field(description="A registered reward or an import path 'package.module:object'.")
+    weight: float = Field(1.0, allow_inf_nan=False)
+
+
+class RewardConfig(Section):
+    """What is optimised: rewards are normalised within each group, weighted and added."""
+
+    terms: tuple[RewardTerm, ...] = Field(min_length=1)
+
+    @field_validator("terms")
+    @classmethod
+    def _distinct(cls, value: tuple[RewardTerm, ...]) -> tuple[RewardTerm, ...]:
+        names = [term.name for term in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a reward is named twice: {', '.join(names)}")
+        if all(term.weight == 0 for term in value):
+            raise ValueError("every weight is 0; at least one reward must count")
+        return value
+
+
+class PerceptionConfig(Section):
+    """The Perceptual Structuring Module: backbone, allocation map and its orientation."""
+
+    backbone: str = Field(
+        "efficientnet_lite0", description="'efficientnet_lite0' (packaged weights), any timm name, or an import path."
+    )
+    weights: str | None = Field(
+        None, description="Local weights (safetensors) or folder of a timm model; null: the package's or the hub's."
+    )
+    layer: int | None = Field(None, description="Feature stage or block (negative counts from the end); null: the registry's.")
+    input_size: PositiveInt | None = Field(None, description="Shorter side in pixels fed to the backbone; null: the registry's.")
+    components: Annotated[int, Field(ge=1, le=8)] = Field(3, description="K, the number of principal directions.")
+    aggregation: Literal["variance", "average", "first"] = "variance"
+    smoothing: NonNegativeFloat = Field(1.0, description="Gaussian sigma on the patch grid; 0 turns it off.")
+    orientation: Literal["norm", "centre", "border", "skew", "none"] | None = Field(
+        None, description="How the sign of each direction is fixed; null: the registry's rule for the backbone."
+    )
+    normalize: Literal["minmax", "mean"] = Field(
+        "minmax", description="'minmax': the paper's [0, 1]; 'mean': divided by the map's mean, so the step size does not drift."
+    )
+
+
+class SamplingConfig(Section):
+    """The chain that produces training samples."""
+
+    steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, network evaluations per sample.")
+    shift: PositiveFloat = Field(3.0, description="Time shift s of the sigma schedule: s x / (1 + (s - 1) x).")
+    transition: Literal["dance"] = Field("dance", description="Constant-g reverse SDE (DanceGRPO, ViPO).")
+    eta: PositiveFloat = Field(0.3, description="g of the transition.")
+    same_initial_noise: bool = Field(True, description="One initial noise for all samples of a group.")
+
+
+class ClipConfig(Section):
+    """The trust region. `range` is on the ratio that the gate looks at (see `scope`)."""
+
+    side: Literal["ppo", "symmetric", "none"] = Field(
+        "ppo", description="ppo: one-sided min(); symmetric: no gradient outside the range on either side; none: off."
+    )
+    scope: Literal["sample", "position"] = Field(
+        "sample", description="Whether the sample's ratio (mean log-probability) or each position's own decides."
+    )
+    range: PositiveFloat = Field(1e-4, description="Half-width of the accepted range of that ratio around 1.")
+
+
+class ObjectiveConfig(Section):
+    """How advantages are formed, spread over positions and turned into a loss."""
+
+    ratio: Literal["sample", "position"] = Field("position", description="Scalar ratio (GRPO) or one per position (ViPO).")
+    map: Literal["none", "psm", "uniform", "inverted"] = Field(
+        "psm", description="none: scalar advantage; psm: the allocation map; uniform: all ones; inverted: 1 - map."
+    )
+    clip: ClipConfig = ClipConfig()
+    advantage_clip: PositiveFloat = 5.0
+    std_floor: PositiveFloat = Field(1e-4, description="Added to the group's standard deviation.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.ratio == "sample" and self.map != "none":
+            raise ValueError(f"ratio 'sample' cannot carry map '{self.map}': the layout would not reach the gradient; use ratio 'position'")
+        if self.ratio == "position" and self.map == "none":
+            raise ValueError("ratio 'position' needs a map: 'psm', 'uniform' or 'inverted'")
+        if self.ratio == "sample" and self.clip.scope == "position":
+            raise ValueError("clip.scope 'position' needs ratio 'position'")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW on fp32 weights."""
+
+    learning_rate: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation (peft) instead of full fine-tuning."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
+    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+
+
+class TrainingConfig(Section):
+    """The update: how many samples, which transitions, how many optimizer steps."""
+
+    updates: PositiveInt = 300
+    prompts_per_update: PositiveInt = 8
+    group_size: Annotated[int, Field(ge=2)] = Field(12, description="G, samples per prompt; a group of 1 has no statistics.")
+    optimizer_steps_per_update: PositiveInt = 3
+    epochs: PositiveInt = Field(1, description="Passes over the samples of an update.")
+    trained_transitions: PositiveInt = Field(4, description="Transitions trained per sample, of the T - 1 that have a density.")
+    transition_choice: Literal["per_sample", "shared", "first"] = Field(
+        "per_sample", description="Drawn for each sample, drawn once per update, or the first ones."
+    )
+    micro_batch: PositiveInt = Field(4, description="Samples in one network call, in the rollout and in the update alike.")
+    checkpoint_every: PositiveInt = Field(10, description="Updates between checkpoints.")
+    keep_checkpoints: PositiveInt = 2
+    log_ratio_tolerance: PositiveFloat = Field(1e-5, description="Largest |log rho| allowed before an update's first step.")
+    lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
+    threads: PositiveInt = Field(1, description="CPU threads of a process; part of the result's identity.")
+    save_at: tuple[PositiveInt, ...] = Field((), description="Updates whose weights are kept for evaluation beside the final ones.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.group_size % self.optimizer_steps_per_update:
+            raise ValueError(
+                f"group_size {self.group_size} is not a multiple of optimizer_steps_per_update "
+                f"{self.optimizer_steps_per_update}: every optimizer step takes the same share of every group"
+            )
+        per_step = self.prompts_per_update * self.group_size // self.optimizer_steps_per_update
+        if per_step % self.micro_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} does not divide the {per_step} samples of an optimizer step "
+                "(prompts_per_update * group_size / optimizer_steps_per_update)"
+            )
+        if any(update >= self.updates for update in self.save_at):
+            raise ValueError(f"save_at {list(self.save_at)} must lie below updates {self.updates} (the final weights are always kept)")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Held-out comparison: the same prompts and noise for every arm."""
+
+    prompts: PositiveInt = Field(40, description="Held-out prompts used (all, where fewer exist).")
+    samples_per_prompt: PositiveInt = 2
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
+    batch: PositiveInt = 16
+    rewards: tuple[str, ...] = Field(min_length=1, description="Rewards that are reported, trained or not.")
+    seed: int = Field(1234, ge=0)
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    shown_prompts: PositiveInt = Field(6, description="Prompts shown side by side in the report.")
+
+
+class ArmConfig(Section):
+    """One arm of an experiment."""
+
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    overrides: tuple[str, ...] = Field((), description="Hydra overrides that hold for this arm alone.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a seed is named twice: {list(value)}")
+        return value
+
+
+class ExperimentConfig(Section):
+    """The unit of science: arms x seeds on one generator, prompt set and reward."""
+
+    name: str
+    title: str
+    question: str = Field(description="What the experiment asks, in a sentence for the report.")
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        if not _NAME.match(value):
+            raise ValueError(f"{value!r} must be lower-case letters, digits and underscores: it names a folder")
+        return value
+
+
+class PretrainConfig(Section):
+    """The demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
+
+    seed: int = Field(0, ge=0)
+    threads: PositiveInt = 2
+    scenes: PositiveInt = 32000
+    two_objects: Annotated[float, Field(ge=0, le=1)] = 0.15
+    max_sequence_length: PositiveInt = 16
+    autoencoder_width: PositiveInt = 32
+    latent_channels: PositiveInt = 8
+    latent_noise: NonNegativeFloat = 0.05
+    autoencoder_steps: PositiveInt = 6000
+    autoencoder_batch_size: PositiveInt = 16
+    autoencoder_learning_rate: PositiveFloat = 3e-3
+    text_width: Annotated[int, Field(ge=32, multiple_of=32)] = 96
+    double_blocks: PositiveInt = 2
+    single_blocks: PositiveInt = 3
+    heads: PositiveInt = 3
+    head_width: Annotated[int, Field(ge=16, multiple_of=16)] = 64
+    steps: PositiveInt = 9000
+    batch_size: PositiveInt = 48
+    learning_rate: PositiveFloat = 1.5e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: Annotated[int, Field(ge=0)] = 300
+    average_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9995
+    shift: PositiveFloat = 2.0
+    sampling_shift: PositiveFloat = 2.0
+
+
+class Config(Section):
+    """Everything one run needs, composed from `configs/` and the overrides."""
+
+    experiment: ExperimentConfig
+    arm: str
+    seed: int = Field(0, ge=0)
+    generator: GeneratorConfig
+    prompts: PromptsConfig
+    reward: RewardConfig
+    perception: PerceptionConfig
+    sampling: SamplingConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not _NAME.match(self.arm):
+            raise ValueError(f"arm {self.arm!r} must be lower-case letters, digits and underscores")
+        if self.training.trained_transitions > self.sampling.steps - 1:
+            raise ValueError(
+                f"training.trained_transitions {self.training.trained_transitions} exceeds the "
+                f"{self.sampling.steps - 1} transitions with a density of sampling.steps {self.sampling.steps} "
+                "(the last step is deterministic)"
+            )
+        for key in ("height", "width"):
+            if getattr(self.generator, key) % 2:
+                raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """Folder name of the run: ``<arm>-s<seed>``."""
+        return f"{self.arm}-s{self.seed}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this arm is the untrained generator."""
+        return self.arm == "base"
+
+    def training_identity(self) -> dict[str, Any]:
+        """The sections that decide a training run's result; a checkpoint belongs to exactly one such value.
+
+        Checkpoint frequency and how many are kept change nothing in the result and are left out.
+        """
+        data = self.model_dump(mode="json", exclude={"experiment", "evaluation", "pretrain"})
+        for volatile in ("checkpoint_every", "keep_checkpoints"):
+            del data["training"][volatile]
+        return data
+
+
+def config_hash(value: Any) -> str:
+    """SHA-256 of a JSON-serialisable value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _registered(value: str, known: tuple[str, ...], what: str) -> str:
+    if value in known or _IMPORT_PATH.match(value):
+        return value
+    raise ValueError(f"{value!r} is not a {what}: choose one of {', '.join(known)}, or an import path 'package.module:object'")

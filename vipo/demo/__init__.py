@@ -1,0 +1,1 @@
+"""Procedural scenes and the small text-to-image generator that is trained on them."""

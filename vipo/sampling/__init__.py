@@ -1,0 +1,1 @@
+"""Noise, sigma schedules, transitions with log-probabilities, rollouts."""

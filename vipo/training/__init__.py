@@ -1,0 +1,1 @@
+"""The trainer, its checkpoints, and the flow-matching pre-training of the demo generator."""

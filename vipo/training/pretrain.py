@@ -1,0 +1,316 @@
+"""Builds the demo generator: a genuine, small `FluxPipeline` trained on drawn scenes (`vipo base`).
+
+Two parts, each seeded by key and each resumable: an `AutoencoderTiny` by reconstruction, then the
+transformer with its text encoders by conditional flow matching (Lipman et al., arXiv 2210.02747) with
+logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an exponential moving average.
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from vipo.config.models import PretrainConfig
+from vipo.demo import scenes
+from vipo.generators.flux import image_ids, pack_latents
+from vipo.sampling.noise import keyed_generator, keyed_seed
+from vipo.training.checkpoints import (
+    load_newest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prefixed,
+    prune_checkpoints,
+    save_checkpoint,
+    unprefixed,
+)
+
+_CHECKPOINT_EVERY = 500
+_LOG_EVERY = 50
+
+
+@dataclass(frozen=True)
+class ScenePool:
+    """Drawn training scenes: pictures ``(N, 3, 64, 64)`` uint8 and the allowed captions of each."""
+
+    images: Tensor
+    captions: tuple[tuple[str, ...], ...]
+
+
+def build_pool(config: PretrainConfig) -> ScenePool:
+    """Draw the training scenes; captions that are held out (`scenes.is_held_out`) never appear."""
+    rng = np.random.default_rng(keyed_seed(config.seed, "scenes"))
+    options = [scenes.CaptionParts(*flags) for flags in itertools.product((True, False), repeat=3)]
+    images, captions = [], []
+    while len(images) < config.scenes:
+        scene = scenes.sample_scene(rng, config.two_objects)
+        texts = {scenes.caption(scene, parts) for parts in options}
+        allowed = tuple(sorted(text for text in texts if not scenes.is_held_out(text)))
+        if allowed:
+            images.append((scenes.draw(scene) * 255).round().astype(np.uint8))
+            captions.append(allowed)
+    return ScenePool(torch.from_numpy(np.stack(images)), tuple(captions))
+
+
+def _vocabulary(pool: ScenePool) -> list[str]:
+    return sorted({word for texts in pool.captions for text in texts for word in text.split()})
+
+
+def build_tokenizers(config: PretrainConfig, words: list[str]) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """Tokenizers whose vocabularies hold every scene word as one token, and letters for all others."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(
+        words * 100,
+        trainers.BpeTrainer(
+            vocab_size=2000,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            initial_alphabet=list(letters),
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    learned = json.loads(bpe.to_str())["model"]
+    vocabulary = dict(learned["vocab"])
+    for letter in letters:
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    clip = CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[tuple(pair) for pair in learned["merges"]],
+        model_max_length=config.max_sequence_length,
+    )
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
+    pieces += [(f"▁{word}", -1.0) for word in words if word != "▁"] + [(letter, -5.0) for letter in letters]
+    t5 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=config.max_sequence_length)
+    return clip, t5
+
+
+def train_autoencoder(config: PretrainConfig, images: Tensor, log: list[dict[str, Any]]) -> AutoencoderTiny:
+    """Reconstruct drawn scenes; the latents' mean and scale are folded into the encoder's last convolution.
+
+    Returns:
+        An autoencoder whose latents have zero mean and unit variance per channel over `images`.
+    """
+    torch.manual_seed(keyed_seed(config.seed, "autoencoder"))
+    width = config.autoencoder_width
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(width,) * 3,
+        decoder_block_out_channels=(width,) * 3,
+        # No blocks at full resolution: they would cost more than all the others together.
+        num_encoder_blocks=(0, 1, 2),
+        num_decoder_blocks=(2, 1, 0),
+        latent_channels=config.latent_channels,
+    ).to(memory_format=torch.channels_last)
+    norm = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.02)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate, weight_decay=0.0)
+    steps, batch = config.autoencoder_steps, config.autoencoder_batch_size
+    for step in tqdm(range(steps), desc="autoencoder", unit="step"):
+        generator = keyed_generator(config.seed, "autoencoder", step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.autoencoder_learning_rate * _cosine(step, steps, warmup=50)
+        x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = norm(vae.encoder(x).float())
+            # Noise makes the latent space smooth, which the transformer's own errors need.
+            noisy = latents + config.latent_noise * torch.randn(latents.shape, generator=generator)
+            decoded = vae.decoder(noisy)
+        error = (decoded.float() - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        if step % _LOG_EVERY == 0 or step + 1 == steps:
+            log.append({"part": "autoencoder", "step": step, "psnr": 10 * math.log10(4.0 / float(error.detach()))})
+    vae = vae.to(memory_format=torch.contiguous_format).eval()
+    last = vae.encoder.layers[-1]
+    with torch.no_grad():
+        raw = torch.cat([vae.encoder(chunk.float() / 127.5 - 1) for chunk in images[:2048].split(256)])
+        mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
+        last.weight.div_(std[:, None, None, None])
+        last.bias.sub_(mean).div_(std)
+    return vae
+
+
+def _cosine(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class _Denoiser(nn.Module):
+    """The transformer with its two text encoders, as the stock pipeline calls them."""
+
+    def __init__(self, config: PretrainConfig, clip: CLIPTokenizer, t5: T5Tokenizer) -> None:
+        super().__init__()
+        width = config.text_width
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                projection_dim=width,
+                num_hidden_layers=1,
+                num_attention_heads=width // 32,
+                max_position_embeddings=config.max_sequence_length,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        )
+        self.text_encoder_2 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=width,
+                d_kv=32,
+                d_ff=2 * width,
+                num_layers=2,
+                num_heads=width // 32,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        )
+        head = config.head_width
+        self.transformer = FluxTransformer2DModel(
+            in_channels=4 * config.latent_channels,
+            num_layers=config.double_blocks,
+            num_single_layers=config.single_blocks,
+            attention_head_dim=head,
+            num_attention_heads=config.heads,
+            joint_attention_dim=width,
+            pooled_projection_dim=width,
+            guidance_embeds=False,
+            axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
+        )
+
+    def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor, grid: Tensor) -> Tensor:
+        pooled = self.text_encoder(clip_ids).pooler_output
+        sequence = self.text_encoder_2(t5_ids)[0]
+        velocity: Tensor = self.transformer(
+            hidden_states=packed,
+            timestep=sigma,
+            pooled_projections=pooled,
+            encoder_hidden_states=sequence,
+            txt_ids=torch.zeros(sequence.shape[1], 3),
+            img_ids=grid,
+            return_dict=False,
+        )[0]
+        return velocity
+
+
+def _batches(config: PretrainConfig, latents: Tensor, pool: ScenePool, start: int) -> Iterator[tuple[int, Tensor, list[str], Tensor, Tensor]]:
+    for step in range(start, config.steps):
+        generator = keyed_generator(config.seed, "flow", step)
+        index = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        choice = torch.rand(config.batch_size, generator=generator)
+        texts = [pool.captions[i][int(c * len(pool.captions[i]))] for i, c in zip(index.tolist(), choice.tolist(), strict=True)]
+        level = torch.sigmoid(torch.randn(config.batch_size, generator=generator))
+        sigma = config.shift * level / (1 + (config.shift - 1) * level)
+        noise = torch.randn((config.batch_size, *latents.shape[1:]), generator=generator)
+        yield step, latents[index], texts, sigma, noise
+
+
+def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
+    """Train the demo generator and write it to `output` in the diffusers layout.
+
+    Args:
+        config: what to build; every number that decides the result.
+        output: folder for the pipeline, its training log and its configuration.
+        work: folder for resumable state; a run that was killed goes on from there.
+    """
+    torch.set_num_threads(config.threads)
+    log: list[dict[str, Any]] = []
+    started = time.monotonic()
+    pool = build_pool(config)
+    clip, t5 = build_tokenizers(config, _vocabulary(pool))
+    saved_vae = load_newest(work / "autoencoder")
+    if saved_vae is None:
+        vae = train_autoencoder(config, pool.images, log)
+        save_checkpoint(work / "autoencoder", config.autoencoder_steps, vae.state_dict(), {"config": dict(vae.config), "log": log})
+    else:
+        vae = AutoencoderTiny.from_config(saved_vae.state["config"])
+        vae.load_state_dict(saved_vae.tensors)
+        vae.eval()
+        log = saved_vae.state["log"]
+    with torch.no_grad():
+        latents = torch.cat([vae.encoder(chunk.float() / 127.5 - 1) for chunk in pool.images.split(256)])
+
+    torch.manual_seed(keyed_seed(config.seed, "denoiser"))
+    model = _Denoiser(config, clip, t5)
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
+    )
+    average = {name: value.detach().clone() for name, value in parameters.items()}
+    start = 0
+    newest = load_newest(work / "denoiser")
+    if newest is not None:
+        start, log = newest.update, newest.state["log"]
+        model.load_state_dict(unprefixed("model", newest.tensors), strict=False)
+        average = unprefixed("average", newest.tensors)
+        load_optimizer_tensors(optimizer, unprefixed("optimizer", newest.tensors))
+
+    grid = image_ids(latents.shape[-2], latents.shape[-1], "cpu")
+    progress = tqdm(total=config.steps, initial=start, desc="flow matching", unit="step")
+    smooth = 0.0
+    for step, clean, texts, sigma, noise in _batches(config, latents, pool, start):
+        rate = config.learning_rate * _cosine(step, config.steps, warmup=config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        arguments = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip_ids = clip(texts, max_length=config.max_sequence_length, **arguments).input_ids
+        t5_ids = t5(texts, max_length=config.max_sequence_length, **arguments).input_ids
+        mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = model(pack_latents(mixed), sigma, clip_ids, t5_ids, grid)
+        loss = F.mse_loss(velocity.float(), pack_latents(noise - clean))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        decay = min(config.average_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), [value.detach() for value in parameters.values()], 1 - decay)
+        smooth = float(loss.detach()) if step == start else 0.98 * smooth + 0.02 * float(loss.detach())
+        progress.update()
+        progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{rate:.1e}")
+        if (step + 1) % _LOG_EVERY == 0:
+            log.append({"part": "flow", "step": step + 1, "loss": float(loss.detach()), "smoothed": smooth, "learning_rate": rate})
+        if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
+            tensors = prefixed("model", dict(parameters)) | prefixed("average", average)
+            tensors |= prefixed("optimizer", optimizer_tensors(optimizer))
+            save_checkpoint(work / "denoiser", step + 1, tensors, {"log": log})
+            prune_checkpoints(work / "denoiser", keep=2)
+    progress.close()
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(average[name])
+    model.eval()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.sampling_shift),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=clip,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=t5,
+        transformer=model.transformer,
+    )
+    pipeline.save_pretrained(output, safe_serialization=True)
+    (output / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (output / "training_config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
+    tqdm.write(f"{output}: written after {time.monotonic() - started:.0f} s in this process")
