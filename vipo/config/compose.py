@@ -10,18 +10,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from vipo.config.models import ArmConfig, Config
+from vipo.errors import VipoError
 
-
-_DOTTED = re.compile(r"\w+(\.\w+)+=")
+_ASSIGNMENT = re.compile(r"(\w+)(\.\w+)*=")
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class ConfigError(ValueError):
+class ConfigError(VipoError):
     """A configuration that cannot be used; the message names the key, the value and what is allowed."""
 
 
@@ -47,7 +47,9 @@ def load_config(overrides: Sequence[str]) -> Config:
     """
     first = _compose(overrides)
     arm = first.get("arm")
-    own = _validate(ArmConfig, first["experiment"].get("arms", {}).get(arm) or {}, f"experiment.arms.{arm}.").overrides
+    own = validate_section(
+        ArmConfig, first["experiment"].get("arms", {}).get(arm) or {}, f"experiment.arms.{arm}."
+    ).overrides
     return validate_config(_compose([*own, *overrides]) if own else first)
 
 
@@ -76,7 +78,7 @@ def validate_config(data: Any) -> Config:
     Raises:
         ConfigError: one line per problem with key, value and what is allowed.
     """
-    return _validate(Config, data, "")
+    return validate_section(Config, data)
 
 
 def dump_config(config: Config) -> str:
@@ -95,18 +97,29 @@ def write_if_changed(path: Path, text: str) -> bool:
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
-    # Defaults live in the models, so a key that no YAML file names is still a valid one: `++` lets it in,
-    # and validation, which knows all keys, judges it.
-    values = [f"++{text}" if _DOTTED.match(text) else text for text in overrides]
+    folder = repository_root() / "configs"
     try:
-        with initialize_config_dir(str(repository_root() / "configs"), version_base="1.3", job_name="vipo"):
-            composed = compose("config", overrides=values)
+        with initialize_config_dir(str(folder), version_base="1.3", job_name="vipo"):
+            composed = compose("config", overrides=[_admitted(text, folder) for text in overrides])
         data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: missing; give it a value") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(str(error))) from error
+    # Hydra's plain ValueErrors name no override.
+    except ValueError as error:
+        raise ConfigError(f"{error} (overrides: {' '.join(overrides)})") from error
     if not isinstance(data, dict):
         raise ConfigError("configs/config.yaml holds no mapping")
     return {str(key): value for key, value in data.items()}
+
+
+def _admitted(override: str, folder: Path) -> str:
+    # Defaults live in the models, so a key that no YAML file names is still a valid one: `++` lets it in,
+    # and validation, which knows all keys, judges it. The choice of a group's file stays as it is.
+    assignment = _ASSIGNMENT.match(override)
+    chooses_file = assignment and not assignment[2] and (folder / assignment[1]).is_dir()
+    return f"++{override}" if assignment and not chooses_file else override
 
 
 def _readable(text: str) -> str:
@@ -115,7 +128,12 @@ def _readable(text: str) -> str:
     return " ".join(line for line in lines if not line.startswith(noise))
 
 
-def _validate(model: type[Model], data: Any, prefix: str) -> Model:
+def validate_section(model: type[Model], data: Any, prefix: str = "") -> Model:
+    """Validate plain data against a section; `prefix` comes before the keys that errors name.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:

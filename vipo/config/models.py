@@ -22,21 +22,22 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are immutable and never coerced from text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # A tuple field lifts `strict` for itself alone: YAML and JSON have lists only.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
 
 class GeneratorConfig(Section):
     """Which generator is post-trained and how it is called."""
 
-    family: str = Field(
-        "flux", description="Generator adapter: 'flux', or an import path 'package.module:object'."
-    )
+    family: str = Field("flux", description="Generator adapter: 'flux', or an import path 'package.module:object'.")
     path: str = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
     revision: str | None = Field(None, description="Hub revision (commit) where `path` is a hub id.")
     height: PositiveInt = Field(description="Image height in pixels.")
     width: PositiveInt = Field(description="Image width in pixels.")
     max_sequence_length: PositiveInt = Field(512, description="Text tokens for the sequence encoder.")
-    guidance_scale: NonNegativeFloat = Field(3.5, description="Embedded guidance; read only by guidance-distilled models.")
+    guidance_scale: NonNegativeFloat = Field(
+        3.5, description="Embedded guidance; read only by guidance-distilled models."
+    )
     device: str = Field("cpu", description="'cpu' or 'cuda'; a device that is absent is an error, never replaced.")
 
     @field_validator("family")
@@ -50,7 +51,9 @@ class PromptsConfig(Section):
 
     source: str = Field(description="txt, jsonl, csv or parquet file; relative paths start at the repository root.")
     text_key: str = Field("prompt", description="Column or key that holds the prompt (jsonl, csv, parquet).")
-    eval_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="Share of prompts held out, decided by each prompt's own hash.")
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.2, description="Share of prompts held out, decided by each prompt's own hash."
+    )
     max_characters: PositiveInt = Field(2000, description="Longer prompts are dropped and counted.")
 
 
@@ -64,7 +67,7 @@ class RewardTerm(Section):
 class RewardConfig(Section):
     """What is optimised: rewards are normalised within each group, weighted and added."""
 
-    terms: tuple[RewardTerm, ...] = Field(min_length=1)
+    terms: tuple[RewardTerm, ...] = Field(min_length=1, strict=False)
 
     @field_validator("terms")
     @classmethod
@@ -86,8 +89,12 @@ class PerceptionConfig(Section):
     weights: str | None = Field(
         None, description="Local weights (safetensors) or folder of a timm model; null: the package's or the hub's."
     )
-    layer: int | None = Field(None, description="Feature stage or block (negative counts from the end); null: the registry's.")
-    input_size: PositiveInt | None = Field(None, description="Shorter side in pixels fed to the backbone; null: the registry's.")
+    layer: int | None = Field(
+        None, description="Feature stage or block (negative counts from the end); null: the registry's."
+    )
+    input_size: PositiveInt | None = Field(
+        None, description="Shorter side in pixels fed to the backbone; null: the registry's."
+    )
     components: Annotated[int, Field(ge=1, le=8)] = Field(3, description="K, the number of principal directions.")
     aggregation: Literal["variance", "average", "first"] = "variance"
     smoothing: NonNegativeFloat = Field(1.0, description="Gaussian sigma on the patch grid; 0 turns it off.")
@@ -95,7 +102,8 @@ class PerceptionConfig(Section):
         None, description="How the sign of each direction is fixed; null: the registry's rule for the backbone."
     )
     normalize: Literal["minmax", "mean"] = Field(
-        "minmax", description="'minmax': the paper's [0, 1]; 'mean': divided by the map's mean, so the step size does not drift."
+        "minmax",
+        description="'minmax': the paper's [0, 1]; 'mean': divided by the map's mean, so the step size does not drift.",
     )
 
 
@@ -124,7 +132,9 @@ class ClipConfig(Section):
 class ObjectiveConfig(Section):
     """How advantages are formed, spread over positions and turned into a loss."""
 
-    ratio: Literal["sample", "position"] = Field("position", description="Scalar ratio (GRPO) or one per position (ViPO).")
+    ratio: Literal["sample", "position"] = Field(
+        "position", description="Scalar ratio (GRPO) or one per position (ViPO)."
+    )
     map: Literal["none", "psm", "uniform", "inverted"] = Field(
         "psm", description="none: scalar advantage; psm: the allocation map; uniform: all ones; inverted: 1 - map."
     )
@@ -135,7 +145,10 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.ratio == "sample" and self.map != "none":
-            raise ValueError(f"ratio 'sample' cannot carry map '{self.map}': the layout would not reach the gradient; use ratio 'position'")
+            raise ValueError(
+                f"ratio 'sample' cannot carry map '{self.map}': the layout would not reach the gradient; "
+                "use ratio 'position'"
+            )
         if self.ratio == "position" and self.map == "none":
             raise ValueError("ratio 'position' needs a map: 'psm', 'uniform' or 'inverted'")
         if self.ratio == "sample" and self.clip.scope == "position":
@@ -148,7 +161,9 @@ class OptimizerConfig(Section):
 
     learning_rate: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), strict=False
+    )
     max_grad_norm: PositiveFloat = 1.0
 
 
@@ -157,7 +172,7 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 16.0
-    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1, strict=False)
 
 
 class TrainingConfig(Section):
@@ -165,20 +180,30 @@ class TrainingConfig(Section):
 
     updates: PositiveInt = 300
     prompts_per_update: PositiveInt = 8
-    group_size: Annotated[int, Field(ge=2)] = Field(12, description="G, samples per prompt; a group of 1 has no statistics.")
+    group_size: Annotated[int, Field(ge=2)] = Field(
+        12, description="G, samples per prompt; a group of 1 has no statistics."
+    )
     optimizer_steps_per_update: PositiveInt = 3
     epochs: PositiveInt = Field(1, description="Passes over the samples of an update.")
-    trained_transitions: PositiveInt = Field(4, description="Transitions trained per sample, of the T - 1 that have a density.")
+    trained_transitions: PositiveInt = Field(
+        4, description="Transitions trained per sample, of the T - 1 that have a density."
+    )
     transition_choice: Literal["per_sample", "shared", "first"] = Field(
         "per_sample", description="Drawn for each sample, drawn once per update, or the first ones."
     )
-    micro_batch: PositiveInt = Field(4, description="Samples in one network call, in the rollout and in the update alike.")
+    micro_batch: PositiveInt = Field(
+        4, description="Samples in one network call, in the rollout and in the update alike."
+    )
     checkpoint_every: PositiveInt = Field(10, description="Updates between checkpoints.")
     keep_checkpoints: PositiveInt = 2
-    log_ratio_tolerance: PositiveFloat = Field(1e-5, description="Largest |log rho| allowed before an update's first step.")
+    log_ratio_tolerance: PositiveFloat = Field(
+        1e-5, description="Largest |log rho| allowed before an update's first step."
+    )
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
     threads: PositiveInt = Field(1, description="CPU threads of a process; part of the result's identity.")
-    save_at: tuple[PositiveInt, ...] = Field((), description="Updates whose weights are kept for evaluation beside the final ones.")
+    save_at: tuple[PositiveInt, ...] = Field(
+        (), strict=False, description="Updates whose weights are kept for evaluation beside the final ones."
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -194,7 +219,10 @@ class TrainingConfig(Section):
                 "(prompts_per_update * group_size / optimizer_steps_per_update)"
             )
         if any(update >= self.updates for update in self.save_at):
-            raise ValueError(f"save_at {list(self.save_at)} must lie below updates {self.updates} (the final weights are always kept)")
+            raise ValueError(
+                f"save_at {list(self.save_at)} must lie below updates {self.updates} "
+                "(the final weights are always kept)"
+            )
         return self
 
 
@@ -205,7 +233,9 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 2
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
     batch: PositiveInt = 16
-    rewards: tuple[str, ...] = Field(min_length=1, description="Rewards that are reported, trained or not.")
+    rewards: tuple[str, ...] = Field(
+        min_length=1, strict=False, description="Rewards that are reported, trained or not."
+    )
     seed: int = Field(1234, ge=0)
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
@@ -215,8 +245,8 @@ class EvaluationConfig(Section):
 class ArmConfig(Section):
     """One arm of an experiment."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-    overrides: tuple[str, ...] = Field((), description="Hydra overrides that hold for this arm alone.")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, strict=False)
+    overrides: tuple[str, ...] = Field((), strict=False, description="Hydra overrides that hold for this arm alone.")
 
     @field_validator("seeds")
     @classmethod
@@ -333,4 +363,6 @@ def config_hash(value: Any) -> str:
 def _registered(value: str, known: tuple[str, ...], what: str) -> str:
     if value in known or _IMPORT_PATH.match(value):
         return value
-    raise ValueError(f"{value!r} is not a {what}: choose one of {', '.join(known)}, or an import path 'package.module:object'")
+    raise ValueError(
+        f"{value!r} is not a {what}: choose one of {', '.join(known)}, or an import path 'package.module:object'"
+    )

@@ -132,7 +132,7 @@ def draw(scene: Scene) -> NDArray[np.float32]:
 
 def object_mask(item: SceneObject) -> NDArray[np.float64]:
     """Coverage of each pixel by the object, ``(64, 64)`` in [0, 1]: the oracle map of the demo scenes."""
-    axis = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
+    axis = np.arange(IMAGE_SIZE, dtype=np.float64) + 0.5 - IMAGE_SIZE / 2
     x, y = axis[None, :] - item.x, axis[:, None] - item.y
     return np.clip(0.5 - outline_distance(item.shape, x, y, item.radius), 0.0, 1.0)
 
@@ -223,8 +223,8 @@ def border_color(images: torch.Tensor) -> torch.Tensor:
 
 def foreground(images: torch.Tensor) -> torch.Tensor:
     """Pixels whose colour is far (Euclidean distance above 0.25) from the border's: ``(B, H, W)`` bool."""
-    distance = (images - border_color(images)[..., None, None]).norm(dim=-3)
-    return distance > _FOREGROUND_DISTANCE
+    distance: torch.Tensor = (images - border_color(images)[..., None, None]).norm(dim=-3)
+    return distance.gt(_FOREGROUND_DISTANCE)
 
 
 def read_scenes(images: torch.Tensor) -> list[SeenScene]:
@@ -273,7 +273,7 @@ def _position(x: float, y: float) -> str:
 
 
 def _fitted_shape(region: NDArray[np.bool_], x: float, y: float, half: float) -> str | None:
-    axis = np.arange(IMAGE_SIZE) + 0.5 - IMAGE_SIZE / 2
+    axis = np.arange(IMAGE_SIZE, dtype=np.float64) + 0.5 - IMAGE_SIZE / 2
     overlaps = {}
     for shape in SHAPES:
         radius = half / 0.9 if shape == "square" else half
@@ -306,8 +306,11 @@ def check(seen: SeenScene, claim: Mapping[str, Any]) -> dict[str, bool]:
                 getattr(have, kind) == want[kind] for have, want in zip(found, wanted, strict=True) if kind in want
             )
     if "relation" in claim:
-        gap = (lambda a, b: b.x - a.x) if claim["relation"] == "left of" else (lambda a, b: b.y - a.y)
+        along = "x" if claim["relation"] == "left of" else "y"
         result["relation"] = (
-            len(found) == 2 and gap(found[0], found[1]) > 2 * _OFF_CENTRE and result["shape"] and result.get("color", True)
+            len(found) == 2
+            and getattr(found[1], along) - getattr(found[0], along) > 2 * _OFF_CENTRE
+            and result["shape"]
+            and result.get("color", True)
         )
     return result

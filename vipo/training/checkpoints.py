@@ -5,13 +5,10 @@ A checkpoint is a folder ``<root>/<update>/`` with ``tensors.safetensors``, ``st
 was complete when it appeared, and the hashes tell whether it still is.
 """
 
-import contextlib
-import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vipo.provenance.files import StorageError, atomic_folder, file_sha256
+
 log = logging.getLogger(__name__)
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message names the file and what to do."""
+class CheckpointError(StorageError):
+    """A checkpoint is damaged; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -36,56 +35,6 @@ class Checkpoint:
     update: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that replaces it, flushed to the disk, when the block succeeds.
-
-    Raises:
-        CheckpointError: the disk refused a write (full, read-only); `target` is as it was.
-    """
-    temporary = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            fsync_path(path)
-        fsync_path(temporary)
-        if target.exists():
-            discarded = target.with_name(f".{target.name}.replaced")
-            shutil.rmtree(discarded, ignore_errors=True)
-            os.rename(target, discarded)
-            os.rename(temporary, target)
-            shutil.rmtree(discarded)
-        else:
-            os.rename(temporary, target)
-        fsync_path(target.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors reports the operating system's error as its own type.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise CheckpointError(
-                f"{target}: cannot be written ({error}); free disk space or choose another results folder. "
-                "What was there before is unchanged."
-            ) from error
-        raise
 
 
 def save_checkpoint(root: Path, update: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -98,12 +47,14 @@ def save_checkpoint(root: Path, update: int, tensors: Mapping[str, Tensor], stat
         state: JSON-serialisable values.
 
     Raises:
-        CheckpointError: the disk refused a write; older checkpoints are untouched.
+        StorageError: the disk refused a write; older checkpoints are untouched.
     """
     target = root / f"{update:06d}"
     with atomic_folder(target) as folder:
         # Clones: optimizer and model tensors may share storage, which safetensors refuses.
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / _TENSORS)
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / _TENSORS
+        )
         (folder / _STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
         hashes = {name: file_sha256(folder / name) for name in (_TENSORS, _STATE)}
         (folder / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n")
@@ -124,7 +75,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{folder / name}: damaged (SHA-256 {found[:12]}…, written {hashes[name][:12]}…)")
         state = json.loads((folder / _STATE).read_text())
         return Checkpoint(int(folder.name), load_file(folder / _TENSORS), state)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
 

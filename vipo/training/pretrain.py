@@ -7,6 +7,7 @@ logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an expon
 
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -18,15 +19,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from vipo.config.models import PretrainConfig
 from vipo.demo import scenes
 from vipo.generators.flux import image_ids, pack_latents
 from vipo.sampling.noise import keyed_generator, keyed_seed
+from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
     load_newest,
     load_optimizer_tensors,
@@ -36,6 +38,8 @@ from vipo.training.checkpoints import (
     save_checkpoint,
     unprefixed,
 )
+
+log_to = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY = 500
 _LOG_EVERY = 50
@@ -53,7 +57,8 @@ def build_pool(config: PretrainConfig) -> ScenePool:
     """Draw the training scenes; captions that are held out (`scenes.is_held_out`) never appear."""
     rng = np.random.default_rng(keyed_seed(config.seed, "scenes"))
     options = [scenes.CaptionParts(*flags) for flags in itertools.product((True, False), repeat=3)]
-    images, captions = [], []
+    images: list[NDArray[np.uint8]] = []
+    captions: list[tuple[str, ...]] = []
     while len(images) < config.scenes:
         scene = scenes.sample_scene(rng, config.two_objects)
         texts = {scenes.caption(scene, parts) for parts in options}
@@ -118,7 +123,8 @@ def train_autoencoder(config: PretrainConfig, images: Tensor, log: list[dict[str
     norm = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.02)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate, weight_decay=0.0)
     steps, batch = config.autoencoder_steps, config.autoencoder_batch_size
-    for step in tqdm(range(steps), desc="autoencoder", unit="step"):
+    progress = progress_bar(total=steps, description="autoencoder", unit="step")
+    for step in range(steps):
         generator = keyed_generator(config.seed, "autoencoder", step)
         for group in optimizer.param_groups:
             group["lr"] = config.autoencoder_learning_rate * _cosine(step, steps, warmup=50)
@@ -133,8 +139,10 @@ def train_autoencoder(config: PretrainConfig, images: Tensor, log: list[dict[str
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
+        progress.update()
         if step % _LOG_EVERY == 0 or step + 1 == steps:
             log.append({"part": "autoencoder", "step": step, "psnr": 10 * math.log10(4.0 / float(error.detach()))})
+    progress.close()
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     last = vae.encoder.layers[-1]
     with torch.no_grad():
@@ -213,12 +221,17 @@ class _Denoiser(nn.Module):
         return velocity
 
 
-def _batches(config: PretrainConfig, latents: Tensor, pool: ScenePool, start: int) -> Iterator[tuple[int, Tensor, list[str], Tensor, Tensor]]:
+def _batches(
+    config: PretrainConfig, latents: Tensor, pool: ScenePool, start: int
+) -> Iterator[tuple[int, Tensor, list[str], Tensor, Tensor]]:
     for step in range(start, config.steps):
         generator = keyed_generator(config.seed, "flow", step)
         index = torch.randint(len(latents), (config.batch_size,), generator=generator)
         choice = torch.rand(config.batch_size, generator=generator)
-        texts = [pool.captions[i][int(c * len(pool.captions[i]))] for i, c in zip(index.tolist(), choice.tolist(), strict=True)]
+        texts = [
+            pool.captions[i][int(c * len(pool.captions[i]))]
+            for i, c in zip(index.tolist(), choice.tolist(), strict=True)
+        ]
         level = torch.sigmoid(torch.randn(config.batch_size, generator=generator))
         sigma = config.shift * level / (1 + (config.shift - 1) * level)
         noise = torch.randn((config.batch_size, *latents.shape[1:]), generator=generator)
@@ -241,7 +254,9 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     saved_vae = load_newest(work / "autoencoder")
     if saved_vae is None:
         vae = train_autoencoder(config, pool.images, log)
-        save_checkpoint(work / "autoencoder", config.autoencoder_steps, vae.state_dict(), {"config": dict(vae.config), "log": log})
+        save_checkpoint(
+            work / "autoencoder", config.autoencoder_steps, vae.state_dict(), {"config": dict(vae.config), "log": log}
+        )
     else:
         vae = AutoencoderTiny.from_config(saved_vae.state["config"])
         vae.load_state_dict(saved_vae.tensors)
@@ -262,11 +277,12 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     if newest is not None:
         start, log = newest.update, newest.state["log"]
         model.load_state_dict(unprefixed("model", newest.tensors), strict=False)
-        average = unprefixed("average", newest.tensors)
+        saved = unprefixed("average", newest.tensors)
+        average = {name: saved[name] for name in parameters}
         load_optimizer_tensors(optimizer, unprefixed("optimizer", newest.tensors))
 
     grid = image_ids(latents.shape[-2], latents.shape[-1], "cpu")
-    progress = tqdm(total=config.steps, initial=start, desc="flow matching", unit="step")
+    progress = progress_bar(total=config.steps, done=start, description="flow matching", unit="step")
     smooth = 0.0
     for step, clean, texts, sigma, noise in _batches(config, latents, pool, start):
         rate = config.learning_rate * _cosine(step, config.steps, warmup=config.warmup)
@@ -290,7 +306,15 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         progress.update()
         progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{rate:.1e}")
         if (step + 1) % _LOG_EVERY == 0:
-            log.append({"part": "flow", "step": step + 1, "loss": float(loss.detach()), "smoothed": smooth, "learning_rate": rate})
+            log.append(
+                {
+                    "part": "flow",
+                    "step": step + 1,
+                    "loss": float(loss.detach()),
+                    "smoothed": smooth,
+                    "learning_rate": rate,
+                }
+            )
         if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
             tensors = prefixed("model", dict(parameters)) | prefixed("average", average)
             tensors |= prefixed("optimizer", optimizer_tensors(optimizer))
@@ -300,7 +324,8 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(average[name])
-    model.eval()
+    # Half the bytes in the repository; every loader here computes in float32.
+    model.eval().transformer.to(torch.float16)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.sampling_shift),
         vae=vae,
@@ -313,4 +338,4 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     pipeline.save_pretrained(output, safe_serialization=True)
     (output / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (output / "training_config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
-    tqdm.write(f"{output}: written after {time.monotonic() - started:.0f} s in this process")
+    log_to.info("%s: written after %.0f s in this process", output, time.monotonic() - started)

@@ -1,0 +1,61 @@
+# Two commands for a newcomer: `make demo` runs the main job, `make test` passes the tests. Each sets itself up.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+UV := $(or $(shell command -v uv),$(abspath .uv)/bin/uv)
+EXPERIMENT ?= demo
+# One thread a process, as the configuration says; test workers and jobs run side by side.
+export OMP_NUM_THREADS := 1
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help env demo test lint types unit test-browser test-root lock clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(VENV)/.complete  ## .venv from the hash-locked requirements (about 6 GB with PyTorch's CUDA build)
+
+$(abspath .uv)/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/python -m pip install --quiet uv
+
+$(VENV)/.complete: requirements.lock pyproject.toml | $(UV)
+	[ -x $(BIN)/python ] || $(UV) venv --quiet --python '>=3.11,<3.14' $(VENV)
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: env  ## the whole experiment on CPU: base, GRPO, ViPO, controls, evaluation, report
+	snakemake --profile workflow/profiles/local --config experiment=$(EXPERIMENT)
+	@echo "report: file://$(abspath results/$(EXPERIMENT)/report/index.html)"
+	@if [ -n "$${DISPLAY:-}" ]; then python -m webbrowser "file://$(abspath results/$(EXPERIMENT)/report/index.html)" || true; fi
+
+test: lint types unit  ## lint, types and the suite that needs no privileges
+
+lint: env
+	ruff check .
+	ruff format --check .
+	snakefmt --check Snakefile workflow
+	snakemake --lint --quiet
+
+types: env
+	mypy
+
+unit: env
+	pytest -n 2 --dist loadgroup -m 'not browser and not root' --durations 15
+
+test-browser: env  ## the report in a real browser (needs Debian's chromium and chromium-driver)
+	pytest -m browser tests/system
+
+test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs root)
+	pytest -m root tests/system
+
+lock: | $(UV)  ## resolve requirements.lock again
+	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
+	  --no-annotate --no-header --quiet --output-file requirements.lock
+
+clean:  ## results and caches, not the environment
+	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache

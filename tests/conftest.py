@@ -1,0 +1,63 @@
+"""A tiny generator of the demo's own class and layout, and the configuration that runs on it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.environ.get("TMPDIR", "/tmp") + "/hypothesis")
+
+import pytest
+from filelock import FileLock
+
+TINY_PRETRAIN = {
+    "threads": 1,
+    "scenes": 96,
+    "autoencoder_width": 8,
+    "latent_channels": 4,
+    "autoencoder_steps": 30,
+    "text_width": 32,
+    "double_blocks": 1,
+    "single_blocks": 1,
+    "heads": 1,
+    "head_width": 32,
+    "steps": 20,
+    "batch_size": 8,
+    "warmup": 5,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder made by `vipo base`'s own code at a tiny budget, once for all workers."""
+    from vipo.config.models import PretrainConfig
+    from vipo.training.pretrain import train_base
+
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder = shared / "tiny-generator"
+    with FileLock(shared / "tiny-generator.lock"):
+        if not (folder / "model_index.json").is_file():
+            train_base(PretrainConfig(**TINY_PRETRAIN), folder, shared / "tiny-work")
+    return folder
+
+
+@pytest.fixture
+def tiny_overrides(tiny_generator: Path) -> list[str]:
+    """Hydra overrides: the demo experiment on the tiny generator, seconds a run."""
+    return [
+        "experiment=demo",
+        f"generator.path={tiny_generator}",
+        "sampling.steps=4",
+        "training.updates=4",
+        "training.prompts_per_update=2",
+        "training.group_size=4",
+        "training.micro_batch=4",
+        "training.trained_transitions=2",
+        "training.checkpoint_every=1",
+        "training.save_at=[2]",
+        "evaluation.prompts=4",
+        "evaluation.steps=4",
+        "evaluation.bootstrap=200",
+        "evaluation.shown_prompts=2",
+    ]

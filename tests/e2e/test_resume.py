@@ -1,0 +1,175 @@
+"""The resume contract: killed at any instant, the rerun ends bit-identical to the run that nobody disturbed."""
+
+import json
+import logging
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vipo.config.compose import load_config, repository_root
+from vipo.stages import encode_stage, prepare_stage, train_stage
+from vipo.training.checkpoints import list_checkpoints
+from vipo.training.trainer import Trainer
+
+VIPO = str(Path(sys.executable).with_name("vipo"))
+ROOT = repository_root()
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with prompts and embeddings."""
+    results = tmp_path_factory.mktemp("prepared")
+    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
+    prepare_stage(config, ROOT, results)
+    encode_stage(config, ROOT, results)
+    return results
+
+
+def _copy(prepared: Path, target: Path) -> Path:
+    shutil.copytree(prepared, target)
+    return target
+
+
+def _artifacts(run: Path) -> dict[str, bytes]:
+    """Everything that must be identical: metrics, configuration, all kept weights."""
+    files = [run / "metrics.jsonl", run / "config.yaml", *run.glob("weights/**/*.*"), *run.glob("updates/**/*.*")]
+    assert len(files) >= 4
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def _train(results: Path, overrides: list[str], delays: list[float | None]) -> list[str]:
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), str(results), json.dumps(delays), *overrides]
+    finished = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
+    return finished.stdout.splitlines()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_killed_anywhere_ends_identically(prepared: Path, tiny_overrides: list[str], tmp_path: Path, lora: bool) -> None:
+    overrides = [*tiny_overrides, "arm=vipo", "training.updates=10", "training.save_at=[3]"]
+    if lora:
+        overrides.append("training.lora={rank: 2, alpha: 2.0}")
+    whole = _copy(prepared, tmp_path / "whole")
+    started = time.monotonic()
+    assert _train(whole, overrides, [None]) == ["finished 0"]
+    duration = time.monotonic() - started
+    disturbed = _copy(prepared, tmp_path / "disturbed")
+    moments = random.Random(7)
+    outcomes: list[str] = []
+    updates_at_kill = set()
+    # A child needs a moment to load; the window covers loading, training and writing.
+    while outcomes.count("killed") < (7 if not lora else 2):
+        delay = moments.uniform(0.05, 0.35) * min(duration, 8.0)
+        outcomes += _train(disturbed, overrides, [delay, moments.uniform(0.05, 0.35) * min(duration, 8.0)])
+        updates_at_kill.add(max((int(p.name) for p in list_checkpoints(disturbed / "demo/runs/vipo-s0/checkpoints")), default=0))
+        if "finished 0" in outcomes[-2:]:
+            shutil.rmtree(disturbed)
+            _copy(prepared, disturbed)
+    assert len(updates_at_kill) > 1 or lora
+    assert _train(disturbed, overrides, [None]) == ["finished 0"]
+    run = "demo/runs/vipo-s0"
+    assert _artifacts(whole / run) == _artifacts(disturbed / run)
+    assert not list((disturbed / run).rglob("*.partial"))
+
+
+def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Through the command line: SIGTERM, exit 75, rerun, the same bytes."""
+    overrides = [*tiny_overrides, "arm=grpo", "training.updates=30", "training.checkpoint_every=30", "training.save_at=[]"]
+    results = _copy(prepared, tmp_path / "results")
+    run = results / "demo/runs/grpo-s0"
+    process = subprocess.Popen([VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    message = process.communicate()[1]
+    assert process.returncode == 75, message
+    assert "stopped by SIGTERM after update" in message
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    assert 2 <= int(checkpoint.name) < 30
+    assert not (run / "provenance.json").exists()
+    subprocess.run([VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    whole = _copy(prepared, tmp_path / "whole")
+    assert _train(whole, overrides, [None]) == ["finished 0"]
+    assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
+
+
+def test_another_learning_rate_never_resumes(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = _copy(prepared, tmp_path / "results")
+    run = results / "demo/runs/grpo-s0"
+    train_stage(load_config([*tiny_overrides, "arm=grpo"]), ROOT, results)
+    first = _artifacts(run)
+    with caplog.at_level(logging.WARNING):
+        train_stage(load_config([*tiny_overrides, "arm=grpo", "optimizer.learning_rate=1e-4"]), ROOT, results)
+    assert "made by another configuration" in caplog.text
+    (aside,) = (results / "demo/runs/.superseded").iterdir()
+    assert _artifacts(aside) == first
+    assert _artifacts(run)["metrics.jsonl"] != first["metrics.jsonl"]
+    fresh = _copy(prepared, tmp_path / "fresh")
+    train_stage(load_config([*tiny_overrides, "arm=grpo", "optimizer.learning_rate=1e-4"]), ROOT, fresh)
+    assert _artifacts(run) == _artifacts(fresh / "demo/runs/grpo-s0")
+
+
+def test_truncated_newest_checkpoint_is_named_and_passed_over(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = _copy(prepared, tmp_path / "results")
+    run = results / "demo/runs/vipo-s0"
+    config = load_config([*tiny_overrides, "arm=vipo"])
+    train_stage(config, ROOT, results)
+    whole = _artifacts(run)
+    newest, before = list_checkpoints(run / "checkpoints")
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with caplog.at_level(logging.INFO):
+        train_stage(config, ROOT, results)
+    assert str(tensors) in caplog.text
+    assert "the checkpoint before it is used" in caplog.text
+    assert f"resumed after update {int(before.name)} of 4" in caplog.text
+    assert _artifacts(run) == whole
+
+
+def test_outputs_that_a_workflow_deleted_come_back(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """Snakemake deletes a killed job's declared outputs: the metrics travel with the checkpoint."""
+    results = _copy(prepared, tmp_path / "results")
+    run = results / "demo/runs/grpo-s0"
+    config = load_config([*tiny_overrides, "arm=grpo"])
+    train_stage(config, ROOT, results)
+    whole = _artifacts(run)
+    for name in ("metrics.jsonl", "config.yaml", "provenance.json"):
+        (run / name).unlink()
+    train_stage(config, ROOT, results)
+    assert _artifacts(run) == whole
+
+
+def test_same_result_whatever_the_checkpoint_rhythm(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    config = load_config([*tiny_overrides, "arm=grpo"])
+    other = load_config([*tiny_overrides, "arm=grpo", "training.checkpoint_every=3", "training.keep_checkpoints=1"])
+    assert config.training_identity() == other.training_identity()
+    a, b = _copy(prepared, tmp_path / "a"), _copy(prepared, tmp_path / "b")
+    train_stage(config, ROOT, a)
+    train_stage(other, ROOT, b)
+    first, second = _artifacts(a / "demo/runs/grpo-s0"), _artifacts(b / "demo/runs/grpo-s0")
+    del first["config.yaml"], second["config.yaml"]
+    assert first == second
+
+
+def test_arms_differ_only_where_they_should(prepared: Path, tiny_overrides: list[str]) -> None:
+    """Same seed, same first rollout: the first update's reward is the same for every arm."""
+    first = {}
+    for arm in ("grpo", "vipo", "uniform", "inverted"):
+        trainer = Trainer(load_config([*tiny_overrides, f"arm={arm}"]), ROOT, prepared / "demo")
+        first[arm] = trainer.update(1)
+    assert len({metrics["reward/mean"] for metrics in first.values()}) == 1
+    assert all(metrics["log_ratio/max_before_first_step"] < 1e-5 for metrics in first.values())
+    assert first["uniform"]["map/mean"] == 1
+    assert first["vipo"]["map/mean"] == pytest.approx(1 - first["inverted"]["map/mean"], abs=1e-5)
+    assert "map/mean" not in first["grpo"]

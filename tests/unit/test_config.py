@@ -1,0 +1,240 @@
+"""Configuration: composition, validation and the messages a user reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from vipo.config.compose import (
+    ConfigError,
+    dump_config,
+    load_config,
+    load_config_file,
+    validate_config,
+    write_if_changed,
+)
+from vipo.config.models import Config, config_hash
+
+DEMO = "experiment=demo"
+ARMS = ("base", "grpo", "vipo", "uniform", "inverted")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Config:
+    return load_config([DEMO])
+
+
+def _edited(config: Config, key: str, value: Any) -> dict[str, Any]:
+    data = OmegaConf.create(config.model_dump(mode="json"))
+    OmegaConf.update(data, key, value)
+    plain = OmegaConf.to_container(data)
+    assert isinstance(plain, dict)
+    return {str(name): section for name, section in plain.items()}
+
+
+def _as(config: Config, key: str, value: Any) -> Config:
+    return validate_config(_edited(config, key, value))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_of_the_demo_composes(arm: str) -> None:
+    config = load_config([DEMO, f"arm={arm}", "seed=1"])
+    assert config.run_name == f"{arm}-s1"
+    assert config.is_base == (arm == "base")
+    assert set(config.experiment.arms) == set(ARMS)
+
+
+def test_overrides_are_applied_last_and_typed() -> None:
+    config = load_config([DEMO, "optimizer.learning_rate=2e-5", "training.lora.rank=4"])
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.training.lora is not None
+    assert config.training.lora.rank == 4
+
+
+def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> None:
+    own = "++experiment.arms.vipo.overrides=['training.threads=3']"
+    assert load_config([DEMO, own, "arm=vipo"]).training.threads == 3
+    assert load_config([DEMO, own, "arm=grpo"]).training.threads == 1
+    assert load_config([DEMO, own, "arm=vipo", "training.threads=2"]).training.threads == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        # Typos: the key, what was meant, what is allowed.
+        (["training.group_sizes=4"], ["training.group_sizes", "unknown key", "'group_size'", "micro_batch"]),
+        (["trainin.updates=3"], ["trainin", "unknown key", "'training'", "evaluation"]),
+        (["sed=3"], ["sed", "unknown key", "'seed'", "evaluation"]),
+        (["reward.terms=[{name: redness, wieght: 2}]"], ["reward.terms.0.wieght", "'weight'", "allowed: name, weight"]),
+        (["training.lora={rank: 4, alhpa: 3}"], ["training.lora.alhpa", "'alpha'", "allowed: alpha, rank, targets"]),
+        (["experiment.arms.vipo.seed=[3]"], ["experiment.arms.vipo.seed", "'seeds'", "overrides"]),
+        # Wrong types: nothing is coerced.
+        (["training.group_size=many"], ["training.group_size", "integer", "'many'"]),
+        (["training.group_size='8'"], ["training.group_size", "integer", "'8'"]),
+        (["training.group_size=8.5"], ["training.group_size", "integer", "8.5"]),
+        (["seed=true"], ["seed", "integer", "True"]),
+        (["evaluation.rewards=redness"], ["evaluation.rewards", "'redness'"]),
+        (["generator.path=null"], ["generator.path", "string", "None"]),
+        (["objective.clip=3"], ["objective.clip", "dictionary", "3"]),
+        (["training=5"], ["training=5"]),
+        # Values outside their range or set.
+        (["training.group_size=1"], ["training.group_size", "greater than or equal to 2", "1"]),
+        (["perception.components=9"], ["perception.components", "less than or equal to 8", "9"]),
+        (["optimizer.learning_rate=nan"], ["optimizer.learning_rate", "finite", "nan"]),
+        (["objective.clip.side=both"], ["objective.clip.side", "'ppo', 'symmetric' or 'none'", "'both'"]),
+        (["generator.family=flx"], ["generator.family", "'flx'", "flux", "package.module:object"]),
+        (["generator.width=63"], ["generator.width 63", "even"]),
+        (["reward.terms=[{name: redness, weight: 0}]"], ["reward.terms", "weight"]),
+        (["reward.terms=[{name: redness}, {name: redness}]"], ["reward.terms", "redness"]),
+        (["experiment.arms.vipo.seeds=[0,0]"], ["experiment.arms.vipo.seeds", "[0, 0]"]),
+        (["experiment.name=../x"], ["experiment.name", "'../x'", "lower-case"]),
+        # Impossible combinations.
+        (["training.micro_batch=3"], ["training", "micro_batch 3", "8 samples"]),
+        (["training.optimizer_steps_per_update=3"], ["training", "group_size 8", "optimizer_steps_per_update 3"]),
+        (
+            ["training.trained_transitions=10"],
+            ["training.trained_transitions 10", "9 transitions", "sampling.steps 10"],
+        ),
+        (["training.save_at=[24]"], ["training", "save_at [24]", "updates 24"]),
+        (["objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'", "ratio 'position'"]),
+        (["objective.map=none"], ["objective", "ratio 'position'", "'psm', 'uniform' or 'inverted'"]),
+        (["arm=grpo", "objective.clip.scope=position"], ["objective", "clip.scope 'position'", "ratio 'position'"]),
+        # Unknown choices.
+        (["arm=nope"], ["arm/nope", *ARMS]),
+        (["generator=nope"], ["generator/nope", "demo", "flux_dev"]),
+        (["prompts=file"], ["prompts.source", "missing"]),
+    ],
+)
+def test_bad_values_are_named(overrides: list[str], told: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([DEMO, *overrides])
+    for words in told:
+        assert words in str(caught.value)
+
+
+def test_unknown_and_absent_experiment_list_the_known_ones() -> None:
+    for overrides, told in ((["experiment=nope"], "experiment/nope"), ([], "experiment")):
+        with pytest.raises(ConfigError) as caught:
+            load_config(overrides)
+        assert told in str(caught.value)
+        assert "demo" in str(caught.value)
+
+
+def test_the_largest_possible_values_are_accepted() -> None:
+    config = load_config([DEMO, "training.trained_transitions=9", "training.micro_batch=8", "training.save_at=[23]"])
+    assert (config.training.trained_transitions, config.training.micro_batch, config.training.save_at) == (9, 8, (23,))
+
+
+def test_every_problem_is_one_line(demo: Config) -> None:
+    data = _edited(demo, "seed", -1)
+    data["training"]["group_size"] = 0
+    with pytest.raises(ConfigError) as caught:
+        validate_config(data)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["seed", "training.group_size"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_resolved_yaml_round_trips(tmp_path: Path, arm: str) -> None:
+    config = load_config([DEMO, f"arm={arm}", "optimizer.learning_rate=1e-5", "training.lora.rank=4"])
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config_file(path) == config
+    assert dump_config(load_config_file(path)) == path.read_text()
+
+
+@settings(max_examples=30)
+@given(
+    title=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=30).filter(
+        lambda t: "${" not in t
+    ),
+    rate=st.floats(min_value=1e-12, max_value=1e3),
+)
+def test_any_title_and_rate_round_trip(
+    demo: Config, tmp_path_factory: pytest.TempPathFactory, title: str, rate: float
+) -> None:
+    config = _as(_as(demo, "experiment.title", title), "optimizer.learning_rate", rate)
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config_file(path) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "cannot be read"), ("a: [1", "not valid YAML"), ("- 1\n- 2\n", "no mapping"), ("seed: 1\n", "missing")],
+)
+def test_bad_resolved_files_are_named(tmp_path: Path, content: str | None, told: str) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=told):
+        load_config_file(path)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_json_schema_accepts_the_resolved_config_and_refuses_what_pydantic_refuses(arm: str) -> None:
+    schema = Config.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    config = load_config([DEMO, f"arm={arm}", "training.lora.rank=4"])
+    jsonschema.validate(config.model_dump(mode="json"), schema)
+    for key, value in (("training.group_size", 1), ("seed", "0"), ("objective.map", "psn"), ("reward.terms", [])):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(_edited(config, key, value), schema)
+        with pytest.raises(ConfigError):
+            validate_config(_edited(config, key, value))
+
+
+def test_config_is_frozen(demo: Config) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        demo.seed = 3  # type: ignore[misc]
+
+
+def test_training_identity_follows_what_decides_the_result_and_nothing_else(demo: Config) -> None:
+    base = config_hash(demo.training_identity())
+    changes: dict[str, Any] = {
+        "optimizer.learning_rate": 1e-6,
+        "seed": 5,
+        "training.threads": 2,
+        "prompts.eval_share": 0.5,
+    }
+    for key, value in changes.items():
+        assert config_hash(_as(demo, key, value).training_identity()) != base, key
+    irrelevant: dict[str, Any] = {
+        "training.checkpoint_every": 1,
+        "training.keep_checkpoints": 9,
+        "evaluation.prompts": 3,
+        "experiment.title": "other",
+    }
+    for key, value in irrelevant.items():
+        assert config_hash(_as(demo, key, value).training_identity()) == base, key
+
+
+def test_config_hash_ignores_order_and_refuses_nan() -> None:
+    assert config_hash({"a": 1, "b": [2.5]}) == config_hash(json.loads('{"b": [2.5], "a": 1}'))
+    assert config_hash({"a": 1}) != config_hash({"a": 2})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        config_hash(float("nan"))
+
+
+def test_unchanged_text_is_not_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "config.yaml"
+    assert write_if_changed(path, "a\n")
+    assert path.read_text() == "a\n"
+    stamp = path.stat().st_mtime_ns
+    assert not write_if_changed(path, "a\n")
+    assert path.stat().st_mtime_ns == stamp
+    assert write_if_changed(path, "b\n")
+    assert path.read_text() == "b\n"
+
+
+@pytest.mark.parametrize("module", ["vipo.config.compose", "vipo.prompts"])
+def test_light_rooms_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(sum(name in sys.modules for name in ('torch', 'diffusers', 'timm')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,135 @@
+"""Cleaning, ids and the split: properties that hold for any text."""
+
+import hashlib
+import json
+import re
+import tempfile
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vipo.config.models import PromptsConfig
+from vipo.prompts import Prompt, PromptError, clean_text, prepare_prompts, prompt_id, read_prompts
+
+# Lone surrogates too: JSON can spell them, UTF-8 cannot.
+ANY_TEXT = st.text(st.characters(), max_size=40)
+AWKWARD = st.text(
+    st.sampled_from("aAe\u0301\u0327\u1100\u1161 \t\n\r\x00\x1c\x85\u00a0\u2000\u2028\u200d\u202e\ufeff\ud800👩"),
+    max_size=12,
+)
+
+
+@given(ANY_TEXT | AWKWARD)
+def test_cleaning_is_idempotent_nfc_and_one_line(text: str) -> None:
+    clean = clean_text(text)
+    assert clean_text(clean) == clean
+    assert unicodedata.is_normalized("NFC", clean)
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in clean)
+    assert clean.split() == ([] if not clean else clean.split(" "))
+    clean.encode()
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zs", "Zl", "Zp")), min_size=1, max_size=8))
+)
+def test_cleaning_keeps_every_printed_character(words: list[str]) -> None:
+    assert clean_text("\n".join(words)) == unicodedata.normalize("NFC", " ".join(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("cafe\u0301", "café"),
+        ("e\x00\u0301", "é"),
+        ("  a\tred\r\n\r\ncircle\u00a0here ", "a red circle here"),
+        ("a\x07b", "ab"),
+        ("<script>alert('x')</script> & \"q\"", "<script>alert('x')</script> & \"q\""),
+        ("👩\u200d🚀 \u202bשלום\u202c", "👩\u200d🚀 \u202bשלום\u202c"),
+        ("\ud83d", ""),
+    ],
+)
+def test_cleaning_examples(text: str, clean: str) -> None:
+    assert clean_text(text) == clean
+
+
+@given(ANY_TEXT.map(clean_text))
+def test_ids_are_the_text_s_hash_and_safe_file_names(text: str) -> None:
+    assert prompt_id(text) == hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+    assert re.fullmatch(r"[0-9a-f]{12,}", prompt_id(text))
+
+
+def _halves(texts: list[str], share: float = 0.5) -> tuple[dict[str, Any], list[Prompt], list[Prompt]]:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        manifest = prepare_prompts(PromptsConfig(source="p.jsonl", eval_share=share), root, root / "out")
+        return manifest, read_prompts(root / "out" / "train.jsonl"), read_prompts(root / "out" / "eval.jsonl")
+
+
+# One of each half, so that neither is ever empty.
+SEEDS = ["a red circle", "a blue square", "a green triangle", "a white circle", "a black square"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(ANY_TEXT, max_size=6), st.lists(ANY_TEXT | st.sampled_from(SEEDS).map(str.upper), max_size=6))
+def test_adding_prompts_moves_no_other(some: list[str], more: list[str]) -> None:
+    _, train, held_out = _halves(SEEDS + some)
+    _, more_train, more_held_out = _halves(SEEDS + some + more)
+    assert set(_texts(train)) <= set(_texts(more_train))
+    assert set(_texts(held_out)) <= set(_texts(more_held_out))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(SEEDS))
+def test_order_of_the_source_changes_nothing(texts: list[str]) -> None:
+    assert _halves(texts)[1:] == _halves(SEEDS)[1:]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(ANY_TEXT | AWKWARD, max_size=12))
+def test_every_row_is_kept_once_or_counted_once(texts: list[str]) -> None:
+    manifest, train, held_out = _halves(SEEDS + texts)
+    dropped = [row for rows in manifest["dropped"].values() for row in rows]
+    assert len(dropped) == len(set(dropped))
+    counts = manifest["counts"]
+    assert counts["rows"] == len(SEEDS) + len(texts) == counts["kept"] + len(dropped)
+    assert (counts["train"], counts["eval"]) == (len(train), len(held_out))
+    kept = _texts(train + held_out)
+    assert len({text.casefold() for text in kept}) == len(kept) == counts["kept"]
+    assert set(kept) <= {clean_text(text) for text in SEEDS + texts}
+
+
+def test_split_follows_the_share_and_grows_with_it() -> None:
+    texts = [f"a picture of {number} things" for number in range(2000)]
+    held: set[str] = set()
+    for share in (0.1, 0.3, 0.6):
+        _, train, held_out = _halves(texts, share)
+        assert abs(len(held_out) / 2000 - share) < 4 * (share * (1 - share) / 2000) ** 0.5
+        assert held < set(_texts(held_out))
+        held = set(_texts(held_out))
+        assert [p.id for p in train] == sorted(p.id for p in train)
+
+
+def test_share_of_zero_holds_nothing_out() -> None:
+    manifest, train, held_out = _halves(SEEDS, 0.0)
+    assert len(train) == 5
+    assert held_out == []
+    assert manifest["counts"]["eval"] == 0
+
+
+@pytest.mark.parametrize(
+    ("texts", "share", "half"), [(SEEDS, 0.001, "eval"), (SEEDS, 0.999, "train"), (["one"], 0.5, "")]
+)
+def test_an_empty_half_is_refused(texts: list[str], share: float, half: str) -> None:
+    with pytest.raises(
+        PromptError, match=rf"eval_share {share} leaves no prompt for {half}.*; change it or add prompts"
+    ):
+        _halves(texts, share)
+
+
+def _texts(prompts: list[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]

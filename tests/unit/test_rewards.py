@@ -1,0 +1,282 @@
+"""Rewards: closed forms, the registry, and what a bad reward leads to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vipo.demo.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    CaptionParts,
+    Scene,
+    SceneObject,
+    draw,
+    object_mask,
+    sample_scene,
+    scene_metadata,
+)
+from vipo.rewards import REWARDS, Reward, RewardError, load_reward, score
+
+
+def _score(name: str, images: Tensor, metadata: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
+    batch = len(images)
+    return score(name, load_reward(name), images, ["a prompt"] * batch, metadata or [{}] * batch)
+
+
+def _scene(shape: str = "square", color: str = "red", background: str = "gray", x: float = 0.0) -> Scene:
+    return Scene((SceneObject(shape, color, "small", "in the middle", x, 0.0, 10.0),), background)
+
+
+def _pictures(*scenes: Scene) -> Tensor:
+    return torch.from_numpy(np.stack([draw(scene) for scene in scenes]))
+
+
+def _redness(color: tuple[float, float, float]) -> float:
+    return color[0] - (color[1] + color[2]) / 2
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 3), min_size=1, max_size=4))
+def test_redness_of_flat_colours_is_the_formula(colors: list[tuple[float, float, float]]) -> None:
+    images = torch.tensor(colors)[:, :, None, None].expand(-1, 3, 6, 5)
+    assert _score("redness", images).tolist() == pytest.approx([_redness(color) for color in colors], abs=1e-6)
+
+
+def test_redness_is_the_mean_over_each_picture_alone() -> None:
+    images = torch.rand(4, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+    array = images.numpy().astype(np.float64)
+    expected = (array[:, 0] - (array[:, 1] + array[:, 2]) / 2).mean(axis=(1, 2))
+    assert _score("redness", images).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("color", COLORS)
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_object_redness_is_the_object_s_own(color: str, background: str) -> None:
+    # Antialiased edges count as object where they are far from the background, hence the tolerance.
+    value = _score("object_redness", _pictures(_scene("square", color, background))).item()
+    assert value == pytest.approx(_redness(COLORS[color]), abs=0.06)
+
+
+def test_object_redness_is_continuous_local_and_ignores_position() -> None:
+    picture = _pictures(_scene())
+    inside = torch.from_numpy(object_mask(_scene().objects[0]) > 0.99)
+    redder = picture + 0.02 * inside * torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    both = _score("object_redness", torch.cat([picture, redder]))
+    share = inside.sum() / ((picture - picture[..., :1, :1]).norm(dim=1) > 0.25).sum()
+    assert (both[1] - both[0]).item() == pytest.approx(0.02 * share.item(), abs=1e-5)
+    moved = _score("object_redness", _pictures(_scene(x=-15.0), _scene(x=15.0)))
+    assert moved[0].item() == pytest.approx(moved[1].item(), abs=1e-6)
+
+
+def test_object_redness_of_no_object_is_the_lowest() -> None:
+    empty = _pictures(Scene((), "gray"))
+    speckled = empty.clone()
+    speckled[..., 30:34, 30:34] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    cyan = empty.clone()
+    cyan[..., 20:40, 20:40] = torch.tensor([0.0, 1.0, 1.0])[:, None, None]
+    assert _score("object_redness", torch.cat([empty, speckled, cyan])).tolist() == pytest.approx([-1.0] * 3)
+
+
+def test_scene_rewards_on_drawings_are_full_marks() -> None:
+    rng = np.random.default_rng(3)
+    scenes = [sample_scene(rng) for _ in range(60)]
+    metadata = [scene_metadata(scene, CaptionParts()) for scene in scenes]
+    for name in ("scene", "scene_shape", "scene_background", "scene_count"):
+        assert _score(name, _pictures(*scenes), metadata).mean() >= 0.99
+
+
+def test_scene_rewards_count_the_claims_that_hold() -> None:
+    claim = scene_metadata(_scene("square", "red", "gray"), CaptionParts(size=False, position=False))
+    pictures = _pictures(
+        _scene(),
+        _scene(shape="circle"),
+        _scene(background="mint"),
+        Scene((), "gray"),
+        Scene((), "mint"),
+    )
+    metadata = [claim] * 5  # background, count, shape, color
+    assert _score("scene", pictures, metadata).tolist() == [1.0, 0.75, 0.75, 0.25, 0.0]
+    assert _score("scene_shape", pictures, metadata).tolist() == [1, 0, 1, 0, 0]
+    assert _score("scene_background", pictures, metadata).tolist() == [1, 1, 0, 1, 0]
+    assert _score("scene_count", pictures, metadata).tolist() == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {},
+        {"objects": [{"shape": "circle"}]},
+        {"background": "white", "objects": []},
+        {"background": "white", "objects": "[{'shape': 'circle'}]"},
+        {"background": "white", "objects": [{"color": "red"}]},
+    ],
+)
+@pytest.mark.parametrize("name", [name for name in REWARDS if name.startswith("scene")])
+def test_scene_rewards_need_scene_metadata(name: str, claim: dict[str, Any]) -> None:
+    good = scene_metadata(_scene(), CaptionParts())
+    with pytest.raises(RewardError, match=rf"'{name}'.*sample 1 holds no scene.*needs scene metadata"):
+        _score(name, _pictures(_scene(), _scene()), [good, claim])
+
+
+def test_scene_rewards_name_the_wrong_picture_size() -> None:
+    with pytest.raises(RewardError, match=r"'scene'.*expected shape \(B, 3, 64, 64\), got \(1, 3, 32, 32\)"):
+        _score("scene", torch.zeros(1, 3, 32, 32), [scene_metadata(_scene(), CaptionParts())])
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards_score_each_sample_by_itself(name: str) -> None:
+    rng = np.random.default_rng(5)
+    scenes = [sample_scene(rng) for _ in range(5)]
+    metadata = [scene_metadata(scene, CaptionParts()) for scene in [*scenes[1:], scenes[0]]]
+    together = _score(name, _pictures(*scenes), metadata)
+    apart = [_score(name, _pictures(scene), [claim]) for scene, claim in zip(scenes, metadata, strict=True)]
+    assert together.dtype == torch.float32
+    assert together.shape == (5,)
+    torch.testing.assert_close(torch.cat(apart), together, rtol=0, atol=1e-6)
+
+
+# --- The registry and the call
+
+
+IMAGES = torch.full((2, 3, 4, 4), 0.25)
+
+
+def _constant(value: Any) -> Reward:
+    def reward(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        result: Tensor = value
+        return result
+
+    return reward
+
+
+def _raising(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    raise KeyError("weights")
+
+
+class OnDevice:
+    def __init__(self, device: str) -> None:
+        if device == "cuda:9":
+            raise RuntimeError("no such device")
+        self.device = device
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return torch.zeros(len(images))
+
+
+NOT_CALLABLE = 3
+
+
+def _call(reward: Reward) -> Tensor:
+    return score("mine", reward, IMAGES, ["a", "b"], [{}, {}])
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_registered_reward_loads(name: str) -> None:
+    assert callable(load_reward(name))
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(RewardError) as caught:
+        load_reward("rednes")
+    assert "'rednes'" in str(caught.value)
+    assert "did you mean 'redness'" in str(caught.value)
+    assert all(name in str(caught.value) for name in REWARDS)
+
+
+def test_import_paths_name_the_callable_and_classes_get_the_device() -> None:
+    assert load_reward(f"{__name__}:_raising") is _raising
+    made = load_reward(f"{__name__}:OnDevice", device="cuda")
+    assert isinstance(made, OnDevice)
+    assert made.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "told"),
+    [
+        ("no_such_module:thing", "cpu", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (f"{__name__}:absent", "cpu", "AttributeError"),
+        (f"{__name__}:OnDevice", "cuda:9", "RuntimeError: no such device"),
+        (f"{__name__}:NOT_CALLABLE", "cpu", "is a int, not a callable"),
+        ("../etc/passwd:x", "cpu", "ValueError"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(name: str, device: str, told: str) -> None:
+    with pytest.raises(RewardError, match=told) as caught:
+        load_reward(name, device)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_raising_reward_is_an_error_that_names_it_and_its_cause() -> None:
+    with pytest.raises(RewardError, match="reward 'mine' raised KeyError: 'weights'") as caught:
+        _call(_raising)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_interrupt_is_not_an_error_of_the_reward() -> None:
+    def interrupted(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _call(interrupted)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (None, r"expected a tensor of shape \(2,\), got a NoneType"),
+        ([1.0, 2.0], r"expected a tensor of shape \(2,\), got a list"),
+        (torch.zeros(2, 1), r"expected shape \(2,\), got \(2, 1\)"),
+        (torch.zeros(3), r"expected shape \(2,\), got \(3,\)"),
+        (torch.tensor(1.0), r"expected shape \(2,\), got \(\)"),
+    ],
+)
+def test_a_wrong_result_is_refused(value: Any, told: str) -> None:
+    with pytest.raises(RewardError, match=rf"reward 'mine': {told}"):
+        _call(_constant(value))
+
+
+def test_what_is_not_finite_stays_in_place() -> None:
+    scores = _call(_constant(torch.tensor([float("nan"), float("-inf")])))
+    assert scores.isnan().tolist() == [True, False]
+    assert scores[1] == float("-inf")
+
+
+@pytest.mark.parametrize("name", ["redness", "object_redness", "scene_count"])
+def test_a_picture_that_is_not_finite_has_no_score(name: str) -> None:
+    images = _pictures(_scene(), _scene(), _scene())
+    images[1, 2, 5, 5] = float("nan")
+    images[2] = float("inf")
+    scores = _score(name, images, [scene_metadata(_scene(), CaptionParts())] * 3)
+    assert scores.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_results_are_float32_on_the_cpu_without_gradient(dtype: torch.dtype) -> None:
+    scores = _call(_constant(torch.tensor([1, 0], dtype=dtype)))
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [1.0, 0.0]
+    assert not _call(_constant(torch.ones(2, requires_grad=True))).requires_grad
+
+
+def test_no_graph_is_kept_while_a_reward_computes() -> None:
+    assert _call(lambda images, prompts, metadata: torch.full((2,), torch.is_grad_enabled())).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "metadata", "told"),
+    [
+        (torch.zeros(2, 1, 4, 4), 2, 2, r"images: expected float32 of shape \(B, 3, H, W\).*\(2, 1, 4, 4\)"),
+        (torch.zeros(3, 4, 4), 2, 2, r"images: expected float32 of shape \(B, 3, H, W\).*\(3, 4, 4\)"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 2, 2, r"images: expected float32.*uint8"),
+        (IMAGES, 3, 2, r"prompts: expected 2 as in images \(2, 3, 4, 4\), got 3"),
+        (IMAGES, 2, 1, r"metadata: expected 2 as in images \(2, 3, 4, 4\), got 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(images: Tensor, prompts: int, metadata: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        score("redness", load_reward("redness"), images, ["a"] * prompts, [{}] * metadata)

@@ -1,0 +1,58 @@
+"""The worked examples of docs/rewards.md, run as they stand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from vipo.config.models import PromptsConfig, RewardConfig
+from vipo.prompts import prepare_prompts, read_prompts
+from vipo.rewards import REWARDS, load_reward, score
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the import path with the page's modules under the names that the page gives them."""
+    blocks = re.findall(r"Save this as `(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert [name for name, _ in blocks] == ["my_rewards", "my_prompts"]
+    for name, code in blocks:
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def _yaml_blocks() -> dict[str, Any]:
+    merged = OmegaConf.merge(*(OmegaConf.create(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)))
+    plain = OmegaConf.to_container(merged)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+@pytest.mark.usefixtures("examples")
+def test_reward_examples_load_and_score() -> None:
+    images = torch.stack([torch.ones(3, 4, 4), torch.zeros(3, 4, 4)])
+    images[1, 2] = 1.0
+    expected = {"my_rewards:brightness": [1.0, 1 / 3], "my_rewards:CloseToColor": [-(2**0.5), 0.0]}
+    config = RewardConfig.model_validate(_yaml_blocks()["reward"])
+    assert [term.name for term in config.terms] == list(expected)
+    for term in config.terms:
+        scores = score(term.name, load_reward(term.name), images, ["", ""], [{"color": "red"}, {"color": "blue"}])
+        assert scores.tolist() == pytest.approx(expected[term.name])
+
+
+def test_prompt_source_example_is_prepared(examples: Path) -> None:
+    config = PromptsConfig.model_validate(_yaml_blocks()["prompts"])
+    manifest = prepare_prompts(config, examples, examples / "out")
+    prompts = read_prompts(examples / "out" / "train.jsonl") + read_prompts(examples / "out" / "eval.jsonl")
+    assert manifest["counts"]["kept"] == len(prompts) == 16
+    assert all(prompt.metadata["color"] in prompt.text.split() for prompt in prompts)
+
+
+def test_the_page_lists_every_registered_reward() -> None:
+    table = PAGE.split("### Rewards that ship")[1].split("## A prompt source")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(REWARDS)

@@ -1,0 +1,1 @@
+"""Held-out evaluation: sampling with fixed noise, scoring, statistics."""

@@ -1,0 +1,220 @@
+"""The `evaluate` stage: the same held-out prompts and noise for every arm, ODE sampling, all rewards.
+
+The base generator is sampled again beside every arm, so that the change of each sample against the base is known
+without reading another stage's pictures.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vipo.config.compose import load_config_file
+from vipo.config.models import Config
+from vipo.demo.scenes import foreground
+from vipo.errors import VipoError
+from vipo.generators import Generator, load_generator
+from vipo.generators.base import checkpoint_inputs
+from vipo.generators.embeddings import load_embeddings, stack_conditioning
+from vipo.perception import PerceptualStructuring, load_backbone
+from vipo.prompts import Prompt, read_prompts
+from vipo.provenance import record_stage, verify_outputs
+from vipo.provenance.files import atomic_file, atomic_folder
+from vipo.rewards import load_reward, score
+from vipo.sampling.noise import Key, keyed_normal
+from vipo.sampling.rollout import sample_ode
+from vipo.sampling.schedule import sigma_schedule
+
+log = logging.getLogger(__name__)
+
+
+class EvaluationError(VipoError):
+    """Evaluation cannot start; the message names the missing input."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One sample that every arm draws: a prompt and a sample number, which key its noise."""
+
+    prompt: Prompt
+    number: int
+
+    @property
+    def name(self) -> str:
+        """File-safe name within an update: prompt ids are hexadecimal."""
+        return f"{self.prompt.id}-{self.number}"
+
+
+def held_out_samples(prompts: Sequence[Prompt], config: Config) -> list[HeldOut]:
+    """The samples of the evaluation, prompt by prompt, the same for every arm and seed."""
+    chosen = sorted(prompts, key=lambda prompt: prompt.id)[: config.evaluation.prompts]
+    return [HeldOut(prompt, number) for prompt in chosen for number in range(config.evaluation.samples_per_prompt)]
+
+
+def sample_held_out(
+    generator: Generator, samples: Sequence[HeldOut], embeddings: dict[str, dict[str, Tensor]], config: Config
+) -> Tensor:
+    """Images ``(N, 3, H, W)`` in [0, 1] of `samples`, quantised to 8 bits as they are stored and shown."""
+    device = config.generator.device
+    sigmas = sigma_schedule(config.evaluation.steps, config.sampling.shift).to(device)
+    images = []
+    for start in range(0, len(samples), config.evaluation.batch):
+        chunk = samples[start : start + config.evaluation.batch]
+        keys: list[Key] = [(config.evaluation.seed, "evaluation", sample.prompt.id, sample.number) for sample in chunk]
+        noise = keyed_normal(keys, generator.latent_shape, device)
+        conditioning = stack_conditioning(embeddings, [sample.prompt.id for sample in chunk])
+        images.append(generator.decode(sample_ode(generator, conditioning, sigmas, noise)).cpu())
+    return (torch.cat(images) * 255).round() / 255
+
+
+def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
+    """Evaluate one run's kept updates and final weights into ``evaluation/<arm>-s<seed>``.
+
+    Writes ``scores.parquet`` (one row per update and sample), ``summary.json``, ``samples/*.png`` and
+    ``maps.safetensors`` (allocation maps of the final samples).
+
+    Raises:
+        EvaluationError: the run is incomplete or of another configuration, no prompt is held out, or a reward
+            is not finite.
+    """
+    torch.set_num_threads(config.training.threads)
+    torch.use_deterministic_algorithms(True)
+    output = experiment / "evaluation" / config.run_name
+    prompts_path, embeddings_path = (
+        experiment / "prompts" / "eval.jsonl",
+        experiment / "embeddings" / "eval.safetensors",
+    )
+    weights = {} if config.is_base else trained_weights(config, experiment / "runs" / config.run_name, root)
+    inputs = [prompts_path, embeddings_path, *checkpoint_inputs(config.generator, root)]
+    inputs += [path for folder in weights.values() for path in sorted(folder.rglob("*.safetensors"))]
+    files = [output / name for name in ("scores.parquet", "summary.json", "maps.safetensors")]
+    with record_stage(
+        "evaluate",
+        output,
+        inputs=inputs,
+        outputs=lambda: [*files, *sorted((output / "samples").iterdir())],
+        config=config.model_dump(mode="json", exclude={"experiment"}),
+        seeds=[config.seed, config.evaluation.seed],
+        root=root,
+    ):
+        samples = held_out_samples(read_prompts(prompts_path), config)
+        if not samples:
+            raise EvaluationError(f"{prompts_path}: no prompt is held out; raise prompts.eval_share")
+        prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
+        embeddings = load_embeddings(embeddings_path, prompts, config.generator.device)
+        generator = load_generator(config.generator, root)
+        structuring = PerceptualStructuring(
+            load_backbone(config.perception, config.generator.device, root), config.perception
+        )
+        base = sample_held_out(generator, samples, embeddings, config)
+        pictures = {0: base} if config.is_base else {}
+        for number, folder in weights.items():
+            generator.load_network(folder)
+            pictures[number] = sample_held_out(generator, samples, embeddings, config)
+            log.info("%s: update %d sampled, %d pictures", config.run_name, number, len(samples))
+        scores = score_pictures(pictures, base, samples, config)
+        final = max(pictures)
+        size = generator.latent_shape[1:]
+        maps = torch.cat([structuring(part, size).maps for part in pictures[final].split(config.evaluation.batch)])
+        with atomic_folder(output / "samples") as folder:
+            for number, images in pictures.items():
+                for sample, image in zip(samples, images, strict=True):
+                    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+                    Image.fromarray(pixels).save(folder / f"u{number}-{sample.name}.png")
+        with atomic_file(output / "maps.safetensors") as path:
+            save_file({f"u{final}-{s.name}": heat.cpu().clone() for s, heat in zip(samples, maps, strict=True)}, path)
+        with atomic_file(output / "scores.parquet") as path:
+            scores.to_parquet(path, index=False)
+        with atomic_file(output / "summary.json") as path:
+            path.write_text(json.dumps(summarize(scores), indent=1, sort_keys=True) + "\n")
+
+
+def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
+    """Folders of the run's kept weights by update, the final ones last.
+
+    Raises:
+        EvaluationError: the run is incomplete, damaged, or was trained with another configuration.
+    """
+    provenance = run / "provenance.json"
+    if not provenance.is_file():
+        raise EvaluationError(f"{run}: no finished run; run the train stage of {config.run_name} first")
+    damaged = verify_outputs(provenance, root)
+    if damaged:
+        raise EvaluationError(f"{run}: not as the train stage left it: {'; '.join(damaged)}")
+    if load_config_file(run / "config.yaml").training_identity() != config.training_identity():
+        raise EvaluationError(
+            f"{run}: was trained with another configuration; train it again, or use another results folder"
+        )
+    kept = {number: run / "updates" / f"{number:06d}" for number in config.training.save_at}
+    return kept | {config.training.updates: run / "weights"}
+
+
+def score_pictures(
+    pictures: dict[int, Tensor], base: Tensor, samples: Sequence[HeldOut], config: Config
+) -> pd.DataFrame:
+    """One row per update and sample: identifiers, every reward, and the change against the base.
+
+    Raises:
+        EvaluationError: a reward is not finite.
+    """
+    texts, metadata = [s.prompt.text for s in samples], [s.prompt.metadata for s in samples]
+    scene = all("objects" in row for row in metadata)
+    rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
+    tables = []
+    for number, images in pictures.items():
+        columns: dict[str, Any] = {
+            "run": config.run_name,
+            "arm": config.arm,
+            "seed": config.seed,
+            "update": number,
+            "final": number == max(pictures),
+            "prompt_id": [s.prompt.id for s in samples],
+            "prompt": texts,
+            "sample": [s.number for s in samples],
+        }
+        for name, reward in rewards.items():
+            values = score(name, reward, images.to(config.generator.device), texts, metadata)
+            if not bool(values.isfinite().all()):
+                worst = samples[int((~values.isfinite()).nonzero()[0])]
+                raise EvaluationError(
+                    f"reward {name!r} is not finite for {worst.prompt.text!r}, sample {worst.number}, update {number}"
+                )
+            columns[f"reward/{name}"] = values.double().numpy()
+        columns |= {name: values.double().numpy() for name, values in image_change(images, base, scene).items()}
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]:
+    """Mean absolute pixel change against the base's sample of the same prompt and noise, ``(N,)`` each in [0, 1].
+
+    Args:
+        scene: whether the base's object can be told from its background by the border's colour; then the change is
+            also split into the base picture's foreground and background.
+    """
+    change = (images - base).abs().mean(dim=1)
+    result = {"change/total": change.mean(dim=(1, 2))}
+    if scene:
+        inside = foreground(base).float()
+        result["change/foreground"] = (change * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp_min(1)
+        result["change/background"] = (change * (1 - inside)).sum(dim=(1, 2)) / (1 - inside).sum(dim=(1, 2)).clamp_min(
+            1
+        )
+    return result
+
+
+def summarize(scores: pd.DataFrame) -> dict[str, Any]:
+    """Mean of every measured column per evaluated update."""
+    columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
+    return {
+        str(update): {"samples": len(rows), **{name: float(rows[name].mean()) for name in columns}}
+        for update, rows in scores.groupby("update")
+    }

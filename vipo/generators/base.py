@@ -1,0 +1,127 @@
+"""What a generator adapter is, and how one is found."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vipo.config.models import GeneratorConfig, LoraConfig
+from vipo.errors import VipoError
+
+Conditioning = Mapping[str, Tensor]
+"""What the network is conditioned on, by name; the first dimension is the batch."""
+
+
+class GeneratorError(VipoError):
+    """A generator cannot be loaded or called; the message names the folder or key and the fix."""
+
+
+class Generator(ABC):
+    """A frozen decoder and a network that can be trained.
+
+    Attributes:
+        network: the module whose weights are post-trained, in eval mode, float32.
+        latent_shape: ``(C, H, W)`` of one sample's latents.
+        network_folder: subfolder of the network in the diffusers layout.
+    """
+
+    network: nn.Module
+    latent_shape: tuple[int, int, int]
+    network_folder: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: GeneratorConfig, root: Path) -> "Generator":
+        """Load network and decoder (no text encoder) from a diffusers checkpoint.
+
+        Raises:
+            GeneratorError: a file is missing, damaged or of another class.
+        """
+
+    @classmethod
+    @abstractmethod
+    def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Conditioning of each prompt, without the batch dimension, float32 on the CPU."""
+
+    @abstractmethod
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's velocity ``(B, C, H, W)`` at latents ``(B, C, H, W)`` and noise levels ``(B,)``."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents ``(B, C, H, W)`` to images ``(B, 3, H', W')`` in [0, 1], float32, no gradient."""
+
+    @abstractmethod
+    def add_lora(self, config: LoraConfig, seed: int) -> None:
+        """Add a LoRA adapter with keyed initial weights; only its weights are trained from then on."""
+
+    @abstractmethod
+    def save_network(self, folder: Path) -> None:
+        """Write the network, or its LoRA weights, so that the stock pipeline loads it."""
+
+    @abstractmethod
+    def load_network(self, folder: Path) -> None:
+        """Load what `save_network` wrote.
+
+        Raises:
+            GeneratorError: the folder is missing or damaged.
+        """
+
+
+def resolve_class(config: GeneratorConfig) -> type[Generator]:
+    """The adapter class of `config.family`.
+
+    Raises:
+        GeneratorError: the import path does not lead to a `Generator`.
+    """
+    path = {"flux": "vipo.generators.flux:FluxGenerator"}.get(config.family, config.family)
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise GeneratorError(f"generator.family {config.family!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Generator)):
+        raise GeneratorError(f"generator.family {config.family!r} is no subclass of vipo.generators.Generator")
+    return found
+
+
+def load_generator(config: GeneratorConfig, root: Path) -> Generator:
+    """Load the configured generator on its device.
+
+    Raises:
+        GeneratorError: the checkpoint cannot be loaded, or the device is absent.
+    """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise GeneratorError(
+            f"generator.device {config.device!r}: this machine has no CUDA device; set generator.device=cpu"
+        )
+    return resolve_class(config).load(config, root)
+
+
+def checkpoint_location(config: GeneratorConfig, root: Path) -> Path | str:
+    """The local folder of a checkpoint, or its hub id.
+
+    Raises:
+        GeneratorError: there is no such folder and no revision that would make it a pinned hub id.
+    """
+    folder = (root / config.path).resolve()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise GeneratorError(f"{folder}: no model_index.json, so it is no diffusers pipeline (generator.path)")
+        return folder
+    if config.revision is None:
+        raise GeneratorError(
+            f"generator.path {config.path!r}: there is no folder {folder}. Give an existing folder, "
+            "or a hub id together with generator.revision"
+        )
+    return config.path
+
+
+def checkpoint_inputs(config: GeneratorConfig, root: Path) -> list[Path]:
+    """The checkpoint as an input of a stage: its local folder, or nothing for a hub id (its revision pins it)."""
+    location = checkpoint_location(config, root)
+    return [location] if isinstance(location, Path) else []

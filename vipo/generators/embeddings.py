@@ -1,0 +1,66 @@
+"""Cached prompt conditioning: text encoders run once, in the `encode` stage, and never during training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vipo.config.models import GeneratorConfig
+from vipo.generators.base import GeneratorError, resolve_class
+from vipo.prompts import Prompt, read_prompts
+from vipo.provenance.files import atomic_file
+
+
+def encode_prompt_file(config: GeneratorConfig, root: Path, prompts: Path, output: Path) -> None:
+    """Encode every prompt of a prepared jsonl file into ``<prompt id>/<name>`` tensors of one safetensors file.
+
+    Raises:
+        GeneratorError: the generator's text encoders cannot be loaded.
+        PromptError: the prompt file is missing or damaged.
+    """
+    rows = read_prompts(prompts)
+    encoded = resolve_class(config).encode_prompts(config, root, [prompt.text for prompt in rows])
+    tensors = {
+        f"{prompt.id}/{name}": value.contiguous()
+        for prompt, conditioning in zip(rows, encoded, strict=True)
+        for name, value in conditioning.items()
+    }
+    with atomic_file(output) as temporary:
+        save_file(
+            tensors, temporary, metadata={"generator": json.dumps(config.model_dump(mode="json"), sort_keys=True)}
+        )
+
+
+def load_embeddings(
+    path: Path, prompts: Sequence[Prompt], device: torch.device | str = "cpu"
+) -> dict[str, dict[str, Tensor]]:
+    """Conditioning by prompt id, for `prompts`.
+
+    Raises:
+        GeneratorError: the file is missing or damaged, or lacks a prompt.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as stream:
+            names = set(stream.keys())
+            found = {
+                prompt.id: {
+                    name.split("/", 1)[1]: stream.get_tensor(name).to(device)
+                    for name in sorted(n for n in names if n.startswith(f"{prompt.id}/"))
+                }
+                for prompt in prompts
+            }
+    except (OSError, SafetensorError) as error:
+        raise GeneratorError(f"{path}: embeddings cannot be read ({error}); run the encode stage again") from error
+    missing = [prompt.text for prompt in prompts if not found[prompt.id]]
+    if missing:
+        raise GeneratorError(f"{path}: lacks {len(missing)} prompts, first {missing[0]!r}; run the encode stage again")
+    return found
+
+
+def stack_conditioning(embeddings: dict[str, dict[str, Tensor]], ids: Sequence[str]) -> dict[str, Tensor]:
+    """Conditioning of a batch of prompt ids: every tensor gains the batch dimension in front."""
+    return {name: torch.stack([embeddings[i][name] for i in ids]) for name in embeddings[ids[0]]}

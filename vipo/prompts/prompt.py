@@ -1,0 +1,50 @@
+"""A prompt: its cleaned text, and the identity that everything else of it hangs on."""
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+from vipo.errors import VipoError
+
+ID_DIGITS = 16
+
+
+class PromptError(VipoError):
+    """Prompts that cannot be used; the message names the file, the row or key, and what to do."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `id` is `prompt_id` of `text`; `metadata` holds the source row's other keys (plain JSON values)."""
+
+    id: str
+    text: str
+    metadata: dict[str, Any]
+
+
+def clean_text(text: str) -> str:
+    """The text in Unicode NFC on one line; idempotent.
+
+    Control characters and lone surrogates are removed, every run of white space (newlines and
+    no-break spaces too) becomes one space, the ends are stripped. Nothing is escaped or translated:
+    markup, quotes, emoji with their joiners and right-to-left marks stay as they are.
+    """
+    kept = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+    # Last, because a removed character may have stood between a letter and its accent.
+    return unicodedata.normalize("NFC", " ".join(kept.split()))
+
+
+def duplicate_key(text: str) -> str:
+    """What two cleaned texts share when they differ in letter case alone (`clean_text` evens out white space)."""
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+def prompt_id(text: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a cleaned text (UTF-8): a safe file name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+
+
+def is_evaluation(identity: str, share: float) -> bool:
+    """Whether a prompt is held out: its id, read as a fraction of 1, lies below `share`. No other prompt has a say."""
+    return int(identity, 16) < share * 2.0 ** (4 * ID_DIGITS)

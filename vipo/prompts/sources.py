@@ -1,0 +1,175 @@
+"""Prompt sources: a file of one of four formats, or a callable named by its import path."""
+
+import csv
+import hashlib
+import io
+import json
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vipo.prompts.prompt import PromptError
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+Row = tuple[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a source with their numbers (from 1: the line of a text file, the record elsewhere) and its SHA-256.
+
+    The hash is of the file's bytes; of a callable's rows in canonical JSON.
+    """
+
+    rows: tuple[Row, ...]
+    sha256: str
+
+
+def read_source(name: str, text_key: str, root: Path) -> Source:
+    """Read every row of a source. Rows are mappings; a line of a txt file becomes ``{text_key: line}``.
+
+    Args:
+        name: file name with a known suffix (relative to `root`), or ``package.module:object``, a callable that
+            takes `root` and gives an iterable of mappings.
+        text_key: key that holds the prompt.
+        root: folder that relative names start at.
+
+    Raises:
+        PromptError: the source is missing, empty, not text, not of its format, or the callable failed.
+    """
+    if _IMPORT_PATH.fullmatch(name):
+        return _called(name, root)
+    reader = _READERS.get(Path(name).suffix.lower())
+    if reader is None:
+        raise PromptError(
+            f"prompts.source {name!r}: choose a file that ends in {', '.join(_READERS)}, "
+            "or an import path 'package.module:object'"
+        )
+    try:
+        data = (root / name).read_bytes()
+    except OSError as error:
+        raise PromptError(f"prompts.source {name}: cannot be read ({error.strerror}); give an existing file") from error
+    if not data.strip():
+        raise PromptError(f"{name}: is empty; write at least one prompt into it")
+    return Source(tuple(reader(name, data, text_key)), hashlib.sha256(data).hexdigest())
+
+
+def _decoded(name: str, data: bytes) -> str:
+    if b"\0" in data:
+        raise PromptError(f"{name}: holds NUL bytes, so it is binary or UTF-16; save the prompts as UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PromptError(
+            f"{name}: line {line}: byte 0x{data[error.start]:02x} is not UTF-8; if this is text in another encoding, "
+            "convert it (iconv -f latin1 -t utf-8)"
+        ) from error
+
+
+def _text_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
+    # Not splitlines(), which also splits at U+2028 and other separators that may stand inside a prompt.
+    for number, line in enumerate(io.StringIO(_decoded(name, data), newline=None), start=1):
+        yield number, {text_key: line.removesuffix("\n")}
+
+
+def _jsonl_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
+    for number, line in enumerate(io.StringIO(_decoded(name, data), newline=None), start=1):
+        if not line.strip():
+            yield number, {text_key: ""}
+            continue
+        try:
+            row = json.loads(line, parse_constant=_not_json)
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{name}: line {number}: is not JSON ({error}); write one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise PromptError(f"{name}: line {number}: holds a {type(row).__name__}; write one JSON object a line")
+        yield number, row
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def _csv_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
+    text = _decoded(name, data)
+    # The module's own limit of 128 kB a field would refuse a long prompt instead of counting it.
+    limit = csv.field_size_limit(len(text))
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        records = [(reader.line_num, record) for record in reader]
+    except csv.Error as error:
+        raise PromptError(
+            f"{name}: line {reader.line_num}: is not CSV ({error}); quote fields that hold commas or quotes"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    header = records[0][1]
+    if len(set(header)) != len(header):
+        raise PromptError(f"{name}: a column is named twice in the first line: {', '.join(header)}")
+    if text_key not in header:
+        raise missing_key(name, text_key, header)
+    for number, record in records[1:]:
+        if record and len(record) != len(header):
+            raise PromptError(
+                f"{name}: line {number}: has {len(record)} fields, the first line names {len(header)}; "
+                "quote fields that hold commas"
+            )
+        yield number, dict(zip(header, record, strict=True)) if record else {text_key: ""}
+
+
+def _parquet_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise PromptError(f"{name}: is not a Parquet file ({error})") from error
+    if text_key not in table.column_names:
+        raise missing_key(name, text_key, table.column_names)
+    yield from enumerate(table.to_pylist(), start=1)
+
+
+def missing_key(name: str, text_key: str, keys: list[str]) -> PromptError:
+    """The error for rows without the prompt's key; names the keys that exist."""
+    return PromptError(f"{name}: has no key {text_key!r}; set prompts.text_key to one of: {', '.join(keys)}")
+
+
+_READERS: Mapping[str, Callable[[str, bytes, str], Iterator[Row]]] = MappingProxyType(
+    {".txt": _text_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+)
+
+
+def _called(name: str, root: Path) -> Source:
+    try:
+        rows = tuple(enumerate(pkgutil.resolve_name(name)(root), start=1))
+    except Exception as error:
+        raise PromptError(f"prompts.source {name}: failed with {type(error).__name__}: {error}") from error
+    digest = hashlib.sha256()
+    for number, row in rows:
+        if not isinstance(row, Mapping):
+            raise PromptError(f"{name}: row {number}: is a {type(row).__name__}; a prompt source gives mappings")
+        digest.update(json_line(name, number, dict(row)).encode())
+    return Source(rows, digest.hexdigest())
+
+
+def json_line(name: str, number: int, value: Any) -> str:
+    """`value` as one line of canonical JSON with its newline.
+
+    Raises:
+        PromptError: it holds something that JSON (in UTF-8) cannot: a date, bytes, NaN, a lone surrogate.
+    """
+    try:
+        line = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        line.encode()
+    except (TypeError, ValueError) as error:
+        raise PromptError(
+            f"{name}: row {number}: cannot be kept as JSON ({error}); change or leave out that key"
+        ) from error
+    return line

@@ -1,0 +1,102 @@
+"""Durable files: hashed, and replaced whole or not at all."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from vipo.errors import VipoError
+
+
+class StorageError(VipoError):
+    """The disk refused a write; the message names the target and what to do."""
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that replaces it, flushed to the disk, when the block succeeds.
+
+    Raises:
+        StorageError: the disk refused a write (full, read-only); `target` is as it was.
+    """
+    temporary = target.with_name(f".{target.name}.partial")
+    with _named_write_errors(target):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                fsync_path(path)
+            fsync_path(temporary)
+            _replace_folder(target, temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """The path of a temporary file beside `target` that replaces it, flushed to the disk, when the block succeeds.
+
+    Raises:
+        StorageError: the disk refused a write (full, read-only); `target` is as it was.
+    """
+    temporary = target.with_name(f".{target.name}.partial")
+    with _named_write_errors(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            fsync_path(temporary)
+            temporary.replace(target)
+            fsync_path(target.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def _replace_folder(target: Path, replacement: Path) -> None:
+    # A folder that is not empty cannot be renamed over, so the old one steps aside and comes back if it must.
+    discarded = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(discarded, ignore_errors=True)
+    if target.exists():
+        target.rename(discarded)
+    try:
+        replacement.rename(target)
+    except OSError:
+        if discarded.exists():
+            discarded.rename(target)
+        raise
+    fsync_path(target.parent)
+    shutil.rmtree(discarded, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    # safetensors reports the operating system's error as its own type.
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{target}: cannot be written ({error}); free disk space or choose another results folder. "
+            "What was there before is unchanged."
+        ) from error

@@ -1,0 +1,175 @@
+"""What each stage read, wrote and ran on: recorded once, when the stage succeeds.
+
+``provenance.json`` names every input and output with its bytes and SHA-256. A folder is recorded file
+by file; its own SHA-256 is that of the lines ``<sha256>  <path>`` (as ``sha256sum`` prints them),
+sorted by path. Hidden files (`.snakemake_timestamp`, a download's `.cache`) belong to tools, not to
+the data, and are left out.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vipo.config.models import config_hash
+from vipo.errors import VipoError
+from vipo.provenance.environment import git_state, hardware, package_sha256, versions
+from vipo.provenance.files import atomic_file, file_sha256
+
+PROVENANCE = "provenance.json"
+
+
+class ProvenanceError(VipoError):
+    """Lineage that cannot be recorded or does not hold; the message names the stage and the file."""
+
+
+@contextlib.contextmanager
+def record_stage(
+    stage: str,
+    folder: Path,
+    *,
+    inputs: Sequence[Path],
+    outputs: Callable[[], Sequence[Path]] | Sequence[Path],
+    config: Mapping[str, Any] | None,
+    seeds: Sequence[int] = (),
+    root: Path,
+) -> Iterator[None]:
+    """Write ``<folder>/provenance.json`` when the block succeeds, and nothing when it fails.
+
+    Inputs and code are hashed before the block (what it read), outputs after it. An earlier success's
+    record is removed first, so that a record always belongs to the outputs beside it.
+
+    Args:
+        stage: name of the stage (DESIGN section 2).
+        folder: the stage's own folder; no other stage may record there.
+        inputs: files and folders that the stage reads.
+        outputs: files and folders that the stage writes, or a function that lists them afterwards.
+        config: the configuration that the stage reads (JSON-serialisable); its hash is recorded.
+        seeds: seeds of the stage's random draws.
+        root: repository root; paths inside it are recorded relative to it.
+
+    Raises:
+        ProvenanceError: an input or output is missing, or the folder holds another stage's record.
+        StorageError: the record cannot be written.
+    """
+    target = folder / PROVENANCE
+    if target.is_file() and (other := read_provenance(target)["stage"]) != stage:
+        raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
+    target.unlink(missing_ok=True)
+    lock = root / "requirements.lock"
+    record: dict[str, Any] = {
+        "stage": stage,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config_sha256": None if config is None else config_hash(dict(config)),
+        "seeds": list(seeds),
+        "inputs": [_entry(path, root, f"input of stage '{stage}'") for path in inputs],
+        "git": git_state(root),
+        "package_sha256": package_sha256(),
+        "lock_sha256": file_sha256(lock) if lock.is_file() else None,
+        "container_digest": os.environ.get("VIPO_IMAGE_DIGEST"),
+        "hardware": hardware(),
+        "versions": versions(),
+        "started": _now(),
+    }
+    yield
+    written = outputs() if callable(outputs) else outputs
+    record["ended"] = _now()
+    record["outputs"] = [_entry(path, root, f"output of stage '{stage}'") for path in written]
+    with atomic_file(target) as path:
+        path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The record that `record_stage` wrote at `path`.
+
+    Raises:
+        ProvenanceError: the file is missing or is no such record.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ProvenanceError(f"{path}: cannot be read ({error}); run its stage again") from error
+    if not isinstance(record, dict) or not {"stage", "inputs", "outputs"} <= record.keys():
+        raise ProvenanceError(f"{path}: is not a provenance record; run its stage again")
+    return record
+
+
+def verify_outputs(provenance: Path, root: Path) -> list[str]:
+    """One line for each recorded output that is missing, changed or, inside a recorded folder, added.
+
+    Args:
+        provenance: a ``provenance.json``.
+        root: the repository root that its relative paths start at.
+
+    Returns:
+        Lines ``<path>: <what is wrong>`` in the record's order; empty when every byte is as recorded.
+
+    Raises:
+        ProvenanceError: `provenance` is missing or is no such record.
+    """
+    return [problem for entry in read_provenance(provenance)["outputs"] for problem in _differences(entry, root)]
+
+
+def entry_files(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a recorded input or output: path (as recorded) to ``bytes`` and ``sha256``."""
+    if "files" not in entry:
+        return {entry["path"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]}}
+    return {f"{entry['path']}/{name}": dict(file) for name, file in entry["files"].items()}
+
+
+def absolute_path(path: Path) -> Path:
+    """`path` from the file system's root, without ``..`` and with its links kept."""
+    # Not resolved: results/ may be a link to another disk and still belongs to the repository.
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def _entry(path: Path, root: Path, role: str) -> dict[str, Any]:
+    recorded = _recorded_path(path, root)
+    if path.is_file():
+        return {"path": recorded, **_file_entry(path)}
+    if not path.is_dir():
+        raise ProvenanceError(f"{path}: {role} does not exist")
+    files = {name: _file_entry(path / name) for name in _folder_files(path)}
+    lines = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
+    return {
+        "path": recorded,
+        "bytes": sum(file["bytes"] for file in files.values()),
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "files": files,
+    }
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _folder_files(folder: Path) -> list[str]:
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def _recorded_path(path: Path, root: Path) -> str:
+    absolute, base = absolute_path(path), absolute_path(root)
+    return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else absolute.as_posix()
+
+
+def _differences(entry: Mapping[str, Any], root: Path) -> Iterator[str]:
+    for recorded, file in entry_files(entry).items():
+        path = root / recorded
+        if not path.is_file():
+            yield f"{recorded}: missing"
+        elif (found := file_sha256(path)) != file["sha256"]:
+            yield f"{recorded}: changed (SHA-256 {found[:12]}…, recorded {file['sha256'][:12]}…)"
+    if "files" in entry and (root / entry["path"]).is_dir():
+        for name in _folder_files(root / entry["path"]):
+            if name not in entry["files"]:
+                yield f"{entry['path']}/{name}: added"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,65 @@
+"""One writer per run folder."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vipo.errors import VipoError
+from vipo.provenance.files import StorageError, atomic_file
+
+_LOCK, _HOLDER = ".lock", ".lock-holder.json"
+
+
+class RunLocked(VipoError):
+    """Another process writes this run folder; the message names the folder and the holder."""
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold the only right to write `folder` while the block runs.
+
+    The lock is the operating system's (on ``<folder>/.lock``): it is free again the moment its holder
+    ends, however it ends. ``<folder>/.lock-holder.json`` only says who held it last, for the message.
+
+    Args:
+        folder: run folder; created where it is missing.
+        wait_seconds: how long to wait for another holder; 0 tries once.
+
+    Raises:
+        RunLocked: another process still holds it after `wait_seconds`.
+        StorageError: the folder cannot be written.
+    """
+    holder = folder / _HOLDER
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait_seconds)
+    except Timeout:
+        raise RunLocked(f"{folder}: another process writes it{_described(holder)}; wait for it or stop it") from None
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: cannot be locked ({error}); make it writable or choose another folder"
+        ) from error
+    try:
+        with atomic_file(holder) as path:
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _described(holder: Path) -> str:
+    # Between taking the lock and naming its holder there is an instant without a name.
+    try:
+        entry = json.loads(holder.read_text())
+    except FileNotFoundError:
+        return ""
+    return f" (process {entry['pid']} on {entry['host']} since {entry['since']})"

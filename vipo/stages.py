@@ -1,0 +1,103 @@
+"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
+
+from pathlib import Path
+
+from vipo.config.models import Config
+from vipo.prompts import prepare_prompts
+from vipo.provenance import record_stage, write_crate
+
+
+def experiment_folder(config: Config, results: Path) -> Path:
+    """``<results>/<experiment>``."""
+    return results / config.experiment.name
+
+
+def run_names(config: Config) -> list[str]:
+    """All runs of the experiment, in the order of its arms and seeds."""
+    return [f"{name}-s{seed}" for name, arm in config.experiment.arms.items() for seed in arm.seeds]
+
+
+def prepare_stage(config: Config, root: Path, results: Path) -> None:
+    """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``."""
+    folder = experiment_folder(config, results) / "prompts"
+    source = root / config.prompts.source
+    with record_stage(
+        "prepare",
+        folder,
+        # A callable source has no file; a missing file is prepare_prompts' own error.
+        inputs=[source] if source.is_file() else [],
+        outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
+        config=config.prompts.model_dump(mode="json"),
+        root=root,
+    ):
+        prepare_prompts(config.prompts, root, folder)
+
+
+def encode_stage(config: Config, root: Path, results: Path) -> None:
+    """Prepared prompts to ``embeddings/{train,eval}.safetensors``."""
+    import torch
+
+    from vipo.generators.base import checkpoint_inputs
+    from vipo.generators.embeddings import encode_prompt_file
+
+    torch.set_num_threads(config.training.threads)
+    experiment = experiment_folder(config, results)
+    prompts, folder = experiment / "prompts", experiment / "embeddings"
+    with record_stage(
+        "encode",
+        folder,
+        inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
+        outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
+        config=config.generator.model_dump(mode="json"),
+        root=root,
+    ):
+        for split in ("train", "eval"):
+            encode_prompt_file(config.generator, root, prompts / f"{split}.jsonl", folder / f"{split}.safetensors")
+
+
+def train_stage(config: Config, root: Path, results: Path) -> None:
+    """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
+    from vipo.training.trainer import train_run
+
+    experiment = experiment_folder(config, results)
+    if not (experiment / "prompts" / "provenance.json").is_file():
+        prepare_stage(config, root, results)
+    if not (experiment / "embeddings" / "provenance.json").is_file():
+        encode_stage(config, root, results)
+    train_run(config, root, experiment)
+
+
+def evaluate_stage(config: Config, root: Path, results: Path) -> None:
+    """One run's weights to ``evaluation/<arm>-s<seed>``."""
+    from vipo.evaluation.evaluate import evaluate_run
+
+    evaluate_run(config, root, experiment_folder(config, results))
+
+
+def report_stage(config: Config, root: Path, results: Path) -> Path:
+    """All runs of the experiment to ``report/index.html``."""
+    from vipo.reporting import build_report
+
+    experiment = experiment_folder(config, results)
+    runs, output = run_names(config), experiment / "report"
+    with record_stage(
+        "report",
+        output,
+        inputs=[
+            *(experiment / "configs" / f"{run}.yaml" for run in runs),
+            *(experiment / "evaluation" / run / "scores.parquet" for run in runs),
+            *(path for run in runs if (path := experiment / "runs" / run / "metrics.jsonl").is_file()),
+        ],
+        outputs=lambda: [
+            path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "provenance.json"
+        ],
+        config=config.experiment.model_dump(mode="json"),
+        root=root,
+    ):
+        return build_report(experiment, runs, output)
+
+
+def crate_stage(config: Config, root: Path, results: Path) -> Path:
+    """Everything of the experiment, described in ``crate/ro-crate-metadata.json``."""
+    experiment = experiment_folder(config, results)
+    return write_crate(experiment, experiment / "crate", root)

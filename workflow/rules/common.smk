@@ -1,0 +1,61 @@
+"""Configurations of all runs, resolved and written (only when changed) before any rule runs."""
+
+import json
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from vipo.config.compose import ConfigError, dump_config, load_config, write_if_changed
+
+EXPERIMENT = str(config.get("experiment", "demo"))
+OVERRIDES = [str(item) for item in config.get("overrides", [])]
+
+
+def resolve_runs():
+    """The validated configuration of every run of the experiment, by run name."""
+    chosen = [f"experiment={EXPERIMENT}", *OVERRIDES]
+    try:
+        arms = load_config(chosen).experiment.arms
+        return {
+            resolved.run_name: resolved
+            for arm, settings in arms.items()
+            for seed in settings.seeds
+            for resolved in [load_config([*chosen, f"arm={arm}", f"seed={seed}"])]
+        }
+    except ConfigError as error:
+        raise WorkflowError(f"experiment {EXPERIMENT}: {error}") from error
+
+
+RUNS = resolve_runs()
+FIRST = next(iter(RUNS))
+TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
+EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
+
+for run, resolved in RUNS.items():
+    write_if_changed(Path(EXPERIMENT_DIR, "configs", f"{run}.yaml"), dump_config(resolved))
+
+
+wildcard_constraints:
+    run="|".join(RUNS),
+
+
+def config_file(run):
+    """The resolved file of a run; its time stamp triggers nothing, the sections in `params` do."""
+    return ancient(f"{EXPERIMENT_DIR}/configs/{run}.yaml")
+
+
+def sections(run, *names):
+    """What a rule reads of a run's configuration, as text: a change reruns the rule, a comment does not."""
+    data = RUNS[run].model_dump(mode="json", include=set(names))
+    return json.dumps(data, sort_keys=True)
+
+
+def identity(run):
+    """What decides a training run's result."""
+    return json.dumps(RUNS[run].training_identity(), sort_keys=True)
+
+
+def generator_files():
+    """The files of a local generator; none for a hub id, whose revision pins it."""
+    folder = Path(RUNS[FIRST].generator.path)
+    return sorted(str(path) for path in folder.rglob("*.safetensors"))

@@ -1,0 +1,35 @@
+rule prepare:
+    input:
+        config=config_file(FIRST),
+        source=lambda wildcards: [
+            p for p in [RUNS[FIRST].prompts.source] if Path(p).is_file()
+        ],
+    output:
+        train=f"{EXPERIMENT_DIR}/prompts/train.jsonl",
+        eval=f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
+        manifest=f"{EXPERIMENT_DIR}/prompts/manifest.json",
+        provenance=f"{EXPERIMENT_DIR}/prompts/provenance.json",
+    params:
+        sections=sections(FIRST, "prompts"),
+    log:
+        f"{EXPERIMENT_DIR}/logs/prepare.log",
+    shell:
+        "vipo prepare --config {input.config} 2>&1 | tee {log}"
+
+
+rule encode:
+    input:
+        config=config_file(FIRST),
+        train=rules.prepare.output.train,
+        eval=rules.prepare.output.eval,
+        generator=generator_files(),
+    output:
+        train=f"{EXPERIMENT_DIR}/embeddings/train.safetensors",
+        eval=f"{EXPERIMENT_DIR}/embeddings/eval.safetensors",
+        provenance=f"{EXPERIMENT_DIR}/embeddings/provenance.json",
+    params:
+        sections=sections(FIRST, "generator"),
+    log:
+        f"{EXPERIMENT_DIR}/logs/encode.log",
+    shell:
+        "vipo encode --config {input.config} 2>&1 | tee {log}"

@@ -1,0 +1,30 @@
+rule report:
+    input:
+        config=[config_file(run) for run in RUNS],
+        scores=expand(rules.evaluate.output.scores, run=RUNS),
+        metrics=expand(rules.train.output.metrics, run=TRAINED),
+    output:
+        page=f"{EXPERIMENT_DIR}/report/index.html",
+        data=f"{EXPERIMENT_DIR}/report/report.json",
+        provenance=f"{EXPERIMENT_DIR}/report/provenance.json",
+    params:
+        sections=[sections(run, "experiment", "reward", "evaluation") for run in RUNS],
+        first=f"{EXPERIMENT_DIR}/configs/{FIRST}.yaml",
+    log:
+        f"{EXPERIMENT_DIR}/logs/report.log",
+    shell:
+        "vipo report --config {params.first} 2>&1 | tee {log}"
+
+
+rule crate:
+    input:
+        page=rules.report.output.page,
+        data=rules.report.output.data,
+    output:
+        f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
+    params:
+        first=f"{EXPERIMENT_DIR}/configs/{FIRST}.yaml",
+    log:
+        f"{EXPERIMENT_DIR}/logs/crate.log",
+    shell:
+        "vipo crate --config {params.first} 2>&1 | tee {log}"

@@ -1,0 +1,52 @@
+rule train:
+    input:
+        config=lambda wildcards: config_file(wildcards.run),
+        prompts=rules.prepare.output.train,
+        embeddings=rules.encode.output.train,
+        generator=generator_files(),
+    output:
+        config=f"{EXPERIMENT_DIR}/runs/{{run}}/config.yaml",
+        metrics=f"{EXPERIMENT_DIR}/runs/{{run}}/metrics.jsonl",
+        provenance=f"{EXPERIMENT_DIR}/runs/{{run}}/provenance.json",
+    params:
+        identity=lambda wildcards: identity(wildcards.run),
+    threads: RUNS[FIRST].training.threads
+    log:
+        f"{EXPERIMENT_DIR}/logs/train-{{run}}.log",
+    shell:
+        "vipo train --config {input.config} 2>&1 | tee {log}"
+
+
+def run_outputs(wildcards):
+    """The finished run that an evaluation reads; the base arm has none."""
+    if RUNS[wildcards.run].is_base:
+        return []
+    return [f"{EXPERIMENT_DIR}/runs/{wildcards.run}/provenance.json"]
+
+
+rule evaluate:
+    input:
+        config=lambda wildcards: config_file(wildcards.run),
+        prompts=rules.prepare.output.eval,
+        embeddings=rules.encode.output.eval,
+        generator=generator_files(),
+        run=run_outputs,
+    output:
+        scores=f"{EXPERIMENT_DIR}/evaluation/{{run}}/scores.parquet",
+        summary=f"{EXPERIMENT_DIR}/evaluation/{{run}}/summary.json",
+        maps=f"{EXPERIMENT_DIR}/evaluation/{{run}}/maps.safetensors",
+        provenance=f"{EXPERIMENT_DIR}/evaluation/{{run}}/provenance.json",
+    params:
+        sections=lambda wildcards: sections(
+            wildcards.run,
+            "generator",
+            "perception",
+            "sampling",
+            "evaluation",
+            "training",
+        ),
+    threads: RUNS[FIRST].training.threads
+    log:
+        f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
+    shell:
+        "vipo evaluate --config {input.config} 2>&1 | tee {log}"
