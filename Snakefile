@@ -1,2 +1,30 @@
-# The whole workflow is in workflow/Snakefile; this file lets `snakemake` find it from the repository root.
-include: "workflow/Snakefile"
+"""The DAG of one experiment: prepare, encode, train and evaluate per run, report, crate.
+
+Choose an experiment and change it with `--config experiment=demo overrides="[training.updates=8]"`.
+Every configuration is composed and validated while this file is read, so a wrong key stops everything first.
+"""
+
+from snakemake.utils import min_version
+
+min_version("9.5")
+
+
+container: "containers/vipo.sif"
+
+
+include: "workflow/rules/common.smk"
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        f"{EXPERIMENT_DIR}/report/index.html",
+        f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
+
+
+include: "workflow/rules/prompts.smk"
+include: "workflow/rules/runs.smk"
+include: "workflow/rules/report.smk"

@@ -10,7 +10,7 @@ import typer
 
 from vipo.config.compose import ConfigError, dump_config, load_config, load_config_file, repository_root
 from vipo.config.models import Config, PerceptionConfig
-from vipo.errors import VipoError
+from vipo.errors import Preempted, VipoError
 
 app = typer.Typer(
     add_completion=False,
@@ -119,6 +119,10 @@ def map_command(
     orientation: Annotated[
         str | None, typer.Option(help="norm, centre, border, skew or none; default: the backbone's own.")
     ] = None,
+    layer: Annotated[int | None, typer.Option(help="Feature stage or block; default: the backbone's own.")] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Shorter side in pixels fed to the backbone; 224 suits photographs.")
+    ] = None,
     components: Annotated[int, typer.Option(help="K, the number of principal directions.")] = 3,
     smoothing: Annotated[float, typer.Option(help="Gaussian sigma on the patch grid; 0 turns it off.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -132,6 +136,8 @@ def map_command(
             "backbone": backbone,
             "weights": weights,
             "orientation": orientation,
+            "layer": layer,
+            "input_size": input_size,
             "components": components,
             "smoothing": smoothing,
         },
@@ -168,14 +174,9 @@ def main() -> None:
     try:
         app()
     except VipoError as error:
-        # The name tells a scheduler apart what can be tried again: EX_TEMPFAIL of sysexits.h.
-        cause = (
-            f"\ncaused by {type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ is not None else ""
-        )
-        typer.echo(f"error: {error}{cause if str(error.__cause__) not in str(error) else ''}", err=True)
-        sys.exit(75 if type(error).__name__ == "Preempted" else 1)
+        typer.echo(f"error: {error}", err=True)
+        # A scheduler tells by it what can be tried again: EX_TEMPFAIL of sysexits.h.
+        sys.exit(75 if isinstance(error, Preempted) else 1)
     except OSError as error:
-        typer.echo(
-            f"error: {error.filename or ''}: {error.strerror or error}; check permissions and free space", err=True
-        )
+        typer.echo(f"error: {error}; check that the path exists, permissions and free space", err=True)
         sys.exit(1)

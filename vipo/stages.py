@@ -1,10 +1,13 @@
 """The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
 
 from pathlib import Path
+from typing import Any
 
-from vipo.config.models import Config
+from vipo.config.compose import dump_config, write_if_changed
+from vipo.config.models import Config, config_hash
 from vipo.prompts import prepare_prompts
-from vipo.provenance import record_stage, write_crate
+from vipo.provenance import ProvenanceError, read_provenance, record_stage, write_crate
+from vipo.provenance.lineage import PROVENANCE
 
 
 def experiment_folder(config: Config, results: Path) -> Path:
@@ -17,6 +20,16 @@ def run_names(config: Config) -> list[str]:
     return [f"{name}-s{seed}" for name, arm in config.experiment.arms.items() for seed in arm.seeds]
 
 
+def prompts_identity(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the prepared prompts."""
+    return config.prompts.model_dump(mode="json")
+
+
+def embeddings_identity(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the embeddings, beside the prompts."""
+    return config.generator.model_dump(mode="json", include={"family", "path", "revision", "max_sequence_length"})
+
+
 def prepare_stage(config: Config, root: Path, results: Path) -> None:
     """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``."""
     folder = experiment_folder(config, results) / "prompts"
@@ -27,7 +40,7 @@ def prepare_stage(config: Config, root: Path, results: Path) -> None:
         # A callable source has no file; a missing file is prepare_prompts' own error.
         inputs=[source] if source.is_file() else [],
         outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
-        config=config.prompts.model_dump(mode="json"),
+        config=prompts_identity(config),
         root=root,
     ):
         prepare_prompts(config.prompts, root, folder)
@@ -48,7 +61,7 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
         folder,
         inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
         outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
-        config=config.generator.model_dump(mode="json"),
+        config=embeddings_identity(config),
         root=root,
     ):
         for split in ("train", "eval"):
@@ -60,10 +73,11 @@ def train_stage(config: Config, root: Path, results: Path) -> None:
     from vipo.training.trainer import train_run
 
     experiment = experiment_folder(config, results)
-    if not (experiment / "prompts" / "provenance.json").is_file():
+    if not (experiment / "prompts" / PROVENANCE).is_file():
         prepare_stage(config, root, results)
-    if not (experiment / "embeddings" / "provenance.json").is_file():
+    if not (experiment / "embeddings" / PROVENANCE).is_file():
         encode_stage(config, root, results)
+    _check_shared(config, experiment)
     train_run(config, root, experiment)
 
 
@@ -71,7 +85,25 @@ def evaluate_stage(config: Config, root: Path, results: Path) -> None:
     """One run's weights to ``evaluation/<arm>-s<seed>``."""
     from vipo.evaluation.evaluate import evaluate_run
 
-    evaluate_run(config, root, experiment_folder(config, results))
+    experiment = experiment_folder(config, results)
+    _check_shared(config, experiment)
+    evaluate_run(config, root, experiment)
+    # The report reads it; a workflow has written the same bytes before.
+    write_if_changed(experiment / "configs" / f"{config.run_name}.yaml", dump_config(config))
+
+
+def _check_shared(config: Config, experiment: Path) -> None:
+    # All runs read the same prompts and embeddings, so a run refuses other ones instead of replacing them.
+    for name, stage, identity in (
+        ("prompts", "prepare", prompts_identity(config)),
+        ("embeddings", "encode", embeddings_identity(config)),
+    ):
+        if read_provenance(experiment / name / PROVENANCE)["config_sha256"] != config_hash(identity):
+            wanted = ", ".join(f"{key}={value}" for key, value in identity.items())
+            raise ProvenanceError(
+                f"{experiment / name}: made with another configuration than this run's ({wanted}); "
+                f"run the stage '{stage}' again with it, or choose another results folder"
+            )
 
 
 def report_stage(config: Config, root: Path, results: Path) -> Path:
@@ -80,14 +112,17 @@ def report_stage(config: Config, root: Path, results: Path) -> Path:
 
     experiment = experiment_folder(config, results)
     runs, output = run_names(config), experiment / "report"
+    read = [experiment / "prompts" / "manifest.json"]
+    for run in runs:
+        evaluation, training = experiment / "evaluation" / run, experiment / "runs" / run
+        read += [experiment / "configs" / f"{run}.yaml"]
+        read += [evaluation / name for name in ("scores.parquet", "maps.safetensors", "samples")]
+        if not run.startswith("base-"):
+            read += [training / name for name in ("metrics.jsonl", "timing.jsonl", "provenance.json")]
     with record_stage(
         "report",
         output,
-        inputs=[
-            *(experiment / "configs" / f"{run}.yaml" for run in runs),
-            *(experiment / "evaluation" / run / "scores.parquet" for run in runs),
-            *(path for run in runs if (path := experiment / "runs" / run / "metrics.jsonl").is_file()),
-        ],
+        inputs=read,
         outputs=lambda: [
             path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "provenance.json"
         ],

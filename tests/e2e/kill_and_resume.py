@@ -1,4 +1,4 @@
-"""Trains one run in forked children that are killed at given moments, then once to the end (used by test_resume).
+"""Trains one run in forked children, each killed at a given moment or left to finish (used by test_resume).
 
 Forking from a process that has imported everything makes a kill cost a second instead of ten, so that many
 different moments fit into a test. Prints one line per child: `killed` or `finished`.
@@ -13,22 +13,30 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Arguments: results folder, JSON list of delays in seconds (null: let it finish), overrides."""
+    """Arguments: results folder, JSON list of moments, overrides.
+
+    A moment is null (let it finish) or ``[updates, seconds]``: kill that many seconds after ``metrics.jsonl`` holds that
+    many updates.
+    """
     from vipo.config.compose import load_config, repository_root
     from vipo.training.trainer import train_run
 
-    results, delays, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    results, moments, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
     config, root = load_config(overrides), repository_root()
-    for delay in delays:
+    metrics = results / "demo/runs" / config.run_name / "metrics.jsonl"
+    for moment in moments:
         child = os.fork()
         if child == 0:
             train_run(config, root, results / "demo")
             os._exit(0)
-        if delay is not None:
-            time.sleep(delay)
+        if moment is not None:
+            while (metrics.read_bytes().count(b"\n") if metrics.is_file() else 0) < moment[0]:
+                time.sleep(0.002)
+            time.sleep(moment[1])
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        print("killed" if os.WIFSIGNALED(status) else f"finished {os.waitstatus_to_exitcode(status)}", flush=True)
+        done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        print("killed" if os.WIFSIGNALED(status) else f"finished {os.waitstatus_to_exitcode(status)}", done, flush=True)
 
 
 if __name__ == "__main__":

@@ -43,36 +43,35 @@ def _artifacts(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def _train(results: Path, overrides: list[str], delays: list[float | None]) -> list[str]:
+def _train(results: Path, overrides: list[str], moments: list[list[float] | None]) -> list[str]:
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), str(results), json.dumps(delays), *overrides]
+    command = [sys.executable, str(script), str(results), json.dumps(moments), *overrides]
     finished = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
     return finished.stdout.splitlines()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_killed_anywhere_ends_identically(prepared: Path, tiny_overrides: list[str], tmp_path: Path, lora: bool) -> None:
-    overrides = [*tiny_overrides, "arm=vipo", "training.updates=10", "training.save_at=[3]"]
+def test_killed_anywhere_ends_identically(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, lora: bool
+) -> None:
+    overrides = [
+        *tiny_overrides,
+        "arm=vipo",
+        "training.updates=24",
+        "training.save_at=[3]",
+        "training.checkpoint_every=2",
+    ]
     if lora:
         overrides.append("training.lora={rank: 2, alpha: 2.0}")
-    whole = _copy(prepared, tmp_path / "whole")
-    started = time.monotonic()
-    assert _train(whole, overrides, [None]) == ["finished 0"]
-    duration = time.monotonic() - started
-    disturbed = _copy(prepared, tmp_path / "disturbed")
-    moments = random.Random(7)
-    outcomes: list[str] = []
-    updates_at_kill = set()
-    # A child needs a moment to load; the window covers loading, training and writing.
-    while outcomes.count("killed") < (7 if not lora else 2):
-        delay = moments.uniform(0.05, 0.35) * min(duration, 8.0)
-        outcomes += _train(disturbed, overrides, [delay, moments.uniform(0.05, 0.35) * min(duration, 8.0)])
-        updates_at_kill.add(max((int(p.name) for p in list_checkpoints(disturbed / "demo/runs/vipo-s0/checkpoints")), default=0))
-        if "finished 0" in outcomes[-2:]:
-            shutil.rmtree(disturbed)
-            _copy(prepared, disturbed)
-    assert len(updates_at_kill) > 1 or lora
-    assert _train(disturbed, overrides, [None]) == ["finished 0"]
+    whole, disturbed = _copy(prepared, tmp_path / "whole"), _copy(prepared, tmp_path / "disturbed")
+    assert _train(whole, overrides, [None]) == ["finished 0 24"]
+    # While loading, then at random instants of later and later updates: rollout, learning, writing, between them.
+    moments, seconds = random.Random(7), 0.08
+    kills: list[list[float] | None] = [[0, moments.uniform(0.1, 0.8)]]
+    kills += [[updates, moments.uniform(0, seconds)] for updates in ((1, 4, 8, 11, 15, 18) if not lora else (3, 9))]
+    outcomes = _train(disturbed, overrides, [*kills, None])
+    assert [text.split()[0] for text in outcomes[:-1]] == ["killed"] * len(kills)
+    assert outcomes[-1] == "finished 0 24"
     run = "demo/runs/vipo-s0"
     assert _artifacts(whole / run) == _artifacts(disturbed / run)
     assert not list((disturbed / run).rglob("*.partial"))
@@ -80,10 +79,18 @@ def test_killed_anywhere_ends_identically(prepared: Path, tiny_overrides: list[s
 
 def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     """Through the command line: SIGTERM, exit 75, rerun, the same bytes."""
-    overrides = [*tiny_overrides, "arm=grpo", "training.updates=30", "training.checkpoint_every=30", "training.save_at=[]"]
+    overrides = [
+        *tiny_overrides,
+        "arm=grpo",
+        "training.updates=30",
+        "training.checkpoint_every=30",
+        "training.save_at=[]",
+    ]
     results = _copy(prepared, tmp_path / "results")
     run = results / "demo/runs/grpo-s0"
-    process = subprocess.Popen([VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
         assert process.poll() is None
         time.sleep(0.02)
@@ -94,9 +101,11 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     assert 2 <= int(checkpoint.name) < 30
     assert not (run / "provenance.json").exists()
-    subprocess.run([VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL
+    )
     whole = _copy(prepared, tmp_path / "whole")
-    assert _train(whole, overrides, [None]) == ["finished 0"]
+    assert _train(whole, overrides, [None]) == ["finished 0 30"]
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
 
 

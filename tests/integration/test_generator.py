@@ -20,7 +20,14 @@ PROMPTS = ["a red circle on a white background", "a small square on the left on 
 
 
 def _config(path: Path, **changes: object) -> GeneratorConfig:
-    values = {"family": "flux", "path": str(path), "height": 64, "width": 64, "max_sequence_length": 16, "device": "cpu"}
+    values = {
+        "family": "flux",
+        "path": str(path),
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": 16,
+        "device": "cpu",
+    }
     return GeneratorConfig.model_validate(values | changes)
 
 
@@ -43,7 +50,13 @@ def test_shipped_checkpoint_equals_the_stock_pipeline() -> None:
     steps, shift = 8, pipeline.scheduler.config.shift
     first: list[torch.Tensor] = []
     hook = pipeline.transformer.register_forward_hook(lambda _m, _a, output: first.append(output[0]))
-    arguments = {"height": 64, "width": 64, "num_inference_steps": steps, "max_sequence_length": 16, "guidance_scale": 0.0}
+    arguments = {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": steps,
+        "max_sequence_length": 16,
+        "guidance_scale": 0.0,
+    }
     stock = pipeline(PROMPTS, latents=pack_latents(noise), output_type="pt", **arguments).images
     hook.remove()
     with torch.no_grad():
@@ -162,7 +175,9 @@ def test_full_weights_load_into_the_stock_pipeline(tmp_path: Path, tiny_generato
         assert torch.equal(transformer.state_dict()[name], value), name
     other = load_generator(_config(tiny_generator), ROOT)
     other.load_network(tmp_path / "weights")
-    assert all(torch.equal(a, b) for a, b in zip(other.network.parameters(), generator.network.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.network.parameters(), generator.network.parameters(), strict=True)
+    )
 
 
 def test_lora_loads_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path) -> None:
@@ -208,5 +223,5 @@ def test_bad_checkpoints_are_named(tmp_path: Path, tiny_generator: Path) -> None
     with pytest.raises(GeneratorError, match=r"generator\.height 60 is not a multiple of 8"):
         load_generator(_config(tiny_generator, height=60), ROOT)
     if not torch.cuda.is_available():
-        with pytest.raises(GeneratorError, match="no CUDA device"):
+        with pytest.raises(GeneratorError, match="0 CUDA devices"):
             load_generator(_config(tiny_generator, device="cuda"), ROOT)

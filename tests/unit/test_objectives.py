@@ -80,7 +80,9 @@ def test_controls_of_the_map() -> None:
 
 OPTIONS = [
     {"ratio": ratio, "side": side, "scope": scope}
-    for ratio, side, scope in itertools.product(("sample", "position"), ("ppo", "symmetric", "none"), ("sample", "position"))
+    for ratio, side, scope in itertools.product(
+        ("sample", "position"), ("ppo", "symmetric", "none"), ("sample", "position")
+    )
     if not (ratio == "sample" and scope == "position")
 ]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -47,9 +47,10 @@ def load_config(overrides: Sequence[str]) -> Config:
     """
     first = _compose(overrides)
     arm = first.get("arm")
-    own = validate_section(
-        ArmConfig, first["experiment"].get("arms", {}).get(arm) or {}, f"experiment.arms.{arm}."
-    ).overrides
+    arms = first["experiment"].get("arms")
+    # What is no mapping of arms is for the validation of the whole to name.
+    chosen = arms.get(arm) if isinstance(arms, dict) else None
+    own = validate_section(ArmConfig, chosen or {}, f"experiment.arms.{arm}.").overrides
     return validate_config(_compose([*own, *overrides]) if own else first)
 
 
@@ -69,7 +70,10 @@ def load_config_file(path: Path) -> Config:
         raise
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds no mapping of keys to values")
-    return validate_config(data)
+    try:
+        return validate_config(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def validate_config(data: Any) -> Config:
@@ -104,6 +108,12 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: missing; give it a value") from error
+    except OverrideParseException as error:
+        text = error.override.removeprefix("++")
+        reason = _readable(str(error)).removeprefix(f"Error parsing override '{error.override}' ")
+        raise ConfigError(
+            f"override {text!r} cannot be read: {reason}; write key=value, with what holds colons or brackets in quotes"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(str(error))) from error
     # Hydra's plain ValueErrors name no override.
@@ -137,7 +147,11 @@ def validate_section(model: type[Model], data: Any, prefix: str = "") -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_problem(model, item, prefix) for item in error.errors())) from error
+        problems = error.errors()
+        # pydantic leaves out refused items, then finds the sequence too short: that is the same problem twice.
+        refused = {problem["loc"][:-1] for problem in problems} | {problem["loc"][:-2] for problem in problems}
+        told = [item for item in problems if item["type"] != "too_short" or item["loc"] not in refused]
+        raise ConfigError("\n".join(_problem(model, item, prefix) for item in told)) from error
 
 
 def _problem(model: type[BaseModel], item: Any, prefix: str) -> str:

@@ -4,15 +4,30 @@ Fields are frozen and unknown keys are refused. Values that need a model to be c
 count against feature width, grid sizes) are checked in the trainer's preflight.
 """
 
+import difflib
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
+
+REWARDS: Mapping[str, str] = MappingProxyType(
+    {
+        "redness": "vipo.rewards.redness:redness",
+        "object_redness": "vipo.rewards.object_redness:object_redness",
+        "scene": "vipo.rewards.scene:scene",
+        "scene_shape": "vipo.rewards.scene:scene_shape",
+        "scene_background": "vipo.rewards.scene:scene_background",
+        "scene_count": "vipo.rewards.scene:scene_count",
+    }
+)
+"""Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -38,7 +53,11 @@ class GeneratorConfig(Section):
     guidance_scale: NonNegativeFloat = Field(
         3.5, description="Embedded guidance; read only by guidance-distilled models."
     )
-    device: str = Field("cpu", description="'cpu' or 'cuda'; a device that is absent is an error, never replaced.")
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="'cpu' or 'cuda'; a device that is absent is an error, never replaced.",
+    )
 
     @field_validator("family")
     @classmethod
@@ -62,6 +81,11 @@ class RewardTerm(Section):
 
     name: str = Field(description="A registered reward or an import path 'package.module:object'.")
     weight: float = Field(1.0, allow_inf_nan=False)
+
+    @field_validator("name")
+    @classmethod
+    def _known_reward(cls, value: str) -> str:
+        return _registered(value, REWARDS, "reward")
 
 
 class RewardConfig(Section):
@@ -241,6 +265,11 @@ class EvaluationConfig(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     shown_prompts: PositiveInt = Field(6, description="Prompts shown side by side in the report.")
 
+    @field_validator("rewards")
+    @classmethod
+    def _known_rewards(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_registered(name, REWARDS, "reward") for name in value)
+
 
 class ArmConfig(Section):
     """One arm of an experiment."""
@@ -360,9 +389,11 @@ def config_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _registered(value: str, known: tuple[str, ...], what: str) -> str:
+def _registered(value: str, known: Iterable[str], what: str) -> str:
     if value in known or _IMPORT_PATH.match(value):
         return value
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
-        f"{value!r} is not a {what}: choose one of {', '.join(known)}, or an import path 'package.module:object'"
+        f"{value!r} is not a {what}: {hint}choose one of {', '.join(known)}, or an import path 'package.module:object'"
     )

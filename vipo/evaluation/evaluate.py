@@ -109,8 +109,8 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         if not samples:
             raise EvaluationError(f"{prompts_path}: no prompt is held out; raise prompts.eval_share")
         prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
-        embeddings = load_embeddings(embeddings_path, prompts, config.generator.device)
         generator = load_generator(config.generator, root)
+        embeddings = load_embeddings(embeddings_path, prompts, config.generator.device)
         structuring = PerceptualStructuring(
             load_backbone(config.perception, config.generator.device, root), config.perception
         )
@@ -148,7 +148,7 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
         raise EvaluationError(f"{run}: no finished run; run the train stage of {config.run_name} first")
     damaged = verify_outputs(provenance, root)
     if damaged:
-        raise EvaluationError(f"{run}: not as the train stage left it: {'; '.join(damaged)}")
+        raise EvaluationError(f"{run}: not as the train stage left it: {'; '.join(damaged)}; train it again")
     if load_config_file(run / "config.yaml").training_identity() != config.training_identity():
         raise EvaluationError(
             f"{run}: was trained with another configuration; train it again, or use another results folder"
@@ -185,7 +185,8 @@ def score_pictures(
             if not bool(values.isfinite().all()):
                 worst = samples[int((~values.isfinite()).nonzero()[0])]
                 raise EvaluationError(
-                    f"reward {name!r} is not finite for {worst.prompt.text!r}, sample {worst.number}, update {number}"
+                    f"reward {name!r} is not finite for {worst.prompt.text!r}, sample {worst.number}, update {number}; "
+                    "mend it, or leave it out of evaluation.rewards"
                 )
             columns[f"reward/{name}"] = values.double().numpy()
         columns |= {name: values.double().numpy() for name, values in image_change(images, base, scene).items()}

@@ -95,11 +95,22 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
     Raises:
         GeneratorError: the checkpoint cannot be loaded, or the device is absent.
     """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise GeneratorError(
-            f"generator.device {config.device!r}: this machine has no CUDA device; set generator.device=cpu"
-        )
+    check_device(config)
     return resolve_class(config).load(config, root)
+
+
+def check_device(config: GeneratorConfig) -> None:
+    """Refuse a device that this machine lacks.
+
+    Raises:
+        GeneratorError: `config.device` is a CUDA device and there is none of that number.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise GeneratorError(
+            f"generator.device {config.device!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "set generator.device=cpu, or run where there is one"
+        )
 
 
 def checkpoint_location(config: GeneratorConfig, root: Path) -> Path | str:

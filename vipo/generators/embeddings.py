@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.models import GeneratorConfig
-from vipo.generators.base import GeneratorError, resolve_class
+from vipo.generators.base import GeneratorError, check_device, resolve_class
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance.files import atomic_file
 
@@ -19,9 +19,10 @@ def encode_prompt_file(config: GeneratorConfig, root: Path, prompts: Path, outpu
     """Encode every prompt of a prepared jsonl file into ``<prompt id>/<name>`` tensors of one safetensors file.
 
     Raises:
-        GeneratorError: the generator's text encoders cannot be loaded.
+        GeneratorError: the device is absent, or the generator's text encoders cannot be loaded.
         PromptError: the prompt file is missing or damaged.
     """
+    check_device(config)
     rows = read_prompts(prompts)
     encoded = resolve_class(config).encode_prompts(config, root, [prompt.text for prompt in rows])
     tensors = {

@@ -85,6 +85,13 @@ class FluxGenerator(Generator):
         device = torch.device(config.device)
         clip_tokenizer = _load(CLIPTokenizer.from_pretrained, location, "tokenizer", config, weights=False)
         t5_tokenizer = _load(T5TokenizerFast.from_pretrained, location, "tokenizer_2", config, weights=False)
+        for part, tokenizer in (("tokenizer", clip_tokenizer), ("tokenizer_2", t5_tokenizer)):
+            # transformers makes an empty tokenizer of a folder without a vocabulary: all prompts would read alike.
+            if tokenizer("a").input_ids == tokenizer("b").input_ids:
+                raise GeneratorError(
+                    f"{location}/{part}: has no vocabulary (tokenizer.json, or the files it stands for); "
+                    "copy or download generator.path again"
+                )
         clip = _load(CLIPTextModel.from_pretrained, location, "text_encoder", config).to(device).eval()
         t5 = _load(T5EncoderModel.from_pretrained, location, "text_encoder_2", config).to(device).eval()
         encoded = []
@@ -133,11 +140,17 @@ class FluxGenerator(Generator):
         # peft draws the initial A matrices from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "lora"))
-            self.network.add_adapter(
-                PeftLoraConfig(
-                    r=config.rank, lora_alpha=config.alpha, init_lora_weights=True, target_modules=list(config.targets)
+            try:
+                self.network.add_adapter(
+                    PeftLoraConfig(
+                        r=config.rank,
+                        lora_alpha=config.alpha,
+                        init_lora_weights=True,
+                        target_modules=list(config.targets),
+                    )
                 )
-            )
+            except ValueError as error:
+                raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
 
     def save_network(self, folder: Path) -> None:
         if getattr(self.network, "peft_config", None):
@@ -185,4 +198,7 @@ def _load(
     try:
         return loader(location, subfolder=part, revision=config.revision, **options)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise GeneratorError(f"{location}/{part}: cannot be loaded ({type(error).__name__}: {error})") from error
+        raise GeneratorError(
+            f"{location}/{part}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "if a file is missing or damaged, copy or download generator.path again"
+        ) from error

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(folder: Path) -> None:
+    """Create `folder` where it is missing and try to write into it, before a long computation for it.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    with _named_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 @contextlib.contextmanager
@@ -96,7 +109,8 @@ def _named_write_errors(target: Path) -> Iterator[None]:
         yield
     # safetensors reports the operating system's error as its own type.
     except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StorageError(
-            f"{target}: cannot be written ({error}); free disk space or choose another results folder. "
+            f"{target}: cannot be written ({reason}); free disk space, make it writable or choose another folder. "
             "What was there before is unchanged."
         ) from error

@@ -67,7 +67,10 @@ def record_stage(
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
-        "inputs": [_entry(path, root, f"input of stage '{stage}'") for path in inputs],
+        "inputs": [
+            _entry(path, root, f"input of stage '{stage}' does not exist; run the stage that writes it first")
+            for path in inputs
+        ],
         "git": git_state(root),
         "package_sha256": package_sha256(),
         "lock_sha256": file_sha256(lock) if lock.is_file() else None,
@@ -79,7 +82,7 @@ def record_stage(
     yield
     written = outputs() if callable(outputs) else outputs
     record["ended"] = _now()
-    record["outputs"] = [_entry(path, root, f"output of stage '{stage}'") for path in written]
+    record["outputs"] = [_entry(path, root, f"output of stage '{stage}' does not exist") for path in written]
     with atomic_file(target) as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
@@ -128,12 +131,12 @@ def absolute_path(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
-def _entry(path: Path, root: Path, role: str) -> dict[str, Any]:
+def _entry(path: Path, root: Path, missing: str) -> dict[str, Any]:
     recorded = _recorded_path(path, root)
     if path.is_file():
         return {"path": recorded, **_file_entry(path)}
     if not path.is_dir():
-        raise ProvenanceError(f"{path}: {role} does not exist")
+        raise ProvenanceError(f"{path}: {missing}")
     files = {name: _file_entry(path / name) for name in _folder_files(path)}
     lines = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
     return {

@@ -3,27 +3,16 @@
 import difflib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vipo.config.models import REWARDS
 from vipo.errors import VipoError
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor]
 """``(images (B, 3, H, W) float32 in [0, 1], prompts, metadata) -> (B,)``; larger is better."""
-
-REWARDS: Mapping[str, str] = MappingProxyType(
-    {
-        "redness": "vipo.rewards.redness:redness",
-        "object_redness": "vipo.rewards.object_redness:object_redness",
-        "scene": "vipo.rewards.scene:scene",
-        "scene_shape": "vipo.rewards.scene:scene_shape",
-        "scene_background": "vipo.rewards.scene:scene_background",
-        "scene_count": "vipo.rewards.scene:scene_count",
-    }
-)
 
 
 class RewardError(VipoError):

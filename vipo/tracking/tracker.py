@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vipo.errors import VipoError
 
@@ -49,7 +52,7 @@ class Tracker:
             self._metrics = _open_cut(metrics, end)
             # Times carry no guarantee: what is left of them is kept, what is lost is lost.
             self._timing = _open_cut(timing, _rows_until(timing, resume_from)[1])
-            self._board = SummaryWriter(str(folder / "tb"), purge_step=resume_from + 1)
+            self._board = _Board(folder / "tb", resume_from + 1)
 
     def log(self, update: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """Append the row of one finished update to every record.
@@ -69,8 +72,7 @@ class Tracker:
         with _named_write_errors(self._folder):
             for stream, row in rows:
                 _write(stream, row)
-            for name, value in {**metrics, **timing}.items():
-                self._board.add_scalar(name, value, update)
+            self._board.write(update, {**metrics, **timing})
         self._last = update
 
     def flush(self) -> None:
@@ -83,7 +85,6 @@ class Tracker:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-            self._board.flush()
 
     def close(self) -> None:
         """Flush and close every record."""
@@ -99,6 +100,31 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Board:
+    """TensorBoard's event file. Its own writers work in a thread, where a full disk is a traceback and no error."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        # The viewer reads files in the order of their names.
+        self._stream = FileIO(folder / f"events.out.tfevents.{started:.6f}", "ab")
+        self._append(Event(wall_time=started, file_version="brain.Event:2"))
+        # The viewer drops what an earlier process wrote from this update on.
+        self._append(Event(wall_time=started, step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._append(Event(wall_time=time.time(), step=update, summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _append(self, event: Event) -> None:
+        record = BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        _write(self._stream, record.getvalue())
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from vipo.config.models import PretrainConfig
 from vipo.demo import scenes
 from vipo.generators.flux import image_ids, pack_latents
+from vipo.provenance.files import StorageError, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
@@ -73,29 +75,35 @@ def _vocabulary(pool: ScenePool) -> list[str]:
     return sorted({word for texts in pool.captions for text in texts for word in text.split()})
 
 
+def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that turn each of `words` into one token (Sennrich et al., arXiv 1508.07909).
+
+    The most frequent pair first, ties by the pair itself: the result depends on nothing but the words, which
+    the trainer of the tokenizers library does not promise.
+    """
+    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for pieces in spelled:
+            index = 0
+            while index + 1 < len(pieces):
+                if (pieces[index], pieces[index + 1]) == best:
+                    pieces[index : index + 2] = ["".join(best)]
+                index += 1
+    return merges
+
+
 def build_tokenizers(config: PretrainConfig, words: list[str]) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Tokenizers whose vocabularies hold every scene word as one token, and letters for all others."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
-    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(
-        words * 100,
-        trainers.BpeTrainer(
-            vocab_size=2000,
-            special_tokens=["<|startoftext|>", "<|endoftext|>"],
-            initial_alphabet=list(letters),
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
-    )
-    learned = json.loads(bpe.to_str())["model"]
-    vocabulary = dict(learned["vocab"])
-    for letter in letters:
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = byte_pair_merges(words)
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += [first + second for first, second in merges]
     clip = CLIPTokenizer(
-        vocab=vocabulary,
-        merges=[tuple(pair) for pair in learned["merges"]],
+        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
+        merges=merges,
         model_max_length=config.max_sequence_length,
     )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
@@ -245,7 +253,12 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         config: what to build; every number that decides the result.
         output: folder for the pipeline, its training log and its configuration.
         work: folder for resumable state; a run that was killed goes on from there.
+
+    Raises:
+        StorageError: a folder cannot be written.
     """
+    for folder in (output, work):
+        check_writable(folder)
     torch.set_num_threads(config.threads)
     log: list[dict[str, Any]] = []
     started = time.monotonic()
@@ -255,7 +268,10 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     if saved_vae is None:
         vae = train_autoencoder(config, pool.images, log)
         save_checkpoint(
-            work / "autoencoder", config.autoencoder_steps, vae.state_dict(), {"config": dict(vae.config), "log": log}
+            work / "autoencoder",
+            config.autoencoder_steps,
+            vae.state_dict(),
+            {"config": {k: v for k, v in vae.config.items() if k != "block_out_channels"}, "log": log},
         )
     else:
         vae = AutoencoderTiny.from_config(saved_vae.state["config"])
@@ -303,15 +319,14 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), [value.detach() for value in parameters.values()], 1 - decay)
         smooth = float(loss.detach()) if step == start else 0.98 * smooth + 0.02 * float(loss.detach())
+        progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{rate:.1e}", refresh=False)
         progress.update()
-        progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{rate:.1e}")
         if (step + 1) % _LOG_EVERY == 0:
             log.append(
                 {
                     "part": "flow",
                     "step": step + 1,
                     "loss": float(loss.detach()),
-                    "smoothed": smooth,
                     "learning_rate": rate,
                 }
             )
@@ -335,7 +350,19 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         tokenizer_2=t5,
         transformer=model.transformer,
     )
-    pipeline.save_pretrained(output, safe_serialization=True)
-    (output / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    (output / "training_config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
+    try:
+        # diffusers writes it last: a folder without it is no pipeline, so nothing half-written is taken for one.
+        (output / "model_index.json").unlink(missing_ok=True)
+        (output / "training.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
+        (output / "training_config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
+        pipeline.save_pretrained(output, safe_serialization=True)
+        # diffusers derives this entry on every load and warns when it finds it in the file.
+        vae_config = json.loads((output / "vae" / "config.json").read_text())
+        del vae_config["block_out_channels"]
+        (output / "vae" / "config.json").write_text(json.dumps(vae_config, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{output}: cannot be written ({error}); free disk space and start the same command again, "
+            f"it goes on from {work}"
+        ) from error
     log_to.info("%s: written after %.0f s in this process", output, time.monotonic() - started)

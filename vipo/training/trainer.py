@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vipo.config.compose import dump_config
 from vipo.config.models import Config, config_hash
-from vipo.errors import VipoError
+from vipo.errors import Preempted, VipoError
 from vipo.generators import load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
@@ -56,10 +56,6 @@ class TrainingError(VipoError):
     """Training cannot start or go on; the message names the cause, the place and what to change."""
 
 
-class Preempted(VipoError):
-    """A signal asked the process to stop; everything needed to go on exactly is in the newest checkpoint."""
-
-
 @dataclass(frozen=True)
 class Sample:
     """One sample of an update."""
@@ -87,7 +83,9 @@ def update_prompts(prompts: Sequence[Prompt], seed: int, update: int, count: int
     """
     per_pass = len(prompts) // count
     if per_pass == 0:
-        raise TrainingError(f"training.prompts_per_update {count} exceeds the {len(prompts)} training prompts")
+        raise TrainingError(
+            f"training.prompts_per_update {count} exceeds the {len(prompts)} training prompts; lower it or add prompts"
+        )
     number, piece = divmod(update - 1, per_pass)
     order = torch.randperm(len(prompts), generator=keyed_generator(seed, "prompts", number)).tolist()
     return [prompts[i] for i in order[piece * count : (piece + 1) * count]]
@@ -143,7 +141,9 @@ class Trainer:
             TrainingError, GeneratorError, RewardError, PerceptionError, PromptError: what cannot work.
         """
         if config.is_base:
-            raise TrainingError("arm 'base' is the generator as it is: there is nothing to train")
+            raise TrainingError(
+                "arm 'base' is the generator as it is: there is nothing to train; choose another arm, or evaluate it"
+            )
         torch.set_num_threads(config.training.threads)
         torch.use_deterministic_algorithms(True)
         self.config = config
@@ -154,8 +154,8 @@ class Trainer:
         self.device = torch.device(config.generator.device)
         self.prompts = read_prompts(self.prompts_path)
         update_prompts(self.prompts, config.seed, 1, config.training.prompts_per_update)
-        self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device)
         self.generator = load_generator(config.generator, root)
+        self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device)
         self.rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
         self.structuring = self._load_structuring(root)
         self._try_rewards()
@@ -403,10 +403,10 @@ class Trainer:
         row, *place = (int(i) for i in torch.unravel_index(log_ratio.abs().argmax(), log_ratio.shape))
         sample = samples[batch.rows[row]]
         raise TrainingError(
-            f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above training.log_ratio_tolerance "
-            f"{tolerance:.3g}, at position {tuple(place)} of transition {int(steps[row])}, sample "
-            f" {sample.index} of {sample.prompt.text!r}. Rollout and update do not evaluate the same network: "
-            "a dropout or norm layer in training mode, another dtype or autocast, or a kernel that depends on gradients"
+            f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
+            f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
+            f"sample {sample.index} of {sample.prompt.text!r}. Rollout and update do not evaluate the same network: a "
+            "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients"
         )
 
     # ---- state ------------------------------------------------------------------------------------
@@ -464,7 +464,10 @@ class Trainer:
 
     def _stop_if_asked(self, finished: int) -> None:
         if self.stop_signal is not None:
-            raise Preempted(f"stopped by {signal.Signals(self.stop_signal).name} after update {finished}")
+            raise Preempted(
+                f"stopped by {signal.Signals(self.stop_signal).name} after update {finished}; "
+                "start the same command again to go on from there"
+            )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -530,13 +533,14 @@ class Trainer:
                             metrics = self.update(number)
                         if tracker is not None:
                             tracker.log(number, metrics, self._timing())
-                        progress.update()
                         progress.set_postfix(
                             reward=f"{metrics['reward/mean']:.4f}",
                             ratio=f"{metrics['log_ratio/max_before_first_step']:.1e}",
                             clip=f"{metrics['clip/share']:.2f}",
                             grad=f"{metrics['grad/norm']:.2f}",
+                            refresh=False,
                         )
+                        progress.update()
                         done = number
                         if number in training.save_at:
                             self._save_weights(self.folder / "updates" / f"{number:06d}")

@@ -5,8 +5,15 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from vipo.config.compose import ConfigError, dump_config, load_config, write_if_changed
+from vipo.config.compose import (
+    ConfigError,
+    dump_config,
+    load_config,
+    repository_root,
+    write_if_changed,
+)
 
+ROOT = repository_root()
 EXPERIMENT = str(config.get("experiment", "demo"))
 OVERRIDES = [str(item) for item in config.get("overrides", [])]
 
@@ -57,5 +64,11 @@ def identity(run):
 
 def generator_files():
     """The files of a local generator; none for a hub id, whose revision pins it."""
-    folder = Path(RUNS[FIRST].generator.path)
+    folder = ROOT / RUNS[FIRST].generator.path
     return sorted(str(path) for path in folder.rglob("*.safetensors"))
+
+
+def prompt_files():
+    """The prompt source where it is a file; a callable source has none."""
+    source = ROOT / RUNS[FIRST].prompts.source
+    return [str(source)] if source.is_file() else []

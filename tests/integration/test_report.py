@@ -1,0 +1,217 @@
+"""The report's files: complete, deterministic, escaped, and honest about what the numbers carry."""
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id
+
+from vipo.evaluation.statistics import ScoresError, paired_difference
+from vipo.reporting import ReportError, build_report
+
+Built = tuple[Path, list[str]]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder, runs = build_experiment(tmp_path_factory.mktemp("report"))
+    build_report(folder, runs, folder / "report")
+    return folder, runs
+
+
+class Collector(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not close in order."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_is_whole_self_contained_and_escaped(built: Built) -> None:
+    page = (built[0] / "report" / "index.html").read_text(encoding="utf-8")
+    found = Collector(page)
+    names = {name for name, _ in found.tags}
+    assert "script" not in names
+    assert not {"iframe", "object", "embed", "form"} & names
+    for _, attributes in found.tags:
+        for key in ("src", "href", "xlink:href"):
+            value = attributes.get(key) or "data:,"
+            assert value.startswith(("data:", "#")), value
+        assert not any(key.startswith("on") for key in attributes)
+    assert "@import" not in page
+    assert re.search(r"url\((?!#)", page) is None
+    headings = [text for text in found.texts if "<script>" in text]
+    assert headings == [HOSTILE]
+    for text in PROMPTS[:5]:
+        assert text in found.texts
+    assert all("alt" in attributes for name, attributes in found.tags if name == "img")
+    assert sum(name == "caption" for name, _ in found.tags) == sum(name == "table" for name, _ in found.tags)
+    svgs = [attributes for name, attributes in found.tags if name == "svg"]
+    assert len(svgs) > 10
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in svgs)
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert "built-in" not in page
+
+
+def test_files_that_claim_equality_are_equal_and_times_stay_out_of_them(built: Built, tmp_path: Path) -> None:
+    folder, runs = tmp_path / "results" / "demo", built[1]
+    shutil.copytree(built[0], folder, ignore=shutil.ignore_patterns("report"))
+    for path in folder.glob("runs/*/timing.jsonl"):
+        path.write_text(path.read_text().replace('"time/total": ', '"time/total": 1'))
+    for path in folder.glob("runs/*/provenance.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "started": "another day"}))
+    build_report(folder, list(reversed(runs)), folder / "report")
+    volatile = {"index.html", "timing.json", "tables/time.csv", "figures/time.svg"}
+    names = {
+        path.relative_to(folder / "report").as_posix() for path in (folder / "report").rglob("*") if path.is_file()
+    }
+    assert {"report.json", "tables/comparisons.csv", "figures/difference-0.svg", *volatile} <= names
+    for name in names - volatile:
+        assert (folder / "report" / name).read_bytes() == (built[0] / "report" / name).read_bytes(), name
+    assert (folder / "report" / "timing.json").read_bytes() != (built[0] / "report" / "timing.json").read_bytes()
+    assert "time/" not in (folder / "report" / "report.json").read_text()
+
+
+def test_numbers_are_those_of_the_statistics_and_words_follow(built: Built) -> None:
+    folder, runs = built
+    report = json.loads((folder / "report" / "report.json").read_text())
+    scores = pd.concat(pd.read_parquet(folder / "evaluation" / run / "scores.parquet") for run in runs)
+    final = scores[scores["final"]]
+    expected = paired_difference(
+        final[final["arm"] == "vipo"], final[final["arm"] == "grpo"], "reward/object_redness",
+        resamples=200, confidence=0.95, seed=1234,
+    )  # fmt: skip
+    [headline] = report["statements"]["headline"]
+    assert (headline["arm"], headline["reference"]) == ("vipo", "grpo")
+    assert [headline[key] for key in ("estimate", "low", "high")] == [expected.estimate, expected.low, expected.high]
+    assert headline["verdict"] == "no difference shown"
+    assert expected.includes_zero
+    effects = {(item["arm"], item["column"]): item for item in report["statements"]["side_effects"]}
+    assert effects["grpo", "reward/scene_shape"]["verdict"].startswith("lower by 0.1")
+    base = {item["arm"]: item["tone"] for item in report["statements"]["against_base"]}
+    assert base == {"grpo": "better", "vipo": "better", "uniform": "better", "inverted": "none"}
+    assert any("conditional on these seeds" in text for text in report["caveats"])
+    matched = {row["arm"]: row for row in report["tables"]["matched"] if row["seed"] is None}
+    assert matched["inverted"]["reached"] is False
+    assert matched["inverted"]["update"] is None
+    page = (folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert '<p class="words">no difference shown</p>' in page
+    assert "not reached" in page
+    table = pd.read_csv(folder / "report" / "tables" / "comparisons.csv")
+    assert set(table["update"]) == {8, 16, 24}
+    assert set(table["reference"]) == {"base", "grpo", "uniform", "inverted"}
+
+
+def test_settings_that_differ_are_shown_and_shared_ones_are_not(built: Built) -> None:
+    page = (built[0] / "report" / "index.html").read_text(encoding="utf-8")
+    section = page[page.index('id="configuration"') : page.index('id="provenance"')]
+    table = section[: section.index("</table>")]
+    assert "objective.map" in table
+    assert "learning_rate" not in table
+    assert "<mark>  map: inverted</mark>" in section
+    assert "<mark>  learning_rate" not in section
+
+
+def test_figures_are_drawings_that_follow_the_readers_colours(built: Built) -> None:
+    for path in sorted((built[0] / "report" / "figures").glob("*.svg")):
+        text = path.read_text()
+        ElementTree.fromstring(text)
+        assert "currentColor" in text, path.name
+        assert "prefers-color-scheme: dark" in text.replace("(prefers-color-scheme:dark)", "prefers-color-scheme: dark")
+        assert "#010203" not in text, path.name
+        assert "#000000" not in text, path.name
+        assert "<dc:date>" not in text
+
+
+def test_five_seeds_get_intervals_over_seeds(tmp_path: Path) -> None:
+    folder, runs = build_experiment(tmp_path, {"base": [0], "vipo": [0, 1, 2, 3, 4]})
+    build_report(folder, runs, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["statements"]["headline"][0]["note"] == f"over 5 seeds and {len(PROMPTS)} prompts"
+    assert not any("conditional" in text for text in report["caveats"])
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def _scores(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "evaluation" / "vipo-s0" / "scores.parquet"
+        change(pd.read_parquet(path)).to_parquet(path, index=False)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove("configs/vipo-s0.yaml"), r"configs/vipo-s0\.yaml: cannot be read"),
+        (_remove("runs/vipo-s0/metrics.jsonl"), r"vipo-s0/metrics\.jsonl: cannot be read"),
+        (_write("runs/vipo-s0/metrics.jsonl", '{"update": 1}\n{"upd'), r"metrics\.jsonl, line 2: is not JSON"),
+        (_write("runs/vipo-s0/metrics.jsonl", ""), r"metrics\.jsonl: holds no update"),
+        (_write("prompts/manifest.json", "[]"), r"manifest\.json: holds no JSON object"),
+        (_remove("evaluation/vipo-s0/scores.parquet"), r"scores\.parquet: missing; evaluate vipo-s0 first"),
+        (_write("evaluation/vipo-s0/scores.parquet", "PAR1"), r"scores\.parquet: cannot be read"),
+        (_scores(lambda rows: rows.drop(columns="change/total")), r"no column change/total"),
+        (_scores(lambda rows: rows.drop(columns="reward/redness")), r"columns .* are not those of base-s0"),
+        (_scores(lambda rows: rows.drop(columns="reward/object_redness")), r"'object_redness' was not evaluated"),
+        (_scores(lambda rows: rows.assign(**{"reward/redness": float("nan")})), r"reward/redness are not finite"),
+        (_scores(lambda rows: rows.assign(run="grpo-s0")), r"holds rows of \['grpo-s0'\], not of vipo-s0"),
+        (_scores(lambda rows: rows[rows["prompt_id"] != prompt_id(PROMPTS[3])]), r"no row for \(.*cannot be paired"),
+        (_remove(f"evaluation/vipo-s0/samples/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
+        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: map u24-.* cannot be read"),
+    ],
+)
+def test_a_missing_or_damaged_input_is_named_and_the_old_report_stays(
+    built: Built, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(built[0], folder)
+    before = (folder / "report" / "report.json").read_bytes()
+    damage(folder)
+    with pytest.raises((ReportError, ScoresError), match=message):
+        build_report(folder, ["base-s0", "grpo-s0", "vipo-s0"], folder / "report")
+    assert (folder / "report" / "report.json").read_bytes() == before
+
+
+def test_runs_must_be_named_and_comparable(built: Built) -> None:
+    for runs, message in (
+        (["base-s0", "../vipo-s0"], "not of the form"),
+        (["vipo-s0"], "none is of arm 'base'"),
+        (["base-s0"], "only the base"),
+    ):
+        with pytest.raises(ReportError, match=message):
+            build_report(built[0], runs, built[0] / "elsewhere")
+    assert not (built[0] / "elsewhere").exists()

@@ -1,0 +1,259 @@
+"""The allocator against scikit-learn, SciPy and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
+
+from vipo.perception.allocator import allocate, orient, principal_components, smooth
+from vipo.perception.scoring import area_under_curve
+from vipo.sampling.noise import keyed_generator
+
+RULES = ("norm", "centre", "border", "skew")
+PAPER = {"components": 3, "aggregation": "variance", "smoothing": 1.0, "orientation": "border", "normalize": "minmax"}
+
+
+def features(batch, width, height, breadth, *, decay=0.5, key=0):
+    """Smooth random features with a decaying spectrum and a mean away from 0."""
+    noise = torch.randn(batch, width, height, breadth, generator=keyed_generator("test", key), dtype=torch.float64)
+    scale = torch.arange(1, width + 1, dtype=torch.float64) ** -decay
+    return (noise * scale.view(1, -1, 1, 1) + 2.0).float()
+
+
+def independent_sign(z, cells, rule):
+    """Each rule written again, position by position, for one component ``(h, w)``."""
+    height, width = z.shape
+    inside = [(i, j) for i in range(1, height - 1) for j in range(1, width - 1)]
+    if rule == "skew":
+        return 1 if np.mean((z - z.mean()) ** 3) >= 0 else -1
+    if rule == "border":
+        ring = [z[i, j] for i in range(height) for j in range(width) if (i, j) not in inside]
+        return 1 if np.mean([z[p] for p in inside]) >= np.mean(ring) else -1
+    cue = np.zeros_like(z)
+    for i in range(height):
+        for j in range(width):
+            dy, dx = (i - (height - 1) / 2) / height, (j - (width - 1) / 2) / width
+            cue[i, j] = np.sqrt((cells[:, i, j] ** 2).sum()) if rule == "norm" else -(dy**2 + dx**2)
+    return 1 if np.corrcoef(z.ravel(), cue.ravel())[0, 1] >= 0 else -1
+
+
+def reference_map(cells, size, *, components, aggregation, smoothing, orientation, normalize):
+    """One image ``(d, h, w)``: scikit-learn's full PCA, SciPy's smoothing, torch's antialiased resize."""
+    width, height, breadth = cells.shape
+    pca = PCA(n_components=components, svd_solver="full")
+    scores = pca.fit_transform(cells.reshape(width, -1).T.astype(np.float64)).T.reshape(components, height, breadth)
+    scaled = []
+    for z in scores:
+        z = z if orientation == "none" else z * independent_sign(z, cells, orientation)
+        scaled.append((z - z.min()) / (z.max() - z.min()))
+    weights = {
+        "variance": pca.explained_variance_ratio_,
+        "average": np.full(components, 1 / components),
+        "first": np.eye(components)[0],
+    }[aggregation]
+    heat = sum(w * z for w, z in zip(weights, scaled, strict=True))
+    if smoothing:
+        heat = gaussian_filter(heat, smoothing)
+    heat = (heat - heat.min()) / (heat.max() - heat.min())
+    heat = F.interpolate(torch.from_numpy(heat)[None, None], size=size, mode="bilinear", antialias=True)[0, 0].numpy()
+    heat = (heat - heat.min()) / (heat.max() - heat.min())
+    return heat / heat.mean() if normalize == "mean" else heat
+
+
+@pytest.mark.parametrize("shape", [(40, 12, 12), (24, 9, 14), (90, 5, 7), (620, 26, 27)])
+@pytest.mark.parametrize("rule", [*RULES, "none"])
+def test_maps_equal_the_independent_reference(shape, rule):
+    cells = features(2, *shape, key=1)
+    options = PAPER | {"orientation": rule}
+    for size in ((16, 16), (10, 24)):
+        found = allocate(cells, size, **options)
+        expected = [reference_map(one, size, **options) for one in cells.numpy()]
+        assert np.abs(found.maps.numpy() - np.stack(expected)).max() < 1e-4
+        assert not found.constant.any()
+
+
+@pytest.mark.parametrize("aggregation", ["variance", "average", "first"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("normalize", ["minmax", "mean"])
+@pytest.mark.parametrize("components", [1, 5])
+def test_every_option_equals_the_independent_reference(aggregation, smoothing, normalize, components):
+    options = {
+        "components": components,
+        "aggregation": aggregation,
+        "smoothing": smoothing,
+        "orientation": "norm",
+        "normalize": normalize,
+    }
+    cells = features(1, 30, 8, 11, key=2)
+    expected = reference_map(cells[0].numpy(), (12, 20), **options)
+    assert np.abs(allocate(cells, (12, 20), **options).maps[0].numpy() - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "decay"),
+    [((40, 16, 16), 0.5), ((300, 6, 9), 0.5), ((600, 25, 26), 0.5), ((700, 23, 24), 1.0), ((530, 23, 24), 0.0)],
+    ids=["tall", "wide", "krylov", "krylov-wide", "no-decay"],
+)
+def test_components_equal_full_pca(shape, decay):
+    cells = features(1, *shape, decay=decay, key=3)
+    projections, explained = principal_components(cells, 3)
+    rows = cells[0].flatten(1).T.double().numpy()
+    pca = PCA(n_components=3, svd_solver="full").fit(rows)
+    expected = pca.transform(rows).T
+    scale = np.abs(expected).max()
+    # scikit-learn's sign rule is ours for "none".
+    assert np.abs(projections[0].flatten(1).numpy() - expected).max() / scale < 1e-5
+    assert np.abs(explained[0].numpy() - pca.explained_variance_ratio_).max() < 1e-7
+
+
+def test_images_that_converge_slowly_do_not_disturb_the_others():
+    smooth_image, flat_image = features(1, 600, 25, 26, key=4), features(1, 600, 25, 26, decay=0.0, key=5)
+    together, _ = principal_components(torch.cat([smooth_image, flat_image]), 2)
+    for one, alone in zip(together, (smooth_image, flat_image), strict=True):
+        assert (one - principal_components(alone, 2)[0][0]).abs().max() < 1e-7 * one.abs().max()
+
+
+def test_no_global_generator_is_read():
+    cells = features(1, 600, 25, 26, key=6)
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        results.append(allocate(cells, (8, 8), **PAPER).maps)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*results)
+
+
+def test_rank_below_k_leaves_the_missing_components_out():
+    ramp = torch.linspace(0, 1, 8).expand(1, 6, 5, 8) * torch.arange(1, 7).view(1, 6, 1, 1)
+    projections, explained = principal_components(ramp, 3)
+    assert explained[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
+    assert projections[0, 1:].abs().max() == 0
+    found = allocate(ramp, (5, 8), **PAPER | {"aggregation": "average", "smoothing": 0.0, "orientation": "norm"})
+    assert torch.allclose(found.maps[0], torch.linspace(0, 1, 8).expand(5, 8), atol=1e-6)
+
+
+grids = st.tuples(st.integers(2, 24), st.integers(3, 9), st.integers(3, 9))
+options = st.fixed_dictionaries(
+    {
+        "components": st.integers(1, 2),
+        "aggregation": st.sampled_from(["variance", "average", "first"]),
+        "smoothing": st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        "orientation": st.sampled_from([*RULES, "none"]),
+        "normalize": st.sampled_from(["minmax", "mean"]),
+    }
+)
+sizes = st.tuples(st.integers(2, 20), st.integers(2, 20))
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids, options, sizes, st.integers(0, 10**6))
+def test_ranges_means_and_permutations(grid, chosen, size, key):
+    cells = features(3, *grid, key=key)
+    found = allocate(cells, size, **chosen)
+    assert found.maps.shape == (3, *size)
+    assert found.maps.dtype == torch.float32
+    if chosen["normalize"] == "minmax":
+        assert torch.all(found.maps.amin(dim=(1, 2))[~found.constant] == 0)
+        assert torch.all(found.maps.amax(dim=(1, 2)) == 1)
+    else:
+        assert found.maps.amin() >= 0
+        assert torch.allclose(found.maps.mean(dim=(1, 2)), torch.ones(3), atol=1e-5)
+    order = torch.tensor([2, 0, 1])
+    permuted = allocate(cells[order], size, **chosen)
+    assert torch.allclose(permuted.maps, found.maps[order], atol=1e-6)
+    assert torch.equal(permuted.constant, found.constant[order])
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids, st.sampled_from(RULES), st.integers(0, 10**6))
+def test_orientation_ignores_the_sign_it_is_given(grid, rule, key):
+    cells = features(2, *grid, key=key)
+    projections, _ = principal_components(cells, 2)
+    flipped = projections * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
+    assert torch.equal(orient(projections, cells, rule), orient(flipped, cells, rule))
+    assert torch.equal(orient(flipped, cells, "none"), flipped)
+
+
+def test_orientation_rules_on_a_known_picture():
+    # A bright off-centre blob: every rule must put it above the ground, whichever sign comes in.
+    heat = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
+    heat[..., 2:5, 3:6] = 1.0
+    cells = 1 + heat * torch.ones(1, 4, 1, 1)
+    centred = heat - heat.mean()
+    for rule in RULES:
+        for sign in (1.0, -1.0):
+            assert torch.equal(orient(sign * centred, cells, rule), centred), rule
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.3, 0.5, 1.0, 2.0, 7.5]))
+def test_smoothing_equals_scipy(height, width, sigma):
+    grid = torch.rand(height, width, generator=keyed_generator("smooth", height, width), dtype=torch.float64)
+    expected = gaussian_filter(grid.numpy(), sigma, mode="reflect", truncate=4.0)
+    assert np.abs(smooth(grid[None], sigma)[0].numpy() - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("normalize", ["minmax", "mean"])
+def test_constant_features_give_ones_and_are_told(normalize):
+    rounding = 1e-7 * torch.randn(1, 5, 6, 6, generator=keyed_generator("rounding"))
+    cells = torch.cat([torch.zeros(1, 5, 6, 6), torch.full((1, 5, 6, 6), 3.0) + rounding, features(1, 5, 6, 6)])
+    found = allocate(cells, (4, 7), **PAPER | {"normalize": normalize})
+    assert found.constant.tolist() == [True, True, False]
+    assert torch.equal(found.maps[:2], torch.ones(2, 4, 7))
+    assert float(found.maps[2].std()) > 0.01
+
+
+def test_a_map_that_is_flat_on_the_latent_grid_is_constant():
+    found = allocate(features(1, 5, 6, 6), (1, 1), **PAPER)
+    assert found.constant.tolist() == [True]
+    assert found.maps.tolist() == [[[1.0]]]
+
+
+def test_maps_carry_no_gradient():
+    cells = features(1, 5, 6, 6).requires_grad_()
+    assert not allocate(cells, (6, 6), **PAPER).maps.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"components": 6}, r"components: 6 is outside 1\.\.5 for features of width 5"),
+        ({"components": 0}, "components: 0"),
+        ({"aggregation": "sum"}, "aggregation: 'sum'"),
+        ({"orientation": "left"}, "orientation: 'left'"),
+        ({"normalize": "max"}, "normalize: 'max'"),
+        ({"smoothing": float("nan")}, "smoothing: nan"),
+        ({"smoothing": -1.0}, "smoothing: -1"),
+    ],
+)
+def test_wrong_options_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        allocate(features(1, 5, 6, 6), (6, 6), **PAPER | change)
+
+
+def test_wrong_features_are_named():
+    with pytest.raises(ValueError, match=r"features: expected shape \(B, d, h, w\).*\(5, 6, 6\)"):
+        allocate(torch.zeros(5, 6, 6), (6, 6), **PAPER)
+    broken = features(3, 5, 6, 6)
+    broken[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"sample\(s\) \[1\]"):
+        allocate(broken, (6, 6), **PAPER)
+    with pytest.raises(ValueError, match="projections: shape"):
+        orient(torch.zeros(1, 2, 3, 4), torch.zeros(1, 5, 3, 3), "norm")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=40))
+def test_area_under_curve_equals_scikit_learn(rows):
+    scores, labels = torch.tensor([row[0] for row in rows]).double(), torch.tensor([row[1] for row in rows])
+    if labels.all() or not labels.any():
+        with pytest.raises(ValueError, match="labels"):
+            area_under_curve(scores, labels)
+    else:
+        assert area_under_curve(scores, labels) == pytest.approx(roc_auc_score(labels.numpy(), scores.numpy()))

@@ -1,0 +1,359 @@
+"""Paired comparisons of arms with bootstrap intervals, and comparisons at matched reward or change.
+
+All functions are pure and take the rows of `scores.parquet` (one row per run, update, prompt and
+sample). A mean is always taken over samples, then prompts, then seeds. Arms are paired by
+``(prompt_id, sample)``: the evaluation gives every arm the same prompts and noise.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from vipo.errors import VipoError
+from vipo.sampling.noise import keyed_seed
+
+#: Fewer seeds than this cannot carry an interval over seeds.
+MINIMUM_SEEDS = 5
+
+_NAMED_PAIRS = 5
+
+Better = Literal["higher", "lower"]
+
+
+class ScoresError(VipoError):
+    """Scores that cannot be compared; the message names the arm and the rows."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of means and its bootstrap interval.
+
+    `unit` says what was resampled: ``"seeds"`` (and prompts), or ``"prompts"`` alone, where the
+    interval is conditional on the seeds that were run, as `note` then says.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    unit: Literal["seeds", "prompts"]
+    note: str
+
+    @property
+    def includes_zero(self) -> bool:
+        """Whether no difference lies inside the interval."""
+        return self.low <= 0 <= self.high
+
+
+def paired_difference(
+    scores: pd.DataFrame,
+    reference: pd.DataFrame,
+    column: str,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `column` in one arm minus its mean in another, with a bootstrap interval.
+
+    With at least five seeds on both sides (an untrained side, all of update 0, has none and does not
+    count), seeds and prompts are resampled as crossed factors (the pigeonhole bootstrap of Owen,
+    2007); sides with the same seeds are paired by seed, as they share prompts and noise in training.
+    With fewer, prompts alone are resampled after averaging over seeds and samples. The limits are
+    percentiles widened for the number of resampled units (the expanded percentile interval of
+    Hesterberg, 2015, section 5.1), as the plain ones are too narrow for few units.
+
+    Args:
+        scores: rows of one arm at one update: `seed`, `update`, `prompt_id`, `sample` and `column`.
+        reference: rows of the other arm, with the same pairs of `prompt_id` and `sample`.
+        column: which score is compared.
+        resamples: bootstrap draws.
+        confidence: nominal coverage, in (0, 1).
+        seed: key of the draws; the same inputs and seed give the same interval.
+
+    Raises:
+        ScoresError: a pair is missing or doubled (named), a value is not finite, or there are fewer
+            than two prompts.
+        ValueError: `confidence` is out of range.
+    """
+    ours, theirs = _value_table(scores, column), _value_table(reference, column)
+    _require_same_pairs(ours, theirs, _arm_label(scores), _arm_label(reference))
+    values, others = _prompt_means(ours), _prompt_means(theirs)
+    prompts = values.shape[1]
+    if prompts < 2:
+        raise ScoresError(f"{column}: one prompt has no spread to resample; evaluate at least 2 prompts")
+    seed_counts = [len(table) for table, rows in ((ours, scores), (theirs, reference)) if (rows["update"] > 0).any()]
+    fewest = min(seed_counts, default=0)
+
+    rng = np.random.default_rng(keyed_seed("bootstrap", seed))
+    prompt_weights = _weights(rng, prompts, resamples)
+    if fewest >= MINIMUM_SEEDS:
+        weights = _weights(rng, len(values), resamples)
+        other_weights = weights if ours.index.equals(theirs.index) else _weights(rng, len(others), resamples)
+        draws = _crossed(weights, values, prompt_weights) - _crossed(other_weights, others, prompt_weights)
+        unit: Literal["seeds", "prompts"] = "seeds"
+        units, note = fewest, f"over {fewest} seeds and {prompts} prompts"
+    else:
+        draws = np.einsum("bp,p->b", prompt_weights, values.mean(axis=0) - others.mean(axis=0))
+        unit, units, note = "prompts", prompts, "conditional on these seeds"
+    tail = tail_probability(confidence, units)
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    estimate = float((values.mean(axis=0) - others.mean(axis=0)).mean())
+    return Interval(estimate, float(low), float(high), unit, note)
+
+
+def tail_probability(confidence: float, units: int) -> float:
+    """Quantile level of the lower limit: Hesterberg's expanded percentile for `units` resampled units.
+
+    It makes a percentile interval of normal data as wide as Student's, which the plain one
+    undershoots by the factor ``sqrt((n - 1) / n)`` and by the normal quantile.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence} must lie in (0, 1)")
+    student = stats.t.ppf((1 - confidence) / 2, units - 1)
+    return float(stats.norm.cdf(math.sqrt(units / (units - 1)) * student))
+
+
+def compare_arms(
+    scores: pd.DataFrame,
+    columns: Sequence[str],
+    *,
+    references: Sequence[str] = ("base", "grpo"),
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every trained arm at every evaluated update against the reference arms.
+
+    The untrained base is compared with every update; another reference at the same update, and its
+    final weights with final weights. References that are absent, or have no such update, give no row.
+
+    Args:
+        scores: rows of all runs, as in `scores.parquet`.
+        columns: scores to compare.
+        references: arms to compare with.
+
+    Returns:
+        One row per arm, update, column and reference: `arm`, `update`, `final`, `column`, `seeds`,
+        `mean`, `reference`, `difference`, `low`, `high`, `unit`, `note`.
+
+    Raises:
+        ScoresError: as `paired_difference`.
+    """
+    rows: list[dict[str, Any]] = []
+    for (arm, update, final), ours in _trained(scores).groupby(["arm", "update", "final"], sort=False):
+        for reference in (name for name in references if name != arm):
+            theirs = scores[scores["arm"] == reference]
+            if (theirs["update"] > 0).any():
+                theirs = theirs[theirs["final"]] if final else theirs[theirs["update"] == update]
+            if theirs.empty:
+                continue
+            for column in columns:
+                interval = paired_difference(
+                    ours, theirs, column, resamples=resamples, confidence=confidence, seed=seed
+                )
+                rows.append(
+                    {
+                        "arm": arm,
+                        "update": update,
+                        "final": final,
+                        "column": column,
+                        "seeds": ours["seed"].nunique(),
+                        "mean": mean_score(ours, column),
+                        "reference": reference,
+                        "difference": interval.estimate,
+                        "low": interval.low,
+                        "high": interval.high,
+                        "unit": interval.unit,
+                        "note": interval.note,
+                    }
+                )
+    names = "arm update final column seeds mean reference difference low high unit note"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def mean_score(scores: pd.DataFrame, column: str) -> float:
+    """Mean of `column` over samples, then prompts, then seeds.
+
+    Raises:
+        ScoresError: a pair is doubled, a seed lacks pairs of another, or a value is not finite.
+    """
+    return float(_prompt_means(_value_table(scores, column)).mean())
+
+
+def evaluation_curves(scores: pd.DataFrame, columns: Sequence[str], *, per_seed: bool = False) -> pd.DataFrame:
+    """Mean scores over the evaluated updates, starting from the base at update 0.
+
+    Args:
+        scores: rows of all runs; arm ``base`` gives every curve's first point.
+        columns: scores to average.
+        per_seed: one curve per arm and seed instead of one per arm.
+
+    Returns:
+        `arm`, `seed` (per_seed only), `update` and `columns`, sorted by update within each curve.
+
+    Raises:
+        ScoresError: there is no row of the base.
+    """
+    base = scores[scores["update"] == 0]
+    if base.empty:
+        raise ScoresError("scores hold no row of the untrained base (update 0): every curve starts there")
+    start = {column: mean_score(base, column) for column in columns}
+    keys = ["arm", "seed"] if per_seed else ["arm"]
+    rows: list[dict[str, Any]] = []
+    for key, curve in _trained(scores).groupby(keys, sort=False):
+        identity = dict(zip(keys, key, strict=True))
+        rows.append({**identity, "update": 0, **start})
+        for update, point in curve.groupby("update", sort=True):
+            rows.append({**identity, "update": update, **{column: mean_score(point, column) for column in columns}})
+    return pd.DataFrame(rows, columns=[*keys, "update", *columns])
+
+
+def matched_reward(scores: pd.DataFrame, on: str, columns: Sequence[str], *, better: Better = "higher") -> pd.DataFrame:
+    """All arms at one common level of `on` (a reward, or a size of change), by linear interpolation.
+
+    The level is the lower median of the best values of those arms that moved past the base, so at
+    least half of them reach it. Each arm's curve over its evaluated updates is followed to where it
+    first reaches the level, and `columns` are interpolated there. A curve that never does is marked,
+    never extrapolated.
+
+    Args:
+        scores: rows of all runs, with the base at update 0.
+        on: the column that is held equal.
+        columns: the columns that are read off.
+        better: the direction in which `on` moves away from the base.
+
+    Returns:
+        One row per arm (`seed` missing: its curve is the mean over seeds) and per arm and seed:
+        `arm`, `seed`, `on`, `level`, `reached`, `update` and `columns`; not reached: missing values.
+        `level` is missing where no arm moved past the base.
+
+    Raises:
+        ScoresError: as `evaluation_curves`.
+    """
+    sign = 1.0 if better == "higher" else -1.0
+    wanted = [on, *(column for column in columns if column != on)]
+    means = evaluation_curves(scores, wanted)
+    start = sign * float(means[on].iloc[0]) if len(means) else math.nan
+    best = (sign * means[means["update"] > 0].set_index("arm")[on]).groupby(level="arm").max()
+    past = [float(value) for value in best if value > start]
+    level = sign * median_low(past) if past else math.nan
+    rows: list[dict[str, Any]] = []
+    for curves in (means, evaluation_curves(scores, wanted, per_seed=True)):
+        keys = [key for key in ("arm", "seed") if key in curves]
+        for key, curve in curves.groupby(keys, sort=False):
+            identity = dict(zip(keys, key, strict=True))
+            found = _interpolated(curve, on, level, sign, ["update", *columns])
+            rows.append({**identity, "on": on, "level": level, "reached": found is not None, **(found or {})})
+    table = pd.DataFrame(rows, columns=["arm", "seed", "on", "level", "reached", "update", *columns])
+    return table.astype({"seed": "Int64"})
+
+
+def wording(interval: Interval, better: Better | None = "higher") -> str:
+    """The words that an interval earns: "no difference shown" where it includes zero.
+
+    `better` is the direction that counts as better; None says only "higher by" or "lower by".
+    """
+    if interval.includes_zero:
+        return "no difference shown"
+    direction = "higher" if interval.estimate > 0 else "lower"
+    word = direction if better is None else "better" if direction == better else "worse"
+    digits = decimals(interval.estimate, interval.low, interval.high)
+    return f"{word} by {abs(interval.estimate):.{digits}f}"
+
+
+def decimals(*values: float) -> int:
+    """Decimal places that show the largest magnitude of `values` with three significant digits (0 to 6)."""
+    largest = max((abs(value) for value in values), default=0.0)
+    return min(6, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 3
+
+
+def _trained(scores: pd.DataFrame) -> pd.DataFrame:
+    return scores[scores["update"] > 0]
+
+
+def _arm_label(scores: pd.DataFrame) -> str:
+    return "/".join(map(str, scores["arm"].unique())) if "arm" in scores else "the arm"
+
+
+def _value_table(scores: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Rows: seeds; columns: (prompt_id, sample), sorted; every cell is known and finite."""
+    label = _arm_label(scores)
+    keys = ["seed", "prompt_id", "sample"]
+    missing = [name for name in (*keys, "update", column) if name not in scores]
+    if missing:
+        raise ScoresError(
+            f"scores of {label}: no column {', '.join(map(repr, missing))}; there are {list(scores.columns)}"
+        )
+    if scores.empty:
+        raise ScoresError(f"scores of {label}: no rows to compare in {column}")
+    doubled = scores[scores.duplicated(keys, keep=False)]
+    if len(doubled):
+        raise ScoresError(f"scores of {label}: several rows for {_named(doubled[keys])}; select one update of one arm")
+    broken = scores[~np.isfinite(scores[column].to_numpy(dtype=np.float64))]
+    if len(broken):
+        raise ScoresError(f"scores of {label}: {column} is not finite for {_named(broken[keys])}")
+    table = scores.pivot(index="seed", columns=["prompt_id", "sample"], values=column)
+    table = table.sort_index(axis=0).sort_index(axis=1)
+    gaps = np.argwhere(table.isna().to_numpy())
+    if len(gaps):
+        absent = pd.DataFrame([(table.index[row], *table.columns[column]) for row, column in gaps], columns=keys)
+        raise ScoresError(f"scores of {label}: no row for {_named(absent)}, which other seeds have")
+    return table
+
+
+def _require_same_pairs(ours: pd.DataFrame, theirs: pd.DataFrame, label: str, other: str) -> None:
+    for have, want, name in ((ours, theirs, label), (theirs, ours, other)):
+        absent = want.columns.difference(have.columns)
+        if len(absent):
+            raise ScoresError(
+                f"scores of {name}: no row for {_named(absent.to_frame(index=False))}, so {label} and {other} cannot "
+                "be paired; evaluate both on the same prompts and samples"
+            )
+
+
+def _named(pairs: pd.DataFrame) -> str:
+    shown = [
+        "(" + ", ".join(f"{key} {value}" for key, value in row.items()) + ")"
+        for row in pairs.head(_NAMED_PAIRS).to_dict("records")
+    ]
+    more = len(pairs) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _prompt_means(table: pd.DataFrame) -> NDArray[np.float64]:
+    """``(seeds, prompts)``: means over samples."""
+    means = table.T.groupby(level="prompt_id", sort=True).mean().T
+    return means.to_numpy(dtype=np.float64)
+
+
+def _weights(rng: np.random.Generator, units: int, resamples: int) -> NDArray[np.float64]:
+    """``(resamples, units)``: how often a draw with replacement takes each unit, as shares that sum to 1."""
+    return rng.multinomial(units, np.full(units, 1 / units), size=resamples) / units
+
+
+def _crossed(
+    seed_weights: NDArray[np.float64], values: NDArray[np.float64], prompt_weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    # einsum without a contraction path runs no BLAS: the sums do not depend on the number of threads.
+    return np.einsum("bs,sp,bp->b", seed_weights, values, prompt_weights)
+
+
+def _interpolated(
+    curve: pd.DataFrame, on: str, level: float, sign: float, columns: Sequence[str]
+) -> dict[str, float] | None:
+    heights = sign * curve[on].to_numpy(dtype=np.float64)
+    at_least = np.flatnonzero(heights >= sign * level)
+    if len(at_least) == 0 or at_least[0] == 0:
+        return None
+    after = int(at_least[0])
+    share = (sign * level - heights[after - 1]) / (heights[after] - heights[after - 1])
+    values = curve[list(columns)].to_numpy(dtype=np.float64)
+    point = values[after - 1] + share * (values[after] - values[after - 1])
+    return dict(zip(columns, map(float, point), strict=True))

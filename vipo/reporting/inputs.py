@@ -1,0 +1,199 @@
+"""What the report reads: configurations, metrics, scores, samples and maps of an experiment's runs, checked."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vipo.config.compose import ConfigError, load_config_file
+from vipo.config.models import Config
+from vipo.errors import VipoError
+
+_RUN = re.compile(r"[a-z0-9][a-z0-9_]*-s\d+\Z")
+_SCORE_KEYS = ("run", "arm", "seed", "update", "final", "prompt_id", "prompt", "sample")
+
+
+class ReportError(VipoError):
+    """The report cannot be built; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's records. The base has no metrics, times and training provenance: it is never trained."""
+
+    name: str
+    config: Config
+    config_text: str
+    metrics: pd.DataFrame
+    timing: pd.DataFrame
+    provenance: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All inputs of a report; `runs` follow the experiment's order of arms, then seeds."""
+
+    folder: Path
+    runs: tuple[Run, ...]
+    scores: pd.DataFrame
+    prompt_counts: dict[str, int]
+    manifest: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The first run's configuration, for what all runs share."""
+        return self.runs[0].config
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms in order, the base first."""
+        return list(dict.fromkeys(run.config.arm for run in self.runs))
+
+    def of_arm(self, arm: str) -> list[Run]:
+        """The runs of one arm, by seed."""
+        return [run for run in self.runs if run.config.arm == arm]
+
+    @property
+    def rewards(self) -> list[str]:
+        """Score columns ``reward/<name>``, the trained ones first."""
+        trained = [f"reward/{term.name}" for term in self.config.reward.terms]
+        evaluated = [name for name in self.scores.columns if name.startswith("reward/")]
+        return [*(name for name in trained if name in evaluated), *(name for name in evaluated if name not in trained)]
+
+    @property
+    def changes(self) -> list[str]:
+        """Score columns ``change/<part>``."""
+        return [name for name in self.scores.columns if name.startswith("change/")]
+
+
+def read_experiment(folder: Path, runs: Sequence[str]) -> Experiment:
+    """Read and check the inputs of a report.
+
+    Raises:
+        ReportError: a file is missing or malformed, runs do not belong together, or there is nothing to compare.
+    """
+    for name in runs:
+        if not _RUN.match(name):
+            raise ReportError(f"run {name!r}: not of the form <arm>-s<seed>")
+    loaded = [_read_run(folder, name) for name in dict.fromkeys(runs)]
+    if not any(run.config.is_base for run in loaded):
+        raise ReportError(f"runs {', '.join(runs)}: none is of arm 'base', which every arm is compared with")
+    if all(run.config.is_base for run in loaded):
+        raise ReportError(f"runs {', '.join(runs)}: only the base; add a trained arm to compare it with")
+    _require_one_experiment(folder, loaded)
+    order = list(loaded[0].config.experiment.arms)
+    loaded.sort(key=lambda run: (not run.config.is_base, _position(run, order), run.config.seed))
+    scores = [_read_scores(folder / "evaluation" / run.name / "scores.parquet", run) for run in loaded]
+    for run, table in zip(loaded, scores, strict=True):
+        if list(table.columns) != list(scores[0].columns):
+            raise ReportError(
+                f"{folder / 'evaluation' / run.name / 'scores.parquet'}: columns {list(table.columns)} are not those "
+                f"of {loaded[0].name} ({list(scores[0].columns)}); evaluate both again"
+            )
+    prompts = folder / "prompts"
+    counts = {name: len(_read_text(prompts / f"{name}.jsonl").splitlines()) for name in ("train", "eval")}
+    manifest = _read_mapping(prompts / "manifest.json")
+    return Experiment(folder, tuple(loaded), pd.concat(scores, ignore_index=True), counts, manifest)
+
+
+def _position(run: Run, order: Sequence[str]) -> int:
+    return order.index(run.config.arm) if run.config.arm in order else len(order)
+
+
+def _require_one_experiment(folder: Path, runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs:
+        for part in ("experiment.name", "reward", "evaluation"):
+            values = [_value(config, part) for config in (first.config, run.config)]
+            if values[0] != values[1]:
+                raise ReportError(
+                    f"{folder / 'configs'}: {part} of {run.name} is not that of {first.name}; "
+                    "runs of one report share it, so leave one of them out or run it again"
+                )
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    path = folder / "configs" / f"{name}.yaml"
+    try:
+        config = load_config_file(path)
+    except ConfigError as error:
+        raise ReportError(str(error)) from error
+    if config.run_name != name:
+        raise ReportError(f"{path}: describes run {config.run_name}, not {name}")
+    text = _read_text(path)
+    if config.is_base:
+        return Run(name, config, text, pd.DataFrame(), pd.DataFrame(), None)
+    run = folder / "runs" / name
+    metrics, timing = _read_rows(run / "metrics.jsonl"), _read_rows(run / "timing.jsonl")
+    return Run(name, config, text, metrics, timing, _read_mapping(run / "provenance.json"))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: cannot be read ({error}); run the stage that writes it") from error
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise ReportError(f"{path}: is not JSON ({error}); run the stage that writes it again") from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{path}: holds no JSON object; run the stage that writes it again")
+    return value
+
+
+def _read_rows(path: Path) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ReportError(f"{path}, line {number}: is not JSON ({error}); train the run again") from error
+        if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+            raise ReportError(f"{path}, line {number}: has no whole number 'update'; train the run again")
+        rows.append(row)
+    if not rows:
+        raise ReportError(f"{path}: holds no update; train the run first")
+    return pd.DataFrame(rows)
+
+
+def _read_scores(path: Path, run: Run) -> pd.DataFrame:
+    if not path.is_file():
+        raise ReportError(f"{path}: missing; evaluate {run.name} first")
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read ({error}); evaluate {run.name} again") from error
+    missing = [key for key in (*_SCORE_KEYS, "change/total") if key not in table]
+    if missing:
+        raise ReportError(f"{path}: no column {', '.join(missing)}; evaluate {run.name} again")
+    if table.empty or set(table["run"]) != {run.name}:
+        raise ReportError(f"{path}: holds rows of {sorted(set(table['run']))}, not of {run.name}; evaluate it again")
+    for term in run.config.reward.terms:
+        if f"reward/{term.name}" not in table:
+            raise ReportError(
+                f"{path}: the trained reward '{term.name}' was not evaluated; add it to evaluation.rewards and "
+                "evaluate again"
+            )
+    numbers = table[[name for name in table.columns if name.startswith(("reward/", "change/"))]]
+    finite = np.isfinite(numbers.to_numpy(dtype=np.float64)).all(axis=0)
+    if not finite.all():
+        raise ReportError(f"{path}: values of {', '.join(numbers.columns[~finite])} are not finite; evaluate again")
+    if run.config.is_base != bool((table["update"] == 0).all()) or not table["final"].any():
+        raise ReportError(f"{path}: a trained run has updates above 0 and final rows, the base update 0 alone")
+    return table
