@@ -100,7 +100,7 @@ def main() -> None:
         clock = NetworkClock()
         instrument(trainer, clock)
         backward = Tensor.backward
-        Tensor.backward = clock.wrap(backward)  # type: ignore[method-assign,assignment]
+        Tensor.backward = clock.wrap(backward)  # type: ignore[method-assign]
         rows = []
         try:
             for number in range(2, arguments.updates + 2):

@@ -15,8 +15,8 @@ from pathlib import Path
 def main() -> None:
     """Arguments: results folder, JSON list of moments, overrides.
 
-    A moment is null (let it finish) or ``[updates, seconds]``: kill that many seconds after ``metrics.jsonl`` holds that
-    many updates.
+    A moment is null (let it finish) or ``[updates, seconds]``: kill that many seconds after ``metrics.jsonl``
+    holds that many updates.
     """
     from vipo.config.compose import load_config, repository_root
     from vipo.training.trainer import train_run

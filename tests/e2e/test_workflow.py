@@ -76,7 +76,7 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     assert scores.groupby(["run", "update"]).size().unique().tolist() == [8]
     base = scores[scores["run"] == "base-s0"]
     assert float(base["change/total"].abs().max()) == 0
-    assert set(os.listdir(project)) <= {
+    assert {path.name for path in project.iterdir()} <= {
         "configs", "workflow", "data", "Snakefile", "requirements.lock", "CITATION.cff", "results", ".snakemake"
     }  # fmt: skip
 

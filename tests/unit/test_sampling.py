@@ -1,5 +1,7 @@
 """Schedules and transitions against closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_dance_transition_equals_the_reverse_sde() -> None:
     for i in range(3):
         x, v = step["latents"][i].double(), step["velocity"][i].double()
         s, dt = float(step["sigma"][i]), float(step["sigma"][i]) - float(step["sigma_next"][i])
-        # Score of the marginal from the velocity: with x = (1 - s) x0 + s n, the noise is n = x + (1 - s) v and the score -n / s.
+        # With x = (1 - s) x0 + s n the noise is n = x + (1 - s) v, and the marginal's score is -n / s.
         score = -(x + (1 - s) * v) / s
         torch.testing.assert_close(mean[i].double(), x - v * dt + 0.5 * eta**2 * score * dt, atol=2e-6, rtol=0)
         assert float(std[i]) == pytest.approx(eta * dt**0.5, rel=1e-6)
@@ -68,7 +70,7 @@ def test_marginals_are_kept() -> None:
     generator = torch.Generator().manual_seed(1)
     sigmas = sigma_schedule(400, 1.0)
     x = torch.randn(4, 1, 100, 100, generator=generator)
-    for s, s_next in zip(sigmas[:-2], sigmas[1:-1], strict=True):
+    for s, s_next in itertools.pairwise(sigmas[:-1]):
         velocity = x * (2 * s - 1) / (s**2 + (1 - s) ** 2)
         mean, std = dance_transition(x, velocity, s.expand(4), s_next.expand(4), 0.5)
         x = mean + std * torch.randn(x.shape, generator=generator)

@@ -39,7 +39,9 @@ TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
 
 for run, resolved in RUNS.items():
-    write_if_changed(Path(EXPERIMENT_DIR, "configs", f"{run}.yaml"), dump_config(resolved))
+    write_if_changed(
+        Path(EXPERIMENT_DIR, "configs", f"{run}.yaml"), dump_config(resolved)
+    )
 
 
 wildcard_constraints:
@@ -52,7 +54,7 @@ def config_file(run):
 
 
 def sections(run, *names):
-    """What a rule reads of a run's configuration, as text: a change reruns the rule, a comment does not."""
+    """Chosen parts of a run's configuration, as text. A change reruns what reads them, a comment does not."""
     data = RUNS[run].model_dump(mode="json", include=set(names))
     return json.dumps(data, sort_keys=True)
 
@@ -72,3 +74,10 @@ def prompt_files():
     """The prompt source where it is a file; a callable source has none."""
     source = ROOT / RUNS[FIRST].prompts.source
     return [str(source)] if source.is_file() else []
+
+
+def finished_run(wildcards):
+    """The finished run that an evaluation reads; the base arm has none."""
+    if RUNS[wildcards.run].is_base:
+        return []
+    return [f"{EXPERIMENT_DIR}/runs/{wildcards.run}/provenance.json"]

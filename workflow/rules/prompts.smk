@@ -7,10 +7,10 @@ rule prepare:
         eval=f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
         manifest=f"{EXPERIMENT_DIR}/prompts/manifest.json",
         provenance=f"{EXPERIMENT_DIR}/prompts/provenance.json",
-    params:
-        sections=sections(FIRST, "prompts"),
     log:
         f"{EXPERIMENT_DIR}/logs/prepare.log",
+    params:
+        sections=sections(FIRST, "prompts"),
     shell:
         "vipo prepare --config {input.config} 2>&1 | tee {log}"
 
@@ -25,9 +25,9 @@ rule encode:
         train=f"{EXPERIMENT_DIR}/embeddings/train.safetensors",
         eval=f"{EXPERIMENT_DIR}/embeddings/eval.safetensors",
         provenance=f"{EXPERIMENT_DIR}/embeddings/provenance.json",
-    params:
-        sections=sections(FIRST, "generator"),
     log:
         f"{EXPERIMENT_DIR}/logs/encode.log",
+    params:
+        sections=sections(FIRST, "generator"),
     shell:
         "vipo encode --config {input.config} 2>&1 | tee {log}"

@@ -7,24 +7,22 @@ rule report:
         page=f"{EXPERIMENT_DIR}/report/index.html",
         data=f"{EXPERIMENT_DIR}/report/report.json",
         provenance=f"{EXPERIMENT_DIR}/report/provenance.json",
-    params:
-        sections=[sections(run, "experiment", "reward", "evaluation") for run in RUNS],
-        first=f"{EXPERIMENT_DIR}/configs/{FIRST}.yaml",
     log:
         f"{EXPERIMENT_DIR}/logs/report.log",
+    params:
+        sections=[sections(run, "experiment", "reward", "evaluation") for run in RUNS],
     shell:
-        "vipo report --config {params.first} 2>&1 | tee {log}"
+        "vipo report --config {input.config[0]} 2>&1 | tee {log}"
 
 
 rule crate:
     input:
+        config=config_file(FIRST),
         page=rules.report.output.page,
         data=rules.report.output.data,
     output:
         f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
-    params:
-        first=f"{EXPERIMENT_DIR}/configs/{FIRST}.yaml",
     log:
         f"{EXPERIMENT_DIR}/logs/crate.log",
     shell:
-        "vipo crate --config {params.first} 2>&1 | tee {log}"
+        "vipo crate --config {input.config} 2>&1 | tee {log}"

@@ -8,20 +8,13 @@ rule train:
         config=f"{EXPERIMENT_DIR}/runs/{{run}}/config.yaml",
         metrics=f"{EXPERIMENT_DIR}/runs/{{run}}/metrics.jsonl",
         provenance=f"{EXPERIMENT_DIR}/runs/{{run}}/provenance.json",
-    params:
-        identity=lambda wildcards: identity(wildcards.run),
-    threads: RUNS[FIRST].training.threads
     log:
         f"{EXPERIMENT_DIR}/logs/train-{{run}}.log",
+    threads: RUNS[FIRST].training.threads
+    params:
+        identity=lambda wildcards: identity(wildcards.run),
     shell:
         "vipo train --config {input.config} 2>&1 | tee {log}"
-
-
-def run_outputs(wildcards):
-    """The finished run that an evaluation reads; the base arm has none."""
-    if RUNS[wildcards.run].is_base:
-        return []
-    return [f"{EXPERIMENT_DIR}/runs/{wildcards.run}/provenance.json"]
 
 
 rule evaluate:
@@ -30,12 +23,15 @@ rule evaluate:
         prompts=rules.prepare.output.eval,
         embeddings=rules.encode.output.eval,
         generator=generator_files(),
-        run=run_outputs,
+        run=finished_run,
     output:
         scores=f"{EXPERIMENT_DIR}/evaluation/{{run}}/scores.parquet",
         summary=f"{EXPERIMENT_DIR}/evaluation/{{run}}/summary.json",
         maps=f"{EXPERIMENT_DIR}/evaluation/{{run}}/maps.safetensors",
         provenance=f"{EXPERIMENT_DIR}/evaluation/{{run}}/provenance.json",
+    log:
+        f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
+    threads: RUNS[FIRST].training.threads
     params:
         sections=lambda wildcards: sections(
             wildcards.run,
@@ -45,8 +41,5 @@ rule evaluate:
             "evaluation",
             "training",
         ),
-    threads: RUNS[FIRST].training.threads
-    log:
-        f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
     shell:
         "vipo evaluate --config {input.config} 2>&1 | tee {log}"

@@ -1,0 +1,46 @@
+"""The README's commands are the ones that exist; the cheap ones are run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from vipo.cli import app
+from vipo.config.compose import load_config, repository_root
+
+ROOT = repository_root()
+README = (ROOT / "README.md").read_text()
+COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^vipo .*$", README, re.MULTILINE)]
+
+
+def test_commands_are_documented() -> None:
+    assert {command[1] for command in COMMANDS} >= {"map", "config", "train", "evaluate", "base"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command_parses_and_its_configuration_validates(command: list[str]) -> None:
+    group = typer.main.get_command(app)
+    with group.make_context("vipo", command[1:]) as context:
+        name, subcommand, rest = group.resolve_command(context, command[1:])  # type: ignore[attr-defined]
+    assert name == command[1]
+    with subcommand.make_context(name, rest) as parsed:
+        overrides = parsed.params.get("overrides")
+    if overrides:
+        assert load_config(list(overrides)).experiment.name == "demo"
+
+
+def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = (c for c in COMMANDS if c[1] == "map")
+    monkeypatch.chdir(tmp_path)
+    Image.effect_mandelbrot((320, 240), (-2, -1.2, 1, 1.2), 50).convert("RGB").save("photo.jpg")
+    app(command[1:], standalone_mode=False)
+    with Image.open("overlay.png") as picture:
+        assert picture.width > 320
+
+
+def test_files_that_it_names_exist() -> None:
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (ROOT / target).is_file(), target
