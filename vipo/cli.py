@@ -169,7 +169,7 @@ def base(
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "matplotlib", "fontTools"):
+    for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()

@@ -102,7 +102,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
             ["training.trained_transitions=10"],
             ["training.trained_transitions 10", "9 transitions", "sampling.steps 10"],
         ),
-        (["training.save_at=[24]"], ["training", "save_at [24]", "updates 24"]),
+        (["training.save_at=[30]"], ["training", "save_at [30]", "updates 30"]),
         (["objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'", "ratio 'position'"]),
         (["objective.map=none"], ["objective", "ratio 'position'", "'psm', 'uniform' or 'inverted'"]),
         (["arm=grpo", "objective.clip.scope=position"], ["objective", "clip.scope 'position'", "ratio 'position'"]),

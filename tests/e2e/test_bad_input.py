@@ -1,0 +1,415 @@
+"""Bad input through the commands: a clear error, a status that is not 0, and nothing half-written taken for whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import pytest
+
+from vipo.config.compose import load_config, repository_root
+from vipo.prompts.prompt import clean_text
+from vipo.stages import encode_stage, prepare_stage
+
+if TYPE_CHECKING:
+    from command import Command
+
+# Loaded as a plugin, its assertions explain themselves.
+pytest_plugins = ["command"]
+
+ROOT = repository_root()
+HERE = Path(__file__).parent
+RUN = "demo/runs/grpo-s0"
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    """Two updates of the arm that needs no backbone."""
+    return [*tiny_overrides, "arm=grpo", "training.updates=2", "training.save_at=[]"]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with prompts and embeddings."""
+    results = tmp_path_factory.mktemp("shared")
+    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
+    prepare_stage(config, ROOT, results)
+    encode_stage(config, ROOT, results)
+    return results
+
+
+@pytest.fixture
+def results(shared: Path, tmp_path: Path) -> Path:
+    """A copy of `shared` that a test may spoil."""
+    return shutil.copytree(shared, tmp_path / "results")
+
+
+@pytest.fixture
+def generator(tiny_generator: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny generator that a test may spoil."""
+    return shutil.copytree(tiny_generator, tmp_path / "generator")
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def assert_not_taken_for_whole(folder: Path) -> None:
+    """No record of success, no remains of a write, no result where the next stage looks for it."""
+    found = files(folder) if folder.is_dir() else {}
+    assert not [name for name in found if name.endswith(("provenance.json", ".parquet")) or ".partial" in name]
+    assert not (folder / "weights").exists()
+
+
+# ---- prompts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.txt", b"", ["empty.txt", "is empty", "write at least one prompt"]),
+        ("blank.txt", b" \n\n \t\n", ["blank.txt", "is empty"]),
+        ("noise.txt", bytes(range(256)) * 8, ["noise.txt", "binary", "UTF-8"]),
+        ("latin.txt", "ein rotes Dreieck über Grün\n".encode("latin-1"), ["latin.txt", "line 1", "0xfc", "iconv"]),
+        ("noise.parquet", b"PAR1" + bytes(100), ["noise.parquet", "not a Parquet file"]),
+        ("cut.jsonl", b'{"prompt": "a"}\n{"prompt": "b', ["cut.jsonl", "line 2", "not JSON"]),
+        ("other.jsonl", b'{"text": "a"}\n', ["other.jsonl", "prompts.text_key", "text"]),
+        ("one.txt", b"a red circle\n", ["one.txt", "prompts.eval_share", "add prompts"]),
+        ("prompts.xlsx", b"a red circle\n", ["prompts.xlsx", ".jsonl"]),
+        ("absent.txt", None, ["absent.txt", "No such file", "existing file"]),
+    ],
+)
+def test_prompt_files_that_cannot_be_used(
+    vipo: Command, tmp_path: Path, name: str, content: bytes | None, told: list[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    results = tmp_path / "results"
+    vipo("prepare", "experiment=demo", f"prompts.source={tmp_path / name}", "--results", results).refuses(*told)
+    assert not files(tmp_path / "results")
+
+
+def test_a_failed_prepare_leaves_the_old_prompts_without_their_record(vipo: Command, tmp_path: Path) -> None:
+    source, results = tmp_path / "prompts.txt", tmp_path / "results"
+    source.write_text("".join(f"a circle, number {i}\n" for i in range(40)))
+    command = ["prepare", "experiment=demo", f"prompts.source={source}", "--results", results]
+    assert vipo(*command).code == 0
+    before = files(results / "demo/prompts")
+    source.write_bytes(b"\0\1\2")
+    vipo(*command).refuses("prompts.txt", "binary")
+    after = files(results / "demo/prompts")
+    assert after == {name: content for name, content in before.items() if name != "provenance.json"}
+
+
+def test_a_prompt_of_100_kilobytes_is_dropped_and_counted(vipo: Command, tmp_path: Path) -> None:
+    source, results = tmp_path / "prompts.txt", tmp_path / "results"
+    good = [f"a circle, number {i}" for i in range(40)]
+    source.write_text("\n".join([*good[:20], "x" * 100_000, *good[20:]]) + "\n")
+    assert vipo("prepare", "experiment=demo", f"prompts.source={source}", "--results", results).code == 0
+    manifest = json.loads((results / "demo/prompts/manifest.json").read_text())
+    assert manifest["dropped"]["too_long"] == [21]
+    assert manifest["counts"]["kept"] == 40
+    kept = [
+        json.loads(line)["text"]
+        for half in ("train", "eval")
+        for line in (results / f"demo/prompts/{half}.jsonl").read_text().splitlines()
+    ]
+    assert sorted(kept) == sorted(good)
+
+
+HOSTILE = [
+    '<script>alert("x")</script> & a circle',
+    "it's a \"quoted\" `square` {{ seven * 7 }}",
+    "two\nlines,\ttabs\r\nand\u00a0blanks",
+    "a 🔴 beside a 👩‍🚀, é as e\u0301",
+    "עיגול אדום \u200fעל רקע שחור",
+    "دائرة حمراء \u202bعلى خلفية\u202c زرقاء",
+    "../../../etc/passwd; rm -rf $(HOME) | %s %n {0}",
+    "赤い丸\u3000と青い四角",
+]  # fmt: skip
+
+
+def test_hostile_prompts_go_all_the_way_undamaged(vipo: Command, overrides: list[str], tmp_path: Path) -> None:
+    source, results = tmp_path / "prompts.jsonl", tmp_path / "results"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE), encoding="utf-8")
+    arguments = [
+        *overrides, f"prompts.source={source}", "prompts.eval_share=0.3", "reward.terms=[{name: redness}]",
+        "evaluation.rewards=[redness]", "evaluation.prompts=8", "training.updates=1", "--results", results,
+        "~experiment.arms.vipo", "~experiment.arms.uniform", "~experiment.arms.inverted",
+        "experiment.arms.grpo.seeds=[0]",
+    ]  # fmt: skip
+    for command in (["prepare"], ["encode"], ["train"], ["evaluate"], ["evaluate", "arm=base"]):
+        shown = vipo(command[0], *arguments, *command[1:])
+        assert shown.code == 0, shown.err
+    cleaned = {clean_text(text) for text in HOSTILE}
+    halves = {
+        half: [
+            json.loads(line)["text"]
+            for line in (results / f"demo/prompts/{half}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for half in ("train", "eval")
+    }
+    assert set(halves["train"]) | set(halves["eval"]) == cleaned
+    assert len(halves["train"]) >= 2
+    assert halves["eval"]
+    scores = pd.read_parquet(results / "demo/evaluation/grpo-s0/scores.parquet")
+    assert set(scores["prompt"]) == set(halves["eval"])
+    names = [path.name for path in (results / "demo/evaluation/grpo-s0/samples").iterdir()]
+    assert names
+    assert all(set(name) <= set("0123456789abcdefu-.png") for name in names)
+    shown = vipo("report", *arguments)
+    assert shown.code == 0, shown.err
+    page = (results / "demo/report/index.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert not [path for path in tmp_path.rglob("*") if "passwd" in path.name]
+
+
+# ---- the generator ---------------------------------------------------------------------------------
+
+
+def test_missing_checkpoint_folder(vipo: Command, overrides: list[str], results: Path, tmp_path: Path) -> None:
+    shutil.rmtree(results / "demo/embeddings")
+    for stage in ("encode", "train"):
+        shown = vipo(stage, *overrides, f"generator.path={tmp_path / 'absent'}", "--results", results)
+        shown.refuses("generator.path", str(tmp_path / "absent"), "Give an existing folder")
+    vipo("encode", *overrides, f"generator.path={ROOT / 'data'}", "--results", results).refuses(
+        "model_index.json", "generator.path"
+    )
+    assert_not_taken_for_whole(results / "demo/embeddings")
+    assert_not_taken_for_whole(results / RUN)
+
+
+@pytest.mark.parametrize(
+    "part", ["text_encoder/model.safetensors", "text_encoder_2/model.safetensors", "tokenizer/tokenizer.json"]
+)
+def test_truncated_text_encoder(vipo: Command, overrides: list[str], results: Path, generator: Path, part: str) -> None:
+    halve(generator / part)
+    shown = vipo("encode", *overrides, f"generator.path={generator}", "--results", results)
+    shown.refuses(str((generator / part).parent), "cannot be loaded", "copy or download generator.path again")
+    assert not (results / "demo/embeddings/provenance.json").exists()
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_without_its_vocabulary_is_no_tokenizer(
+    vipo: Command, overrides: list[str], results: Path, generator: Path, part: str
+) -> None:
+    """The library builds an empty one, and every prompt becomes the same row of unknown tokens."""
+    (generator / part / "tokenizer.json").unlink()
+    shown = vipo("encode", *overrides, f"generator.path={generator}", "--results", results)
+    shown.refuses(str(generator / part), "no vocabulary", "generator.path")
+    assert not (results / "demo/embeddings/provenance.json").exists()
+
+
+@pytest.mark.parametrize(
+    "part", ["transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+)
+def test_truncated_network(vipo: Command, overrides: list[str], generator: Path, tmp_path: Path, part: str) -> None:
+    path = f"generator.path={generator}"
+    results = tmp_path / "results"
+    assert vipo("prepare", *overrides, path, "--results", results).code == 0
+    assert vipo("encode", *overrides, path, "--results", results).code == 0
+    halve(generator / part)
+    shown = vipo("train", *overrides, path, "--results", results)
+    shown.refuses(str(generator / part), "cannot be loaded", "copy or download generator.path again")
+    assert_not_taken_for_whole(results / RUN)
+
+
+def test_absent_device(vipo: Command, overrides: list[str], results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for stage in ("train", "encode"):
+        vipo(stage, *overrides, "generator.device=cuda", "--results", results).refuses(
+            "generator.device 'cuda'", "generator.device=cpu"
+        )
+    assert_not_taken_for_whole(results / RUN)
+
+
+def test_what_the_network_does_not_take(vipo: Command, overrides: list[str], results: Path) -> None:
+    for change, told in (
+        ("generator.height=60", ["generator.height 60", "multiple of 8"]),
+        ("training.lora={rank: 2, alpha: 2.0, targets: [nope]}", ["training.lora.targets ['nope']"]),
+        ("training.prompts_per_update=2000", ["training.prompts_per_update 2000", "168 training prompts", "lower it"]),
+    ):
+        vipo("train", *overrides, change, "--results", results).refuses(*told)
+    assert_not_taken_for_whole(results / RUN)
+
+
+# ---- rewards and backbones -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("rednes", ["reward.terms.0.name", "'rednes'", "did you mean 'redness'"]),
+        ("bad_rewards:absent", ["'bad_rewards:absent'", "no attribute 'absent'"]),
+        ("no_such_module:reward", ["'no_such_module:reward'", "No module named"]),
+        ("bad_rewards:Unloadable", ["'bad_rewards:Unloadable'", "judge.safetensors"]),
+        ("bad_rewards:raises", ["'bad_rewards:raises'", "RuntimeError: the judge is asleep"]),
+        ("bad_rewards:raises_on_batches", ["'bad_rewards:raises_on_batches'", "the judge is asleep"]),
+        ("bad_rewards:wrong_shape", ["'bad_rewards:wrong_shape'", "expected shape (1,)", "(1, 3)"]),
+        ("bad_rewards:no_tensor", ["'bad_rewards:no_tensor'", "expected a tensor", "list"]),
+        ("bad_rewards:nan_always", ["update 1", "no sample has a finite reward", "bad_rewards:nan_always"]),
+        ("scene", ["scene metadata", "'objects'"]),
+    ],
+)
+def test_rewards_that_cannot_be_used(
+    vipo: Command, overrides: list[str], results: Path, tmp_path: Path, name: str, told: list[str]
+) -> None:
+    if name == "scene":
+        for half in ("train", "eval"):
+            path = results / f"demo/prompts/{half}.jsonl"
+            rows = [{**json.loads(line), "metadata": {}} for line in path.read_text().splitlines()]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    vipo("train", *overrides, f'reward.terms=[{{name: "{name}"}}]', "--results", results).refuses(*told)
+    assert_not_taken_for_whole(results / RUN)
+    metrics = results / RUN / "metrics.jsonl"
+    assert not metrics.is_file() or metrics.read_bytes() == b""
+
+
+def test_nan_for_some_samples_leaves_them_out(
+    vipo: Command, overrides: list[str], results: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        shown = vipo("train", *overrides, 'reward.terms=[{name: "bad_rewards:nan_sometimes"}]', "--results", results)
+    assert shown.code == 0, shown.err
+    rows = [json.loads(line) for line in (results / RUN / "metrics.jsonl").read_text().splitlines()]
+    # Two micro-batches an update, two bad samples in each.
+    assert [row["samples/invalid"] for row in rows] == [4, 4]
+    assert all(row["grad/norm"] > 0 for row in rows)
+    assert caplog.text.count("left out, its reward is not finite") == 8
+
+
+@pytest.mark.parametrize(
+    ("backbone", "told"),
+    [
+        ("bad_backbones:narrow", ["perception.components: 3", "feature width 2", "lower it"]),
+        ("bad_backbones:coarse", ["perception.components: 3", "1x1 grid", "perception.input_size"]),
+        ("bad_backbones:no_backbone", ["perception.backbone", "Conv2d", "vipo.perception.Backbone"]),
+        ("bad_backbones:absent", ["perception.backbone", "cannot be imported"]),
+        ("efficientnet_lite", ["perception.backbone", "is not a timm model", "efficientnet_lite0"]),
+    ],
+)
+def test_backbones_that_do_not_fit_stop_before_the_first_update(
+    vipo: Command, overrides: list[str], results: Path, backbone: str, told: list[str]
+) -> None:
+    vipo("train", *overrides, "arm=vipo", f'perception.backbone="{backbone}"', "--results", results).refuses(*told)
+    assert not (results / "demo/runs").exists() or not files(results / "demo/runs")
+
+
+# ---- stages in the wrong order or on other data ----------------------------------------------------
+
+
+def test_the_base_arm_is_not_trained(vipo: Command, overrides: list[str], results: Path) -> None:
+    vipo("train", *overrides, "arm=base", "--results", results).refuses("arm 'base'", "nothing to train")
+    assert not (results / "demo/runs").exists()
+
+
+def test_stages_name_the_one_before(vipo: Command, overrides: list[str], results: Path, tmp_path: Path) -> None:
+    vipo("encode", *overrides, "--results", tmp_path / "none").refuses(
+        "train.jsonl", "run the stage that writes it first"
+    )
+    vipo("evaluate", *overrides, "--results", tmp_path / "none").refuses("prompts/provenance.json", "run its stage")
+    vipo("report", *overrides, "--results", tmp_path / "none").refuses("demo/", "run the stage that writes it first")
+    vipo("evaluate", *overrides, "--results", results).refuses("grpo-s0", "no finished run", "train stage")
+    # As a killed encode leaves it: tensors, perhaps of one half only, without a record.
+    (results / "demo/embeddings/provenance.json").unlink()
+    vipo("evaluate", *overrides, "--results", results).refuses("embeddings/provenance.json", "run its stage")
+    assert not files(tmp_path / "none")
+
+
+def test_prompts_and_embeddings_of_another_configuration(
+    vipo: Command, overrides: list[str], results: Path, generator: Path
+) -> None:
+    before = files(results)
+    for stage in ("train", "evaluate"):
+        vipo(stage, *overrides, "prompts.eval_share=0.5", "--results", results).refuses(
+            "demo/prompts", "another configuration", "eval_share=0.5", "'prepare'"
+        )
+        vipo(stage, *overrides, f"generator.path={generator}", "--results", results).refuses(
+            "demo/embeddings", "another configuration", str(generator), "'encode'"
+        )
+    assert files(results) == before
+
+
+def test_truncated_embeddings(vipo: Command, overrides: list[str], results: Path) -> None:
+    path = results / "demo/embeddings/train.safetensors"
+    halve(path)
+    vipo("train", *overrides, "--results", results).refuses(str(path), "encode stage again")
+    assert_not_taken_for_whole(results / RUN)
+
+
+def test_evaluation_refuses_what_is_not_the_trained_run(vipo: Command, overrides: list[str], results: Path) -> None:
+    assert vipo("train", *overrides, "--results", results).code == 0
+    evaluation = results / "demo/evaluation/grpo-s0"
+    for arguments, told in (
+        (["optimizer.learning_rate=0.5"], ["grpo-s0", "another configuration", "train it again"]),
+        (["seed=1"], ["grpo-s1", "no finished run"]),
+        (
+            ['evaluation.rewards=["bad_rewards:nan_always"]'],
+            ["bad_rewards:nan_always", "not finite", "evaluation.rewards"],
+        ),
+        (['evaluation.rewards=["bad_rewards:raises"]'], ["bad_rewards:raises", "the judge is asleep"]),
+    ):
+        vipo("evaluate", *overrides, *arguments, "--results", results).refuses(*told)
+        assert_not_taken_for_whole(evaluation)
+    weights = results / RUN / "weights/transformer/diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    for changed in (content[:-1] + bytes([content[-1] ^ 1]), content[:-100]):
+        weights.write_bytes(changed)
+        vipo("evaluate", *overrides, "--results", results).refuses(weights.name, "changed", "train it again")
+        assert_not_taken_for_whole(evaluation)
+    assert vipo("train", *overrides, "--results", results).code == 0
+    assert weights.read_bytes() == content
+    assert vipo("evaluate", *overrides, "--results", results).code == 0
+    # A failed second evaluation takes the record of the first with it.
+    vipo("evaluate", *overrides, 'evaluation.rewards=["bad_rewards:nan_always"]', "--results", results).refuses()
+    assert not (evaluation / "provenance.json").exists()
+
+
+def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results: Path) -> None:
+    assert vipo("train", *overrides, "--results", results).code == 0
+    before = files(results / RUN)
+    script = (
+        "import sys, pathlib; from vipo.provenance.locks import run_lock\n"
+        "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(results / RUN)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        vipo("train", *overrides, "--results", results).refuses(RUN, f"process {holder.pid}", "wait for it or stop it")
+        found = files(results / RUN)
+    assert {name: content for name, content in found.items() if ".lock" not in name} == {
+        name: content for name, content in before.items() if ".lock" not in name
+    }
+    assert vipo("train", *overrides, "--results", results).code == 0
+
+
+# ---- the same through the installed command --------------------------------------------------------
+
+
+def test_installed_command_with_a_reward_that_raises(overrides: list[str], results: Path) -> None:
+    arguments = [*overrides, 'reward.terms=[{name: "bad_rewards:raises_on_batches"}]', "--results", str(results)]
+    finished = subprocess.run(
+        [Path(sys.executable).with_name("vipo"), "train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "HOME": str(results), "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1] == (
+        "error: reward 'bad_rewards:raises_on_batches' raised RuntimeError: the judge is asleep"
+    )
+    assert_not_taken_for_whole(results / RUN)

@@ -1,0 +1,225 @@
+"""Full and read-only disks: small tmpfs mounts and read-only bind mounts, so root is needed, and its absence fails."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vipo.config.compose import load_config, repository_root
+from vipo.stages import encode_stage, prepare_stage
+from vipo.training.checkpoints import list_checkpoints, load_checkpoint
+
+pytestmark = pytest.mark.root
+
+ROOT = repository_root()
+PARTS = ROOT / "tests" / "e2e"
+RUN = "demo/runs/grpo-s0"
+
+Mount = Callable[..., Path]
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(list(map(str, command)), check=True)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """``mount(size)`` gives a fresh tmpfs of that size, ``mount(folder)`` a read-only view of a folder."""
+    assert os.geteuid() == 0, "mounts need root: run `make test-root` as root"
+    mounted: list[Path] = []
+
+    def new(what: str | Path) -> Path:
+        point = tmp_path / f"mount{len(mounted)}"
+        point.mkdir()
+        if isinstance(what, Path):
+            _run("mount", "--bind", what, point)
+            mounted.append(point)
+            _run("mount", "-o", "remount,ro,bind", point)
+        else:
+            _run("mount", "-t", "tmpfs", "-o", f"size={what}", "tmpfs", point)
+            mounted.append(point)
+        return point
+
+    yield new
+    for point in reversed(mounted):
+        # Lazily: pages of embeddings may still be mapped.
+        _run("umount", "-l", point)
+
+
+@pytest.fixture
+def vipo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """``vipo(*arguments)`` runs the command in this process: exit status and stderr."""
+    from vipo.cli import main
+
+    monkeypatch.syspath_prepend(PARTS)
+
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["vipo", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return int(stopped.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def _refused(finished: tuple[int, str], *told: str) -> None:
+    code, shown = finished
+    assert code == 1, shown
+    assert "Traceback" not in shown
+    # What comes before is progress bars.
+    *before, message = shown.splitlines()
+    assert message.startswith("error: ")
+    assert not any(line.startswith("error: ") for line in before)
+    assert all(text in message for text in told), message
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with prompts and embeddings."""
+    results = tmp_path_factory.mktemp("prepared")
+    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
+    prepare_stage(config, ROOT, results)
+    encode_stage(config, ROOT, results)
+    return results
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    return [*tiny_overrides, "arm=grpo", 'reward.terms=[{name: "bad_rewards:FillsDisk"}]']
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _artifacts(results: Path) -> dict[str, bytes]:
+    run = results / RUN
+    found = [run / "metrics.jsonl", run / "config.yaml", *run.glob("weights/**/*.*"), *run.glob("updates/**/*.*")]
+    assert len(found) >= 4
+    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+
+
+def _fill(folder: Path) -> None:
+    disk = os.statvfs(folder)
+    (folder / "filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+
+
+def test_full_disk_during_a_checkpoint_and_the_same_bytes_after_it_is_freed(
+    mount: Mount, vipo: Callable[..., tuple[int, str]], prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    disk = mount("4m")
+    shutil.copytree(prepared / "demo", disk / "demo")
+    # Two calls an update after the trial on one picture: full while update 3 of 4 is scored.
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(PARTS),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "FILL": str(disk),
+        "FILL_AFTER": "6",
+    }
+    finished = subprocess.run(
+        [Path(sys.executable).with_name("vipo"), "train", *overrides, "--results", disk],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (disk / "filler").stat().st_size > 2**20
+    _refused(
+        (finished.returncode, finished.stderr),
+        f"{RUN}/checkpoints/000003",
+        "No space left on device",
+        "free disk space",
+        "unchanged",
+    )
+    run = disk / RUN
+    assert [folder.name for folder in list_checkpoints(run / "checkpoints")] == ["000002", "000001"]
+    for folder in list_checkpoints(run / "checkpoints"):
+        load_checkpoint(folder)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert not (run / "weights").exists()
+    assert not (run / "provenance.json").exists()
+    assert vipo("evaluate", *overrides, "--results", disk)[0] == 1
+
+    # Still full: refused before the first computation, and nothing is lost.
+    _refused(vipo("train", *overrides, "--results", disk), RUN, "MiB free", "free space")
+    _run("mount", "-o", "remount,size=16m", disk)
+    code, shown = vipo("train", *overrides, "--results", disk)
+    assert code == 0, shown
+    undisturbed = shutil.copytree(prepared, tmp_path / "undisturbed")
+    assert vipo("train", *overrides, "--results", undisturbed)[0] == 0
+    assert _artifacts(disk) == _artifacts(undisturbed)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_between_checkpoints(
+    mount: Mount,
+    vipo: Callable[..., tuple[int, str]],
+    prepared: Path,
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The run's records are what fails first; no thread of a library prints a traceback of its own."""
+    disk = mount("4m")
+    shutil.copytree(prepared / "demo", disk / "demo")
+    arguments = [*overrides, "training.updates=40", "training.checkpoint_every=40"]
+    monkeypatch.setenv("FILL", str(disk))
+    monkeypatch.setenv("FILL_AFTER", "8")
+    _refused(vipo("train", *arguments, "--results", disk), RUN, "No space left on device", "free disk space")
+    assert not (disk / RUN / "provenance.json").exists()
+    monkeypatch.delenv("FILL")
+    (disk / "filler").unlink()
+    assert vipo("train", *arguments, "--results", disk)[0] == 0
+    undisturbed = shutil.copytree(prepared, tmp_path / "undisturbed")
+    assert vipo("train", *arguments, "--results", undisturbed)[0] == 0
+    assert _artifacts(disk) == _artifacts(undisturbed)
+
+
+def test_full_disk_in_the_other_stages(
+    mount: Mount, vipo: Callable[..., tuple[int, str]], prepared: Path, overrides: list[str]
+) -> None:
+    disk = mount("8m")
+    _fill(disk)
+    _refused(vipo("prepare", *overrides, "--results", disk), "No space left on device", "free")
+    (disk / "filler").unlink()
+    assert vipo("prepare", *overrides, "--results", disk)[0] == 0
+    _fill(disk)
+    _refused(vipo("encode", *overrides, "--results", disk), "demo/embeddings", "No space left on device", "free")
+    assert not list((disk / "demo").glob("embeddings/*"))
+    (disk / "filler").unlink()
+    for stage in ("encode", "train"):
+        code, shown = vipo(stage, *overrides, "--results", disk)
+        assert code == 0, shown
+    _fill(disk)
+    _refused(vipo("evaluate", *overrides, "--results", disk), "evaluation/grpo-s0", "No space left on device", "free")
+    assert not [path for path in (disk / "demo").glob("evaluation/grpo-s0/**/*") if path.is_file()]
+    (disk / "filler").unlink()
+    assert vipo("evaluate", *overrides, "--results", disk)[0] == 0
+
+
+def test_read_only_results(
+    mount: Mount, vipo: Callable[..., tuple[int, str]], prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    results = shutil.copytree(prepared, tmp_path / "results")
+    arms = [f"~experiment.arms.{arm}" for arm in ("vipo", "uniform", "inverted")] + ["experiment.arms.grpo.seeds=[0]"]
+    evaluated = ["evaluation.rewards=[redness,'bad_rewards:FillsDisk']"]
+    arguments = [*overrides, *arms, *evaluated]
+    for command in (["train"], ["evaluate"], ["evaluate", "arm=base"], ["report"]):
+        code, shown = vipo(command[0], *arguments, *command[1:], "--results", results)
+        assert code == 0, shown
+    before = _files(results)
+    readonly = mount(results)
+    for stage in ("prepare", "encode", "train", "evaluate", "report", "crate"):
+        _refused(vipo(stage, *arguments, "--results", readonly), str(readonly), "Read-only file system")
+    _refused(vipo("train", *arguments, "experiment.name=other", "--results", readonly), "Read-only", str(readonly))
+    # Before hours of training, not after them.
+    _refused(vipo("base", "experiment=demo", "--output", readonly / "base"), "base", "Read-only", "choose another")
+    assert _files(results) == before
