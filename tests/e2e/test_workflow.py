@@ -34,7 +34,7 @@ def _snakemake(project: Path, overrides: list[str], *arguments: str) -> subproce
 def _planned(project: Path, overrides: list[str]) -> set[str]:
     """Jobs that a dry run would do, as ``rule`` or ``rule run``."""
     result = _snakemake(project, overrides, "--dry-run")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     text = result.stdout + result.stderr
     jobs = set()
     for block in re.split(r"\n(?=(?:local)?rule )", text):
@@ -87,7 +87,7 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     assert _planned(project, overrides) == set()
 
     # One arm's learning rate: its run, its evaluation, the report and the crate, nothing else.
-    changed = [*overrides, "experiment.arms.grpo.overrides=[optimizer.learning_rate=1e-4]"]
+    changed = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
     assert _planned(project, changed) == {"train grpo-s0", "evaluate grpo-s0", "report", "crate"}
     # How the report draws its intervals is no reason to train.
     assert "train" not in " ".join(_planned(project, [*overrides, "evaluation.confidence=0.9"]))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from vipo.config.models import PretrainConfig
+from vipo.config.models import PretrainConfig, config_hash
 from vipo.demo import scenes
 from vipo.generators.flux import image_ids, pack_latents
 from vipo.provenance.files import StorageError, check_writable
@@ -252,11 +252,12 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     Args:
         config: what to build; every number that decides the result.
         output: folder for the pipeline, its training log and its configuration.
-        work: folder for resumable state; a run that was killed goes on from there.
+        work: folder for resumable state, one subfolder a configuration; a run that was killed goes on from there.
 
     Raises:
         StorageError: a folder cannot be written.
     """
+    work = work / config_hash(config.model_dump())[:12]
     for folder in (output, work):
         check_writable(folder)
     torch.set_num_threads(config.threads)

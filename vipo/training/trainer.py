@@ -420,9 +420,10 @@ class Trainer:
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def _set_aside_other(self, identity: str) -> None:
+    def set_aside_other(self) -> None:
+        """Move a run of another configuration or other inputs out of the folder, so that a fresh one can start."""
         newest = load_newest(self._checkpoints)
-        if newest is None or newest.state["identity"] == identity:
+        if newest is None or newest.state["identity"] == self.identity():
             return
         aside = self.folder.parent / ".superseded" / f"{self.folder.name}-{newest.state['identity'][:12]}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -502,8 +503,6 @@ class Trainer:
         main = self.accelerator.is_main_process
         with self._signals():
             identity = self.identity()
-            if main:
-                self._set_aside_other(identity)
             self.accelerator.wait_for_everyone()
             newest = load_newest(self._checkpoints)
             start = 0 if newest is None else newest.update
@@ -575,9 +574,9 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
         ]
         return [folder / "config.yaml", folder / "metrics.jsonl", *kept]
 
-    with (
-        run_lock(folder),
-        record_stage(
+    with run_lock(folder):
+        trainer.set_aside_other()
+        with record_stage(
             "train",
             folder,
             inputs=[trainer.prompts_path, trainer.embeddings_path, *checkpoint_inputs(config.generator, root)],
@@ -585,6 +584,5 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
             config=config.training_identity(),
             seeds=[config.seed],
             root=root,
-        ),
-    ):
-        trainer.run()
+        ):
+            trainer.run()
