@@ -9,6 +9,7 @@ from snakemake.utils import min_version
 min_version("9.5")
 
 
+# Read only with `--sdm apptainer`; the recipe that builds the image is still to come.
 container: "containers/vipo.sif"
 
 

@@ -1,5 +1,6 @@
 """Commands; nothing else. Heavy libraries are imported inside the commands that need them."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -174,7 +175,9 @@ def main() -> None:
     try:
         app()
     except VipoError as error:
-        typer.echo(f"error: {error}", err=True)
+        # Whoever read the messages may have been killed with the job; the exit status still counts.
+        with contextlib.suppress(BrokenPipeError):
+            typer.echo(f"error: {error}", err=True)
         # A scheduler tells by it what can be tried again: EX_TEMPFAIL of sysexits.h.
         sys.exit(75 if isinstance(error, Preempted) else 1)
     except OSError as error:

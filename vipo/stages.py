@@ -1,7 +1,6 @@
 """The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
 
 from pathlib import Path
-from typing import Any
 
 from vipo.config.compose import dump_config, write_if_changed
 from vipo.config.models import Config, config_hash
@@ -20,16 +19,6 @@ def run_names(config: Config) -> list[str]:
     return [f"{name}-s{seed}" for name, arm in config.experiment.arms.items() for seed in arm.seeds]
 
 
-def prompts_identity(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the prepared prompts."""
-    return config.prompts.model_dump(mode="json")
-
-
-def embeddings_identity(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the embeddings, beside the prompts."""
-    return config.generator.model_dump(mode="json", include={"family", "path", "revision", "max_sequence_length"})
-
-
 def prepare_stage(config: Config, root: Path, results: Path) -> None:
     """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``."""
     folder = experiment_folder(config, results) / "prompts"
@@ -40,7 +29,7 @@ def prepare_stage(config: Config, root: Path, results: Path) -> None:
         # A callable source has no file; a missing file is prepare_prompts' own error.
         inputs=[source] if source.is_file() else [],
         outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
-        config=prompts_identity(config),
+        config=config.prompts_identity(),
         root=root,
     ):
         prepare_prompts(config.prompts, root, folder)
@@ -61,7 +50,7 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
         folder,
         inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
         outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
-        config=embeddings_identity(config),
+        config=config.embeddings_identity(),
         root=root,
     ):
         for split in ("train", "eval"):
@@ -95,8 +84,8 @@ def evaluate_stage(config: Config, root: Path, results: Path) -> None:
 def _check_shared(config: Config, experiment: Path) -> None:
     # All runs read the same prompts and embeddings, so a run refuses other ones instead of replacing them.
     for name, stage, identity in (
-        ("prompts", "prepare", prompts_identity(config)),
-        ("embeddings", "encode", embeddings_identity(config)),
+        ("prompts", "prepare", config.prompts_identity()),
+        ("embeddings", "encode", config.embeddings_identity()),
     ):
         if read_provenance(experiment / name / PROVENANCE)["config_sha256"] != config_hash(identity):
             wanted = ", ".join(f"{key}={value}" for key, value in identity.items())

@@ -269,7 +269,14 @@ def test_rewards_that_cannot_be_used(
             path = results / f"demo/prompts/{half}.jsonl"
             rows = [{**json.loads(line), "metadata": {}} for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    vipo("train", *overrides, f'reward.terms=[{{name: "{name}"}}]', "--results", results).refuses(*told)
+    vipo(
+        "train",
+        *overrides,
+        f'reward.terms=[{{name: "{name}"}}]',
+        f'evaluation.rewards=["{name}"]',
+        "--results",
+        results,
+    ).refuses(*told)
     assert_not_taken_for_whole(results / RUN)
     metrics = results / RUN / "metrics.jsonl"
     assert not metrics.is_file() or metrics.read_bytes() == b""
@@ -279,7 +286,14 @@ def test_nan_for_some_samples_leaves_them_out(
     vipo: Command, overrides: list[str], results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        shown = vipo("train", *overrides, 'reward.terms=[{name: "bad_rewards:nan_sometimes"}]', "--results", results)
+        shown = vipo(
+            "train",
+            *overrides,
+            'reward.terms=[{name: "bad_rewards:nan_sometimes"}]',
+            'evaluation.rewards=["bad_rewards:nan_sometimes"]',
+            "--results",
+            results,
+        )
     assert shown.code == 0, shown.err
     rows = [json.loads(line) for line in (results / RUN / "metrics.jsonl").read_text().splitlines()]
     # Two micro-batches an update, two bad samples in each.
@@ -354,10 +368,10 @@ def test_evaluation_refuses_what_is_not_the_trained_run(vipo: Command, overrides
         (["optimizer.learning_rate=0.5"], ["grpo-s0", "another configuration", "train it again"]),
         (["seed=1"], ["grpo-s1", "no finished run"]),
         (
-            ['evaluation.rewards=["bad_rewards:nan_always"]'],
+            ['evaluation.rewards=[object_redness, "bad_rewards:nan_always"]'],
             ["bad_rewards:nan_always", "not finite", "evaluation.rewards"],
         ),
-        (['evaluation.rewards=["bad_rewards:raises"]'], ["bad_rewards:raises", "the judge is asleep"]),
+        (['evaluation.rewards=[object_redness, "bad_rewards:raises"]'], ["bad_rewards:raises", "the judge is asleep"]),
     ):
         vipo("evaluate", *overrides, *arguments, "--results", results).refuses(*told)
         assert_not_taken_for_whole(evaluation)
@@ -371,7 +385,9 @@ def test_evaluation_refuses_what_is_not_the_trained_run(vipo: Command, overrides
     assert weights.read_bytes() == content
     assert vipo("evaluate", *overrides, "--results", results).code == 0
     # A failed second evaluation takes the record of the first with it.
-    vipo("evaluate", *overrides, 'evaluation.rewards=["bad_rewards:nan_always"]', "--results", results).refuses()
+    vipo(
+        "evaluate", *overrides, 'evaluation.rewards=[object_redness, "bad_rewards:nan_always"]', "--results", results
+    ).refuses()
     assert not (evaluation / "provenance.json").exists()
 
 
@@ -398,7 +414,8 @@ def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results
 
 
 def test_installed_command_with_a_reward_that_raises(overrides: list[str], results: Path) -> None:
-    arguments = [*overrides, 'reward.terms=[{name: "bad_rewards:raises_on_batches"}]', "--results", str(results)]
+    arguments = [*overrides, 'reward.terms=[{name: "bad_rewards:raises_on_batches"}]']
+    arguments += ['evaluation.rewards=["bad_rewards:raises_on_batches"]', "--results", str(results)]
     finished = subprocess.run(
         [Path(sys.executable).with_name("vipo"), "train", *arguments],
         cwd=ROOT,

@@ -90,7 +90,11 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     changed = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
     assert _planned(project, changed) == {"train grpo-s0", "evaluate grpo-s0", "report", "crate"}
     # How the report draws its intervals is no reason to train.
-    assert "train" not in " ".join(_planned(project, [*overrides, "evaluation.confidence=0.9"]))
+    assert _planned(project, [*overrides, "evaluation.confidence=0.9"]) == {"report", "crate"}
+    # How often checkpoints are written changes no result; what a run trains on does not touch the base.
+    assert _planned(project, [*overrides, "training.keep_checkpoints=3"]) == set()
+    eta = _planned(project, [*overrides, "sampling.eta=0.5"])
+    assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), "report", "crate"}
 
 
 def test_wrong_key_stops_before_anything_runs(project: Path, tiny_overrides: list[str]) -> None:

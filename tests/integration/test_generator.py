@@ -180,10 +180,11 @@ def test_full_weights_load_into_the_stock_pipeline(tmp_path: Path, tiny_generato
     )
 
 
-def test_lora_loads_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path) -> None:
+@pytest.mark.parametrize("alpha", [2.0, 7.0])
+def test_lora_loads_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path, alpha: float) -> None:
     config = _config(tiny_generator)
     generator = load_generator(config, ROOT)
-    generator.add_lora(LoraConfig(rank=2, alpha=2.0), seed=0)
+    generator.add_lora(LoraConfig(rank=2, alpha=alpha), seed=0)
     trained = [value for value in generator.network.parameters() if value.requires_grad]
     with torch.no_grad():
         for index, value in enumerate(trained):

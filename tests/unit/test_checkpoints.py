@@ -54,8 +54,12 @@ def test_newest_first_and_pruned(tmp_path: Path) -> None:
         _save(tmp_path, update)
     (tmp_path / ".000200.partial").mkdir()
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [100, 10, 9]
-    prune_checkpoints(tmp_path, 2)
+    prune_checkpoints(tmp_path, 100, 2)
     assert [int(path.name) for path in list_checkpoints(tmp_path)] == [100, 10]
+    # A run that passed over the damaged 100 and 10 has just written 3: that one must stay.
+    _save(tmp_path, 3)
+    prune_checkpoints(tmp_path, 3, 1)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [3]
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])

@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 
+FAMILIES: Mapping[str, str] = MappingProxyType({"flux": "vipo.generators.flux:FluxGenerator"})
+"""Generator adapters by name: one line each; an import path needs none."""
+
 REWARDS: Mapping[str, str] = MappingProxyType(
     {
         "redness": "vipo.rewards.redness:redness",
@@ -62,7 +65,7 @@ class GeneratorConfig(Section):
     @field_validator("family")
     @classmethod
     def _known_family(cls, value: str) -> str:
-        return _registered(value, ("flux",), "generator family")
+        return _registered(value, FAMILIES, "generator family")
 
 
 class PromptsConfig(Section):
@@ -253,7 +256,9 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Held-out comparison: the same prompts and noise for every arm."""
 
-    prompts: PositiveInt = Field(40, description="Held-out prompts used (all, where fewer exist).")
+    prompts: Annotated[int, Field(ge=2)] = Field(
+        40, description="Held-out prompts used (all, where fewer exist); intervals need two."
+    )
     samples_per_prompt: PositiveInt = 2
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
     batch: PositiveInt = 16
@@ -292,6 +297,13 @@ class ExperimentConfig(Section):
     title: str
     question: str = Field(description="What the experiment asks, in a sentence for the report.")
     arms: dict[str, ArmConfig] = Field(min_length=1)
+
+    @field_validator("arms")
+    @classmethod
+    def _with_base(cls, value: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
+        if "base" not in value:
+            raise ValueError(f"{list(value)} lacks 'base', the generator as it is, which every arm is compared with")
+        return value
 
     @field_validator("name")
     @classmethod
@@ -357,6 +369,12 @@ class Config(Section):
                 f"{self.sampling.steps - 1} transitions with a density of sampling.steps {self.sampling.steps} "
                 "(the last step is deterministic)"
             )
+        unmeasured = [term.name for term in self.reward.terms if term.name not in self.evaluation.rewards]
+        if unmeasured:
+            raise ValueError(
+                f"evaluation.rewards {list(self.evaluation.rewards)} lacks the trained reward {', '.join(unmeasured)}: "
+                "add it, the report compares arms on it"
+            )
         for key in ("height", "width"):
             if getattr(self.generator, key) % 2:
                 raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
@@ -381,6 +399,30 @@ class Config(Section):
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
         return data
+
+    def prompts_identity(self) -> dict[str, Any]:
+        """What decides the prepared prompts."""
+        return self.prompts.model_dump(mode="json")
+
+    def embeddings_identity(self) -> dict[str, Any]:
+        """What decides the embeddings, beside the prompts."""
+        generator = self.generator.model_dump(
+            mode="json", include={"family", "path", "revision", "max_sequence_length"}
+        )
+        return {**generator, "threads": self.training.threads}
+
+    def evaluation_identity(self) -> dict[str, Any]:
+        """What decides an evaluation's samples and scores, beside the trained weights."""
+        report = {"bootstrap", "confidence", "shown_prompts"}
+        kept = {} if self.is_base else self.training.model_dump(mode="json", include={"updates", "save_at"})
+        return {
+            "generator": self.generator.model_dump(mode="json"),
+            "perception": self.perception.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json", exclude=report),
+            "shift": self.sampling.shift,
+            "threads": self.training.threads,
+            "kept": kept,
+        }
 
 
 def config_hash(value: Any) -> str:

@@ -6,7 +6,7 @@ without reading another stage's pictures.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
 from vipo.provenance.files import atomic_file, atomic_folder
-from vipo.rewards import load_reward, score
+from vipo.rewards import Reward, load_reward, score
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
 from vipo.sampling.schedule import sigma_schedule
@@ -101,7 +101,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         output,
         inputs=inputs,
         outputs=lambda: [*files, *sorted((output / "samples").iterdir())],
-        config=config.model_dump(mode="json", exclude={"experiment"}),
+        config=config.evaluation_identity(),
         seeds=[config.seed, config.evaluation.seed],
         root=root,
     ):
@@ -114,13 +114,18 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         structuring = PerceptualStructuring(
             load_backbone(config.perception, config.generator.device, root), config.perception
         )
+        structuring.preflight((config.generator.height, config.generator.width))
+        rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
+        blank = torch.zeros(1, 3, config.generator.height, config.generator.width, device=config.generator.device)
+        for name, reward in rewards.items():
+            score(name, reward, blank, [prompts[0].text], [prompts[0].metadata])
         base = sample_held_out(generator, samples, embeddings, config)
         pictures = {0: base} if config.is_base else {}
         for number, folder in weights.items():
             generator.load_network(folder)
             pictures[number] = sample_held_out(generator, samples, embeddings, config)
             log.info("%s: update %d sampled, %d pictures", config.run_name, number, len(samples))
-        scores = score_pictures(pictures, base, samples, config)
+        scores = score_pictures(pictures, base, samples, rewards, config)
         final = max(pictures)
         size = generator.latent_shape[1:]
         maps = torch.cat([structuring(part, size).maps for part in pictures[final].split(config.evaluation.batch)])
@@ -158,7 +163,11 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
 
 
 def score_pictures(
-    pictures: dict[int, Tensor], base: Tensor, samples: Sequence[HeldOut], config: Config
+    pictures: dict[int, Tensor],
+    base: Tensor,
+    samples: Sequence[HeldOut],
+    rewards: Mapping[str, Reward],
+    config: Config,
 ) -> pd.DataFrame:
     """One row per update and sample: identifiers, every reward, and the change against the base.
 
@@ -167,7 +176,6 @@ def score_pictures(
     """
     texts, metadata = [s.prompt.text for s in samples], [s.prompt.metadata for s in samples]
     scene = all("objects" in row for row in metadata)
-    rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
     tables = []
     for number, images in pictures.items():
         columns: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vipo.config.models import GeneratorConfig, LoraConfig
+from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
 
 Conditioning = Mapping[str, Tensor]
@@ -78,7 +78,7 @@ def resolve_class(config: GeneratorConfig) -> type[Generator]:
     Raises:
         GeneratorError: the import path does not lead to a `Generator`.
     """
-    path = {"flux": "vipo.generators.flux:FluxGenerator"}.get(config.family, config.family)
+    path = FAMILIES.get(config.family, config.family)
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -11,7 +11,6 @@ from huggingface_hub import hf_hub_download
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -154,7 +153,15 @@ class FluxGenerator(Generator):
 
     def save_network(self, folder: Path) -> None:
         if getattr(self.network, "peft_config", None):
-            FluxPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(self.network))
+            # Loaders take alpha for the rank unless metadata says otherwise, and metadata is written in random order:
+            # with the scale in B, every loader has the trained policy and the file has the same bytes each time.
+            (adapter,) = self.network.peft_config.values()
+            scale = adapter.lora_alpha / adapter.r
+            layers = {
+                name: value * scale if ".lora_B." in name else value
+                for name, value in get_peft_model_state_dict(self.network).items()
+            }
+            FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
         else:
             self.network.save_pretrained(folder / self.network_folder, safe_serialization=True)
 
@@ -163,9 +170,7 @@ class FluxGenerator(Generator):
             if getattr(self.network, "peft_config", None):
                 self.network.unload_lora()
             if (folder / "pytorch_lora_weights.safetensors").is_file():
-                self.network.load_lora_adapter(
-                    load_file(folder / "pytorch_lora_weights.safetensors"), prefix="transformer"
-                )
+                self.network.load_lora_adapter(folder, prefix="transformer", use_safetensors=True)
             else:
                 loaded = FluxTransformer2DModel.from_pretrained(
                     folder, subfolder=self.network_folder, use_safetensors=True

@@ -9,6 +9,7 @@ the data, and are left out.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from vipo.provenance.environment import git_state, hardware, package_sha256, ver
 from vipo.provenance.files import atomic_file, file_sha256
 
 PROVENANCE = "provenance.json"
+
+log = logging.getLogger(__name__)
 
 
 class ProvenanceError(VipoError):
@@ -58,8 +61,15 @@ def record_stage(
         StorageError: the record cannot be written.
     """
     target = folder / PROVENANCE
-    if target.is_file() and (other := read_provenance(target)["stage"]) != stage:
-        raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
+    if target.is_file():
+        try:
+            other = read_provenance(target)["stage"]
+        except ProvenanceError as error:
+            # Running the stage again is what mends a damaged record.
+            log.warning("%s", error)
+            other = stage
+        if other != stage:
+            raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
     target.unlink(missing_ok=True)
     lock = root / "requirements.lock"
     record: dict[str, Any] = {

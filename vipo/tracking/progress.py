@@ -1,5 +1,6 @@
 """Progress bars that a person can follow on a terminal and read in a log."""
 
+import contextlib
 import sys
 from typing import Any, TextIO
 
@@ -14,10 +15,14 @@ class _Lines:
 
     def write(self, text: str) -> int:
         line = text.replace("\r", "").strip()
-        return self._stream.write(f"{line}\n") if line else 0
+        # A reader that was killed with the job must not keep the run from writing its checkpoint.
+        with contextlib.suppress(BrokenPipeError):
+            return self._stream.write(f"{line}\n") if line else 0
+        return 0
 
     def flush(self) -> None:
-        self._stream.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
 
 
 def progress_bar(*, total: int, description: str, unit: str, done: int = 0, disable: bool = False) -> "tqdm[Any]":

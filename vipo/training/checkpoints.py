@@ -96,9 +96,14 @@ def load_newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for folder in list_checkpoints(root)[keep:]:
+def prune_checkpoints(root: Path, newest: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `newest`, the one just written.
+
+    One with a higher number was damaged, or the run would have resumed from it: it goes first.
+    """
+    folders = list_checkpoints(root)
+    done = [folder for folder in folders if int(folder.name) <= newest]
+    for folder in [*(folder for folder in folders if folder not in done), *done[keep:]]:
         shutil.rmtree(folder)
 
 

@@ -335,7 +335,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
             tensors = prefixed("model", dict(parameters)) | prefixed("average", average)
             tensors |= prefixed("optimizer", optimizer_tensors(optimizer))
             save_checkpoint(work / "denoiser", step + 1, tensors, {"log": log})
-            prune_checkpoints(work / "denoiser", keep=2)
+            prune_checkpoints(work / "denoiser", step + 1, keep=2)
     progress.close()
     with torch.no_grad():
         for name, value in parameters.items():

@@ -12,6 +12,7 @@ import math
 import resource
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,11 @@ class Trainer:
         self.prompts = read_prompts(self.prompts_path)
         update_prompts(self.prompts, config.seed, 1, config.training.prompts_per_update)
         self.generator = load_generator(config.generator, root)
+        self.weight_inputs = {
+            f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))
+        }
+        if config.objective.map in ("psm", "inverted") and config.perception.weights is not None:
+            self.weight_inputs["perception"] = root / config.perception.weights
         self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device)
         self.rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
         self.structuring = self._load_structuring(root)
@@ -193,7 +199,14 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        if self.accelerator.num_processes > 1:
+        training, processes = config.training, self.accelerator.num_processes
+        samples = training.prompts_per_update * training.group_size // training.optimizer_steps_per_update
+        if (samples // training.micro_batch) % processes:
+            raise TrainingError(
+                f"the {samples // training.micro_batch} micro-batches of an optimizer step do not divide among "
+                f"{processes} processes; change training.micro_batch or the number of processes"
+            )
+        if processes > 1:
             self.generator.network = self.accelerator.prepare_model(network, evaluation_mode=False).eval()
 
     def _check_resources(self) -> None:
@@ -414,6 +427,9 @@ class Trainer:
     def identity(self) -> str:
         """Hash of everything that decides the run's result; a checkpoint of another identity is never resumed."""
         inputs = {path.name: file_sha256(path) for path in (self.prompts_path, self.embeddings_path)}
+        for name, folder in self.weight_inputs.items():
+            files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
+            inputs[name] = config_hash([file_sha256(path) for path in files])
         return config_hash({"config": self.config.training_identity(), "inputs": inputs})
 
     @property
@@ -425,12 +441,18 @@ class Trainer:
         newest = load_newest(self._checkpoints)
         if newest is None or newest.state["identity"] == self.identity():
             return
-        aside = self.folder.parent / ".superseded" / f"{self.folder.name}-{newest.state['identity'][:12]}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for child in self.folder.iterdir():
-            if not child.name.startswith(".lock"):
-                shutil.move(child, aside / child.name)
+        superseded = self.folder.parent / ".superseded"
+        superseded.mkdir(exist_ok=True)
+        name = f"{self.folder.name}-{newest.state['identity'][:12]}"
+        aside = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=superseded))
+        # What a workflow deleted before it started this process; then the checkpoints last, because they are what
+        # tells a process that was killed in between that there is something to set aside.
+        for text, file in ((newest.state["metrics"], "metrics.jsonl"), (newest.state["config"], "config.yaml")):
+            if not (self.folder / file).is_file():
+                (self.folder / file).write_text(text)
+        children = [child for child in self.folder.iterdir() if not child.name.startswith(".lock")]
+        for child in sorted(children, key=lambda path: path == self._checkpoints):
+            shutil.move(child, aside / child.name)
         log.warning(
             "%s was made by another configuration or other inputs: set aside as %s, a fresh run starts",
             self.folder,
@@ -455,13 +477,21 @@ class Trainer:
         tensors = prefixed("network", dict(self.trainable)) | prefixed("optimizer", optimizer_tensors(self.optimizer))
         # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
         metrics = (self.folder / "metrics.jsonl").read_text()
-        save_checkpoint(self._checkpoints, update, tensors, {"identity": identity, "metrics": metrics})
-        prune_checkpoints(self._checkpoints, self.config.training.keep_checkpoints)
+        save_checkpoint(
+            self._checkpoints,
+            update,
+            tensors,
+            {"identity": identity, "metrics": metrics, "config": dump_config(self.config)},
+        )
+        prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
 
     def _save_weights(self, folder: Path) -> None:
         if self.accelerator.is_main_process:
+            wrapped = self.generator.network
+            self.generator.network = self.accelerator.unwrap_model(wrapped)
             with atomic_folder(folder) as temporary:
                 self.generator.save_network(temporary)
+            self.generator.network = wrapped
 
     def _stop_if_asked(self, finished: int) -> None:
         if self.stop_signal is not None:
@@ -579,7 +609,7 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
         with record_stage(
             "train",
             folder,
-            inputs=[trainer.prompts_path, trainer.embeddings_path, *checkpoint_inputs(config.generator, root)],
+            inputs=[trainer.prompts_path, trainer.embeddings_path, *trainer.weight_inputs.values()],
             outputs=outputs,
             config=config.training_identity(),
             seeds=[config.seed],

@@ -35,6 +35,19 @@ def resolve_runs():
 
 RUNS = resolve_runs()
 FIRST = next(iter(RUNS))
+for name in ("prompts", "embeddings"):
+    if (
+        len(
+            {
+                json.dumps(getattr(resolved, f"{name}_identity")(), sort_keys=True)
+                for resolved in RUNS.values()
+            }
+        )
+        > 1
+    ):
+        raise WorkflowError(
+            f"experiment {EXPERIMENT}: an arm's overrides change its {name}; all arms share one set"
+        )
 TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
 
@@ -53,21 +66,38 @@ def config_file(run):
     return ancient(f"{EXPERIMENT_DIR}/configs/{run}.yaml")
 
 
-def sections(run, *names):
-    """Chosen parts of a run's configuration, as text. A change reruns what reads them, a comment does not."""
-    data = RUNS[run].model_dump(mode="json", include=set(names))
+def identity(run, stage):
+    """What of a run's configuration decides a stage's result, as text. A change reruns what reads it, a comment does not."""
+    return json.dumps(getattr(RUNS[run], f"{stage}_identity")(), sort_keys=True)
+
+
+def report_sections(run):
+    """What of a run's configuration the report reads beside the results."""
+    data = RUNS[run].model_dump(
+        mode="json", include={"experiment", "reward", "evaluation"}
+    )
     return json.dumps(data, sort_keys=True)
-
-
-def identity(run):
-    """What decides a training run's result."""
-    return json.dumps(RUNS[run].training_identity(), sort_keys=True)
 
 
 def generator_files():
     """The files of a local generator; none for a hub id, whose revision pins it."""
     folder = ROOT / RUNS[FIRST].generator.path
     return sorted(str(path) for path in folder.rglob("*.safetensors"))
+
+
+def backbone_files(run):
+    """Local weights of the backbone, where the configuration names some."""
+    weights = RUNS[run].perception.weights
+    path = ROOT / weights if weights else None
+    return (
+        []
+        if path is None
+        else (
+            [str(path)]
+            if path.is_file()
+            else sorted(map(str, path.rglob("*.safetensors")))
+        )
+    )
 
 
 def prompt_files():

@@ -10,7 +10,7 @@ rule prepare:
     log:
         f"{EXPERIMENT_DIR}/logs/prepare.log",
     params:
-        sections=sections(FIRST, "prompts"),
+        identity=identity(FIRST, "prompts"),
     shell:
         "vipo prepare --config {input.config} 2>&1 | tee {log}"
 
@@ -28,6 +28,6 @@ rule encode:
     log:
         f"{EXPERIMENT_DIR}/logs/encode.log",
     params:
-        sections=sections(FIRST, "generator"),
+        identity=identity(FIRST, "embeddings"),
     shell:
         "vipo encode --config {input.config} 2>&1 | tee {log}"

@@ -10,7 +10,7 @@ rule report:
     log:
         f"{EXPERIMENT_DIR}/logs/report.log",
     params:
-        sections=[sections(run, "experiment", "reward", "evaluation") for run in RUNS],
+        sections=[report_sections(run) for run in RUNS],
     shell:
         "vipo report --config {input.config[0]} 2>&1 | tee {log}"
 

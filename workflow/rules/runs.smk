@@ -4,6 +4,7 @@ rule train:
         prompts=rules.prepare.output.train,
         embeddings=rules.encode.output.train,
         generator=generator_files(),
+        backbone=lambda wildcards: backbone_files(wildcards.run),
     output:
         config=f"{EXPERIMENT_DIR}/runs/{{run}}/config.yaml",
         metrics=f"{EXPERIMENT_DIR}/runs/{{run}}/metrics.jsonl",
@@ -12,7 +13,7 @@ rule train:
         f"{EXPERIMENT_DIR}/logs/train-{{run}}.log",
     threads: RUNS[FIRST].training.threads
     params:
-        identity=lambda wildcards: identity(wildcards.run),
+        identity=lambda wildcards: identity(wildcards.run, "training"),
     shell:
         "vipo train --config {input.config} 2>&1 | tee {log}"
 
@@ -23,6 +24,7 @@ rule evaluate:
         prompts=rules.prepare.output.eval,
         embeddings=rules.encode.output.eval,
         generator=generator_files(),
+        backbone=lambda wildcards: backbone_files(wildcards.run),
         run=finished_run,
     output:
         scores=f"{EXPERIMENT_DIR}/evaluation/{{run}}/scores.parquet",
@@ -33,13 +35,6 @@ rule evaluate:
         f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
     threads: RUNS[FIRST].training.threads
     params:
-        sections=lambda wildcards: sections(
-            wildcards.run,
-            "generator",
-            "perception",
-            "sampling",
-            "evaluation",
-            "training",
-        ),
+        identity=lambda wildcards: identity(wildcards.run, "evaluation"),
     shell:
         "vipo evaluate --config {input.config} 2>&1 | tee {log}"
