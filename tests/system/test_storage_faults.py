@@ -90,7 +90,8 @@ def prepared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def overrides(tiny_overrides: list[str]) -> list[str]:
-    return [*tiny_overrides, "arm=grpo", 'reward.terms=[{name: "bad_rewards:FillsDisk"}]']
+    reward = ['reward.terms=[{name: "bad_rewards:FillsDisk"}]', 'evaluation.rewards=["bad_rewards:FillsDisk"]']
+    return [*tiny_overrides, "arm=grpo", *reward]
 
 
 def _files(folder: Path) -> dict[str, bytes]:
