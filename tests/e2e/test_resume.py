@@ -182,3 +182,19 @@ def test_arms_differ_only_where_they_should(prepared: Path, tiny_overrides: list
     assert first["uniform"]["map/mean"] == 1
     assert first["vipo"]["map/mean"] == pytest.approx(1 - first["inverted"]["map/mean"], abs=1e-5)
     assert "map/mean" not in first["grpo"]
+
+
+def test_identity_covers_the_generators_bytes(
+    prepared: Path, tiny_generator: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Other weights at the same path are another run, even where the embeddings are the same."""
+    generator = shutil.copytree(tiny_generator, tmp_path / "generator")
+    config = load_config([*tiny_overrides, "arm=grpo", f"generator.path={generator}"])
+    before = Trainer(config, ROOT, prepared / "demo").identity()
+    (generator / "README.md").write_text("A comment.")
+    assert Trainer(config, ROOT, prepared / "demo").identity() == before
+    weights = generator / "transformer/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert Trainer(config, ROOT, prepared / "demo").identity() != before
