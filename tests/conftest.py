@@ -42,6 +42,19 @@ def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def prepared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with prompts and embeddings of the tiny generator; tests that train copy it."""
+    from vipo.config.compose import load_config, repository_root
+    from vipo.stages import encode_stage, prepare_stage
+
+    results = tmp_path_factory.mktemp("prepared")
+    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
+    prepare_stage(config, repository_root(), results)
+    encode_stage(config, repository_root(), results)
+    return results
+
+
 @pytest.fixture
 def tiny_overrides(tiny_generator: Path) -> list[str]:
     """Hydra overrides: the demo experiment on the tiny generator, seconds a run."""

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pytest
 
-from vipo.config.compose import load_config, repository_root
+from vipo.config.compose import repository_root
 from vipo.prompts.prompt import clean_text
-from vipo.stages import encode_stage, prepare_stage
 
 if TYPE_CHECKING:
     from command import Command
@@ -34,20 +33,10 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [*tiny_overrides, "arm=grpo", "training.updates=2", "training.save_at=[]"]
 
 
-@pytest.fixture(scope="module")
-def shared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with prompts and embeddings."""
-    results = tmp_path_factory.mktemp("shared")
-    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
-    prepare_stage(config, ROOT, results)
-    encode_stage(config, ROOT, results)
-    return results
-
-
 @pytest.fixture
-def results(shared: Path, tmp_path: Path) -> Path:
-    """A copy of `shared` that a test may spoil."""
-    return shutil.copytree(shared, tmp_path / "results")
+def results(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of `prepared` that a test may spoil."""
+    return shutil.copytree(prepared, tmp_path / "results")
 
 
 @pytest.fixture

@@ -13,27 +13,12 @@ from pathlib import Path
 import pytest
 
 from vipo.config.compose import load_config, repository_root
-from vipo.stages import encode_stage, prepare_stage, train_stage
+from vipo.stages import train_stage
 from vipo.training.checkpoints import list_checkpoints
 from vipo.training.trainer import Trainer
 
 VIPO = str(Path(sys.executable).with_name("vipo"))
 ROOT = repository_root()
-
-
-@pytest.fixture(scope="session")
-def prepared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with prompts and embeddings."""
-    results = tmp_path_factory.mktemp("prepared")
-    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
-    prepare_stage(config, ROOT, results)
-    encode_stage(config, ROOT, results)
-    return results
-
-
-def _copy(prepared: Path, target: Path) -> Path:
-    shutil.copytree(prepared, target)
-    return target
 
 
 def _artifacts(run: Path) -> dict[str, bytes]:
@@ -63,7 +48,7 @@ def test_killed_anywhere_ends_identically(
     ]
     if lora:
         overrides.append("training.lora={rank: 2, alpha: 2.0}")
-    whole, disturbed = _copy(prepared, tmp_path / "whole"), _copy(prepared, tmp_path / "disturbed")
+    whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
     assert _train(whole, overrides, [None]) == ["finished 0 24"]
     # While loading, then at random instants of later and later updates: rollout, learning, writing, between them.
     moments, seconds = random.Random(7), 0.08
@@ -86,7 +71,7 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
         "training.checkpoint_every=30",
         "training.save_at=[]",
     ]
-    results = _copy(prepared, tmp_path / "results")
+    results = shutil.copytree(prepared, tmp_path / "results")
     run = results / "demo/runs/grpo-s0"
     process = subprocess.Popen(
         [VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -104,7 +89,7 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     subprocess.run(
         [VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL
     )
-    whole = _copy(prepared, tmp_path / "whole")
+    whole = shutil.copytree(prepared, tmp_path / "whole")
     assert _train(whole, overrides, [None]) == ["finished 0 30"]
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
 
@@ -112,7 +97,7 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
 def test_another_learning_rate_never_resumes(
     prepared: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    results = _copy(prepared, tmp_path / "results")
+    results = shutil.copytree(prepared, tmp_path / "results")
     run = results / "demo/runs/grpo-s0"
     train_stage(load_config([*tiny_overrides, "arm=grpo"]), ROOT, results)
     first = _artifacts(run)
@@ -122,7 +107,7 @@ def test_another_learning_rate_never_resumes(
     (aside,) = (results / "demo/runs/.superseded").iterdir()
     assert _artifacts(aside) == first
     assert _artifacts(run)["metrics.jsonl"] != first["metrics.jsonl"]
-    fresh = _copy(prepared, tmp_path / "fresh")
+    fresh = shutil.copytree(prepared, tmp_path / "fresh")
     train_stage(load_config([*tiny_overrides, "arm=grpo", "optimizer.learning_rate=1e-4"]), ROOT, fresh)
     assert _artifacts(run) == _artifacts(fresh / "demo/runs/grpo-s0")
 
@@ -130,7 +115,7 @@ def test_another_learning_rate_never_resumes(
 def test_truncated_newest_checkpoint_is_named_and_passed_over(
     prepared: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    results = _copy(prepared, tmp_path / "results")
+    results = shutil.copytree(prepared, tmp_path / "results")
     run = results / "demo/runs/vipo-s0"
     config = load_config([*tiny_overrides, "arm=vipo"])
     train_stage(config, ROOT, results)
@@ -148,7 +133,7 @@ def test_truncated_newest_checkpoint_is_named_and_passed_over(
 
 def test_outputs_that_a_workflow_deleted_come_back(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     """Snakemake deletes a killed job's declared outputs: the metrics travel with the checkpoint."""
-    results = _copy(prepared, tmp_path / "results")
+    results = shutil.copytree(prepared, tmp_path / "results")
     run = results / "demo/runs/grpo-s0"
     config = load_config([*tiny_overrides, "arm=grpo"])
     train_stage(config, ROOT, results)
@@ -163,7 +148,7 @@ def test_same_result_whatever_the_checkpoint_rhythm(prepared: Path, tiny_overrid
     config = load_config([*tiny_overrides, "arm=grpo"])
     other = load_config([*tiny_overrides, "arm=grpo", "training.checkpoint_every=3", "training.keep_checkpoints=1"])
     assert config.training_identity() == other.training_identity()
-    a, b = _copy(prepared, tmp_path / "a"), _copy(prepared, tmp_path / "b")
+    a, b = shutil.copytree(prepared, tmp_path / "a"), shutil.copytree(prepared, tmp_path / "b")
     train_stage(config, ROOT, a)
     train_stage(other, ROOT, b)
     first, second = _artifacts(a / "demo/runs/grpo-s0"), _artifacts(b / "demo/runs/grpo-s0")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vipo.config.compose import load_config, repository_root
-from vipo.stages import encode_stage, prepare_stage
+from vipo.config.compose import repository_root
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.root
@@ -76,16 +75,6 @@ def _refused(finished: tuple[int, str], *told: str) -> None:
     assert message.startswith("error: ")
     assert not any(line.startswith("error: ") for line in before)
     assert all(text in message for text in told), message
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with prompts and embeddings."""
-    results = tmp_path_factory.mktemp("prepared")
-    config = load_config(["experiment=demo", f"generator.path={tiny_generator}"])
-    prepare_stage(config, ROOT, results)
-    encode_stage(config, ROOT, results)
-    return results
 
 
 @pytest.fixture
