@@ -75,9 +75,9 @@ def floor_seconds(trainer: Trainer) -> float:
     start = time.perf_counter()
     with torch.no_grad():
         for _ in range(batches * sampling.steps):
-            generator.velocity(latents, sigma, conditioning)
+            generator.predict(latents, sigma, conditioning)
     for _ in range(batches * training.trained_transitions * training.epochs):
-        generator.velocity(latents, sigma, conditioning).sum().backward()
+        generator.predict(latents, sigma, conditioning).sum().backward()
     trainer.optimizer.zero_grad(set_to_none=True)
     return time.perf_counter() - start
 

@@ -60,7 +60,7 @@ def test_shipped_checkpoint_equals_the_stock_pipeline() -> None:
     stock = pipeline(PROMPTS, latents=pack_latents(noise), output_type="pt", **arguments).images
     hook.remove()
     with torch.no_grad():
-        ours = generator.velocity(noise, torch.ones(2), conditioning)
+        ours = generator.predict(noise, torch.ones(2), conditioning)
     torch.testing.assert_close(pack_latents(ours), first[0], atol=1e-5, rtol=0)
     images = generator.decode(sample_ode(generator, conditioning, sigma_schedule(steps, shift), noise))
     torch.testing.assert_close(images, stock, atol=1e-5, rtol=0)
@@ -192,21 +192,21 @@ def test_lora_loads_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path
     generator.save_network(tmp_path / "weights")
     noise, conditioning = keyed_normal([(0, "x")], generator.latent_shape), _conditioning(config, PROMPTS[:1])
     with torch.no_grad():
-        ours = generator.velocity(noise, torch.ones(1), conditioning)
+        ours = generator.predict(noise, torch.ones(1), conditioning)
     pipeline = FluxPipeline.from_pretrained(tiny_generator)
     pipeline.load_lora_weights(tmp_path / "weights")
     fresh = load_generator(config, ROOT)
     with torch.no_grad():
-        base = fresh.velocity(noise, torch.ones(1), conditioning)
+        base = fresh.predict(noise, torch.ones(1), conditioning)
         fresh.network = pipeline.transformer.eval()
-        stock = fresh.velocity(noise, torch.ones(1), conditioning)
+        stock = fresh.predict(noise, torch.ones(1), conditioning)
     torch.testing.assert_close(stock, ours, atol=1e-5, rtol=0)
     assert float((stock - base).abs().max()) > 1e-3
     again = load_generator(config, ROOT)
     for _ in range(2):
         again.load_network(tmp_path / "weights")
         with torch.no_grad():
-            torch.testing.assert_close(again.velocity(noise, torch.ones(1), conditioning), ours, atol=1e-5, rtol=0)
+            torch.testing.assert_close(again.predict(noise, torch.ones(1), conditioning), ours, atol=1e-5, rtol=0)
 
 
 def test_bad_checkpoints_are_named(tmp_path: Path, tiny_generator: Path) -> None:

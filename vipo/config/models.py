@@ -56,6 +56,9 @@ class GeneratorConfig(Section):
     guidance_scale: NonNegativeFloat = Field(
         3.5, description="Embedded guidance; read only by guidance-distilled models."
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
+    )
     device: str = Field(
         "cpu",
         pattern=r"^(cpu|cuda(:\d+)?)$",

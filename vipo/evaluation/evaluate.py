@@ -127,7 +127,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             log.info("%s: update %d sampled, %d pictures", config.run_name, number, len(samples))
         scores = score_pictures(pictures, base, samples, rewards, config)
         final = max(pictures)
-        size = generator.latent_shape[1:]
+        size = generator.grid
         maps = torch.cat([structuring(part, size).maps for part in pictures[final].split(config.evaluation.batch)])
         with atomic_folder(output / "samples") as folder:
             for number, images in pictures.items():

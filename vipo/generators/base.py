@@ -4,7 +4,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,29 @@ class Generator(ABC):
     """A frozen decoder and a network that can be trained.
 
     Attributes:
+        config: section `generator`.
+        device: where network and decoder are.
         network: the module whose weights are post-trained, in eval mode, float32.
-        latent_shape: ``(C, H, W)`` of one sample's latents.
+        latent_shape: ``(C, H, W)`` of one sample's latents, ``(C, T, H, W)`` of a video's.
+        frame_groups: of a video, the decoded frames that each latent frame stands for; None for images.
         network_folder: subfolder of the network in the diffusers layout.
+        prediction: what the network predicts: the velocity ``noise - x0`` of flow matching, or the noise of a
+            variance-preserving diffusion.
     """
 
+    config: GeneratorConfig
+    device: torch.device
     network: nn.Module
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
+    frame_groups: tuple[range, ...] | None = None
     network_folder: ClassVar[str]
+    prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the latents in positions."""
+        height, width = self.latent_shape[-2:]
+        return height, width
 
     @classmethod
     @abstractmethod
@@ -47,13 +62,39 @@ class Generator(ABC):
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Conditioning of each prompt, without the batch dimension, float32 on the CPU."""
 
+    def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's prediction (see `prediction`), guidance included, under the configured precision.
+
+        Args:
+            latents: ``(B, *latent_shape)`` float32.
+            time: ``(B,)``, the noise level sigma in (0, 1] of flow matching, or the training timestep of a
+                noise-predicting network (see `vipo.sampling.chain.Chain`).
+            conditioning: of the batch.
+
+        Returns:
+            Like `latents`, float32.
+
+        Raises:
+            ValueError: `latents` or the network's output has another shape.
+        """
+        expected = (len(time), *self.latent_shape)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"latents: expected shape {expected} (B, *latent_shape), got {tuple(latents.shape)}")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            prediction = self._predict(latents, time, conditioning)
+        if prediction.shape != latents.shape:
+            raise ValueError(
+                f"prediction: expected shape {tuple(latents.shape)} of latents, got {tuple(prediction.shape)}"
+            )
+        return prediction.float()
+
     @abstractmethod
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's velocity ``(B, C, H, W)`` at latents ``(B, C, H, W)`` and noise levels ``(B,)``."""
+    def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network call behind `predict`: time mapping, packing and guidance of the family."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents ``(B, C, H, W)`` to images ``(B, 3, H', W')`` in [0, 1], float32, no gradient."""
+        """Clean latents to images ``(B, 3, H', W')`` or videos ``(B, T, 3, H', W')`` in [0, 1], float32, no gradient."""
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:

@@ -106,18 +106,14 @@ class FluxGenerator(Generator):
             )
         return encoded
 
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        if tuple(latents.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"latents: expected shape (B, {', '.join(map(str, self.latent_shape))}), got {tuple(latents.shape)}"
-            )
+    def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         sequence = conditioning["encoder_hidden_states"]
         guidance = None
         if self._guided:
             guidance = torch.full((len(latents),), self.config.guidance_scale, device=latents.device)
         tokens = self.network(
             hidden_states=pack_latents(latents),
-            timestep=sigma,
+            timestep=time,
             guidance=guidance,
             pooled_projections=conditioning["pooled_projections"],
             encoder_hidden_states=sequence,

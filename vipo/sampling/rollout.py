@@ -57,14 +57,14 @@ def rollout(
     states, log_probs = [x], []
     for step in range(steps - 1):
         sigma, sigma_next = sigmas[step].expand(len(x)), sigmas[step + 1].expand(len(x))
-        velocity = generator.velocity(x, sigma, conditioning).float()
+        velocity = generator.predict(x, sigma, conditioning)
         mean, std = dance_transition(x, velocity, sigma, sigma_next, eta)
         noise = keyed_normal([(*key, step) for key in step_keys], generator.latent_shape, device)
         x = mean + std * noise
         states.append(x)
         log_probs.append(position_log_prob(x, mean, std))
     sigma = sigmas[steps - 1].expand(len(x))
-    clean = clean_estimate(x, generator.velocity(x, sigma, conditioning).float(), sigma)
+    clean = clean_estimate(x, generator.predict(x, sigma, conditioning), sigma)
     return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1), clean)
 
 
@@ -79,7 +79,7 @@ def transition_log_prob(
     rows = torch.arange(len(steps), device=steps.device)
     x, x_next = trajectory.latents[rows, steps], trajectory.latents[rows, steps + 1]
     sigma, sigma_next = sigmas[steps], sigmas[steps + 1]
-    velocity = generator.velocity(x, sigma, conditioning).float()
+    velocity = generator.predict(x, sigma, conditioning)
     mean, std = dance_transition(x, velocity, sigma, sigma_next, eta)
     return position_log_prob(x_next, mean, std)
 
@@ -96,6 +96,6 @@ def sample_ode(generator: Generator, conditioning: Conditioning, sigmas: Tensor,
     """
     x = noise
     for step in range(len(sigmas) - 1):
-        velocity = generator.velocity(x, sigmas[step].expand(len(x)), conditioning).float()
+        velocity = generator.predict(x, sigmas[step].expand(len(x)), conditioning)
         x = x + (sigmas[step + 1] - sigmas[step]) * velocity
     return x

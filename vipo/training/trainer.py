@@ -314,7 +314,7 @@ class Trainer:
         kind = self.config.objective.map
         if kind == "none":
             return None, {}
-        size = self.generator.latent_shape[1:]
+        size = self.generator.grid
         maps, constant = [], []
         for pictures in images:
             if self.structuring is None:
