@@ -32,6 +32,7 @@ class Generator(ABC):
         network_folder: subfolder of the network in the diffusers layout.
         prediction: what the network predicts: the velocity ``noise - x0`` of flow matching, or the noise of a
             variance-preserving diffusion.
+        alphas_cumprod: ``(1000,)``, the training schedule of a network that predicts noise; None for flow matching.
     """
 
     config: GeneratorConfig
@@ -39,6 +40,7 @@ class Generator(ABC):
     network: nn.Module
     latent_shape: tuple[int, ...]
     frame_groups: tuple[range, ...] | None = None
+    alphas_cumprod: Tensor | None = None
     network_folder: ClassVar[str]
     prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
 
@@ -94,7 +96,7 @@ class Generator(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents to images ``(B, 3, H', W')`` or videos ``(B, T, 3, H', W')`` in [0, 1], float32, no gradient."""
+        """Clean latents to images ``(B, 3, H, W)`` or videos ``(B, T, 3, H, W)`` in [0, 1], float32, no gradient."""
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:
