@@ -359,6 +359,7 @@ class EvaluationConfig(Section):
 class ArmConfig(Section):
     """One arm of an experiment."""
 
+    base: str | None = Field(None, description="File of configs/arm that the arm starts from; null: its own name's.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, strict=False)
     overrides: tuple[str, ...] = Field((), strict=False, description="Hydra overrides that hold for this arm alone.")
 
@@ -370,6 +371,23 @@ class ArmConfig(Section):
         return value
 
 
+class StudyConfig(Section):
+    """What a study decides, fixed before it runs: which candidate may replace the reference, by one metric."""
+
+    metric: str = Field(description="Score column that decides, such as reward/object_redness.")
+    matched_on: str = Field(description="Score column that is held equal for it, such as change/total.")
+    reference: str = Field(description="The arm that candidates are compared with.")
+    candidates: tuple[str, ...] = Field(min_length=1, strict=False)
+    choose_seeds: tuple[int, ...] = Field(min_length=2, strict=False, description="Seeds that choose the candidate.")
+    confirm_seeds: tuple[int, ...] = Field(min_length=2, strict=False, description="Fresh seeds that confirm it.")
+
+    @model_validator(mode="after")
+    def _fresh(self) -> Self:
+        if shared := set(self.choose_seeds) & set(self.confirm_seeds):
+            raise ValueError(f"confirm_seeds must be fresh: {sorted(shared)} also chose")
+        return self
+
+
 class ExperimentConfig(Section):
     """The unit of science: arms x seeds on one generator, prompt set and reward."""
 
@@ -377,6 +395,17 @@ class ExperimentConfig(Section):
     title: str
     question: str = Field(description="What the experiment asks, in a sentence for the report.")
     arms: dict[str, ArmConfig] = Field(min_length=1)
+    study: StudyConfig | None = Field(None, description="The decision that the experiment was run for, if any.")
+
+    @model_validator(mode="after")
+    def _study_has_its_runs(self) -> Self:
+        if self.study is not None:
+            seeds = {*self.study.choose_seeds, *self.study.confirm_seeds}
+            for name in (self.study.reference, *self.study.candidates):
+                absent = seeds - set(self.arms[name].seeds if name in self.arms else ())
+                if absent:
+                    raise ValueError(f"study: arm {name!r} lacks the seeds {sorted(absent)}")
+        return self
 
     @field_validator("arms")
     @classmethod
