@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env demo test lint types unit test-browser test-root lock clean
+.PHONY: help env demo study test lint types unit test-browser test-root lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,12 @@ demo: env  ## the whole experiment on CPU: base, GRPO, ViPO, controls, evaluatio
 	snakemake --profile workflow/profiles/local --config experiment=$(EXPERIMENT)
 	@echo "report: file://$(abspath results/$(EXPERIMENT)/report/index.html)"
 	@if [ -n "$${DISPLAY:-}" ]; then python -m webbrowser "file://$(abspath results/$(EXPERIMENT)/report/index.html)" || true; fi
+
+STUDY := credit credit_clip credit_global credit_scene
+
+study: env  ## the study behind docs/method.md: does the map direct credit? (a few hours on two cores; resumable)
+	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment; done
+	vipo study $(STUDY) -o docs/study
 
 test: lint types unit  ## lint, types and the suite that needs no privileges
 

@@ -100,6 +100,19 @@ def report(overrides: Overrides = None, file: ConfigFile = None, results: Result
 
 
 @app.command()
+def study(
+    experiments: Annotated[list[str], typer.Argument(help="Experiments; the first one's section `study` decides.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, figures and the page.")],
+    results: Results = _RESULTS,
+) -> None:
+    """Put a study together from its experiments' results: tables, figures, the decision on the default."""
+    from vipo.stages import study_stage
+
+    configs = [load_config([f"experiment={name}", "arm=base"]) for name in experiments]
+    typer.echo(study_stage(configs, results, output))
+
+
+@app.command()
 def crate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
     """Describe the experiment as an RO-Crate: files, runs, parameters, software."""
     from vipo.stages import crate_stage

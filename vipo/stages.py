@@ -1,5 +1,6 @@
 """The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config, write_if_changed
@@ -125,3 +126,10 @@ def crate_stage(config: Config, root: Path, results: Path) -> Path:
     """Everything of the experiment, described in ``crate/ro-crate-metadata.json``."""
     experiment = experiment_folder(config, results)
     return write_crate(experiment, experiment / "crate", root)
+
+
+def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:
+    """Several experiments' results to the study's tables, figures and page; the first one's configuration decides."""
+    from vipo.reporting.study import build_study
+
+    return build_study([(experiment_folder(config, results), run_names(config)) for config in configs], output)

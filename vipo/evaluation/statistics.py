@@ -255,6 +255,67 @@ def matched_reward(scores: pd.DataFrame, on: str, columns: Sequence[str], *, bet
     return table.astype({"seed": "Int64"})
 
 
+def seed_interval(differences: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of paired differences between seeds and Student's interval, conditional on the held-out prompts.
+
+    Args:
+        differences: one per seed, at least two, finite.
+        confidence: nominal coverage, in (0, 1).
+
+    Raises:
+        ScoresError: fewer than two seeds, or a value is not finite.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ScoresError(f"an interval over seeds needs at least two finite differences, got {list(differences)}")
+    mean, half = float(values.mean()), 0.0
+    if values.std() > 0:
+        half = float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return Interval(mean, mean - half, mean + half, "seeds", f"over {len(values)} seeds, on these prompts")
+
+
+def matched_pairs(
+    scores: pd.DataFrame, arm: str, reference: str, on: str, columns: Sequence[str], *, better: Better = "higher"
+) -> pd.DataFrame:
+    """Two arms seed by seed at the highest level of `on` that both reached.
+
+    Each seed's curve over its evaluated updates starts at the base and is followed to where it first reaches the level;
+    `columns` are interpolated there. A slower arm is thus compared where it got to, with the other arm at that point.
+
+    Args:
+        scores: rows of all runs, with the base at update 0.
+        arm, reference: arms with common seeds.
+        on: the column that is held equal.
+        columns: the columns that are read off.
+        better: the direction in which `on` moves away from the base.
+
+    Returns:
+        One row per common seed at which both arms moved past the base: `seed`, `level`, and for `update` and every
+        column the value of `arm` and, as ``<name>_reference``, of the other.
+
+    Raises:
+        ScoresError: as `evaluation_curves`.
+    """
+    sign = 1.0 if better == "higher" else -1.0
+    read = ["update", *columns]
+    curves = evaluation_curves(scores, list(dict.fromkeys([on, *columns])), per_seed=True)
+    curves = curves[curves["arm"].isin((arm, reference))]
+    rows: list[dict[str, Any]] = []
+    for seed, both in curves.groupby("seed", sort=True):
+        ours, theirs = (both[both["arm"] == name] for name in (arm, reference))
+        if ours.empty or theirs.empty:
+            continue
+        level = sign * min(float((sign * curve[on]).max()) for curve in (ours, theirs))
+        found = [_interpolated(curve, on, level, sign, read) for curve in (ours, theirs)]
+        if found[0] is None or found[1] is None:
+            continue
+        rows.append(
+            {"seed": seed, "level": level, **found[0], **{f"{name}_reference": found[1][name] for name in read}}
+        )
+    names = [*read, *(f"{name}_reference" for name in read)]
+    return pd.DataFrame(rows, columns=["seed", "level", *names])
+
+
 def wording(interval: Interval, better: Better | None = "higher") -> str:
     """The words that an interval earns: "no difference shown" where it includes zero.
 

@@ -31,20 +31,20 @@ PART_COLORS = ("#2f7dbd", "#5f62d3", "#1c9484", "#c07a14", "#c4457d", "#878e99",
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 
 # Drawn in a colour that nothing else uses, then replaced by the reader's text colour.
-_INK = "#010203"
+INK = "#010203"
 _SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_WIDTH = 3.25
+WIDTH = 3.25
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
     "font.size": 7.5,
     "axes.labelsize": 7.5,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "axes.spines.top": False,
@@ -78,7 +78,7 @@ class Plot:
 
 def draw_figures(summary: Summary) -> list[Plot]:
     """All deterministic figures of a report."""
-    arms = _Arms(list(summary.arms["arm"]))
+    arms = Arms(list(summary.arms["arm"]))
     figures = [_forest(summary, arms, column, number) for number, column in enumerate(_rewards(summary))]
     figures += [
         plot for number, column in enumerate(summary.trained) for plot in _held_out(summary, arms, column, number)
@@ -94,17 +94,17 @@ def draw_figures(summary: Summary) -> list[Plot]:
 def draw_time(time: pd.DataFrame) -> Plot:
     """Stacked bars of the mean seconds of an update, one bar a run."""
     parts = time_parts(time)
-    figure, axes = _figure(0.75 + 0.24 * len(time), width=2 * _WIDTH)
+    figure, axes = new_figure(0.75 + 0.24 * len(time), width=2 * WIDTH)
     left = pd.Series(0.0, index=time.index)
     for part, color in zip(parts, _cycle(PART_COLORS, len(parts)), strict=True):
         axes.barh(time["run"], time[part], left=left, color=color, height=0.66, label=part, linewidth=0)
         left = left + time[part]
     axes.invert_yaxis()
     axes.set_xlabel("seconds per update")
-    _bare_rows(axes)
-    _legend(figure, axes.get_legend_handles_labels()[0])
+    bare_rows(axes)
+    add_legend(figure, axes.get_legend_handles_labels()[0])
     listed = "; ".join(f"{row.run} {row.total:.2f} s" for row in time.itertuples())
-    return _plot(
+    return as_plot(
         figure, "time", "time", "Time of an update", "Mean over all updates.", f"Seconds per update: {listed}."
     )
 
@@ -115,16 +115,22 @@ def time_parts(time: pd.DataFrame) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Arms:
+class Arms:
+    """Colour and marker of each arm, the same in every figure; past eight arms their pairs differ."""
+
     names: list[str]
 
     def color(self, arm: str) -> str:
+        """The arm's colour."""
         return ARM_COLORS[self.names.index(arm) % len(ARM_COLORS)]
 
     def marker(self, arm: str) -> str:
-        return _MARKERS[self.names.index(arm) % len(_MARKERS)]
+        """The arm's marker."""
+        number = self.names.index(arm)
+        return _MARKERS[(number + number // len(ARM_COLORS)) % len(_MARKERS)]
 
     def handles(self, shown: Iterable[str]) -> list[Line2D]:
+        """Legend entries of the arms in `shown`."""
         return [
             Line2D([], [], color=self.color(arm), marker=self.marker(arm), markersize=3.2, linewidth=1.4, label=arm)
             for arm in self.names
@@ -136,11 +142,11 @@ def _rewards(summary: Summary) -> list[str]:
     return [column for column in summary.columns if column.startswith("reward/")]
 
 
-def _forest(summary: Summary, arms: _Arms, column: str, number: int) -> Plot:
+def _forest(summary: Summary, arms: Arms, column: str, number: int) -> Plot:
     references = [name for name in ("base", "grpo") if len(summary.final(column, name))]
     heights = [len(summary.final(column, name)) for name in references]
     with _style():
-        figure = Figure(figsize=(_WIDTH, 0.62 * len(heights) + 0.235 * sum(heights)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.62 * len(heights) + 0.235 * sum(heights)), layout="constrained")
         grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=[height + 0.6 for height in heights])
     means = dict(zip(summary.arms["arm"], summary.arms[column], strict=True))
     for axes, reference in zip(grid[:, 0], references, strict=True):
@@ -150,22 +156,22 @@ def _forest(summary: Summary, arms: _Arms, column: str, number: int) -> Plot:
             axes.plot([item.low, item.high], [row, row], color=color, linewidth=2.2, solid_capstyle="round")
             axes.plot(item.estimate, row, marker=arms.marker(arm), color=color, markersize=5.2)
             _points(axes, _final_seeds(summary, arm, column) - means[reference], row, color)
-        axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
+        axes.axvline(0, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
         axes.set_yticks(range(len(items)), list(items))
         axes.set_ylim(len(items) - 0.4, -0.6)
         axes.set_xlabel(f"difference to {reference}")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _bare_rows(axes)
+        bare_rows(axes)
     texts = [
         f"{item.arm} against {reference} {item.estimate:+.3g} ({item.low:+.3g} to {item.high:+.3g})"
         for reference in references
         for item in summary.final(column, reference).values()
     ]
     kind = "trained" if column in summary.trained else "measured, never rewarded"
-    return _plot(figure, f"difference-{number}", "forest", summary.columns[column], kind, "; ".join(texts) + ".")
+    return as_plot(figure, f"difference-{number}", "forest", summary.columns[column], kind, "; ".join(texts) + ".")
 
 
-def _held_out(summary: Summary, arms: _Arms, column: str, number: int) -> list[Plot]:
+def _held_out(summary: Summary, arms: Arms, column: str, number: int) -> list[Plot]:
     """One trained reward over updates and over change, and the side effects over it."""
     name = summary.columns[column]
     others = [key for key in _rewards(summary) if key not in summary.trained]
@@ -191,7 +197,7 @@ def _held_out(summary: Summary, arms: _Arms, column: str, number: int) -> list[P
 
 def _path(
     summary: Summary,
-    arms: _Arms,
+    arms: Arms,
     x: tuple[str, str],
     y: tuple[str, str],
     name: str,
@@ -200,7 +206,7 @@ def _path(
     caption: str,
 ) -> Plot:
     """Arms as paths over their evaluated updates; `x` and `y` are a column and its label."""
-    figure, axes = _figure(2.3)
+    figure, axes = new_figure(2.3)
     for arm, curve in summary.curves.groupby("arm", sort=False):
         color = arms.color(str(arm))
         for _, own in summary.seed_curves[summary.seed_curves["arm"] == arm].groupby("seed"):
@@ -213,12 +219,12 @@ def _path(
         f"{arm} {y[1]} {curve[y[0]].iloc[-1]:.3g} at {x[1]} {curve[x[0]].iloc[-1]:.3g}"
         for arm, curve in summary.curves.groupby("arm", sort=False)
     )
-    return _plot(figure, name, group, title, caption, f"{title}; at the end {ends}.")
+    return as_plot(figure, name, group, title, caption, f"{title}; at the end {ends}.")
 
 
-def _change(summary: Summary, arms: _Arms) -> Plot:
+def _change(summary: Summary, arms: Arms) -> Plot:
     items = [row for row in summary.arms.to_dict("records") if row["arm"] != "base"]
-    figure, axes = _figure(0.85 + 0.3 * len(items))
+    figure, axes = new_figure(0.85 + 0.3 * len(items))
     for row, item in enumerate(items):
         color, places = arms.color(item["arm"]), (item["change/background"], item["change/foreground"])
         axes.plot(places, [row, row], color=color, linewidth=1.4, alpha=0.5)
@@ -230,26 +236,26 @@ def _change(summary: Summary, arms: _Arms) -> Plot:
     axes.set_ylim(len(items) - 0.45, -0.55)
     axes.set_xlim(left=0)
     axes.set_xlabel("mean absolute pixel difference to the base's sample")
-    _bare_rows(axes)
+    bare_rows(axes)
     handles = [
-        Line2D([], [], color=_INK, marker="o", markersize=5, linewidth=0, markerfacecolor=face, label=text)
-        for text, face in (("foreground", _INK), ("background", "none"))
+        Line2D([], [], color=INK, marker="o", markersize=5, linewidth=0, markerfacecolor=face, label=text)
+        for text, face in (("foreground", INK), ("background", "none"))
     ]
-    _legend(figure, handles)
+    add_legend(figure, handles)
     listed = "; ".join(
         f"{item['arm']} foreground {item['change/foreground']:.3g}, background {item['change/background']:.3g}"
         for item in items
     )
     caption = "final weights; filled: the base picture's foreground, hollow: its background, points: seeds"
-    return _plot(figure, "change", "change", "Where the change falls", caption, f"Change against the base: {listed}.")
+    return as_plot(figure, "change", "change", "Where the change falls", caption, f"Change against the base: {listed}.")
 
 
-def _metric(summary: Summary, arms: _Arms, metric: str) -> Plot | None:
+def _metric(summary: Summary, arms: Arms, metric: str) -> Plot | None:
     table = summary.training[summary.training["metric"] == metric]
     if table.empty:
         return None
     title, caption = METRICS[metric]
-    figure, axes = _figure(2.05)
+    figure, axes = new_figure(2.05)
     _curves(axes, arms, table, "update", "value")
     if metric == "log_ratio/max_before_first_step":
         axes.set_yscale("symlog", linthresh=1e-8)
@@ -260,14 +266,14 @@ def _metric(summary: Summary, arms: _Arms, metric: str) -> Plot | None:
     last = table.groupby("arm", sort=False)["value"].last()
     listed = ", ".join(f"{arm} {value:.3g}" for arm, value in last.items())
     name = re.sub(r"[^a-z0-9]+", "-", metric)
-    return _plot(
+    return as_plot(
         figure, f"training-{name}", "training", title, caption, f"{title} over updates; last values: {listed}."
     )
 
 
-def _clip_by_step(summary: Summary, arms: _Arms) -> Plot:
+def _clip_by_step(summary: Summary, arms: Arms) -> Plot:
     table = summary.clip_by_step
-    figure, axes = _figure(2.05)
+    figure, axes = new_figure(2.05)
     _curves(axes, arms, table, "step", "share", marker=True)
     axes.set_xlabel("sampling step (0 is the noisiest)")
     axes.set_ylim(bottom=0)
@@ -275,12 +281,12 @@ def _clip_by_step(summary: Summary, arms: _Arms) -> Plot:
     means = table.groupby("arm", sort=False)["share"].mean()
     listed = ", ".join(f"{arm} {value:.3g}" for arm, value in means.items())
     title = "Clipped share by sampling step"
-    return _plot(
+    return as_plot(
         figure, "training-clip-by-step", "training", title, "mean over all updates", f"{title}; means: {listed}."
     )
 
 
-def _curves(axes: Axes, arms: _Arms, table: pd.DataFrame, x: str, y: str, marker: bool = False) -> None:
+def _curves(axes: Axes, arms: Arms, table: pd.DataFrame, x: str, y: str, marker: bool = False) -> None:
     for arm, own in table.groupby("arm", sort=False):
         color = arms.color(str(arm))
         seeds = own["seed"].nunique()
@@ -301,7 +307,8 @@ def _style(salt: str = "vipo") -> Iterator[None]:
         yield
 
 
-def _figure(height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
+def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure of one plot in the reports' style; sizes in inches."""
     with _style():
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
@@ -315,17 +322,18 @@ def _finish(figure: Figure, axes: Axes, handles: Sequence[Line2D], *, integers: 
         formatter = ScalarFormatter(useMathText=False, useOffset=False)
         formatter.set_powerlimits((-3, 4))
         axes.yaxis.set_major_formatter(formatter)
-    axes.grid(axis="y", color=_INK, alpha=0.13, linewidth=0.6)
-    _legend(figure, handles)
+    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.6)
+    add_legend(figure, handles)
 
 
-def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
-    # As many columns as fit: about 4.3 points a letter and 22 for the line and the gap.
+def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend below the plot, in as many columns as fit."""
+    # About 4.3 points a letter and 22 for the line and the gap.
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(72 * figure.get_figwidth() // (4.3 * longest + 22)))
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, fontsize=7,
-        labelcolor=_INK, handlelength=1.3, columnspacing=1.1, handletextpad=0.5,
+        labelcolor=INK, handlelength=1.3, columnspacing=1.1, handletextpad=0.5,
     )  # fmt: skip
 
 
@@ -338,14 +346,16 @@ def _points(axes: Axes, values: NDArray[np.float64], row: int, color: str) -> No
     axes.plot(values, np.full(len(values), row + 0.31), ".", color=color, markersize=3.4, alpha=0.8)
 
 
-def _bare_rows(axes: Axes) -> None:
+def bare_rows(axes: Axes) -> None:
+    """Rows with names instead of a y axis."""
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=_INK, alpha=0.13, linewidth=0.6)
+    axes.grid(axis="x", color=INK, alpha=0.13, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def _plot(figure: Figure, name: str, group: str, title: str, caption: str, alternative: str) -> Plot:
+def as_plot(figure: Figure, name: str, group: str, title: str, caption: str, alternative: str) -> Plot:
+    """`figure` as SVG that the page or a file of its own can hold; the same numbers give the same bytes."""
     stream = io.StringIO()
     metadata: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with _style(f"vipo {name}"):
@@ -368,7 +378,7 @@ def _inline(svg: str, alternative: str) -> str:
     read = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in read else "", svg)
     svg = re.sub(r"'DejaVu Sans'(, sans-serif)?", _SANS, svg)
-    svg = svg.replace(_INK, "currentColor")
+    svg = svg.replace(INK, "currentColor")
     for index, color in enumerate(ARM_COLORS):
         svg = svg.replace(color, f"var(--arm-{index}, {color})")
     for index, color in enumerate(PART_COLORS):

@@ -1,0 +1,248 @@
+"""The study's tables and figures, from the results of its experiments: what `docs/study` holds."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from vipo.errors import VipoError
+from vipo.evaluation.statistics import evaluation_curves
+from vipo.evaluation.study import OBJECT_SHARE, clip_table, compare_over_seeds, decide
+from vipo.provenance.files import atomic_folder
+from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure
+from vipo.reporting.inputs import Experiment, read_experiment
+from vipo.reporting.summary import label
+
+_MATCHINGS = {"updates": "equal updates", "reward": "equal reward", "change": "equal change"}
+
+
+class StudyError(VipoError):
+    """The study cannot be put together; the message names what is missing."""
+
+
+def build_study(folders: Sequence[tuple[Path, Sequence[str]]], output: Path) -> Path:
+    """Tables (CSV), figures (SVG), the decision (JSON) and one page (Markdown) of a study.
+
+    Args:
+        folders: ``results/<experiment>`` and its runs, for each experiment. The first one's section `study` fixes the
+            decision; those whose arms differ in the clip alone make the clip study.
+        output: folder that is replaced as a whole.
+
+    Returns:
+        The page.
+
+    Raises:
+        StudyError: the first experiment has no section `study`.
+        ReportError, ScoresError: results are missing or cannot be compared.
+    """
+    experiments = [read_experiment(folder, runs) for folder, runs in folders]
+    config = experiments[0].config
+    study = config.experiment.study
+    if study is None:
+        raise StudyError(
+            f"experiment {config.experiment.name!r} has no section 'study': there is no decision to report"
+        )
+    confidence = config.evaluation.confidence
+    decision = decide(experiments[0].scores, study, confidence)
+    tables: dict[str, pd.DataFrame] = {}
+    plots: list[Plot] = []
+    for experiment in experiments:
+        name = experiment.config.experiment.name
+        tables[f"{name}-arms"] = _ends(experiment)
+        reference = study.reference
+        compared = compare_over_seeds(
+            experiment.scores, reference, experiment.rewards[0], [*experiment.rewards, *experiment.changes], confidence
+        )
+        tables[f"{name}-compared"] = compared
+        cells = _clip_cells(experiment)
+        if len(cells):
+            metrics = pd.concat(
+                [run.metrics.assign(arm=run.config.arm) for run in experiment.runs if not run.metrics.empty]
+            )
+            tables[f"{name}-gates"] = clip_table(
+                experiment.scores, metrics, cells, [experiment.rewards[0], "change/total"]
+            )
+            plots.append(_clip_plot(name, tables[f"{name}-gates"], experiment.rewards[0]))
+        else:
+            arms = Arms(experiment.arms)
+            plots.append(_paths(name, experiment, arms))
+            plots.append(_forest(name, compared, arms, reference, experiment.rewards[0]))
+    with atomic_folder(output) as folder:
+        for table_name, table in tables.items():
+            table.to_csv(folder / f"{table_name}.csv", index=False, lineterminator="\n", float_format="%.6g")
+        for plot in plots:
+            (folder / f"{plot.name}.svg").write_text(plot.standalone())
+        text = json.dumps({**study.model_dump(mode="json"), **decision.as_json()}, indent=1, allow_nan=False)
+        (folder / "decision.json").write_text(text + "\n")
+        (folder / "README.md").write_text(_page(experiments, tables, plots, text))
+    return output / "README.md"
+
+
+def _ends(experiment: Experiment) -> pd.DataFrame:
+    """Final means of every arm over its seeds, and their standard deviation."""
+    columns = [*experiment.rewards, *experiment.changes]
+    final = experiment.scores[experiment.scores["final"]]
+    seeds = final.groupby(["arm", "seed"], sort=False)[columns].mean()
+    means, spread = seeds.groupby("arm", sort=False).mean(), seeds.groupby("arm", sort=False).std()
+    count = seeds.groupby("arm", sort=False).size().rename("seeds")
+    return means.join(spread.add_suffix("_std")).join(count).reset_index()
+
+
+def _clip_cells(experiment: Experiment) -> pd.DataFrame:
+    """The arms of a clip study: all trained arms, where nothing but ratio, map and clip tells them apart."""
+    firsts = {arm: experiment.of_arm(arm)[0].config for arm in experiment.arms if arm != "base"}
+    gated = [config for config in firsts.values() if config.objective.ratio == "position"]
+    same = {config.objective.model_copy(update={"clip": None}).model_dump_json() for config in gated}
+    clips = {config.objective.clip.model_dump_json() for config in gated}
+    if len(same) > 1 or len(clips) < 3:
+        return pd.DataFrame()
+    return pd.DataFrame(
+        [
+            {"arm": arm, "ratio": config.objective.ratio, **config.objective.clip.model_dump(mode="json")}
+            for arm, config in firsts.items()
+        ]
+    )
+
+
+def _paths(name: str, experiment: Experiment, arms: Arms) -> Plot:
+    """Held-out reward over the size of change: arms' means over seeds."""
+    reward = experiment.rewards[0]
+    curves = evaluation_curves(experiment.scores, [reward, "change/total"])
+    figure, axes = new_figure(3.2, width=1.5 * WIDTH)
+    for arm, curve in curves.groupby("arm", sort=False):
+        axes.plot(
+            curve["change/total"], curve[reward], color=arms.color(str(arm)), marker=arms.marker(str(arm)),
+            markersize=3.6, linewidth=1.4,
+        )  # fmt: skip
+    axes.set_xlabel("mean absolute pixel change against the base")
+    axes.set_ylabel(f"held-out {label(reward)}")
+    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.6)
+    add_legend(figure, arms.handles(curves["arm"]))
+    title = f"{label(reward)} over change"
+    return as_plot(figure, f"{name}-paths", "study", title, "means over seeds and held-out prompts", title)
+
+
+def _forest(name: str, compared: pd.DataFrame, arms: Arms, reference: str, reward: str) -> Plot:
+    """Differences to the reference in the three matchings: reward, and where the change falls."""
+    shown = [("updates", reward), ("change", reward), ("reward", "change/total"), ("reward", OBJECT_SHARE)]
+    order = [arm for arm in arms.names if arm in set(compared["arm"])]
+    figure, _ = new_figure(1.1 + 0.26 * len(order), width=3 * WIDTH)
+    figure.clear()
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for axes, (matched, column) in zip(panels, shown, strict=True):
+        rows = compared[(compared["matched"] == matched) & (compared["column"] == column)].set_index("arm")
+        for place, arm in enumerate(order):
+            if arm not in rows.index:
+                continue
+            row = rows.loc[arm]
+            color = arms.color(arm)
+            axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.0, solid_capstyle="round")
+            axes.plot(row["difference"], place, marker=arms.marker(arm), color=color, markersize=4.6)
+        axes.axvline(0, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
+        axes.set_xlabel(f"{_words(column)}\nat {_MATCHINGS[matched]}")
+        bare_rows(axes)
+    panels[0].set_yticks(range(len(order)), order)
+    panels[0].set_ylim(len(order) - 0.4, -0.6)
+    title = f"Differences to {reference}"
+    return as_plot(figure, f"{name}-differences", "study", title, "intervals over seeds", title)
+
+
+def _clip_plot(name: str, gates: pd.DataFrame, reward: str) -> Plot:
+    """Final reward over the clipped share, one line a scope and side."""
+    gated = gates[(gates["ratio"] == "position") & (gates["side"] != "none")]
+    gated = gated.assign(kind=gated["scope"] + ", " + gated["side"])
+    kinds = list(gated["kind"].unique())
+    arms = Arms(["", *kinds])
+    figure, axes = new_figure(3.0, width=1.5 * WIDTH)
+    for kind in kinds:
+        own = gated[gated["kind"] == kind].sort_values("clipped")
+        axes.errorbar(
+            own["clipped"],
+            own[reward],
+            yerr=own[f"{reward}_std"] / own["seeds"].map(math.sqrt),
+            color=arms.color(kind),
+            marker=arms.marker(kind),
+            markersize=4,
+            linewidth=1.3,
+            elinewidth=0.8,
+        )
+    handles = arms.handles(kinds)
+    for row in gates[gates["side"] == "none"].to_dict("records"):
+        axes.axhline(row[reward], color=INK, linewidth=0.8, alpha=0.6, dashes=(3, 2))
+        handles.append(Line2D([], [], color=INK, linewidth=0.8, dashes=(3, 2), label="no clip"))
+    axes.set_xlabel("clipped share of positions, mean over updates")
+    axes.set_ylabel(f"held-out {label(reward)} after the last update")
+    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.6)
+    add_legend(figure, handles)
+    title = "Reward over clipped share"
+    return as_plot(figure, f"{name}-gates", "study", title, "bars: standard error over seeds", title)
+
+
+def _words(column: str) -> str:
+    return "object's share of the change" if column == OBJECT_SHARE else label(column)
+
+
+def _page(
+    experiments: Sequence[Experiment], tables: dict[str, pd.DataFrame], plots: Sequence[Plot], decision: str
+) -> str:
+    commits = sorted(
+        {
+            str((run.provenance or {}).get("git", {}).get("commit"))
+            for item in experiments
+            for run in item.runs
+            if run.provenance
+        }
+    )
+    lines = [
+        "# The study's results",
+        "",
+        "Made by `make study` (`vipo study`); nothing here is written by hand. What it means is told in "
+        "[method.md](../method.md). Every file beside this page is a table or a figure of it.",
+        "",
+        f"Trained at commit {', '.join(commits)}.",
+        "",
+        "## The decision",
+        "",
+        "```json",
+        decision,
+        "```",
+    ]
+    for experiment in experiments:
+        name, config = experiment.config.experiment.name, experiment.config
+        lines += ["", f"## {config.experiment.title}", "", config.experiment.question, ""]
+        lines += [f"![{plot.title}]({plot.name}.svg)" for plot in plots if plot.name.startswith(f"{name}-")]
+        lines += ["", *_markdown(_ends_shown(tables[f"{name}-arms"]))]
+        if f"{name}-gates" in tables:
+            lines += ["", *_markdown(tables[f"{name}-gates"])]
+        compared = tables[f"{name}-compared"]
+        kept = compared[
+            compared["column"].isin([experiment.rewards[0], "change/total", OBJECT_SHARE, "reward/scene_shape"])
+        ]
+        lines += [
+            "",
+            f"Differences to {experiment.arms[1]}, paired by seed, {config.evaluation.confidence:.0%} intervals:",
+            "",
+        ]
+        lines += _markdown(kept)
+    return "\n".join(lines) + "\n"
+
+
+def _ends_shown(table: pd.DataFrame) -> pd.DataFrame:
+    return table[
+        [
+            "arm",
+            "seeds",
+            *(name for name in table.columns if name.startswith(("reward/", "change/")) and not name.endswith("_std")),
+        ]
+    ]
+
+
+def _markdown(table: pd.DataFrame) -> list[str]:
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    head = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return head + ["| " + " | ".join(cell(value) for value in row) + " |" for row in table.itertuples(index=False)]
