@@ -58,9 +58,8 @@ def compare_over_seeds(
     trained = scores[scores["update"] > 0]
     rows: list[dict[str, Any]] = []
     for arm in (name for name in trained["arm"].unique() if name != reference):
-        seeds = sorted(
-            set(trained.loc[trained["arm"] == arm, "seed"]) & set(trained.loc[trained["arm"] == reference, "seed"])
-        )
+        both = trained[trained["arm"].isin((arm, reference))].groupby("seed")["arm"].nunique()
+        seeds = both.index[both == 2].tolist()
         for matched, on in (("updates", None), ("reward", reward), ("change", "change/total")):
             wanted = [name for name in columns if name != on]
             pairs = (
@@ -104,7 +103,7 @@ def _at_the_end(
     trained: pd.DataFrame, arm: str, reference: str, seeds: Sequence[int], columns: Sequence[str]
 ) -> pd.DataFrame:
     final = trained[trained["final"]].groupby(["arm", "seed"])[list(columns)].mean()
-    ours, theirs = final.loc[arm].loc[seeds], final.loc[reference].loc[seeds]
+    ours, theirs = (final.xs(name).reindex(list(seeds)) for name in (arm, reference))
     return ours.join(theirs.add_suffix("_reference")).reset_index()
 
 

@@ -1,0 +1,159 @@
+"""The study's comparisons and its decision against closed forms on drawn curves."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from integration.report_fixture import build_experiment
+from scipy import stats
+
+from vipo.config.models import StudyConfig
+from vipo.evaluation.statistics import ScoresError, matched_pairs, seed_interval
+from vipo.evaluation.study import OBJECT_SHARE, clip_table, compare_over_seeds, decide
+from vipo.reporting.study import StudyError, build_study
+
+REWARD = "reward/r"
+UPDATES = (4, 8, 12)
+
+
+def _scores(slopes: dict[str, dict[int, float]], per_change: dict[str, float]) -> pd.DataFrame:
+    """Reward rises by its slope an update from 0.1; the change is the gain over `per_change`, 3 : 1 on the object."""
+    rows = []
+
+    def add(arm: str, seed: int, update: int, reward: float, change: float) -> None:
+        for prompt in ("a", "b"):
+            shift = 0.01 if prompt == "a" else -0.01
+            row = {
+                "run": f"{arm}-s{seed}",
+                "arm": arm,
+                "seed": seed,
+                "update": update,
+                "prompt_id": prompt,
+                "sample": 0,
+            }
+            row |= {"final": update in (0, UPDATES[-1]), REWARD: reward + shift, "change/total": change}
+            rows.append(row | {"change/foreground": 1.5 * change, "change/background": 0.5 * change})
+
+    add("base", 0, 0, 0.1, 0.0)
+    for arm, seeds in slopes.items():
+        for seed, slope in seeds.items():
+            for update in UPDATES:
+                add(arm, seed, update, 0.1 + slope * update, slope * update / per_change[arm])
+    return pd.DataFrame(rows)
+
+
+SCORES = _scores(
+    {
+        "grpo": {seed: 0.02 + 0.001 * seed for seed in range(10)},
+        "quick": {seed: 0.03 + 0.001 * seed for seed in range(10)},
+        "local": {seed: 0.01 + 0.001 * seed for seed in range(10)},
+    },
+    {"grpo": 2.0, "quick": 2.0, "local": 4.0},
+)
+
+
+def test_interval_over_seeds_is_students() -> None:
+    values = [0.1, 0.3, 0.2, 0.5]
+    found = seed_interval(values, 0.9)
+    low, high = stats.t.interval(0.9, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.275, low, high))
+    assert seed_interval([0.2, 0.2]).low == pytest.approx(0.2)
+    with pytest.raises(ScoresError, match="at least two finite"):
+        seed_interval([0.1])
+
+
+def test_arms_are_matched_where_both_got_to() -> None:
+    pairs = matched_pairs(SCORES, "local", "grpo", REWARD, ["change/total"]).set_index("seed")
+    # The slower arm's end, 0.1 + 12 slope; its change is the gain over 4, the other's over 2 at the same gain.
+    for seed in range(10):
+        gain = 12 * (0.01 + 0.001 * seed)
+        row = pairs.loc[seed]
+        assert row["level"] == pytest.approx(0.1 + gain)
+        assert row["change/total"] == pytest.approx(gain / 4)
+        assert row["change/total_reference"] == pytest.approx(gain / 2)
+        assert row["update"] == pytest.approx(12)
+        assert row["update_reference"] == pytest.approx(gain / (0.02 + 0.001 * seed))
+
+
+def test_an_arm_that_never_moved_is_skipped_and_counted() -> None:
+    still = _scores(
+        {"grpo": dict.fromkeys(range(3), 0.02), "idle": {0: 0.01, 1: 0.01, 2: -0.01}}, {"grpo": 2, "idle": 2}
+    )
+    table = compare_over_seeds(still, "grpo", REWARD, [REWARD, "change/total"], 0.95)
+    by = table.set_index(["matched", "column"])
+    assert by.loc[("updates", REWARD), ["seeds", "skipped"]].tolist() == [3, 0]
+    assert by.loc[("reward", "change/total"), ["seeds", "skipped"]].tolist() == [2, 1]
+
+
+def test_a_faster_arm_differs_at_equal_updates_alone() -> None:
+    columns = [REWARD, "change/total", "change/foreground", "change/background"]
+    table = compare_over_seeds(SCORES, "grpo", REWARD, columns, 0.95).set_index(["arm", "matched", "column"])
+    assert table.loc[("quick", "updates", REWARD), "difference"] == pytest.approx(0.12)
+    assert table.loc[("quick", "change", REWARD), "difference"] == pytest.approx(0, abs=1e-12)
+    assert table.loc[("quick", "reward", "change/total"), "difference"] == pytest.approx(0, abs=1e-12)
+    assert table.loc[("local", "change", REWARD), "difference"] > 0
+    assert table.loc[("local", "updates", REWARD), "difference"] < 0
+    assert table.loc[("local", "reward", OBJECT_SHARE), "mean"] == pytest.approx(0.75)
+
+
+def test_the_decision_needs_fresh_seeds() -> None:
+    study = StudyConfig(
+        metric=REWARD,
+        matched_on="change/total",
+        reference="grpo",
+        candidates=("quick", "local"),
+        choose_seeds=(0, 1, 2, 3, 4),
+        confirm_seeds=(5, 6, 7, 8, 9),
+    )
+    found = decide(SCORES, study, 0.95)
+    assert (found.chosen, found.default) == ("local", "local")
+    assert found.choosing["quick"].estimate == pytest.approx(0, abs=1e-12)
+    only_quick = study.model_copy(update={"candidates": ("quick",)})
+    assert decide(SCORES, only_quick, 0.95).default == "grpo"
+    with pytest.raises(ValueError, match=r"fresh: \[4\]"):
+        StudyConfig.model_validate(study.model_dump() | {"confirm_seeds": (4, 5)})
+
+
+def test_clip_table_averages_over_seeds() -> None:
+    metrics = pd.DataFrame({"arm": ["grpo", "grpo", "quick"], "update": [1, 2, 1], "clip/share": [0.1, 0.3, 0.5]})
+    cells = pd.DataFrame(
+        {"arm": ["grpo", "quick"], "ratio": "position", "scope": "sample", "side": "ppo", "range": 0.1}
+    )
+    table = clip_table(SCORES, metrics, cells, [REWARD]).set_index("arm")
+    assert table.loc["grpo", "clipped"] == pytest.approx(0.2)
+    finals = [0.1 + 12 * (0.02 + 0.001 * seed) for seed in range(10)]
+    assert table.loc["grpo", REWARD] == pytest.approx(np.mean(finals))
+    assert table.loc["grpo", f"{REWARD}_std"] == pytest.approx(np.std(finals, ddof=1))
+
+
+def test_study_page(tmp_path: Path) -> None:
+    seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "inverted": [0, 1]}
+    folder, runs = build_experiment(tmp_path, seeds)
+    with pytest.raises(StudyError, match="no section 'study'"):
+        build_study([(folder, runs)], tmp_path / "study")
+    first = folder / "configs" / "base-s0.yaml"
+    config = OmegaConf.load(first)
+    for arm in ("grpo", "vipo"):
+        config.experiment.arms[arm].seeds = seeds[arm]
+    config.experiment.study = {
+        "metric": "reward/object_redness",
+        "matched_on": "change/total",
+        "reference": "grpo",
+        "candidates": ["vipo"],
+        "choose_seeds": [0, 1],
+        "confirm_seeds": [2, 3],
+    }
+    OmegaConf.save(config, first)
+    page = build_study([(folder, runs)], tmp_path / "study")
+    assert page.read_text().startswith("# The study's results")
+    written = json.loads((tmp_path / "study" / "decision.json").read_text())
+    assert written["chosen"] == "vipo"
+    table = pd.read_csv(tmp_path / "study" / "demo-compared.csv")
+    assert set(table["matched"]) == {"updates", "reward", "change"}
+    assert (tmp_path / "study" / "demo-paths.svg").is_file()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
+    build_study([(folder, runs)], tmp_path / "study")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
