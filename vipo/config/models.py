@@ -114,7 +114,8 @@ class PerceptionConfig(Section):
     """The Perceptual Structuring Module: backbone, allocation map and its orientation."""
 
     backbone: str = Field(
-        "efficientnet_lite0", description="'efficientnet_lite0' (packaged weights), any timm name, or an import path."
+        "efficientnet_lite0",
+        description="'efficientnet_lite0' (packaged weights), any timm name, 'hf-hub:owner/name', or an import path.",
     )
     weights: str | None = Field(
         None,
