@@ -129,6 +129,36 @@ def test_images_that_converge_slowly_do_not_disturb_the_others():
         assert (one - principal_components(alone, 2).projections[0]).abs().max() < 1e-7 * one.abs().max()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 17), st.integers(0, 10**6))
+def test_jacobi_equals_lapack(size, key):
+    root = torch.randn(3, size, size, generator=keyed_generator("jacobi", key), dtype=torch.float64)
+    matrix = root @ root.mT * 10.0 ** (key % 7 - 3)
+    values, vectors = _jacobi(matrix)
+    scale = float(matrix.abs().amax())
+    assert torch.allclose(values, torch.linalg.eigvalsh(matrix).flip(1), rtol=0, atol=1e-12 * scale)
+    assert torch.allclose(matrix @ vectors, vectors * values[:, None], rtol=0, atol=1e-11 * scale)
+    assert torch.allclose(vectors.mT @ vectors, torch.eye(size, dtype=torch.float64).expand_as(matrix), atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (40, 40), (200, 200), (200, 2), (300, 0)])
+def test_the_iteration_of_accelerators_equals_lapack(size, rank):
+    cells = torch.randn(2, 2 * size, size, generator=keyed_generator("iteration", size), dtype=torch.float64)
+    cells = cells * torch.where(torch.arange(size) < rank, torch.arange(1.0, size + 1) ** -0.5, 0.0)
+    gram = cells.mT @ cells
+    values, vectors = _subspace_iteration(gram, 2)
+    assert torch.allclose(values, torch.linalg.eigvalsh(gram)[:, -2:].flip(1), rtol=1e-10, atol=1e-10)
+    assert (gram @ vectors - vectors * values[:, None]).norm(dim=1).amax() <= 1e-8 * float(values.amax())
+
+
+def test_what_the_iteration_cannot_reach_is_seen_by_its_residual(monkeypatch):
+    # A spectrum without decay; as on an accelerator, where the exact solution is not fallen back to.
+    monkeypatch.setattr("vipo.perception.allocator._exact", lambda gram, count: (_ for _ in ()).throw(AssertionError))
+    with pytest.raises(AssertionError):
+        principal_components(features(1, 530, 23, 24, decay=0.0, key=3), 3)
+    assert principal_components(features(1, 530, 23, 24, decay=1.0, key=3), 3).converged.all()
+
+
 def test_no_global_generator_is_read():
     cells = features(1, 600, 25, 26, key=6)
     results = []
@@ -180,6 +210,28 @@ def test_ranges_means_and_permutations(grid, chosen, size, key):
     permuted = allocate(cells[order], size, **chosen)
     assert torch.allclose(permuted.maps, found.maps[order], atol=1e-6)
     assert torch.equal(permuted.constant, found.constant[order])
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids, options, st.floats(0.1, 5), st.floats(0, 0.99), st.integers(0, 10**6))
+def test_exponent_and_floor_act_on_the_map_before_its_mean(grid, chosen, exponent, floor, key):
+    cells = features(2, *grid, key=key)
+    plain = allocate(cells, (6, 7), **chosen | {"normalize": "minmax"})
+    found = allocate(cells, (6, 7), **chosen, exponent=exponent, floor=floor)
+    expected = floor + (1 - floor) * plain.maps.double() ** exponent
+    if chosen["normalize"] == "mean":
+        expected = expected / expected.mean(dim=(1, 2), keepdim=True)
+    expected = torch.where(plain.constant[:, None, None], 1.0, expected)
+    assert torch.allclose(found.maps.double(), expected, atol=1e-4)
+    assert found.maps.amin() >= 0
+
+
+def test_the_inverted_sign_is_one_minus_the_min_max():
+    cells = features(2, 12, 6, 7, key=9)
+    plain = PAPER | {"aggregation": "first", "smoothing": 0.0}
+    ours = allocate(cells, (6, 7), **plain | {"orientation": "inverted_sklearn"}).maps
+    sklearns = allocate(cells, (6, 7), **plain | {"orientation": "none"}).maps
+    assert torch.allclose(ours, 1 - sklearns, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -242,6 +294,8 @@ def test_maps_carry_no_gradient():
         ({"normalize": "max"}, "normalize: 'max'"),
         ({"smoothing": float("nan")}, "smoothing: nan"),
         ({"smoothing": -1.0}, "smoothing: -1"),
+        ({"exponent": 0.0}, "exponent: 0"),
+        ({"floor": 1.0}, "floor: 1"),
     ],
 )
 def test_wrong_options_are_named(change, message):

@@ -1,7 +1,7 @@
 """Visual Preference Extractors: frozen vision backbones that turn pictures into patch features.
 
-Any timm model serves by name or hub id; `efficientnet_lite0` brings its weights in a Python package and works offline. Weights
-are safetensors and every tensor of the feature extractor must be in them: nothing is left at its random start.
+Any timm model serves by name or hub id; `efficientnet_lite0` brings its weights in a Python package and works offline.
+Weights are safetensors and every tensor of the feature extractor must be in them: nothing is left at its random start.
 """
 
 import difflib
@@ -301,7 +301,8 @@ def _metadata(architecture: str) -> dict[str, Any]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise PerceptionError(
             f"perception.backbone: {architecture!r} is not a timm model; {hint}"
-            f"give {_PACKAGED!r}, a name from timm.list_models(), '{_HUB}owner/name', or an import path 'package.module:object'"
+            f"give {_PACKAGED!r}, a name from timm.list_models(), '{_HUB}owner/name', or an import path "
+            "'package.module:object'"
         )
     try:
         registered = get_pretrained_cfg(architecture, allow_unregistered=False)
