@@ -265,7 +265,7 @@ def test_a_hub_repository_names_its_architecture(weights, tmp_path, monkeypatch)
     backbone = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", input_size=64))
     assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, 256, 4, 4)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 384}))
-    with pytest.raises(PerceptionError, match="names no architecture that timm knows; set perception.backbone"):
+    with pytest.raises(PerceptionError, match=r"names no architecture that timm knows; set perception\.backbone"):
         load_backbone(PerceptionConfig(backbone="hf-hub:owner/name"))
     with pytest.raises(PerceptionError, match="transformers model of type 'bert'; of these, only DINOv2"):
         load_backbone(PerceptionConfig(backbone="resnet10t", weights=str(tmp_path)))

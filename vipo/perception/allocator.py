@@ -22,7 +22,7 @@ Normalization = Literal["minmax", "mean"]
 # Up to this size an exact eigendecomposition on the CPU costs less than the iteration below.
 _EXACT_SIZE = 128
 _OVERSAMPLING = 8
-_ITERATIONS = 32
+_ITERATIONS = 16
 _JACOBI_SWEEPS = 8
 _SHIFT = 1e-12
 _RESIDUAL = 1e-8

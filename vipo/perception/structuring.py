@@ -61,10 +61,9 @@ class PerceptualStructuring:
         """
         if frame_groups is not None:
             return self._clips(images, size, frame_groups)
-        finite, features = self._features(images)
         config = self.config
         found = allocate(
-            features,
+            self.backbone(images),
             size,
             components=config.components,
             aggregation=config.aggregation,
@@ -74,15 +73,9 @@ class PerceptualStructuring:
             exponent=config.exponent,
             floor=config.floor,
         )
-        maps = torch.where(finite[:, None, None], found.maps, 1.0)
-        return AllocationMaps(maps, found.constant | ~finite, found.finite, found.converged)
-
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Which pictures are finite, and the features of those; of a blank picture in place of the others."""
-        finite = images.isfinite().flatten(1).all(dim=1)
-        return finite, self.backbone(
-            torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, images.new_zeros(()))
-        )
+        valid = _finite(images)
+        maps = torch.where(valid[:, None, None], found.maps, 1.0)
+        return AllocationMaps(maps, found.constant | ~valid, found.finite | ~valid, found.converged)
 
     def _clips(self, clips: Tensor, size: tuple[int, int], groups: Sequence[range]) -> AllocationMaps:
         if clips.ndim != 5 or 0 in clips.shape:
@@ -90,9 +83,9 @@ class PerceptualStructuring:
         batch, frames = clips.shape[:2]
         config, pixels, scores, parts = self.config, [], [], []
         for chunk in clips.flatten(0, 1).split(_FRAMES):
-            finite, features = self._features(chunk)
+            features = self.backbone(chunk)
             part = principal_components(features, config.components)
-            pixels.append(finite)
+            pixels.append(_finite(chunk))
             parts.append(part)
             scores.append(orientation_scores(part.projections, features, self.orientation))
         valid, structured, sound, exact = (
@@ -119,7 +112,8 @@ class PerceptualStructuring:
         maps = torch.where(empty[..., None, None], 1.0, maps.unflatten(0, (batch, frames)))
         maps = smooth_in_time(average_groups(maps, groups), config.temporal_smoothing)
         whole, level = minmax(maps, NO_RANGE, dims=(-3, -2, -1))
-        finite, intact = sound.all(dim=1), valid.all(dim=1)
+        intact = valid.all(dim=1)
+        finite = sound.all(dim=1) | ~intact
         constant = (empty.all(dim=1) | level | ~intact) & finite
         weights = finish(
             whole, constant, finite, normalize=config.normalize, exponent=config.exponent, floor=config.floor
@@ -156,3 +150,9 @@ class PerceptualStructuring:
                 f"{self.config.backbone!r} gives a {grid[0]}x{grid[1]} grid for {height}x{width} pictures; "
                 "raise perception.input_size, or choose an earlier perception.layer"
             )
+
+
+def _finite(images: Tensor) -> Tensor:
+    """``(B,)`` bool, in one pass without a copy: extremes carry a NaN along."""
+    low, high = torch.aminmax(images.flatten(1), dim=1)
+    return low.isfinite() & high.isfinite()
