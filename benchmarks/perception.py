@@ -83,7 +83,7 @@ def reference_maps(images: Tensor, backbone: Backbone) -> list[np.ndarray]:
 
 
 def compare(pixels: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """One row: the backbone's forward, all the rest, and the reference."""
+    """One row: the network, the preparation of its input, all the rest, and the reference."""
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True)
     backbone = Backbone(
         _TimmFeatures(model, len(model.blocks) - 1),
@@ -96,27 +96,34 @@ def compare(pixels: int, repeats: int, device: torch.device) -> dict[str, Any]:
     noise = torch.rand(PICTURES, 3, 16, 16, generator=keyed_generator("benchmark"))
     images = F.interpolate(noise, size=(512, 512), mode="bicubic").clamp(0, 1).to(device)
     inner: list[float] = []
-    network = backbone.network
-    forward = network.forward
-    network.forward = lambda pictures: _timed(forward, pictures, inner, device)
+    outer: list[float] = []
+    network, whole = backbone.network.forward, backbone.forward
+    timed: Any = backbone
+    timed.network.forward = lambda pictures: _timed(network, pictures, inner, device)
+    timed.forward = lambda pictures: _timed(whole, pictures, outer, device)
     difference = max(
         float(np.abs(ours.cpu().numpy() - theirs).max())
         for ours, theirs in zip(structuring(images, GRID).maps, reference_maps(images, backbone), strict=True)
     )
-    totals, networks, references = [], [], []
+    totals, networks, forwards, references = [], [], [], []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(repeats):
         inner.clear()
+        outer.clear()
         totals.append(seconds_of(lambda: structuring(images, GRID), device))
         networks.append(sum(inner))
+        forwards.append(sum(outer))
         references.append(seconds_of(lambda: reference_maps(images, backbone), device))
-    rest = [total - part for total, part in zip(totals, networks, strict=True)]
+    rest = [total - part for total, part in zip(totals, forwards, strict=True)]
+    inputs = [part - network for part, network in zip(forwards, networks, strict=True)]
     return {
         "pixels": pixels,
-        "backbone_forward_seconds": spread(networks),
+        "network_seconds": spread(networks),
+        "input_seconds": spread(inputs),
         "rest_seconds": spread(rest),
         "rest_share": spread([part / total for part, total in zip(rest, totals, strict=True)]),
+        "input_and_rest_share": spread([1 - part / total for part, total in zip(networks, totals, strict=True)]),
         "reference_seconds": spread(references),
         "reference_over_ours": spread([theirs / ours for theirs, ours in zip(references, totals, strict=True)]),
         "largest_difference_of_maps": round(difference, 4),
