@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 from integration.report_fixture import build_experiment
+from omegaconf import OmegaConf
 from scipy import stats
 
 from vipo.config.models import StudyConfig

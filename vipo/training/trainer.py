@@ -304,8 +304,12 @@ class Trainer:
         if kind == "none":
             return None, {}
         found = [self._source_maps(pictures) for pictures in images]
+        # After the last batch: on an accelerator, reading a flag waits for everything before it.
+        for part in found:
+            part.check()
         maps = self._everywhere(torch.cat([part.maps for part in found]), batches)
         constant = self._everywhere(torch.cat([part.constant for part in found]), batches)
+        converged = self._everywhere(torch.cat([part.converged for part in found]), batches)
         permutations = None
         if kind == "shuffled":
             positions = maps[0].numel()
@@ -320,20 +324,24 @@ class Trainer:
             "map/mean": float(weights.mean()),
             "map/entropy": float(map_entropy(weights).mean()),
             "map/constant_share": float(constant.float().mean()),
+            "map/unconverged_share": float((~converged).float().mean()),
         }
 
     def _source_maps(self, images: Tensor) -> AllocationMaps:
         size = self.generator.grid
         if self.structuring is not None:
-            return self.structuring(images, size)
+            return self.structuring(images, size, self.generator.frame_groups)
         if self.config.objective.map == "oracle":
             coverage = object_coverage(images, size)
             constant = coverage.amax(dim=(1, 2)) == 0
             if self.config.perception.normalize == "mean":
                 coverage = coverage / coverage.mean(dim=(1, 2), keepdim=True)
-            return AllocationMaps(torch.where(constant[:, None, None], 1.0, coverage), constant)
-        ones = torch.ones(len(images), *self.generator.latent_shape[1:], device=images.device)
-        return AllocationMaps(ones, torch.zeros(len(images), dtype=torch.bool, device=images.device))
+            maps = torch.where(constant[:, None, None], 1.0, coverage)
+        else:
+            maps = torch.ones(len(images), *self.generator.latent_shape[1:], device=images.device)
+            constant = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        sound = torch.ones_like(constant)
+        return AllocationMaps(maps, constant, sound, sound)
 
     def _select(self, batches: list[MicroBatch], values: Tensor, groups: Tensor, count: int) -> list[MicroBatch]:
         ranked = best_and_worst(values.flatten(1).mean(dim=1) if values.ndim > 1 else values, groups, count)
