@@ -109,7 +109,7 @@ class Generator(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents to ``(B, *config.sample_shape)`` in [0, 1], float32, no gradient: images, or videos by frame."""
+        """Clean latents to images or videos ``(B, *config.sample_shape)`` in [0, 1], float32, no gradient."""
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:
