@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from vipo.config.models import GeneratorConfig, LoraConfig
+from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.flux import FluxGenerator, image_ids, pack_latents, unpack_latents
+from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import keyed_normal
-from vipo.sampling.rollout import rollout, sample_ode, transition_log_prob
-from vipo.sampling.schedule import sigma_schedule
+from vipo.sampling.rollout import policy_transition, rollout, sample_ode
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle on a white background", "a small square on the left on a black background"]
@@ -29,6 +29,10 @@ def _config(path: Path, **changes: object) -> GeneratorConfig:
         "device": "cpu",
     }
     return GeneratorConfig.model_validate(values | changes)
+
+
+def _chain(steps: int, shift: float) -> Chain:
+    return sampling_chain(SamplingConfig(steps=steps, shift=shift, eta=0.7), "velocity")
 
 
 def _conditioning(config: GeneratorConfig, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -62,7 +66,7 @@ def test_shipped_checkpoint_equals_the_stock_pipeline() -> None:
     with torch.no_grad():
         ours = generator.predict(noise, torch.ones(2), conditioning)
     torch.testing.assert_close(pack_latents(ours), first[0], atol=1e-5, rtol=0)
-    images = generator.decode(sample_ode(generator, conditioning, sigma_schedule(steps, shift), noise))
+    images = generator.decode(sample_ode(generator, conditioning, _chain(steps, shift), noise))
     torch.testing.assert_close(images, stock, atol=1e-5, rtol=0)
 
 
@@ -117,7 +121,7 @@ def test_guidance_and_autoencoder_kl(tmp_path: Path, tiny_generator: Path) -> No
         output_type="pt",
     ).images
     conditioning = _conditioning(config, PROMPTS[:1])
-    ours = generator.decode(sample_ode(generator, conditioning, sigma_schedule(3, 3.0), noise))
+    ours = generator.decode(sample_ode(generator, conditioning, _chain(3, 3.0), noise))
     torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
 
 
@@ -134,17 +138,19 @@ def test_rollout_noise_does_not_depend_on_the_batch(tiny_generator: Path, batch:
     config = _config(tiny_generator)
     generator = load_generator(config, ROOT)
     one = _conditioning(config, PROMPTS[:1])
-    sigmas = sigma_schedule(4, 2.0)
+    chain = _chain(4, 2.0)
     keys = [(0, "initial", 1, "p", index) for index in range(8)]
     steps = [(0, "step", 1, "p", index) for index in range(8)]
     states = []
     for start in range(0, 8, batch):
         part = slice(start, start + batch)
         conditioning = {name: value.expand(len(keys[part]), *value.shape[1:]) for name, value in one.items()}
-        states.append(rollout(generator, conditioning, sigmas, 0.7, keys[part], steps[part]).latents)
+        states.append(rollout(generator, conditioning, chain, chain.trainable, keys[part], steps[part]).latents)
     noise = torch.cat(states)[:, 0]
     assert torch.equal(noise, keyed_normal(keys, generator.latent_shape))
-    whole = rollout(generator, {n: v.expand(8, *v.shape[1:]) for n, v in one.items()}, sigmas, 0.7, keys, steps)
+    whole = rollout(
+        generator, {n: v.expand(8, *v.shape[1:]) for n, v in one.items()}, chain, chain.trainable, keys, steps
+    )
     # The network's own sums may be ordered by the batch size: equal up to that, the noise exactly.
     torch.testing.assert_close(torch.cat(states), whole.latents, atol=1e-4, rtol=0)
 
@@ -154,13 +160,16 @@ def test_log_probabilities_are_those_of_the_rollout(tiny_generator: Path) -> Non
     generator = load_generator(config, ROOT)
     generator.network.requires_grad_(True)
     conditioning = _conditioning(config, PROMPTS)
-    sigmas = sigma_schedule(5, 2.0)
+    chain = _chain(5, 2.0)
     keys = [(0, "k", i) for i in range(2)]
-    trajectory = rollout(generator, conditioning, sigmas, 0.7, keys, keys)
-    for steps in (torch.tensor([0, 3]), torch.tensor([2, 2])):
-        found = transition_log_prob(generator, conditioning, trajectory, steps, sigmas, 0.7)
-        assert found.requires_grad
-        assert float((found.detach() - trajectory.log_probs[torch.arange(2), steps]).abs().max()) < 1e-5
+    trajectory = rollout(generator, conditioning, chain, range(0, 3), keys, keys)
+    assert torch.equal(trajectory.means[:, 3], trajectory.latents[:, 4])
+    for steps in (torch.tensor([0, 2]), torch.tensor([2, 2])):
+        moved = policy_transition(generator, conditioning, trajectory, steps, chain)
+        assert moved.mean.requires_grad
+        assert float((moved.mean.detach() - moved.old_mean).abs().max()) < 1e-5
+        assert torch.equal(moved.value, trajectory.latents[torch.arange(2), steps + 1])
+        assert torch.equal(moved.old_mean, trajectory.means[torch.arange(2), steps])
 
 
 def test_full_weights_load_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path) -> None:

@@ -12,15 +12,17 @@ from checkpoints import edit_json
 from diffusers import StableDiffusionPipeline, WanPipeline
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig, LoraConfig
+from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import encode_prompt_file, load_embeddings, stack_conditioning
 from vipo.generators.wan import causal_groups
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
+from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
+from vipo.sampling.transitions import dance_transition
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red fox runs", "two owls"]
@@ -102,7 +104,9 @@ def test_wan_equals_the_stock_pipeline(tiny_wan: Path, scale: float) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     stock = pipeline(PROMPTS, negative_prompt=[NEGATIVE] * 2, output_type="pt", **arguments).frames
     # The stock scheduler spaces its levels between its own largest and smallest one, so they are taken from it.
-    videos = generator.decode(sample_ode(generator, conditioning, pipeline.scheduler.sigmas, noise))
+    levels = pipeline.scheduler.sigmas
+    chain = Chain(levels[:-1], levels, dance_transition, 0.3, "velocity")
+    videos = generator.decode(sample_ode(generator, conditioning, chain, noise))
     assert videos.shape == (2, 9, 3, 32, 48)
     torch.testing.assert_close(videos, stock, atol=1e-5, rtol=0)
 
@@ -120,16 +124,14 @@ def test_stable_diffusion_equals_the_stock_pipeline(tiny_stable_diffusion: Path)
         found = generator.predict(noise, torch.full((2,), time), conditioning)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     stock = pipeline(PROMPTS, negative_prompt=[NEGATIVE] * 2, output_type="pt", **arguments).images
-    signal = generator.alphas_cumprod
-    assert signal is not None
-    x = noise
-    # DDIM with eta 0 (Song et al., arXiv 2010.02502, equation 12).
-    for step in (timesteps := pipeline.scheduler.timesteps.tolist()):
-        now, after = signal[step], signal[max(step - 1000 // len(timesteps), 0)]
-        with torch.no_grad():
-            predicted = generator.predict(x, torch.full((2,), float(step)), conditioning)
-        x = after.sqrt() * (x - (1 - now).sqrt() * predicted) / now.sqrt() + (1 - after).sqrt() * predicted
-    torch.testing.assert_close(generator.decode(x), stock, atol=1e-5, rtol=0)
+    # The stock scheduler ends at the first training level; vipo's chain ends in data.
+    times = pipeline.scheduler.timesteps
+    chain = sampling_chain(SamplingConfig(steps=4, transition="ddim"), "noise", generator.alphas_cumprod)
+    assert torch.equal(chain.times, times.float())
+    chain.levels[-1] = generator.alphas_cumprod[0]
+    torch.testing.assert_close(
+        generator.decode(sample_ode(generator, conditioning, chain, noise)), stock, atol=1e-5, rtol=0
+    )
 
 
 @FAMILIES

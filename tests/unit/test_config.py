@@ -104,7 +104,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         ),
         (["training.save_at=[30]"], ["training", "save_at [30]", "updates 30"]),
         (["objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'", "ratio 'position'"]),
-        (["objective.map=none"], ["objective", "ratio 'position'", "'psm', 'uniform' or 'inverted'"]),
+        (["objective.map=none"], ["objective", "ratio 'position'", "needs a map: 'psm', or a control"]),
         (["arm=grpo", "objective.clip.scope=position"], ["objective", "clip.scope 'position'", "ratio 'position'"]),
         # Unknown choices.
         (["arm=nope"], ["arm/nope", *ARMS]),

@@ -67,14 +67,14 @@ def test_maps_weight_and_never_flip() -> None:
 
 def test_controls_of_the_map() -> None:
     maps = torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    constant = torch.tensor([False, True])
-    assert torch.equal(weight_maps("psm", maps, constant, "minmax"), maps)
-    assert torch.equal(weight_maps("uniform", maps, constant, "minmax"), torch.ones_like(maps))
-    inverted = weight_maps("inverted", maps, constant, "minmax")
+    constant, groups = torch.tensor([False, True]), torch.tensor([0, 0])
+    assert torch.equal(weight_maps("psm", maps, constant, "minmax", groups), maps)
+    assert torch.equal(weight_maps("uniform", maps, constant, "minmax", groups), torch.ones_like(maps))
+    inverted = weight_maps("inverted", maps, constant, "minmax", groups)
     assert torch.equal(inverted[0], 1 - maps[0])
     assert torch.equal(inverted[1], maps[1])
     mean_one = maps / maps.mean(dim=(1, 2), keepdim=True)
-    inverted = weight_maps("inverted", mean_one, constant, "mean")
+    inverted = weight_maps("inverted", mean_one, constant, "mean", groups)
     torch.testing.assert_close(inverted.mean(dim=(1, 2)), torch.ones(2))
 
 
@@ -102,7 +102,7 @@ def test_gradient_equals_finite_differences(options: dict[str, str], seed: int) 
     clip_range = 0.01 if options["scope"] == "position" else 0.004
 
     def loss(values: Tensor) -> Tensor:
-        return clipped_surrogate(values, old, advantages, clip_range=clip_range, **options).loss
+        return clipped_surrogate(values - old, advantages, clip_range=clip_range, **options).loss
 
     # Beyond the range the loss is flat, inside it is the ratio: differentiable wherever no gate flips.
     assert torch.autograd.gradcheck(loss, new.clone().requires_grad_(), eps=1e-7, atol=1e-6)
@@ -112,7 +112,7 @@ def test_gradient_equals_finite_differences(options: dict[str, str], seed: int) 
 def test_ppo_side_is_the_published_minimum(ratio: str) -> None:
     new, old, advantages = _batch(3, ratio)
     eps = 0.004
-    found = clipped_surrogate(new, old, advantages, ratio=ratio, side="ppo", scope=ratio, clip_range=eps).loss
+    found = clipped_surrogate(new - old, advantages, ratio=ratio, side="ppo", scope=ratio, clip_range=eps).loss
     rho = (new - old).exp() if ratio == "position" else (new - old).mean(dim=(1, 2)).exp()
     expected = -torch.minimum(rho * advantages, rho.clamp(1 - eps, 1 + eps) * advantages).mean()
     torch.testing.assert_close(found, expected)
@@ -123,7 +123,7 @@ def test_uniform_and_grpo_give_the_same_gradient_at_ratio_one() -> None:
     gradients = []
     for ratio, spread in (("sample", advantages), ("position", advantages[:, None, None].expand(5, 3, 4))):
         values = new.clone().requires_grad_()
-        surrogate = clipped_surrogate(values, new, spread, ratio=ratio, side="ppo", scope="sample", clip_range=1e-4)
+        surrogate = clipped_surrogate(values - new, spread, ratio=ratio, side="ppo", scope="sample", clip_range=1e-4)
         gradients.append(torch.autograd.grad(surrogate.loss, values)[0])
         assert float(surrogate.clipped.sum()) == 0
     torch.testing.assert_close(*gradients)
@@ -135,7 +135,9 @@ def test_position_clip_drops_what_agrees_with_the_last_step() -> None:
     new = torch.tensor([[[0.1, 0.1, -0.1, -0.1]]])
     advantages = torch.ones(1, 1, 4)
     values = new.clone().requires_grad_()
-    result = clipped_surrogate(values, old, advantages, ratio="position", side="ppo", scope="position", clip_range=0.01)
+    result = clipped_surrogate(
+        values - old, advantages, ratio="position", side="ppo", scope="position", clip_range=0.01
+    )
     (gradient,) = torch.autograd.grad(result.loss, values)
     assert (gradient != 0).tolist() == [[[False, False, True, True]]]
     assert result.clipped.tolist() == [0.5]
@@ -144,8 +146,16 @@ def test_position_clip_drops_what_agrees_with_the_last_step() -> None:
 def test_surrogate_checks_shapes() -> None:
     new, old, advantages = _batch(0, "position")
     with pytest.raises(ValueError, match=r"advantages: expected shape \(5,\) for ratio 'sample', got \(5, 3, 4\)"):
-        clipped_surrogate(new, old, advantages, ratio="sample", side="ppo", scope="sample", clip_range=0.1)
-    with pytest.raises(ValueError, match="old_log_prob: expected shape"):
-        clipped_surrogate(new, old[:1], advantages, ratio="position", side="ppo", scope="sample", clip_range=0.1)
+        clipped_surrogate(new - old, advantages, ratio="sample", side="ppo", scope="sample", clip_range=0.1)
+    with pytest.raises(ValueError, match=r"weights: expected shape \(5,\) of the batch, got \(3,\)"):
+        clipped_surrogate(
+            new - old,
+            advantages,
+            ratio="position",
+            side="ppo",
+            scope="sample",
+            clip_range=0.1,
+            weights=torch.ones(3),
+        )
     with pytest.raises(ValueError, match="weights: expected the rewards"):
         group_advantages({"a": torch.ones(2)}, {"b": 1.0}, torch.zeros(2, dtype=torch.int64), 1e-4, 5)

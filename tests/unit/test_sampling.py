@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vipo.sampling.schedule import sigma_schedule
-from vipo.sampling.transitions import clean_estimate, dance_transition, position_log_prob
+from vipo.sampling.transitions import dance_transition, euler_step, position_log_prob
 
 
 @given(steps=st.integers(1, 60), shift=st.floats(0.2, 10))
@@ -82,7 +82,7 @@ def test_clean_estimate_recovers_the_data() -> None:
     clean, noise = torch.randn(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
     sigma = torch.tensor([0.8, 0.3])
     mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
-    torch.testing.assert_close(clean_estimate(mixed, noise - clean, sigma), clean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(euler_step(mixed, noise - clean, sigma, torch.zeros(2)), clean, atol=1e-6, rtol=0)
 
 
 @settings(deadline=None)
@@ -100,7 +100,7 @@ def test_log_prob_is_the_normal_density(seed: int, std: float) -> None:
 
 def test_shapes_are_checked() -> None:
     step = _step()
-    with pytest.raises(ValueError, match=r"velocity: expected shape \(3, 4, 5, 6\) of latents, got \(1, 4, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"velocity: expected shape \(3, 4, 5, 6\) of the latents, got \(1, 4, 5, 6\)"):
         dance_transition(step["latents"], step["velocity"][:1], step["sigma"], step["sigma_next"], 0.3)
     with pytest.raises(ValueError, match=r"sigma: expected shape \(3,\)"):
         dance_transition(step["latents"], step["velocity"], step["sigma"][:1], step["sigma_next"][:1], 0.3)

@@ -45,13 +45,27 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: an unknown group, key or arm, a wrong type or an impossible combination.
     """
-    first = _compose(overrides)
-    arm = first.get("arm")
-    arms = first["experiment"].get("arms")
+    name = next((text.removeprefix("arm=") for text in reversed(overrides) if text.startswith("arm=")), None)
+    rest = [text for text in overrides if not text.startswith("arm=")]
+    if name is None or (repository_root() / "configs" / "arm" / f"{name}.yaml").is_file():
+        file = [f"arm={name}"] if name is not None else []
+        data = _compose([*file, *rest])
+    else:
+        # Not a file's name: an arm that the experiment derives from one.
+        file = [f"arm={_arm(_compose(rest), name).base or name}"]
+        data = _compose([*file, *rest])
+        data["arm"] = name
+    own = _arm(data, data["arm"]).overrides
+    if own:
+        data = _compose([*file, *own, *rest]) | {"arm": data["arm"]}
+    return validate_config(data)
+
+
+def _arm(data: dict[str, Any], name: Any) -> ArmConfig:
+    arms = data["experiment"].get("arms")
     # What is no mapping of arms is for the validation of the whole to name.
-    chosen = arms.get(arm) if isinstance(arms, dict) else None
-    own = validate_section(ArmConfig, chosen or {}, f"experiment.arms.{arm}.").overrides
-    return validate_config(_compose([*own, *overrides]) if own else first)
+    chosen = arms.get(name) if isinstance(arms, dict) else None
+    return validate_section(ArmConfig, chosen or {}, f"experiment.arms.{name}.")
 
 
 def load_config_file(path: Path) -> Config:

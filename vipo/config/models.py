@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
+_ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 
 FAMILIES: Mapping[str, str] = MappingProxyType(
@@ -155,14 +156,48 @@ class PerceptionConfig(Section):
     )
 
 
+class WindowConfig(Section):
+    """Steps that draw noise and are trained; all others follow the ODE (MixGRPO, Flow-GRPO-Fast)."""
+
+    size: PositiveInt = Field(description="Stochastic steps of an update, shared by all its samples.")
+    move: Literal["fixed", "random", "slide"] = Field(
+        "slide", description="Stays at `start`; drawn anew each update; or slides by `stride` every `every` updates."
+    )
+    start: Annotated[int, Field(ge=0)] = Field(
+        0, description="First stochastic step (of a window that slides: at first)."
+    )
+    every: PositiveInt = Field(25, description="Updates between two moves of a window that slides.")
+    stride: PositiveInt = Field(1, description="Steps of one move; after the last place it starts again.")
+
+
 class SamplingConfig(Section):
     """The chain that produces training samples."""
 
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, network evaluations per sample.")
-    shift: PositiveFloat = Field(3.0, description="Time shift s of the sigma schedule: s x / (1 + (s - 1) x).")
-    transition: Literal["dance"] = Field("dance", description="Constant-g reverse SDE (DanceGRPO, ViPO).")
-    eta: PositiveFloat = Field(0.3, description="g of the transition.")
+    shift: PositiveFloat = Field(
+        3.0, description="Time shift s of the sigma schedule: s x / (1 + (s - 1) x); flow matching only."
+    )
+    transition: Literal["dance", "flow", "cps", "ddim"] = Field(
+        "dance",
+        description="dance: constant-g reverse SDE (DanceGRPO, ViPO); flow: Flow-GRPO's; cps: coefficients-preserving; "
+        "ddim: for noise-predicting UNets.",
+    )
+    eta: PositiveFloat = Field(0.3, description="Noise scale: g (dance), a (flow), eta (cps, ddim: at most 1).")
     same_initial_noise: bool = Field(True, description="One initial noise for all samples of a group.")
+    window: WindowConfig | None = Field(None, description="null: every step but the last is stochastic.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.transition in ("cps", "ddim") and self.eta > 1:
+            raise ValueError(f"eta {self.eta} exceeds 1, the most that transition {self.transition!r} takes")
+        if self.window is not None:
+            start = 0 if self.window.move == "random" else self.window.start
+            if start + self.window.size > self.steps - 1:
+                raise ValueError(
+                    f"window: start {start} + size {self.window.size} exceeds the {self.steps - 1} steps "
+                    f"with a density of steps {self.steps} (the last step is deterministic)"
+                )
+        return self
 
 
 class ClipConfig(Section):
@@ -174,7 +209,11 @@ class ClipConfig(Section):
     scope: Literal["sample", "position"] = Field(
         "sample", description="Whether the sample's ratio (mean log-probability) or each position's own decides."
     )
-    range: PositiveFloat = Field(1e-4, description="Half-width of the accepted range of that ratio around 1.")
+    range: PositiveFloat = Field(
+        1e-4,
+        description="Half-width of the accepted range of that ratio around 1. Its scale depends on `scope` and "
+        "`channels`: compare it with the metrics log_ratio/std_sample and log_ratio/std_position.",
+    )
 
 
 class ObjectiveConfig(Section):
@@ -183,12 +222,36 @@ class ObjectiveConfig(Section):
     ratio: Literal["sample", "position"] = Field(
         "position", description="Scalar ratio (GRPO) or one per position (ViPO)."
     )
-    map: Literal["none", "psm", "uniform", "inverted"] = Field(
-        "psm", description="none: scalar advantage; psm: the allocation map; uniform: all ones; inverted: 1 - map."
+    channels: Literal["mean", "sum"] = Field(
+        "mean", description="How a position's log-probability reduces its channels; the ratio's scale follows."
+    )
+    density: Literal["gaussian", "squared_error"] = Field(
+        "gaussian", description="The transition's log-density, or Flow-CPS's published -(x' - mean)^2 in its place."
+    )
+    ratio_norm: Literal["none", "guard"] = Field(
+        "none", description="guard: ratio normalisation and step weights of GRPO-Guard (dance, flow or cps)."
+    )
+    map: Literal["none", "psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"] = Field(
+        "psm",
+        description="none: scalar advantage; psm: the allocation map; uniform: all ones; inverted: 1 - map; mean: the "
+        "sample's own mean everywhere; group: the map averaged over the group; shuffled: the map's values elsewhere; "
+        "oracle: the object's own pixels (drawn scenes only).",
+    )
+    map_on: Literal["advantage", "reward"] = Field(
+        "advantage", description="What the map multiplies: the advantage, or the reward before the group statistics."
     )
     clip: ClipConfig = ClipConfig()
+    kl_weight: NonNegativeFloat = Field(0.0, description="Weight of the KL divergence to the generator as it was.")
     advantage_clip: PositiveFloat = 5.0
-    std_floor: PositiveFloat = Field(1e-4, description="Added to the group's standard deviation.")
+    std: Literal["group", "batch"] = Field(
+        "group", description="Standard deviation of the group (ddof 1) or of the whole update (ddof 0, Flow-GRPO)."
+    )
+    std_floor: PositiveFloat = Field(1e-4, description="Added to the standard deviation.")
+
+    @property
+    def reads_backbone(self) -> bool:
+        """Whether the arm's map is made from the perception backbone's."""
+        return self.map not in ("none", "uniform", "oracle")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -198,9 +261,13 @@ class ObjectiveConfig(Section):
                 "use ratio 'position'"
             )
         if self.ratio == "position" and self.map == "none":
-            raise ValueError("ratio 'position' needs a map: 'psm', 'uniform' or 'inverted'")
+            raise ValueError("ratio 'position' needs a map: 'psm', or a control such as 'uniform' or 'inverted'")
         if self.ratio == "sample" and self.clip.scope == "position":
             raise ValueError("clip.scope 'position' needs ratio 'position'")
+        if self.map == "none" and self.map_on == "reward":
+            raise ValueError("map_on 'reward' needs a map, such as 'psm'")
+        if self.ratio_norm == "guard" and self.density != "gaussian":
+            raise ValueError("ratio_norm 'guard' needs density 'gaussian': it takes out that density's bias")
         return self
 
 
@@ -236,6 +303,9 @@ class TrainingConfig(Section):
     trained_transitions: PositiveInt = Field(
         4, description="Transitions trained per sample, of the T - 1 that have a density."
     )
+    best_of: PositiveInt | None = Field(
+        None, description="Learn from this many samples of each group, half the best and half the worst; null: all."
+    )
     transition_choice: Literal["per_sample", "shared", "first"] = Field(
         "per_sample", description="Drawn for each sample, drawn once per update, or the first ones."
     )
@@ -260,12 +330,19 @@ class TrainingConfig(Section):
                 f"group_size {self.group_size} is not a multiple of optimizer_steps_per_update "
                 f"{self.optimizer_steps_per_update}: every optimizer step takes the same share of every group"
             )
-        per_step = self.prompts_per_update * self.group_size // self.optimizer_steps_per_update
-        if per_step % self.micro_batch:
+        pairs = 2 * self.optimizer_steps_per_update
+        if self.best_of is not None and (self.best_of % pairs or self.best_of > self.group_size):
             raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide the {per_step} samples of an optimizer step "
-                "(prompts_per_update * group_size / optimizer_steps_per_update)"
+                f"best_of {self.best_of} must be at most group_size {self.group_size} and a multiple of {pairs} "
+                "(2 x optimizer_steps_per_update): every optimizer step takes as many of the best as of the worst"
             )
+        for name, count in (("group_size", self.group_size), ("best_of", self.best_of)):
+            per_step = self.prompts_per_update * (count or 0) // self.optimizer_steps_per_update
+            if per_step % self.micro_batch:
+                raise ValueError(
+                    f"micro_batch {self.micro_batch} does not divide the {per_step} samples of an optimizer step "
+                    f"(prompts_per_update * {name} / optimizer_steps_per_update)"
+                )
         if any(update >= self.updates for update in self.save_at):
             raise ValueError(
                 f"save_at {list(self.save_at)} must lie below updates {self.updates} "
@@ -300,6 +377,7 @@ class EvaluationConfig(Section):
 class ArmConfig(Section):
     """One arm of an experiment."""
 
+    base: str | None = Field(None, description="File of configs/arm that the arm starts from; null: its own name's.")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, strict=False)
     overrides: tuple[str, ...] = Field((), strict=False, description="Hydra overrides that hold for this arm alone.")
 
@@ -311,6 +389,23 @@ class ArmConfig(Section):
         return value
 
 
+class StudyConfig(Section):
+    """What a study decides, fixed before it runs: which candidate may replace the reference, by one metric."""
+
+    metric: str = Field(description="Score column that decides, such as reward/object_redness.")
+    matched_on: str = Field(description="Score column that is held equal for it, such as change/total.")
+    reference: str = Field(description="The arm that candidates are compared with.")
+    candidates: tuple[str, ...] = Field(min_length=1, strict=False)
+    choose_seeds: tuple[int, ...] = Field(min_length=2, strict=False, description="Seeds that choose the candidate.")
+    confirm_seeds: tuple[int, ...] = Field(min_length=2, strict=False, description="Fresh seeds that confirm it.")
+
+    @model_validator(mode="after")
+    def _fresh(self) -> Self:
+        if shared := set(self.choose_seeds) & set(self.confirm_seeds):
+            raise ValueError(f"confirm_seeds must be fresh: {sorted(shared)} also chose")
+        return self
+
+
 class ExperimentConfig(Section):
     """The unit of science: arms x seeds on one generator, prompt set and reward."""
 
@@ -318,6 +413,17 @@ class ExperimentConfig(Section):
     title: str
     question: str = Field(description="What the experiment asks, in a sentence for the report.")
     arms: dict[str, ArmConfig] = Field(min_length=1)
+    study: StudyConfig | None = Field(None, description="The decision that the experiment was run for, if any.")
+
+    @model_validator(mode="after")
+    def _study_has_its_runs(self) -> Self:
+        if self.study is not None:
+            seeds = {*self.study.choose_seeds, *self.study.confirm_seeds}
+            for name in (self.study.reference, *self.study.candidates):
+                absent = seeds - set(self.arms[name].seeds if name in self.arms else ())
+                if absent:
+                    raise ValueError(f"study: arm {name!r} lacks the seeds {sorted(absent)}")
+        return self
 
     @field_validator("arms")
     @classmethod
@@ -382,14 +488,20 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not _NAME.match(self.arm):
-            raise ValueError(f"arm {self.arm!r} must be lower-case letters, digits and underscores")
-        if self.training.trained_transitions > self.sampling.steps - 1:
+        if not _ARM.match(self.arm):
             raise ValueError(
-                f"training.trained_transitions {self.training.trained_transitions} exceeds the "
-                f"{self.sampling.steps - 1} transitions with a density of sampling.steps {self.sampling.steps} "
-                "(the last step is deterministic)"
+                f"arm {self.arm!r} must be lower-case letters, digits and underscores; a decimal may end it (sigma0.5)"
             )
+        window = self.sampling.window
+        dense = self.sampling.steps - 1 if window is None else window.size
+        if self.training.trained_transitions > dense:
+            raise ValueError(
+                f"training.trained_transitions {self.training.trained_transitions} exceeds the {dense} transitions "
+                f"with a density of sampling.steps {self.sampling.steps} (the last step is deterministic"
+                f"{'' if window is None else ', and so is all outside sampling.window'})"
+            )
+        if self.objective.ratio_norm == "guard" and self.sampling.transition == "ddim":
+            raise ValueError("objective.ratio_norm 'guard' needs a flow-matching transition: dance, flow or cps")
         unmeasured = [term.name for term in self.reward.terms if term.name not in self.evaluation.rewards]
         if unmeasured:
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -225,6 +226,14 @@ def foreground(images: torch.Tensor) -> torch.Tensor:
     """Pixels whose colour is far (Euclidean distance above 0.25) from the border's: ``(B, H, W)`` bool."""
     distance: torch.Tensor = (images - border_color(images)[..., None, None]).norm(dim=-3)
     return distance.gt(_FOREGROUND_DISTANCE)
+
+
+def object_coverage(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Share of each cell of a `size` grid that the foreground covers: ``(B, 3, H, W)`` to ``(B, *size)`` in [0, 1].
+
+    The oracle map: where a reward that reads the object's own pixels looks.
+    """
+    return F.adaptive_avg_pool2d(foreground(images).float(), size)
 
 
 def read_scenes(images: torch.Tensor) -> list[SeenScene]:

@@ -29,9 +29,9 @@ from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
 from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.rewards import Reward, load_reward, score
+from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
-from vipo.sampling.schedule import sigma_schedule
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +64,20 @@ def sample_held_out(
 ) -> Tensor:
     """Images ``(N, 3, H, W)`` in [0, 1] of `samples`, quantised to 8 bits as they are stored and shown."""
     device = config.generator.device
-    sigmas = sigma_schedule(config.evaluation.steps, config.sampling.shift).to(device)
+    chain = sampling_chain(
+        config.sampling,
+        generator.prediction,
+        generator.alphas_cumprod,
+        device=device,
+        steps=config.evaluation.steps,
+    )
     images = []
     for start in range(0, len(samples), config.evaluation.batch):
         chunk = samples[start : start + config.evaluation.batch]
         keys: list[Key] = [(config.evaluation.seed, "evaluation", sample.prompt.id, sample.number) for sample in chunk]
         noise = keyed_normal(keys, generator.latent_shape, device)
         conditioning = stack_conditioning(embeddings, [sample.prompt.id for sample in chunk])
-        images.append(generator.decode(sample_ode(generator, conditioning, sigmas, noise)).cpu())
+        images.append(generator.decode(sample_ode(generator, conditioning, chain, noise)).cpu())
     return (torch.cat(images) * 255).round() / 255
 
 

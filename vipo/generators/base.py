@@ -46,9 +46,9 @@ class Generator(ABC):
     latent_shape: tuple[int, ...]
     frame_groups: tuple[range, ...] | None = None
     frame_rate: ClassVar[int | None] = None
+    alphas_cumprod: Tensor | None = None
     network_folder: ClassVar[str]
     prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
-    alphas_cumprod: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:

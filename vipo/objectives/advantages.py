@@ -7,15 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MapKind = Literal["psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"]
+
 
 @dataclass(frozen=True)
 class GroupAdvantages:
     """Advantages of one update.
 
     Attributes:
-        values: ``(N,)`` float32, clipped; 0 for samples that are left out.
+        values: ``(N,)`` or ``(N, [T,] H, W)`` float32, clipped; 0 for samples that are left out.
         valid: ``(N,)`` bool, False where a reward was not finite.
-        group_std: ``(groups,)`` standard deviation of the weighted reward within each group.
+        group_std: ``(groups,)`` standard deviation of the weighted reward within each group, its mean over positions.
         zero_std: ``(groups,)`` bool, groups whose rewards are all equal (no gradient).
     """
 
@@ -26,18 +28,26 @@ class GroupAdvantages:
 
 
 def group_advantages(
-    rewards: Mapping[str, Tensor], weights: Mapping[str, float], groups: Tensor, std_floor: float, clip: float
+    rewards: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    groups: Tensor,
+    std_floor: float,
+    clip: float,
+    std: Literal["group", "batch"] = "group",
 ) -> GroupAdvantages:
     """Normalise each reward within its group, weight, add and clip.
 
-    ``A_i = sum_k w_k (r_ik - mean_k) / (std_k + floor)`` with the sample standard deviation (ddof 1).
+    ``A_i = sum_k w_k (r_ik - mean_k) / (std_k + floor)``, for scalar rewards or for rewards per position (the
+    ablation that multiplies the map into the reward), position by position.
 
     Args:
-        rewards: ``(N,)`` per reward name; a sample with a non-finite value is left out of its group.
+        rewards: ``(N,)`` or ``(N, [T,] H, W)`` per reward name; a sample with a non-finite value is left out.
         weights: weight per reward name.
         groups: ``(N,)`` int64 group index of each sample, from 0.
         std_floor: added to each standard deviation.
         clip: the advantages are clipped to [-clip, clip].
+        std: 'group': the sample standard deviation within the group (ddof 1; DanceGRPO, ViPO); 'batch': the
+            population's over all samples of the update (ddof 0; Flow-GRPO). The mean is the group's in both.
 
     Raises:
         ValueError: names or shapes disagree.
@@ -46,49 +56,110 @@ def group_advantages(
     """
     if rewards.keys() != weights.keys():
         raise ValueError(f"weights: expected the rewards {sorted(rewards)}, got {sorted(weights)}")
+    shape = next(iter(rewards.values())).shape
     for name, reward in rewards.items():
-        if reward.shape != groups.shape:
+        if reward.shape[:1] != groups.shape or reward.shape != shape:
             raise ValueError(
-                f"rewards[{name!r}]: expected shape {tuple(groups.shape)} of groups, got {tuple(reward.shape)}"
+                f"rewards[{name!r}]: expected shape {(*groups.shape, *shape[1:])} of groups and the other rewards, "
+                f"got {tuple(reward.shape)}"
             )
-    valid = torch.stack([reward.isfinite() for reward in rewards.values()]).all(dim=0)
+    valid = torch.stack(
+        [
+            reward.isfinite().flatten(1).all(dim=1) if reward.ndim > 1 else reward.isfinite()
+            for reward in rewards.values()
+        ]
+    ).all(dim=0)
     count = int(groups.max()) + 1
-    values = torch.zeros(len(groups), dtype=torch.float64)
+    values = torch.zeros(shape, dtype=torch.float64)
     total = torch.stack([weights[name] * reward.double() for name, reward in rewards.items()]).sum(dim=0)
+    over_batch = {name: reward[valid].double().std(dim=0, correction=0) for name, reward in rewards.items()}
     group_std = torch.zeros(count, dtype=torch.float64)
     zero_std = torch.ones(count, dtype=torch.bool)
     for group in range(count):
         members = (groups == group) & valid
         if int(members.sum()) < 2:
             continue
-        group_std[group] = total[members].std()
+        group_std[group] = total[members].std(dim=0).mean()
         for name, reward in rewards.items():
             own = reward[members].double()
             if bool((own != own[0]).any()):
                 zero_std[group] = False
-                values[members] += weights[name] * (own - own.mean()) / (own.std() + std_floor)
+                spread = own.std(dim=0) if std == "group" else over_batch[name]
+                values[members] += weights[name] * (own - own.mean(dim=0)) / (spread + std_floor)
     return GroupAdvantages(values.clamp(-clip, clip).float(), valid, group_std.float(), zero_std)
 
 
-def weight_maps(
-    kind: Literal["psm", "uniform", "inverted"], maps: Tensor, constant: Tensor, normalize: Literal["minmax", "mean"]
-) -> Tensor:
-    """The per-position weights of an arm.
+def best_and_worst(advantages: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Rows of the `count` / 2 highest and `count` / 2 lowest advantages of each group.
 
     Args:
-        kind: psm: the allocation maps as they are; uniform: ones; inverted: each map turned upside down.
-        maps: ``(N, H, W)``, non-negative.
-        constant: ``(N,)`` bool, maps without structure; they stay ones.
-        normalize: what `maps` were normalised by, so that an inverted map is as well.
+        advantages: ``(N,)``; a sample that was left out of its group has 0 and is chosen last.
+        groups: ``(N,)`` int64 group index of each sample, from 0; every group has the same size.
+        count: even, at most the group's size.
+
+    Returns:
+        ``(groups, count)`` int64 rows; each group's best, worst, second best, second worst, and so on. Equal
+        advantages are ordered by row.
+
+    Raises:
+        ValueError: `count` is odd or exceeds a group.
+
+    Source: best-of-N selection of DanceGRPO (arXiv 2505.07818).
     """
+    chosen = []
+    for group in range(int(groups.max()) + 1):
+        rows = torch.nonzero(groups == group).flatten()
+        if count % 2 or count > len(rows):
+            raise ValueError(f"count: {count} must be even and at most the group size {len(rows)}")
+        ordered = rows[advantages[rows].argsort(descending=True, stable=True)]
+        chosen.append(torch.stack([ordered[: count // 2], ordered.flip(0)[: count // 2]], dim=1).flatten())
+    return torch.stack(chosen)
+
+
+def weight_maps(
+    kind: MapKind,
+    maps: Tensor,
+    constant: Tensor,
+    normalize: Literal["minmax", "mean"],
+    groups: Tensor,
+    permutations: Tensor | None = None,
+) -> Tensor:
+    """The per-position weights of an arm, from the maps that its source gave.
+
+    Args:
+        kind: 'psm', 'oracle': the maps as they are; 'uniform': ones; 'inverted': each map turned upside down;
+            'mean': each sample's own mean at every position; 'group': the mean over the sample's group, so that the
+            layout is kept and no sample's own; 'shuffled': each map's values at other positions. The last four are
+            controls for what a map's layout does.
+        maps: ``(N, [T,] H, W)``, non-negative.
+        constant: ``(N,)`` bool, maps without structure; inverted, they stay ones.
+        normalize: what `maps` were normalised by, so that an inverted map is as well.
+        groups: ``(N,)`` int64 group index of each sample, from 0.
+        permutations: ``(N, positions)`` int64, read by 'shuffled'.
+
+    Raises:
+        ValueError: 'shuffled' without permutations of the maps' positions.
+    """
+    column = (-1, *([1] * (maps.ndim - 1)))
     if kind == "uniform":
         return torch.ones_like(maps)
-    if kind == "psm":
-        return maps
-    inverted = maps.amax(dim=(-2, -1), keepdim=True) - maps
-    if normalize == "mean":
-        inverted = inverted / inverted.mean(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-    return torch.where(constant[:, None, None], torch.ones_like(maps), inverted)
+    if kind == "inverted":
+        positions = tuple(range(1, maps.ndim))
+        inverted = maps.amax(dim=positions, keepdim=True) - maps
+        if normalize == "mean":
+            inverted = inverted / inverted.mean(dim=positions, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+        return torch.where(constant.reshape(column), torch.ones_like(maps), inverted)
+    if kind == "mean":
+        return maps.flatten(1).mean(dim=1).reshape(column).expand_as(maps)
+    if kind == "group":
+        averaged = torch.stack([maps[groups == group].mean(dim=0) for group in range(int(groups.max()) + 1)])
+        return averaged[groups]
+    if kind == "shuffled":
+        if permutations is None or permutations.shape != maps.flatten(1).shape:
+            found = None if permutations is None else tuple(permutations.shape)
+            raise ValueError(f"permutations: expected shape {tuple(maps.flatten(1).shape)} of the maps, got {found}")
+        return maps.flatten(1).gather(1, permutations).reshape(maps.shape)
+    return maps
 
 
 def allocate_advantages(advantages: Tensor, maps: Tensor) -> Tensor:

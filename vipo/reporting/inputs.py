@@ -14,7 +14,7 @@ from vipo.config.compose import ConfigError, load_config_file
 from vipo.config.models import Config
 from vipo.errors import VipoError
 
-_RUN = re.compile(r"[a-z0-9][a-z0-9_]*-s\d+\Z")
+_RUN = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?-s\d+\Z")
 _SCORE_KEYS = ("run", "arm", "seed", "update", "final", "prompt_id", "prompt", "sample")
 
 

@@ -220,18 +220,22 @@ def _configurations(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return result
 
 
+_NOISE = "log_ratio/rms_before_first_step"
+
+
 def _checks(experiment: Experiment) -> list[dict[str, Any]]:
     """What must hold for the comparison to mean something, and whether the records say that it did."""
     trained = [run for run in experiment.runs if not run.config.is_base]
     checks = []
     key = "log_ratio/max_before_first_step"
     largest = max((float(run.metrics[key].max()) for run in trained if key in run.metrics), default=math.nan)
+    noise = max((float(run.metrics[_NOISE].max()) for run in trained if _NOISE in run.metrics), default=math.nan)
     tolerance = min(run.config.training.log_ratio_tolerance for run in trained)
     checks.append(
         {
             "ok": largest <= tolerance,
             "text": f"Rollout and update are the same policy: max |log ρ| before the first step is {largest:.1e} "
-            f"(tolerance {tolerance:.0e}).",
+            f"(tolerance {tolerance:.0e}), its root mean square {noise:.1e}.",
         }
     )
     done = {run.name: int(run.metrics["update"].max()) for run in trained}

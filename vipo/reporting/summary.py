@@ -27,6 +27,12 @@ METRICS = {
     "grad/norm": ("Gradient norm", "before clipping, mean over optimizer steps"),
     "clip/share": ("Clipped share", "share of terms outside the trust region"),
     "log_ratio/max_before_first_step": ("max |log ρ| before the first step", "rollout against update; 0 is exact"),
+    "log_ratio/rms_sample": ("Change of the policy, per sample", "root mean square of a sample's log ρ after a step"),
+    "log_ratio/rms_position": (
+        "Change of the policy, per position",
+        "the same per position: what its clip range is for",
+    ),
+    "kl": ("KL to the generator as it was", "mean over positions, of the trained transitions"),
     "map/mean": ("Map mean", "mean of the allocation map"),
     "map/entropy": ("Map entropy", "entropy of the allocation map over positions; 1 is uniform"),
     "group/std": ("Group standard deviation", "of the reward within a prompt's samples"),
@@ -163,11 +169,15 @@ def describe(objective: ObjectiveConfig) -> str:
     if objective.ratio == "sample":
         return f"one ratio and one advantage per sample; {gate}"
     maps = {
-        "psm": "weighted by the allocation map",
-        "uniform": "map of ones",
-        "inverted": "weighted by the inverted allocation map",
+        "psm": "the allocation map",
+        "uniform": "ones",
+        "inverted": "the inverted allocation map",
+        "mean": "the mean of the sample's own map",
+        "group": "the group's mean map",
+        "shuffled": "the shuffled allocation map",
+        "oracle": "the object's own pixels",
     }
-    return f"ratio and advantage per position, {maps[objective.map]}; {gate}"
+    return f"ratio per position, {objective.map_on} weighted by {maps[objective.map]}; {gate}"
 
 
 def summarize(experiment: Experiment) -> Summary:
@@ -181,7 +191,7 @@ def summarize(experiment: Experiment) -> Summary:
     }
     maps = {arm: experiment.of_arm(arm)[0].config.objective.map for arm in experiment.arms if arm != "base"}
     focus = [arm for arm, kind in maps.items() if kind == "psm"]
-    controls = [arm for arm, kind in maps.items() if kind in ("uniform", "inverted")]
+    controls = [arm for arm, kind in maps.items() if kind not in ("none", "psm")]
     references = [arm for arm in dict.fromkeys(["base", "grpo", *controls]) if arm in experiment.arms]
     comparisons = compare_arms(
         scores,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vipo.generators.base import Conditioning, Generator
+from vipo.sampling.chain import Chain
 from vipo.sampling.noise import Key, keyed_normal
-from vipo.sampling.transitions import clean_estimate, dance_transition, position_log_prob
 
 
 @dataclass(frozen=True)
@@ -16,33 +16,57 @@ class Trajectory:
     """One batch of sampled chains of T steps.
 
     Attributes:
-        latents: ``(B, T, C, H, W)`` float32, the states that the network saw; transition t leads from
+        latents: ``(B, T, C, [T_lat,] H, W)`` float32, the states that the network saw; transition t leads from
             ``latents[:, t]`` to ``latents[:, t + 1]``, for t up to T - 2.
-        log_probs: ``(B, T - 1, H, W)`` float32 per position, of those transitions.
-        clean: ``(B, C, H, W)`` float32, the deterministic last step's estimate of x0.
+        means: ``(B, T - 1, C, [T_lat,] H, W)`` float32, the mean of each of those transitions under the policy that
+            sampled (of a deterministic one: the next state itself).
+        clean: ``(B, C, [T_lat,] H, W)`` float32, the deterministic last step's estimate of x0.
     """
 
     latents: Tensor
-    log_probs: Tensor
+    means: Tensor
     clean: Tensor
+
+    def select(self, rows: Tensor) -> "Trajectory":
+        """The chains of `rows`."""
+        return Trajectory(self.latents[rows], self.means[rows], self.clean[rows])
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """One transition of each sample of a batch, under the current policy and the one that sampled.
+
+    Attributes:
+        latents: ``(B, C, ...)``, the state that it starts from.
+        value: like `latents`, the state that was drawn.
+        mean: like `latents`, under the current policy, with its gradient.
+        old_mean: like `latents`, under the policy that sampled.
+        std: ``(B, 1, ...)`` of both.
+    """
+
+    latents: Tensor
+    value: Tensor
+    mean: Tensor
+    old_mean: Tensor
+    std: Tensor
 
 
 @torch.no_grad()
 def rollout(
     generator: Generator,
     conditioning: Conditioning,
-    sigmas: Tensor,
-    eta: float,
+    chain: Chain,
+    stochastic: range,
     initial_keys: Sequence[Key],
     step_keys: Sequence[Key],
 ) -> Trajectory:
-    """Sample one batch by the stochastic chain; every draw is keyed by its sample.
+    """Sample one batch by the chain; every draw is keyed by its sample.
 
     Args:
         generator: the current policy.
         conditioning: of the batch.
-        sigmas: ``(T + 1,)`` noise levels, 1 to 0.
-        eta: g of the transition.
+        chain: levels and transition.
+        stochastic: the steps that draw noise; the others follow the ODE.
         initial_keys: one key per sample for the initial noise.
         step_keys: one key per sample; the step index is appended.
 
@@ -51,51 +75,49 @@ def rollout(
     """
     if len(initial_keys) != len(step_keys):
         raise ValueError(f"step_keys: expected {len(initial_keys)} keys as initial_keys, got {len(step_keys)}")
-    device = sigmas.device
-    steps = len(sigmas) - 1
+    device = chain.levels.device
     x = keyed_normal(initial_keys, generator.latent_shape, device)
-    states, log_probs = [x], []
-    for step in range(steps - 1):
-        sigma, sigma_next = sigmas[step].expand(len(x)), sigmas[step + 1].expand(len(x))
-        velocity = generator.predict(x, sigma, conditioning)
-        mean, std = dance_transition(x, velocity, sigma, sigma_next, eta)
-        noise = keyed_normal([(*key, step) for key in step_keys], generator.latent_shape, device)
-        x = mean + std * noise
+    states, means = [x], []
+    for step in chain.trainable:
+        prediction = generator.predict(x, chain.times[step].expand(len(x)), conditioning)
+        if step in stochastic:
+            mean, std = chain.gaussian(x, prediction, torch.full((len(x),), step, device=device))
+            x = mean + std * keyed_normal([(*key, step) for key in step_keys], generator.latent_shape, device)
+        else:
+            mean = x = chain.ode(x, prediction, step)
         states.append(x)
-        log_probs.append(position_log_prob(x, mean, std))
-    sigma = sigmas[steps - 1].expand(len(x))
-    clean = clean_estimate(x, generator.predict(x, sigma, conditioning), sigma)
-    return Trajectory(torch.stack(states, dim=1), torch.stack(log_probs, dim=1), clean)
+        means.append(mean)
+    last = chain.steps - 1
+    clean = chain.ode(x, generator.predict(x, chain.times[last].expand(len(x)), conditioning), last)
+    return Trajectory(torch.stack(states, dim=1), torch.stack(means, dim=1), clean)
 
 
-def transition_log_prob(
-    generator: Generator, conditioning: Conditioning, trajectory: Trajectory, steps: Tensor, sigmas: Tensor, eta: float
-) -> Tensor:
-    """Log-probability per position ``(B, H, W)`` of each sample's transition ``steps[b]`` under the current policy.
+def policy_transition(
+    generator: Generator, conditioning: Conditioning, trajectory: Trajectory, steps: Tensor, chain: Chain
+) -> TransitionBatch:
+    """Each sample's transition ``steps[b]`` under the current policy, beside the one that sampled it.
 
     Args:
-        steps: ``(B,)`` int64 transition indices in [0, T - 2], one per sample.
+        steps: ``(B,)`` int64, stochastic steps in [0, T - 2], one per sample.
     """
     rows = torch.arange(len(steps), device=steps.device)
-    x, x_next = trajectory.latents[rows, steps], trajectory.latents[rows, steps + 1]
-    sigma, sigma_next = sigmas[steps], sigmas[steps + 1]
-    velocity = generator.predict(x, sigma, conditioning)
-    mean, std = dance_transition(x, velocity, sigma, sigma_next, eta)
-    return position_log_prob(x_next, mean, std)
+    latents = trajectory.latents[rows, steps]
+    prediction = generator.predict(latents, chain.times[steps], conditioning)
+    mean, std = chain.gaussian(latents, prediction, steps)
+    return TransitionBatch(latents, trajectory.latents[rows, steps + 1], mean, trajectory.means[rows, steps], std)
 
 
 @torch.no_grad()
-def sample_ode(generator: Generator, conditioning: Conditioning, sigmas: Tensor, noise: Tensor) -> Tensor:
-    """Deterministic Euler sampling of the probability-flow ODE.
+def sample_ode(generator: Generator, conditioning: Conditioning, chain: Chain, noise: Tensor) -> Tensor:
+    """Deterministic sampling: every step of the chain follows the ODE.
 
     Args:
-        noise: ``(B, C, H, W)`` float32, x at sigma 1.
+        noise: ``(B, *latent_shape)`` float32, x at the first level.
 
     Returns:
         Clean latents like `noise`.
     """
     x = noise
-    for step in range(len(sigmas) - 1):
-        velocity = generator.predict(x, sigmas[step].expand(len(x)), conditioning)
-        x = x + (sigmas[step + 1] - sigmas[step]) * velocity
+    for step in range(chain.steps):
+        x = chain.ode(x, generator.predict(x, chain.times[step].expand(len(x)), conditioning), step)
     return x

@@ -7,16 +7,17 @@ micro-batches of the rollout are those of the update: the same network calls, he
 """
 
 import contextlib
+import copy
 import logging
 import math
 import resource
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,19 +25,29 @@ from torch import Tensor
 
 from vipo.config.compose import dump_config
 from vipo.config.models import Config, config_hash
-from vipo.errors import Preempted, VipoError
+from vipo.demo.scenes import object_coverage
+from vipo.errors import Preempted
 from vipo.generators import load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
-from vipo.objectives import allocate_advantages, clipped_surrogate, group_advantages, weight_maps
-from vipo.perception import PerceptualStructuring, load_backbone
-from vipo.prompts import Prompt, read_prompts
+from vipo.objectives import (
+    Surrogate,
+    allocate_advantages,
+    best_and_worst,
+    clipped_surrogate,
+    group_advantages,
+    normalized_log_ratio,
+    weight_maps,
+)
+from vipo.perception import AllocationMaps, PerceptualStructuring, load_backbone
+from vipo.prompts import read_prompts
 from vipo.provenance import record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
 from vipo.rewards import RewardError, load_reward, score
+from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.sampling.noise import Key, keyed_generator
-from vipo.sampling.rollout import Trajectory, rollout, transition_log_prob
-from vipo.sampling.schedule import sigma_schedule
+from vipo.sampling.rollout import TransitionBatch, policy_transition, rollout
+from vipo.sampling.transitions import position_kl, position_log_prob
 from vipo.tracking import Timer, Tracker
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
@@ -49,75 +60,17 @@ from vipo.training.checkpoints import (
     save_checkpoint,
     unprefixed,
 )
+from vipo.training.samples import (
+    MicroBatch,
+    Sample,
+    TrainingError,
+    arrange_samples,
+    chosen_transitions,
+    regroup,
+    update_prompts,
+)
 
 log = logging.getLogger(__name__)
-
-
-class TrainingError(VipoError):
-    """Training cannot start or go on; the message names the cause, the place and what to change."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample of an update."""
-
-    prompt: Prompt
-    group: int
-    index: int
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples that share every network call, in the rollout and in the update."""
-
-    rows: tuple[int, ...]
-    conditioning: dict[str, Tensor]
-    trajectory: Trajectory
-    steps: Tensor
-
-
-def update_prompts(prompts: Sequence[Prompt], seed: int, update: int, count: int) -> list[Prompt]:
-    """The prompts of update `update` (from 1): consecutive pieces of a fresh keyed permutation per pass.
-
-    Raises:
-        TrainingError: fewer prompts than one update takes.
-    """
-    per_pass = len(prompts) // count
-    if per_pass == 0:
-        raise TrainingError(
-            f"training.prompts_per_update {count} exceeds the {len(prompts)} training prompts; lower it or add prompts"
-        )
-    number, piece = divmod(update - 1, per_pass)
-    order = torch.randperm(len(prompts), generator=keyed_generator(seed, "prompts", number)).tolist()
-    return [prompts[i] for i in order[piece * count : (piece + 1) * count]]
-
-
-def arrange_samples(prompts: Sequence[Prompt], group_size: int, optimizer_steps: int) -> list[Sample]:
-    """All samples of an update in the order ``(optimizer step, prompt, sample)``."""
-    share = group_size // optimizer_steps
-    return [
-        Sample(prompt, group, step * share + i)
-        for step in range(optimizer_steps)
-        for group, prompt in enumerate(prompts)
-        for i in range(share)
-    ]
-
-
-def chosen_transitions(samples: Sequence[Sample], config: Config, update: int) -> Tensor:
-    """Which transitions are trained: ``(N, K)`` int64 in [0, T - 2], increasing along K."""
-    available, count = config.sampling.steps - 1, config.training.trained_transitions
-    choice = config.training.transition_choice
-    if choice == "first":
-        return torch.arange(count).expand(len(samples), count)
-    keys: list[Key] = [
-        (config.seed, "transitions", update)
-        if choice == "shared"
-        else (config.seed, "transitions", update, s.prompt.id, s.index)
-        for s in samples
-    ]
-    return torch.stack(
-        [torch.randperm(available, generator=keyed_generator(*key))[:count].sort().values for key in keys]
-    )
 
 
 def map_entropy(maps: Tensor) -> Tensor:
@@ -159,20 +112,29 @@ class Trainer:
         self.weight_inputs = {
             f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))
         }
-        if config.objective.map in ("psm", "inverted") and config.perception.weights is not None:
+        if config.objective.reads_backbone and config.perception.weights is not None:
             self.weight_inputs["perception"] = root / config.perception.weights
         self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device)
         self.rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
         self.structuring = self._load_structuring(root)
         self._try_rewards()
-        self.sigmas = sigma_schedule(config.sampling.steps, config.sampling.shift).to(self.device)
+        self.chain = sampling_chain(
+            config.sampling, self.generator.prediction, self.generator.alphas_cumprod, device=self.device
+        )
         self._prepare_network()
         self._check_resources()
         self.timer = Timer(self.device)
         self.stop_signal: int | None = None
 
     def _load_structuring(self, root: Path) -> PerceptualStructuring | None:
-        if self.config.objective.map not in ("psm", "inverted"):
+        if self.config.objective.map == "oracle":
+            without = [prompt.text for prompt in self.prompts if "objects" not in prompt.metadata]
+            if without or self.generator.frame_groups is not None:
+                lacks = f"{without[0]!r} has none" if without else "this generator makes videos"
+                raise TrainingError(
+                    f"objective.map 'oracle' needs drawn pictures and prompts with scene metadata ('objects'): {lacks}"
+                )
+        if not self.config.objective.reads_backbone:
             return None
         backbone = load_backbone(self.config.perception, self.config.generator.device, root)
         structuring = PerceptualStructuring(backbone, self.config.perception)
@@ -180,12 +142,17 @@ class Trainer:
         return structuring
 
     def _try_rewards(self) -> None:
-        blank = torch.zeros(1, 3, self.config.generator.height, self.config.generator.width, device=self.device)
+        frames = [] if self.generator.frame_groups is None else [self.generator.frame_groups[-1].stop]
+        size = (self.config.generator.height, self.config.generator.width)
+        blank = torch.zeros(1, *frames, 3, *size, device=self.device)
         for name, reward in self.rewards.items():
             score(name, reward, blank, [self.prompts[0].text], [self.prompts[0].metadata])
 
     def _prepare_network(self) -> None:
         config = self.config
+        # The generator as it was: with LoRA, the network without its adapter.
+        copied = config.objective.kl_weight > 0 and config.training.lora is None
+        self.reference = copy.deepcopy(self.generator.network) if copied else None
         if config.training.lora is None:
             self.generator.network.requires_grad_(True)
         else:
@@ -200,6 +167,10 @@ class Trainer:
             fused=True,
         )
         training, processes = config.training, self.accelerator.num_processes
+        if processes > 1 and training.best_of is not None:
+            raise TrainingError(
+                "training.best_of selects among the samples of one process; start one, or set it to null"
+            )
         samples = training.prompts_per_update * training.group_size // training.optimizer_steps_per_update
         if (samples // training.micro_batch) % processes:
             raise TrainingError(
@@ -221,10 +192,12 @@ class Trainer:
             )
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            if 16 * count > total:
+            frozen = 0 if self.reference is None else sum(value.numel() for value in self.reference.parameters())
+            if 16 * count + 4 * frozen > total:
                 raise TrainingError(
-                    f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters need "
-                    f"{16 * count / 2**30:.0f} GiB, the device has {total / 2**30:.0f}; use training.lora"
+                    f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference of "
+                    f"objective.kl_weight, need {(16 * count + 4 * frozen) / 2**30:.0f} GiB, the device has "
+                    f"{total / 2**30:.0f}; use training.lora"
                 )
 
     # ---- one update -------------------------------------------------------------------------------
@@ -242,7 +215,12 @@ class Trainer:
         weights = {term.name: term.weight for term in self.config.reward.terms}
         groups = torch.tensor([sample.group for sample in samples])
         objective = self.config.objective
-        result = group_advantages(rewards, weights, groups, objective.std_floor, objective.advantage_clip)
+        with self.timer("map"):
+            maps, map_metrics = self._maps(samples, groups, batches, images, number)
+        basis = rewards
+        if maps is not None and objective.map_on == "reward":
+            basis = {name: allocate_advantages(values, maps.cpu()) for name, values in rewards.items()}
+        result = group_advantages(basis, weights, groups, objective.std_floor, objective.advantage_clip, objective.std)
         if not bool(result.valid.any()):
             raise RewardError(f"update {number}: no sample has a finite reward; check the rewards {', '.join(rewards)}")
         for row in torch.nonzero(~result.valid).flatten().tolist():
@@ -255,15 +233,18 @@ class Trainer:
         metrics = self._reward_metrics(rewards, weights, result.valid)
         metrics["group/std"] = float(result.group_std.mean())
         metrics["group/zero_std_share"] = float(result.zero_std.float().mean())
-        with self.timer("map"):
-            maps, map_metrics = self._maps(images)
-        advantages = self._local_advantages(result.values, maps, batches)
+        advantages = result.values.to(self.device)
+        if maps is not None and objective.map_on == "advantage":
+            advantages = allocate_advantages(advantages, maps)
+        if self.config.training.best_of is not None:
+            batches = self._select(batches, result.values, groups, self.config.training.best_of)
         with self.timer("learn"):
             return metrics | map_metrics | self._learn(batches, advantages, samples, number)
 
     def _rollout(self, samples: list[Sample], number: int) -> tuple[list[MicroBatch], list[Tensor]]:
         config, size = self.config, self.config.training.micro_batch
-        transitions = chosen_transitions(samples, config, number).to(self.device)
+        stochastic = stochastic_steps(config.sampling.window, len(self.chain.trainable), config.seed, number)
+        transitions = chosen_transitions(samples, config.training, stochastic, config.seed, number).to(self.device)
         batches, images = [], []
         for position, start in enumerate(range(0, len(samples), size)):
             if position % self.accelerator.num_processes != self.accelerator.process_index:
@@ -277,7 +258,7 @@ class Trainer:
             ]
             steps: list[Key] = [(config.seed, "step", number, s.prompt.id, s.index) for s in chunk]
             with self.timer("rollout"):
-                trajectory = rollout(self.generator, conditioning, self.sigmas, config.sampling.eta, initial, steps)
+                trajectory = rollout(self.generator, conditioning, self.chain, stochastic, initial, steps)
             rows = tuple(range(start, start + len(chunk)))
             batches.append(MicroBatch(rows, conditioning, trajectory, transitions[start : start + size]))
             with self.timer("decode"):
@@ -292,12 +273,17 @@ class Trainer:
                 values = score(name, reward, pictures, [s.prompt.text for s in own], [s.prompt.metadata for s in own])
                 rewards[name][list(batch.rows)] = values
         if self.accelerator.num_processes > 1:
-            rows = torch.tensor([row for batch in batches for row in batch.rows], device=self.device)
-            everywhere = self.accelerator.gather(rows).cpu()
-            for name, values in rewards.items():
-                gathered = self.accelerator.gather(values[rows.cpu()].to(self.device)).cpu()
-                rewards[name] = torch.empty_like(values).index_copy(0, everywhere, gathered)
+            rows = [row for batch in batches for row in batch.rows]
+            rewards = {name: self._everywhere(values[rows], batches).cpu() for name, values in rewards.items()}
         return rewards
+
+    def _everywhere(self, local: Tensor, batches: list[MicroBatch]) -> Tensor:
+        """Values ``(n, ...)`` of this process's samples, gathered to ``(N, ...)`` in the order of all samples."""
+        if self.accelerator.num_processes == 1:
+            return local
+        rows = torch.tensor([row for batch in batches for row in batch.rows], device=self.device)
+        order = self.accelerator.gather(rows).argsort()
+        return self.accelerator.gather(local.to(self.device))[order]
 
     def _reward_metrics(self, rewards: dict[str, Tensor], weights: dict[str, float], valid: Tensor) -> dict[str, float]:
         total = torch.stack([weights[name] * values.double() for name, values in rewards.items()]).sum(dim=0)[valid]
@@ -310,77 +296,91 @@ class Trainer:
             f"reward/{name}/mean": float(values.double()[valid].mean()) for name, values in rewards.items()
         }
 
-    def _maps(self, images: list[Tensor]) -> tuple[list[Tensor] | None, dict[str, float]]:
+    def _maps(
+        self, samples: list[Sample], groups: Tensor, batches: list[MicroBatch], images: list[Tensor], number: int
+    ) -> tuple[Tensor | None, dict[str, float]]:
+        """The weights ``(N, [T,] H, W)`` of all samples, in their order, and what the metrics say of them."""
         kind = self.config.objective.map
         if kind == "none":
             return None, {}
-        size = self.generator.grid
-        maps, constant = [], []
-        for pictures in images:
-            if self.structuring is None:
-                maps.append(torch.ones(len(pictures), *size, device=pictures.device))
-                constant.append(torch.zeros(len(pictures), dtype=torch.bool, device=pictures.device))
-            else:
-                found = self.structuring(pictures, size)
-                maps.append(weight_maps(kind, found.maps, found.constant, self.config.perception.normalize))
-                constant.append(found.constant)
-        together = self.accelerator.gather(torch.cat(maps)) if self.accelerator.num_processes > 1 else torch.cat(maps)
-        flags = (
-            self.accelerator.gather(torch.cat(constant)) if self.accelerator.num_processes > 1 else torch.cat(constant)
+        found = [self._source_maps(pictures) for pictures in images]
+        maps = self._everywhere(torch.cat([part.maps for part in found]), batches)
+        constant = self._everywhere(torch.cat([part.constant for part in found]), batches)
+        permutations = None
+        if kind == "shuffled":
+            positions = maps[0].numel()
+            keys: list[Key] = [(self.config.seed, "shuffle", number, s.prompt.id, s.index) for s in samples]
+            permutations = torch.stack([torch.randperm(positions, generator=keyed_generator(*key)) for key in keys]).to(
+                maps.device
+            )
+        weights = weight_maps(
+            kind, maps, constant, self.config.perception.normalize, groups.to(maps.device), permutations
         )
-        return maps, {
-            "map/mean": float(together.mean()),
-            "map/entropy": float(map_entropy(together).mean()),
-            "map/constant_share": float(flags.float().mean()),
+        return weights, {
+            "map/mean": float(weights.mean()),
+            "map/entropy": float(map_entropy(weights).mean()),
+            "map/constant_share": float(constant.float().mean()),
         }
 
-    def _local_advantages(self, values: Tensor, maps: list[Tensor] | None, batches: list[MicroBatch]) -> list[Tensor]:
-        own = [values[list(batch.rows)].to(self.device) for batch in batches]
-        if maps is None:
-            return own
-        return [allocate_advantages(advantages, weights) for advantages, weights in zip(own, maps, strict=True)]
+    def _source_maps(self, images: Tensor) -> AllocationMaps:
+        size = self.generator.grid
+        if self.structuring is not None:
+            return self.structuring(images, size)
+        if self.config.objective.map == "oracle":
+            coverage = object_coverage(images, size)
+            constant = coverage.amax(dim=(1, 2)) == 0
+            if self.config.perception.normalize == "mean":
+                coverage = coverage / coverage.mean(dim=(1, 2), keepdim=True)
+            return AllocationMaps(torch.where(constant[:, None, None], 1.0, coverage), constant)
+        ones = torch.ones(len(images), *self.generator.latent_shape[1:], device=images.device)
+        return AllocationMaps(ones, torch.zeros(len(images), dtype=torch.bool, device=images.device))
+
+    def _select(self, batches: list[MicroBatch], values: Tensor, groups: Tensor, count: int) -> list[MicroBatch]:
+        ranked = best_and_worst(values.flatten(1).mean(dim=1) if values.ndim > 1 else values, groups, count)
+        share = count // self.config.training.optimizer_steps_per_update
+        # As for all samples: (optimizer step, prompt, sample).
+        return regroup(batches, [row for part in ranked.split(share, dim=1) for row in part.flatten().tolist()])
 
     def _learn(
-        self, batches: list[MicroBatch], advantages: list[Tensor], samples: list[Sample], number: int
+        self, batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int
     ) -> dict[str, float]:
         training, objective = self.config.training, self.config.objective
         per_step = len(batches) // training.optimizer_steps_per_update
         slots = training.trained_transitions
-        losses, norms, largest = [], [], 0.0
+        losses, norms, divergences, largest = [], [], [], 0.0
         clipped = torch.zeros(self.config.sampling.steps - 1, device=self.device)
         seen = torch.zeros_like(clipped)
+        # Sums of squares of log rho: before the first step it is noise, after it the policy's change.
+        noise, change, changes = torch.zeros((), device=self.device), torch.zeros(2, device=self.device), 0
         for step in range(training.epochs * training.optimizer_steps_per_update):
             first = (step % training.optimizer_steps_per_update) * per_step
             loss_sum = torch.zeros((), device=self.device)
             for index in range(first, first + per_step):
                 batch = batches[index]
+                own = advantages[list(batch.rows)]
                 for slot in range(slots):
                     last = index == first + per_step - 1 and slot == slots - 1
                     with contextlib.nullcontext() if last else self.accelerator.no_sync(self.generator.network):
                         which = batch.steps[:, slot]
-                        log_prob = transition_log_prob(
-                            self.generator,
-                            batch.conditioning,
-                            batch.trajectory,
-                            which,
-                            self.sigmas,
-                            self.config.sampling.eta,
+                        moved = policy_transition(
+                            self.generator, batch.conditioning, batch.trajectory, which, self.chain
                         )
-                        old = batch.trajectory.log_probs[torch.arange(len(which), device=self.device), which]
+                        log_ratio = self._log_ratio(moved)
+                        detached = log_ratio.detach()
                         if step == 0:
-                            largest = max(
-                                largest, self._check_consistency(log_prob.detach() - old, batch, which, samples, number)
-                            )
-                        surrogate = clipped_surrogate(
-                            log_prob,
-                            old,
-                            advantages[index],
-                            ratio=objective.ratio,
-                            side=objective.clip.side,
-                            scope=objective.clip.scope,
-                            clip_range=objective.clip.range,
-                        )
-                        loss = surrogate.loss / (per_step * slots)
+                            largest = max(largest, self._check_consistency(detached, batch, which, samples, number))
+                            noise += detached.square().mean() / (per_step * slots)
+                        else:
+                            means = detached.flatten(1).mean(dim=1)
+                            change += torch.stack([means.square().mean(), detached.square().mean()])
+                            changes += 1
+                        surrogate = self._surrogate(log_ratio, moved, own, which)
+                        loss = surrogate.loss
+                        if objective.kl_weight > 0:
+                            kl = self._kl(moved, batch, which)
+                            divergences.append(kl.detach())
+                            loss = loss + objective.kl_weight * kl
+                        loss = loss / (per_step * slots)
                         loss.backward()
                     loss_sum += loss.detach()
                     clipped.index_add_(0, which, surrogate.clipped)
@@ -402,9 +402,63 @@ class Trainer:
             "loss": sum(losses) / len(losses),
             "grad/norm": sum(norms) / len(norms),
             "log_ratio/max_before_first_step": largest,
+            "log_ratio/rms_before_first_step": float(noise.sqrt()),
             "clip/share": float(clipped.sum() / seen.sum()),
         }
+        if changes:
+            sample, position = (change / changes).sqrt().tolist()
+            metrics |= {"log_ratio/rms_sample": sample, "log_ratio/rms_position": position}
+        if divergences:
+            metrics["kl"] = float(torch.stack(divergences).mean())
         return metrics | {f"clip/share_t{t}": float(clipped[t] / seen[t]) for t in range(len(seen)) if float(seen[t])}
+
+    def _log_ratio(self, moved: TransitionBatch) -> Tensor:
+        objective = self.config.objective
+        new, old = (
+            position_log_prob(moved.value, mean, moved.std, objective.channels, objective.density)
+            for mean in (moved.mean, moved.old_mean)
+        )
+        return new - old
+
+    def _surrogate(self, log_ratio: Tensor, moved: TransitionBatch, advantages: Tensor, steps: Tensor) -> Surrogate:
+        objective, weights = self.config.objective, None
+        if objective.ratio_norm == "guard":
+            kl = position_kl(moved.mean, moved.old_mean, moved.std, objective.channels)
+            log_ratio = normalized_log_ratio(log_ratio, kl, moved.std.flatten())
+            # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
+            weights = 1 / (self.chain.levels[steps] - self.chain.levels[steps + 1])
+        return clipped_surrogate(
+            log_ratio,
+            advantages,
+            ratio=objective.ratio,
+            side=objective.clip.side,
+            scope=objective.clip.scope,
+            clip_range=objective.clip.range,
+            weights=weights,
+        )
+
+    def _kl(self, moved: TransitionBatch, batch: MicroBatch, steps: Tensor) -> Tensor:
+        with torch.no_grad(), self._reference_policy():
+            prediction = self.generator.predict(moved.latents, self.chain.times[steps], batch.conditioning)
+            mean, _ = self.chain.gaussian(moved.latents, prediction, steps)
+        return position_kl(moved.mean, mean, moved.std, self.config.objective.channels).mean()
+
+    @contextlib.contextmanager
+    def _reference_policy(self) -> Iterator[None]:
+        policy = self.generator.network
+        if self.reference is None:
+            adapted: Any = self.accelerator.unwrap_model(policy)
+            adapted.disable_adapters()
+            try:
+                yield
+            finally:
+                adapted.enable_adapters()
+        else:
+            self.generator.network = self.reference
+            try:
+                yield
+            finally:
+                self.generator.network = policy
 
     def _check_consistency(
         self, log_ratio: Tensor, batch: MicroBatch, steps: Tensor, samples: list[Sample], number: int

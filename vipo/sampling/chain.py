@@ -1,0 +1,137 @@
+"""The sampling chain as a Markov chain: levels, network times, and one step of it, stochastic or not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vipo.config.models import SamplingConfig, WindowConfig
+from vipo.errors import VipoError
+from vipo.sampling.noise import keyed_generator
+from vipo.sampling.schedule import sigma_schedule
+from vipo.sampling.transitions import cps_transition, dance_transition, ddim_transition, euler_step, flow_transition
+
+Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+class ChainError(VipoError):
+    """The chain does not fit the generator; the message names the key and the fix."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """T steps from noise to data.
+
+    The last step is deterministic in every variant: it gives the estimate of x0 that is decoded, rewarded and mapped,
+    has no density and is never trained.
+
+    Attributes:
+        times: ``(T,)`` float32, what the network is called with at each step.
+        levels: ``(T + 1,)`` float32; sigma from 1 to 0, or the cumulative alpha up to 1 where noise is predicted.
+        transition: mean and std of a stochastic step.
+        eta: its noise scale.
+        prediction: what the network predicts.
+    """
+
+    times: Tensor
+    levels: Tensor
+    transition: Transition
+    eta: float
+    prediction: Literal["velocity", "noise"]
+
+    @property
+    def steps(self) -> int:
+        """T, the network evaluations of a sample."""
+        return len(self.times)
+
+    @property
+    def trainable(self) -> range:
+        """Steps that can have a density: all but the last."""
+        return range(self.steps - 1)
+
+    def gaussian(self, latents: Tensor, prediction: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean like `latents` and std ``(B, 1, ...)`` of each sample's stochastic step ``steps[b]``."""
+        return self.transition(latents, prediction, self.levels[steps], self.levels[steps + 1], self.eta)
+
+    def ode(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
+        """The deterministic step `step`; the last one gives the estimate of x0."""
+        level, level_next = (self.levels[i].expand(len(latents)) for i in (step, step + 1))
+        if self.prediction == "velocity":
+            return euler_step(latents, prediction, level, level_next)
+        return ddim_transition(latents, prediction, level, level_next, 0.0)[0]
+
+
+def sampling_chain(
+    config: SamplingConfig,
+    prediction: Literal["velocity", "noise"],
+    alphas_cumprod: Tensor | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    steps: int | None = None,
+) -> Chain:
+    """The chain that a configuration names, for a generator.
+
+    Args:
+        config: section `sampling`.
+        prediction: what the generator predicts.
+        alphas_cumprod: ``(1000,)``, of a noise-predicting generator's training schedule.
+        device: where the chain runs.
+        steps: T where it is not `config.steps` (evaluation).
+
+    Raises:
+        ChainError: transition and generator do not fit.
+    """
+    count = config.steps if steps is None else steps
+    if (prediction == "noise") != (config.transition == "ddim"):
+        fit = "ddim" if prediction == "noise" else "dance, flow or cps"
+        raise ChainError(
+            f"sampling.transition: {config.transition!r} does not fit a generator that predicts {prediction}; use {fit}"
+        )
+    if prediction == "noise":
+        if alphas_cumprod is None:
+            raise ChainError(
+                "generator: it predicts noise but names no alphas_cumprod, the schedule it was trained with"
+            )
+        if count > len(alphas_cumprod):
+            raise ChainError(f"sampling.steps: {count} exceeds the {len(alphas_cumprod)} training timesteps")
+        # "Leading" spacing with offset 1, as Stable Diffusion 1.5 and DDPO sample.
+        times = (torch.arange(count - 1, -1, -1) * (len(alphas_cumprod) // count) + 1).clamp_max(
+            len(alphas_cumprod) - 1
+        )
+        levels = torch.cat([alphas_cumprod.cpu()[times].float(), torch.ones(1)])
+        return Chain(times.float().to(device), levels.to(device), ddim_transition, config.eta, prediction)
+    levels = sigma_schedule(count, config.shift)
+    transitions: dict[str, Transition] = {
+        "dance": dance_transition,
+        "flow": partial(flow_transition, sigma_second=float(levels[1])),
+        "cps": cps_transition,
+    }
+    levels = levels.to(device)
+    return Chain(levels[:-1], levels, transitions[config.transition], config.eta, prediction)
+
+
+def stochastic_steps(window: WindowConfig | None, available: int, seed: int, update: int) -> range:
+    """The steps of one update that draw noise and can be trained; the others follow the ODE.
+
+    One window serves all samples of an update: windows that differ between samples collapsed training elsewhere.
+
+    Args:
+        window: section `sampling.window`; None: every step but the last.
+        available: steps that can have a density, T - 1.
+        seed, update: key of a window that moves at random.
+
+    Source: MixGRPO (arXiv 2507.21802), sliding windows; Flow-GRPO-Fast, random ones.
+    """
+    if window is None:
+        return range(available)
+    places = available - window.size + 1
+    if window.move == "fixed":
+        start = window.start
+    elif window.move == "random":
+        start = int(torch.randint(places, (), generator=keyed_generator(seed, "window", update)))
+    else:
+        start = (window.start + (update - 1) // window.every * window.stride) % places
+    return range(start, start + window.size)

@@ -1,0 +1,109 @@
+"""Which samples an update draws, in which order, and which of their transitions are trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vipo.config.models import TrainingConfig
+from vipo.errors import VipoError
+from vipo.prompts import Prompt
+from vipo.sampling.noise import Key, keyed_generator
+from vipo.sampling.rollout import Trajectory
+
+
+class TrainingError(VipoError):
+    """Training cannot start or go on; the message names the cause, the place and what to change."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of an update."""
+
+    prompt: Prompt
+    group: int
+    index: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples that share every network call, in the rollout and in the update."""
+
+    rows: tuple[int, ...]
+    conditioning: dict[str, Tensor]
+    trajectory: Trajectory
+    steps: Tensor
+
+
+def update_prompts(prompts: Sequence[Prompt], seed: int, update: int, count: int) -> list[Prompt]:
+    """The prompts of update `update` (from 1): consecutive pieces of a fresh keyed permutation per pass.
+
+    Raises:
+        TrainingError: fewer prompts than one update takes.
+    """
+    per_pass = len(prompts) // count
+    if per_pass == 0:
+        raise TrainingError(
+            f"training.prompts_per_update {count} exceeds the {len(prompts)} training prompts; lower it or add prompts"
+        )
+    number, piece = divmod(update - 1, per_pass)
+    order = torch.randperm(len(prompts), generator=keyed_generator(seed, "prompts", number)).tolist()
+    return [prompts[i] for i in order[piece * count : (piece + 1) * count]]
+
+
+def arrange_samples(prompts: Sequence[Prompt], group_size: int, optimizer_steps: int) -> list[Sample]:
+    """All samples of an update in the order ``(optimizer step, prompt, sample)``."""
+    share = group_size // optimizer_steps
+    return [
+        Sample(prompt, group, step * share + i)
+        for step in range(optimizer_steps)
+        for group, prompt in enumerate(prompts)
+        for i in range(share)
+    ]
+
+
+def chosen_transitions(
+    samples: Sequence[Sample], training: TrainingConfig, stochastic: range, seed: int, update: int
+) -> Tensor:
+    """Which transitions are trained: ``(N, K)`` int64 of `stochastic` steps, increasing along K."""
+    count, choice = training.trained_transitions, training.transition_choice
+    if choice == "first":
+        return torch.tensor(stochastic[:count]).expand(len(samples), count)
+    keys: list[Key] = [
+        (seed, "transitions", update) if choice == "shared" else (seed, "transitions", update, s.prompt.id, s.index)
+        for s in samples
+    ]
+    drawn = [torch.randperm(len(stochastic), generator=keyed_generator(*key))[:count].sort().values for key in keys]
+    return torch.stack(drawn) + stochastic.start
+
+
+def regroup(batches: Sequence[MicroBatch], rows: Sequence[int]) -> list[MicroBatch]:
+    """Micro-batches of the same size that hold the samples `rows`, in that order, every tensor aligned.
+
+    Args:
+        batches: all samples of an update.
+        rows: a multiple of the micro-batch size.
+    """
+    place = {row: index for index, row in enumerate(row for batch in batches for row in batch.rows)}
+    conditioning = {
+        name: torch.cat([batch.conditioning[name] for batch in batches]) for name in batches[0].conditioning
+    }
+    trajectory = Trajectory(
+        *(torch.cat([getattr(batch.trajectory, name) for batch in batches]) for name in ("latents", "means", "clean"))
+    )
+    steps = torch.cat([batch.steps for batch in batches])
+    size = len(batches[0].rows)
+    regrouped = []
+    for start in range(0, len(rows), size):
+        chunk = tuple(rows[start : start + size])
+        index = torch.tensor([place[row] for row in chunk], device=steps.device)
+        regrouped.append(
+            MicroBatch(
+                chunk,
+                {name: value[index] for name, value in conditioning.items()},
+                trajectory.select(index),
+                steps[index],
+            )
+        )
+    return regrouped
