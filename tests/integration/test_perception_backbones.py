@@ -183,8 +183,97 @@ def test_a_timm_folder_brings_its_own_preprocessing(weights, tmp_path):
     with pytest.raises(PerceptionError, match=r"holds architecture 'resnet10t', but perception.backbone is 'resnet18'"):
         load_backbone(config.model_copy(update={"backbone": "resnet18"}))
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(PerceptionError, match=r"config\.json: is not a timm model's configuration"):
+    with pytest.raises(PerceptionError, match=r"config\.json: is not a model's configuration"):
         load_backbone(config)
+
+
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "size", "grid", "width"),
+    [
+        ("vit_small_patch14_dinov2", SMALL, (56, 100), (4, 7), 32),
+        ("vit_small_patch14_reg4_dinov2", SMALL, (56, 100), (4, 7), 32),
+        ("vit_small_patch16_dinov3", SMALL, (64, 100), (4, 6), 32),
+        ("vit_base_patch16_siglip_gap_224", SMALL, (64, 100), (4, 6), 32),
+        ("samvit_base_patch16", SMALL | {"global_attn_indexes": [1]}, (64, 100), (4, 6), 256),
+        ("resnet50", {"layers": [1, 1, 1, 1]}, (64, 100), (4, 6), 1024),
+    ],
+)
+def test_every_kind_of_backbone_from_a_timm_folder(tmp_path, name, arguments, size, grid, width):
+    model = timm.create_model(name, num_classes=0, **arguments)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": arguments}))
+    config = PerceptionConfig(backbone=name, weights=str(tmp_path), input_size=size[0])
+    backbone = load_backbone(config)
+    assert backbone(torch.rand(1, 3, *size)).shape == (1, width, *grid)
+    assert backbone.evidence == "not measured here"
+    found = PerceptualStructuring(backbone, config)(torch.rand(2, 3, *size), (8, 12))
+    found.check()
+    assert found.maps.shape == (2, 8, 12)
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_dinov2_in_the_layout_of_transformers(tmp_path, monkeypatch, registers):
+    import huggingface_hub
+    import transformers
+
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    options = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "image_size": 518}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = getattr(transformers, f"{kind}Model")(
+            getattr(transformers, f"{kind}Config")(patch_size=14, **options)
+        ).eval()
+        for value in theirs.parameters():
+            torch.nn.init.normal_(value, std=0.05)
+    theirs.save_pretrained(tmp_path)
+    name = f"vit_small_patch14{'_reg4' if registers else ''}_dinov2.lvd142m"
+    asked = []
+
+    def download(repository, filename, revision):
+        asked.append((repository, filename, revision))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    local = load_backbone(PerceptionConfig(backbone=name, weights=str(tmp_path)))
+    hub = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", revision="abc"))
+    assert asked == [("owner/name", "config.json", "abc"), ("owner/name", "model.safetensors", "abc")]
+    images = torch.rand(1, 3, 518, 518)
+    with torch.no_grad():
+        tokens = theirs((images - local.mean) / local.std).last_hidden_state[:, 5 if registers else 1 :]
+    features = local(images)
+    assert features.shape == (1, 384, 37, 37)
+    assert torch.allclose(features.flatten(2).transpose(1, 2), tokens, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(local.parameters(), hub.parameters(), strict=True))
+    state = load_file(tmp_path / "model.safetensors")
+    del state["encoder.layer.3.attention.attention.key.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(PerceptionError, match=r"blocks\.3\.attn\.qkv\.weight"):
+        load_backbone(PerceptionConfig(backbone=name, weights=str(tmp_path)))
+
+
+def test_a_hub_repository_names_its_architecture(weights, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(tmp_path / file))
+    shutil.copy(weights / "resnet10t.safetensors", tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "resnet10t", "pretrained_cfg": {"tag": "c3_in1k"}})
+    )
+    backbone = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", input_size=64))
+    assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, 256, 4, 4)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 384}))
+    with pytest.raises(PerceptionError, match="names no architecture that timm knows; set perception.backbone"):
+        load_backbone(PerceptionConfig(backbone="hf-hub:owner/name"))
+    with pytest.raises(PerceptionError, match="transformers model of type 'bert'; of these, only DINOv2"):
+        load_backbone(PerceptionConfig(backbone="resnet10t", weights=str(tmp_path)))
+
+
+def test_evidence_is_for_the_defaults_only(packaged):
+    assert packaged.evidence.startswith("measured")
+    assert load_backbone(PerceptionConfig(input_size=128)).evidence == "not measured here"
 
 
 class _Colours(torch.nn.Module):
@@ -222,6 +311,8 @@ def test_import_path(monkeypatch):
         ({"backbone": "resnet10t", "weights": "missing.safetensors"}, "perception.weights: .*missing.safetensors"),
         ({"layer": 5}, r"perception.layer: 5 is outside -5\.\.4"),
         ({"layer": -6}, "perception.layer: -6"),
+        ({"revision": "abc"}, "perception.revision: 'abc' names a state of a hub repository"),
+        ({"backbone": "hf-hub:owner/name"}, "perception.weights: config.json of owner/name is neither in the local"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(options, message, monkeypatch, tmp_path):

@@ -10,7 +10,15 @@ from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
-from vipo.perception.allocator import allocate, orient, principal_components, smooth
+from vipo.errors import VipoError
+from vipo.perception.allocator import (
+    _jacobi,
+    _subspace_iteration,
+    allocate,
+    orient,
+    principal_components,
+    smooth,
+)
 from vipo.perception.scoring import area_under_curve
 from vipo.sampling.noise import keyed_generator
 
@@ -101,7 +109,8 @@ def test_every_option_equals_the_independent_reference(aggregation, smoothing, n
 )
 def test_components_equal_full_pca(shape, decay):
     cells = features(1, *shape, decay=decay, key=3)
-    projections, explained = principal_components(cells, 3)
+    found = principal_components(cells, 3)
+    projections, explained = found.projections, found.explained
     rows = cells[0].flatten(1).T.double().numpy()
     pca = PCA(n_components=3, svd_solver="full").fit(rows)
     expected = pca.transform(rows).T
@@ -109,13 +118,45 @@ def test_components_equal_full_pca(shape, decay):
     # scikit-learn's sign rule is ours for "none".
     assert np.abs(projections[0].flatten(1).numpy() - expected).max() / scale < 1e-5
     assert np.abs(explained[0].numpy() - pca.explained_variance_ratio_).max() < 1e-7
+    assert np.abs(found.directions[0].numpy() - pca.components_).max() < 1e-5
+    assert found.converged.all()
 
 
 def test_images_that_converge_slowly_do_not_disturb_the_others():
     smooth_image, flat_image = features(1, 600, 25, 26, key=4), features(1, 600, 25, 26, decay=0.0, key=5)
-    together, _ = principal_components(torch.cat([smooth_image, flat_image]), 2)
+    together = principal_components(torch.cat([smooth_image, flat_image]), 2).projections
     for one, alone in zip(together, (smooth_image, flat_image), strict=True):
-        assert (one - principal_components(alone, 2)[0][0]).abs().max() < 1e-7 * one.abs().max()
+        assert (one - principal_components(alone, 2).projections[0]).abs().max() < 1e-7 * one.abs().max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 17), st.integers(0, 10**6))
+def test_jacobi_equals_lapack(size, key):
+    root = torch.randn(3, size, size, generator=keyed_generator("jacobi", key), dtype=torch.float64)
+    matrix = root @ root.mT * 10.0 ** (key % 7 - 3)
+    values, vectors = _jacobi(matrix)
+    scale = float(matrix.abs().amax())
+    assert torch.allclose(values, torch.linalg.eigvalsh(matrix).flip(1), rtol=0, atol=1e-12 * scale)
+    assert torch.allclose(matrix @ vectors, vectors * values[:, None], rtol=0, atol=1e-11 * scale)
+    assert torch.allclose(vectors.mT @ vectors, torch.eye(size, dtype=torch.float64).expand_as(matrix), atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (40, 40), (200, 200), (200, 2), (300, 0)])
+def test_the_iteration_of_accelerators_equals_lapack(size, rank):
+    cells = torch.randn(2, 2 * size, size, generator=keyed_generator("iteration", size), dtype=torch.float64)
+    cells = cells * torch.where(torch.arange(size) < rank, torch.arange(1.0, size + 1) ** -0.5, 0.0)
+    gram = cells.mT @ cells
+    values, vectors = _subspace_iteration(gram, 2)
+    assert torch.allclose(values, torch.linalg.eigvalsh(gram)[:, -2:].flip(1), rtol=1e-10, atol=1e-10)
+    assert (gram @ vectors - vectors * values[:, None]).norm(dim=1).amax() <= 1e-8 * float(values.amax())
+
+
+def test_what_the_iteration_cannot_reach_is_seen_by_its_residual(monkeypatch):
+    # A spectrum without decay; as on an accelerator, where the exact solution is not fallen back to.
+    monkeypatch.setattr("vipo.perception.allocator._exact", lambda gram, count: (_ for _ in ()).throw(AssertionError))
+    with pytest.raises(AssertionError):
+        principal_components(features(1, 530, 23, 24, decay=0.0, key=3), 3)
+    assert principal_components(features(1, 530, 23, 24, decay=1.0, key=3), 3).converged.all()
 
 
 def test_no_global_generator_is_read():
@@ -131,7 +172,8 @@ def test_no_global_generator_is_read():
 
 def test_rank_below_k_leaves_the_missing_components_out():
     ramp = torch.linspace(0, 1, 8).expand(1, 6, 5, 8) * torch.arange(1, 7).view(1, 6, 1, 1)
-    projections, explained = principal_components(ramp, 3)
+    found = principal_components(ramp, 3)
+    projections, explained = found.projections, found.explained
     assert explained[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
     assert projections[0, 1:].abs().max() == 0
     found = allocate(ramp, (5, 8), **PAPER | {"aggregation": "average", "smoothing": 0.0, "orientation": "norm"})
@@ -170,11 +212,33 @@ def test_ranges_means_and_permutations(grid, chosen, size, key):
     assert torch.equal(permuted.constant, found.constant[order])
 
 
+@settings(max_examples=40, deadline=None)
+@given(grids, options, st.floats(0.1, 5), st.floats(0, 0.99), st.integers(0, 10**6))
+def test_exponent_and_floor_act_on_the_map_before_its_mean(grid, chosen, exponent, floor, key):
+    cells = features(2, *grid, key=key)
+    plain = allocate(cells, (6, 7), **chosen | {"normalize": "minmax"})
+    found = allocate(cells, (6, 7), **chosen, exponent=exponent, floor=floor)
+    expected = floor + (1 - floor) * plain.maps.double() ** exponent
+    if chosen["normalize"] == "mean":
+        expected = expected / expected.mean(dim=(1, 2), keepdim=True)
+    expected = torch.where(plain.constant[:, None, None], 1.0, expected)
+    assert torch.allclose(found.maps.double(), expected, atol=1e-4)
+    assert found.maps.amin() >= 0
+
+
+def test_the_inverted_sign_is_one_minus_the_min_max():
+    cells = features(2, 12, 6, 7, key=9)
+    plain = PAPER | {"aggregation": "first", "smoothing": 0.0}
+    ours = allocate(cells, (6, 7), **plain | {"orientation": "inverted_sklearn"}).maps
+    sklearns = allocate(cells, (6, 7), **plain | {"orientation": "none"}).maps
+    assert torch.allclose(ours, 1 - sklearns, atol=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(grids, st.sampled_from(RULES), st.integers(0, 10**6))
 def test_orientation_ignores_the_sign_it_is_given(grid, rule, key):
     cells = features(2, *grid, key=key)
-    projections, _ = principal_components(cells, 2)
+    projections = principal_components(cells, 2).projections
     flipped = projections * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
     assert torch.equal(orient(projections, cells, rule), orient(flipped, cells, rule))
     assert torch.equal(orient(flipped, cells, "none"), flipped)
@@ -230,6 +294,8 @@ def test_maps_carry_no_gradient():
         ({"normalize": "max"}, "normalize: 'max'"),
         ({"smoothing": float("nan")}, "smoothing: nan"),
         ({"smoothing": -1.0}, "smoothing: -1"),
+        ({"exponent": 0.0}, "exponent: 0"),
+        ({"floor": 1.0}, "floor: 1"),
     ],
 )
 def test_wrong_options_are_named(change, message):
@@ -242,8 +308,12 @@ def test_wrong_features_are_named():
         allocate(torch.zeros(5, 6, 6), (6, 6), **PAPER)
     broken = features(3, 5, 6, 6)
     broken[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"sample\(s\) \[1\]"):
-        allocate(broken, (6, 6), **PAPER)
+    found = allocate(broken, (6, 6), **PAPER)
+    assert found.finite.tolist() == [True, False, True]
+    assert found.maps[1].isnan().all()
+    assert torch.equal(found.maps[::2], allocate(features(3, 5, 6, 6), (6, 6), **PAPER).maps[::2])
+    with pytest.raises(VipoError, match=r"non-finite in sample\(s\) \[1\]"):
+        found.check()
     with pytest.raises(ValueError, match="projections: shape"):
         orient(torch.zeros(1, 2, 3, 4), torch.zeros(1, 5, 3, 3), "norm")
 

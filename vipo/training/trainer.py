@@ -304,6 +304,9 @@ class Trainer:
         if kind == "none":
             return None, {}
         found = [self._source_maps(pictures) for pictures in images]
+        # After the last batch: on an accelerator, reading a flag waits for everything before it.
+        for part in found:
+            part.check()
         maps = self._everywhere(torch.cat([part.maps for part in found]), batches)
         constant = self._everywhere(torch.cat([part.constant for part in found]), batches)
         permutations = None
