@@ -16,7 +16,6 @@ from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import encode_prompt_file, load_embeddings, stack_conditioning
-from vipo.generators.wan import causal_groups
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.sampling.chain import Chain, sampling_chain
@@ -212,13 +211,6 @@ def test_the_negative_prompt_is_stored_once(family: str, folders: dict[str, Path
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert not torch.equal(found["encoder_hidden_states"][0], found["encoder_hidden_states"][1])
-
-
-def test_causal_groups_cover_every_frame_once() -> None:
-    assert causal_groups(1, 4) == (range(1),)
-    groups = causal_groups(14, 4)
-    assert [frame for group in groups for frame in group] == list(range(53))
-    assert all(groups[j] == range(4 * j - 3, 4 * j + 1) for j in range(1, 14))
 
 
 def _index(**changes: object) -> Callable[[Path], None]:

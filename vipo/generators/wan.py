@@ -13,12 +13,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from vipo.config.models import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator, load_part, load_tokenizer
-
-
-def causal_groups(latent_frames: int, factor: int) -> tuple[range, ...]:
-    """Frames of each latent frame of a causal autoencoder: the first stands alone, the others for `factor` each."""
-    later = (range(factor * (j - 1) + 1, factor * j + 1) for j in range(1, latent_frames))
-    return (range(1), *later)
+from vipo.perception.temporal import causal_frame_groups
 
 
 class WanGenerator(PipelineGenerator):
@@ -42,7 +37,7 @@ class WanGenerator(PipelineGenerator):
         frames = config.sample_shape[0]
         if frames % factor != 1:
             raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
-        self.frame_groups = causal_groups((frames - 1) // factor + 1, factor)
+        self.frame_groups = causal_frame_groups(frames, factor)
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1, 1)

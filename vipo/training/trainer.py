@@ -328,15 +328,17 @@ class Trainer:
     def _source_maps(self, images: Tensor) -> AllocationMaps:
         size = self.generator.grid
         if self.structuring is not None:
-            return self.structuring(images, size)
+            return self.structuring(images, size, self.generator.frame_groups)
         if self.config.objective.map == "oracle":
             coverage = object_coverage(images, size)
             constant = coverage.amax(dim=(1, 2)) == 0
             if self.config.perception.normalize == "mean":
                 coverage = coverage / coverage.mean(dim=(1, 2), keepdim=True)
-            return AllocationMaps(torch.where(constant[:, None, None], 1.0, coverage), constant)
+            sound = torch.ones_like(constant)
+            return AllocationMaps(torch.where(constant[:, None, None], 1.0, coverage), constant, sound, sound)
         ones = torch.ones(len(images), *self.generator.latent_shape[1:], device=images.device)
-        return AllocationMaps(ones, torch.zeros(len(images), dtype=torch.bool, device=images.device))
+        sound = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        return AllocationMaps(ones, ~sound, sound, sound)
 
     def _select(self, batches: list[MicroBatch], values: Tensor, groups: Tensor, count: int) -> list[MicroBatch]:
         ranked = best_and_worst(values.flatten(1).mean(dim=1) if values.ndim > 1 else values, groups, count)
