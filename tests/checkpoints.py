@@ -31,12 +31,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16)
 
 
-def clip_text_model() -> CLIPTextModel:
+def clip_text_model(projection: int = 512) -> CLIPTextModel:
     """Width 32, for `clip_tokenizer`."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=54,
             hidden_size=32,
+            projection_dim=projection,
             intermediate_size=37,
             num_attention_heads=4,
             num_hidden_layers=2,
@@ -47,7 +48,7 @@ def clip_text_model() -> CLIPTextModel:
     )
 
 
-def picture_autoencoder() -> AutoencoderKL:
+def picture_autoencoder(shift: float | None = None) -> AutoencoderKL:
     """Four latent channels, half the picture's side."""
     return AutoencoderKL(
         block_out_channels=(8, 8),
@@ -55,6 +56,7 @@ def picture_autoencoder() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=4,
+        shift_factor=shift,
     )
 
 

@@ -13,6 +13,9 @@ def redness_map(images: Tensor) -> Tensor:
 
 
 def redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Mean redness of the whole picture, or of all frames, ``(B,)`` in [-1, 1] (ViPO, arXiv 2511.18719, redness test)."""
+    """Mean redness of the whole picture, or of all frames: ``(B,)`` in [-1, 1].
+
+    Source: ViPO, arXiv 2511.18719, stress test.
+    """
     values = redness_map(images)
     return values.mean(dim=tuple(range(1, values.ndim)))
