@@ -74,3 +74,19 @@ def tiny_overrides(tiny_generator: Path) -> list[str]:
         "evaluation.bootstrap=200",
         "evaluation.shown_prompts=2",
     ]
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan 2.1 checkpoint."""
+    from checkpoints import write_wan
+
+    return write_wan(tmp_path_factory.mktemp("tiny-wan") / "wan")
+
+
+@pytest.fixture(scope="session")
+def tiny_stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion 1.x checkpoint."""
+    from checkpoints import write_stable_diffusion
+
+    return write_stable_diffusion(tmp_path_factory.mktemp("tiny-sd") / "sd")

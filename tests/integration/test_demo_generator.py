@@ -14,9 +14,9 @@ from vipo.demo import scenes
 from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.generators.flux import FluxGenerator
+from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
-from vipo.sampling.schedule import sigma_schedule
 from vipo.training import pretrain
 
 ROOT = repository_root()
@@ -36,12 +36,13 @@ def test_quality_on_held_out_captions() -> None:
             strict=True,
         )
     )
+    chain = sampling_chain(config.sampling, "velocity", steps=20)
     right = {"shape": 0, "color": 0, "background": 0, "all": 0}
     for start in range(0, len(samples), 40):
         part = samples[start : start + 40]
         noise = keyed_normal([(0, "quality", number) for number, _, _ in part], generator.latent_shape)
         conditioning = stack_conditioning(encoded, [text for _, text, _ in part])
-        clean = sample_ode(generator, conditioning, sigma_schedule(20, config.sampling.shift), noise)
+        clean = sample_ode(generator, conditioning, chain, noise)
         for seen, (_, _, claim) in zip(scenes.read_scenes(generator.decode(clean)), part, strict=True):
             checks = scenes.check(seen, claim)
             for kind in ("shape", "color", "background"):

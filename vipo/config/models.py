@@ -18,7 +18,13 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 
-FAMILIES: Mapping[str, str] = MappingProxyType({"flux": "vipo.generators.flux:FluxGenerator"})
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "flux": "vipo.generators.flux:FluxGenerator",
+        "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
+        "wan": "vipo.generators.wan:WanGenerator",
+    }
+)
 """Generator adapters by name: one line each; an import path needs none."""
 
 REWARDS: Mapping[str, str] = MappingProxyType(
@@ -48,15 +54,21 @@ class Section(BaseModel):
 class GeneratorConfig(Section):
     """Which generator is post-trained and how it is called."""
 
-    family: str = Field("flux", description="Generator adapter: 'flux', or an import path 'package.module:object'.")
+    family: str = Field(
+        "flux", description="Generator adapter: 'flux', 'sd', 'wan', or an import path 'package.module:object'."
+    )
     path: str = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
     revision: str | None = Field(None, description="Hub revision (commit) where `path` is a hub id.")
     height: PositiveInt = Field(description="Image height in pixels.")
     width: PositiveInt = Field(description="Image width in pixels.")
-    max_sequence_length: PositiveInt = Field(512, description="Text tokens for the sequence encoder.")
+    frames: PositiveInt | None = Field(None, description="Frames of a video; null for pictures.")
+    max_sequence_length: PositiveInt = Field(512, description="Text tokens for the sequence encoder (T5 families).")
     guidance_scale: NonNegativeFloat = Field(
-        3.5, description="Embedded guidance; read only by guidance-distilled models."
+        3.5,
+        description="Embedded guidance of guidance-distilled models ('flux'), or classifier-free guidance ('sd', "
+        "'wan'), off at 1 and below.",
     )
+    negative_prompt: str = Field("", description="The prompt that classifier-free guidance leads away from.")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
     )
@@ -70,6 +82,12 @@ class GeneratorConfig(Section):
     @classmethod
     def _known_family(cls, value: str) -> str:
         return _registered(value, FAMILIES, "generator family")
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one decoded sample: ``(3, height, width)``, or ``(frames, 3, height, width)`` of a video."""
+        picture = (3, self.height, self.width)
+        return picture if self.frames is None else (self.frames, *picture)
 
 
 class PromptsConfig(Section):
@@ -537,7 +555,7 @@ class Config(Section):
     def embeddings_identity(self) -> dict[str, Any]:
         """What decides the embeddings, beside the prompts."""
         generator = self.generator.model_dump(
-            mode="json", include={"family", "path", "revision", "max_sequence_length"}
+            mode="json", include={"family", "path", "revision", "max_sequence_length", "negative_prompt"}
         )
         return {**generator, "threads": self.training.threads}
 

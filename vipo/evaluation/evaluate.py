@@ -62,7 +62,7 @@ def held_out_samples(prompts: Sequence[Prompt], config: Config) -> list[HeldOut]
 def sample_held_out(
     generator: Generator, samples: Sequence[HeldOut], embeddings: dict[str, dict[str, Tensor]], config: Config
 ) -> Tensor:
-    """Images ``(N, 3, H, W)`` in [0, 1] of `samples`, quantised to 8 bits as they are stored and shown."""
+    """Images ``(N, 3, H, W)`` or videos ``(N, T, 3, H, W)`` in [0, 1], quantised to 8 bits as they are stored."""
     device = config.generator.device
     chain = sampling_chain(
         config.sampling,
@@ -84,8 +84,10 @@ def sample_held_out(
 def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
     """Evaluate one run's kept updates and final weights into ``evaluation/<arm>-s<seed>``.
 
-    Writes ``scores.parquet`` (one row per update and sample), ``summary.json``, ``samples/*.png`` and
-    ``maps.safetensors`` (allocation maps of the final samples).
+    Writes ``scores.parquet`` (one row per update and sample), ``summary.json``, ``samples/*.png`` (videos
+    animated, lossless, every frame) and ``maps.safetensors``: allocation maps of the final samples, ``(h, w)`` or
+    ``(T_lat, h, w)``. A video's file says in its metadata `frame_groups` which frames ``[first, last + 1]`` each
+    latent frame stands for (JSON).
 
     Raises:
         EvaluationError: the run is incomplete or of another configuration, no prompt is held out, or a reward
@@ -122,7 +124,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         )
         structuring.preflight((config.generator.height, config.generator.width))
         rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
-        blank = torch.zeros(1, 3, config.generator.height, config.generator.width, device=config.generator.device)
+        blank = torch.zeros(1, *config.generator.sample_shape, device=config.generator.device)
         for name, reward in rewards.items():
             score(name, reward, blank, [prompts[0].text], [prompts[0].metadata])
         base = sample_held_out(generator, samples, embeddings, config)
@@ -133,22 +135,43 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             log.info("%s: update %d sampled, %d pictures", config.run_name, number, len(samples))
         scores = score_pictures(pictures, base, samples, rewards, config)
         final = max(pictures)
-        size = generator.grid
-        found = [structuring(part, size) for part in pictures[final].split(config.evaluation.batch)]
+        size, groups, device = generator.grid, generator.frame_groups, config.generator.device
+        found = [structuring(part.to(device), size, groups) for part in pictures[final].split(config.evaluation.batch)]
         for part in found:
             part.check()
         maps = torch.cat([part.maps for part in found])
         with atomic_folder(output / "samples") as folder:
             for number, images in pictures.items():
                 for sample, image in zip(samples, images, strict=True):
-                    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-                    Image.fromarray(pixels).save(folder / f"u{number}-{sample.name}.png")
+                    save_sample(image, folder / f"u{number}-{sample.name}.png", generator.frame_rate)
         with atomic_file(output / "maps.safetensors") as path:
-            save_file({f"u{final}-{s.name}": heat.cpu().clone() for s, heat in zip(samples, maps, strict=True)}, path)
+            heats = {f"u{final}-{s.name}": heat.cpu().clone() for s, heat in zip(samples, maps, strict=True)}
+            spans = None if groups is None else {"frame_groups": json.dumps([[g.start, g.stop] for g in groups])}
+            save_file(heats, path, spans)
         with atomic_file(output / "scores.parquet") as path:
             scores.to_parquet(path, index=False)
         with atomic_file(output / "summary.json") as path:
             path.write_text(json.dumps(summarize(scores), indent=1, sort_keys=True) + "\n")
+
+
+def save_sample(image: Tensor, path: Path, frame_rate: int | None = None) -> None:
+    """Write a picture ``(3, H, W)`` as PNG, or a video ``(T, 3, H, W)`` as animated PNG with every frame.
+
+    Args:
+        image: in [0, 1], multiples of 1/255: the file is lossless.
+        path: with suffix ``.png``.
+        frame_rate: of a video, frames per second.
+    """
+    pixels = (image * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
+    if image.ndim == 3:
+        Image.fromarray(pixels).save(path)
+        return
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    # Pillow merges equal neighbours of equal blending into one long frame. Over and source are the same without
+    # transparency, so that alternating them keeps every frame.
+    blend = [number % 2 for number in range(len(pixels))]
+    duration = 1000 / (frame_rate or 1)
+    first.save(path, save_all=True, append_images=others, duration=[duration] * len(pixels), blend=blend, loop=0)
 
 
 def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
@@ -184,7 +207,7 @@ def score_pictures(
         EvaluationError: a reward is not finite.
     """
     texts, metadata = [s.prompt.text for s in samples], [s.prompt.metadata for s in samples]
-    scene = all("objects" in row for row in metadata)
+    scene = base.ndim == 4 and all("objects" in row for row in metadata)
     tables = []
     for number, images in pictures.items():
         columns: dict[str, Any] = {
@@ -198,7 +221,13 @@ def score_pictures(
             "sample": [s.number for s in samples],
         }
         for name, reward in rewards.items():
-            values = score(name, reward, images.to(config.generator.device), texts, metadata)
+            batch, device = config.evaluation.batch, config.generator.device
+            values = torch.cat(
+                [
+                    score(name, reward, part.to(device), texts[i * batch :][:batch], metadata[i * batch :][:batch])
+                    for i, part in enumerate(images.split(batch))
+                ]
+            )
             if not bool(values.isfinite().all()):
                 worst = samples[int((~values.isfinite()).nonzero()[0])]
                 raise EvaluationError(
@@ -215,11 +244,12 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
     """Mean absolute pixel change against the base's sample of the same prompt and noise, ``(N,)`` each in [0, 1].
 
     Args:
+        images, base: ``(N, 3, H, W)``, or videos ``(N, T, 3, H, W)``.
         scene: whether the base's object can be told from its background by the border's colour; then the change is
             also split into the base picture's foreground and background.
     """
-    change = (images - base).abs().mean(dim=1)
-    result = {"change/total": change.mean(dim=(1, 2))}
+    change = (images - base).abs().mean(dim=-3)
+    result = {"change/total": change.mean(dim=tuple(range(1, change.ndim)))}
     if scene:
         inside = foreground(base).float()
         result["change/foreground"] = (change * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp_min(1)

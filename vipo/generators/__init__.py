@@ -1,8 +1,8 @@
 """Generator adapters: one file a family, one registry line, or an import path.
 
-An adapter hides how a family packs latents, conditions its network and decodes. Inside vipo all
-latents are ``(B, C, H, W)`` float32, noise levels are ``sigma`` in [0, 1], predictions are velocities
-``v = noise - x0`` and images are in [0, 1].
+An adapter hides how a family packs latents, conditions its network, guides and decodes (docs/generators.md). Inside
+vipo all latents are ``(B, C, [T,] H, W)`` float32, predictions are velocities ``noise - x0`` over the noise level sigma
+in [0, 1], or the noise over the training timestep, and images and videos are in [0, 1].
 """
 
 from vipo.generators.base import Conditioning, Generator, GeneratorError, load_generator

@@ -15,6 +15,9 @@ from vipo.errors import VipoError
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
 
+NEGATIVE = "negative_"
+"""Conditioning names that begin so are the negative prompt's; the rest of the name is its counterpart's."""
+
 
 class GeneratorError(VipoError):
     """A generator cannot be loaded or called; the message names the folder or key and the fix."""
@@ -29,10 +32,12 @@ class Generator(ABC):
         network: the module whose weights are post-trained, in eval mode, float32.
         latent_shape: ``(C, H, W)`` of one sample's latents, ``(C, T, H, W)`` of a video's.
         frame_groups: of a video, the decoded frames that each latent frame stands for; None for images.
+        frame_rate: frames per second at which the family's videos play; None for images.
         network_folder: subfolder of the network in the diffusers layout.
         prediction: what the network predicts: the velocity ``noise - x0`` of flow matching, or the noise of a
             variance-preserving diffusion.
-        alphas_cumprod: ``(1000,)``, the training schedule of a network that predicts noise; None for flow matching.
+        alphas_cumprod: of a noise-predicting family, the share of signal variance at each training timestep,
+            ``(timesteps,)`` float32 on the CPU; None for flow matching.
     """
 
     config: GeneratorConfig
@@ -40,6 +45,7 @@ class Generator(ABC):
     network: nn.Module
     latent_shape: tuple[int, ...]
     frame_groups: tuple[range, ...] | None = None
+    frame_rate: ClassVar[int | None] = None
     alphas_cumprod: Tensor | None = None
     network_folder: ClassVar[str]
     prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
@@ -62,7 +68,14 @@ class Generator(ABC):
     @classmethod
     @abstractmethod
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Conditioning of each prompt, without the batch dimension, float32 on the CPU."""
+        """Conditioning of each prompt, without the batch dimension, float32 on the CPU.
+
+        Names that begin with `NEGATIVE` are those of `config.negative_prompt`, the same for every prompt: they are
+        stored once.
+
+        Raises:
+            GeneratorError: a tokenizer or text encoder is missing or damaged.
+        """
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction (see `prediction`), guidance included, under the configured precision.
@@ -96,7 +109,7 @@ class Generator(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents to images ``(B, 3, H, W)`` or videos ``(B, T, 3, H, W)`` in [0, 1], float32, no gradient."""
+        """Clean latents to images or videos ``(B, *config.sample_shape)`` in [0, 1], float32, no gradient."""
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:

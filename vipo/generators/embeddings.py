@@ -10,13 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.models import GeneratorConfig
-from vipo.generators.base import GeneratorError, check_device, resolve_class
+from vipo.generators.base import NEGATIVE, GeneratorError, check_device, resolve_class
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance.files import atomic_file
 
 
 def encode_prompt_file(config: GeneratorConfig, root: Path, prompts: Path, output: Path) -> None:
     """Encode every prompt of a prepared jsonl file into ``<prompt id>/<name>`` tensors of one safetensors file.
+
+    The negative prompt's tensors, the same for all, stand there once, as ``negative_<name>``.
 
     Raises:
         GeneratorError: the device is absent, or the generator's text encoders cannot be loaded.
@@ -26,7 +28,7 @@ def encode_prompt_file(config: GeneratorConfig, root: Path, prompts: Path, outpu
     rows = read_prompts(prompts)
     encoded = resolve_class(config).encode_prompts(config, root, [prompt.text for prompt in rows])
     tensors = {
-        f"{prompt.id}/{name}": value.contiguous()
+        name if name.startswith(NEGATIVE) else f"{prompt.id}/{name}": value.contiguous()
         for prompt, conditioning in zip(rows, encoded, strict=True)
         for name, value in conditioning.items()
     }
@@ -46,17 +48,20 @@ def load_embeddings(
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
-            names = set(stream.keys())
+            names: dict[str, list[str]] = {}
+            for key in sorted(stream.keys()):
+                owner, _, name = key.rpartition("/")
+                names.setdefault(owner, []).append(name)
+            negative = {name: stream.get_tensor(name).to(device) for name in names.pop("", [])}
             found = {
-                prompt.id: {
-                    name.split("/", 1)[1]: stream.get_tensor(name).to(device)
-                    for name in sorted(n for n in names if n.startswith(f"{prompt.id}/"))
-                }
+                prompt.id: negative
+                | {name: stream.get_tensor(f"{prompt.id}/{name}").to(device) for name in names[prompt.id]}
                 for prompt in prompts
+                if prompt.id in names
             }
     except (OSError, SafetensorError) as error:
         raise GeneratorError(f"{path}: embeddings cannot be read ({error}); run the encode stage again") from error
-    missing = [prompt.text for prompt in prompts if not found[prompt.id]]
+    missing = [prompt.text for prompt in prompts if prompt.id not in found]
     if missing:
         raise GeneratorError(f"{path}: lacks {len(missing)} prompts, first {missing[0]!r}; run the encode stage again")
     return found

@@ -57,6 +57,7 @@ def render_page(
         matched=_matched(summary),
         prompts=prompts,
         pixelated=size <= PIXEL_ART_SIDE,
+        videos=experiment.config.generator.frames is not None,
         wide_reference=any(len(summary.final(column, "grpo")) for column in summary.columns),
         differing=_differing(experiment.runs),
         configurations=_configurations(experiment.runs),

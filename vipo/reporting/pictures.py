@@ -1,13 +1,15 @@
-"""Samples and their allocation maps as inline pictures."""
+"""Samples and their allocation maps as inline pictures; of a video, some of its frames from top to bottom."""
 
 import base64
 import io
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from vipo.reporting.inputs import Experiment, ReportError, Run
 
 #: Larger pictures are reduced to this longer side in pixels: the page carries all of them.
 MAXIMUM_SIDE = 256
+#: Frames shown of a video.
+MAXIMUM_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -64,33 +68,43 @@ def _shown(experiment: Experiment, run: Run, prompt: str, sample: int) -> Shown:
     row = table[mine].iloc[0]
     folder = experiment.folder / "evaluation" / run.name
     name = f"u{row['update']}-{prompt}-{sample}"
-    image = _read_picture(folder / "samples" / f"{name}.png")
-    mapped = overlay(image, _read_map(folder / "maps.safetensors", name))
+    frames = _read_frames(folder / "samples" / f"{name}.png")
+    heat, groups = _read_map(folder / "maps.safetensors", name)
+    if groups is None:
+        frames, heats = frames[:1], heat[None]
+    else:
+        # Latent frames in equal steps from first to last, and of each the middle of the frames that it stands for.
+        latent = np.linspace(0, len(groups) - 1, min(MAXIMUM_FRAMES, len(groups))).round().astype(int).tolist()
+        frames = [frames[sum(groups[j]) // 2] for j in latent]
+        heats = heat[latent]
+    mapped = [overlay(image, part) for image, part in zip(frames, heats, strict=True)]
     rewards = {column: float(row[column]) for column in experiment.rewards}
-    return Shown(run.config.arm, run.config.seed, _data_uri(image), _data_uri(mapped), rewards)
+    return Shown(run.config.arm, run.config.seed, _data_uri(frames), _data_uri(mapped), rewards)
 
 
-def _read_picture(path: Path) -> Tensor:
+def _read_frames(path: Path) -> list[Tensor]:
     try:
         with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+            frames = [np.array(frame.convert("RGB"), dtype=np.float32) for frame in ImageSequence.Iterator(picture)]
     except OSError as error:
         raise ReportError(f"{path}: cannot be read ({error}); evaluate the run again") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return [torch.from_numpy(pixels / 255).permute(2, 0, 1) for pixels in frames]
 
 
-def _read_map(path: Path, name: str) -> Tensor:
+def _read_map(path: Path, name: str) -> tuple[Tensor, list[list[int]] | None]:
+    """A sample's map, and of a video the frames ``[first, last + 1]`` that each latent frame stands for."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            spans = (file.metadata() or {}).get("frame_groups")
+            return file.get_tensor(name), None if spans is None else json.loads(spans)
     except (OSError, SafetensorError) as error:
         raise ReportError(f"{path}: map {name} cannot be read ({error}); evaluate the run again") from error
 
 
-def _data_uri(image: Tensor) -> str:
-    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+def _data_uri(frames: Sequence[Tensor]) -> str:
+    pixels = (torch.cat(list(frames), dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
-    picture.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE * len(frames)), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     picture.save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vipo.demo.scenes import foreground
 from vipo.rewards.redness import redness_map
+from vipo.rewards.registry import RewardError
 
 # The smallest object of a demo scene covers 4 % of the picture. Without a least size, a handful of stray
 # red pixels would be the best object of all.
@@ -18,7 +19,12 @@ def object_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Ma
     """Mean redness of the pixels that stand out from the picture's border colour, ``(B,)`` in [-1, 1].
 
     A picture in which fewer than 0.5 % of the pixels stand out has no object and scores -1, the lowest.
+
+    Raises:
+        RewardError: `images` are videos.
     """
+    if images.ndim != 4:
+        raise RewardError(f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}; use 'redness'")
     mask = foreground(images)
     pixels = mask.sum(dim=(1, 2))
     mean = (redness_map(images) * mask).sum(dim=(1, 2)) / pixels.clamp(min=1)

@@ -12,7 +12,10 @@ from vipo.config.models import REWARDS
 from vipo.errors import VipoError
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor]
-"""``(images (B, 3, H, W) float32 in [0, 1], prompts, metadata) -> (B,)``; larger is better."""
+"""``(images (B, 3, H, W) or videos (B, T, 3, H, W) float32 in [0, 1], prompts, metadata) -> (B,)``; larger is better.
+
+A reward takes pictures, videos or both, and raises `RewardError` for what it does not take.
+"""
 
 
 class RewardError(VipoError):
@@ -56,7 +59,7 @@ def score(
     Args:
         name: the reward's name, for messages.
         reward: as `load_reward` gives it.
-        images: ``(B, 3, H, W)`` float32 in [0, 1].
+        images: ``(B, 3, H, W)``, or videos ``(B, T, 3, H, W)``, float32 in [0, 1].
         prompts: B texts.
         metadata: B mappings, empty where a prompt has none.
 
@@ -68,8 +71,11 @@ def score(
         ValueError: the arguments do not fit each other.
         RewardError: the reward raised, or returned something other than a tensor of shape ``(B,)``.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
-        raise ValueError(f"images: expected float32 of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}")
+    if images.ndim not in (4, 5) or images.shape[-3] != 3 or images.dtype != torch.float32:
+        raise ValueError(
+            "images: expected float32 of shape (B, 3, H, W) or (B, T, 3, H, W), "
+            f"got {images.dtype} of {tuple(images.shape)}"
+        )
     batch = images.shape[0]
     for argument, values in (("prompts", prompts), ("metadata", metadata)):
         if len(values) != batch:

@@ -38,6 +38,8 @@ def _one_kind(kind: str, images: Tensor, metadata: Sequence[Mapping[str, Any]]) 
 
 
 def _claims(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[dict[str, bool]]:
+    if images.ndim != 4:
+        raise RewardError(f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}; use 'redness'")
     for number, claim in enumerate(metadata):
         if not _is_scene(claim):
             raise RewardError(

@@ -142,9 +142,7 @@ class Trainer:
         return structuring
 
     def _try_rewards(self) -> None:
-        frames = [] if self.generator.frame_groups is None else [self.generator.frame_groups[-1].stop]
-        size = (self.config.generator.height, self.config.generator.width)
-        blank = torch.zeros(1, *frames, 3, *size, device=self.device)
+        blank = torch.zeros(1, *self.config.generator.sample_shape, device=self.device)
         for name, reward in self.rewards.items():
             score(name, reward, blank, [self.prompts[0].text], [self.prompts[0].metadata])
 

@@ -1,0 +1,129 @@
+"""Random checkpoints of each generator family in the smallest size, in the stock pipelines' own layout."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """One token a letter."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{letter}" for letter in LETTERS)]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """One token a letter, 16 tokens a prompt."""
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16)
+
+
+def clip_text_model(projection: int = 512) -> CLIPTextModel:
+    """Width 32, for `clip_tokenizer`."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=54,
+            hidden_size=32,
+            projection_dim=projection,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def picture_autoencoder(shift: float | None = None) -> AutoencoderKL:
+    """Four latent channels, half the picture's side."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=shift,
+    )
+
+
+def write_wan(folder: Path) -> Path:
+    """Wan 2.1: videos with sides in multiples of 16 and 1 + 4 k frames."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=16,
+            dim_mult=[1] * 4,
+            num_res_blocks=1,
+            latents_mean=torch.randn(16, generator=generator).tolist(),
+            latents_std=(1 + torch.rand(16, generator=generator)).tolist(),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            rope_max_seq_len=64,
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_stable_diffusion(folder: Path) -> Path:
+    """Stable Diffusion 1.x: pictures with even sides."""
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=picture_autoencoder(),
+        text_encoder=clip_text_model(),
+        tokenizer=clip_tokenizer(),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Set keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

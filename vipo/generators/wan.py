@@ -1,0 +1,87 @@
+"""Wan 2.1 text-to-video (`WanTransformer3DModel`): guidance by a negative prompt, 1000 sigma as time, causal frames."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+from transformers import T5TokenizerFast, UMT5EncoderModel
+
+from vipo.config.models import GeneratorConfig
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.pipeline import PipelineGenerator, load_part, load_tokenizer
+from vipo.perception.temporal import causal_frame_groups
+
+
+class WanGenerator(PipelineGenerator):
+    """Wan 2.1 T2V."""
+
+    frame_rate: ClassVar[int | None] = 16
+    pipeline_class: ClassVar[Any] = WanPipeline
+    network_class: ClassVar[Any] = WanTransformer3DModel
+    autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLWan": AutoencoderKLWan})
+
+    def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
+        super().__init__(config, network, vae)
+        settings, channels = vae.config, network.config.in_channels
+        if channels != settings.z_dim:
+            raise GeneratorError(
+                f"{config.path}: the transformer takes {channels} channels and the autoencoder has {settings.z_dim}, "
+                "as in image-to-video checkpoints; give a text-to-video one"
+            )
+        space, factor = settings.scale_factor_spatial, settings.scale_factor_temporal
+        self.check_size(space * network.config.patch_size[1])
+        frames = config.sample_shape[0]
+        if frames % factor != 1:
+            raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
+        self.frame_groups = causal_frame_groups(frames, factor)
+        self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
+            for values in (settings.latents_mean, settings.latents_std)
+        )
+
+    @classmethod
+    def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
+        if index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ()):
+            raise GeneratorError(
+                f"{location}: has two transformers (Wan 2.2), and one would stay untrained; give a Wan 2.1 checkpoint"
+            )
+        if index.get("expand_timesteps"):
+            raise GeneratorError(
+                f"{location}: gives every token its own timestep (Wan 2.2 TI2V); give a Wan 2.1 checkpoint"
+            )
+
+    @classmethod
+    @torch.no_grad()
+    def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        location = checkpoint_location(config, root)
+        tokenizer = load_tokenizer(T5TokenizerFast, location, "tokenizer", config)
+        encoder = load_part(UMT5EncoderModel.from_pretrained, location, "text_encoder", config)
+        pipeline = WanPipeline(tokenizer, encoder.to(config.device).eval(), vae=None, scheduler=None)
+
+        def encode(text: str) -> Tensor:
+            positive, _ = pipeline.encode_prompt(
+                [text], do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
+            )
+            embedding: Tensor = positive[0].float().cpu()
+            return embedding
+
+        negative = encode(config.negative_prompt)
+        name = "encoder_hidden_states"
+        return [{name: encode(text), NEGATIVE + name: negative} for text in texts]
+
+    def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
+            velocity: Tensor = self.network(hidden_states=x, timestep=1000 * sigma, return_dict=False, **given)[0]
+            return velocity
+
+        return self.guided(call, latents, time, conditioning)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        video = self.vae.decode(latents * self._std + self._mean, return_dict=False)[0].transpose(1, 2)
+        return (video.float() / 2 + 0.5).clamp(0, 1)
