@@ -10,7 +10,15 @@ from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
-from vipo.perception.allocator import allocate, orient, principal_components, smooth
+from vipo.errors import VipoError
+from vipo.perception.allocator import (
+    _jacobi,
+    _subspace_iteration,
+    allocate,
+    orient,
+    principal_components,
+    smooth,
+)
 from vipo.perception.scoring import area_under_curve
 from vipo.sampling.noise import keyed_generator
 
@@ -101,7 +109,8 @@ def test_every_option_equals_the_independent_reference(aggregation, smoothing, n
 )
 def test_components_equal_full_pca(shape, decay):
     cells = features(1, *shape, decay=decay, key=3)
-    projections, explained = principal_components(cells, 3)
+    found = principal_components(cells, 3)
+    projections, explained = found.projections, found.explained
     rows = cells[0].flatten(1).T.double().numpy()
     pca = PCA(n_components=3, svd_solver="full").fit(rows)
     expected = pca.transform(rows).T
@@ -109,13 +118,15 @@ def test_components_equal_full_pca(shape, decay):
     # scikit-learn's sign rule is ours for "none".
     assert np.abs(projections[0].flatten(1).numpy() - expected).max() / scale < 1e-5
     assert np.abs(explained[0].numpy() - pca.explained_variance_ratio_).max() < 1e-7
+    assert np.abs(found.directions[0].numpy() - pca.components_).max() < 1e-5
+    assert found.converged.all()
 
 
 def test_images_that_converge_slowly_do_not_disturb_the_others():
     smooth_image, flat_image = features(1, 600, 25, 26, key=4), features(1, 600, 25, 26, decay=0.0, key=5)
-    together, _ = principal_components(torch.cat([smooth_image, flat_image]), 2)
+    together = principal_components(torch.cat([smooth_image, flat_image]), 2).projections
     for one, alone in zip(together, (smooth_image, flat_image), strict=True):
-        assert (one - principal_components(alone, 2)[0][0]).abs().max() < 1e-7 * one.abs().max()
+        assert (one - principal_components(alone, 2).projections[0]).abs().max() < 1e-7 * one.abs().max()
 
 
 def test_no_global_generator_is_read():
@@ -131,7 +142,8 @@ def test_no_global_generator_is_read():
 
 def test_rank_below_k_leaves_the_missing_components_out():
     ramp = torch.linspace(0, 1, 8).expand(1, 6, 5, 8) * torch.arange(1, 7).view(1, 6, 1, 1)
-    projections, explained = principal_components(ramp, 3)
+    found = principal_components(ramp, 3)
+    projections, explained = found.projections, found.explained
     assert explained[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
     assert projections[0, 1:].abs().max() == 0
     found = allocate(ramp, (5, 8), **PAPER | {"aggregation": "average", "smoothing": 0.0, "orientation": "norm"})
@@ -174,7 +186,7 @@ def test_ranges_means_and_permutations(grid, chosen, size, key):
 @given(grids, st.sampled_from(RULES), st.integers(0, 10**6))
 def test_orientation_ignores_the_sign_it_is_given(grid, rule, key):
     cells = features(2, *grid, key=key)
-    projections, _ = principal_components(cells, 2)
+    projections = principal_components(cells, 2).projections
     flipped = projections * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
     assert torch.equal(orient(projections, cells, rule), orient(flipped, cells, rule))
     assert torch.equal(orient(flipped, cells, "none"), flipped)
@@ -242,8 +254,12 @@ def test_wrong_features_are_named():
         allocate(torch.zeros(5, 6, 6), (6, 6), **PAPER)
     broken = features(3, 5, 6, 6)
     broken[1, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"sample\(s\) \[1\]"):
-        allocate(broken, (6, 6), **PAPER)
+    found = allocate(broken, (6, 6), **PAPER)
+    assert found.finite.tolist() == [True, False, True]
+    assert found.maps[1].isnan().all()
+    assert torch.equal(found.maps[::2], allocate(features(3, 5, 6, 6), (6, 6), **PAPER).maps[::2])
+    with pytest.raises(VipoError, match=r"non-finite in sample\(s\) \[1\]"):
+        found.check()
     with pytest.raises(ValueError, match="projections: shape"):
         orient(torch.zeros(1, 2, 3, 4), torch.zeros(1, 5, 3, 3), "norm")
 

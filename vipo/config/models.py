@@ -117,7 +117,12 @@ class PerceptionConfig(Section):
         "efficientnet_lite0", description="'efficientnet_lite0' (packaged weights), any timm name, or an import path."
     )
     weights: str | None = Field(
-        None, description="Local weights (safetensors) or folder of a timm model; null: the package's or the hub's."
+        None,
+        description="Local weights (safetensors), or folder of a timm or transformers model; null: the package's or "
+        "the hub's.",
+    )
+    revision: str | None = Field(
+        None, description="Hub revision (commit) of the backbone's weights; null: the one that timm names, or main."
     )
     layer: int | None = Field(
         None, description="Feature stage or block (negative counts from the end); null: the registry's."
@@ -128,12 +133,21 @@ class PerceptionConfig(Section):
     components: Annotated[int, Field(ge=1, le=8)] = Field(3, description="K, the number of principal directions.")
     aggregation: Literal["variance", "average", "first"] = "variance"
     smoothing: NonNegativeFloat = Field(1.0, description="Gaussian sigma on the patch grid; 0 turns it off.")
-    orientation: Literal["norm", "centre", "border", "skew", "none"] | None = Field(
+    orientation: Literal["norm", "centre", "border", "skew", "inverted_sklearn", "none"] | None = Field(
         None, description="How the sign of each direction is fixed; null: the registry's rule for the backbone."
+    )
+    exponent: PositiveFloat = Field(
+        1.0, description="M ** exponent on the min-max map: above 1 sharpens it, below 1 flattens it."
+    )
+    floor: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="floor + (1 - floor) M: the share of the advantage that the least important position keeps."
     )
     normalize: Literal["minmax", "mean"] = Field(
         "minmax",
         description="'minmax': the paper's [0, 1]; 'mean': divided by the map's mean, so the step size does not drift.",
+    )
+    temporal_smoothing: NonNegativeFloat = Field(
+        0.3, description="Clips: Gaussian sigma in latent frames; 0 turns it off. Pictures do not read it."
     )
 
 

@@ -128,7 +128,10 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         scores = score_pictures(pictures, base, samples, rewards, config)
         final = max(pictures)
         size = generator.grid
-        maps = torch.cat([structuring(part, size).maps for part in pictures[final].split(config.evaluation.batch)])
+        found = [structuring(part, size) for part in pictures[final].split(config.evaluation.batch)]
+        for part in found:
+            part.check()
+        maps = torch.cat([part.maps for part in found])
         with atomic_folder(output / "samples") as folder:
             for number, images in pictures.items():
                 for sample, image in zip(samples, images, strict=True):

@@ -1,15 +1,25 @@
 """The Perceptual Structuring Module (PSM): a frozen backbone and the allocation maps drawn from its features."""
 
-from vipo.perception.allocator import AllocationMaps, allocate, orient, principal_components
+from vipo.perception.allocator import (
+    AllocationMaps,
+    PrincipalComponents,
+    allocate,
+    orient,
+    principal_components,
+)
 from vipo.perception.backbones import Backbone, PerceptionError, load_backbone
 from vipo.perception.structuring import PerceptualStructuring
+from vipo.perception.temporal import causal_frame_groups, consecutive_correlation
 
 __all__ = [
     "AllocationMaps",
     "Backbone",
     "PerceptionError",
     "PerceptualStructuring",
+    "PrincipalComponents",
     "allocate",
+    "causal_frame_groups",
+    "consecutive_correlation",
     "load_backbone",
     "orient",
     "principal_components",

@@ -118,7 +118,10 @@ def score_orientations(
             smoothing=config.smoothing,
             orientation=rule,
             normalize=config.normalize,
+            exponent=config.exponent,
+            floor=config.floor,
         )
+        found.check()
         areas = [area_under_curve(heat, label) for heat, label in zip(found.maps.flatten(1), labels, strict=True)]
         scores[rule] = torch.tensor(areas, dtype=torch.float64)
     return scores

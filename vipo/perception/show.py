@@ -85,7 +85,9 @@ def map_images(paths: Sequence[Path], output: Path, config: PerceptionConfig, de
         height, width = image.shape[1:]
         structuring.preflight((height, width))
         size = (max(_LEAST_CELLS, height // _CELL), max(_LEAST_CELLS, width // _CELL))
-        _draw(image, structuring(image[None].to(device), size), structuring, target)
+        found = structuring(image[None].to(device), size)
+        found.check()
+        _draw(image, found, structuring, target)
     return targets
 
 
@@ -177,10 +179,10 @@ def _draw(image: Tensor, found: AllocationMaps, structuring: PerceptualStructuri
     bar.set_label("weight of the advantage", fontsize=8)
     bar.ax.tick_params(labelsize=7, length=2)
     bar.outline.set_visible(False)
-    config, backbone = structuring.config, structuring.backbone
+    config = structuring.config
     note = (
         f"{config.backbone} · {config.components} components · {config.aggregation} · "
-        f"smoothing {config.smoothing:g} · orientation {config.orientation or backbone.orientation}"
+        f"smoothing {config.smoothing:g} · orientation {structuring.orientation}"
     )
     figure.supxlabel(note, fontsize=7, color="0.4", parse_math=False)
     partial = target.with_name(f".{target.name}.partial")

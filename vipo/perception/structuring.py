@@ -1,43 +1,130 @@
 """The Perceptual Structuring Module: backbone and allocator under one configuration."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vipo.config.models import PerceptionConfig
-from vipo.perception.allocator import AllocationMaps, allocate
+from vipo.perception.allocator import (
+    NO_RANGE,
+    AllocationMaps,
+    Orientation,
+    allocate,
+    combine,
+    finish,
+    minmax,
+    orientation_scores,
+    principal_components,
+)
 from vipo.perception.backbones import Backbone, PerceptionError
+from vipo.perception.temporal import average_groups, follow_components, smooth_in_time
+
+# Frames in the backbone at once: what a clip needs in memory does not grow with its length.
+_FRAMES = 16
 
 
 class PerceptualStructuring:
-    """Allocation maps of pictures (ViPO, arXiv 2511.18719, section 3)."""
+    """Allocation maps of pictures and clips (ViPO, arXiv 2511.18719, section 3)."""
 
     def __init__(self, backbone: Backbone, config: PerceptionConfig) -> None:
         self.backbone = backbone
         self.config = config
 
-    def __call__(self, images: Tensor, size: tuple[int, int]) -> AllocationMaps:
-        """Allocation maps ``(B, *size)`` of pictures ``(B, 3, H, W)`` in [0, 1].
+    @property
+    def orientation(self) -> Orientation:
+        """The rule in use: the configuration's, or else the backbone's own."""
+        return self.config.orientation or self.backbone.orientation
 
-        A picture with a non-finite pixel has no structure to read: its map is 1 and counted as constant. Its reward
-        is not finite either, which is what takes the sample out of its group.
+    def __call__(
+        self, images: Tensor, size: tuple[int, int], frame_groups: Sequence[range] | None = None
+    ) -> AllocationMaps:
+        """Allocation maps of pictures or clips, without waiting for the device: see `AllocationMaps.check`.
+
+        A picture, or a clip, with a non-finite pixel has no structure to read: its map is 1 and counted as constant.
+        Its reward is not finite either, which is what takes the sample out of its group.
+
+        Clips are taken frame by frame (METHOD section 3, step 7), but each principal direction is followed through
+        the clip and its sign decided once, by the sum of the rule's scores: maps do not flip between frames. A frame
+        without structure weighs 1 everywhere, and the clip is constant only if no frame has any.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1], or clips ``(B, T, 3, H, W)``.
+            size: height and width of the latent grid.
+            frame_groups: for clips, the frames that each latent frame covers, see `causal_frame_groups`.
+
+        Returns:
+            Maps ``(B, *size)``, of clips ``(B, len(frame_groups), *size)``.
 
         Raises:
-            ValueError: `images` has another shape or type, or finite pictures have non-finite features.
+            ValueError: `images` has another shape or type, or the groups do not fit the clip.
         """
-        finite = images.isfinite().flatten(1).all(dim=1)
-        features = self.backbone(
-            torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, torch.zeros_like(images))
-        )
+        if frame_groups is not None:
+            return self._clips(images, size, frame_groups)
+        finite, features = self._features(images)
+        config = self.config
         found = allocate(
             features,
             size,
-            components=self.config.components,
-            aggregation=self.config.aggregation,
-            smoothing=self.config.smoothing,
-            orientation=self.config.orientation or self.backbone.orientation,
-            normalize=self.config.normalize,
+            components=config.components,
+            aggregation=config.aggregation,
+            smoothing=config.smoothing,
+            orientation=self.orientation,
+            normalize=config.normalize,
+            exponent=config.exponent,
+            floor=config.floor,
         )
-        return AllocationMaps(torch.where(finite[:, None, None], found.maps, 1.0), found.constant | ~finite)
+        maps = torch.where(finite[:, None, None], found.maps, 1.0)
+        return AllocationMaps(maps, found.constant | ~finite, found.finite, found.converged)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Which pictures are finite, and the features of those; of a blank picture in place of the others."""
+        finite = images.isfinite().flatten(1).all(dim=1)
+        return finite, self.backbone(
+            torch.where(finite.view(-1, *[1] * (images.ndim - 1)), images, images.new_zeros(()))
+        )
+
+    def _clips(self, clips: Tensor, size: tuple[int, int], groups: Sequence[range]) -> AllocationMaps:
+        if clips.ndim != 5 or 0 in clips.shape:
+            raise ValueError(f"images: expected clips of shape (B, T, 3, H, W), got {tuple(clips.shape)}")
+        batch, frames = clips.shape[:2]
+        config, pixels, scores, parts = self.config, [], [], []
+        for chunk in clips.flatten(0, 1).split(_FRAMES):
+            finite, features = self._features(chunk)
+            part = principal_components(features, config.components)
+            pixels.append(finite)
+            parts.append(part)
+            scores.append(orientation_scores(part.projections, features, self.orientation))
+        valid, structured, sound, exact = (
+            torch.cat(flags).view(batch, frames)
+            for flags in (
+                pixels,
+                [part.structured for part in parts],
+                [part.finite for part in parts],
+                [part.converged for part in parts],
+            )
+        )
+        directions = torch.cat([part.directions for part in parts]).unflatten(0, (batch, frames))
+        links = follow_components(directions, structured)
+        votes = (links @ torch.cat(scores).view(batch, frames, -1, 1)).where(structured[..., None, None], 0.0)
+        links = (links * torch.where(votes.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)).flatten(0, 1)
+        maps, flat = combine(
+            torch.einsum("nkj,njhw->nkhw", links, torch.cat([part.projections for part in parts])),
+            (links.abs() @ torch.cat([part.explained for part in parts])[..., None])[..., 0],
+            size,
+            aggregation=config.aggregation,
+            smoothing=config.smoothing,
+        )
+        empty = ~structured | flat.view(batch, frames)
+        maps = torch.where(empty[..., None, None], 1.0, maps.unflatten(0, (batch, frames)))
+        maps = smooth_in_time(average_groups(maps, groups), config.temporal_smoothing)
+        whole, level = minmax(maps, NO_RANGE, dims=(-3, -2, -1))
+        finite, intact = sound.all(dim=1), valid.all(dim=1)
+        constant = (empty.all(dim=1) | level | ~intact) & finite
+        weights = finish(
+            whole, constant, finite, normalize=config.normalize, exponent=config.exponent, floor=config.floor
+        )
+        return AllocationMaps(weights, constant, finite, exact.all(dim=1))
 
     def preflight(self, image_size: tuple[int, int]) -> None:
         """Check on one blank picture that the backbone takes pictures of this size and has room for K components.

@@ -315,7 +315,7 @@ class Trainer:
         if kind == "none":
             return None, {}
         size = self.generator.grid
-        maps, constant = [], []
+        maps, constant, found_maps = [], [], []
         for pictures in images:
             if self.structuring is None:
                 maps.append(torch.ones(len(pictures), *size, device=pictures.device))
@@ -324,6 +324,10 @@ class Trainer:
                 found = self.structuring(pictures, size)
                 maps.append(weight_maps(kind, found.maps, found.constant, self.config.perception.normalize))
                 constant.append(found.constant)
+                found_maps.append(found)
+        # After the last batch: on an accelerator, reading a flag waits for everything before it.
+        for found in found_maps:
+            found.check()
         together = self.accelerator.gather(torch.cat(maps)) if self.accelerator.num_processes > 1 else torch.cat(maps)
         flags = (
             self.accelerator.gather(torch.cat(constant)) if self.accelerator.num_processes > 1 else torch.cat(constant)
