@@ -165,9 +165,7 @@ def orientation_table(
                 )
 
 
-def _scores(
-    backbone: Backbone, config: PerceptionConfig, batches: Sequence[Scored]
-) -> dict[Orientation, Tensor]:
+def _scores(backbone: Backbone, config: PerceptionConfig, batches: Sequence[Scored]) -> dict[Orientation, Tensor]:
     device = backbone.mean.device
     scored = [
         score_orientations(
