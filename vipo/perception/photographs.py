@@ -87,10 +87,14 @@ def load_photographs(outlines: Path) -> list[Photograph]:
                 image=image,
                 kind=categories[objects[0]["category_id"]] if objects else None,
                 objects=torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:]),
-                backgrounds=tuple(tuple(map(int, item["bbox"])) for item in mine if item not in objects),
+                backgrounds=tuple(_rectangle(*item["bbox"]) for item in mine if item not in objects),
             )
         )
     return found
+
+
+def _rectangle(left: int, top: int, width: int, height: int) -> tuple[int, int, int, int]:
+    return left, top, width, height
 
 
 def _installed(file_name: str, sha256: str) -> Path:

@@ -126,12 +126,12 @@ def _film(path: Path) -> Iterator[tuple[NDArray[np.float32], float]]:
 
     try:
         # An open file instead of a name: FFmpeg would read some names as protocols.
-        with path.open("rb") as stream, av.open(stream, format=_FILMS[path.suffix.lower()]) as container:
+        with path.open("rb") as stream, av.open(stream, "r", format=_FILMS[path.suffix.lower()]) as container:
             for video in container.streams.video[:1]:
                 duration = 1000 / float(video.average_rate) if video.average_rate else _DEFAULT_MILLISECONDS
                 for frame in container.decode(video):
                     pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                    yield pixels.astype(np.float32) / 255, duration
+                    yield pixels.astype(np.float32) / np.float32(255), duration
     except av.FFmpegError as error:
         raise ValueError(error.strerror) from error
 
@@ -147,7 +147,7 @@ def _pixels(picture: Image.Image) -> NDArray[np.float32]:
                 "expected 0..65535 for integers, 0..1 for floating point"
             )
         return np.repeat(grey[..., None], 3, axis=2)
-    colours = np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
+    colours = np.asarray(picture.convert("RGBA")).astype(np.float32) / np.float32(255)
     alpha = colours[..., 3:]
     return colours[..., :3] * alpha + (1 - alpha)
 

@@ -329,7 +329,7 @@ def _draw(clip: Clip, mapped: Sequence[_Mapped], target: Path) -> None:
     )
     bar.set_label("weight of the advantage", fontsize=8)
     bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     figure.supxlabel(_note(mapped), fontsize=7, color="0.4", parse_math=False)
     pages = []
     for index in range(count):
