@@ -57,7 +57,7 @@ REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
         "*": BackboneDefaults(),
     }
 )
-"""Defaults by name pattern, the first match wins. Only efficientnet_lite0 is measured, see docs/perception.md."""
+"""Defaults by name pattern, the first match wins. Only efficientnet_lite0 is measured, see docs/orientation.md."""
 
 
 class Backbone(nn.Module):

@@ -26,9 +26,9 @@ RawFormat = Literal["npy", "safetensors"]
 _OPACITY = 0.6
 _LONGEST_SIDE = 1024
 _COMPARED = ("backbone", "layer", "input_size", "orientation")
-# Inches: the widest figure and the widest panel; and dots an inch of pictures and of clips, whose frames add up.
+# Inches: the widest figure and the widest panel; and dots an inch: fewer for comparisons and clips, whose panels and frames add up.
 _WIDEST, _PANEL = 15.0, 4.2
-_DPI, _CLIP_DPI = 150, 100
+_DPI, _MANY_DPI = 150, 100
 _FRAMES = 16
 
 
@@ -296,7 +296,7 @@ def _draw(clip: Clip, mapped: Sequence[_Mapped], target: Path) -> None:
     breadth, length = (panel, panel * aspect) if aspect <= 1 else (panel / aspect, panel)
     figure = Figure(
         figsize=(columns * breadth + 1.1, len(rows) * (length + 0.3) + 0.45),
-        dpi=_DPI if count == 1 else _CLIP_DPI,
+        dpi=_DPI if count == len(mapped) == 1 else _MANY_DPI,
         facecolor="white",
         layout="constrained",
     )
