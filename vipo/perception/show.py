@@ -26,8 +26,9 @@ RawFormat = Literal["npy", "safetensors"]
 _OPACITY = 0.6
 _LONGEST_SIDE = 1024
 _COMPARED = ("backbone", "layer", "input_size", "orientation")
-# Inches: the widest figure and the widest panel; and dots an inch: fewer for comparisons and clips, whose panels and frames add up.
+# Inches: the widest figure and the widest panel.
 _WIDEST, _PANEL = 15.0, 4.2
+# Dots an inch; fewer for comparisons and clips, whose panels and frames add up.
 _DPI, _MANY_DPI = 150, 100
 _FRAMES = 16
 
