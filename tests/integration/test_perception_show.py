@@ -1,4 +1,7 @@
-"""`vipo map`'s figure: what it reads, what it refuses, what it writes."""
+"""`vipo map`: what it reads, what it refuses, what it writes."""
+
+import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,7 +11,11 @@ from PIL import Image
 from vipo.config.models import PerceptionConfig
 from vipo.demo.scenes import draw, sample_scene
 from vipo.perception import PerceptionError, show
-from vipo.perception.show import map_images, overlay, read_image
+from vipo.perception.allocator import Orientation
+from vipo.perception.pictures import find_pictures, read_clip, read_image
+from vipo.perception.show import map_images, overlay
+
+pytest_plugins = ["command"]
 
 
 @pytest.fixture
@@ -87,13 +94,13 @@ def test_overlay_is_coloured_where_the_map_is_high():
 
 def test_one_picture_to_a_file(scene, tmp_path):
     target = tmp_path / "deep" / "map.png"
-    assert map_images([scene], target, PerceptionConfig()) == [target]
+    assert map_images([scene], target, [PerceptionConfig()]) == [target]
     with Image.open(target) as figure:
         pixels = np.asarray(figure.convert("RGB")).astype(int)
-    assert pixels.shape[1] > 2 * pixels.shape[0] > 600
+    assert pixels.shape[1] > 3 * pixels.shape[0] > 900
     assert (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean() > 0.1
     first = target.read_bytes()
-    map_images([scene], target, PerceptionConfig())
+    map_images([scene], target, [PerceptionConfig()])
     assert target.read_bytes() == first
     assert [path.name for path in target.parent.iterdir()] == ["map.png"]
 
@@ -103,7 +110,7 @@ def test_several_pictures_to_a_folder(scene, tmp_path):
     Image.fromarray(gradient(90, 40)).save(tall)
     flat = tmp_path / "in" / "flat.png"
     Image.new("L", (30, 30), 128).save(flat)
-    written = map_images([scene, tall, flat], tmp_path / "out", PerceptionConfig())
+    written = map_images([scene, tall, flat], tmp_path / "out", [PerceptionConfig()])
     assert [path.name for path in written] == ["scene.png", "tall $x_y$.png", "flat.png"]
     for path in written:
         with Image.open(path) as figure:
@@ -122,11 +129,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(scene, tmp_path):
     Image.fromarray(np.full((4, 4), 7.5, np.float32)).save(wild)
     twin = tmp_path / "scene.jpg"
     Image.new("RGB", (9, 9)).save(twin)
+    film = tmp_path / "film.mp4"
+    film.write_text("#EXTM3U\nfile:///etc/hostname")
     taken = tmp_path / "taken.jpg"
     taken.touch()
     for paths, output, message in (
         ([tmp_path / "absent.png"], tmp_path / "o.png", r"absent\.png: no such file"),
-        ([tmp_path], tmp_path / "o.png", "cannot be read as a picture"),
+        ([tmp_path], tmp_path / "o.png", r"no picture or film in this folder|one file cannot take"),
+        ([film], tmp_path / "o.png", r"film\.mp4: cannot be read as a picture"),
         ([scene, text], tmp_path / "o", r"notes\.png: cannot be read as a picture"),
         ([cut], tmp_path / "o.png", r"cut\.png: cannot be read as a picture"),
         ([strip], tmp_path / "o.png", r"strip\.png: 900x10 pixels"),
@@ -139,6 +149,101 @@ def test_bad_input_is_refused_before_a_model_is_loaded(scene, tmp_path):
         ([], tmp_path / "o.png", "no picture given"),
     ):
         with pytest.raises(PerceptionError, match=message):
-            map_images(paths, output, PerceptionConfig())
+            map_images(paths, output, [PerceptionConfig()])
     assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o.png").exists()
+
+
+def moving(count=4, height=48, width=64):
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    for index in range(count):
+        frames[index, 12:36, 8 + 8 * index : 32 + 8 * index] = (230, 40, 40)
+    return frames
+
+
+def write_film(path, frames):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.webp", "clip.png", "clip.mp4"])
+def test_clips_are_read_frame_by_frame(tmp_path, name):
+    frames, path = moving(), tmp_path / name
+    if name.endswith("mp4"):
+        write_film(path, frames)
+    else:
+        pages = [Image.fromarray(frame) for frame in frames]
+        pages[0].save(path, save_all=True, append_images=pages[1:], duration=125, lossless=True)
+    clip = read_clip(path)
+    expected = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+    assert clip.frames.shape == expected.shape
+    assert (clip.frames - expected).abs().mean() < 0.03
+    assert clip.milliseconds == pytest.approx((125.0,) * 4, abs=6)
+    assert torch.equal(read_image(path), clip.frames[0])
+
+
+def test_pages_of_a_tiff_are_no_clip(tmp_path):
+    pages = [Image.fromarray(frame) for frame in moving()]
+    pages[0].save(tmp_path / "pages.tiff", save_all=True, append_images=pages[1:])
+    assert read_clip(tmp_path / "pages.tiff").frames.shape[0] == 1
+
+
+def test_folders_are_searched(tmp_path):
+    for name in ("b.png", "a.JPG", "c.mp4", "notes.txt", ".hidden.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "below.png").mkdir()
+    assert [path.name for path in find_pictures([tmp_path])] == ["a.JPG", "b.png", "c.mp4"]
+
+
+def test_a_clip_becomes_an_animation_with_one_map_a_frame(tmp_path, vipo):
+    write_film(tmp_path / "film.mp4", moving())
+    done = vipo("map", tmp_path / "film.mp4", "-o", tmp_path / "out.png", "--raw", "npy")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "out.png") as animation:
+        assert animation.n_frames == 4
+        assert animation.info["duration"] == 125
+    maps = np.load(tmp_path / "out.npy", allow_pickle=False)
+    assert maps.shape == (4, 16, 16)
+    columns = (maps.mean(axis=1) * np.arange(16)).sum(axis=1) / maps.mean(axis=1).sum(axis=1)
+    assert (np.diff(columns) > 0).all()
+
+
+def test_rules_and_sizes_are_compared_and_arrays_written(scene, tmp_path, vipo):
+    from safetensors import safe_open
+
+    target = tmp_path / "rules.png"
+    sizes = ("--input-size", "64", "--input-size", "96")
+    done = vipo("map", scene, "-o", target, "--orientation", "all", *sizes, "--raw", "safetensors")
+    assert done.code == 0, done.err
+    assert done.out.split() == [str(target)]
+    rules = get_args(Orientation)
+    with safe_open(target.with_suffix(".safetensors"), "pt") as arrays:
+        configs = [json.loads(arrays.metadata()[f"perception.{index}"]) for index in range(2 * len(rules))]
+        assert [item["orientation"] for item in configs] == [*rules, *rules]
+        assert [item["input_size"] for item in configs] == [64] * len(rules) + [96] * len(rules)
+        assert arrays.get_tensor("map.0").shape == (16, 16)
+        assert arrays.get_tensor("components.0").shape == (3, 8, 8)
+        opposite = (rules.index("inverted_sklearn"), rules.index("none"))
+        one, other = (arrays.get_tensor(f"components.{index}") for index in opposite)
+        assert torch.allclose(one, 1 - other, atol=1e-6)
+        ratios = arrays.get_tensor("explained_variance_ratio.0")
+        assert ratios.sum() < 1
+        assert (ratios.diff() < 0).all()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_options_that_do_not_fit_are_refused(scene, tmp_path, vipo):
+    several = ("map", scene, "-o", tmp_path / "o.png", "--orientation", "all")
+    vipo(*several, "--raw", "npy").refuses("one .npy file cannot hold", "safetensors")
+    vipo(*several, "--raw", "zip").refuses("--raw", "'zip'")
+    vipo("map", scene, "-o", tmp_path / "o.png", "--orientation", "up").refuses("orientation")
+    two = ("--backbone", "efficientnet_lite0", "--backbone", "resnet50", "--weights", "w.safetensors")
+    vipo("map", scene, "-o", tmp_path / "o.png", *two).refuses("--weights", "one backbone")
     assert not (tmp_path / "o.png").exists()

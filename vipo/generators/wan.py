@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.models import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator, load_part, load_tokenizer
-from vipo.perception.temporal import causal_frame_groups
 
 
 class WanGenerator(PipelineGenerator):

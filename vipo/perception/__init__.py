@@ -9,7 +9,7 @@ from vipo.perception.allocator import (
 )
 from vipo.perception.backbones import Backbone, PerceptionError, load_backbone
 from vipo.perception.structuring import PerceptualStructuring
-from vipo.perception.temporal import causal_frame_groups, consecutive_correlation
+from vipo.perception.temporal import consecutive_correlation
 
 __all__ = [
     "AllocationMaps",
@@ -18,7 +18,6 @@ __all__ = [
     "PerceptualStructuring",
     "PrincipalComponents",
     "allocate",
-    "causal_frame_groups",
     "consecutive_correlation",
     "load_backbone",
     "orient",

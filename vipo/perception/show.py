@@ -1,28 +1,36 @@
-"""Pictures of allocation maps: the overlay, and the figure behind `vipo map`."""
+"""Pictures of allocation maps: the overlay, and the figures behind `vipo map`."""
 
+import json
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from vipo.config.models import PerceptionConfig
-from vipo.perception.allocator import AllocationMaps, resize
+from vipo.perception.allocator import minmax, orientation_scores, principal_components, resize
 from vipo.perception.backbones import PerceptionError, load_backbone
+from vipo.perception.pictures import Clip, find_pictures, map_size, read_clip
 from vipo.perception.structuring import PerceptualStructuring
 
 COLORMAP = "inferno"
+RawFormat = Literal["npy", "safetensors"]
 _OPACITY = 0.6
 _LONGEST_SIDE = 1024
-# Pixels per map cell, as in the latents of common generators, and the least cells a side.
-_CELL = 8
-_LEAST_CELLS = 16
-_LARGEST_ASPECT = 8
+_COMPARED = ("backbone", "layer", "input_size", "orientation")
+# Inches: the widest figure and the widest panel.
+_WIDEST, _PANEL = 15.0, 4.2
+# Dots an inch; fewer for comparisons and clips, whose panels and frames add up.
+_DPI, _MANY_DPI = 150, 100
+_FRAMES = 16
 
 
 def overlay(image: Tensor, heat: Tensor) -> Tensor:
@@ -52,26 +60,62 @@ def overlay(image: Tensor, heat: Tensor) -> Tensor:
     return ((1 - _OPACITY) * grey + _OPACITY * colour).clamp(0, 1)
 
 
-def map_images(paths: Sequence[Path], output: Path, config: PerceptionConfig, device: str = "cpu") -> list[Path]:
-    """Draw the allocation map of each picture: picture, map and overlay side by side, as PNG.
+@dataclass(frozen=True)
+class _Mapped:
+    """What one configuration makes of a clip of T frames.
+
+    Attributes:
+        maps: ``(T, h, w)`` float32.
+        constant: whether there is no structure.
+        components: ``(T, K, h', w')`` float32, the oriented projections in [0, 1]; of a clip, onto the principal
+            directions of all its frames together, so that a colour means the same in each.
+        explained: ``(K,)``, ratios of explained variance.
+        config: the configuration, with the orientation rule that was used.
+    """
+
+    maps: Tensor
+    constant: bool
+    components: Tensor
+    explained: Tensor
+    config: PerceptionConfig
+
+
+def map_images(
+    paths: Sequence[Path],
+    output: Path,
+    configs: Sequence[PerceptionConfig],
+    device: str = "cpu",
+    raw: RawFormat | None = None,
+) -> list[Path]:
+    """Draw the allocation maps of pictures and clips as PNG, of a clip as animated PNG (lossless).
+
+    Under one configuration: picture, principal components as colours (the first three as red, green and blue), map
+    and overlay side by side. Under several: the picture and one overlay each; a row where only one of backbone, layer,
+    input size and orientation varies, else one row for each backbone, layer and input size.
 
     Args:
-        paths: pictures in any format that Pillow reads, of any size and mode.
+        paths: pictures and clips that `read_clip` reads, of any size and mode, or folders of them.
         output: a ``.png`` file for one picture, or a folder that receives ``<stem>.png`` for each.
-        config: section `perception`.
-        device: where the backbone runs.
+        configs: sections `perception`.
+        device: where backbones run.
+        raw: also write the arrays, beside each figure. ``npy``: the map alone, ``(h, w)``, of a clip ``(T, h, w)``.
+            ``safetensors``: `map`, `components`, `explained_variance_ratio` and, as metadata, the configuration; under
+            several configurations with a dot and their number from 0 behind each name.
 
     Returns:
-        The files written, in the order of `paths`.
+        The figures written, in the order of the pictures.
 
     Raises:
         PerceptionError: a picture is missing, unreadable or extremely elongated, two pictures or a picture and its
-            own map share a name, the output cannot be written (all before any model is loaded, but for a full
-            disk), or the backbone cannot be used.
+            own map share a name, one ``.npy`` would have to hold several maps, the output cannot be written (all
+            before any model is loaded, but for a full disk), or a backbone cannot be used.
     """
+    paths = find_pictures(paths)
+    if raw == "npy" and len(configs) > 1:
+        raise PerceptionError(f"raw: one .npy file cannot hold {len(configs)} maps; write safetensors")
     targets = _targets(paths, output)
     for path in paths:
-        read_image(path)
+        read_clip(path)
     folder = targets[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,21 +123,32 @@ def map_images(paths: Sequence[Path], output: Path, config: PerceptionConfig, de
         raise PerceptionError(f"{folder}: cannot be made ({error}); choose another output") from error
     if not os.access(folder, os.W_OK):
         raise PerceptionError(f"{folder}: is not writable; choose another output")
-    structuring = PerceptualStructuring(load_backbone(config, device), config)
+    structurings = [
+        PerceptualStructuring(backbone, config)
+        for _, same in groupby(configs, _without_orientation)
+        for backbone, config in _with_one_backbone(list(same), device)
+    ]
     for path, target in zip(paths, targets, strict=True):
-        image = read_image(path)
-        height, width = image.shape[1:]
-        structuring.preflight((height, width))
-        size = (max(_LEAST_CELLS, height // _CELL), max(_LEAST_CELLS, width // _CELL))
-        found = structuring(image[None].to(device), size)
-        found.check()
-        _draw(image, found, structuring, target)
+        clip = read_clip(path)
+        for structuring in structurings:
+            structuring.preflight((clip.frames.shape[2], clip.frames.shape[3]))
+        mapped = [_map(clip.frames.to(device), structuring) for structuring in structurings]
+        _draw(clip, mapped, target)
+        if raw is not None:
+            _write_raw(mapped, target.with_suffix(f".{raw}"), still=len(clip.frames) == 1)
     return targets
 
 
+def _without_orientation(config: PerceptionConfig) -> PerceptionConfig:
+    return config.model_copy(update={"orientation": None})
+
+
+def _with_one_backbone(configs: Sequence[PerceptionConfig], device: str) -> list[tuple[Any, PerceptionConfig]]:
+    backbone = load_backbone(configs[0], device)
+    return [(backbone, config) for config in configs]
+
+
 def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
-    if not paths:
-        raise PerceptionError("no picture given")
     as_file = output.suffix.lower() == ".png" and not output.is_dir()
     if as_file and len(paths) > 1:
         raise PerceptionError(f"{output}: one file cannot take {len(paths)} maps; give a folder")
@@ -109,85 +164,61 @@ def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
     return targets
 
 
-def read_image(path: Path) -> Tensor:
-    """A picture as ``(3, H, W)`` float32 in [0, 1]: upright (EXIF), transparency over white, any bit depth.
-
-    Raises:
-        PerceptionError: the file is missing or no picture, holds values outside the range of its mode, or is more
-            than eight times as long as wide.
-    """
-    try:
-        # Pillow warns of very large pictures before it refuses the largest; the refusal is enough.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                picture = ImageOps.exif_transpose(opened)
-                pixels = _pixels(picture)
-    except FileNotFoundError:
-        raise PerceptionError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise PerceptionError(f"{path}: cannot be read as a picture ({error})") from error
-    height, width = pixels.shape[:2]
-    if max(height, width) > _LARGEST_ASPECT * min(height, width):
-        raise PerceptionError(
-            f"{path}: {width}x{height} pixels; the longer side may be {_LARGEST_ASPECT} times the shorter, crop it"
-        )
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
-
-
-def _pixels(picture: Image.Image) -> np.ndarray:
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float32)
-        # Pillow's modes I and I;16 hold 16-bit greyscale; its own conversion to RGB clips them at 255.
-        grey = values if picture.mode == "F" else values / 65535
-        if not (np.isfinite(grey).all() and grey.min() >= 0 and grey.max() <= 1):
-            raise ValueError(
-                f"values from {values.min():g} to {values.max():g} in mode {picture.mode}: "
-                "expected 0..65535 for integers, 0..1 for floating point"
-            )
-        return np.repeat(grey[..., None], 3, axis=2)
-    colours = np.asarray(picture.convert("RGBA")).astype(np.float32) / 255
-    alpha = colours[..., 3:]
-    return colours[..., :3] * alpha + (1 - alpha)
-
-
-def _draw(image: Tensor, found: AllocationMaps, structuring: PerceptualStructuring, target: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shrink = min(1.0, _LONGEST_SIDE / max(image.shape[1:]))
-    height, width = (max(1, round(side * shrink)) for side in image.shape[1:])
-    image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
-    heat = found.maps[0].cpu()
-    panel = 4.2
-    aspect = height / width
-    breadth, length = (panel, panel * aspect) if aspect <= 1 else (panel / aspect, panel)
-    figure = Figure(figsize=(3 * breadth + 1.5, length + 0.95), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    # Nearest keeps small pictures crisp; larger ones have no visible pixels.
-    style = {"interpolation": "nearest" if max(height, width) <= 256 else "antialiased"}
-    axes[0].imshow(image.permute(1, 2, 0).numpy(), **style)
-    highest = max(1.0, float(heat.max()))
-    shown = axes[1].imshow(heat.numpy(), cmap=COLORMAP, vmin=0, vmax=highest, extent=(0, width, height, 0))
-    axes[2].imshow(overlay(image, heat).permute(1, 2, 0).numpy(), **style)
-    titles = ("picture", "no structure: uniform map" if bool(found.constant[0]) else "allocation map", "overlay")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10)
-        axis.set_axis_off()
-    bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.015, aspect=22)
-    bar.set_label("weight of the advantage", fontsize=8)
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_visible(False)
-    config = structuring.config
-    note = (
-        f"{config.backbone} · {config.components} components · {config.aggregation} · "
-        f"smoothing {config.smoothing:g} · orientation {structuring.orientation}"
+def _map(frames: Tensor, structuring: PerceptualStructuring) -> _Mapped:
+    size = map_size(frames.shape[2], frames.shape[3])
+    if len(frames) == 1:
+        found = structuring(frames, size)
+        maps = found.maps
+    else:
+        found = structuring(frames[None], size, [range(index, index + 1) for index in range(len(frames))])
+        maps = found.maps[0]
+    found.check()
+    features = torch.cat([structuring.backbone(chunk) for chunk in frames.split(_FRAMES)])
+    count, _, height, width = features.shape
+    together = features.transpose(0, 1).reshape(1, -1, count * height, width)
+    principal = principal_components(together, structuring.config.components)
+    projections = principal.projections[0].unflatten(1, (count, height)).transpose(0, 1)
+    centred = projections - projections.mean(dim=(2, 3), keepdim=True)
+    score = orientation_scores(centred, features, structuring.orientation).sum(dim=0)
+    oriented = projections * torch.where(score < 0, -1.0, 1.0)[:, None, None]
+    return _Mapped(
+        maps=maps.cpu(),
+        constant=bool(found.constant[0]),
+        components=minmax(oriented, dims=(0, 2, 3))[0].float().cpu(),
+        explained=principal.explained[0].float().cpu(),
+        config=structuring.config.model_copy(update={"orientation": structuring.orientation}),
     )
-    figure.supxlabel(note, fontsize=7, color="0.4", parse_math=False)
+
+
+def _write_raw(mapped: Sequence[_Mapped], target: Path, *, still: bool) -> None:
+    def squeezed(array: Tensor) -> Tensor:
+        return (array[0] if still else array).contiguous()
+
+    arrays, metadata = {}, {}
+    for index, item in enumerate(mapped):
+        suffix = f".{index}" if len(mapped) > 1 else ""
+        arrays[f"map{suffix}"] = squeezed(item.maps)
+        arrays[f"components{suffix}"] = squeezed(item.components)
+        arrays[f"explained_variance_ratio{suffix}"] = item.explained
+        metadata[f"perception{suffix}"] = json.dumps(item.config.model_dump(mode="json"), sort_keys=True)
+
+    def write(partial: Path) -> None:
+        if target.suffix == ".npy":
+            with partial.open("wb") as stream:
+                np.save(stream, arrays["map"].numpy(), allow_pickle=False)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(arrays, partial, metadata=metadata)
+
+    _replace(target, write)
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Write beside, then rename: a file is there whole or not at all."""
     partial = target.with_name(f".{target.name}.partial")
     try:
-        figure.savefig(partial, format="png", metadata={"Software": None})
+        write(partial)
         partial.replace(target)
     except OSError as error:
         raise PerceptionError(
@@ -195,3 +226,130 @@ def _draw(image: Tensor, found: AllocationMaps, structuring: PerceptualStructuri
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One picture of a figure, and how it changes: ``(T, H, W, 3)`` colours or ``(T, h, w)`` values of the map."""
+
+    title: str
+    frames: NDArray[np.float32]
+
+
+def _colours(frames: Tensor) -> NDArray[np.float32]:
+    return frames.permute(0, 2, 3, 1).numpy()
+
+
+def _overlays(frames: Tensor, maps: Tensor) -> NDArray[np.float32]:
+    return _colours(torch.stack([overlay(image, heat) for image, heat in zip(frames, maps, strict=True)]))
+
+
+def _panels(frames: Tensor, mapped: Sequence[_Mapped]) -> list[list[_Panel]]:
+    """Rows of panels; each row starts with the picture."""
+    if len(mapped) == 1:
+        (item,) = mapped
+        red_green_blue = item.components[:, :3]
+        red_green_blue = F.pad(red_green_blue, (0, 0, 0, 0, 0, 3 - red_green_blue.shape[1]))
+        return [
+            [
+                _Panel("picture", _colours(frames)),
+                _Panel("principal components", _colours(red_green_blue)),
+                _Panel("no structure: uniform map" if item.constant else "allocation map", item.maps.numpy()),
+                _Panel("overlay", _overlays(frames, item.maps)),
+            ]
+        ]
+    varying = [name for name in _COMPARED if len({getattr(item.config, name) for item in mapped}) > 1]
+    rows = [list(row) for _, row in groupby(mapped, lambda item: _without_orientation(item.config))]
+    if all(len(row) == 1 for row in rows):
+        rows = [[item for row in rows for item in row]]
+    shared = [name for name in varying if len(rows) > 1 and name != "orientation"]
+    panels = []
+    for row in rows:
+        first = _described(row[0].config, shared) or "picture"
+        titles = [_described(item.config, [name for name in varying if name not in shared]) for item in row]
+        overlays = [_Panel(title, _overlays(frames, item.maps)) for title, item in zip(titles, row, strict=True)]
+        panels.append([_Panel(first, _colours(frames)), *overlays])
+    return panels
+
+
+def _described(config: PerceptionConfig, names: Sequence[str]) -> str:
+    told = {
+        "backbone": config.backbone,
+        "layer": "default layer" if config.layer is None else f"layer {config.layer}",
+        "input_size": "default size" if config.input_size is None else f"{config.input_size} px",
+        "orientation": str(config.orientation),
+    }
+    return ", ".join(told[name] for name in names)
+
+
+def _draw(clip: Clip, mapped: Sequence[_Mapped], target: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(clip.frames)
+    shrink = min(1.0, _LONGEST_SIDE / max(clip.frames.shape[2:]))
+    height, width = (max(1, round(side * shrink)) for side in clip.frames.shape[2:])
+    frames = F.interpolate(clip.frames, size=(height, width), mode="bilinear", antialias=True).clamp(0, 1)
+    rows = _panels(frames, mapped)
+    columns = max(map(len, rows))
+    panel = min(_PANEL, _WIDEST / columns)
+    aspect = height / width
+    breadth, length = (panel, panel * aspect) if aspect <= 1 else (panel / aspect, panel)
+    figure = Figure(
+        figsize=(columns * breadth + 1.1, len(rows) * (length + 0.3) + 0.45),
+        dpi=_DPI if count == len(mapped) == 1 else _MANY_DPI,
+        facecolor="white",
+        layout="constrained",
+    )
+    canvas = FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    highest = max(1.0, *(float(item.maps.max()) for item in mapped))
+    # Nearest keeps small pictures crisp; larger ones have no visible pixels.
+    interpolation = "nearest" if max(height, width) <= 256 else "antialiased"
+    shown = []
+    for row, places in zip(rows, axes, strict=True):
+        for place in places:
+            place.set_axis_off()
+        for item, place in zip(row, places, strict=False):
+            place.set_title(item.title, fontsize=10, parse_math=False)
+            style: dict[str, Any] = {"interpolation": interpolation} if item.frames.ndim == 4 else {}
+            shown.append(
+                (
+                    place.imshow(
+                        item.frames[0], cmap=COLORMAP, vmin=0, vmax=highest, extent=(0, width, height, 0), **style
+                    ),
+                    item.frames,
+                )
+            )
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, highest), COLORMAP), ax=axes, fraction=0.03, pad=0.01, aspect=22 * len(rows)
+    )
+    bar.set_label("weight of the advantage", fontsize=8)
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_visible(False)
+    figure.supxlabel(_note(mapped), fontsize=7, color="0.4", parse_math=False)
+    pages = []
+    for index in range(count):
+        for picture, values in shown:
+            picture.set_data(values[index])
+        canvas.draw()
+        pages.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    options: dict[str, Any] = {"optimize": True}
+    if count > 1:
+        durations = [round(value) for value in clip.milliseconds]
+        options = {"save_all": True, "append_images": pages[1:], "duration": durations, "loop": 0}
+    _replace(target, lambda partial: pages[0].save(partial, format="PNG", **options))
+
+
+def _note(mapped: Sequence[_Mapped]) -> str:
+    config = mapped[0].config
+    same = [name for name in _COMPARED if len({getattr(item.config, name) for item in mapped}) == 1]
+    parts = [
+        _described(config, [name]) if name != "orientation" else f"orientation {config.orientation}" for name in same
+    ]
+    parts += [f"{config.components} components", config.aggregation, f"smoothing {config.smoothing:g}"]
+    return " · ".join(parts)

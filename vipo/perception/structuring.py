@@ -51,7 +51,7 @@ class PerceptualStructuring:
         Args:
             images: ``(B, 3, H, W)`` in [0, 1], or clips ``(B, T, 3, H, W)``.
             size: height and width of the latent grid.
-            frame_groups: for clips, the frames that each latent frame covers, see `causal_frame_groups`.
+            frame_groups: for clips, the frames that each latent frame covers, see `Generator.frame_groups`.
 
         Returns:
             Maps ``(B, *size)``, of clips ``(B, len(frame_groups), *size)``.

@@ -1,4 +1,4 @@
-"""Clips: frames grouped as a causal VAE groups them, and principal directions followed from frame to frame."""
+"""Clips: maps averaged and smoothed as latent frames need them, and principal directions followed from frame to frame."""
 
 from collections.abc import Sequence
 
@@ -6,23 +6,6 @@ import torch
 from torch import Tensor
 
 from vipo.perception.allocator import smoothing_matrix
-
-
-def causal_frame_groups(frames: int, factor: int = 4) -> tuple[range, ...]:
-    """The decoded frames that each latent frame of a causal video VAE (Wan, HunyuanVideo, CogVideoX) covers.
-
-    Latent frame 0 is frame 0; latent frame j covers frames ``factor * (j - 1) + 1`` to ``factor * j``.
-
-    Args:
-        frames: decoded frames, 1 plus a multiple of `factor`.
-        factor: temporal compression.
-
-    Raises:
-        ValueError: no causal VAE decodes to that many frames.
-    """
-    if factor < 1 or frames < 1 or (frames - 1) % factor:
-        raise ValueError(f"frames: {frames} must be 1 plus a multiple of factor {factor}, as a causal VAE decodes")
-    return range(0, 1), *(range(start, start + factor) for start in range(1, frames, factor))
 
 
 def follow_components(directions: Tensor, structured: Tensor) -> Tensor:
