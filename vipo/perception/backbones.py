@@ -72,8 +72,8 @@ REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
         "*": BackboneDefaults(),
     }
 )
-"""Defaults by name pattern, the first match wins; a hub id counts as the architecture that it holds. What was measured is
-in each entry's `evidence` and in docs/orientation.md."""
+"""Defaults by name pattern, the first match wins; a hub id counts as the architecture that it holds. What was measured
+is in each entry's `evidence` and in docs/orientation.md."""
 
 
 class Backbone(nn.Module):

@@ -1,4 +1,4 @@
-"""Clips: maps averaged and smoothed as latent frames need them, and principal directions followed from frame to frame."""
+"""Clips: maps averaged as the latent frames need them, and principal directions followed from frame to frame."""
 
 from collections.abc import Sequence
 

@@ -49,10 +49,13 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str]]], output: Path) -> 
     decision = decide(experiments[0].scores, study, confidence)
     tables: dict[str, pd.DataFrame] = {}
     plots: list[Plot] = []
+    references: dict[str, str] = {}
     for experiment in experiments:
         name = experiment.config.experiment.name
         tables[f"{name}-arms"] = _ends(experiment)
-        reference = study.reference
+        # A study of the gate alone has no arm without a map; there the first trained arm is the reference.
+        reference = study.reference if study.reference in experiment.arms else experiment.arms[1]
+        references[name] = reference
         compared = compare_over_seeds(
             experiment.scores, reference, experiment.rewards[0], [*experiment.rewards, *experiment.changes], confidence
         )
@@ -77,7 +80,7 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str]]], output: Path) -> 
             (folder / f"{plot.name}.svg").write_text(plot.standalone())
         text = json.dumps({**study.model_dump(mode="json"), **decision.as_json()}, indent=1, allow_nan=False)
         (folder / "decision.json").write_text(text + "\n")
-        (folder / "README.md").write_text(_page(experiments, tables, plots, text))
+        (folder / "README.md").write_text(_page(experiments, references, tables, plots, text))
     return output / "README.md"
 
 
@@ -186,7 +189,11 @@ def _words(column: str) -> str:
 
 
 def _page(
-    experiments: Sequence[Experiment], tables: dict[str, pd.DataFrame], plots: Sequence[Plot], decision: str
+    experiments: Sequence[Experiment],
+    references: dict[str, str],
+    tables: dict[str, pd.DataFrame],
+    plots: Sequence[Plot],
+    decision: str,
 ) -> str:
     commits = sorted(
         {
@@ -223,7 +230,7 @@ def _page(
         ]
         lines += [
             "",
-            f"Differences to {experiment.arms[1]}, paired by seed, {config.evaluation.confidence:.0%} intervals:",
+            f"Differences to {references[name]}, paired by seed, {config.evaluation.confidence:.0%} intervals:",
             "",
         ]
         lines += _markdown(kept)
