@@ -33,7 +33,7 @@ def test_command_parses_and_its_configuration_validates(command: list[str]) -> N
 
 
 def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (command,) = (c for c in COMMANDS if c[1] == "map")
+    command = next(c for c in COMMANDS if c[1] == "map")
     monkeypatch.chdir(tmp_path)
     Image.effect_mandelbrot((320, 240), (-2, -1.2, 1, 1.2), 50).convert("RGB").save("photo.jpg")
     app(command[1:], standalone_mode=False)
