@@ -202,7 +202,7 @@ def test_a_window_is_always_inside_and_of_its_size(
     window = WindowConfig(size=size, move=move, start=start, every=every, stride=stride)
     steps = stochastic_steps(window, available, seed=3, update=update)
     assert len(steps) == size
-    assert 0 <= steps.start
+    assert steps.start >= 0
     assert steps.stop <= available
     assert steps == stochastic_steps(window, available, seed=3, update=update)
     if move == "fixed":
