@@ -17,6 +17,7 @@ from vipo.config.compose import (
     dump_config,
     load_config,
     load_config_file,
+    repository_root,
     validate_config,
     write_if_changed,
 )
@@ -49,6 +50,96 @@ def test_every_arm_of_the_demo_composes(arm: str) -> None:
     assert config.run_name == f"{arm}-s1"
     assert config.is_base == (arm == "base")
     assert set(config.experiment.arms) == set(ARMS)
+
+
+# What each arm of `configs/arm` is, beside what the experiment gives all arms; `map` and `ratio` are never left out.
+POSITION = {"objective.ratio": "position", "objective.map": "psm"}
+DECISIVE: dict[str, dict[str, Any]] = {
+    "base": {},
+    "grpo": {"objective.ratio": "sample", "objective.map": "none"},
+    "flow_grpo": {
+        "objective.ratio": "sample",
+        "objective.map": "none",
+        "objective.std": "batch",
+        "objective.kl_weight": 0.04,
+        "sampling.transition": "flow",
+        "sampling.eta": 0.7,
+        "sampling.same_initial_noise": False,
+    },
+    "vipo": POSITION,
+    "vipo_mean": {**POSITION, "perception.normalize": "mean"},
+    "vipo_paper": {**POSITION, "objective.clip.side": "ppo", "objective.clip.scope": "position"},
+    "reward_map": {**POSITION, "objective.map_on": "reward"},
+    "average": {**POSITION, "perception.aggregation": "average"},
+    "first": {**POSITION, "perception.aggregation": "first"},
+    **{
+        arm: {"objective.ratio": "position", "objective.map": kind}
+        for arm, kind in {
+            "uniform": "uniform",
+            "inverted": "inverted",
+            "mean_map": "mean",
+            "group_map": "group",
+            "shuffled": "shuffled",
+            "oracle": "oracle",
+        }.items()
+    },
+    **{f"k{k}": {**POSITION, "perception.components": k} for k in range(1, 6)},
+    **{f"sigma{sigma:g}": {**POSITION, "perception.smoothing": sigma} for sigma in (0.0, 0.5, 2.0)},
+    **{
+        f"backbone_{name}": {**POSITION, "perception.backbone": backbone}
+        for name, backbone in {
+            "dinov2": "vit_large_patch14_dinov2.lvd142m",
+            "dinov3": "vit_large_patch16_dinov3.lvd1689m",
+            "efficientnet": "efficientnet_lite0",
+            "resnet50": "resnet50.a1_in1k",
+            "sam": "samvit_base_patch16.sa1b",
+            "siglip2": "vit_base_patch16_siglip_gap_224.v2_webli",
+        }.items()
+    },
+}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    data = config.model_dump(mode="json", exclude={"arm", "experiment"})
+    return {
+        ".".join(path): value for path, value in _leaves(data, ()) if path[0] in ("objective", "sampling", "perception")
+    } | {"rest": {k: v for k, v in data.items() if k not in ("objective", "sampling", "perception")}}
+
+
+def _leaves(data: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any]]:
+    if not isinstance(data, dict):
+        return [(path, data)]
+    return [leaf for key, value in data.items() for leaf in _leaves(value, (*path, key))]
+
+
+def test_every_arm_file_is_known_here() -> None:
+    files = {path.stem for path in (repository_root() / "configs/arm").glob("*.yaml")}
+    assert files == set(DECISIVE)
+
+
+@pytest.mark.parametrize("arm", DECISIVE)
+def test_an_arm_is_what_its_name_claims_and_nothing_else(arm: str) -> None:
+    """Composed with the demo, it differs from `vipo` there in its decisive keys alone."""
+    config, plain = load_config([DEMO, f"arm={arm}"]), _flat(load_config([DEMO, "arm=vipo"]))
+    assert config.arm == arm
+    found = _flat(config)
+    assert {key: found[key] for key in DECISIVE[arm]} == DECISIVE[arm]
+    assert {key for key in plain if found[key] != plain[key]} <= set(DECISIVE[arm])
+    controls = ("psm", "inverted", "mean", "group", "shuffled")
+    assert config.objective.reads_backbone == (config.objective.map in controls)
+
+
+def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
+    """The demo names clip.scope, transition noise and backbone; the arm that is defined by them keeps its own."""
+    assert load_config([DEMO]).objective.clip.scope == "sample"
+    paper = load_config([DEMO, "arm=vipo_paper"])
+    assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2e-3)
+    assert load_config([DEMO, "arm=flow_grpo", "sampling.shift=5"]).sampling.shift == 5
+    assert load_config([DEMO, "arm=backbone_sam"]).perception.backbone == "samvit_base_patch16.sa1b"
+    # What the experiment says of this arm comes after the arm's file, what the caller says comes last.
+    own = "++experiment.arms.vipo_paper={overrides: ['objective.clip.range=0.5', 'objective.clip.side=symmetric']}"
+    clip = load_config([DEMO, own, "arm=vipo_paper", "objective.clip.side=none"]).objective.clip
+    assert (clip.side, clip.scope, clip.range) == ("none", "position", 0.5)
 
 
 def test_overrides_are_applied_last_and_typed() -> None:
@@ -106,6 +197,24 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'", "ratio 'position'"]),
         (["objective.map=none"], ["objective", "ratio 'position'", "needs a map: 'psm', or a control"]),
         (["arm=grpo", "objective.clip.scope=position"], ["objective", "clip.scope 'position'", "ratio 'position'"]),
+        (["arm=grpo", "objective.map_on=reward"], ["objective", "map_on 'reward'", "needs a map"]),
+        (
+            ["objective.ratio_norm=guard", "objective.density=squared_error"],
+            ["objective", "ratio_norm 'guard'", "density 'gaussian'"],
+        ),
+        (
+            ["objective.ratio_norm=guard", "sampling.transition=ddim"],
+            ["objective.ratio_norm 'guard'", "dance, flow or cps"],
+        ),
+        (["sampling.transition=cps", "sampling.eta=1.5"], ["sampling", "eta 1.5 exceeds 1", "'cps'"]),
+        (["sampling.transition=ddim", "sampling.eta=1.5"], ["sampling", "eta 1.5 exceeds 1", "'ddim'"]),
+        (["sampling.window={size: 8, start: 2}"], ["sampling", "start 2 + size 8", "9 steps"]),
+        (["sampling.window={size: 10, move: random}"], ["sampling", "start 0 + size 10", "9 steps"]),
+        (["sampling.window={size: 3}"], ["training.trained_transitions 4", "3 transitions", "sampling.window"]),
+        (["sampling.window={size: 4, move: slid}"], ["sampling.window.move", "'slide'", "'slid'"]),
+        (["training.best_of=6"], ["training", "best_of 6", "multiple of 4"]),
+        (["training.best_of=12"], ["training", "best_of 12", "at most group_size 8"]),
+        (["training.best_of=4"], ["training", "micro_batch 8", "4 samples", "best_of"]),
         # Unknown choices.
         (["arm=nope"], ["arm/nope", *ARMS]),
         (["generator=nope"], ["generator/nope", "demo", "flux_dev"]),

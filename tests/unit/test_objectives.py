@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from vipo.objectives import allocate_advantages, clipped_surrogate, group_advantages, weight_maps
+from vipo.demo.scenes import IMAGE_SIZE, object_coverage
+from vipo.objectives import (
+    allocate_advantages,
+    clipped_surrogate,
+    group_advantages,
+    normalized_log_ratio,
+    weight_maps,
+)
+from vipo.sampling.transitions import position_kl, position_log_prob
 
 
 def _groups(groups: int, size: int) -> Tensor:
@@ -54,6 +62,63 @@ def test_advantages_are_clipped_before_the_map() -> None:
     assert float(result.values.max()) == 5
 
 
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), groups=st.integers(1, 4), size=st.integers(2, 9))
+def test_batch_std_is_the_populations_over_the_update(seed: int, groups: int, size: int) -> None:
+    """Flow-GRPO: the group's mean, NumPy's std (ddof 0) of all samples; a sample without a reward is in neither."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(groups * size, generator=generator)
+    lost = int(torch.randint(groups * size, (), generator=generator))
+    rewards[lost] = torch.nan
+    result = group_advantages({"r": rewards}, {"r": 2.0}, _groups(groups, size), std_floor=0.01, clip=1e9, std="batch")
+    values = rewards.double().numpy().reshape(groups, size)
+    centred = values - np.nanmean(values, axis=1, keepdims=True)
+    expected = np.nan_to_num(2 * centred / (np.nanstd(values) + 0.01)).ravel()
+    # A group of one valid sample has no statistics.
+    few = np.repeat(np.isfinite(values).sum(axis=1) < 2, size)
+    np.testing.assert_allclose(result.values.numpy(), np.where(few, 0, expected), atol=1e-5)
+    assert result.valid.tolist() == np.isfinite(values).ravel().tolist()
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("places", [(3, 4), (2, 3, 4)])
+def test_rewards_per_position_are_normalised_position_by_position(places: tuple[int, ...], std: str) -> None:
+    """The map in the reward: at each position the scalar rule, as if it were the only one."""
+    generator = torch.Generator().manual_seed(0)
+    scalar = {name: torch.rand(8, generator=generator) for name in ("a", "b")}
+    scalar["b"][3] = torch.nan
+    maps = torch.rand(8, *places, generator=generator)
+    rewards = {name: allocate_advantages(values, maps) for name, values in scalar.items()}
+    weights = {"a": 1.0, "b": 0.5}
+    result = group_advantages(rewards, weights, _groups(2, 4), std_floor=1e-3, clip=1.2, std=std)
+    assert result.values.shape == (8, *places)
+    assert result.valid.tolist() == [i != 3 for i in range(8)]
+    spreads = []
+    for place in itertools.product(*(range(n) for n in places)):
+        at = (slice(None), *place)
+        alone = group_advantages(
+            {name: values * maps[at] for name, values in scalar.items()},
+            weights,
+            _groups(2, 4),
+            std_floor=1e-3,
+            clip=1.2,
+            std=std,
+        )
+        torch.testing.assert_close(result.values[at], alone.values)
+        spreads.append(alone.group_std)
+    torch.testing.assert_close(result.group_std, torch.stack(spreads).mean(dim=0))
+    assert float(result.values.max()) == pytest.approx(1.2)
+    assert bool((result.values[3] == 0).all())
+
+
+def test_floor_and_clip_by_hand() -> None:
+    rewards = torch.tensor([0.0, 0.0, 0.0, 4.0])
+    floored = group_advantages({"r": rewards}, {"r": 1.0}, _groups(1, 4), std_floor=2.0, clip=9)
+    np.testing.assert_allclose(floored.values, [-1 / 4] * 3 + [3 / 4], rtol=1e-6)
+    clipped = group_advantages({"r": rewards}, {"r": -1.0}, _groups(1, 4), std_floor=2.0, clip=0.5)
+    np.testing.assert_allclose(clipped.values, [1 / 4] * 3 + [-1 / 2], rtol=1e-6)
+
+
 def test_maps_weight_and_never_flip() -> None:
     maps = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
     advantages = torch.tensor([1.0, -2.0, 0.0])
@@ -78,6 +143,120 @@ def test_controls_of_the_map() -> None:
     torch.testing.assert_close(inverted.mean(dim=(1, 2)), torch.ones(2))
 
 
+@pytest.mark.parametrize("places", [(3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("normalize", ["minmax", "mean"])
+def test_controls_keep_what_they_claim_to_keep(places: tuple[int, ...], normalize: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(6, *places, generator=generator)
+    positions = tuple(range(1, maps.ndim))
+    low, high = maps.amin(dim=positions, keepdim=True), maps.amax(dim=positions, keepdim=True)
+    maps = (maps - low) / (high - low) if normalize == "minmax" else maps / maps.mean(dim=positions, keepdim=True)
+    constant, groups = torch.zeros(6, dtype=torch.bool), torch.tensor([0, 1, 0, 1, 1, 0])
+    count = maps[0].numel()
+    permutations = torch.stack([torch.randperm(count, generator=generator) for _ in range(6)])
+    made = {
+        kind: weight_maps(kind, maps, constant, normalize, groups, permutations)
+        for kind in ("psm", "oracle", "mean", "group", "shuffled", "inverted")
+    }
+    assert all(weights.shape == maps.shape for weights in made.values())
+    assert torch.equal(made["psm"], maps)
+    assert torch.equal(made["oracle"], maps)
+    flat = {kind: weights.flatten(1).double().numpy() for kind, weights in made.items()}
+    own = maps.flatten(1).double().numpy()
+    # Each sample's own mean, and no layout.
+    np.testing.assert_allclose(flat["mean"], np.repeat(own.mean(axis=1, keepdims=True), count, axis=1), rtol=1e-6)
+    for row, group in enumerate(groups.tolist()):
+        np.testing.assert_allclose(flat["group"][row], own[groups.numpy() == group].mean(axis=0), rtol=1e-5)
+    # The same values at other places, each sample by its own permutation.
+    np.testing.assert_array_equal(np.sort(flat["shuffled"], axis=1), np.sort(own, axis=1))
+    assert all((a != b).any() for a, b in zip(flat["shuffled"], own, strict=True))
+    for row, places_of in enumerate(permutations.numpy()):
+        np.testing.assert_array_equal(flat["shuffled"][row], own[row][places_of])
+    # The order turned round, the normalisation kept.
+    for row in range(6):
+        assert stats.spearmanr(flat["inverted"][row], own[row]).statistic == pytest.approx(-1)
+    if normalize == "minmax":
+        np.testing.assert_allclose(flat["inverted"], 1 - own, atol=1e-6)
+    else:
+        np.testing.assert_allclose(flat["inverted"].mean(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["minmax", "mean"])
+def test_a_map_without_structure_stays_ones(normalize: str) -> None:
+    maps, groups = torch.ones(2, 2, 3, 4), torch.tensor([0, 0])
+    permutations = torch.arange(24).flip(0).expand(2, 24)
+    for kind in ("psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"):
+        constant = torch.ones(2, dtype=torch.bool)
+        assert torch.equal(weight_maps(kind, maps, constant, normalize, groups, permutations), maps)
+
+
+def test_shuffling_needs_permutations_of_the_positions() -> None:
+    maps, groups, constant = torch.ones(2, 3, 4), torch.tensor([0, 0]), torch.zeros(2, dtype=torch.bool)
+    for permutations, told in ((None, "None"), (torch.zeros(2, 11, dtype=torch.int64), r"\(2, 11\)")):
+        with pytest.raises(ValueError, match=rf"permutations: expected shape \(2, 12\) of the maps, got {told}"):
+            weight_maps("shuffled", maps, constant, "minmax", groups, permutations)
+
+
+def test_object_coverage_is_the_share_of_the_cell() -> None:
+    """A red square on grey: whole cells 1, a half cell 1/2, the rest 0; the mean is the object's area."""
+    image = torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5)
+    image[0, :, 16:32, 20:40] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    covered = object_coverage(image, (8, 8))
+    expected = torch.zeros(8, 8)
+    expected[2:4, 2] = 0.5
+    expected[2:4, 3:5] = 1
+    torch.testing.assert_close(covered[0], expected, atol=1e-6, rtol=0)
+    assert float(covered.mean()) == pytest.approx(16 * 20 / IMAGE_SIZE**2)
+    assert float(object_coverage(torch.full_like(image, 0.5), (8, 8)).max()) == 0
+
+
+def _moved(shape: tuple[int, ...], stds: list[float], seed: int = 0) -> tuple[Tensor, ...]:
+    """A transition drawn by the old policy: value, new mean, old mean, std, and the noise and difference."""
+    generator = torch.Generator().manual_seed(seed)
+    old, noise, change = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    std = torch.tensor(stds, dtype=torch.float64).reshape(-1, *([1] * (len(shape) - 1)))
+    change = 0.02 * change
+    return old + std * noise, old + change, old, std, noise, change
+
+
+@pytest.mark.parametrize("channels", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (3, 4, 2, 5, 6)])
+def test_guard_leaves_the_noise_times_the_change(shape: tuple[int, ...], channels: str) -> None:
+    """GRPO-Guard: what is left of log rho is ``d . eps``, exactly, per position and for the sample."""
+    value, new, old, std, noise, change = _moved(shape, [0.05, 0.3, 2.0])
+    log_ratio = position_log_prob(value, new, std, channels) - position_log_prob(value, old, std, channels)
+    found = normalized_log_ratio(log_ratio, position_kl(new, old, std, channels), std.flatten())
+    expected = (change * noise).mean(dim=1) if channels == "mean" else (change * noise).sum(dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-7)
+    # The published form is the sample's: log rho of the mean log-probability, its bias |d|^2 / (2 std^2), times std.
+    bias = (change**2 / (2 * std**2)).flatten(1).sum(dim=1) / found[0].numel() / (1 if channels == "sum" else 4)
+    published = (log_ratio.flatten(1).mean(dim=1) + bias) * std.flatten()
+    torch.testing.assert_close(found.flatten(1).mean(dim=1), published, atol=1e-10, rtol=1e-7)
+
+
+def test_guard_takes_out_the_bias_and_evens_out_the_steps() -> None:
+    shape = (2, 4, 128, 128)
+    value, new, old, std, _, _ = _moved(shape, [0.02, 0.5])
+    log_ratio = position_log_prob(value, new, std) - position_log_prob(value, old, std)
+    found = normalized_log_ratio(log_ratio, position_kl(new, old, std), std.flatten()).flatten(1)
+    before = log_ratio.flatten(1)
+    error = found.std(dim=1) / 128
+    assert bool((found.mean(dim=1).abs() < 4 * error).all())
+    # As it was: below 0 by |d|^2 / (2 std^2), and 25 times as wide where the noise is 25 times as small.
+    assert float(before.mean(dim=1)[0]) == pytest.approx(-(0.02**2) / (2 * 0.02**2), rel=0.05)
+    assert float(before.std(dim=1)[0] / before.std(dim=1)[1]) > 20
+    assert float(found.std(dim=1)[0] / found.std(dim=1)[1]) == pytest.approx(1, rel=0.05)
+
+
+def test_guard_checks_shapes() -> None:
+    with pytest.raises(
+        ValueError, match=r"kl, std: expected shapes \(2, 3, 4\) and \(2,\) .*, got \(2, 3\) and \(2,\)"
+    ):
+        normalized_log_ratio(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.ones(2))
+    with pytest.raises(ValueError, match=r"got \(2, 3, 4\) and \(2, 1\)"):
+        normalized_log_ratio(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 1))
+
+
 OPTIONS = [
     {"ratio": ratio, "side": side, "scope": scope}
     for ratio, side, scope in itertools.product(
@@ -95,14 +274,16 @@ def _batch(seed: int, ratio: str, scale: float = 0.02) -> tuple[Tensor, Tensor, 
     return new, old, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("seed", range(4))
-def test_gradient_equals_finite_differences(options: dict[str, str], seed: int) -> None:
+def test_gradient_equals_finite_differences(options: dict[str, str], seed: int, weighted: bool) -> None:
     new, old, advantages = _batch(seed, options["ratio"])
+    weights = torch.tensor([0.5, 1.0, 3.0, 8.0, 0.0], dtype=torch.float64) if weighted else None
     clip_range = 0.01 if options["scope"] == "position" else 0.004
 
     def loss(values: Tensor) -> Tensor:
-        return clipped_surrogate(values - old, advantages, clip_range=clip_range, **options).loss
+        return clipped_surrogate(values - old, advantages, clip_range=clip_range, weights=weights, **options).loss
 
     # Beyond the range the loss is flat, inside it is the ratio: differentiable wherever no gate flips.
     assert torch.autograd.gradcheck(loss, new.clone().requires_grad_(), eps=1e-7, atol=1e-6)
@@ -141,6 +322,49 @@ def test_position_clip_drops_what_agrees_with_the_last_step() -> None:
     (gradient,) = torch.autograd.grad(result.loss, values)
     assert (gradient != 0).tolist() == [[[False, False, True, True]]]
     assert result.clipped.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_surrogate_of_videos_is_an_explicit_loop(options: dict[str, str]) -> None:
+    """Loss, gradient and clipped share, position by position in plain Python, with weights on the samples."""
+    generator = torch.Generator().manual_seed(5)
+    shape, eps = (3, 2, 3, 4), 0.004 if options["scope"] == "sample" else 0.02
+    log_ratio = 0.03 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    log_ratio[0] += 0.01
+    log_ratio[1] -= 0.01
+    advantages = torch.randn(shape if options["ratio"] == "position" else 3, generator=generator, dtype=torch.float64)
+    weights = [0.5, 2.0, 1.0]
+    values = log_ratio.clone().requires_grad_()
+    found = clipped_surrogate(
+        values, advantages, clip_range=eps, weights=torch.tensor(weights, dtype=torch.float64), **options
+    )
+    (gradient,) = torch.autograd.grad(found.loss, values)
+    losses, expected, shares = [], torch.zeros_like(log_ratio), []
+    for b in range(3):
+        own = log_ratio[b].flatten().tolist()
+        mean = sum(own) / len(own)
+        gains, drops = [], []
+        for p, value in enumerate(own):
+            a = float(advantages[b].flatten()[p] if options["ratio"] == "position" else advantages[b])
+            rho = float(np.exp(value if options["ratio"] == "position" else mean))
+            gate = float(np.exp(value if options["scope"] == "position" else mean))
+            outside = {
+                "ppo": (gate > 1 + eps and a > 0) or (gate < 1 - eps and a < 0),
+                "symmetric": not 1 - eps <= gate <= 1 + eps,
+                "none": False,
+            }[options["side"]]
+            bound = min(max(gate, 1 - eps), 1 + eps)
+            gains.append(weights[b] * a * (bound if outside else rho))
+            drops.append(outside)
+            # A sample's ratio depends on each position by its share of the mean.
+            slope = 0.0 if outside else weights[b] * a * rho
+            expected[b].view(-1)[p] = -slope / (3 * len(own))
+        losses.append(-sum(gains) / len(gains))
+        shares.append(sum(drops) / len(drops))
+    assert float(found.loss.detach()) == pytest.approx(sum(losses) / 3)
+    torch.testing.assert_close(gradient, expected)
+    assert found.clipped.tolist() == pytest.approx(shares)
+    assert options["side"] == "none" or any(shares)
 
 
 def test_surrogate_checks_shapes() -> None:

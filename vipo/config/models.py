@@ -227,7 +227,7 @@ class ClipConfig(Section):
     range: PositiveFloat = Field(
         1e-4,
         description="Half-width of the accepted range of that ratio around 1. Its scale depends on `scope` and "
-        "`channels`: compare it with the metrics log_ratio/std_sample and log_ratio/std_position.",
+        "`channels`: compare it with the metrics log_ratio/rms_sample and log_ratio/rms_position.",
     )
 
 

@@ -93,7 +93,7 @@ def best_and_worst(advantages: Tensor, groups: Tensor, count: int) -> Tensor:
     """Rows of the `count` / 2 highest and `count` / 2 lowest advantages of each group.
 
     Args:
-        advantages: ``(N,)``; a sample that was left out of its group has 0 and is chosen last.
+        advantages: ``(N,)``; a sample that was left out of its group has 0 and teaches nothing where it is chosen.
         groups: ``(N,)`` int64 group index of each sample, from 0; every group has the same size.
         count: even, at most the group's size.
 

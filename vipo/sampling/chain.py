@@ -97,10 +97,10 @@ def sampling_chain(
             )
         if count > len(alphas_cumprod):
             raise ChainError(f"sampling.steps: {count} exceeds the {len(alphas_cumprod)} training timesteps")
-        # "Leading" spacing with offset 1, as Stable Diffusion 1.5 and DDPO sample.
-        times = (torch.arange(count - 1, -1, -1) * (len(alphas_cumprod) // count) + 1).clamp_max(
-            len(alphas_cumprod) - 1
-        )
+        # "Leading" spacing with offset 1, as Stable Diffusion 1.5 and DDPO sample; every training timestep leaves none.
+        spacing = len(alphas_cumprod) // count
+        offset = min(1, len(alphas_cumprod) - 1 - (count - 1) * spacing)
+        times = torch.arange(count - 1, -1, -1) * spacing + offset
         levels = torch.cat([alphas_cumprod.cpu()[times].float(), torch.ones(1)])
         return Chain(times.float().to(device), levels.to(device), ddim_transition, config.eta, prediction)
     levels = sigma_schedule(count, config.shift)

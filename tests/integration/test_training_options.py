@@ -1,0 +1,293 @@
+"""The trainer's options on the tiny generator: each one trains, does what it says, and resumes to the same bytes."""
+
+import copy
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vipo.config.compose import load_config, repository_root
+from vipo.errors import Preempted
+from vipo.objectives import best_and_worst
+from vipo.sampling.chain import stochastic_steps
+from vipo.sampling.rollout import TransitionBatch, policy_transition
+from vipo.training.samples import MicroBatch, Sample, TrainingError, arrange_samples, update_prompts
+from vipo.training.trainer import Trainer
+
+ROOT = repository_root()
+LORA = "training.lora={rank: 2, alpha: 2.0}"
+MANY = ["training.group_size=8", "training.best_of=4"]
+
+
+def _trainer(results: Path, overrides: list[str], *more: str) -> Trainer:
+    return Trainer(load_config([*overrides, *more]), ROOT, results / "demo")
+
+
+COMBINATIONS: dict[str, list[str]] = {
+    "flow": ["arm=vipo", "sampling.transition=flow"],
+    "cps-unscaled": ["arm=vipo", "sampling.transition=cps", "objective.density=squared_error"],
+    "window-random": ["arm=vipo", "sampling.window={size: 2, move: random}"],
+    "guard-sum": ["arm=vipo", "objective.ratio_norm=guard", "objective.channels=sum"],
+    "guard-grpo-cps": ["arm=grpo", "objective.ratio_norm=guard", "sampling.transition=cps"],
+    "flow_grpo": ["arm=flow_grpo"],
+    "kl-lora": ["arm=vipo", "objective.kl_weight=0.1", LORA],
+    "best_of": ["arm=vipo", *MANY],
+    "reward_map-batch-best_of": ["arm=reward_map", "objective.std=batch", *MANY],
+    "paper": ["arm=vipo_paper", "training.transition_choice=shared", "training.epochs=2"],
+    "bf16": ["arm=vipo", "generator.precision=bf16", *MANY],
+    "no-clip-first": ["arm=uniform", "objective.clip.side=none", "training.transition_choice=first"],
+}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> None:
+    trainer = _trainer(prepared, tiny_overrides, *COMBINATIONS[name])
+    before = {key: value.detach().clone() for key, value in trainer.trainable.items()}
+    objective, training = trainer.config.objective, trainer.config.training
+    for number in (1, 2):
+        metrics = trainer.update(number)
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["log_ratio/max_before_first_step"] <= training.log_ratio_tolerance
+        assert metrics["log_ratio/rms_before_first_step"] <= metrics["log_ratio/max_before_first_step"]
+        # The policy moved in the first optimizer step; a mean over positions moves less than they do.
+        assert 0 < metrics["log_ratio/rms_sample"] < metrics["log_ratio/rms_position"]
+        assert metrics["grad/norm"] > 0
+        assert ("kl" in metrics) == (objective.kl_weight > 0)
+        assert ("map/mean" in metrics) == (objective.map != "none")
+        assert (objective.clip.side == "none") <= (metrics["clip/share"] == 0)
+        trained = {int(key.removeprefix("clip/share_t")) for key in metrics if key.startswith("clip/share_t")}
+        window = trainer.config.sampling.window
+        assert trained <= set(stochastic_steps(window, 3, 0, number))
+        if window is not None or training.transition_choice != "per_sample":
+            assert len(trained) == 2
+    assert any(not torch.equal(before[key], value) for key, value in trainer.trainable.items())
+
+
+def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_overrides: list[str]) -> None:
+    first = {}
+    for arm in ("vipo", "mean_map", "group_map", "shuffled", "oracle", "inverted", "vipo_mean"):
+        first[arm] = _trainer(prepared, tiny_overrides, f"arm={arm}").update(1)
+    assert len({metrics["reward/mean"] for metrics in first.values()}) == 1
+    assert all(math.isfinite(value) for metrics in first.values() for value in metrics.values())
+    for arm in ("mean_map", "group_map", "shuffled"):
+        assert first[arm]["map/mean"] == pytest.approx(first["vipo"]["map/mean"], rel=1e-5)
+    assert first["shuffled"]["map/entropy"] == pytest.approx(first["vipo"]["map/entropy"], rel=1e-5)
+    assert first["mean_map"]["map/entropy"] == pytest.approx(1)
+    assert first["vipo"]["map/entropy"] < first["group_map"]["map/entropy"] < 1
+    assert first["vipo_mean"]["map/mean"] == pytest.approx(1, rel=1e-5)
+    assert first["oracle"]["map/mean"] != pytest.approx(first["vipo"]["map/mean"], rel=1e-3)
+
+
+# ---- KL to the generator as it was ----------------------------------------------------------------
+
+
+def _one_transition(trainer: Trainer) -> tuple[MicroBatch, Tensor]:
+    training = trainer.config.training
+    prompts = update_prompts(trainer.prompts, trainer.config.seed, 1, training.prompts_per_update)
+    samples = arrange_samples(prompts, training.group_size, training.optimizer_steps_per_update)
+    batch = trainer._rollout(samples, 1)[0][0]
+    return batch, batch.steps[:, 0]
+
+
+def _kl(trainer: Trainer, batch: MicroBatch, steps: Tensor) -> tuple[Tensor, TransitionBatch]:
+    moved = policy_transition(trainer.generator, batch.conditioning, batch.trajectory, steps, trainer.chain)
+    return trainer._kl(moved, batch, steps), moved
+
+
+@pytest.mark.parametrize("lora", [[], [LORA]], ids=["full", "lora"])
+def test_kl_is_to_the_generator_as_it_was(prepared: Path, tiny_overrides: list[str], lora: list[str]) -> None:
+    trainer = _trainer(prepared, tiny_overrides, "arm=vipo", "objective.kl_weight=0.1", *lora)
+    untouched = _trainer(prepared, tiny_overrides, "arm=vipo").generator
+    batch, steps = _one_transition(trainer)
+    assert float(_kl(trainer, batch, steps)[0].detach()) == 0
+    trainer.update(1)
+    kl, moved = _kl(trainer, batch, steps)
+    with torch.no_grad():
+        prediction = untouched.predict(moved.latents, trainer.chain.times[steps], batch.conditioning)
+        mean = trainer.chain.gaussian(moved.latents, prediction, steps)[0]
+        expected = torch.distributions.kl_divergence(
+            torch.distributions.Normal(moved.mean, moved.std), torch.distributions.Normal(mean, moved.std)
+        ).mean()
+    assert float(kl.detach()) > 0
+    torch.testing.assert_close(kl.detach(), expected)
+    # The policy is back in place and as trainable as before.
+    assert all(value.requires_grad for value in trainer.trainable.values())
+    assert {n for n, v in trainer.generator.network.named_parameters() if v.requires_grad} == set(trainer.trainable)
+    # Along its own gradient the divergence changes as finite differences say: it flows through the network's mean.
+    values = list(trainer.trainable.values())
+    gradients = torch.autograd.grad(kl, values)
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    assert float(norm) > 0
+    sizes, found = 1e-3, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for value, gradient in zip(values, gradients, strict=True):
+                value += sign * sizes * gradient / norm
+            found.append(float(_kl(trainer, batch, steps)[0].detach()))
+            for value, gradient in zip(values, gradients, strict=True):
+                value -= sign * sizes * gradient / norm
+    assert (found[0] - found[1]) / (2 * sizes) == pytest.approx(float(norm), rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [[], [LORA]], ids=["full", "lora"])
+def test_kl_enters_the_loss_by_its_weight(prepared: Path, tiny_overrides: list[str], lora: list[str]) -> None:
+    """Before the first step the divergence and its gradient are 0: two runs part after the second alone."""
+    runs = {}
+    for weight in (0.0, 1e6):
+        trainer = _trainer(prepared, tiny_overrides, "arm=vipo", f"objective.kl_weight={weight}", *lora)
+        runs[weight] = trainer.update(1)
+    assert runs[1e6]["log_ratio/rms_position"] == runs[0.0]["log_ratio/rms_position"]
+    assert runs[1e6]["kl"] > 0
+    assert runs[1e6]["loss"] - runs[0.0]["loss"] == pytest.approx(1e6 * runs[1e6]["kl"], rel=1e-3)
+
+
+# ---- the best and the worst ------------------------------------------------------------------------
+
+
+def test_best_of_learns_from_the_best_and_the_worst(
+    prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(prepared, tiny_overrides, "arm=grpo", *MANY)
+    seen: dict[str, Any] = {}
+    learn = trainer._learn
+
+    def spy(batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int) -> dict[str, float]:
+        seen.update(batches=batches, advantages=advantages, samples=samples)
+        return learn(batches, advantages, samples, number)
+
+    monkeypatch.setattr(trainer, "_learn", spy)
+    trainer.update(1)
+    rows = [row for batch in seen["batches"] for row in batch.rows]
+    assert len(rows) == len(set(rows)) == 8
+    groups = torch.tensor([sample.group for sample in seen["samples"]])
+    assert sorted(rows) == sorted(best_and_worst(seen["advantages"], groups, 4).flatten().tolist())
+    # Each of the two optimizer steps takes one of the best and one of the worst of each group.
+    for half in (rows[:4], rows[4:]):
+        assert groups[half].tolist() == [0, 0, 1, 1]
+        assert all(float(seen["advantages"][a]) >= float(seen["advantages"][b]) for a, b in (half[:2], half[2:]))
+
+
+# ---- resume ----------------------------------------------------------------------------------------
+
+RESUMED = {
+    "slide": ["arm=vipo", "sampling.window={size: 2, every: 1}"],
+    "kl": ["arm=vipo", "objective.kl_weight=0.1"],
+    "kl-lora-best_of": ["arm=vipo", "objective.kl_weight=0.1", LORA, *MANY],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resume_ends_with_the_same_bytes(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*tiny_overrides, *RESUMED[name], "training.save_at=[]", "training.updates=3"]
+    whole, cut = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "cut")
+    _trainer(whole, overrides).run()
+    stopped = _trainer(cut, overrides)
+    update = stopped.update
+
+    def asked(number: int) -> dict[str, float]:
+        metrics = update(number)
+        stopped.stop_signal = signal.SIGTERM
+        return metrics
+
+    monkeypatch.setattr(stopped, "update", asked)
+    with pytest.raises(Preempted):
+        stopped.run()
+    assert (cut / "demo/runs/vipo-s0/metrics.jsonl").read_text().count("\n") == 1
+    _trainer(cut, overrides).run()
+    kept = [
+        {
+            str(path.relative_to(results)): path.read_bytes()
+            for path in results.glob("demo/runs/vipo-s0/**/*")
+            if path.name == "metrics.jsonl" or path.suffix == ".safetensors"
+        }
+        for results in (whole, cut)
+    ]
+    assert len(kept[0]) >= 3
+    assert kept[0] == kept[1]
+
+
+# ---- policy consistency ----------------------------------------------------------------------------
+
+
+def _dropout(trainer: Trainer) -> None:
+    network: Any = trainer.generator.network
+    network.proj_out = nn.Sequential(network.proj_out, nn.Dropout(0.1).train())
+
+
+def _other_weights(trainer: Trainer) -> None:
+    with torch.no_grad():
+        trainer.trainable["proj_out.bias"][0] += 1e-2
+
+
+def _other_precision(trainer: Trainer) -> None:
+    trainer.generator.config = trainer.generator.config.model_copy(update={"precision": "bf16"})
+
+
+@pytest.mark.parametrize("broken", [_dropout, _other_weights, _other_precision])
+@pytest.mark.parametrize("arm", ["vipo", "grpo"])
+def test_another_network_in_the_update_is_an_error(
+    prepared: Path,
+    tiny_overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[Trainer], None],
+    arm: str,
+) -> None:
+    trainer = _trainer(prepared, tiny_overrides, f"arm={arm}")
+    weights = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    sample = trainer._rollout
+
+    def then_break(samples: list[Sample], number: int) -> Any:
+        result = sample(samples, number)
+        broken(trainer)
+        return result
+
+    monkeypatch.setattr(trainer, "_rollout", then_break)
+    told = (
+        r"update 1: max \|log rho\| before the first optimizer step is \S+, above training.log_ratio_tolerance 1e-05, "
+        r"at \(\d+, \d+\) of transition [012], sample \d of '.*'. .* a dropout or norm layer in training mode, another "
+        "dtype or autocast"
+    )
+    with torch.random.fork_rng(devices=[]), pytest.raises(TrainingError, match=told):
+        trainer.update(1)
+    # It stopped before anything was learned.
+    assert broken is _other_weights or all(torch.equal(weights[n], v) for n, v in trainer.trainable.items())
+
+
+def test_the_error_names_the_position(prepared: Path, tiny_overrides: list[str]) -> None:
+    trainer = _trainer(prepared, tiny_overrides, "arm=vipo")
+    batch, _ = _one_transition(trainer)
+    prompts = update_prompts(trainer.prompts, trainer.config.seed, 1, 2)
+    samples = arrange_samples(prompts, 4, 2)
+    for shape, place in (((4, 5, 6), (3, 2)), ((4, 2, 5, 6), (1, 3, 2))):
+        log_ratio = torch.zeros(shape)
+        log_ratio[2][place] = -0.25
+        log_ratio[0][place] = 0.125
+        steps = torch.tensor([0, 1, 2, 0])
+        with pytest.raises(TrainingError) as caught:
+            trainer._check_consistency(log_ratio, batch, steps, samples, 7)
+        sample = samples[batch.rows[2]]
+        told = f"is 0.25, above training.log_ratio_tolerance 1e-05, at {place} of transition 2, sample {sample.index}"
+        assert told in str(caught.value)
+        assert repr(sample.prompt.text) in str(caught.value)
+        log_ratio[2][place] = torch.nan
+        with pytest.raises(TrainingError, match="is nan"):
+            trainer._check_consistency(log_ratio, batch, steps, samples, 7)
+    assert trainer._check_consistency(torch.full((4, 5, 6), 1e-6), batch, steps, samples, 7) == pytest.approx(1e-6)
+
+
+def test_what_a_run_was_loaded_with_stays(prepared: Path, tiny_overrides: list[str]) -> None:
+    """The reference is a copy of its own: steps on the policy leave its bytes alone."""
+    trainer = _trainer(prepared, tiny_overrides, "arm=flow_grpo")
+    assert trainer.reference is not None
+    before = copy.deepcopy(trainer.reference.state_dict())
+    trainer.update(1)
+    assert all(torch.equal(before[name], value) for name, value in trainer.reference.state_dict().items())
+    assert not any(value.requires_grad for value in trainer.reference.parameters())
