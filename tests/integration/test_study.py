@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from vipo.config.models import StudyConfig
-from vipo.evaluation.statistics import ScoresError, matched_pairs, seed_interval
-from vipo.evaluation.study import OBJECT_SHARE, clip_table, compare_over_seeds, decide
+from vipo.evaluation.statistics import ScoresError, matched_arms, seed_interval
+from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.reporting.study import StudyError, build_study
 
 REWARD = "reward/r"
@@ -65,17 +65,19 @@ def test_interval_over_seeds_is_students() -> None:
         seed_interval([0.1])
 
 
-def test_arms_are_matched_where_both_got_to() -> None:
-    pairs = matched_pairs(SCORES, "local", "grpo", REWARD, ["change/total"]).set_index("seed")
+def test_arms_are_matched_where_all_got_to() -> None:
+    points = matched_arms(SCORES, ("local", "grpo"), REWARD, ["change/total"]).set_index(["arm", "seed"])
     # The slower arm's end, 0.1 + 12 slope; its change is the gain over 4, the other's over 2 at the same gain.
     for seed in range(10):
         gain = 12 * (0.01 + 0.001 * seed)
-        row = pairs.loc[seed]
-        assert row["level"] == pytest.approx(0.1 + gain)
-        assert row["change/total"] == pytest.approx(gain / 4)
-        assert row["change/total_reference"] == pytest.approx(gain / 2)
-        assert row["update"] == pytest.approx(12)
-        assert row["update_reference"] == pytest.approx(gain / (0.02 + 0.001 * seed))
+        ours, theirs = points.loc[("local", seed)], points.loc[("grpo", seed)]
+        assert ours["level"] == theirs["level"] == pytest.approx(0.1 + gain)
+        assert (ours["change/total"], theirs["change/total"]) == pytest.approx((gain / 4, gain / 2))
+        assert (ours["update"], theirs["update"]) == pytest.approx((12, gain / (0.02 + 0.001 * seed)))
+    # A third arm that got less far lowers the level for all.
+    slower = _scores({"grpo": {0: 0.02}, "local": {0: 0.01}, "slow": {0: 0.005}}, {"grpo": 2, "local": 4, "slow": 2})
+    three = matched_arms(slower, ("grpo", "local", "slow"), REWARD, [])
+    assert three["level"].tolist() == pytest.approx([0.1 + 12 * 0.005] * 3)
 
 
 def test_an_arm_that_never_moved_is_skipped_and_counted() -> None:
@@ -96,7 +98,7 @@ def test_a_faster_arm_differs_at_equal_updates_alone() -> None:
     assert table.loc[("quick", "reward", "change/total"), "difference"] == pytest.approx(0, abs=1e-12)
     assert table.loc[("local", "change", REWARD), "difference"] > 0
     assert table.loc[("local", "updates", REWARD), "difference"] < 0
-    assert table.loc[("local", "reward", OBJECT_SHARE), "mean"] == pytest.approx(0.75)
+    assert table.loc[("local", "reward", SELECTIVITY), "mean"] == pytest.approx(0.75)
 
 
 def test_the_decision_needs_fresh_seeds() -> None:

@@ -34,7 +34,7 @@ COMBINATIONS: dict[str, list[str]] = {
     "cps-unscaled": ["arm=vipo", "sampling.transition=cps", "objective.density=squared_error"],
     "window-random": ["arm=vipo", "sampling.window={size: 2, move: random}"],
     "guard-sum": ["arm=vipo", "objective.ratio_norm=guard", "objective.channels=sum"],
-    "guard-grpo-cps": ["arm=grpo", "objective.ratio_norm=guard", "sampling.transition=cps"],
+    "guard-grpo-flow": ["arm=grpo", "objective.ratio_norm=guard", "sampling.transition=flow"],
     "flow_grpo": ["arm=flow_grpo"],
     "kl-lora": ["arm=vipo", "objective.kl_weight=0.1", LORA],
     "best_of": ["arm=vipo", *MANY],

@@ -204,7 +204,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         ),
         (
             ["objective.ratio_norm=guard", "sampling.transition=ddim"],
-            ["objective.ratio_norm 'guard'", "dance, flow or cps"],
+            ["objective.ratio_norm 'guard'", "dance and flow"],
         ),
         (["sampling.transition=cps", "sampling.eta=1.5"], ["sampling", "eta 1.5 exceeds 1", "'cps'"]),
         (["sampling.transition=ddim", "sampling.eta=1.5"], ["sampling", "eta 1.5 exceeds 1", "'ddim'"]),

@@ -244,7 +244,7 @@ class ObjectiveConfig(Section):
         "gaussian", description="The transition's log-density, or Flow-CPS's published -(x' - mean)^2 in its place."
     )
     ratio_norm: Literal["none", "guard"] = Field(
-        "none", description="guard: ratio normalisation and step weights of GRPO-Guard (dance, flow or cps)."
+        "none", description="guard: ratio normalisation and step weights of GRPO-Guard (dance or flow)."
     )
     map: Literal["none", "psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"] = Field(
         "psm",
@@ -515,14 +515,25 @@ class Config(Section):
                 f"with a density of sampling.steps {self.sampling.steps} (the last step is deterministic"
                 f"{'' if window is None else ', and so is all outside sampling.window'})"
             )
-        if self.objective.ratio_norm == "guard" and self.sampling.transition == "ddim":
-            raise ValueError("objective.ratio_norm 'guard' needs a flow-matching transition: dance, flow or cps")
+        if self.objective.ratio_norm == "guard" and self.sampling.transition not in ("dance", "flow"):
+            raise ValueError(
+                "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"
+            )
         unmeasured = [term.name for term in self.reward.terms if term.name not in self.evaluation.rewards]
         if unmeasured:
             raise ValueError(
                 f"evaluation.rewards {list(self.evaluation.rewards)} lacks the trained reward {', '.join(unmeasured)}: "
                 "add it, the report compares arms on it"
             )
+        study = self.experiment.study
+        if study is not None:
+            changes = {f"change/{part}" for part in ("total", "foreground", "background")}
+            known = {f"reward/{name}" for name in self.evaluation.rewards} | changes
+            for key, value in (("metric", study.metric), ("matched_on", study.matched_on)):
+                if value not in known:
+                    raise ValueError(
+                        f"experiment.study.{key} {value!r} is not measured; one of {', '.join(sorted(known))}"
+                    )
         for key in ("height", "width"):
             if getattr(self.generator, key) % 2:
                 raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
@@ -555,7 +566,7 @@ class Config(Section):
     def embeddings_identity(self) -> dict[str, Any]:
         """What decides the embeddings, beside the prompts."""
         generator = self.generator.model_dump(
-            mode="json", include={"family", "path", "revision", "max_sequence_length", "negative_prompt"}
+            mode="json", include={"family", "path", "revision", "device", "max_sequence_length", "negative_prompt"}
         )
         return {**generator, "threads": self.training.threads}
 

@@ -101,7 +101,12 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         experiment / "embeddings" / "eval.safetensors",
     )
     weights = {} if config.is_base else trained_weights(config, experiment / "runs" / config.run_name, root)
+    structuring = PerceptualStructuring(
+        load_backbone(config.perception, config.generator.device, root), config.perception
+    )
     inputs = [prompts_path, embeddings_path, *checkpoint_inputs(config.generator, root)]
+    if structuring.backbone.source is not None:
+        inputs.append(structuring.backbone.source)
     inputs += [path for folder in weights.values() for path in sorted(folder.rglob("*.safetensors"))]
     files = [output / name for name in ("scores.parquet", "summary.json", "maps.safetensors")]
     with record_stage(
@@ -119,9 +124,6 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
         generator = load_generator(config.generator, root)
         embeddings = load_embeddings(embeddings_path, prompts, config.generator.device)
-        structuring = PerceptualStructuring(
-            load_backbone(config.perception, config.generator.device, root), config.perception
-        )
         structuring.preflight((config.generator.height, config.generator.width))
         rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
         blank = torch.zeros(1, *config.generator.sample_shape, device=config.generator.device)

@@ -274,24 +274,24 @@ def seed_interval(differences: Sequence[float], confidence: float = 0.95) -> Int
     return Interval(mean, mean - half, mean + half, "seeds", f"over {len(values)} seeds, on these prompts")
 
 
-def matched_pairs(
-    scores: pd.DataFrame, arm: str, reference: str, on: str, columns: Sequence[str], *, better: Better = "higher"
+def matched_arms(
+    scores: pd.DataFrame, arms: Sequence[str], on: str, columns: Sequence[str], *, better: Better = "higher"
 ) -> pd.DataFrame:
-    """Two arms seed by seed at the highest level of `on` that both reached.
+    """Arms seed by seed at the highest level of `on` that all of them reached with that seed.
 
     Each seed's curve over its evaluated updates starts at the base and is followed to where it first reaches the level;
-    `columns` are interpolated there. A slower arm is thus compared where it got to, with the other arm at that point.
+    `columns` are interpolated there. A faster arm is thus read where the slowest one got to.
 
     Args:
         scores: rows of all runs, with the base at update 0.
-        arm, reference: arms with common seeds.
+        arms: arms with common seeds.
         on: the column that is held equal.
         columns: the columns that are read off.
         better: the direction in which `on` moves away from the base.
 
     Returns:
-        One row per common seed at which both arms moved past the base: `seed`, `level`, and for `update` and every
-        column the value of `arm` and, as ``<name>_reference``, of the other.
+        `arm`, `seed`, `level`, `update` and `columns`; one row per arm for each common seed at which all of them moved
+        past the base.
 
     Raises:
         ScoresError: as `evaluation_curves`.
@@ -299,21 +299,17 @@ def matched_pairs(
     sign = 1.0 if better == "higher" else -1.0
     read = ["update", *columns]
     curves = evaluation_curves(scores, list(dict.fromkeys([on, *columns])), per_seed=True)
-    curves = curves[curves["arm"].isin((arm, reference))]
+    curves = curves[curves["arm"].isin(arms)]
     rows: list[dict[str, Any]] = []
-    for seed, both in curves.groupby("seed", sort=True):
-        ours, theirs = (both[both["arm"] == name] for name in (arm, reference))
-        if ours.empty or theirs.empty:
+    for seed, together in curves.groupby("seed", sort=True):
+        own = {str(arm): curve for arm, curve in together.groupby("arm", sort=False)}
+        if len(own) < len(arms):
             continue
-        level = sign * min(float((sign * curve[on]).max()) for curve in (ours, theirs))
-        found = [_interpolated(curve, on, level, sign, read) for curve in (ours, theirs)]
-        if found[0] is None or found[1] is None:
-            continue
-        rows.append(
-            {"seed": seed, "level": level, **found[0], **{f"{name}_reference": found[1][name] for name in read}}
-        )
-    names = [*read, *(f"{name}_reference" for name in read)]
-    return pd.DataFrame(rows, columns=["seed", "level", *names])
+        level = sign * min(float((sign * curve[on]).max()) for curve in own.values())
+        points = {arm: _interpolated(curve, on, level, sign, read) for arm, curve in own.items()}
+        if all(points.values()):
+            rows += [{"arm": arm, "seed": seed, "level": level, **(points[arm] or {})} for arm in arms]
+    return pd.DataFrame(rows, columns=["arm", "seed", "level", *read])
 
 
 def wording(interval: Interval, better: Better | None = "higher") -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from vipo.config.models import StudyConfig
-from vipo.evaluation.statistics import Interval, ScoresError, matched_pairs, seed_interval
+from vipo.evaluation.statistics import Interval, ScoresError, matched_arms, seed_interval
 
-#: Share of a picture's change that falls on the base picture's object: `change/foreground` over both parts' sum.
-OBJECT_SHARE = "change/object_share"
+#: Change of a pixel on the base picture's object over the sum of that and a background pixel's: 0.5 is an even change.
+SELECTIVITY = "change/selectivity"
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Decision:
         confirmed: the chosen one's difference on the fresh seeds.
         default: the arm that the decision makes the default: the chosen one, or the reference where the interval of
             the fresh seeds does not lie above zero.
+        skipped: seeds that could not be compared, because an arm never moved past the base.
     """
 
     chosen: str
     choosing: dict[str, Interval]
     confirmed: Interval
     default: str
+    skipped: tuple[int, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -47,86 +49,89 @@ def compare_over_seeds(
         scores: rows of all runs, the base at update 0 among them.
         reference: arm.
         reward: the trained reward's column.
-        columns: what is compared; where the change is split into foreground and background, `OBJECT_SHARE` as well.
+        columns: what is compared; where the change is split into foreground and background, `SELECTIVITY` as well.
         confidence: of the intervals.
 
     Returns:
         One row per arm, matching and column: `arm`, `matched` ("updates", "reward", "change"), `column`, `seeds`,
-        `skipped` (common seeds at which an arm never moved past the base), `mean`, `reference_mean`, `difference`,
-        `low`, `high`. A column is not compared where it is the one held equal.
+        `skipped` (common seeds at which an arm never moved past the base), `level` (mean over seeds of what is held
+        equal; missing for updates), `mean`, `reference_mean`, `difference`, `low`, `high`. A column is not compared
+        where it is the one held equal.
     """
     trained = scores[scores["update"] > 0]
     rows: list[dict[str, Any]] = []
     for arm in (name for name in trained["arm"].unique() if name != reference):
-        both = trained[trained["arm"].isin((arm, reference))].groupby("seed")["arm"].nunique()
-        seeds = both.index[both == 2].tolist()
+        common = trained[trained["arm"].isin((arm, reference))].groupby("seed")["arm"].nunique()
+        seeds = common.index[common == 2].tolist()
         for matched, on in (("updates", None), ("reward", reward), ("change", "change/total")):
             wanted = [name for name in columns if name != on]
-            pairs = (
-                _at_the_end(trained, arm, reference, seeds, wanted)
-                if on is None
-                else matched_pairs(scores, arm, reference, on, wanted)
-            )
-            for column in [*wanted, *_add_object_share(pairs)]:
-                if len(pairs) < 2:
-                    continue
-                interval = seed_interval(list(pairs[column] - pairs[f"{column}_reference"]), confidence)
+            if on is None:
+                last = trained[trained["final"] & trained["arm"].isin((arm, reference)) & trained["seed"].isin(seeds)]
+                points = last.groupby(["arm", "seed"], as_index=False)[wanted].mean()
+            else:
+                points = matched_arms(scores, (arm, reference), on, wanted)
+            points = _with_selectivity(points)
+            ours, theirs = (points[points["arm"] == name].set_index("seed") for name in (arm, reference))
+            if len(ours) < 2:
+                continue
+            for column in [*wanted, *(name for name in [SELECTIVITY] if name in points)]:
+                interval = seed_interval(list(ours[column] - theirs[column]), confidence)
                 rows.append(
                     {
                         "arm": arm,
                         "matched": matched,
                         "column": column,
-                        "seeds": len(pairs),
-                        "skipped": len(seeds) - len(pairs),
-                        "mean": float(pairs[column].mean()),
-                        "reference_mean": float(pairs[f"{column}_reference"].mean()),
+                        "seeds": len(ours),
+                        "skipped": len(seeds) - len(ours),
+                        "level": float(ours["level"].mean()) if on is not None else None,
+                        "mean": float(ours[column].mean()),
+                        "reference_mean": float(theirs[column].mean()),
                         "difference": interval.estimate,
                         "low": interval.low,
                         "high": interval.high,
                     }
                 )
-    names = "arm matched column seeds skipped mean reference_mean difference low high"
+    names = "arm matched column seeds skipped level mean reference_mean difference low high"
     return pd.DataFrame(rows, columns=names.split())
 
 
-def _add_object_share(pairs: pd.DataFrame) -> list[str]:
+def _with_selectivity(points: pd.DataFrame) -> pd.DataFrame:
     parts = ["change/foreground", "change/background"]
-    if not set(parts) <= set(pairs.columns):
-        return []
-    for suffix in ("", "_reference"):
-        inside, outside = (pairs[f"{name}{suffix}"] for name in parts)
-        pairs[f"{OBJECT_SHARE}{suffix}"] = inside / (inside + outside)
-    return [OBJECT_SHARE]
-
-
-def _at_the_end(
-    trained: pd.DataFrame, arm: str, reference: str, seeds: Sequence[int], columns: Sequence[str]
-) -> pd.DataFrame:
-    final = trained[trained["final"]].groupby(["arm", "seed"])[list(columns)].mean()
-    ours, theirs = (final.xs(name).reindex(list(seeds)) for name in (arm, reference))
-    return ours.join(theirs.add_suffix("_reference")).reset_index()
+    if not set(parts) <= set(points.columns):
+        return points
+    return points.assign(**{SELECTIVITY: points[parts[0]] / (points[parts[0]] + points[parts[1]])})
 
 
 def decide(scores: pd.DataFrame, study: StudyConfig, confidence: float) -> Decision:
     """Choose on one half of the seeds, confirm on the other, by the metric that the configuration fixed.
 
+    Candidates and reference are read at one level for each seed, the highest that all of them reached: a candidate that
+    moves less is not read where differences are smaller.
+
     Raises:
-        ScoresError: a candidate and the reference share fewer than two seeds of a half at which both moved.
+        ScoresError: fewer than two seeds of a half can be compared.
     """
+    arms = (study.reference, *study.candidates)
+    points = matched_arms(scores, arms, study.matched_on, [study.metric])
+    table = points.pivot(index="seed", columns="arm", values=study.metric)
 
     def difference(arm: str, seeds: Sequence[int]) -> Interval:
-        pairs = matched_pairs(scores, arm, study.reference, study.matched_on, [study.metric])
-        own = pairs[pairs["seed"].isin(seeds)]
+        own = table[table.index.isin(seeds)]
         if len(own) < 2:
-            raise ScoresError(
-                f"study: {arm} and {study.reference} have {len(own)} of the seeds {list(seeds)} in common"
-            )
-        return seed_interval(list(own[study.metric] - own[f"{study.metric}_reference"]), confidence)
+            raise ScoresError(f"study: of the seeds {list(seeds)}, {len(own)} can be compared for {', '.join(arms)}")
+        return seed_interval(list(own[arm] - own[study.reference]), confidence)
 
     choosing = {arm: difference(arm, study.choose_seeds) for arm in study.candidates}
     chosen = max(choosing, key=lambda arm: choosing[arm].estimate)
     confirmed = difference(chosen, study.confirm_seeds)
-    return Decision(chosen, choosing, confirmed, chosen if confirmed.low > 0 else study.reference)
+    wanted = (*study.choose_seeds, *study.confirm_seeds)
+    return Decision(
+        chosen,
+        choosing,
+        confirmed,
+        chosen if confirmed.low > 0 else study.reference,
+        tuple(seed for seed in wanted if seed not in table.index),
+    )
 
 
 def clip_table(
@@ -136,7 +141,7 @@ def clip_table(
 
     Args:
         scores: rows of all runs.
-        metrics: training metrics of all runs: `arm`, `seed`, `update`, ``clip/share``.
+        metrics: training metrics of all runs: `arm`, `update`, ``clip/share``.
         cells: one row per arm: `arm`, `ratio`, `scope`, `side`, `range`.
         columns: final scores to average.
 

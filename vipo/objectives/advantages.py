@@ -127,12 +127,12 @@ def weight_maps(
     """The per-position weights of an arm, from the maps that its source gave.
 
     Args:
-        kind: 'psm', 'oracle': the maps as they are; 'uniform': ones; 'inverted': each map turned upside down;
-            'mean': each sample's own mean at every position; 'group': the mean over the sample's group, so that the
-            layout is kept and no sample's own; 'shuffled': each map's values at other positions. The last four are
+        kind: 'psm', 'oracle': the maps as they are; 'uniform': ones; 'inverted': each map turned upside down between
+            its own extremes; 'mean': each sample's own mean at every position; 'group': the mean over the sample's
+            group, a layout of no sample's own; 'shuffled': each map's values at other positions. The last four are
             controls for what a map's layout does.
         maps: ``(N, [T,] H, W)``, non-negative.
-        constant: ``(N,)`` bool, maps without structure; inverted, they stay ones.
+        constant: ``(N,)`` bool, maps without structure: ones, whatever the kind, and no part of their group's mean.
         normalize: what `maps` were normalised by, so that an inverted map is as well.
         groups: ``(N,)`` int64 group index of each sample, from 0.
         permutations: ``(N, positions)`` int64, read by 'shuffled'.
@@ -145,15 +145,19 @@ def weight_maps(
         return torch.ones_like(maps)
     if kind == "inverted":
         positions = tuple(range(1, maps.ndim))
-        inverted = maps.amax(dim=positions, keepdim=True) - maps
+        inverted = maps.amax(dim=positions, keepdim=True) + maps.amin(dim=positions, keepdim=True) - maps
         if normalize == "mean":
             inverted = inverted / inverted.mean(dim=positions, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
         return torch.where(constant.reshape(column), torch.ones_like(maps), inverted)
     if kind == "mean":
         return maps.flatten(1).mean(dim=1).reshape(column).expand_as(maps)
     if kind == "group":
-        averaged = torch.stack([maps[groups == group].mean(dim=0) for group in range(int(groups.max()) + 1)])
-        return averaged[groups]
+        averaged = torch.ones_like(maps)
+        for group in range(int(groups.max()) + 1):
+            members = (groups == group) & ~constant
+            if bool(members.any()):
+                averaged[members] = maps[members].mean(dim=0)
+        return averaged
     if kind == "shuffled":
         if permutations is None or permutations.shape != maps.flatten(1).shape:
             found = None if permutations is None else tuple(permutations.shape)

@@ -90,6 +90,7 @@ class Backbone(nn.Module):
         square: pictures are resized to ``input_size x input_size`` whatever their shape, for networks that take
             one size only.
         evidence: what the default orientation rests on.
+        source: the file or folder that the weights were read from; None where a package pins them.
     """
 
     mean: Tensor
@@ -108,6 +109,7 @@ class Backbone(nn.Module):
         interpolation: str = "bicubic",
         square: bool = False,
         evidence: str = NOT_MEASURED,
+        source: Path | None = None,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
@@ -118,6 +120,7 @@ class Backbone(nn.Module):
         self.interpolation = interpolation
         self.square = square
         self.evidence = evidence
+        self.source = source
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval()
@@ -250,7 +253,8 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
                 "folder"
             )
         filename = metadata["hf_hub_filename"] or "model.safetensors"
-        weights = _read_safetensors(_hub_file(repository, filename, config.revision or revision or None))
+        path = _hub_file(repository, filename, config.revision or revision or None)
+        weights = _read_safetensors(path)
     model, any_size = _filled_model(architecture, weights, metadata, arguments)
 
     known_as = config.backbone if packaged else architecture
@@ -277,6 +281,7 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
         interpolation=metadata["interpolation"] if metadata["interpolation"] == "bilinear" else "bicubic",
         square=not any_size,
         evidence=defaults.evidence if as_measured else NOT_MEASURED,
+        source=path,
     )
 
 

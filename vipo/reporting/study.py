@@ -4,13 +4,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from vipo.config.models import Config, config_hash
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import evaluation_curves
-from vipo.evaluation.study import OBJECT_SHARE, clip_table, compare_over_seeds, decide
+from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.provenance.files import atomic_folder
 from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure
 from vipo.reporting.inputs import Experiment, read_experiment
@@ -95,12 +97,11 @@ def _ends(experiment: Experiment) -> pd.DataFrame:
 
 
 def _clip_cells(experiment: Experiment) -> pd.DataFrame:
-    """The arms of a clip study: all trained arms, where nothing but ratio, map and clip tells them apart."""
+    """The arms of a clip study: all trained arms, where nothing but the clip tells them apart."""
     firsts = {arm: experiment.of_arm(arm)[0].config for arm in experiment.arms if arm != "base"}
-    gated = [config for config in firsts.values() if config.objective.ratio == "position"]
-    same = {config.objective.model_copy(update={"clip": None}).model_dump_json() for config in gated}
-    clips = {config.objective.clip.model_dump_json() for config in gated}
-    if len(same) > 1 or len(clips) < 3:
+    others = {config_hash(_without_clip(config)) for config in firsts.values()}
+    clips = {config.objective.clip for config in firsts.values()}
+    if len(others) > 1 or len(clips) < 3:
         return pd.DataFrame()
     return pd.DataFrame(
         [
@@ -108,6 +109,12 @@ def _clip_cells(experiment: Experiment) -> pd.DataFrame:
             for arm, config in firsts.items()
         ]
     )
+
+
+def _without_clip(config: Config) -> dict[str, Any]:
+    identity = config.training_identity()
+    del identity["arm"], identity["seed"], identity["objective"]["clip"]
+    return identity
 
 
 def _paths(name: str, experiment: Experiment, arms: Arms) -> Plot:
@@ -130,7 +137,7 @@ def _paths(name: str, experiment: Experiment, arms: Arms) -> Plot:
 
 def _forest(name: str, compared: pd.DataFrame, arms: Arms, reference: str, reward: str) -> Plot:
     """Differences to the reference in the three matchings: reward, and where the change falls."""
-    shown = [("updates", reward), ("change", reward), ("reward", "change/total"), ("reward", OBJECT_SHARE)]
+    shown = [("updates", reward), ("change", reward), ("reward", "change/total"), ("reward", SELECTIVITY)]
     order = [arm for arm in arms.names if arm in set(compared["arm"])]
     figure, _ = new_figure(1.1 + 0.26 * len(order), width=3 * WIDTH)
     figure.clear()
@@ -185,7 +192,7 @@ def _clip_plot(name: str, gates: pd.DataFrame, reward: str) -> Plot:
 
 
 def _words(column: str) -> str:
-    return "object's share of the change" if column == OBJECT_SHARE else label(column)
+    return "selectivity of the change" if column == SELECTIVITY else label(column)
 
 
 def _page(
@@ -226,7 +233,7 @@ def _page(
             lines += ["", *_markdown(tables[f"{name}-gates"])]
         compared = tables[f"{name}-compared"]
         kept = compared[
-            compared["column"].isin([experiment.rewards[0], "change/total", OBJECT_SHARE, "reward/scene_shape"])
+            compared["column"].isin([experiment.rewards[0], "change/total", SELECTIVITY, "reward/scene_shape"])
         ]
         lines += [
             "",

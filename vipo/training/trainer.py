@@ -31,7 +31,6 @@ from vipo.generators import load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.objectives import (
-    Surrogate,
     allocate_advantages,
     best_and_worst,
     clipped_surrogate,
@@ -40,6 +39,7 @@ from vipo.objectives import (
     weight_maps,
 )
 from vipo.perception import AllocationMaps, PerceptualStructuring, load_backbone
+from vipo.perception.allocator import finish
 from vipo.prompts import read_prompts
 from vipo.provenance import record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
@@ -112,11 +112,11 @@ class Trainer:
         self.weight_inputs = {
             f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))
         }
-        if config.objective.reads_backbone and config.perception.weights is not None:
-            self.weight_inputs["perception"] = root / config.perception.weights
         self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device)
         self.rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
         self.structuring = self._load_structuring(root)
+        if self.structuring is not None and self.structuring.backbone.source is not None:
+            self.weight_inputs["perception"] = self.structuring.backbone.source
         self._try_rewards()
         self.chain = sampling_chain(
             config.sampling, self.generator.prediction, self.generator.alphas_cumprod, device=self.device
@@ -215,6 +215,8 @@ class Trainer:
         objective = self.config.objective
         with self.timer("map"):
             maps, map_metrics = self._maps(samples, groups, batches, images, number)
+        # The pictures of an update are many, and learning is where memory peaks.
+        del images
         basis = rewards
         if maps is not None and objective.map_on == "reward":
             basis = {name: allocate_advantages(values, maps.cpu()) for name, values in rewards.items()}
@@ -330,11 +332,16 @@ class Trainer:
         if self.structuring is not None:
             return self.structuring(images, size, self.generator.frame_groups)
         if self.config.objective.map == "oracle":
-            coverage = object_coverage(images, size)
+            coverage, perception = object_coverage(images, size), self.config.perception
             constant = coverage.amax(dim=(1, 2)) == 0
-            if self.config.perception.normalize == "mean":
-                coverage = coverage / coverage.mean(dim=(1, 2), keepdim=True)
-            maps = torch.where(constant[:, None, None], 1.0, coverage)
+            maps = finish(
+                coverage,
+                constant,
+                torch.ones_like(constant),
+                normalize=perception.normalize,
+                exponent=perception.exponent,
+                floor=perception.floor,
+            )
         else:
             maps = torch.ones(len(images), *self.generator.latent_shape[1:], device=images.device)
             constant = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -372,15 +379,27 @@ class Trainer:
                             self.generator, batch.conditioning, batch.trajectory, which, self.chain
                         )
                         log_ratio = self._log_ratio(moved)
-                        detached = log_ratio.detach()
                         if step == 0:
-                            largest = max(largest, self._check_consistency(detached, batch, which, samples, number))
-                            noise += detached.square().mean() / (per_step * slots)
-                        else:
-                            means = detached.flatten(1).mean(dim=1)
-                            change += torch.stack([means.square().mean(), detached.square().mean()])
+                            noise_now = log_ratio.detach()
+                            largest = max(largest, self._check_consistency(noise_now, batch, which, samples, number))
+                            noise += noise_now.square().mean() / (per_step * slots)
+                        weights = None
+                        if objective.ratio_norm == "guard":
+                            log_ratio, weights = self._guarded(log_ratio, moved, which)
+                        if step > 0:
+                            seen_by_gate = log_ratio.detach()
+                            means = seen_by_gate.flatten(1).mean(dim=1)
+                            change += torch.stack([means.square().mean(), seen_by_gate.square().mean()])
                             changes += 1
-                        surrogate = self._surrogate(log_ratio, moved, own, which)
+                        surrogate = clipped_surrogate(
+                            log_ratio,
+                            own,
+                            ratio=objective.ratio,
+                            side=objective.clip.side,
+                            scope=objective.clip.scope,
+                            clip_range=objective.clip.range,
+                            weights=weights,
+                        )
                         loss = surrogate.loss
                         if objective.kl_weight > 0:
                             kl = self._kl(moved, batch, which)
@@ -389,8 +408,10 @@ class Trainer:
                         loss = loss / (per_step * slots)
                         loss.backward()
                     loss_sum += loss.detach()
-                    clipped.index_add_(0, which, surrogate.clipped)
-                    seen.index_add_(0, which, torch.ones_like(surrogate.clipped))
+                    # At an update's first step every ratio is 1: nothing can be clipped there.
+                    if step > 0:
+                        clipped.index_add_(0, which, surrogate.clipped)
+                        seen.index_add_(0, which, torch.ones_like(surrogate.clipped))
             norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.config.optimizer.max_grad_norm)
             if not bool(torch.isfinite(norm)):
                 texts = sorted({sample.prompt.text for sample in samples})
@@ -409,7 +430,8 @@ class Trainer:
             "grad/norm": sum(norms) / len(norms),
             "log_ratio/max_before_first_step": largest,
             "log_ratio/rms_before_first_step": float(noise.sqrt()),
-            "clip/share": float(clipped.sum() / seen.sum()),
+            # With one optimizer step an update, no step has a ratio other than 1.
+            "clip/share": float(clipped.sum() / seen.sum()) if changes else 0.0,
         }
         if changes:
             sample, position = (change / changes).sqrt().tolist()
@@ -426,22 +448,11 @@ class Trainer:
         )
         return new - old
 
-    def _surrogate(self, log_ratio: Tensor, moved: TransitionBatch, advantages: Tensor, steps: Tensor) -> Surrogate:
-        objective, weights = self.config.objective, None
-        if objective.ratio_norm == "guard":
-            kl = position_kl(moved.mean, moved.old_mean, moved.std, objective.channels)
-            log_ratio = normalized_log_ratio(log_ratio, kl, moved.std.flatten())
-            # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
-            weights = 1 / (self.chain.levels[steps] - self.chain.levels[steps + 1])
-        return clipped_surrogate(
-            log_ratio,
-            advantages,
-            ratio=objective.ratio,
-            side=objective.clip.side,
-            scope=objective.clip.scope,
-            clip_range=objective.clip.range,
-            weights=weights,
-        )
+    def _guarded(self, log_ratio: Tensor, moved: TransitionBatch, steps: Tensor) -> tuple[Tensor, Tensor]:
+        kl = position_kl(moved.mean, moved.old_mean, moved.std, self.config.objective.channels)
+        # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
+        weights = 1 / (self.chain.levels[steps] - self.chain.levels[steps + 1])
+        return normalized_log_ratio(log_ratio, kl, moved.std.flatten()), weights
 
     def _kl(self, moved: TransitionBatch, batch: MicroBatch, steps: Tensor) -> Tensor:
         with torch.no_grad(), self._reference_policy():
@@ -452,19 +463,17 @@ class Trainer:
     @contextlib.contextmanager
     def _reference_policy(self) -> Iterator[None]:
         policy = self.generator.network
+        # The network itself: a second call of its distributed wrapper before the backward pass would disturb that.
+        network: Any = self.accelerator.unwrap_model(policy) if self.reference is None else self.reference
+        self.generator.network = network
         if self.reference is None:
-            adapted: Any = self.accelerator.unwrap_model(policy)
-            adapted.disable_adapters()
-            try:
-                yield
-            finally:
-                adapted.enable_adapters()
-        else:
-            self.generator.network = self.reference
-            try:
-                yield
-            finally:
-                self.generator.network = policy
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            if self.reference is None:
+                network.enable_adapters()
+            self.generator.network = policy
 
     def _check_consistency(
         self, log_ratio: Tensor, batch: MicroBatch, steps: Tensor, samples: list[Sample], number: int
@@ -487,9 +496,11 @@ class Trainer:
     def identity(self) -> str:
         """Hash of everything that decides the run's result; a checkpoint of another identity is never resumed."""
         inputs = {path.name: file_sha256(path) for path in (self.prompts_path, self.embeddings_path)}
-        for name, folder in self.weight_inputs.items():
-            files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
-            inputs[name] = config_hash([file_sha256(path) for path in files])
+        for name, path in self.weight_inputs.items():
+            # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures.
+            files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")])
+            found = [[str(file.relative_to(path)), file_sha256(file)] for file in files]
+            inputs[name] = config_hash(found)
         return config_hash({"config": self.config.training_identity(), "inputs": inputs})
 
     @property

@@ -82,7 +82,9 @@ def report_sections(run):
 def generator_files():
     """The files of a local generator; none for a hub id, whose revision pins it."""
     folder = ROOT / RUNS[FIRST].generator.path
-    return sorted(str(path) for path in folder.rglob("*.safetensors"))
+    return sorted(
+        str(path) for kind in ("safetensors", "json") for path in folder.rglob(f"*.{kind}")
+    )
 
 
 def backbone_files(run):
