@@ -83,7 +83,9 @@ def generator_files():
     """The files of a local generator; none for a hub id, whose revision pins it."""
     folder = ROOT / RUNS[FIRST].generator.path
     return sorted(
-        str(path) for kind in ("safetensors", "json") for path in folder.rglob(f"*.{kind}")
+        str(path)
+        for kind in ("safetensors", "json")
+        for path in folder.rglob(f"*.{kind}")
     )
 
 
