@@ -60,8 +60,10 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
 
 def train_stage(config: Config, root: Path, results: Path) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
+    from vipo.generators.base import check_device
     from vipo.training.trainer import train_run
 
+    check_device(config.generator)
     experiment = experiment_folder(config, results)
     if not (experiment / "prompts" / PROVENANCE).is_file():
         prepare_stage(config, root, results)
@@ -74,7 +76,9 @@ def train_stage(config: Config, root: Path, results: Path) -> None:
 def evaluate_stage(config: Config, root: Path, results: Path) -> None:
     """One run's weights to ``evaluation/<arm>-s<seed>``."""
     from vipo.evaluation.evaluate import evaluate_run
+    from vipo.generators.base import check_device
 
+    check_device(config.generator)
     experiment = experiment_folder(config, results)
     _check_shared(config, experiment)
     evaluate_run(config, root, experiment)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,7 @@ from sklearn.decomposition import PCA
 from vipo.config.models import PerceptionConfig
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
 from vipo.perception.backbones import _packaged_weights
-from vipo.perception.scoring import score_orientations
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from orientation import KINDS, drawn
+from vipo.perception.scoring import drawn_scenes, score_orientations
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +86,7 @@ def test_maps_equal_the_independent_reference(packaged, photographs, crop, size)
 
 
 def test_maps_do_not_depend_on_the_batch(packaged):
-    images, _ = drawn("two objects", 8, 3)
+    images = drawn_scenes(8, 3)["two objects"][0].images
     structuring = PerceptualStructuring(packaged, PerceptionConfig())
     together = structuring(images, (16, 16)).maps
     for batch in (1, 3):
@@ -100,11 +96,11 @@ def test_maps_do_not_depend_on_the_batch(packaged):
 
 
 def test_the_default_orientation_finds_objects(packaged):
-    for kind in KINDS:
-        images, masks = drawn(kind, 16, 7)
-        scores = score_orientations(packaged, PerceptionConfig(), images, masks, (16, 16))
-        assert float(scores[packaged.orientation].mean()) > 0.9, kind
-        assert float(scores[packaged.orientation].min()) > 0.5, kind
+    for kind, sets in drawn_scenes(16, 7).items():
+        for scored in sets:
+            scores = score_orientations(packaged, PerceptionConfig(), scored.images, scored.masks, (16, 16))
+            assert float(scores[packaged.orientation].mean()) > 0.9, kind
+            assert float(scores[packaged.orientation].min()) > 0.5, kind
 
 
 def test_score_orientations_refuses_other_masks(packaged):
@@ -132,7 +128,7 @@ def test_wrong_images_are_named(packaged, images):
 
 
 def test_non_finite_pictures_are_constant_and_leave_the_others_alone(packaged):
-    images, _ = drawn("centred", 3, 0)
+    images = drawn_scenes(3, 0)["centred"][0].images
     broken = images.clone()
     broken[1, 0, 5, 5] = float("nan")
     structuring = PerceptualStructuring(packaged, PerceptionConfig())
@@ -294,7 +290,7 @@ def test_import_path(monkeypatch):
     config = PerceptionConfig(backbone="test_perception_backbones:colours", input_size=32, components=2)
     # pytest may have imported this file under the same name: the class is then one and the same.
     backbone = load_backbone(config)
-    images, _ = drawn("centred", 2, 0)
+    images = drawn_scenes(2, 0)["centred"][0].images
     assert PerceptualStructuring(backbone, config)(images, (16, 16)).maps.shape == (2, 16, 16)
     with pytest.raises(PerceptionError, match="gave a _Colours; it must be"):
         load_backbone(PerceptionConfig(backbone="test_perception_backbones:not_a_backbone"))

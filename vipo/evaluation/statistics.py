@@ -298,8 +298,8 @@ def matched_arms(
     """
     sign = 1.0 if better == "higher" else -1.0
     read = ["update", *columns]
-    curves = evaluation_curves(scores, list(dict.fromkeys([on, *columns])), per_seed=True)
-    curves = curves[curves["arm"].isin(arms)]
+    chosen = scores[scores["arm"].isin(arms) | (scores["update"] == 0)]
+    curves = evaluation_curves(chosen, list(dict.fromkeys([on, *columns])), per_seed=True)
     rows: list[dict[str, Any]] = []
     for seed, together in curves.groupby("seed", sort=True):
         own = {str(arm): curve for arm, curve in together.groupby("arm", sort=False)}
