@@ -86,7 +86,7 @@ def test_maps_equal_the_independent_reference(packaged, photographs, crop, size)
 
 
 def test_maps_do_not_depend_on_the_batch(packaged):
-    images = drawn_scenes(8, 3)["two objects"][0].images
+    images = drawn_scenes(8, 3)["several"][0].images
     structuring = PerceptualStructuring(packaged, PerceptionConfig())
     together = structuring(images, (16, 16)).maps
     for batch in (1, 3):
