@@ -72,7 +72,6 @@ def group_advantages(
     count = int(groups.max()) + 1
     values = torch.zeros(shape, dtype=torch.float64)
     total = torch.stack([weights[name] * reward.double() for name, reward in rewards.items()]).sum(dim=0)
-    over_batch = {name: reward[valid].double().std(dim=0, correction=0) for name, reward in rewards.items()}
     group_std = torch.zeros(count, dtype=torch.float64)
     zero_std = torch.ones(count, dtype=torch.bool)
     for group in range(count):
@@ -84,7 +83,7 @@ def group_advantages(
             own = reward[members].double()
             if bool((own != own[0]).any()):
                 zero_std[group] = False
-                spread = own.std(dim=0) if std == "group" else over_batch[name]
+                spread = own.std(dim=0) if std == "group" else reward[valid].double().std(dim=0, correction=0)
                 values[members] += weights[name] * (own - own.mean(dim=0)) / (spread + std_floor)
     return GroupAdvantages(values.clamp(-clip, clip).float(), valid, group_std.float(), zero_std)
 

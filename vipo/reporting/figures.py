@@ -314,6 +314,13 @@ def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
         return figure, figure.subplots()
 
 
+def new_row(count: int, height: float, width: float) -> tuple[Figure, list[Axes]]:
+    """`count` plots beside each other that share their rows; sizes in inches."""
+    with _style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
 def _finish(figure: Figure, axes: Axes, handles: Sequence[Line2D], *, integers: bool, log: bool = False) -> None:
     if integers:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

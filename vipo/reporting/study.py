@@ -14,7 +14,7 @@ from vipo.errors import VipoError
 from vipo.evaluation.statistics import evaluation_curves
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.provenance.files import atomic_folder
-from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure
+from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure, new_row
 from vipo.reporting.inputs import Experiment, read_experiment
 from vipo.reporting.summary import label
 
@@ -139,9 +139,7 @@ def _forest(name: str, compared: pd.DataFrame, arms: Arms, reference: str, rewar
     """Differences to the reference in the three matchings: reward, and where the change falls."""
     shown = [("updates", reward), ("change", reward), ("reward", "change/total"), ("reward", SELECTIVITY)]
     order = [arm for arm in arms.names if arm in set(compared["arm"])]
-    figure, _ = new_figure(1.1 + 0.26 * len(order), width=3 * WIDTH)
-    figure.clear()
-    panels = figure.subplots(1, len(shown), sharey=True)
+    figure, panels = new_row(len(shown), 1.1 + 0.26 * len(order), 3 * WIDTH)
     for axes, (matched, column) in zip(panels, shown, strict=True):
         rows = compared[(compared["matched"] == matched) & (compared["column"] == column)].set_index("arm")
         for place, arm in enumerate(order):
@@ -151,6 +149,10 @@ def _forest(name: str, compared: pd.DataFrame, arms: Arms, reference: str, rewar
             color = arms.color(arm)
             axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.0, solid_capstyle="round")
             axes.plot(row["difference"], place, marker=arms.marker(arm), color=color, markersize=4.6)
+        # The scale is that of the arms with the most seeds; a wider interval of few seeds runs off the plot.
+        most = rows[rows["seeds"] == rows["seeds"].max()]
+        reach = 2 * float(most[["low", "high"]].abs().to_numpy().max())
+        axes.set_xlim(-reach, reach)
         axes.axvline(0, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
         axes.set_xlabel(f"{_words(column)}\nat {_MATCHINGS[matched]}")
         bare_rows(axes)
