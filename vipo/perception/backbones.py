@@ -62,7 +62,7 @@ REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
             layer=2,
             input_size=96,
             orientation="norm",
-            evidence="measured: AUC .979 on 1000 drawn scenes (docs/perception.md)",
+            evidence="measured: AUC .979 on 1000 drawn scenes (docs/orientation.md)",
         ),
         "vit_*_dinov2*": BackboneDefaults(),
         "vit_*_dinov3*": BackboneDefaults(input_size=512),
