@@ -125,10 +125,11 @@ def _checked(run: RunRecords, root: Path) -> RunRecords:
         raise ExportError(f"{run.folder}: did not finish; run vipo train with its configuration first")
     if run.evaluation is None:
         raise ExportError(f"{run.evaluated}: {run.name} was not evaluated; run vipo evaluate with its configuration")
+    if run.stale is not None:
+        raise ExportError(run.stale)
     reference = _reference(run)
     records = [run.folder / PROVENANCE, run.evaluated / PROVENANCE, reference.evaluated / PROVENANCE]
-    problems = [item.stale for item in (run, reference) if item.stale is not None]
-    problems += [problem for record in records for problem in verify_outputs(record, root)]
+    problems = [problem for record in records for problem in verify_outputs(record, root)]
     for entry in run.training["inputs"]:
         # The parts that are handed over beside the trained network are the base's of today.
         if "model_index.json" in entry.get("files", {}):
@@ -145,7 +146,7 @@ def _reference(run: RunRecords) -> RunRecords:
     names = sorted(path.parent.name for path in run.experiment.glob(f"evaluation/base-s*/{PROVENANCE}"))
     for name in names:
         found = read_run(run.experiment / "runs" / name)
-        if _sampling(found.config) == wanted:
+        if found.stale is None and _sampling(found.config) == wanted:
             return found
     how = "with this run's generator and evaluation settings" if names else "in this experiment"
     raise ExportError(
