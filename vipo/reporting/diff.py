@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -21,6 +21,9 @@ from vipo.evaluation.statistics import (
 from vipo.reporting.inputs import read_rows, read_scores
 from vipo.reporting.runs import RunRecords, read_run, recorded_files
 
+Decides = Literal["training", "evaluation", "nothing"]
+
+_DECIDES: tuple[Decides, ...] = get_args(Decides)
 _SHARED_INPUT = re.compile(r"(?:^|/)((?:prompts|embeddings)/(?:train|eval)\.\w+)\Z")
 _TRAINED = re.compile(r"/runs/[^/]+-s\d+/(?:weights|updates)/")
 _DIGEST = re.compile(r"[0-9a-f]{40,}\Z")
@@ -37,7 +40,7 @@ class ConfigDifference:
     key: str
     a: Any
     b: Any
-    decides: Literal["training", "evaluation", "nothing"]
+    decides: Decides
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
         {key for config in (a, b) for key, _ in _flat(getattr(config, f"{stage}_identity")())}
         for stage in ("training", "evaluation")
     )
-    return tuple(
+    found = [
         ConfigDifference(
             key,
             sides[0].get(key),
@@ -194,7 +197,8 @@ def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
         )
         for key in dict.fromkeys([*sides[0], *sides[1]])
         if sides[0].get(key) != sides[1].get(key)
-    )
+    ]
+    return tuple(sorted(found, key=lambda row: _DECIDES.index(row.decides)))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -269,13 +273,11 @@ def _disagree(row: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def _same_weights(a: RunRecords, b: RunRecords) -> bool | None:
-    if a.training is None or b.training is None:
-        return None
     weights = [
         {path.rpartition("/weights/")[2]: sha256 for path, sha256 in files if "/weights/" in path}
         for files in (recorded_files(run.training, "outputs") for run in (a, b))
     ]
-    return weights[0] == weights[1]
+    return weights[0] == weights[1] if all(weights) else None
 
 
 def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:

@@ -7,7 +7,7 @@ the base's licence files, ``samples/``, ``provenance/`` and ``SHA256SUMS``.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vipo.evaluation.statistics import Better, mean_score, paired_difference
 from vipo.generators.base import checkpoint_location
 from vipo.generators.pipeline import model_index
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
-from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files
+from vipo.provenance.lineage import PROVENANCE, absolute_path
 from vipo.reporting.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import RunRecords, read_run
@@ -130,15 +130,21 @@ def _checked(run: RunRecords, root: Path) -> RunRecords:
     reference = _reference(run)
     records = [run.folder / PROVENANCE, run.evaluated / PROVENANCE, reference.evaluated / PROVENANCE]
     problems = [problem for record in records for problem in verify_outputs(record, root)]
-    for entry in run.training["inputs"]:
-        # The parts that are handed over beside the trained network are the base's of today.
-        if "model_index.json" in entry.get("files", {}):
-            for name, file in entry_files(entry).items():
-                if not (root / name).is_file() or file_sha256(root / name) != file["sha256"]:
-                    problems.append(f"{name}: changed since {run.name} was trained on it")
+    problems += [f"{name}: changed since {run.name} was trained on it" for name in _changed_parts(run.training, root)]
     if problems:
         raise ExportError("not as recorded, so nothing is handed over:\n" + "\n".join(problems))
     return reference
+
+
+def _changed_parts(training: Mapping[str, Any], root: Path) -> Iterator[str]:
+    """Files of the base's pipeline that are not those of the training; its card and licence may have been mended."""
+    for entry in training["inputs"]:
+        if "model_index.json" in entry.get("files", {}):
+            for name, file in entry["files"].items():
+                path = root / entry["path"] / name
+                part = "/" in name or name == "model_index.json"
+                if part and not (path.is_file() and file_sha256(path) == file["sha256"]):
+                    yield str(path)
 
 
 def _reference(run: RunRecords) -> RunRecords:

@@ -86,7 +86,7 @@ def read_run(path: Path) -> RunRecords:
     config, stale = configs[0], None
     if evaluation is not None:
         # The evaluation's settings may be others than those that the run was trained with.
-        own = [item for item in configs if config_hash(item.evaluation_identity()) == evaluation["config_sha256"]]
+        own = [item for item in configs if config_hash(item.evaluation_identity()) == evaluation.get("config_sha256")]
         if own:
             config = config.model_copy(update={"evaluation": own[0].evaluation})
             stale = _other_weights(experiment, name, training, evaluation)
