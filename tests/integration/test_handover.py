@@ -135,6 +135,8 @@ def test_the_stock_pipeline_draws_the_evaluations_pictures(
 
 
 def test_what_is_in_the_folder(demo: Path, base: Path, tmp_path: Path) -> None:
+    # What no stage recorded stays where it is.
+    (demo / "runs/vipo-s0/weights/transformer/added.bin").write_bytes(b"a pickle")
     folder = export_run(demo / "runs" / "vipo-s0", tmp_path / "export", ROOT)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"README.md", "LICENSE.md", "SHA256SUMS", "model_index.json", "provenance/config.yaml"} <= files

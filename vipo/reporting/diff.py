@@ -19,7 +19,7 @@ from vipo.evaluation.statistics import (
     wording,
 )
 from vipo.reporting.inputs import read_rows, read_scores
-from vipo.reporting.runs import RunRecords, read_run, recorded_files
+from vipo.reporting.runs import RunRecords, read_run
 
 Decides = Literal["training", "evaluation", "nothing"]
 
@@ -260,7 +260,8 @@ def _training(a: RunRecords, b: RunRecords) -> Training | None:
     ends = [_values(rows[-1]) for rows in (left, right)]
     names = [name for name in dict.fromkeys([*ends[0], *ends[1]]) if name != "update"]
     metrics = tuple(MetricDifference(name, ends[0].get(name), ends[1].get(name)) for name in names)
-    return Training((len(left), len(right)), equal, _same_weights(a, b), metrics)
+    same = a.weights == b.weights if a.weights and b.weights else None
+    return Training((len(left), len(right)), equal, same, metrics)
 
 
 def _values(row: Mapping[Any, Any]) -> dict[str, float]:
@@ -270,14 +271,6 @@ def _values(row: Mapping[Any, Any]) -> dict[str, float]:
 
 def _disagree(row: Mapping[str, float], other: Mapping[str, float]) -> bool:
     return any(row[name] != other[name] for name in row.keys() & other.keys())
-
-
-def _same_weights(a: RunRecords, b: RunRecords) -> bool | None:
-    weights = [
-        {path.rpartition("/weights/")[2]: sha256 for path, sha256 in files if "/weights/" in path}
-        for files in (recorded_files(run.training, "outputs") for run in (a, b))
-    ]
-    return weights[0] == weights[1] if all(weights) else None
 
 
 def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:

@@ -87,7 +87,7 @@ def export_run(
     base = _base(run, root, base_model)
     licence = _licence(base, license_id)
     final, others = (_final(item) for item in (run, reference))
-    samples = _samples(run, reference, final, others)
+    samples = _samples(run, reference, final)
     scores = _scores(run.config, final, others)
     card = model_card(
         run.config,
@@ -101,13 +101,12 @@ def export_run(
         revision=base.revision,
     )
     with atomic_folder(target) as folder:
-        _copy_weights(run.folder / "weights", base, folder)
+        _copy_weights(run, base, folder)
         for name in licence.files:
-            shutil.copyfile(base.folder / name, folder / name)
-        (folder / "samples").mkdir()
+            _copy(base.folder / name, folder / name)
         for sample in samples:
-            for source, place in ((sample.base_file, sample.base), (sample.file, sample.mine)):
-                shutil.copyfile(source, folder / place)
+            _copy(sample.base_file, folder / sample.base)
+            _copy(sample.file, folder / sample.mine)
         _write_provenance(run, reference, scores, folder / "provenance")
         card.save(folder / "README.md")
         files = sorted(item for item in folder.rglob("*") if item.is_file())
@@ -185,7 +184,7 @@ def _base(run: RunRecords, root: Path, base_model: str | None) -> _Base:
         raise ExportError(f"{location}/model_index.json: names no class of diffusers; its own code is not handed over")
     parts: tuple[str, ...] = ()
     if run.config.training.lora is None:
-        trained = {item.name for item in (run.folder / "weights").iterdir()}
+        trained = {name.split("/", 1)[0] for name in run.weights}
         parts = tuple(
             name for name, entry in index.items() if isinstance(entry, list) and entry[-1] and name not in trained
         )
@@ -254,7 +253,7 @@ def _scores(config: Config, final: pd.DataFrame, reference: pd.DataFrame) -> lis
     return rows
 
 
-def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame, others: pd.DataFrame) -> list[CardSample]:
+def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame) -> list[CardSample]:
     """Of the first held-out prompts the first sample, as in the report."""
     first = final[final["sample"] == final["sample"].min()].head(run.config.evaluation.shown_prompts)
     found = []
@@ -267,10 +266,11 @@ def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame, others
     return found
 
 
-def _copy_weights(weights: Path, base: _Base, folder: Path) -> None:
-    shutil.copytree(weights, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+def _copy_weights(run: RunRecords, base: _Base, folder: Path) -> None:
+    for name in run.weights:
+        _copy(run.folder / "weights" / name, folder / name)
     if base.parts:
-        shutil.copyfile(base.folder / "model_index.json", folder / "model_index.json")
+        _copy(base.folder / "model_index.json", folder / "model_index.json")
     for part in base.parts:
         names = list(_part_files(base.folder / part))
         if not names:
@@ -278,8 +278,13 @@ def _copy_weights(weights: Path, base: _Base, folder: Path) -> None:
         if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
             raise ExportError(f"{base.folder / part}: has no safetensors weights, and pickles are not handed over")
         for name in names:
-            (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base.folder / part / name, folder / part / name)
+            _copy(base.folder / part / name, folder / part / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Content alone: neither links, such as those of the Hub's cache, nor permissions.
+    shutil.copyfile(source, target)
 
 
 def _part_files(folder: Path) -> Iterator[str]:
@@ -288,10 +293,9 @@ def _part_files(folder: Path) -> Iterator[str]:
 
 
 def _write_provenance(run: RunRecords, reference: RunRecords, scores: Sequence[ScoreRow], folder: Path) -> None:
-    folder.mkdir()
-    shutil.copyfile(run.folder / PROVENANCE, folder / "train.json")
-    shutil.copyfile(run.evaluated / PROVENANCE, folder / "evaluate.json")
-    shutil.copyfile(reference.evaluated / PROVENANCE, folder / "evaluate-base.json")
+    _copy(run.folder / PROVENANCE, folder / "train.json")
+    _copy(run.evaluated / PROVENANCE, folder / "evaluate.json")
+    _copy(reference.evaluated / PROVENANCE, folder / "evaluate-base.json")
     (folder / "config.yaml").write_text(dump_config(run.config))
     text = json.dumps([row.as_json() for row in scores], indent=1, allow_nan=False)
     (folder / "scores.json").write_text(text + "\n")

@@ -45,6 +45,12 @@ class RunRecords:
         """Where it was evaluated."""
         return self.experiment / "evaluation" / self.name
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """Recorded files of the final weights, below ``weights/``, and their SHA-256."""
+        found = ((_below(path, self.name), sha256) for path, sha256 in recorded_files(self.training, "outputs"))
+        return {place.removeprefix("weights/"): sha256 for place, sha256 in found if place.startswith("weights/")}
+
     def changed(self, path: Path) -> str | None:
         """What is wrong with a file that a stage of this run wrote: ``<path>: <problem>``, or None.
 
