@@ -267,7 +267,7 @@ def _facts(config: Config) -> dict[str, str]:
     training, terms = config.training, config.reward.terms
     lora = training.lora
     return {
-        "Arm": f"{config.arm}: {describe(config.objective)}",
+        "Arm": f"{config.arm}, {describe(config.objective)}",
         "Seed": str(config.seed),
         "Trained": "all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
         "Reward": " + ".join(term.name if len(terms) == 1 else f"{term.weight:g} {term.name}" for term in terms),
