@@ -297,6 +297,14 @@ def export(
     typer.echo(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
 
 
+def _leave(status: int) -> None:
+    if "RANK" in os.environ:
+        # One of several processes would wait in its clean-up for partners that may hang.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
@@ -315,10 +323,10 @@ def main() -> None:
         with contextlib.suppress(BrokenPipeError):
             typer.echo(f"error: {error}", err=True)
         # A scheduler tells by it what can be tried again: EX_TEMPFAIL of sysexits.h.
-        sys.exit(75 if isinstance(error, Preempted) else 1)
+        _leave(75 if isinstance(error, Preempted) else 1)
     except OSError as error:
         typer.echo(f"error: {error}; check that the path exists, permissions and free space", err=True)
-        sys.exit(1)
+        _leave(1)
 
 
 if __name__ == "__main__":
