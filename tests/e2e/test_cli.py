@@ -33,6 +33,7 @@ PURPOSE = {
     "encode": "Encode the prepared prompts",
     "train": "Train one run",
     "evaluate": "held-out prompts",
+    "summarize": "numbers, tables and figures",
     "report": "HTML report",
     "crate": "RO-Crate",
     "map": "allocation map over any picture",

@@ -39,7 +39,7 @@ def experiment(built: Path, tmp_path: Path) -> Path:
 
 
 def _record_evaluation(folder: Path, run: str) -> None:
-    config = load_config_file(folder / "configs" / f"{run}.yaml")
+    config = load_config_file(folder / "evaluation" / run / "config.yaml")
     scores = folder / "evaluation" / run / "scores.parquet"
     output = {"path": f"results/demo/evaluation/{run}/scores.parquet", "bytes": 1, "sha256": file_sha256(scores)}
     record = {
@@ -82,7 +82,7 @@ def test_a_run_does_not_differ_from_itself(experiment: Path) -> None:
 
 
 def test_configuration_says_what_a_key_decides(experiment: Path) -> None:
-    path = experiment / "configs" / "vipo-s1.yaml"
+    path = experiment / "evaluation" / "vipo-s1" / "config.yaml"
     text = path.read_text()
     for old, new in (
         ("checkpoint_every: 5", "checkpoint_every: 7"),
@@ -190,7 +190,7 @@ def _fewer_prompts(experiment: Path) -> None:
 
 def _replace(old: str, new: str) -> Callable[[Path], None]:
     def change(experiment: Path) -> None:
-        path = experiment / "configs/vipo-s0.yaml"
+        path = experiment / "evaluation/vipo-s0/config.yaml"
         text = path.read_text()
         assert old in text
         path.write_text(text.replace(old, new))
@@ -271,7 +271,7 @@ def test_no_run_is_a_clear_error(experiment: Path, wrong: str) -> None:
 
 def test_runs_of_two_results_folders(experiment: Path, tmp_path: Path) -> None:
     other = shutil.copytree(experiment, tmp_path / "elsewhere" / "renamed")
-    path = other / "configs" / "vipo-s1.yaml"
+    path = other / "evaluation" / "vipo-s1" / "config.yaml"
     path.write_text(path.read_text().replace("name: demo", "name: renamed"))
     found = diff_runs(experiment / "runs/vipo-s0", other / "runs/vipo-s1")
     assert {row.key: row.decides for row in found.config} == {"seed": "training", "experiment.name": "nothing"}

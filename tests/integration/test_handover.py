@@ -267,7 +267,7 @@ def _retrained(experiment: Path) -> None:
 
 
 def _other_settings(experiment: Path) -> None:
-    path = experiment / "configs/vipo-s0.yaml"
+    path = experiment / "evaluation/vipo-s0/config.yaml"
     text = path.read_text()
     path.write_text(text.replace("samples_per_prompt: 2", "samples_per_prompt: 1"))
     shutil.copy(path, experiment / "runs/vipo-s0/config.yaml")

@@ -161,6 +161,8 @@ class PipelineGenerator(Generator):
                 with torch.device("meta"):
                     network = self.network_class.from_config(self.network.config)
                 network.load_state_dict(state, assign=True)
+            # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
+            network.register_to_config(_name_or_path=self.config.path)
             network.save_pretrained(folder / self.network_folder, safe_serialization=True)
 
     def load_network(self, folder: Path) -> None:

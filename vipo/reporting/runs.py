@@ -77,7 +77,8 @@ def read_run(path: Path) -> RunRecords:
     """
     folder = absolute_path(path)
     experiment, name = folder.parent.parent, folder.name
-    files = [experiment / "runs" / name / "config.yaml", experiment / "configs" / f"{name}.yaml"]
+    files = [experiment / part / name / "config.yaml" for part in ("runs", "evaluation")]
+    files.append(experiment / "configs" / f"{name}.yaml")
     configs = [load_config_file(file) for file in files if file.is_file()]
     if folder.parent.name != "runs" or not configs or configs[0].run_name != name:
         raise ReportError(
