@@ -366,6 +366,14 @@ class TrainingConfig(Section):
         return self
 
 
+class DistributionConfig(Section):
+    """How a training run is spread over processes; outside every identity."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    processes: PositiveInt = Field(1, description="Processes on each node.")
+    nodes: PositiveInt = 1
+
+
 class EvaluationConfig(Section):
     """Held-out comparison: the same prompts and noise for every arm."""
 
@@ -498,6 +506,7 @@ class Config(Section):
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    distribution: DistributionConfig
     evaluation: EvaluationConfig
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 
@@ -554,7 +563,7 @@ class Config(Section):
 
         Checkpoint frequency and how many are kept change nothing in the result and are left out.
         """
-        data = self.model_dump(mode="json", exclude={"experiment", "evaluation", "pretrain"})
+        data = self.model_dump(mode="json", exclude={"experiment", "distribution", "evaluation", "pretrain"})
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
         return data
