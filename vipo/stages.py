@@ -1,12 +1,17 @@
-"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
+"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there.
 
-from collections.abc import Sequence
+A stage holds the lock of the folder that it writes. Where another process has it, the stage waits for up to `wait`
+seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in time it does its work again on top of the
+other's, from the newest checkpoint if it trains, and ends with the same bytes.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config, write_if_changed
 from vipo.config.models import Config, config_hash
 from vipo.prompts import prepare_prompts
-from vipo.provenance import ProvenanceError, read_provenance, record_stage, write_crate
+from vipo.provenance import ProvenanceError, read_provenance, record_stage, run_lock, write_crate
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -20,8 +25,13 @@ def run_names(config: Config) -> list[str]:
     return [f"{name}-s{seed}" for name, arm in config.experiment.arms.items() for seed in arm.seeds]
 
 
-def prepare_stage(config: Config, root: Path, results: Path) -> None:
+def prepare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``."""
+    with run_lock(experiment_folder(config, results) / "prompts", wait_seconds=wait):
+        _prepare(config, root, results)
+
+
+def _prepare(config: Config, root: Path, results: Path) -> None:
     folder = experiment_folder(config, results) / "prompts"
     source = root / config.prompts.source
     with record_stage(
@@ -36,8 +46,13 @@ def prepare_stage(config: Config, root: Path, results: Path) -> None:
         prepare_prompts(config.prompts, root, folder)
 
 
-def encode_stage(config: Config, root: Path, results: Path) -> None:
+def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """Prepared prompts to ``embeddings/{train,eval}.safetensors``."""
+    with run_lock(experiment_folder(config, results) / "embeddings", wait_seconds=wait):
+        _encode(config, root, results)
+
+
+def _encode(config: Config, root: Path, results: Path) -> None:
     import torch
 
     from vipo.generators.base import checkpoint_inputs
@@ -58,22 +73,29 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
             encode_prompt_file(config.generator, root, prompts / f"{split}.jsonl", folder / f"{split}.safetensors")
 
 
-def train_stage(config: Config, root: Path, results: Path) -> None:
+def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
     from vipo.generators.base import check_device
     from vipo.training.trainer import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    if not (experiment / "prompts" / PROVENANCE).is_file():
-        prepare_stage(config, root, results)
-    if not (experiment / "embeddings" / PROVENANCE).is_file():
-        encode_stage(config, root, results)
+    _where_missing(experiment / "prompts", wait, lambda: _prepare(config, root, results))
+    _where_missing(experiment / "embeddings", wait, lambda: _encode(config, root, results))
     _check_shared(config, experiment)
-    train_run(config, root, experiment)
+    train_run(config, root, experiment, wait)
 
 
-def evaluate_stage(config: Config, root: Path, results: Path) -> None:
+def _where_missing(folder: Path, wait: float, make: Callable[[], None]) -> None:
+    if (folder / PROVENANCE).is_file():
+        return
+    with run_lock(folder, wait_seconds=wait):
+        # Whoever held the lock may just have made it.
+        if not (folder / PROVENANCE).is_file():
+            make()
+
+
+def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run's weights to ``evaluation/<arm>-s<seed>``."""
     from vipo.evaluation.evaluate import evaluate_run
     from vipo.generators.base import check_device
@@ -81,7 +103,8 @@ def evaluate_stage(config: Config, root: Path, results: Path) -> None:
     check_device(config.generator)
     experiment = experiment_folder(config, results)
     _check_shared(config, experiment)
-    evaluate_run(config, root, experiment)
+    with run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait):
+        evaluate_run(config, root, experiment)
     # The report reads it; a workflow has written the same bytes before.
     write_if_changed(experiment / "configs" / f"{config.run_name}.yaml", dump_config(config))
 
@@ -100,7 +123,7 @@ def _check_shared(config: Config, experiment: Path) -> None:
             )
 
 
-def report_stage(config: Config, root: Path, results: Path) -> Path:
+def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> Path:
     """All runs of the experiment to ``report/index.html``."""
     from vipo.reporting import build_report
 
@@ -113,23 +136,30 @@ def report_stage(config: Config, root: Path, results: Path) -> Path:
         read += [evaluation / name for name in ("scores.parquet", "maps.safetensors", "samples")]
         if not run.startswith("base-"):
             read += [training / name for name in ("metrics.jsonl", "timing.jsonl", "provenance.json")]
-    with record_stage(
-        "report",
-        output,
-        inputs=read,
-        outputs=lambda: [
-            path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "provenance.json"
-        ],
-        config=config.experiment.model_dump(mode="json"),
-        root=root,
+
+    def written() -> list[Path]:
+        found = (path for path in sorted(output.rglob("*")) if path.is_file() and not path.name.startswith(".lock"))
+        return [path for path in found if path.name != PROVENANCE]
+
+    with (
+        run_lock(output, wait_seconds=wait),
+        record_stage(
+            "report",
+            output,
+            inputs=read,
+            outputs=written,
+            config=config.experiment.model_dump(mode="json"),
+            root=root,
+        ),
     ):
         return build_report(experiment, runs, output)
 
 
-def crate_stage(config: Config, root: Path, results: Path) -> Path:
+def crate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> Path:
     """Everything of the experiment, described in ``crate/ro-crate-metadata.json``."""
     experiment = experiment_folder(config, results)
-    return write_crate(experiment, experiment / "crate", root)
+    with run_lock(experiment / "crate", wait_seconds=wait):
+        return write_crate(experiment, experiment / "crate", root)
 
 
 def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:

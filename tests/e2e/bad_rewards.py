@@ -1,6 +1,7 @@
 """Rewards that misbehave, by import path: ``bad_rewards:raises`` and so on."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,4 +56,15 @@ class FillsDisk:
             folder = Path(os.environ["FILL"])
             disk = os.statvfs(folder)
             (folder / "filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+        return images.mean(dim=(1, 2, 3))
+
+
+class Slow:
+    """Brightness; a call takes the seconds ``SLOW``."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds = float(os.environ.get("SLOW", "0"))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        time.sleep(self.seconds)
         return images.mean(dim=(1, 2, 3))

@@ -547,12 +547,11 @@ class Trainer:
         tracker.flush()
         tensors = prefixed("network", dict(self.trainable)) | prefixed("optimizer", optimizer_tensors(self.optimizer))
         # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
-        metrics = (self.folder / "metrics.jsonl").read_text()
         save_checkpoint(
             self._checkpoints,
             update,
             tensors,
-            {"identity": identity, "metrics": metrics, "config": dump_config(self.config)},
+            {"identity": identity, "metrics": tracker.metrics, "config": dump_config(self.config)},
         )
         prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
 
@@ -656,11 +655,17 @@ class Trainer:
         return self.folder / "weights"
 
 
-def train_run(config: Config, root: Path, experiment: Path) -> None:
+def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> None:
     """The `train` stage: one arm and seed into ``runs/<arm>-s<seed>``, with its provenance.
 
+    Args:
+        config: the run.
+        root: repository root.
+        experiment: ``results/<experiment>`` with prompts and embeddings.
+        wait: seconds to wait for another process that writes this run.
+
     Raises:
-        RunLocked: another process writes this run.
+        RunLocked: another process still writes this run.
         Others: see `Trainer` and `Trainer.run`.
     """
     trainer = Trainer(config, root, experiment)
@@ -675,7 +680,7 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
         ]
         return [folder / "config.yaml", folder / "metrics.jsonl", *kept]
 
-    with run_lock(folder):
+    with run_lock(folder, wait_seconds=wait):
         trainer.set_aside_other()
         with record_stage(
             "train",

@@ -9,6 +9,8 @@ rule prepare:
         provenance=f"{EXPERIMENT_DIR}/prompts/provenance.json",
     log:
         f"{EXPERIMENT_DIR}/logs/prepare.log",
+    resources:
+        **job_resources(RUNS[FIRST], "prepare"),
     params:
         identity=identity(FIRST, "prompts"),
     shell:
@@ -27,6 +29,8 @@ rule encode:
         provenance=f"{EXPERIMENT_DIR}/embeddings/provenance.json",
     log:
         f"{EXPERIMENT_DIR}/logs/encode.log",
+    resources:
+        **job_resources(RUNS[FIRST], "encode"),
     params:
         identity=identity(FIRST, "embeddings"),
     shell:

@@ -9,6 +9,8 @@ rule report:
         provenance=f"{EXPERIMENT_DIR}/report/provenance.json",
     log:
         f"{EXPERIMENT_DIR}/logs/report.log",
+    resources:
+        **job_resources(RUNS[FIRST], "report"),
     params:
         sections=[report_sections(run) for run in RUNS],
     shell:
@@ -24,5 +26,7 @@ rule crate:
         f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
     log:
         f"{EXPERIMENT_DIR}/logs/crate.log",
+    resources:
+        **job_resources(RUNS[FIRST], "crate"),
     shell:
         "vipo crate --config {input.config} 2>&1 | tee {log}"
