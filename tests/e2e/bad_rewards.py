@@ -59,12 +59,15 @@ class FillsDisk:
         return images.mean(dim=(1, 2, 3))
 
 
-class Slow:
-    """Brightness; a call takes the seconds ``SLOW``."""
+class Paced:
+    """Brightness; a call takes ``PACE`` seconds and, while the file ``HOLD`` exists, does not return."""
 
     def __init__(self, device: str) -> None:
-        self.seconds = float(os.environ.get("SLOW", "0"))
+        self.seconds = float(os.environ.get("PACE", "0"))
+        self.hold = Path(os.environ["HOLD"]) if "HOLD" in os.environ else None
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         time.sleep(self.seconds)
+        while self.hold is not None and self.hold.exists():
+            time.sleep(0.05)
         return images.mean(dim=(1, 2, 3))

@@ -25,7 +25,7 @@ from vipo.training.checkpoints import list_checkpoints
 pytestmark = pytest.mark.slurm
 
 ROOT = repository_root()
-UPDATES = 30
+UPDATES = 16
 
 SLURM_CONF = """\
 ClusterName=vipo
@@ -46,6 +46,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
+# Long enough for the test to look back at every job.
+MinJobAge=3600
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
@@ -180,8 +182,8 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
         "~experiment.arms.uniform",
         "~experiment.arms.inverted",
         "experiment.arms.grpo.seeds=[0]",
-        "reward.terms=[{name: bad_rewards:Slow}]",
-        "evaluation.rewards=[bad_rewards:Slow]",
+        "reward.terms=[{name: bad_rewards:Paced}]",
+        "evaluation.rewards=[bad_rewards:Paced]",
         f"training.updates={UPDATES}",
         "cluster.train.partition=gpu",
         "cluster.train.gpus=1",
@@ -211,7 +213,8 @@ def _artifacts(run: Path) -> dict[str, bytes]:
 def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
 ) -> None:
-    environment = cluster.environment | {"SLOW": "0.4"}
+    hold = project / "hold"
+    environment = cluster.environment | {"PACE": "0.2", "HOLD": str(hold)}
     run = project / "results/demo/runs/grpo-s0"
     metrics, log, train = run / "metrics.jsonl", project / "results/demo/logs/train-grpo-s0.log", "rule_train"
 
@@ -232,6 +235,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     # Snakemake is killed while a job trains: the job goes on.
     with started() as first:
         _eventually("the first job trains", lambda: _rows(metrics) >= 1 or first.poll() is not None, 400)
+        hold.touch()
     (job,) = cluster.queue(train)
     asked = cluster.ask("scontrol", "show", "job", job.id)
     for told in ("Partition=gpu", "TresPerNode=gres:gpu:1", "TimeLimit=00:20:00", "MinMemoryNode=3000M", "NumNodes=1"):
@@ -246,19 +250,21 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     assert [known.id for known in cluster.jobs()] == [known.id for known in before]
 
     # Stopped with all its processes, it keeps its last update.
-    assert _rows(metrics) < UPDATES - 5
-    cluster.ask("scancel", job.id)
+    cluster.ask("scancel", *(known.id for known in cluster.queue()))
+    hold.unlink()
     _eventually("the cancelled job has ended", lambda: not cluster.queue(), 60)
     assert "stopped by SIGTERM after update" in log.read_text()
     done = int(list_checkpoints(run / "checkpoints")[0].name)
-    assert 1 <= done < UPDATES - 5
+    assert 1 <= done < UPDATES - 2
     assert not (run / "provenance.json").exists()
 
     # A third snakemake goes on from there; the signal before the time limit reaches the step alone, and it tries again.
     with started() as third:
         _eventually("the second job trains", lambda: _rows(metrics) > done or third.poll() is not None, 400)
+        hold.touch()
         (job,) = cluster.queue(train)
         cluster.ask("scancel", "--signal=TERM", job.id)
+        hold.unlink()
         assert third.wait() == 0, (project / "shown").read_text()
     assert (project / "results/demo/report/index.html").is_file()
     assert (project / "results/demo/crate/ro-crate-metadata.json").is_file()
