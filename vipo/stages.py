@@ -5,7 +5,8 @@ seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in t
 other's, from the newest checkpoint if it trains, and ends with the same bytes.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config, write_if_changed
@@ -76,23 +77,29 @@ def _encode(config: Config, root: Path, results: Path) -> None:
 def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
     from vipo.generators.base import check_device
+    from vipo.training.launch import is_rank, launch, stop_with_launcher
     from vipo.training.trainer import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    _where_missing(experiment / "prompts", wait, lambda: _prepare(config, root, results))
-    _where_missing(experiment / "embeddings", wait, lambda: _encode(config, root, results))
-    _check_shared(config, experiment)
-    train_run(config, root, experiment, wait)
-
-
-def _where_missing(folder: Path, wait: float, make: Callable[[], None]) -> None:
-    if (folder / PROVENANCE).is_file():
-        return
-    with run_lock(folder, wait_seconds=wait):
-        # Whoever held the lock may just have made it.
+    for name, make in (("prompts", _prepare), ("embeddings", _encode)):
+        folder = experiment / name
         if not (folder / PROVENANCE).is_file():
-            make()
+            if is_rank():
+                raise ProvenanceError(f"{folder}: missing; make it first, before several processes start")
+            with run_lock(folder, wait_seconds=wait):
+                # Whoever held the lock may just have made it.
+                if not (folder / PROVENANCE).is_file():
+                    make(config, root, results)
+    _check_shared(config, experiment)
+    if config.distribution.world_size == 1 or is_rank():
+        stop_with_launcher()
+        train_run(config, root, experiment, wait)
+        return
+    resolved = experiment / "configs" / f"{config.run_name}.yaml"
+    write_if_changed(resolved, dump_config(config))
+    files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
+    launch([sys.executable, "-m", "vipo.cli", "train", *files], config.distribution)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:

@@ -327,6 +327,9 @@ class TrainingConfig(Section):
     micro_batch: PositiveInt = Field(
         4, description="Samples in one network call, in the rollout and in the update alike."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
     checkpoint_every: PositiveInt = Field(10, description="Updates between checkpoints.")
     keep_checkpoints: PositiveInt = 2
     log_ratio_tolerance: PositiveFloat = Field(
@@ -367,11 +370,19 @@ class TrainingConfig(Section):
 
 
 class DistributionConfig(Section):
-    """How a training run is spread over processes; outside every identity."""
+    """The processes that train one run together: how fast it is, and of its result no more than the order of sums."""
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    processes: PositiveInt = Field(1, description="Processes on each node.")
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="The network whole in every process, or its weights, gradients and AdamW state in shards."
+    )
+    processes: PositiveInt = Field(1, description="Processes on each node, one a GPU.")
     nodes: PositiveInt = 1
+    timeout_seconds: PositiveFloat = Field(1800, description="How long the processes wait for one that is missing.")
+
+    @property
+    def world_size(self) -> int:
+        """All processes of all nodes."""
+        return self.processes * self.nodes
 
 
 class StageResources(Section):
@@ -604,7 +615,8 @@ class Config(Section):
     def training_identity(self) -> dict[str, Any]:
         """The sections that decide a training run's result; a checkpoint belongs to exactly one such value.
 
-        Checkpoint frequency and how many are kept change nothing in the result and are left out.
+        Checkpoint frequency and how many are kept change nothing in the result and are left out, and so are the
+        processes: a run goes on with another number of them.
         """
         data = self.model_dump(mode="json", exclude={"experiment", "distribution", "evaluation", "cluster", "pretrain"})
         for volatile in ("checkpoint_every", "keep_checkpoints"):
