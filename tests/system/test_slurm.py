@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -162,10 +163,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             _eventually("every job has ended", lambda: not made.queue(), 60)
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
     """What a checkout holds beside the package."""
-    folder = tmp_path_factory.mktemp("project")
+    folder = tmp_path / "project"
     for name in ("configs", "workflow", "data/prompts"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("Snakefile", "requirements.lock", "CITATION.cff", "slurm"):
@@ -175,9 +176,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def overrides(tiny_overrides: list[str]) -> list[str]:
-    """Base and one trained run, on one fake GPU, long enough to be disturbed."""
+    """Base and one trained run, on one fake GPU, which the test can hold."""
     return [
-        *(text for text in tiny_overrides if not text.startswith("experiment=")),
+        *(text for text in tiny_overrides if not text.startswith(("experiment=", "training.micro_batch="))),
         "~experiment.arms.vipo",
         "~experiment.arms.uniform",
         "~experiment.arms.inverted",
@@ -185,6 +186,7 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
         "reward.terms=[{name: bad_rewards:Paced}]",
         "evaluation.rewards=[bad_rewards:Paced]",
         f"training.updates={UPDATES}",
+        "training.micro_batch=2",
         "cluster.train.partition=gpu",
         "cluster.train.gpus=1",
         "cluster.train.memory_mb=3000",
@@ -192,16 +194,65 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     ]
 
 
-def _command(overrides: list[str], *arguments: str) -> list[str]:
-    settings = ["--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "5"]
-    return [
-        *("snakemake", "--profile", "slurm", *settings, *arguments),
-        *("--config", "experiment=demo", f"overrides={json.dumps(overrides)}"),
-    ]
+@dataclass(frozen=True)
+class Workflow:
+    """``snakemake --profile slurm`` in a project folder; training stands still while the file `hold` exists."""
 
+    cluster: Cluster
+    project: Path
+    overrides: list[str]
 
-def _rows(metrics: Path) -> int:
-    return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+    @property
+    def hold(self) -> Path:
+        return self.project / "hold"
+
+    @property
+    def run(self) -> Path:
+        return self.project / "results/demo/runs/grpo-s0"
+
+    @property
+    def updates(self) -> int:
+        """Updates that the run's metrics know."""
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+    @property
+    def log(self) -> str:
+        """Of the newest training job."""
+        return (self.project / "results/demo/logs/train-grpo-s0.log").read_text()
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A snakemake that is killed when the block ends."""
+        checks = ["--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "5"]
+        command = ["snakemake", "--profile", "slurm", *checks, *arguments]
+        command += ["--config", "experiment=demo", f"overrides={json.dumps(self.overrides)}"]
+        environment = self.cluster.environment | {"PACE": "0.1", "HOLD": str(self.hold)}
+        with (self.project / "shown").open("wb") as shown:
+            process = subprocess.Popen(command, cwd=self.project, env=environment, stdout=shown, stderr=shown)
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def finished(self, *arguments: str) -> int:
+        """The exit status of a snakemake that ends by itself."""
+        with self.started(*arguments) as process:
+            return process.wait()
+
+    @property
+    def shown(self) -> str:
+        """What the newest snakemake printed."""
+        return (self.project / "shown").read_text()
+
+    def hold_training(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
+        """The job that trains, standing still after more than `after` updates."""
+        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, 400)
+        self.hold.touch()
+        assert snakemake.poll() is None, self.shown
+        (job,) = self.cluster.queue("rule_train")
+        return job
 
 
 def _artifacts(run: Path) -> dict[str, bytes]:
@@ -213,71 +264,72 @@ def _artifacts(run: Path) -> dict[str, bytes]:
 def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
 ) -> None:
-    hold = project / "hold"
-    environment = cluster.environment | {"PACE": "0.2", "HOLD": str(hold)}
-    run = project / "results/demo/runs/grpo-s0"
-    metrics, log, train = run / "metrics.jsonl", project / "results/demo/logs/train-grpo-s0.log", "rule_train"
-
-    def snakemake(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = _command(overrides, *arguments)
-        return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-
-    @contextmanager
-    def started() -> Iterator[subprocess.Popen[bytes]]:
-        with (project / "shown").open("ab") as shown:
-            process = subprocess.Popen(_command(overrides), cwd=project, env=environment, stdout=shown, stderr=shown)
-            try:
-                yield process
-            finally:
-                process.kill()
-                process.wait()
-
+    workflow = Workflow(cluster, project, overrides)
     # Snakemake is killed while a job trains: the job goes on.
-    with started() as first:
-        _eventually("the first job trains", lambda: _rows(metrics) >= 1 or first.poll() is not None, 400)
-        hold.touch()
-    (job,) = cluster.queue(train)
+    with workflow.started() as first:
+        job = workflow.hold_training(first, 0)
     asked = cluster.ask("scontrol", "show", "job", job.id)
     for told in ("Partition=gpu", "TresPerNode=gres:gpu:1", "TimeLimit=00:20:00", "MinMemoryNode=3000M", "NumNodes=1"):
         assert told in asked, asked
 
     # Another snakemake does not submit it a second time.
-    before = cluster.jobs()
-    assert snakemake("--unlock").returncode == 0
-    second = snakemake()
-    assert second.returncode == 1
-    assert re.search(rf"experiment demo: .*{job.id} \(rule_train_wildcards_grpo-s0\).*'scancel ", second.stderr)
-    assert [known.id for known in cluster.jobs()] == [known.id for known in before]
+    before = [known.id for known in cluster.jobs()]
+    assert workflow.finished("--unlock") == 0
+    assert workflow.finished() == 1
+    assert re.search(rf"experiment demo: .*{job.id} \(rule_train_wildcards_grpo-s0\).*'scancel ", workflow.shown)
+    assert [known.id for known in cluster.jobs()] == before
 
     # Stopped with all its processes, it keeps its last update.
     cluster.ask("scancel", *(known.id for known in cluster.queue()))
-    hold.unlink()
+    workflow.hold.unlink()
     _eventually("the cancelled job has ended", lambda: not cluster.queue(), 60)
-    assert "stopped by SIGTERM after update" in log.read_text()
-    done = int(list_checkpoints(run / "checkpoints")[0].name)
+    assert "stopped by SIGTERM after update" in workflow.log
+    done = int(list_checkpoints(workflow.run / "checkpoints")[0].name)
     assert 1 <= done < UPDATES - 2
-    assert not (run / "provenance.json").exists()
+    assert not (workflow.run / "provenance.json").exists()
 
     # A third snakemake goes on from there; the signal before the time limit reaches the step alone, and it tries again.
-    with started() as third:
-        _eventually("the second job trains", lambda: _rows(metrics) > done or third.poll() is not None, 400)
-        hold.touch()
-        (job,) = cluster.queue(train)
+    with workflow.started() as third:
+        job = workflow.hold_training(third, done)
         cluster.ask("scancel", "--signal=TERM", job.id)
-        hold.unlink()
-        assert third.wait() == 0, (project / "shown").read_text()
+        workflow.hold.unlink()
+        assert third.wait() == 0, workflow.shown
     assert (project / "results/demo/report/index.html").is_file()
     assert (project / "results/demo/crate/ro-crate-metadata.json").is_file()
 
-    # Every stage ran as a job, one after the other where it was the same one.
-    states = [known.state for known in cluster.jobs(train)]
-    assert states == ["CANCELLED", "FAILED", "COMPLETED"]
-    for earlier, later in zip(cluster.jobs(train), cluster.jobs(train)[1:], strict=False):
-        assert earlier.end <= later.start
+    # Every stage ran as a job, and one after the other where it was the same one.
+    trained = cluster.jobs("rule_train")
+    assert [known.state for known in trained] == ["CANCELLED", "FAILED", "COMPLETED"]
+    assert all(earlier.end <= later.start for earlier, later in pairwise(trained))
     for stage in ("prepare", "encode", "evaluate_wildcards_grpo-s0", "report", "crate"):
         assert [known.state for known in cluster.jobs(f"rule_{stage}")] == ["COMPLETED"], stage
 
     # An undisturbed run ends with the same bytes.
     undisturbed = shutil.copytree(prepared, project.with_name("undisturbed"))
     train_stage(load_config(["experiment=demo", "arm=grpo", *overrides]), ROOT, undisturbed)
-    assert _artifacts(run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
+    assert _artifacts(workflow.run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
+
+
+def test_two_nodes_train_one_run_and_stop_together(
+    cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
+) -> None:
+    # Both nodes are this machine, which does not know their names.
+    named = Cluster(cluster.environment | {"MASTER_ADDR": "127.0.0.1"})
+    workflow = Workflow(named, project, [*overrides, "distribution.nodes=2"])
+    shutil.copytree(prepared, project / "results")
+    earlier = len(cluster.jobs("rule_train"))
+    with workflow.started("results/demo/runs/grpo-s0/provenance.json") as snakemake:
+        job = workflow.hold_training(snakemake, 0)
+        asked = cluster.ask("scontrol", "show", "job", job.id)
+        assert "NumNodes=2" in asked
+        assert "NodeList=node[1-2]" in asked
+        cluster.ask("scancel", "--signal=TERM", job.id)
+        workflow.hold.unlink()
+        assert snakemake.wait() == 0, workflow.shown
+    assert [known.state for known in cluster.jobs("rule_train")[earlier:]] == ["FAILED", "COMPLETED"]
+    assert "resumed after update" in workflow.log
+    # Two processes of one node sum in the same order.
+    undisturbed = shutil.copytree(prepared, project.with_name("undisturbed"))
+    command = ["vipo", "train", "experiment=demo", "arm=grpo", *overrides, "distribution.processes=2"]
+    subprocess.run([*command, "--results", undisturbed], cwd=ROOT, env=cluster.environment, check=True)
+    assert _artifacts(workflow.run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
