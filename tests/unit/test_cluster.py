@@ -55,6 +55,9 @@ def test_several_nodes_start_the_command_once_on_each() -> None:
     assert job_resources(config, "evaluate")["nodes"] == 1
 
 
-def test_a_signal_before_the_job_begins_is_refused() -> None:
-    with pytest.raises(ConfigError, match="stop_seconds 600 is not less than train"):
-        load_config([DEMO, "cluster.stop_seconds=600", "cluster.train.runtime_minutes=10"])
+def test_a_signal_before_the_job_has_trained_is_refused() -> None:
+    limit = [DEMO, "cluster.train.runtime_minutes=10"]
+    assert load_config([*limit, "cluster.stop_seconds=539"]).cluster.stop_seconds == 539
+    with pytest.raises(ConfigError, match="leave nothing of train"):
+        load_config([*limit, "cluster.stop_seconds=540"])
+    assert load_config([DEMO, "cluster.stop_seconds=0", "cluster.train.runtime_minutes=1"]).cluster.stop_seconds == 0
