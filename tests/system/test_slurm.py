@@ -127,7 +127,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (folder / "munge.key").write_bytes(os.urandom(128))
     controller, node1, node2 = _free_ports(3)
     conf = folder / "slurm.conf"
-    values = {"host": socket.gethostname(), "controller": controller, "node1": node1, "node2": node2}
+    values = {"host": socket.gethostname().split(".")[0], "controller": controller, "node1": node1, "node2": node2}
     conf.write_text(SLURM_CONF.format(folder=folder, **values))
     for number in (0, 1):
         # As /dev/null: nobody computes on it.
