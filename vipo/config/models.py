@@ -560,7 +560,7 @@ class Config(Section):
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
-    distribution: DistributionConfig
+    distribution: DistributionConfig = DistributionConfig()
     evaluation: EvaluationConfig
     cluster: ClusterConfig = ClusterConfig()
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
