@@ -51,7 +51,9 @@ def test_several_nodes_start_the_command_once_on_each() -> None:
     config = load_config([DEMO, CUDA, "distribution.processes=4", "distribution.nodes=2"])
     asked = job_resources(config, "train")
     assert (asked["nodes"], asked["tasks"], asked["mpi"]) == (2, 2, "srun")
-    assert asked["launch"] == "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=4 --gres=gpu:4 "
+    assert asked["launch"] == (
+        "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --cpus-per-task=4 --gres=gpu:4 "
+    )
     assert job_resources(config, "evaluate")["nodes"] == 1
 
 

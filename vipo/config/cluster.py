@@ -42,11 +42,13 @@ def job_resources(config: Config, stage: Stage) -> dict[str, str | int]:
         resources["slurm_extra"] = f"--signal=TERM@{config.cluster.stop_seconds}"
     if nodes > 1:
         gres = f" --gres=gpu:{gpus}" if gpus else ""
+        # A node that has nothing to write ends before the one that writes the last checkpoint, and must not end it.
+        launch = f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0"
         resources |= {
             "mpi": "srun",
             "tasks": nodes,
             # Not a task for each GPU: a node's one task starts the processes of its GPUs.
             "tasks_per_gpu": 0,
-            "launch": f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --cpus-per-task={cpus}{gres} ",
+            "launch": f"{launch} --cpus-per-task={cpus}{gres} ",
         }
     return resources
