@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env demo study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root lock clean
+.PHONY: help env demo study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,13 +62,16 @@ types: env
 	mypy
 
 unit: env
-	pytest -n 2 --dist loadgroup -m 'not browser and not root' --durations 15
+	pytest -n 2 --dist loadgroup -m 'not browser and not root and not slurm' --durations 15
 
 test-browser: env  ## the report in a real browser (needs Debian's chromium and chromium-driver)
 	pytest -m browser tests/system
 
 test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs root)
 	pytest -m root tests/system
+
+test-slurm: env  ## the workflow on a private Slurm cluster (needs root and Debian's slurm-wlm and munge)
+	pytest -m slurm tests/system
 
 lock: | $(UV)  ## resolve requirements.lock again
 	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \

@@ -14,6 +14,7 @@ container: "containers/vipo.sif"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/slurm.smk"
 
 
 localrules:

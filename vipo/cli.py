@@ -42,6 +42,15 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="A resolved configuration file, instead of overrides.")
 ]
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds all experiments' results.")]
+Wait = Annotated[
+    float,
+    typer.Option(
+        "--wait",
+        min=0,
+        envvar="VIPO_WAIT",
+        help="Seconds to wait for another process that writes the same files; 0 stops at once.",
+    ),
+]
 
 _RESULTS = Path("results")
 # From the section, whose module is light: the type behind it would import torch for --help.
@@ -69,54 +78,56 @@ def config(
 
 
 @app.command()
-def prepare(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def prepare(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Clean, deduplicate and split the prompts into results/<experiment>/prompts."""
     from vipo.stages import prepare_stage
 
-    prepare_stage(_configuration(overrides, file), repository_root(), results)
+    prepare_stage(_configuration(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
-def encode(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def encode(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Encode the prepared prompts with the generator's text encoders."""
     from vipo.stages import encode_stage
 
-    encode_stage(_configuration(overrides, file), repository_root(), results)
+    encode_stage(_configuration(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
-def train(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def train(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Train one run (one arm, one seed); a killed run goes on where it stopped.
 
     Prompts and embeddings are made first where the results folder lacks them.
     """
     from vipo.stages import train_stage
 
-    train_stage(_configuration(overrides, file), repository_root(), results)
+    train_stage(_configuration(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
-def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Sample the held-out prompts with one run's weights and score them with all rewards."""
     from vipo.stages import evaluate_stage
 
-    evaluate_stage(_configuration(overrides, file), repository_root(), results)
+    evaluate_stage(_configuration(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
-def summarize(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def summarize(
+    overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0
+) -> None:
     """Compare the experiment's runs in numbers, tables and figures: the report's data."""
     from vipo.stages import summarize_stage
 
-    typer.echo(summarize_stage(_configuration(overrides, file), repository_root(), results))
+    typer.echo(summarize_stage(_configuration(overrides, file), repository_root(), results, wait))
 
 
 @app.command()
-def report(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def report(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Build the experiment's HTML report from all its runs (and its numbers first, where they are missing)."""
     from vipo.stages import report_stage
 
-    typer.echo(report_stage(_configuration(overrides, file), repository_root(), results))
+    typer.echo(report_stage(_configuration(overrides, file), repository_root(), results, wait))
 
 
 @app.command()
@@ -133,11 +144,11 @@ def study(
 
 
 @app.command()
-def crate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+def crate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Describe the experiment as an RO-Crate: files, runs, parameters, software."""
     from vipo.stages import crate_stage
 
-    typer.echo(crate_stage(_configuration(overrides, file), repository_root(), results))
+    typer.echo(crate_stage(_configuration(overrides, file), repository_root(), results, wait))
 
 
 Backbones = Annotated[

@@ -1,4 +1,9 @@
-"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
+"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there.
+
+A stage holds the lock of the folder that it writes. Where another process has it, the stage waits for up to `wait`
+seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in time it does its work again on top of the
+other's, from the newest checkpoint if it trains, and ends with the same bytes.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +12,7 @@ from pathlib import Path
 from vipo.config.compose import dump_config, write_if_changed
 from vipo.config.models import Config
 from vipo.prompts import check_prompts, prepare_prompts
-from vipo.provenance import ProvenanceError, record_stage, write_crate
+from vipo.provenance import ProvenanceError, record_stage, run_lock, write_crate
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -21,8 +26,13 @@ def run_names(config: Config) -> list[str]:
     return [f"{name}-s{seed}" for name, arm in config.experiment.arms.items() for seed in arm.seeds]
 
 
-def prepare_stage(config: Config, root: Path, results: Path) -> None:
+def prepare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``."""
+    with run_lock(experiment_folder(config, results) / "prompts", wait_seconds=wait):
+        _prepare(config, root, results)
+
+
+def _prepare(config: Config, root: Path, results: Path) -> None:
     folder = experiment_folder(config, results) / "prompts"
     source = root / config.prompts.source
     with record_stage(
@@ -37,8 +47,13 @@ def prepare_stage(config: Config, root: Path, results: Path) -> None:
         prepare_prompts(config.prompts, root, folder)
 
 
-def encode_stage(config: Config, root: Path, results: Path) -> None:
+def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """Prepared prompts to ``embeddings/{train,eval}.safetensors``."""
+    with run_lock(experiment_folder(config, results) / "embeddings", wait_seconds=wait):
+        _encode(config, root, results)
+
+
+def _encode(config: Config, root: Path, results: Path) -> None:
     import torch
 
     from vipo.generators.base import checkpoint_inputs
@@ -60,7 +75,7 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
             encode_prompt_file(config.generator, root, source, output, config.embeddings_identity())
 
 
-def train_stage(config: Config, root: Path, results: Path) -> None:
+def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
     from vipo.generators.base import check_device
     from vipo.training.launch import is_rank, launch, stop_with_launcher
@@ -68,25 +83,27 @@ def train_stage(config: Config, root: Path, results: Path) -> None:
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    for made, stage in (("prompts/manifest.json", prepare_stage), ("embeddings/train.safetensors", encode_stage)):
-        if not (experiment / made).is_file():
+    for made, make in (("prompts/manifest.json", _prepare), ("embeddings/train.safetensors", _encode)):
+        path = experiment / made
+        if not path.is_file():
             if is_rank():
-                raise ProvenanceError(f"{experiment / made}: missing; make it first, before several processes start")
-            stage(config, root, results)
+                raise ProvenanceError(f"{path}: missing; make it first, before several processes start")
+            with run_lock(path.parent, wait_seconds=wait):
+                # Whoever held the lock may just have made it.
+                if not path.is_file():
+                    make(config, root, results)
     _check_shared(config, experiment, "train")
     if config.distribution.world_size == 1 or is_rank():
         stop_with_launcher()
-        train_run(config, root, experiment)
+        train_run(config, root, experiment, wait)
         return
     resolved = experiment / "configs" / f"{config.run_name}.yaml"
     write_if_changed(resolved, dump_config(config))
-    launch(
-        [sys.executable, "-m", "vipo.cli", "train", "--config", str(resolved), "--results", str(results)],
-        config.distribution,
-    )
+    files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
+    launch([sys.executable, "-m", "vipo.cli", "train", *files], config.distribution)
 
 
-def evaluate_stage(config: Config, root: Path, results: Path) -> None:
+def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run's weights to ``evaluation/<arm>-s<seed>``."""
     from vipo.evaluation.evaluate import evaluate_run
     from vipo.generators.base import check_device
@@ -94,7 +111,8 @@ def evaluate_stage(config: Config, root: Path, results: Path) -> None:
     check_device(config.generator)
     experiment = experiment_folder(config, results)
     _check_shared(config, experiment, "eval")
-    evaluate_run(config, root, experiment)
+    with run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait):
+        evaluate_run(config, root, experiment)
 
 
 def _check_shared(config: Config, experiment: Path, split: str) -> None:
@@ -108,24 +126,32 @@ def _check_shared(config: Config, experiment: Path, split: str) -> None:
     )
 
 
-def summarize_stage(config: Config, root: Path, results: Path) -> Path:
+def summarize_stage(config: Config, root: Path, results: Path, wait: float = 0) -> Path:
     """All runs of the experiment to the report's numbers, ``report/data``: the same bytes for the same results."""
     from vipo.reporting import build_data
 
     experiment, runs = experiment_folder(config, results), run_names(config)
     output = experiment / "report" / "data"
-    with record_stage(
-        "summarize",
-        output,
-        inputs=_measured(experiment, runs),
-        outputs=lambda: [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != PROVENANCE],
-        config=config.report_identity(),
-        root=root,
+
+    def written() -> list[Path]:
+        found = (path for path in sorted(output.rglob("*")) if path.is_file() and not path.name.startswith(".lock"))
+        return [path for path in found if path.name != PROVENANCE]
+
+    with (
+        run_lock(output, wait_seconds=wait),
+        record_stage(
+            "summarize",
+            output,
+            inputs=_measured(experiment, runs),
+            outputs=written,
+            config=config.report_identity(),
+            root=root,
+        ),
     ):
         return build_data(experiment, runs, config, output)
 
 
-def report_stage(config: Config, root: Path, results: Path) -> Path:
+def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> Path:
     """All runs of the experiment to ``report/index.html``; the numbers beside it first where they are missing.
 
     Times and records that are not here (results that were pulled come without them) are shown as such.
@@ -136,16 +162,19 @@ def report_stage(config: Config, root: Path, results: Path) -> Path:
     output = experiment / "report"
     data = output / "data" / "report.json"
     if not data.is_file():
-        summarize_stage(config, root, results)
+        summarize_stage(config, root, results, wait)
     shown = [experiment / "evaluation" / run / name for run in runs for name in ("maps.safetensors", "samples")]
     volatile = [experiment / "runs" / run / name for run in runs for name in ("timing.jsonl", PROVENANCE)]
-    with record_stage(
-        "report",
-        output,
-        inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
-        outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
-        config=config.report_identity(),
-        root=root,
+    with (
+        run_lock(output, wait_seconds=wait),
+        record_stage(
+            "report",
+            output,
+            inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
+            outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
+            config=config.report_identity(),
+            root=root,
+        ),
     ):
         return build_report(experiment, runs, config, output)
 
@@ -159,10 +188,11 @@ def _measured(experiment: Path, runs: Sequence[str]) -> list[Path]:
     return paths
 
 
-def crate_stage(config: Config, root: Path, results: Path) -> Path:
+def crate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> Path:
     """Everything of the experiment, described in ``crate/ro-crate-metadata.json``."""
     experiment = experiment_folder(config, results)
-    return write_crate(experiment, experiment / "crate", root)
+    with run_lock(experiment / "crate", wait_seconds=wait):
+        return write_crate(experiment, experiment / "crate", root)
 
 
 def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:

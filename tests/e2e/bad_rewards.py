@@ -1,6 +1,7 @@
 """Rewards that misbehave, by import path: ``bad_rewards:raises`` and so on."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,4 +56,18 @@ class FillsDisk:
             folder = Path(os.environ["FILL"])
             disk = os.statvfs(folder)
             (folder / "filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+        return images.mean(dim=(1, 2, 3))
+
+
+class Paced:
+    """Brightness; a call takes ``PACE`` seconds and, while the file ``HOLD`` exists, does not return."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds = float(os.environ.get("PACE", "0"))
+        self.hold = Path(os.environ["HOLD"]) if "HOLD" in os.environ else None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        time.sleep(self.seconds)
+        while self.hold is not None and self.hold.exists():
+            time.sleep(0.05)
         return images.mean(dim=(1, 2, 3))

@@ -7,6 +7,8 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from vipo.config.compose import repository_root
 from vipo.prompts.prompt import clean_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from command import Command
 
 # Loaded as a plugin, its assertions explain themselves.
@@ -50,7 +54,8 @@ def halve(path: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def assert_not_taken_for_whole(folder: Path) -> None:
@@ -403,23 +408,66 @@ def test_evaluation_refuses_what_is_not_the_trained_run(vipo: Command, overrides
     assert not (evaluation / "provenance.json").exists()
 
 
-def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results: Path) -> None:
-    assert vipo("train", *overrides, "--results", results).code == 0
-    before = files(results / RUN)
+@contextmanager
+def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process holds the folder's lock until a line is written to it."""
     script = (
         "import sys, pathlib; from vipo.provenance.locks import run_lock\n"
-        "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+        "with run_lock(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
     )
-    command = [sys.executable, "-c", script, str(results / RUN)]
+    command = [sys.executable, "-c", script, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        vipo("train", *overrides, "--results", results).refuses(RUN, f"process {holder.pid}", "wait for it or stop it")
-        found = files(results / RUN)
-    assert {name: content for name, content in found.items() if ".lock" not in name} == {
-        name: content for name, content in before.items() if ".lock" not in name
-    }
+        yield holder
+
+
+def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results: Path) -> None:
     assert vipo("train", *overrides, "--results", results).code == 0
+    before = files(results / RUN)
+    with held(results / RUN) as holder:
+        vipo("train", *overrides, "--results", results).refuses(RUN, f"process {holder.pid}", "wait for it or stop it")
+        assert files(results / RUN) == before
+    assert vipo("train", *overrides, "--results", results).code == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder"),
+    [
+        ("prepare", "prompts"),
+        ("encode", "embeddings"),
+        ("evaluate", "evaluation/base-s0"),
+        ("report", "report"),
+        ("crate", "crate"),
+    ],
+)
+def test_every_stage_leaves_a_locked_folder_alone(
+    vipo: Command, overrides: list[str], results: Path, stage: str, folder: str
+) -> None:
+    (results / "demo" / folder).mkdir(parents=True, exist_ok=True)
+    before = files(results)
+    arguments = [stage, *overrides, "arm=base", "--results", results]
+    with held(results / "demo" / folder):
+        vipo(*arguments).refuses(f"demo/{folder}", "another process writes it")
+        vipo(*arguments, "--wait", "0.2").refuses(f"demo/{folder}", "another process writes it")
+    assert files(results) == before
+
+
+def test_a_stage_waits_and_then_ends_with_the_same_bytes(
+    vipo: Command, overrides: list[str], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vipo("train", *overrides, "--results", results).code == 0
+    before = files(results / RUN)
+    monkeypatch.setenv("VIPO_WAIT", "60")
+    with held(results / RUN) as holder:
+        assert holder.stdin is not None
+        threading.Timer(0.5, lambda: holder.communicate("\n")).start()
+        assert vipo("train", *overrides, "--results", results).code == 0
+        assert holder.wait() == 0
+    after = files(results / RUN)
+    same = [name for name in before if name.startswith(("weights/", "updates/")) or name == "metrics.jsonl"]
+    assert len(same) >= 2
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
 
 
 # ---- the same through the installed command --------------------------------------------------------

@@ -141,7 +141,7 @@ def test_a_resolved_file_stands_for_its_overrides(vipo: Command, tmp_path: Path)
         ([DEMO, "evaluation.rewards=[scen]"], ["evaluation.rewards", "'scen'", "did you mean 'scene'"]),
         ([], ["experiment=", "demo"]),
         # Unknown keys.
-        ([DEMO, "nope=1"], ["nope: unknown key", "allowed: arm, evaluation"]),
+        ([DEMO, "nope=1"], ["nope: unknown key", "allowed: arm, cluster"]),
         ([DEMO, "optimizer.learnin_rate=1"], ["optimizer.learnin_rate", "did you mean 'learning_rate'"]),
         # Wrong types.
         ([DEMO, "optimizer.learning_rate=fast"], ["optimizer.learning_rate", "'fast'", "number"]),

@@ -95,8 +95,19 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     assert _planned(project, [*overrides, "evaluation.confidence=0.9"]) == REPORTS
     # How often checkpoints are written changes no result; what a run trains on does not touch the base.
     assert _planned(project, [*overrides, "training.keep_checkpoints=3"]) == set()
+    # Nor where the jobs run.
+    moved = ["cluster.train.partition=long", "cluster.account=chem", "distribution.nodes=2", "distribution.processes=4"]
+    assert _planned(project, [*overrides, *moved]) == set()
     eta = _planned(project, [*overrides, "sampling.eta=0.5"])
     assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), *REPORTS}
+
+
+def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_overrides: list[str]) -> None:
+    result = _snakemake(
+        project, [*ARMS, 'experiment.arms.grpo.overrides=["cluster.train.memory_mb=9000"]'], "--dry-run"
+    )
+    assert result.returncode != 0
+    assert "run grpo-s0 changes its cluster, distribution, device or threads" in result.stdout + result.stderr
 
 
 def test_wrong_key_stops_before_anything_runs(project: Path, tiny_overrides: list[str]) -> None:

@@ -183,14 +183,14 @@ def test_full_disk_in_the_other_stages(
     assert vipo("prepare", *overrides, "--results", disk)[0] == 0
     _fill(disk)
     _refused(vipo("encode", *overrides, "--results", disk), "demo/embeddings", "No space left on device", "free")
-    assert not list((disk / "demo").glob("embeddings/*"))
+    assert not list((disk / "demo").glob("embeddings/[!.]*"))
     (disk / "filler").unlink()
     for stage in ("encode", "train"):
         code, shown = vipo(stage, *overrides, "--results", disk)
         assert code == 0, shown
     _fill(disk)
     _refused(vipo("evaluate", *overrides, "--results", disk), "evaluation/grpo-s0", "No space left on device", "free")
-    assert not [path for path in (disk / "demo").glob("evaluation/grpo-s0/**/*") if path.is_file()]
+    assert not [path for path in (disk / "demo").glob("evaluation/grpo-s0/**/[!.]*") if path.is_file()]
     (disk / "filler").unlink()
     assert vipo("evaluate", *overrides, "--results", disk)[0] == 0
 

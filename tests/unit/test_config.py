@@ -324,6 +324,9 @@ def test_training_identity_follows_what_decides_the_result_and_nothing_else(demo
         "training.keep_checkpoints": 9,
         "evaluation.prompts": 3,
         "experiment.title": "other",
+        "distribution.nodes": 2,
+        "cluster.account": "chem",
+        "cluster.train.partition": "gpu",
     }
     for key, value in irrelevant.items():
         assert config_hash(_as(demo, key, value).training_identity()) == base, key

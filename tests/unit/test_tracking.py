@@ -119,6 +119,19 @@ def test_rows_are_visible_before_flush(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["update"] == 1
 
 
+def test_metrics_outlive_their_file(tmp_path: Path) -> None:
+    """A workflow deletes the outputs of a job that it takes for dead; the job's last checkpoint needs them."""
+    _run(tmp_path, 0, 3)
+    with Tracker(tmp_path, 2) as tracker:
+        for update in (3, 4):
+            tracker.log(update, _metrics(update), {})
+        whole = (tmp_path / "metrics.jsonl").read_text()
+        (tmp_path / "metrics.jsonl").unlink()
+        tracker.flush()
+        assert tracker.metrics == whole
+    assert whole.count("\n") == 4
+
+
 def test_tensorboard_shows_the_resumed_run_alone(tmp_path: Path) -> None:
     with Tracker(tmp_path, 0) as tracker:
         for update in range(1, 6):

@@ -1,7 +1,8 @@
-"""One writer per run folder."""
+"""One writer per stage folder."""
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from vipo.provenance.files import StorageError, atomic_file
 
 _LOCK, _HOLDER = ".lock", ".lock-holder.json"
 
+log = logging.getLogger(__name__)
+
 
 class RunLocked(VipoError):
-    """Another process writes this run folder; the message names the folder and the holder."""
+    """Another process writes this stage's folder; the message names the folder and the holder."""
 
 
 @contextlib.contextmanager
@@ -25,10 +28,11 @@ def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
     """Hold the only right to write `folder` while the block runs.
 
     The lock is the operating system's (on ``<folder>/.lock``): it is free again the moment its holder
-    ends, however it ends. ``<folder>/.lock-holder.json`` only says who held it last, for the message.
+    ends, however it ends. It is a ``flock``, which Linux keeps between the hosts of an NFS share as well (since
+    2.6.12). ``<folder>/.lock-holder.json`` only says who held it last, for the message.
 
     Args:
-        folder: run folder; created where it is missing.
+        folder: stage's or run's folder; created where it is missing.
         wait_seconds: how long to wait for another holder; 0 tries once.
 
     Raises:
@@ -39,7 +43,12 @@ def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
     lock = FileLock(folder / _LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=wait_seconds)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if wait_seconds > 0:
+                log.info("%s: another process writes it%s; waiting for it", folder, _described(holder))
+            lock.acquire(timeout=wait_seconds)
     except Timeout:
         raise RunLocked(f"{folder}: another process writes it{_described(holder)}; wait for it or stop it") from None
     except OSError as error:

@@ -50,6 +50,7 @@ class Tracker:
         with _named_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._metrics = _open_cut(metrics, end)
+            self._rows = metrics.read_bytes()
             # Times carry no guarantee: what is left of them is kept, what is lost is lost.
             self._timing = _open_cut(timing, _rows_until(timing, resume_from)[1])
             self._board = _Board(folder / "tb", resume_from + 1)
@@ -73,7 +74,13 @@ class Tracker:
             for stream, row in rows:
                 _write(stream, row)
             self._board.write(update, {**metrics, **timing})
+        self._rows += rows[0][1]
         self._last = update
+
+    @property
+    def metrics(self) -> str:
+        """The text of ``metrics.jsonl``, also where a workflow that took this process for dead deleted the file."""
+        return self._rows.decode()
 
     def flush(self) -> None:
         """Put every row on the disk; called before a checkpoint that counts on them is committed."""

@@ -608,8 +608,7 @@ class Trainer:
             if tracker is not None:
                 tracker.flush()
                 # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
-                metrics = (self.folder / "metrics.jsonl").read_text()
-                state = {"identity": identity, "metrics": metrics, "config": dump_config(self.config)}
+                state = {"identity": identity, "metrics": tracker.metrics, "config": dump_config(self.config)}
             tensors = prefixed("network", dict(self.trainable))
             tensors |= prefixed("optimizer", optimizer_tensors(self.optimizer))
             save_checkpoint(self._checkpoints, update, tensors, state, self.distribution)
@@ -735,11 +734,17 @@ class Trainer:
         return self.folder / "weights"
 
 
-def train_run(config: Config, root: Path, experiment: Path) -> None:
+def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> None:
     """The `train` stage: one arm and seed into ``runs/<arm>-s<seed>``, with its provenance.
 
+    Args:
+        config: the run.
+        root: repository root.
+        experiment: ``results/<experiment>`` with prompts and embeddings.
+        wait: seconds to wait for another process that writes this run.
+
     Raises:
-        RunLocked: another process writes this run.
+        RunLocked: another process still writes this run.
         Others: see `Trainer` and `Trainer.run`.
     """
     trainer = Trainer(config, root, experiment)
@@ -755,7 +760,7 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
         ]
         return [folder / "config.yaml", folder / "metrics.jsonl", *kept]
 
-    with run_lock(folder):
+    with run_lock(folder, wait_seconds=wait):
         trainer.set_aside_other()
         with record_stage(
             "train",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from vipo.config.cluster import job_resources
 from vipo.config.compose import (
     ConfigError,
     dump_config,
@@ -16,6 +17,14 @@ from vipo.config.compose import (
 ROOT = repository_root()
 EXPERIMENT = str(config.get("experiment", "demo"))
 OVERRIDES = [str(item) for item in config.get("overrides", [])]
+
+# What all stages' shells share. A stage waits for another process that writes the same files, such as a predecessor on
+# its last checkpoint; for less than distribution.timeout_seconds, after which other ranks give up. A scheduler's signal reaches every process of a job: shell and tee outlive the stage, which needs
+# them while it writes its checkpoint.
+shell.prefix(
+    "set -euo pipefail; export VIPO_WAIT=1200; "
+    "trap : TERM USR1; tee() {{ trap '' TERM USR1; exec tee \"$@\"; }}; "
+)
 
 
 def resolve_runs():
@@ -47,6 +56,11 @@ for name in ("prompts", "embeddings"):
     ):
         raise WorkflowError(
             f"experiment {EXPERIMENT}: an arm's overrides change its {name}; all arms share one set"
+        )
+for run, resolved in RUNS.items():
+    if job_resources(resolved, "train") != job_resources(RUNS[FIRST], "train"):
+        raise WorkflowError(
+            f"experiment {EXPERIMENT}: run {run} changes its cluster, distribution, device or threads; all runs share one"
         )
 TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"

@@ -8,6 +8,8 @@ rule prepare:
         manifest=f"{EXPERIMENT_DIR}/prompts/manifest.json",
     log:
         f"{EXPERIMENT_DIR}/logs/prepare.log",
+    resources:
+        **job_resources(RUNS[FIRST], "prepare"),
     params:
         identity=identity(FIRST, "prompts"),
     shell:
@@ -26,6 +28,8 @@ rule encode:
         eval=f"{EXPERIMENT_DIR}/embeddings/eval.safetensors",
     log:
         f"{EXPERIMENT_DIR}/logs/encode.log",
+    resources:
+        **job_resources(RUNS[FIRST], "encode"),
     params:
         identity=identity(FIRST, "embeddings"),
     shell:

@@ -11,6 +11,8 @@ rule summarize:
         figures=directory(f"{EXPERIMENT_DIR}/report/data/figures"),
     log:
         f"{EXPERIMENT_DIR}/logs/summarize.log",
+    resources:
+        **job_resources(RUNS[FIRST], "report"),
     params:
         identity=identity(FIRST, "report"),
     shell:
@@ -28,6 +30,8 @@ rule report:
         page=f"{EXPERIMENT_DIR}/report/index.html",
     log:
         f"{EXPERIMENT_DIR}/logs/report.log",
+    resources:
+        **job_resources(RUNS[FIRST], "report"),
     params:
         identity=identity(FIRST, "report"),
     shell:
@@ -43,5 +47,7 @@ rule crate:
         f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
     log:
         f"{EXPERIMENT_DIR}/logs/crate.log",
+    resources:
+        **job_resources(RUNS[FIRST], "crate"),
     shell:
         "vipo crate --config {input.config} 2>&1 | tee {log}"

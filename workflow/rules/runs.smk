@@ -13,10 +13,12 @@ rule train:
     log:
         f"{EXPERIMENT_DIR}/logs/train-{{run}}.log",
     threads: RUNS[FIRST].training.threads
+    resources:
+        **job_resources(RUNS[FIRST], "train"),
     params:
         identity=lambda wildcards: identity(wildcards.run, "training"),
     shell:
-        "vipo train --config {input.config} 2>&1 | tee {log}"
+        "{resources.launch}vipo train --config {input.config} 2>&1 | tee {log}"
 
 
 rule evaluate:
@@ -37,6 +39,8 @@ rule evaluate:
     log:
         f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
     threads: RUNS[FIRST].training.threads
+    resources:
+        **job_resources(RUNS[FIRST], "evaluate"),
     params:
         identity=lambda wildcards: identity(wildcards.run, "evaluation"),
     shell:

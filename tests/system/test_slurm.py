@@ -1,0 +1,335 @@
+"""The workflow on a real Slurm: a private cluster of two nodes with fake GPUs, started and stopped here.
+
+Needs root and Debian's slurm-wlm and munge; their absence fails.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from vipo.config.compose import load_config, repository_root
+from vipo.stages import train_stage
+from vipo.training.checkpoints import list_checkpoints
+
+pytestmark = pytest.mark.slurm
+
+ROOT = repository_root()
+UPDATES = 16
+
+SLURM_CONF = """\
+ClusterName=vipo
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/%n.pid
+SlurmdSpoolDir={folder}/%n
+SlurmdLogFile={folder}/%n.log
+# The machine has neither the cores nor the memory that a node claims.
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+# Long enough for the test to look back at every job.
+MinJobAge=3600
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs=1 RealMemory=8000 Gres=gpu:2
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs=1 RealMemory=8000 Gres=gpu:2
+PartitionName=cpu Nodes=node[1-2] Default=YES
+PartitionName=gpu Nodes=node[1-2]
+"""
+
+
+def _eventually(told: str, holds: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds} s: {told}"
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Slurm job as squeue tells it; the last two are ISO times."""
+
+    id: str
+    comment: str
+    state: str
+    start: str
+    end: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The environment in which Slurm's commands reach the private cluster."""
+
+    environment: dict[str, str]
+
+    def ask(self, *command: str) -> str:
+        """The output of a command that must succeed."""
+        return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
+
+    def jobs(self, comment: str = "", states: str = "all") -> list[Job]:
+        """Jobs in the order of their ids, those that ended included."""
+        lines = self.ask("squeue", "-h", f"--states={states}", "--format=%A|%k|%T|%S|%e").splitlines()
+        jobs = [Job(*line.split("|")) for line in lines]
+        return sorted((job for job in jobs if job.comment.startswith(comment)), key=lambda job: int(job.id))
+
+    def queue(self, comment: str = "") -> list[Job]:
+        """Jobs that have not ended."""
+        return self.jobs(comment, "PD,CF,R,S,CG")
+
+
+@contextmanager
+def _daemon(*command: str | Path, environment: dict[str, str]) -> Iterator[None]:
+    with subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    assert os.geteuid() == 0, "a cluster needs root: run `make test-slurm` as root"
+    for name in ("munged", "slurmctld", "slurmd", "sbatch"):
+        assert shutil.which(name), f"no {name}: apt-get install slurm-wlm munge"
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("state", "node1", "node2", "devices", "bin"):
+        (folder / name).mkdir()
+    (folder / "munge.key").touch(mode=0o400)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    controller, node1, node2 = _free_ports(3)
+    conf = folder / "slurm.conf"
+    values = {"host": socket.gethostname().split(".")[0], "controller": controller, "node1": node1, "node2": node2}
+    conf.write_text(SLURM_CONF.format(folder=folder, **values))
+    for number in (0, 1):
+        # As /dev/null: nobody computes on it.
+        os.mknod(folder / "devices" / f"nvidia{number}", 0o20666, os.makedev(1, 3))
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/devices/nvidia[0-1]\n")
+    # The executor's job steps start without SLURM_CONF; a site's cluster has its file where srun looks first.
+    srun = folder / "bin" / "srun"
+    srun.write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {shutil.which("srun")} "$@"\n')
+    srun.chmod(0o755)
+    path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"SLURM_CONF": str(conf), "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = f"{ROOT / 'tests' / 'e2e'}:{os.environ.get('PYTHONPATH', '')}"
+    munged = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key"]
+    munged += [
+        f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")
+    ]
+    daemons = [munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "node1"], ["slurmd", "-D", "-N", "node2"]]
+    with ExitStack() as stack:
+        for daemon in daemons:
+            stack.enter_context(_daemon(*daemon, environment=environment))
+            if daemon is munged:
+                _eventually("munge answers", (folder / "munge.socket").exists, 10)
+        made = Cluster(environment)
+        ready = ["sinfo", "-h", "-N", "-p", "cpu", "-o", "%T"]
+        _eventually(
+            "both nodes are idle",
+            lambda: subprocess.run(ready, env=environment, capture_output=True).stdout == b"idle\nidle\n",
+            30,
+        )
+        yield made
+        if left := [job.id for job in made.queue()]:
+            made.ask("scancel", *left)
+            _eventually("every job has ended", lambda: not made.queue(), 60)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """What a checkout holds beside the package."""
+    folder = tmp_path / "project"
+    for name in ("configs", "workflow", "data/prompts"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("Snakefile", "requirements.lock", "CITATION.cff", "slurm"):
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    """Base and one trained run, on one fake GPU, which the test can hold."""
+    return [
+        *(text for text in tiny_overrides if not text.startswith(("experiment=", "training.micro_batch="))),
+        "~experiment.arms.vipo",
+        "~experiment.arms.uniform",
+        "~experiment.arms.inverted",
+        "experiment.arms.grpo.seeds=[0]",
+        "reward.terms=[{name: bad_rewards:Paced}]",
+        "evaluation.rewards=[bad_rewards:Paced]",
+        f"training.updates={UPDATES}",
+        "training.micro_batch=2",
+        "cluster.train.partition=gpu",
+        "cluster.train.gpus=1",
+        "cluster.train.memory_mb=3000",
+        "cluster.train.runtime_minutes=20",
+    ]
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """``snakemake --profile slurm`` in a project folder; training stands still while the file `hold` exists."""
+
+    cluster: Cluster
+    project: Path
+    overrides: list[str]
+
+    @property
+    def hold(self) -> Path:
+        return self.project / "hold"
+
+    @property
+    def run(self) -> Path:
+        return self.project / "results/demo/runs/grpo-s0"
+
+    @property
+    def updates(self) -> int:
+        """Updates that the run's metrics know."""
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+    @property
+    def log(self) -> str:
+        """Of the newest training job."""
+        return (self.project / "results/demo/logs/train-grpo-s0.log").read_text()
+
+    @contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A snakemake that is killed when the block ends."""
+        checks = ["--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "5"]
+        command = ["snakemake", "--profile", "slurm", *checks, *arguments]
+        command += ["--config", "experiment=demo", f"overrides={json.dumps(self.overrides)}"]
+        environment = self.cluster.environment | {"PACE": "0.1", "HOLD": str(self.hold)}
+        with (self.project / "shown").open("wb") as shown:
+            process = subprocess.Popen(command, cwd=self.project, env=environment, stdout=shown, stderr=shown)
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def finished(self, *arguments: str) -> int:
+        """The exit status of a snakemake that ends by itself."""
+        with self.started(*arguments) as process:
+            return process.wait()
+
+    @property
+    def shown(self) -> str:
+        """What the newest snakemake printed."""
+        return (self.project / "shown").read_text()
+
+    def hold_training(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
+        """The job that trains, standing still after more than `after` updates."""
+        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, 400)
+        self.hold.touch()
+        assert snakemake.poll() is None, self.shown
+        (job,) = self.cluster.queue("rule_train")
+        return job
+
+
+def _artifacts(run: Path) -> dict[str, bytes]:
+    found = [run / "metrics.jsonl", *run.glob("weights/**/*.*"), *run.glob("updates/**/*.*")]
+    assert len(found) >= 3
+    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+
+
+def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
+    cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
+) -> None:
+    workflow = Workflow(cluster, project, overrides)
+    # Snakemake is killed while a job trains: the job goes on.
+    with workflow.started() as first:
+        job = workflow.hold_training(first, 0)
+    asked = cluster.ask("scontrol", "show", "job", job.id)
+    for told in ("Partition=gpu", "TresPerNode=gres:gpu:1", "TimeLimit=00:20:00", "MinMemoryNode=3000M", "NumNodes=1"):
+        assert told in asked, asked
+
+    # Another snakemake does not submit it a second time.
+    before = [known.id for known in cluster.jobs()]
+    assert workflow.finished("--unlock") == 0
+    assert workflow.finished() == 1
+    assert re.search(rf"experiment demo: .*{job.id} \(rule_train_wildcards_grpo-s0\).*'scancel ", workflow.shown)
+    assert [known.id for known in cluster.jobs()] == before
+
+    # Stopped with all its processes, it keeps its last update.
+    cluster.ask("scancel", *(known.id for known in cluster.queue()))
+    workflow.hold.unlink()
+    _eventually("the cancelled job has ended", lambda: not cluster.queue(), 60)
+    assert "stopped by SIGTERM after update" in workflow.log
+    done = int(list_checkpoints(workflow.run / "checkpoints")[0].name)
+    assert 1 <= done < UPDATES - 2
+    assert not (workflow.run / "provenance.json").exists()
+
+    # A third snakemake goes on from there; the signal before the time limit reaches the step alone, and it tries again.
+    with workflow.started() as third:
+        job = workflow.hold_training(third, done)
+        cluster.ask("scancel", "--signal=TERM", job.id)
+        workflow.hold.unlink()
+        assert third.wait() == 0, workflow.shown
+    assert (project / "results/demo/report/index.html").is_file()
+    assert (project / "results/demo/crate/ro-crate-metadata.json").is_file()
+
+    # Every stage ran as a job, and one after the other where it was the same one.
+    trained = cluster.jobs("rule_train")
+    assert [known.state for known in trained] == ["CANCELLED", "FAILED", "COMPLETED"]
+    assert all(earlier.end <= later.start for earlier, later in pairwise(trained))
+    for stage in ("prepare", "encode", "evaluate_wildcards_grpo-s0", "report", "crate"):
+        assert [known.state for known in cluster.jobs(f"rule_{stage}")] == ["COMPLETED"], stage
+
+    # An undisturbed run ends with the same bytes.
+    undisturbed = shutil.copytree(prepared, project.with_name("undisturbed"))
+    train_stage(load_config(["experiment=demo", "arm=grpo", *overrides]), ROOT, undisturbed)
+    assert _artifacts(workflow.run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
+
+
+def test_two_nodes_train_one_run_and_stop_together(
+    cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
+) -> None:
+    # Both nodes are this machine, which does not know their names.
+    named = Cluster(cluster.environment | {"MASTER_ADDR": "127.0.0.1"})
+    workflow = Workflow(named, project, [*overrides, "distribution.nodes=2"])
+    shutil.copytree(prepared, project / "results")
+    earlier = len(cluster.jobs("rule_train"))
+    with workflow.started("results/demo/runs/grpo-s0/provenance.json") as snakemake:
+        job = workflow.hold_training(snakemake, 0)
+        asked = cluster.ask("scontrol", "show", "job", job.id)
+        assert "NumNodes=2" in asked
+        assert "NodeList=node[1-2]" in asked
+        cluster.ask("scancel", "--signal=TERM", job.id)
+        workflow.hold.unlink()
+        assert snakemake.wait() == 0, workflow.shown
+    assert [known.state for known in cluster.jobs("rule_train")[earlier:]] == ["FAILED", "COMPLETED"]
+    assert "resumed after update" in workflow.log
+    # Two processes of one node sum in the same order.
+    undisturbed = shutil.copytree(prepared, project.with_name("undisturbed"))
+    command = ["vipo", "train", "experiment=demo", "arm=grpo", *overrides, "distribution.processes=2"]
+    subprocess.run([*command, "--results", undisturbed], cwd=ROOT, env=cluster.environment, check=True)
+    assert _artifacts(workflow.run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
