@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env demo study test lint types unit test-browser test-root lock clean
+.PHONY: help env demo study test lint types unit test-browser test-root image sif test-image lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,9 +59,22 @@ test-browser: env  ## the report in a real browser (needs Debian's chromium and 
 test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs root)
 	pytest -m root tests/system
 
+image:  ## the container image `vipo` from the newest commit (docker, podman or buildah; 7.3 GB)
+	containers/build.sh vipo
+
+sif:  ## the same image for Apptainer, containers/vipo.sif, which `snakemake --sdm apptainer` runs every stage in
+	containers/build.sh vipo containers/vipo.tar
+	apptainer build --force containers/vipo.sif containers/vipo.def
+	rm containers/vipo.tar
+
+test-image: env  ## build on a Debian base made here, run an experiment and the tests inside, build again (needs root, buildah, debootstrap)
+	containers/test.sh
+
 lock: | $(UV)  ## resolve requirements.lock again
 	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file requirements.lock
+	echo uv | $(UV) pip compile - --generate-hashes --universal --python-version 3.11 \
+	  --no-annotate --no-header --quiet --output-file containers/uv.lock
 
 clean:  ## results and caches, not the environment
 	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Build the image from the files of the newest commit: containers/build.sh [NAME]
-# BUILDER: docker, podman or buildah (default: the first that works here). BASE: another base than the recipe's, e.g. a local one.
+# Build the image from the files of the newest commit: containers/build.sh NAME [ARCHIVE]
+# ARCHIVE: an OCI archive to write as well, which containers/vipo.def reads.
+# BUILDER: docker, podman or buildah (default: the first that works here). BASE: another base than the recipe's, such as a
+# local one. BUILD_ARGS: more options for the builder.
 # SSL_CERT_FILE: certificate authorities to trust for the downloads, as for any other program.
 set -euo pipefail
 cd "$(git -C "$(dirname "$0")" rev-parse --show-toplevel)"
 
-name=${1:-vipo}
+name=${1:?give the image a name}
+archive=${2:-}
 for builder in ${BUILDER:-docker podman buildah}; do
   "$builder" info >/dev/null 2>&1 && break
   builder=
@@ -27,7 +30,16 @@ options=(--file "$context/containers/Dockerfile" --tag "$name" --build-arg "GIT_
 "$builder" build "${options[@]}" ${BUILD_ARGS:-} "$context"
 
 case $builder in
-  docker) docker image inspect --format '{{.Id}}' "$name" ;;
-  podman) podman image inspect --format '{{.Digest}}' "$name" ;;
-  buildah) buildah inspect --type image --format '{{.FromImageDigest}}' "$name" ;;
+  docker)
+    docker image inspect --format '{{.Id}}' "$name"
+    [ -z "$archive" ] || docker save --output "$archive" "$name"
+    ;;
+  podman)
+    podman image inspect --format '{{.Digest}}' "$name"
+    [ -z "$archive" ] || podman save --quiet --format oci-archive --output "$archive" "$name"
+    ;;
+  buildah)
+    buildah inspect --type image --format '{{.FromImageDigest}}' "$name"
+    [ -z "$archive" ] || buildah push --quiet "$name" "oci-archive:$archive"
+    ;;
 esac

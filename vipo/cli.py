@@ -254,6 +254,18 @@ def base(
     train_base(chosen.pretrain, output, output.with_name(f".{output.name}.work"))
 
 
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(help="A finished folder, such as results/demo.")],
+    url: Annotated[str, typer.Argument(help="s3://bucket/folder, gs://bucket/folder, file:///folder.")],
+) -> None:
+    """Copy results to an object store and check there what arrived; its SHA256SUMS is written last."""
+    from vipo.provenance.upload import upload_folder
+
+    sent = upload_folder(folder, url, repository_root())
+    typer.echo(f"{url}: {len(sent)} files sent, every file there as here")
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
