@@ -74,7 +74,7 @@ lock: | $(UV)  ## resolve requirements.lock again
 	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file requirements.lock
 	echo uv | $(UV) pip compile - --generate-hashes --universal --python-version 3.11 \
-	  --no-annotate --no-header --quiet --output-file containers/uv.lock
+	  --no-annotate --no-header --quiet --output-file containers/installer.lock
 
 clean:  ## results and caches, not the environment
 	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache

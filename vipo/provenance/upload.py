@@ -53,28 +53,30 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
         store.pipe_file(manifest, before)
         hashes = {name: file_sha256(folder / name) for name in tqdm(names, desc="hash", disable=None)}
         _check_recorded(folder, hashes, root)
-        there = dict(reversed(line.split("  ", 1)) for line in before.decode().splitlines())
-        changed = [name for name in names if there.get(name) != hashes[name]]
-        if changed or there.keys() != hashes.keys():
+        lines = {name: f"{hashes[name]}  {name}\n" for name in names}
+        listed = set(before.decode().splitlines(keepends=True))
+        changed = [name for name in names if lines[name] not in listed]
+        if listed != set(lines.values()):
             store.pipe_file(manifest, b"")
         for name in tqdm(changed, desc="upload", disable=None):
             target = f"{base}/{name}"
             store.makedirs(store._parent(target), exist_ok=True)
-            store.put_file(str(folder / name), target)
-            with store.open(target, "rb") as stream:
+            store.put_file(str(folder / name), f"{base}/{name}")
+            with store.open(f"{base}/{name}", "rb") as stream:
                 arrived = hashlib.file_digest(stream, "sha256").hexdigest()
             if arrived != hashes[name]:
                 raise UploadError(
-                    f"{url}/{name}: SHA-256 {arrived[:12]}… arrived, {hashes[name][:12]}… was read from {folder / name}; "
-                    "upload again when nothing writes it"
+                    f"{url}/{name}: SHA-256 {arrived[:12]}… arrived, {hashes[name][:12]}… was read from "
+                    f"{folder / name}; upload again when nothing writes it"
                 )
-        store.pipe_file(manifest, "".join(f"{hashes[name]}  {name}\n" for name in names).encode())
+        store.pipe_file(manifest, "".join(lines.values()).encode())
     except VipoError:
         raise
     # Each store has its own family of errors (botocore's are no OSErrors).
     except Exception as error:
         raise UploadError(
-            f"{url}: {error or type(error).__name__}; check address, credentials and permission to write, and upload again"
+            f"{url}: {error or type(error).__name__}; check address, credentials and permission to write, "
+            "and upload again"
         ) from error
     return changed
 
@@ -82,11 +84,13 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
 def _store(url: str) -> tuple[Any, str]:
     if "://" not in url:
         raise UploadError(f"{url}: is no address of an object store; write s3://bucket/folder or file:///folder")
+    # Only local folders have to be made: in a store, a name with slashes is a name.
+    options = {"auto_mkdir": True} if url.startswith("file://") else {}
     try:
-        store, base = fsspec.core.url_to_fs(url.rstrip("/"))
+        store, base = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise UploadError(f"{url}: {error}; vipo's extra 'cloud' brings s3:// and gs://") from error
-    return store, str(base)
+    return store, str(base).rstrip("/")
 
 
 def _check_recorded(folder: Path, hashes: Mapping[str, str], root: Path) -> None:
@@ -100,6 +104,6 @@ def _check_recorded(folder: Path, hashes: Mapping[str, str], root: Path) -> None
                 found = hashes.get(path.relative_to(top).as_posix(), "missing")
                 if found != file["sha256"]:
                     raise UploadError(
-                        f"{path}: is not what {folder / record} recorded ({found[:12]} instead of {file['sha256'][:12]}); "
-                        "run its stage again"
+                        f"{path}: is not what {folder / record} recorded ({found[:12]}, not "
+                        f"{file['sha256'][:12]}); run its stage again"
                     )
