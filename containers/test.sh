@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make test-image`: build from a Debian base made here (no image registry), run a small experiment and the unprivileged tests
 # in the image, compare the results with this machine's, build again and compare the images.
-# Needs root, buildah and debootstrap, 40 GB of disk and about half an hour of two cores.
+# Needs root, buildah and debootstrap and 40 GB of disk.
 set -euo pipefail
 cd "$(git -C "$(dirname "$0")" rev-parse --show-toplevel)"
 export BUILDER=buildah BASE=localhost/vipo-base BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot}
@@ -17,13 +17,15 @@ trap clean EXIT
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
 step "base: Debian bookworm"
-debootstrap --variant=minbase bookworm "$work/rootfs" >"$work/debootstrap.log"
-rm -rf "$work"/rootfs/var/{cache,log}/* "$work"/rootfs/var/lib/apt/lists/*
-: >"$work/rootfs/etc/machine-id"
-base=$(buildah from scratch)
-buildah add --quiet "$base" "$work/rootfs" / >/dev/null
-buildah commit --quiet --rm --timestamp 0 "$base" "$BASE" >/dev/null
-rm -rf "$work/rootfs"
+if ! buildah inspect --type image "$BASE" >/dev/null 2>&1; then
+  debootstrap --variant=minbase bookworm "$work/rootfs" >"$work/debootstrap.log"
+  rm -rf "$work"/rootfs/var/{cache,log}/* "$work"/rootfs/var/lib/apt/lists/*
+  : >"$work/rootfs/etc/machine-id"
+  base=$(buildah from scratch)
+  buildah add --quiet "$base" "$work/rootfs" / >/dev/null
+  buildah commit --quiet --rm --timestamp 0 "$base" "$BASE" >/dev/null
+  rm -rf "$work/rootfs"
+fi
 
 step "image"
 containers/build.sh vipo | tee "$work/build.log"
@@ -31,10 +33,18 @@ digest=$(tail -n 1 "$work/build.log")
 buildah images --format '{{.Name}} {{.Size}}' --filter reference=localhost/vipo
 
 step "experiment in the image and here"
-overrides='overrides=[training.updates=2,training.group_size=4,training.micro_batch=4,training.trained_transitions=2,training.save_at=[],sampling.steps=4,evaluation.prompts=4,evaluation.steps=4,evaluation.bootstrap=200,evaluation.shown_prompts=2,~experiment.arms.uniform,~experiment.arms.inverted,experiment.arms.grpo.seeds=[0],experiment.arms.vipo.seeds=[0]]'
+overrides='overrides=[
+  "training.updates=2", "training.group_size=4", "training.micro_batch=4", "training.trained_transitions=2",
+  "training.save_at=[]", "sampling.steps=4", "evaluation.prompts=4", "evaluation.steps=4",
+  "evaluation.bootstrap=200", "evaluation.shown_prompts=2", "~experiment.arms.uniform",
+  "~experiment.arms.inverted", "experiment.arms.grpo.seeds=[0]", "experiment.arms.vipo.seeds=[0]"
+]'
+overrides=${overrides//$'\n'/}
 mkdir -m 1777 "$work/results"
 container=$(buildah from --pull-never vipo)
 inside() { buildah run --volume "$work/results:/vipo/results" --env "VIPO_IMAGE_DIGEST=$digest" "$container" -- "$@"; }
+inside tini -- vipo config experiment=demo >/dev/null
+inside sh -c '[ "$(id -u)" = 1000 ] && ! touch vipo/cli.py 2>/dev/null'
 inside snakemake --profile local --quiet --config experiment=demo "$overrides"
 mkdir "$work/here"
 git archive HEAD | tar -x -C "$work/here"
