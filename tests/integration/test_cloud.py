@@ -1,7 +1,9 @@
-"""The Kubernetes manifest against the API's own schema, the command line and the image recipe."""
+"""The Kubernetes manifest against the API's schema, the command line and the image; the commands of docs/cloud.md."""
 
+import json
 import os
 import re
+import shlex
 from typing import Any
 
 import kubernetes_validate
@@ -89,3 +91,19 @@ def test_it_fits_the_image() -> None:
         assert step["securityContext"] == {
             "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
         }  # fmt: skip
+
+
+def test_the_commands_of_the_page_exist() -> None:
+    page = (ROOT / "docs/cloud.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
+    commands = re.findall(r"\bvipo ((?:train|upload) [^;\n#]+)", blocks)
+    assert len(commands) >= 4
+    for command in commands:
+        parameters = _parsed(shlex.split(command))[1]
+        if "overrides" in parameters:
+            load_config(parameters["overrides"])
+    (overrides,) = re.findall(r"'overrides=(\[.*?\])'", blocks)
+    load_config(["experiment=demo", *json.loads(overrides)])
+    for target in re.findall(r"\]\(([\w./-]+)\)", page):
+        assert (ROOT / "docs" / target).is_file(), target
+    assert set(re.findall(r"^make (\w+)", blocks, re.MULTILINE)) == {"image", "sif"}
