@@ -33,22 +33,25 @@ digest=$(tail -n 1 "$work/build.log")
 buildah images --format '{{.Name}} {{.Size}}' --filter reference=localhost/vipo
 
 step "experiment in the image and here"
-overrides='overrides=[
-  "training.updates=2", "training.group_size=4", "training.micro_batch=4", "training.trained_transitions=2",
-  "training.save_at=[]", "sampling.steps=4", "evaluation.prompts=4", "evaluation.steps=4",
-  "evaluation.bootstrap=200", "evaluation.shown_prompts=2", "~experiment.arms.uniform",
-  "~experiment.arms.inverted", "experiment.arms.grpo.seeds=[0]", "experiment.arms.vipo.seeds=[0]"
-]'
-overrides=${overrides//$'\n'/}
+overrides=(
+  training.updates=4 training.group_size=4 training.micro_batch=4 training.trained_transitions=2 'training.save_at=[]'
+  training.checkpoint_every=1 sampling.steps=4 evaluation.prompts=4 evaluation.steps=4 evaluation.bootstrap=200
+  evaluation.shown_prompts=2 '~experiment.arms.uniform' '~experiment.arms.inverted' 'experiment.arms.grpo.seeds=[0]'
+  'experiment.arms.vipo.seeds=[0]'
+)
+whole=(snakemake --profile local --quiet --config experiment=demo "overrides=[$(printf '"%s",' "${overrides[@]}")]")
 mkdir -m 1777 "$work/results"
 container=$(buildah from --pull-never vipo)
 inside() { buildah run --volume "$work/results:/vipo/results" --env "VIPO_IMAGE_DIGEST=$digest" "$container" -- "$@"; }
-inside tini -- vipo config experiment=demo >/dev/null
 inside sh -c '[ "$(id -u)" = 1000 ] && ! touch vipo/cli.py 2>/dev/null'
-inside snakemake --profile local --quiet --config experiment=demo "$overrides"
+# Pre-empted after its first update, as a spot machine does it; the workflow then takes the run up.
+inside sh -c 'tini -- vipo train experiment=demo arm=vipo "$@" &
+  until [ -d results/demo/runs/vipo-s0/checkpoints/000001 ]; do kill -0 $! || exit 1; sleep 0.1; done
+  kill -TERM $!; wait $!; [ $? = 75 ]' sh "${overrides[@]}"
+inside "${whole[@]}"
 mkdir "$work/here"
 git archive HEAD | tar -x -C "$work/here"
-(cd "$work/here" && PYTHONPATH=$work/here OMP_NUM_THREADS=1 snakemake --profile local --quiet --config experiment=demo "$overrides")
+(cd "$work/here" && PYTHONPATH=$work/here OMP_NUM_THREADS=1 "${whole[@]}")
 # Everything but what tells of time, machine and place.
 deterministic() {
   (cd "$1/demo" && find prompts embeddings runs evaluation -type f \
