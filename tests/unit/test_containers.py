@@ -87,6 +87,11 @@ def test_apptainer_converts_the_same_image_to_the_file_that_the_workflow_reads()
     assert {image, "containers/vipo.tar"} <= set((ROOT / ".gitignore").read_text().splitlines())
 
 
+def test_the_image_is_tested_with_the_tests_of_make_unit() -> None:
+    (unit,) = re.findall(r"^unit: env\n\tpytest .*-m ('[^']+')", MAKEFILE, re.MULTILINE)
+    assert f"-m {unit}" in (ROOT / "containers/test.sh").read_text()
+
+
 _BUILDER = """#!/bin/sh
 printf '%s\\n' "$@" >> "$LOG"
 for last; do :; done
