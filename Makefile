@@ -67,7 +67,7 @@ sif:  ## the same image for Apptainer, containers/vipo.sif, which `snakemake --s
 	apptainer build --force containers/vipo.sif containers/vipo.def
 	rm containers/vipo.tar
 
-test-image: env  ## build on a Debian base made here, run an experiment and the tests inside, build again (needs root, buildah, debootstrap)
+test-image: env  ## build twice on a Debian base made here, run an experiment and the tests inside (root, buildah, debootstrap)
 	containers/test.sh
 
 lock: | $(UV)  ## resolve requirements.lock again

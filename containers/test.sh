@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make test-image`: build from a Debian base made here (no image registry), run a small experiment and the unprivileged tests
-# in the image, compare the results with this machine's, build again and compare the images.
+# `make test-image`: build from a Debian base made here (no image registry), build again and compare the images, run a small
+# experiment in the image and compare the results with this machine's, run the unprivileged tests in the image.
 # Needs root, buildah and debootstrap and 40 GB of disk.
 set -euo pipefail
 cd "$(git -C "$(dirname "$0")" rev-parse --show-toplevel)"
@@ -31,6 +31,13 @@ step "image"
 containers/build.sh vipo | tee "$work/build.log"
 digest=$(tail -n 1 "$work/build.log")
 buildah images --format '{{.Name}} {{.Size}}' --filter reference=localhost/vipo
+
+step "the same image again"
+BUILD_ARGS=--no-cache containers/build.sh vipo-again | tee "$work/again.log"
+layers() { buildah inspect --type image --format '{{range .OCIv1.RootFS.DiffIDs}}{{println .}}{{end}}' "$1"; }
+diff <(layers vipo) <(layers vipo-again)
+[ "$(tail -n 1 "$work/again.log")" = "$digest" ]
+buildah rmi vipo-again >/dev/null
 
 step "experiment in the image and here"
 overrides=(
@@ -70,12 +77,4 @@ PYTHON
 step "unprivileged tests in the image"
 inside pytest -n "$(nproc)" --dist loadgroup -m 'not browser and not root'
 
-step "the same image again"
-buildah rm "$container" >/dev/null
-container=
-BUILD_ARGS=--no-cache containers/build.sh vipo-again | tee "$work/again.log"
-layers() { buildah inspect --type image --format '{{range .OCIv1.RootFS.DiffIDs}}{{println .}}{{end}}' "$1"; }
-diff <(layers vipo) <(layers vipo-again)
-[ "$(tail -n 1 "$work/again.log")" = "$digest" ]
-buildah rmi vipo-again >/dev/null
 step "passed: $digest"
