@@ -1,5 +1,6 @@
 """The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,16 +62,27 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
 def train_stage(config: Config, root: Path, results: Path) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
     from vipo.generators.base import check_device
+    from vipo.training.launch import is_rank, launch, stop_with_launcher
     from vipo.training.trainer import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    if not (experiment / "prompts" / PROVENANCE).is_file():
-        prepare_stage(config, root, results)
-    if not (experiment / "embeddings" / PROVENANCE).is_file():
-        encode_stage(config, root, results)
+    for name, stage in (("prompts", prepare_stage), ("embeddings", encode_stage)):
+        if not (experiment / name / PROVENANCE).is_file():
+            if is_rank():
+                raise ProvenanceError(f"{experiment / name}: missing; make it first, before several processes start")
+            stage(config, root, results)
     _check_shared(config, experiment)
-    train_run(config, root, experiment)
+    if config.distribution.world_size == 1 or is_rank():
+        stop_with_launcher()
+        train_run(config, root, experiment)
+        return
+    resolved = experiment / "configs" / f"{config.run_name}.yaml"
+    write_if_changed(resolved, dump_config(config))
+    launch(
+        [sys.executable, "-m", "vipo.cli", "train", "--config", str(resolved), "--results", str(results)],
+        config.distribution,
+    )
 
 
 def evaluate_stage(config: Config, root: Path, results: Path) -> None:
