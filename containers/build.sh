@@ -39,7 +39,7 @@ case $builder in
     [ -z "$archive" ] || podman save --quiet --format oci-archive --output "$archive" "$name"
     ;;
   buildah)
-    buildah inspect --type image --format '{{.FromImageDigest}}' "$name"
+    buildah inspect --type image --format '{{println .FromImageDigest}}' "$name"
     [ -z "$archive" ] || buildah push --quiet "$name" "oci-archive:$archive"
     ;;
 esac
