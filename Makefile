@@ -59,7 +59,7 @@ test-browser: env  ## the report in a real browser (needs Debian's chromium and 
 test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs root)
 	pytest -m root tests/system
 
-image:  ## the container image `vipo` from the newest commit (docker, podman or buildah; 7.3 GB)
+image:  ## the container image `vipo` from the newest commit (docker, podman or buildah; 7.5 GB)
 	containers/build.sh vipo
 
 sif:  ## the same image for Apptainer, containers/vipo.sif, which `snakemake --sdm apptainer` runs every stage in

@@ -59,8 +59,6 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
         if listed != set(lines.values()):
             store.pipe_file(manifest, b"")
         for name in tqdm(changed, desc="upload", disable=None):
-            target = f"{base}/{name}"
-            store.makedirs(store._parent(target), exist_ok=True)
             store.put_file(str(folder / name), f"{base}/{name}")
             with store.open(f"{base}/{name}", "rb") as stream:
                 arrived = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -89,7 +87,7 @@ def _store(url: str) -> tuple[Any, str]:
     try:
         store, base = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        raise UploadError(f"{url}: {error}; vipo's extra 'cloud' brings s3:// and gs://") from error
+        raise UploadError(f"{url}: {error}; vipo's extra 'cloud' brings s3://, the package gcsfs gs://") from error
     return store, str(base).rstrip("/")
 
 
