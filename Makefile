@@ -11,7 +11,8 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env demo study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm lock clean
+.PHONY: help env demo study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
+  sif test-image lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,9 +74,22 @@ test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs 
 test-slurm: env  ## the workflow on a private Slurm cluster (needs root and Debian's slurm-wlm and munge)
 	pytest -m slurm tests/system
 
+image:  ## the container image `vipo` from the newest commit (docker, podman or buildah; 7.5 GB)
+	containers/build.sh vipo
+
+sif:  ## the same image for Apptainer, containers/vipo.sif, which `snakemake --sdm apptainer` runs every stage in
+	containers/build.sh vipo containers/vipo.tar
+	apptainer build --force containers/vipo.sif containers/vipo.def
+	rm containers/vipo.tar
+
+test-image: env  ## build twice on a Debian base made here, run an experiment and the tests inside (root, buildah, debootstrap)
+	containers/test.sh
+
 lock: | $(UV)  ## resolve requirements.lock again
 	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file requirements.lock
+	echo uv | $(UV) pip compile - --generate-hashes --universal --python-version 3.11 \
+	  --no-annotate --no-header --quiet --output-file containers/installer.lock
 
 clean:  ## results and caches, not the environment
 	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache

@@ -4,17 +4,25 @@ Choose an experiment and change it with `--config experiment=demo overrides="[tr
 Every configuration is composed and validated while this file is read, so a wrong key stops everything first.
 """
 
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
 min_version("9.5")
 
 
-# Read only with `--sdm apptainer`; the recipe that builds the image is still to come.
-container: "containers/vipo.sif"
+IMAGE = "containers/vipo.sif"
+
+
+# Read only with `--sdm apptainer`; `make sif` builds it.
+container: IMAGE
 
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/slurm.smk"
+
+
+if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
+    export_image_digest(IMAGE)
 
 
 localrules:

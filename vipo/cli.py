@@ -308,6 +308,18 @@ def export(
     typer.echo(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
 
 
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(help="A finished folder, such as results/demo.")],
+    url: Annotated[str, typer.Argument(help="s3://bucket/folder, gs://bucket/folder, file:///folder.")],
+) -> None:
+    """Copy results to an object store and check there what arrived; its SHA256SUMS is written last."""
+    from vipo.provenance.upload import upload_folder
+
+    sent = upload_folder(folder, url, repository_root())
+    typer.echo(f"{url}: {len(sent)} files sent, every file there as here")
+
+
 def _leave(status: int) -> None:
     if "RANK" in os.environ:
         # One of several processes would wait in its clean-up for partners that may hang.

@@ -189,6 +189,15 @@ def test_full_weights_load_into_the_stock_pipeline(tmp_path: Path, tiny_generato
     )
 
 
+def test_saved_weights_do_not_say_where_this_machine_keeps_the_generator(tmp_path: Path, tiny_generator: Path) -> None:
+    for place in ("here", "there"):
+        shutil.copytree(tiny_generator, tmp_path / place / "generator")
+        load_generator(_config(Path("generator")), tmp_path / place).save_network(tmp_path / f"{place}-weights")
+    here, there = (tmp_path / f"{place}-weights/transformer/config.json" for place in ("here", "there"))
+    assert json.loads(here.read_text())["_name_or_path"] == "generator"
+    assert here.read_bytes() == there.read_bytes()
+
+
 @pytest.mark.parametrize("alpha", [2.0, 7.0])
 def test_lora_loads_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path, alpha: float) -> None:
     config = _config(tiny_generator)

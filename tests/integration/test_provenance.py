@@ -225,6 +225,18 @@ def test_no_repository_no_commit_no_git(tmp_path: Path, root: Path, monkeypatch:
     assert git_state(root) == unknown
 
 
+def test_an_image_knows_the_commit_that_it_was_built_from(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIPO_GIT_COMMIT", "a" * 40)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    built = tmp_path / "image"
+    built.mkdir()
+    assert git_state(built) == {"commit": "a" * 40, "dirty": False, "diff_sha256": None}
+    # A mounted checkout speaks for itself.
+    assert git_state(root)["commit"] == _git(root, "rev-parse", "HEAD")
+
+
 def test_package_identity_follows_code_and_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "vipo"
     (package / "provenance").mkdir(parents=True)

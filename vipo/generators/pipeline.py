@@ -69,6 +69,8 @@ class PipelineGenerator(Generator):
             load_part(_part_class(location, index, part, known).from_pretrained, location, part, config)
             for part, known in ((cls.network_folder, named), ("vae", cls.autoencoders))
         ]
+        # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
+        parts[0].register_to_config(_name_or_path=config.path)
         return cls(config, *parts)
 
     @classmethod

@@ -30,11 +30,13 @@ def package_sha256() -> str:
 def git_state(root: Path) -> dict[str, Any]:
     """The commit that `root` is at and whether its tracked files differ from it.
 
-    Files below ``results/`` and ``dvc.lock`` do not count, nor do files that git does not track.
+    Files below ``results/`` and ``dvc.lock`` do not count, nor do files that git does not track. Where git knows
+    nothing, in a container image, the commit is the one the image was built from (``VIPO_GIT_COMMIT``): it holds
+    the files of that commit and no others.
 
     Returns:
         ``commit`` (hex), ``dirty`` (bool) and ``diff_sha256`` (hex of the binary diff, None where clean);
-        all None without git or outside a repository.
+        all None without git or outside a repository, unless ``VIPO_GIT_COMMIT`` is set.
     """
     commit = _git(root, "rev-parse", "--verify", "HEAD")
     # Every option that a user's git configuration could change is set, so that one diff has one hash.
@@ -45,7 +47,8 @@ def git_state(root: Path) -> dict[str, Any]:
         "--diff-algorithm=myers", "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--", ".", *_NOT_CODE,
     )  # fmt: skip
     if commit is None or diff is None:
-        return {"commit": None, "dirty": None, "diff_sha256": None}
+        built_from = os.environ.get("VIPO_GIT_COMMIT") or None
+        return {"commit": built_from, "dirty": None if built_from is None else False, "diff_sha256": None}
     return {
         "commit": commit.decode().strip(),
         "dirty": bool(diff),

@@ -1,6 +1,7 @@
 """Configurations of all runs, resolved and written (only when changed) before any rule runs."""
 
 import json
+import os
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -13,6 +14,7 @@ from vipo.config.compose import (
     repository_root,
     write_if_changed,
 )
+from vipo.provenance.files import file_sha256
 
 ROOT = repository_root()
 EXPERIMENT = str(config.get("experiment", "demo"))
@@ -122,3 +124,12 @@ def finished_run(wildcards):
         return []
     run = f"{EXPERIMENT_DIR}/runs/{wildcards.run}"
     return [f"{run}/config.yaml", f"{run}/weights"]
+
+
+def export_image_digest(image):
+    """The image's SHA-256 for provenance: no image holds its own. Jobs inherit it, so that it is read once."""
+    variable = "APPTAINERENV_VIPO_IMAGE_DIGEST"
+    if workflow.is_main_process or variable not in os.environ:
+        if not Path(image).is_file():
+            raise WorkflowError(f"{image}: is missing; `make sif` builds it")
+        os.environ[variable] = f"sha256:{file_sha256(Path(image))}"

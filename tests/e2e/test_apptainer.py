@@ -1,0 +1,64 @@
+"""`snakemake --sdm apptainer` runs stages in the image and records which one.
+
+Against a stand-in (tests/stand_ins/apptainer), for Debian 12 has no Apptainer: the command line is real, the container
+is not.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vipo.config.compose import repository_root
+from vipo.provenance import read_provenance
+
+ROOT = repository_root()
+pytestmark = pytest.mark.xdist_group("workflow")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    for name in ("configs", "workflow", "data/prompts"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("Snakefile", "requirements.lock", "CITATION.cff"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "containers").mkdir()
+    return folder
+
+
+def _snakemake(project: Path, overrides: list[str], *targets: str) -> subprocess.CompletedProcess[str]:
+    tools = f"{ROOT / 'tests' / 'stand_ins'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    log = str(project / "apptainer.jsonl")
+    environment = os.environ | {"PATH": tools, "OMP_NUM_THREADS": "1", "APPTAINER_STAND_IN_LOG": log}
+    command = ["snakemake", *targets, "--profile", "workflow/profiles/local", "--sdm", "apptainer"]
+    command += ["--config", "experiment=demo", f"overrides={json.dumps(overrides)}"]
+    return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
+
+
+def test_stages_run_in_the_image_and_record_its_digest(project: Path, tiny_overrides: list[str]) -> None:
+    overrides = [text for text in tiny_overrides if not text.startswith("experiment=")]
+    target = "results/demo/embeddings/provenance.json"
+    refused = _snakemake(project, overrides, target)
+    assert refused.returncode != 0
+    assert "containers/vipo.sif: is missing; `make sif` builds it" in refused.stdout + refused.stderr
+
+    (project / "containers/vipo.sif").write_bytes(b"an image")
+    finished = _snakemake(project, overrides, target)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    calls = [json.loads(line) for line in (project / "apptainer.jsonl").read_text().splitlines()]
+    assert len(calls) == 2
+    for command, stage in zip(calls, ("prepare", "encode"), strict=True):
+        assert command[:3] == ["exec", "--home", str(project)]
+        assert "--nv" in command
+        assert command[-4:-1] == ["containers/vipo.sif", "bash", "-c"]
+        assert f"vipo {stage} --config results/demo/configs/" in command[-1]
+    digest = "sha256:" + hashlib.sha256(b"an image").hexdigest()
+    records = [read_provenance(path) for path in sorted((project / "results/demo").glob("**/provenance.json"))]
+    assert len(records) == 2
+    assert {record["container_digest"] for record in records} == {digest}

@@ -1,0 +1,107 @@
+"""A finished folder to an object store: data first, its manifest last."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from tqdm import tqdm
+
+from vipo.errors import VipoError
+from vipo.provenance.files import file_sha256
+from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, read_provenance
+
+MANIFEST = "SHA256SUMS"
+
+
+class UploadError(VipoError):
+    """What cannot be uploaded as it is; the message names the file or address and the fix."""
+
+
+def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
+    """Copy the files of a folder to an object store and check there what arrived.
+
+    ``<url>/SHA256SUMS`` (as ``sha256sum`` prints it) is written last and is empty while an upload is under way, so
+    that it lists a whole upload or nothing. What it lists with the same hash already is not sent again. Hidden
+    files (locks, time stamps) stay here, and nothing there is deleted.
+
+    Args:
+        folder: a folder of results.
+        url: where it goes, for fsspec: ``s3://bucket/folder``, ``gs://bucket/folder``, ``file:///folder``.
+        root: the repository root that paths in ``provenance.json`` start at.
+
+    Returns:
+        The names of the files that were sent, relative to `folder`.
+
+    Raises:
+        UploadError: there is nothing to upload, a file is not what its ``provenance.json`` recorded, the address
+            cannot be used, or what arrived is not what was sent.
+    """
+    if not folder.is_dir():
+        raise UploadError(f"{folder}: is no folder; give one of results/")
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = (path for path in files if not any(part.startswith(".") for part in path.parts))
+    names = sorted(path.as_posix() for path in visible if path != Path(MANIFEST))
+    if not names:
+        raise UploadError(f"{folder}: holds no file to upload; run the stage that writes it first")
+    store, base = _store(url)
+    manifest = f"{base}/{MANIFEST}"
+    try:
+        before = store.cat_file(manifest) if store.exists(manifest) else b""
+        # Changes nothing, and tells before gigabytes are hashed whether anything can be written.
+        store.pipe_file(manifest, before)
+        hashes = {name: file_sha256(folder / name) for name in tqdm(names, desc="hash", disable=None)}
+        _check_recorded(folder, hashes, root)
+        lines = {name: f"{hashes[name]}  {name}\n" for name in names}
+        listed = set(before.decode().splitlines(keepends=True))
+        changed = [name for name in names if lines[name] not in listed]
+        if listed != set(lines.values()):
+            store.pipe_file(manifest, b"")
+        for name in tqdm(changed, desc="upload", disable=None):
+            store.put_file(str(folder / name), f"{base}/{name}")
+            with store.open(f"{base}/{name}", "rb") as stream:
+                arrived = hashlib.file_digest(stream, "sha256").hexdigest()
+            if arrived != hashes[name]:
+                raise UploadError(
+                    f"{url}/{name}: SHA-256 {arrived[:12]}… arrived, {hashes[name][:12]}… was read from "
+                    f"{folder / name}; upload again when nothing writes it"
+                )
+        store.pipe_file(manifest, "".join(lines.values()).encode())
+    except VipoError:
+        raise
+    # Each store has its own family of errors (botocore's are no OSErrors).
+    except Exception as error:
+        raise UploadError(
+            f"{url}: {error or type(error).__name__}; check address, credentials and permission to write, "
+            "and upload again"
+        ) from error
+    return changed
+
+
+def _store(url: str) -> tuple[Any, str]:
+    if "://" not in url:
+        raise UploadError(f"{url}: is no address of an object store; write s3://bucket/folder or file:///folder")
+    # Only local folders have to be made: in a store, a name with slashes is a name.
+    options = {"auto_mkdir": True} if url.startswith("file://") else {}
+    try:
+        store, base = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise UploadError(f"{url}: {error}; vipo's extra 'cloud' brings s3://, the package gcsfs gs://") from error
+    return store, str(base).rstrip("/")
+
+
+def _check_recorded(folder: Path, hashes: Mapping[str, str], root: Path) -> None:
+    top = absolute_path(folder)
+    for record in (name for name in hashes if Path(name).name == PROVENANCE):
+        for entry in read_provenance(folder / record)["outputs"]:
+            for recorded, file in entry_files(entry).items():
+                path = absolute_path(root / recorded)
+                if not path.is_relative_to(top):
+                    continue
+                found = hashes.get(path.relative_to(top).as_posix(), "missing")
+                if found != file["sha256"]:
+                    raise UploadError(
+                        f"{path}: is not what {folder / record} recorded ({found[:12]}, not "
+                        f"{file['sha256'][:12]}); run its stage again"
+                    )
