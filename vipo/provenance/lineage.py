@@ -19,10 +19,10 @@ from typing import Any
 
 from vipo.config.models import config_hash
 from vipo.errors import VipoError
-from vipo.provenance.environment import git_state, hardware, package_sha256, versions
+from vipo.provenance.environment import git_diff, git_state, hardware, package_sha256, versions
 from vipo.provenance.files import atomic_file, file_sha256
 
-PROVENANCE = "provenance.json"
+PROVENANCE, DIFF = "provenance.json", "provenance.diff"
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ def record_stage(
     root: Path,
 ) -> Iterator[None]:
     """Write ``<folder>/provenance.json`` when the block succeeds, and nothing when it fails.
+
+    Where the code is not a commit's, ``<folder>/provenance.diff`` holds what is beside it (see `git_state`).
 
     Inputs and code are hashed before the block (what it read), outputs after it. An earlier success's
     record is removed first, so that a record always belongs to the outputs beside it.
@@ -71,6 +73,8 @@ def record_stage(
         if other != stage:
             raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
     target.unlink(missing_ok=True)
+    (folder / DIFF).unlink(missing_ok=True)
+    diff = git_diff(root)
     lock = root / "requirements.lock"
     record: dict[str, Any] = {
         "stage": stage,
@@ -93,6 +97,9 @@ def record_stage(
     written = outputs() if callable(outputs) else outputs
     record["ended"] = _now()
     record["outputs"] = [_entry(path, root, f"output of stage '{stage}' does not exist") for path in written]
+    if diff:
+        with atomic_file(folder / DIFF) as path:
+            path.write_bytes(diff)
     with atomic_file(target) as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
