@@ -124,11 +124,20 @@ def study(
 
 
 @app.command()
-def crate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
-    """Describe the experiment as an RO-Crate: files, runs, parameters, software."""
+def crate(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    key: Annotated[
+        Path | None, typer.Option("--sign", help="Sign it with this SSH key (ssh-keygen -Y sign, namespace vipo).")
+    ] = None,
+    archive: Annotated[bool, typer.Option("--zip", help="Also put it into results/<experiment>.crate.zip.")] = False,
+) -> None:
+    """Describe the experiment as a Workflow Run RO-Crate: files, runs, parameters, software."""
     from vipo.stages import crate_stage
 
-    typer.echo(crate_stage(_configuration(overrides, file), repository_root(), results))
+    for path in crate_stage(_configuration(overrides, file), repository_root(), results, key, archive):
+        typer.echo(path)
 
 
 Backbones = Annotated[

@@ -6,7 +6,7 @@ from pathlib import Path
 from vipo.config.compose import dump_config, write_if_changed
 from vipo.config.models import Config, config_hash
 from vipo.prompts import prepare_prompts
-from vipo.provenance import ProvenanceError, read_provenance, record_stage, write_crate
+from vipo.provenance import ProvenanceError, read_provenance, record_stage, sign_file, write_crate, zip_crate
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -126,10 +126,21 @@ def report_stage(config: Config, root: Path, results: Path) -> Path:
         return build_report(experiment, runs, output)
 
 
-def crate_stage(config: Config, root: Path, results: Path) -> Path:
-    """Everything of the experiment, described in ``crate/ro-crate-metadata.json``."""
+def crate_stage(
+    config: Config, root: Path, results: Path, key: Path | None = None, archive: bool = False
+) -> list[Path]:
+    """Everything of the experiment, described in ``ro-crate-metadata.json``, signed and zipped where asked for.
+
+    Returns:
+        The files written, the metadata first.
+    """
     experiment = experiment_folder(config, results)
-    return write_crate(experiment, experiment / "crate", root)
+    written = [write_crate(experiment, root)]
+    if key is not None:
+        written.append(sign_file(written[0], key))
+    if archive:
+        written.append(zip_crate(experiment))
+    return written
 
 
 def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,9 @@ from vipo.provenance.environment import git_diff, git_state, hardware, package_s
 from vipo.provenance.files import atomic_file, file_sha256
 
 PROVENANCE, DIFF = "provenance.json", "provenance.diff"
+
+#: What tools, locks and interrupted writes leave beside results, and the folder of runs that were set aside.
+_TOOL_FILE = re.compile(r"\.(gitignore|lock|lock-holder\.json|snakemake_timestamp|superseded|.+\.(partial|replaced))")
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +137,12 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
         ProvenanceError: `provenance` is missing or is no such record.
     """
     return [problem for entry in read_provenance(provenance)["outputs"] for problem in _differences(entry, root)]
+
+
+def experiment_files(experiment_dir: Path) -> list[str]:
+    """Files of an experiment's folder, relative to it, sorted; those of tools and of runs set aside are left out."""
+    names = (path.relative_to(experiment_dir) for path in experiment_dir.rglob("*") if not path.is_dir())
+    return sorted(name.as_posix() for name in names if not any(_TOOL_FILE.fullmatch(part) for part in name.parts))
 
 
 def entry_files(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
