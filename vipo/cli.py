@@ -263,6 +263,28 @@ def base(
     train_base(chosen.pretrain, output, output.with_name(f".{output.name}.work"))
 
 
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(help="An experiment's results, such as results/demo, or an unpacked crate.")],
+    allowed_signers: Annotated[
+        Path | None,
+        typer.Option(help="Keys you trust (man ssh-keygen, ALLOWED SIGNERS): check the crate's signature."),
+    ] = None,
+    rerun: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Run this stage again (runs/vipo-s0, report, …) and compare bytes."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Check results: bytes, lineage, code, configurations, numbers; exit status 1 where they do not hold together."""
+    from vipo.audit import audit_experiment
+
+    result = audit_experiment(path, repository_root(), allowed_signers=allowed_signers, rerun=rerun)
+    typer.echo(result.model_dump_json(indent=2) if as_json else result.text())
+    if result.verdict == "broken":
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

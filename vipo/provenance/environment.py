@@ -30,6 +30,21 @@ def package_sha256() -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def git_output(root: Path, *arguments: str, **variables: str) -> bytes | None:
+    """What a git command prints in `root`, whatever hook or variables this process runs under; None where it fails."""
+    # Inside a git hook these point at another repository than the one asked about.
+    foreign = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", **variables}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, env=environment, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
 def git_state(root: Path) -> dict[str, Any]:
     """The commit that `root` is at, and whether there is anything beside it.
 
@@ -40,7 +55,11 @@ def git_state(root: Path) -> dict[str, Any]:
         track, by path) and ``diff_sha256`` (hex SHA-256 of `git_diff`, None where it is empty); all None without git
         or outside a repository.
     """
-    commit, tracked, untracked = _git(root, "rev-parse", "--verify", "HEAD"), _diff(root, "HEAD"), _untracked(root)
+    commit, tracked, untracked = (
+        git_output(root, "rev-parse", "--verify", "HEAD"),
+        _diff(root, "HEAD"),
+        _untracked(root),
+    )
     if commit is None or tracked is None or untracked is None:
         return {"commit": None, "dirty": None, "untracked": None, "diff_sha256": None}
     diff = git_diff(root)
@@ -64,14 +83,9 @@ def git_diff(root: Path) -> bytes:
         # Index and objects of its own, so that the user's repository is only read.
         with tempfile.TemporaryDirectory() as folder:
             own = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": folder}
-            _git(root, "--literal-pathspecs", "add", "--intent-to-add", "--", *small, **own)
+            git_output(root, "--literal-pathspecs", "add", "--intent-to-add", "--", *small, **own)
             added = _diff(root, **own) or b""
     return (_diff(root, "HEAD") or b"") + added
-
-
-def git_object(root: Path, name: str) -> bytes | None:
-    """Content of a git object such as ``HEAD:dvc.lock`` or a commit's hash; None where the repository lacks it."""
-    return _git(root, "cat-file", "-p", name)
 
 
 def hardware() -> dict[str, Any]:
@@ -95,7 +109,7 @@ def versions() -> dict[str, str | None]:
 
 def _diff(root: Path, *arguments: str, **variables: str) -> bytes | None:
     # Every option that a user's git configuration could change is set, so that one diff has one hash.
-    return _git(
+    return git_output(
         root,
         "-c", "core.quotePath=true",
         "diff", *arguments, "--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames",
@@ -105,26 +119,12 @@ def _diff(root: Path, *arguments: str, **variables: str) -> bytes | None:
 
 
 def _untracked(root: Path) -> dict[str, int] | None:
-    listed = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", ".", *_NOT_CODE)
+    listed = git_output(root, "ls-files", "--others", "--exclude-standard", "-z", "--", ".", *_NOT_CODE)
     if listed is None:
         return None
     # A name that ends in a slash is another repository's folder; an editor's temporary file may be gone by now.
     names = sorted(name for name in os.fsdecode(listed).split("\0") if name and not name.endswith("/"))
     return {name: (root / name).lstat().st_size for name in names if os.path.lexists(root / name)}
-
-
-def _git(root: Path, *arguments: str, **variables: str) -> bytes | None:
-    # Inside a git hook these point at another repository than the one asked about.
-    foreign = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {key: value for key, value in os.environ.items() if key not in foreign}
-    environment |= {"GIT_OPTIONAL_LOCKS": "0", **variables}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, env=environment, stdin=subprocess.DEVNULL
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _cpu_model() -> str:
