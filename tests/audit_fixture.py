@@ -1,11 +1,12 @@
 """A small real experiment in a git repository of its own, its anchors, and a tamperer who recomputes hashes."""
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def build_project(root: Path, generator: Path) -> Path:
 
 
 def _run(root: Path) -> None:
-    from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, train_stage
+    from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, summarize_stage, train_stage
 
     configs = {run: load_config(["experiment=demo", f"arm={run.removesuffix('-s0')}", "seed=0"]) for run in RUNS}
     experiment, results, first = root / EXPERIMENT, root / "results", configs["base-s0"]
@@ -86,6 +87,7 @@ def _run(root: Path) -> None:
         if run != "base-s0":
             train_stage(config, root, results)
         evaluate_stage(config, root, results)
+    summarize_stage(first, root, results)
     report_stage(first, root, results)
     (experiment / "logs").mkdir()
     for name in ("prepare", "encode", *(f"train-{run}" for run in RUNS[1:]), "report"):
@@ -145,7 +147,7 @@ def write_lock(root: Path) -> None:
         deps = ["data/generator", embeddings[0], prompts[0], *weights]
         stages[f"evaluate-{run}"] = (f"vipo evaluate experiment=demo arm={arm} seed=0", deps, outs)
         scores.append(f"{evaluated}/scores.parquet")
-    data = f"{EXPERIMENT}/report/data" if (root / EXPERIMENT / "report/data").is_dir() else f"{EXPERIMENT}/report"
+    data = f"{EXPERIMENT}/report/data"
     outs = [f"{data}/{name}" for name in ("figures", "report.json", "tables")]
     stages["summarize"] = ("vipo summarize experiment=demo arm=base", [prompts[1], *scores], outs)
     lock = {
@@ -176,66 +178,59 @@ def recompute_hashes(root: Path, *, crate: bool = False) -> None:
     """Make every hash beside the results that of the files as they are now; with `crate`, the crate's as well."""
     experiment = root / EXPERIMENT
     for path in experiment.glob("runs/*/checkpoints/*/manifest.json"):
-        names = [file.name for file in path.parent.iterdir() if file != path]
-        path.write_text(json.dumps({name: sha256(path.parent / name) for name in sorted(names)}, indent=1))
-    manifest = experiment / "prompts" / "manifest.json"
-    if manifest.is_file():
-        content = _json(manifest)
-        if content is not None:
-            prompts = {name: experiment / "prompts" / name for name in ("train.jsonl", "eval.jsonl")}
-            content["files"] = {name: sha256(path) for name, path in prompts.items() if path.is_file()}
-            for name, path in prompts.items():
-                if path.is_file():
-                    content["counts"][name.removesuffix(".jsonl")] = len(path.read_text().splitlines())
-            manifest.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        _rewrite(path, lambda _, path=path: {file.name: sha256(file) for file in path.parent.iterdir() if file != path})
+    _rewrite(experiment / "prompts" / "manifest.json", lambda content: _recounted(content, experiment / "prompts"))
     # Twice: a record may be another's input.
     for _ in range(2):
         for path in sorted(experiment.rglob("provenance.json")):
-            record = _json(path)
-            if record is not None:
-                _rehash(root, path, record)
+            _rewrite(path, lambda record, path=path: _rehashed(root, path, record))
     if crate:
-        metadata = experiment / "ro-crate-metadata.json"
-        content = _json(metadata)
-        assert content is not None
-        for entity in content["@graph"]:
-            path = experiment / unquote(entity["@id"])
-            if "File" in entity["@type"] and path.is_file():
-                entity |= {"sha256": sha256(path), "contentSize": str(path.stat().st_size)}
-        metadata.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        _rewrite(experiment / "ro-crate-metadata.json", lambda content: _described_anew(content, experiment))
 
 
-def _rehash(root: Path, path: Path, record: dict[str, Any]) -> None:
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change a JSON file, unless it is no JSON or has nothing to change."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    after = change(copy.deepcopy(before))
+    if after != before:
+        path.write_text(json.dumps(after, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _recounted(manifest: dict[str, Any], prompts: Path) -> dict[str, Any]:
+    for name in ("train", "eval"):
+        path = prompts / f"{name}.jsonl"
+        manifest["files"][path.name] = sha256(path)
+        manifest["counts"][name] = len(path.read_text().splitlines())
+    return manifest
+
+
+def _rehashed(root: Path, path: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Inputs as they are; outputs as well, those that are gone dropped and those that came added."""
     for entry in record["inputs"]:
         if (root / entry["path"]).is_file():
             entry |= _described(root / entry["path"])
-    place = path.parent.relative_to(root).as_posix()
     known = [entry["path"] for entry in record["outputs"]]
-    record["outputs"] = [
-        {"path": name, **_described(root / name)}
-        for name in sorted(
-            {name for name in known if (root / name).is_file()}
-            | {
-                file.relative_to(root).as_posix()
-                for entry in known
-                for file in (root / entry).parent.glob("*")
-                if file.is_file() and file.name not in _BESIDE and file.relative_to(root).as_posix().startswith(place)
-            }
-        )
-    ]
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    folders = {(root / name).parent for name in known} | {path.parent}
+    found = [file.relative_to(root).as_posix() for folder in sorted(folders) for file in sorted(folder.glob("*"))]
+    added = [name for name in found if name not in known and Path(name).name not in _BESIDE]
+    names = [name for name in [*known, *added] if (root / name).is_file()]
+    record["outputs"] = [{"path": name, **_described(root / name)} for name in names]
+    return record
 
 
-_BESIDE = ("provenance.json", "provenance.diff", "timing.jsonl", ".lock")
+def _described_anew(crate: dict[str, Any], experiment: Path) -> dict[str, Any]:
+    for entity in crate["@graph"]:
+        path = experiment / unquote(entity["@id"])
+        if "File" in entity["@type"] and path.is_file():
+            entity |= {"sha256": sha256(path), "contentSize": str(path.stat().st_size)}
+    return crate
+
+
+_BESIDE = ("provenance.json", "provenance.diff", "timing.jsonl", "time.json", "time.csv", "time.svg", ".lock")
 
 
 def _described(path: Path) -> Mapping[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -103,8 +103,16 @@ def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Resu
 
 
 @app.command()
+def summarize(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
+    """Compare the experiment's runs in numbers, tables and figures: the report's data."""
+    from vipo.stages import summarize_stage
+
+    typer.echo(summarize_stage(_configuration(overrides, file), repository_root(), results))
+
+
+@app.command()
 def report(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS) -> None:
-    """Build the experiment's HTML report from all its runs."""
+    """Build the experiment's HTML report from all its runs (and its numbers first, where they are missing)."""
     from vipo.stages import report_stage
 
     typer.echo(report_stage(_configuration(overrides, file), repository_root(), results))

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vipo.config.compose import dump_config, write_if_changed
-from vipo.config.models import Config, config_hash
-from vipo.prompts import prepare_prompts
-from vipo.provenance import ProvenanceError, read_provenance, record_stage, sign_file, write_crate, zip_crate
+from vipo.config.models import Config
+from vipo.prompts import check_prompts, prepare_prompts
+from vipo.provenance import record_stage, sign_file, write_crate, zip_crate
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -55,7 +54,8 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
         root=root,
     ):
         for split in ("train", "eval"):
-            encode_prompt_file(config.generator, root, prompts / f"{split}.jsonl", folder / f"{split}.safetensors")
+            source, output = prompts / f"{split}.jsonl", folder / f"{split}.safetensors"
+            encode_prompt_file(config.generator, root, source, output, config.embeddings_identity())
 
 
 def train_stage(config: Config, root: Path, results: Path) -> None:
@@ -65,11 +65,11 @@ def train_stage(config: Config, root: Path, results: Path) -> None:
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    if not (experiment / "prompts" / PROVENANCE).is_file():
+    if not (experiment / "prompts" / "manifest.json").is_file():
         prepare_stage(config, root, results)
-    if not (experiment / "embeddings" / PROVENANCE).is_file():
+    if not (experiment / "embeddings" / "train.safetensors").is_file():
         encode_stage(config, root, results)
-    _check_shared(config, experiment)
+    _check_shared(config, experiment, "train")
     train_run(config, root, experiment)
 
 
@@ -80,50 +80,70 @@ def evaluate_stage(config: Config, root: Path, results: Path) -> None:
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    _check_shared(config, experiment)
+    _check_shared(config, experiment, "eval")
     evaluate_run(config, root, experiment)
-    # The report reads it; a workflow has written the same bytes before.
-    write_if_changed(experiment / "configs" / f"{config.run_name}.yaml", dump_config(config))
 
 
-def _check_shared(config: Config, experiment: Path) -> None:
+def _check_shared(config: Config, experiment: Path, split: str) -> None:
     # All runs read the same prompts and embeddings, so a run refuses other ones instead of replacing them.
-    for name, stage, identity in (
-        ("prompts", "prepare", config.prompts_identity()),
-        ("embeddings", "encode", config.embeddings_identity()),
+    from vipo.generators.embeddings import check_embeddings
+
+    prompts = experiment / "prompts"
+    check_prompts(prompts, config.prompts)
+    check_embeddings(
+        experiment / "embeddings" / f"{split}.safetensors", prompts / f"{split}.jsonl", config.embeddings_identity()
+    )
+
+
+def summarize_stage(config: Config, root: Path, results: Path) -> Path:
+    """All runs of the experiment to the report's numbers, ``report/data``: the same bytes for the same results."""
+    from vipo.reporting import build_data
+
+    experiment, runs = experiment_folder(config, results), run_names(config)
+    output = experiment / "report" / "data"
+    with record_stage(
+        "summarize",
+        output,
+        inputs=_measured(experiment, runs),
+        outputs=lambda: [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != PROVENANCE],
+        config=config.report_identity(),
+        root=root,
     ):
-        if read_provenance(experiment / name / PROVENANCE)["config_sha256"] != config_hash(identity):
-            wanted = ", ".join(f"{key}={value}" for key, value in identity.items())
-            raise ProvenanceError(
-                f"{experiment / name}: made with another configuration than this run's ({wanted}); "
-                f"run the stage '{stage}' again with it, or choose another results folder"
-            )
+        return build_data(experiment, runs, config, output)
 
 
 def report_stage(config: Config, root: Path, results: Path) -> Path:
-    """All runs of the experiment to ``report/index.html``."""
-    from vipo.reporting import build_report
+    """All runs of the experiment to ``report/index.html``; the numbers beside it first where they are missing.
 
-    experiment = experiment_folder(config, results)
-    runs, output = run_names(config), experiment / "report"
-    read = [experiment / "prompts" / "manifest.json"]
-    for run in runs:
-        evaluation, training = experiment / "evaluation" / run, experiment / "runs" / run
-        read += [experiment / "configs" / f"{run}.yaml"]
-        read += [evaluation / name for name in ("scores.parquet", "maps.safetensors", "samples")]
-        if not run.startswith("base-"):
-            read += [training / name for name in ("metrics.jsonl", "timing.jsonl", "provenance.json")]
+    Times and records that are not here (results that were pulled come without them) are shown as such.
+    """
+    from vipo.reporting import TIMES, build_report
+
+    experiment, runs = experiment_folder(config, results), run_names(config)
+    output = experiment / "report"
+    data = output / "data" / "report.json"
+    if not data.is_file():
+        summarize_stage(config, root, results)
+    shown = [experiment / "evaluation" / run / name for run in runs for name in ("maps.safetensors", "samples")]
+    volatile = [experiment / "runs" / run / name for run in runs for name in ("timing.jsonl", PROVENANCE)]
     with record_stage(
         "report",
         output,
-        inputs=read,
-        outputs=lambda: [
-            path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "provenance.json"
-        ],
-        config=config.experiment.model_dump(mode="json"),
+        inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
+        outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
+        config=config.report_identity(),
         root=root,
     ):
-        return build_report(experiment, runs, output)
+        return build_report(experiment, runs, config, output)
+
+
+def _measured(experiment: Path, runs: Sequence[str]) -> list[Path]:
+    paths = [experiment / "prompts" / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")]
+    for run in runs:
+        paths += [experiment / "evaluation" / run / name for name in ("config.yaml", "scores.parquet")]
+        if not run.startswith("base-"):
+            paths.append(experiment / "runs" / run / "metrics.jsonl")
+    return paths
 
 
 def crate_stage(
@@ -147,4 +167,4 @@ def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:
     """Several experiments' results to the study's tables, figures and page; the first one's configuration decides."""
     from vipo.reporting.study import build_study
 
-    return build_study([(experiment_folder(config, results), run_names(config)) for config in configs], output)
+    return build_study([(experiment_folder(config, results), run_names(config), config) for config in configs], output)

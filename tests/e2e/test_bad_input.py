@@ -320,13 +320,36 @@ def test_stages_name_the_one_before(vipo: Command, overrides: list[str], results
     vipo("encode", *overrides, "--results", tmp_path / "none").refuses(
         "train.jsonl", "run the stage that writes it first"
     )
-    vipo("evaluate", *overrides, "--results", tmp_path / "none").refuses("prompts/provenance.json", "run its stage")
+    vipo("evaluate", *overrides, "--results", tmp_path / "none").refuses("prompts/manifest.json", "vipo prepare")
     vipo("report", *overrides, "--results", tmp_path / "none").refuses("demo/", "run the stage that writes it first")
     vipo("evaluate", *overrides, "--results", results).refuses("grpo-s0", "no finished run", "train stage")
-    # As a killed encode leaves it: tensors, perhaps of one half only, without a record.
-    (results / "demo/embeddings/provenance.json").unlink()
-    vipo("evaluate", *overrides, "--results", results).refuses("embeddings/provenance.json", "run its stage")
+    # As a killed prepare or encode leaves it: one half of it is another one's.
+    train, eval_ = (results / f"demo/embeddings/{half}.safetensors" for half in ("train", "eval"))
+    eval_.write_bytes(train.read_bytes())
+    vipo("evaluate", *overrides, "--results", results).refuses(str(eval_), "of other prompts", "'encode' again")
+    eval_.unlink()
+    vipo("evaluate", *overrides, "--results", results).refuses(str(eval_), "cannot be read", "encode stage again")
+    prompts = results / "demo/prompts/eval.jsonl"
+    prompts.write_text("")
+    vipo("evaluate", *overrides, "--results", results).refuses(str(prompts), "manifest.json", "vipo prepare")
     assert not files(tmp_path / "none")
+
+
+def test_results_without_records_are_used(vipo: Command, overrides: list[str], results: Path, tmp_path: Path) -> None:
+    """As they come from a pull, which brings neither records nor checkpoints."""
+    kept, pulled = [*overrides, "training.save_at=[1]"], tmp_path / "pulled"
+    assert vipo("train", *kept, "--results", results).code == 0
+    shutil.copytree(results, pulled, ignore=shutil.ignore_patterns("provenance.json", "checkpoints", "tb"))
+    scores = [folder / "demo/evaluation/grpo-s0/scores.parquet" for folder in (results, pulled)]
+    for folder in (results, pulled):
+        assert vipo("evaluate", *kept, "--results", folder).code == 0
+    assert scores[0].read_bytes() == scores[1].read_bytes()
+    shutil.rmtree(pulled / RUN / "updates/000001")
+    vipo("evaluate", *kept, "--results", pulled).refuses("updates/000001", "missing", "train grpo-s0 again")
+    # A fresh run of another configuration starts without what the pulled one kept.
+    assert vipo("train", *overrides, "optimizer.learning_rate=1e-4", "--results", pulled).code == 0
+    assert not (pulled / RUN / "updates").exists()
+    vipo("evaluate", *kept, "--results", pulled).refuses("grpo-s0", "another configuration")
 
 
 def test_prompts_and_embeddings_of_another_configuration(

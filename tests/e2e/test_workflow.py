@@ -23,6 +23,8 @@ ARMS = [
     "experiment.arms.vipo.seeds=[0]",
 ]
 
+REPORTS = {"summarize", "report", "crate"}
+
 
 def _snakemake(project: Path, overrides: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -61,7 +63,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: list[str]) -> None:
     overrides = [*(text for text in tiny_overrides if not text.startswith("experiment=")), *ARMS]
     runs = ["base-s0", "grpo-s0", "vipo-s0"]
-    trained, stages = runs[1:], {"prepare", "encode", "report", "crate"}
+    trained, stages = runs[1:], {"prepare", "encode", *REPORTS}
     everything = stages | {f"evaluate {run}" for run in runs} | {f"train {run}" for run in trained}
     assert _planned(project, overrides) == everything
 
@@ -88,13 +90,13 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
 
     # One arm's learning rate: its run, its evaluation, the report and the crate, nothing else.
     changed = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
-    assert _planned(project, changed) == {"train grpo-s0", "evaluate grpo-s0", "report", "crate"}
+    assert _planned(project, changed) == {"train grpo-s0", "evaluate grpo-s0", *REPORTS}
     # How the report draws its intervals is no reason to train.
-    assert _planned(project, [*overrides, "evaluation.confidence=0.9"]) == {"report", "crate"}
+    assert _planned(project, [*overrides, "evaluation.confidence=0.9"]) == REPORTS
     # How often checkpoints are written changes no result; what a run trains on does not touch the base.
     assert _planned(project, [*overrides, "training.keep_checkpoints=3"]) == set()
     eta = _planned(project, [*overrides, "sampling.eta=0.5"])
-    assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), "report", "crate"}
+    assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), *REPORTS}
 
 
 def test_wrong_key_stops_before_anything_runs(project: Path, tiny_overrides: list[str]) -> None:

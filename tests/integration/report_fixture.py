@@ -9,8 +9,9 @@ import pandas as pd
 from PIL import Image
 from safetensors.numpy import save_file
 
-from vipo.config.compose import dump_config, load_config
+from vipo.config.compose import dump_config, load_config, load_config_file
 from vipo.demo.scenes import Scene, SceneObject, draw, object_mask
+from vipo.reporting import build_data, build_report
 from vipo.sampling.noise import keyed_seed
 
 SEEDS: Mapping[str, Sequence[int]] = {"base": [0], "grpo": [0, 1], "vipo": [0, 1], "uniform": [0], "inverted": [0]}
@@ -45,13 +46,19 @@ def build_experiment(root: Path, seeds: Mapping[str, Sequence[int]] = SEEDS) -> 
             overrides += ["evaluation.shown_prompts=5", "evaluation.bootstrap=200", f"training.updates={UPDATES}"]
             overrides += [f"training.save_at={list(KEPT)}", "evaluation.rewards=[object_redness,redness,scene_shape]"]
             config = load_config(overrides)
-            path = folder / "configs" / f"{config.run_name}.yaml"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(dump_config(config))
-            _write_evaluation(folder / "evaluation" / config.run_name, arm, seed)
+            evaluation = folder / "evaluation" / config.run_name
+            _write_evaluation(evaluation, arm, seed)
+            (evaluation / "config.yaml").write_text(dump_config(config))
             if arm != "base":
                 _write_run(folder / "runs" / config.run_name, arm, seed)
     return folder, runs
+
+
+def write_report(folder: Path, runs: Sequence[str], output: Path) -> Path:
+    """The report's numbers and page of ``results/demo``; returns the page."""
+    config = load_config_file(folder / "evaluation" / "base-s0" / "config.yaml")
+    build_data(folder, runs, config, output / "data")
+    return build_report(folder, runs, config, output)
 
 
 def prompt_id(text: str) -> str:

@@ -203,7 +203,7 @@ def test_the_negative_prompt_is_stored_once(family: str, folders: dict[str, Path
     prompts = [Prompt(prompt_id(text), text, {}) for text in PROMPTS]
     source = tmp_path / "eval.jsonl"
     source.write_text("".join(json.dumps(vars(prompt)) + "\n" for prompt in prompts))
-    encode_prompt_file(config, ROOT, source, tmp_path / "eval.safetensors")
+    encode_prompt_file(config, ROOT, source, tmp_path / "eval.safetensors", {})
     expected = _conditioning(config)
     found = stack_conditioning(
         load_embeddings(tmp_path / "eval.safetensors", prompts), [prompt.id for prompt in prompts]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id
+from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
 
+from vipo.config.compose import load_config_file
 from vipo.evaluation.statistics import ScoresError, paired_difference
-from vipo.reporting import ReportError, build_report
+from vipo.reporting import TIMES, ReportError, build_report
 
 Built = tuple[Path, list[str]]
 
@@ -21,7 +22,15 @@ Built = tuple[Path, list[str]]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder, runs = build_experiment(tmp_path_factory.mktemp("report"))
-    build_report(folder, runs, folder / "report")
+    write_report(folder, runs, folder / "report")
+    return folder, runs
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Three runs: their report takes a part of the time."""
+    folder, runs = build_experiment(tmp_path_factory.mktemp("small"), {"base": [0], "grpo": [0], "vipo": [0]})
+    write_report(folder, runs, folder / "report")
     return folder, runs
 
 
@@ -87,21 +96,55 @@ def test_files_that_claim_equality_are_equal_and_times_stay_out_of_them(built: B
         path.write_text(path.read_text().replace('"time/total": ', '"time/total": 1'))
     for path in folder.glob("runs/*/provenance.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "started": "another day"}))
-    build_report(folder, list(reversed(runs)), folder / "report")
-    volatile = {"index.html", "timing.json", "tables/time.csv", "figures/time.svg"}
-    names = {
-        path.relative_to(folder / "report").as_posix() for path in (folder / "report").rglob("*") if path.is_file()
-    }
-    assert {"report.json", "tables/comparisons.csv", "figures/difference-0.svg", *volatile} <= names
-    for name in names - volatile:
-        assert (folder / "report" / name).read_bytes() == (built[0] / "report" / name).read_bytes(), name
-    assert (folder / "report" / "timing.json").read_bytes() != (built[0] / "report" / "timing.json").read_bytes()
-    assert "time/" not in (folder / "report" / "report.json").read_text()
+    write_report(folder, list(reversed(runs)), folder / "report")
+    data = folder / "report" / "data"
+    names = {path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()}
+    assert {"report.json", "tables/comparisons.csv", "figures/difference-0.svg"} <= names
+    for name in names:
+        assert (data / name).read_bytes() == (built[0] / "report" / "data" / name).read_bytes(), name
+    assert "time" not in (data / "report.json").read_text()
+    beside = {path.name for path in (folder / "report").iterdir()}
+    assert beside == {"data", "index.html", *TIMES}
+    assert (folder / "report" / "time.json").read_bytes() != (built[0] / "report" / "time.json").read_bytes()
+
+
+def test_times_and_records_that_are_not_here_are_said_to_be_missing(small: Built, tmp_path: Path) -> None:
+    """As after a pull, which brings neither."""
+    folder, runs = tmp_path / "demo", small[1]
+    shutil.copytree(small[0], folder)
+    for run in runs[1:]:
+        (folder / "runs" / run / "timing.jsonl").unlink()
+        (folder / "runs" / run / "provenance.json").unlink()
+    before = {path: path.read_bytes() for path in (folder / "report" / "data").rglob("*.*")}
+    page = write_report(folder, runs, folder / "report").read_text(encoding="utf-8")
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in (folder / "report").iterdir()} == {"data", "index.html"}
+    listed = ", ".join(run for run in runs if not run.startswith("base"))
+    assert f"Not recorded here: {listed}." in page
+    assert f"Records of the training are not here for {listed}" in page
+    assert "not recorded" in page[page.index('id="provenance"') :]
+
+
+def test_a_page_is_not_made_of_other_results_than_its_numbers(small: Built, tmp_path: Path) -> None:
+    folder, runs = tmp_path / "demo", small[1]
+    shutil.copytree(small[0], folder)
+    config = load_config_file(folder / "evaluation" / "base-s0" / "config.yaml")
+    path = folder / "report" / "data" / "report.json"
+    text = path.read_text()
+    assert build_report(folder, runs, config, folder / "report").is_file()
+    path.write_text(re.sub(r"(\d\.\d{12})\d+", r"\1", text))
+    assert path.read_text() != text
+    assert build_report(folder, runs, config, folder / "report").is_file()
+    scores = folder / "evaluation" / "vipo-s0" / "scores.parquet"
+    rows = pd.read_parquet(scores)
+    rows.assign(**{"reward/redness": rows["reward/redness"] + 0.01}).to_parquet(scores, index=False)
+    with pytest.raises(ReportError, match=r"report\.json: was made from other results; run 'vipo summarize' again"):
+        build_report(folder, runs, config, folder / "report")
 
 
 def test_numbers_are_those_of_the_statistics_and_words_follow(built: Built) -> None:
     folder, runs = built
-    report = json.loads((folder / "report" / "report.json").read_text())
+    report = json.loads((folder / "report" / "data" / "report.json").read_text())
     scores = pd.concat(pd.read_parquet(folder / "evaluation" / run / "scores.parquet") for run in runs)
     final = scores[scores["final"]]
     expected = paired_difference(
@@ -124,7 +167,7 @@ def test_numbers_are_those_of_the_statistics_and_words_follow(built: Built) -> N
     page = (folder / "report" / "index.html").read_text(encoding="utf-8")
     assert '<p class="words">no difference shown</p>' in page
     assert "not reached" in page
-    table = pd.read_csv(folder / "report" / "tables" / "comparisons.csv")
+    table = pd.read_csv(folder / "report" / "data" / "tables" / "comparisons.csv")
     assert set(table["update"]) == {8, 16, 24}
     assert set(table["reference"]) == {"base", "grpo", "uniform", "inverted"}
 
@@ -140,7 +183,7 @@ def test_settings_that_differ_are_shown_and_shared_ones_are_not(built: Built) ->
 
 
 def test_figures_are_drawings_that_follow_the_readers_colours(built: Built) -> None:
-    for path in sorted((built[0] / "report" / "figures").glob("*.svg")):
+    for path in sorted((built[0] / "report" / "data" / "figures").glob("*.svg")):
         text = path.read_text()
         ElementTree.fromstring(text)
         assert "currentColor" in text, path.name
@@ -152,8 +195,8 @@ def test_figures_are_drawings_that_follow_the_readers_colours(built: Built) -> N
 
 def test_five_seeds_get_intervals_over_seeds(tmp_path: Path) -> None:
     folder, runs = build_experiment(tmp_path, {"base": [0], "vipo": [0, 1, 2, 3, 4]})
-    build_report(folder, runs, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    write_report(folder, runs, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "data" / "report.json").read_text())
     assert report["statements"]["headline"][0]["note"] == f"over 5 seeds and {len(PROMPTS)} prompts"
     assert not any("conditional" in text for text in report["caveats"])
 
@@ -177,7 +220,8 @@ def _scores(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove("configs/vipo-s0.yaml"), r"configs/vipo-s0\.yaml: cannot be read"),
+        (_remove("evaluation/vipo-s0/config.yaml"), r"vipo-s0/config\.yaml: cannot be read .* evaluate vipo-s0 first"),
+        (_write("evaluation/vipo-s0/config.yaml", "vipo: ["), r"vipo-s0/config\.yaml: is not valid YAML"),
         (_remove("runs/vipo-s0/metrics.jsonl"), r"vipo-s0/metrics\.jsonl: cannot be read"),
         (_write("runs/vipo-s0/metrics.jsonl", '{"update": 1}\n{"upd'), r"metrics\.jsonl, line 2: is not JSON"),
         (_write("runs/vipo-s0/metrics.jsonl", ""), r"metrics\.jsonl: holds no update"),
@@ -190,8 +234,6 @@ def _scores(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], 
         (_scores(lambda rows: rows.assign(**{"reward/redness": float("nan")})), r"reward/redness are not finite"),
         (_scores(lambda rows: rows.assign(run="grpo-s0")), r"holds rows of \['grpo-s0'\], not of vipo-s0"),
         (_scores(lambda rows: rows[rows["prompt_id"] != prompt_id(PROMPTS[3])]), r"no row for \(.*cannot be paired"),
-        (_remove(f"evaluation/vipo-s0/samples/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
-        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: map u24-.* cannot be read"),
     ],
 )
 def test_a_missing_or_damaged_input_is_named_and_the_old_report_stays(
@@ -199,11 +241,33 @@ def test_a_missing_or_damaged_input_is_named_and_the_old_report_stays(
 ) -> None:
     folder = tmp_path / "demo"
     shutil.copytree(built[0], folder)
-    before = (folder / "report" / "report.json").read_bytes()
+    kept = [folder / "report" / name for name in ("data/report.json", "index.html")]
+    before = [path.read_bytes() for path in kept]
     damage(folder)
     with pytest.raises((ReportError, ScoresError), match=message):
-        build_report(folder, ["base-s0", "grpo-s0", "vipo-s0"], folder / "report")
-    assert (folder / "report" / "report.json").read_bytes() == before
+        write_report(folder, ["base-s0", "grpo-s0", "vipo-s0"], folder / "report")
+    assert [path.read_bytes() for path in kept] == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove(f"evaluation/vipo-s0/samples/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
+        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: map u24-.* cannot be read"),
+        (_write("runs/vipo-s0/timing.jsonl", "{"), r"timing\.jsonl, line 1: is not JSON"),
+    ],
+)
+def test_a_page_whose_pictures_or_times_are_damaged_leaves_the_old_one(
+    small: Built, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(small[0], folder)
+    config = load_config_file(folder / "evaluation" / "base-s0" / "config.yaml")
+    before = (folder / "report" / "index.html").read_bytes()
+    damage(folder)
+    with pytest.raises(ReportError, match=message):
+        build_report(folder, small[1], config, folder / "report")
+    assert (folder / "report" / "index.html").read_bytes() == before
 
 
 def test_runs_must_be_named_and_comparable(built: Built) -> None:
@@ -213,5 +277,5 @@ def test_runs_must_be_named_and_comparable(built: Built) -> None:
         (["base-s0"], "only the base"),
     ):
         with pytest.raises(ReportError, match=message):
-            build_report(built[0], runs, built[0] / "elsewhere")
+            write_report(built[0], runs, built[0] / "elsewhere")
     assert not (built[0] / "elsewhere").exists()

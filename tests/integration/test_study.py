@@ -10,6 +10,7 @@ from integration.report_fixture import build_experiment
 from omegaconf import OmegaConf
 from scipy import stats
 
+from vipo.config.compose import load_config_file
 from vipo.config.models import StudyConfig
 from vipo.evaluation.statistics import ScoresError, matched_arms, seed_interval
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
@@ -134,9 +135,9 @@ def test_clip_table_averages_over_seeds() -> None:
 def test_study_page(tmp_path: Path) -> None:
     seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "inverted": [0, 1]}
     folder, runs = build_experiment(tmp_path, seeds)
+    first = folder / "evaluation" / "base-s0" / "config.yaml"
     with pytest.raises(StudyError, match="no section 'study'"):
-        build_study([(folder, runs)], tmp_path / "study")
-    first = folder / "configs" / "base-s0.yaml"
+        build_study([(folder, runs, load_config_file(first))], tmp_path / "study")
     config = OmegaConf.load(first)
     for arm in ("grpo", "vipo"):
         config.experiment.arms[arm].seeds = seeds[arm]
@@ -149,7 +150,8 @@ def test_study_page(tmp_path: Path) -> None:
         "confirm_seeds": [2, 3],
     }
     OmegaConf.save(config, first)
-    page = build_study([(folder, runs)], tmp_path / "study")
+    studied = [(folder, runs, load_config_file(first))]
+    page = build_study(studied, tmp_path / "study")
     assert page.read_text().startswith("# The study's results")
     written = json.loads((tmp_path / "study" / "decision.json").read_text())
     assert written["chosen"] == "vipo"
@@ -157,5 +159,5 @@ def test_study_page(tmp_path: Path) -> None:
     assert set(table["matched"]) == {"updates", "reward", "change"}
     assert (tmp_path / "study" / "demo-paths.svg").is_file()
     before = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
-    build_study([(folder, runs)], tmp_path / "study")
+    build_study(studied, tmp_path / "study")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}

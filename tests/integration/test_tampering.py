@@ -219,6 +219,12 @@ def _figure(experiment: Path) -> list[str]:
     return [path.relative_to(experiment).as_posix()]
 
 
+def _lost_board(experiment: Path) -> list[str]:
+    (path,) = (experiment / "runs/vipo-s0/tb").iterdir()
+    path.unlink()
+    return [path.relative_to(experiment).as_posix()]
+
+
 def _lost_figure(experiment: Path) -> list[str]:
     (path,) = experiment.rglob("figures/change.svg")
     path.unlink()
@@ -241,13 +247,17 @@ RESULTS: Mapping[str, Tampering] = {
     "weights renamed": _rename(f"runs/vipo-s0/{_WEIGHTS}", "runs/vipo-s0/weights/transformer/other.safetensors"),
     "a file among the weights": _add("runs/vipo-s0/weights/transformer/more.safetensors"),
     "a hidden file among the weights": _add("runs/vipo-s0/weights/.more"),
-    "kept weights deleted": _delete("runs/grpo-s0/updates"),
+    "kept weights deleted": _delete(
+        "runs/grpo-s0/updates", f"runs/grpo-s0/{_WEIGHTS.replace('weights', 'updates/000001', 1)}"
+    ),
     "metrics edited": _metrics,
     "an update's metrics deleted": _lost_update,
     "metrics emptied": _cut("runs/vipo-s0/metrics.jsonl", 0),
     "a run's configuration edited": _edit("runs/vipo-s0/config.yaml", "learning_rate: ", "learning_rate: 1"),
     "a run's configuration no YAML": _edit("runs/vipo-s0/config.yaml", "arm:", "arm: ["),
-    "a run renamed": _rename("runs/vipo-s0", "runs/vipo-s9", "runs/vipo-s0/metrics.jsonl", "runs/vipo-s9"),
+    "a run renamed": _rename(
+        "runs/vipo-s0", "runs/vipo-s9", "runs/vipo-s0/metrics.jsonl", "runs/vipo-s9/metrics.jsonl"
+    ),
     "runs swapped": _swap("runs/grpo-s0", "runs/vipo-s0"),
     "a run deleted": _delete("runs/grpo-s0", "runs/grpo-s0/metrics.jsonl"),
     "scores edited": _scores,
@@ -269,7 +279,7 @@ RESULTS: Mapping[str, Tampering] = {
     "a prompt edited": _edit("prompts/eval.jsonl", '"text": "a', '"text": "the'),
     "a prompt deleted": _lost_prompt,
     "prompts swapped": _swap("prompts/train.jsonl", "prompts/eval.jsonl"),
-    "the manifest edited": _edit("prompts/manifest.json", '"counts"', '"count"'),
+    "the manifest edited": _edit("prompts/manifest.json", '"source": "data/', '"source": "other/'),
     "a byte of the embeddings": _byte("embeddings/train.safetensors"),
     "embeddings swapped": _swap("embeddings/train.safetensors", "embeddings/eval.safetensors"),
     "a file beside the results": _add("notes.txt"),
@@ -287,7 +297,7 @@ BESIDE: Mapping[str, Tampering] = {
     "a record deleted": _delete("evaluation/vipo-s0/provenance.json"),
     "a record no JSON": _cut("prompts/provenance.json", 0.5),
     "times edited": _edit("runs/vipo-s0/timing.jsonl", "time/total", "time/totals"),
-    "TensorBoard's file deleted": _delete("runs/vipo-s0/tb"),
+    "TensorBoard's file deleted": _lost_board,
     "a checkpoint replaced": _copy(
         "runs/grpo-s0/checkpoints/000002/tensors.safetensors", "runs/vipo-s0/checkpoints/000002/tensors.safetensors"
     ),

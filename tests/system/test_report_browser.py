@@ -5,11 +5,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from integration.report_fixture import HOSTILE, build_experiment
+from integration.report_fixture import HOSTILE, build_experiment, write_report
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
-
-from vipo.reporting import build_report
 
 pytestmark = pytest.mark.browser
 
@@ -56,7 +54,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder, runs = build_experiment(tmp_path_factory.mktemp("browser"))
-    return build_report(folder, runs, folder / "report").as_uri()
+    return write_report(folder, runs, folder / "report").as_uri()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 from vipo.audit.examination import Examination
 from vipo.config.compose import load_config, load_config_file
 from vipo.config.models import Config, config_hash
-from vipo.provenance.dvc import LOCK, LockedStage
+from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import package_sha256
 from vipo.provenance.lineage import PROVENANCE
 
@@ -18,81 +18,92 @@ _IDENTITIES: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "encode": Config.embeddings_identity,
     "train": Config.training_identity,
     "evaluate": Config.evaluation_identity,
-    "report": lambda config: config.experiment.model_dump(mode="json"),
+    "summarize": Config.report_identity,
+    "report": Config.report_identity,
 }
-_FILE = re.compile(r"(configs/(?P<run>[^/]+)\.yaml|runs/(?P<trained>[^/]+)/config\.yaml)")
+_DATA = "report/data"
+_FILE = re.compile(r"(?P<place>evaluation|runs|configs)/(?P<run>[^/]+)(/config)?\.yaml")
 
 
 def check_configurations(examination: Examination, locked: Sequence[LockedStage]) -> int:
-    """Read and compare every configuration; returns how many there are.
-
-    One that is not here is composed as the stage's command in ``dvc.lock`` says.
-    """
-    trained: dict[str, Config] = {}
-    count = 0
+    """Read and compare every configuration; returns how many there are."""
+    found: dict[str, dict[str, Config]] = {"evaluation": {}, "runs": {}, "configs": {}}
     for name in examination.files:
-        match = _FILE.fullmatch(name)
-        if match is None:
-            continue
-        count += 1
-        with examination.guarded(name, "configuration"):
-            run, config = match["run"] or match["trained"], load_config_file(examination.folder / name)
-            if config.run_name != run:
-                examination.broken(
-                    name, "configuration", f"is of run {config.run_name}, not {run}", "restore it, or compose it again"
-                )
-            elif match["run"]:
-                examination.configs[run] = config
-            else:
-                trained[run] = config
-    for run, config in trained.items():
-        # The workflow's copy is not kept by DVC; the run's own says the same.
-        other = examination.configs.setdefault(run, config)
-        if other.training_identity() != config.training_identity():
-            differing = _differing(other.training_identity(), config.training_identity())
-            examination.broken(
-                f"configs/{run}.yaml", "configuration", f"is not what {run} was trained with: {', '.join(differing)}",
-                "restore it, or train the run again",
-            )  # fmt: skip
-    for stage in locked:
-        command = shlex.split(stage.command)
-        if command[:1] == ["vipo"] and not any(word.startswith("-") for word in command):
-            with examination.guarded(LOCK, "configuration"):
-                composed = load_config(command[2:])
-                examination.configs.setdefault(composed.run_name, composed)
+        if match := _FILE.fullmatch(name):
+            with examination.guarded(name, "configuration"):
+                config = load_config_file(examination.folder / name)
+                if config.run_name != match["run"]:
+                    message = f"is of run {config.run_name}, not {match['run']}"
+                    examination.broken(name, "configuration", message, "restore it, or run the stage again")
+                found[match["place"]][match["run"]] = config
+    examination.configs = found["runs"] | found["evaluation"]
+    for run, config in examination.configs.items():
+        _check_run(examination, run, config, found)
+    everything = [config for configs in found.values() for config in configs.values()]
     for folder, record in examination.records.items():
         with examination.guarded(f"{folder}/{PROVENANCE}", "configuration"):
-            _check_recorded(examination, folder, record)
-    return count
+            _check_recorded(examination, folder, record, everything)
+    examination.reported = _reported(examination, locked, everything)
+    return len(everything)
 
 
-def _check_recorded(examination: Examination, folder: str, record: Mapping[str, Any]) -> None:
-    run = folder.partition("/")[2] or next(iter(examination.configs), "")
-    if run not in examination.configs:
+def _check_run(examination: Examination, run: str, config: Config, found: Mapping[str, Mapping[str, Config]]) -> None:
+    trained, wanted = found["runs"].get(run), found["configs"].get(run)
+    differing = "" if trained is None else _differing(trained.training_identity(), config.training_identity())
+    if differing:
         examination.broken(
-            folder, "configuration", f"no configuration of {run or 'any run'} is here to compare with the record",
-            "restore configs/, or let the workflow write it again",
+            f"runs/{run}/config.yaml", "configuration",
+            f"is not what {run} was evaluated as: {differing}",
+            "restore both, or train and evaluate the run again",
         )  # fmt: skip
+    if wanted is not None:
+        for identity in (Config.training_identity, Config.evaluation_identity):
+            if differing := _differing(identity(wanted), identity(config)):
+                examination.remark(
+                    f"configs/{run}.yaml", "configuration", f"is not what {run} was made with: {differing}",
+                    "the workflow would make this run again; results are judged by the configuration beside them",
+                )  # fmt: skip
+
+
+def _check_recorded(
+    examination: Examination, folder: str, record: Mapping[str, Any], everything: Sequence[Config]
+) -> None:
+    run = folder.partition("/")[2]
+    # Stages that serve all runs read what all their configurations agree on, or the workflow's first one.
+    candidates = [examination.configs[run]] if run in examination.configs else everything
+    identity = _IDENTITIES[record["stage"]]
+    if any(config_hash(identity(config)) == record["config_sha256"] for config in candidates):
         return
-    if config_hash(_IDENTITIES[record["stage"]](examination.configs[run])) == record["config_sha256"]:
-        return
-    message = f"was run with another configuration than {run}'s"
+    message = "was made with another configuration than those that are here"
     if record["package_sha256"] == package_sha256():
         examination.broken(folder, "configuration", message, "restore the configuration, or run the stage again")
     else:
-        examination.remark(
-            folder,
-            "configuration",
-            f"{message}, or code that reads it otherwise",
-            "audit it with the code that made it",
-        )
+        message += ", or by code that reads them otherwise"
+        examination.remark(folder, "configuration", message, "audit it with the code that made it")
 
 
-def _differing(first: Any, second: Any, key: str = "") -> list[str]:
+def _reported(examination: Examination, locked: Sequence[LockedStage], everything: Sequence[Config]) -> Config | None:
+    """The configuration that the report's numbers were made with: the recorded one, or that of dvc.lock's command."""
+    record = examination.records.get(_DATA)
+    if record is not None:
+        return next((c for c in everything if config_hash(c.report_identity()) == record["config_sha256"]), None)
+    for stage in locked:
+        words = shlex.split(stage.command)
+        if words[:2] == ["vipo", "summarize"]:
+            with examination.guarded(_DATA, "configuration"):
+                return load_config(words[2:])
+    return None
+
+
+def _differing(first: Any, second: Any) -> str:
+    return ", ".join(_differences(first, second))
+
+
+def _differences(first: Any, second: Any, key: str = "") -> list[str]:
     if isinstance(first, dict) and isinstance(second, dict):
         return [
             item
             for name in {**first, **second}
-            for item in _differing(first.get(name), second.get(name), f"{key}.{name}" if key else str(name))
+            for item in _differences(first.get(name), second.get(name), f"{key}.{name}" if key else str(name))
         ]
     return [] if first == second else [f"{key} {first!r} against {second!r}"]

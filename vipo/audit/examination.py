@@ -18,13 +18,13 @@ _STAGES = {
     r"embeddings": "encode",
     r"runs/[^/]+": "train",
     r"evaluation/[^/]+": "evaluate",
+    r"report/data": "summarize",
     r"report": "report",
 }
 #: Files beside the results that no equality is claimed for; a signature fixes them, dvc.lock does not.
 VOLATILE = re.compile(
-    r"(prompts|embeddings|report|runs/[^/]+|evaluation/[^/]+)/provenance\.(json|diff)"
-    r"|runs/[^/]+/(timing\.jsonl|tb/[^/]+|checkpoints/.+)"
-    r"|report/(index\.html|timing\.json|tables/time\.csv|figures/time\.svg)"
+    r"(prompts|embeddings|report|report/data|runs/[^/]+|evaluation/[^/]+)/provenance\.(json|diff)"
+    r"|runs/[^/]+/(timing\.jsonl|tb/[^/]+|checkpoints/.+)|report/(index\.html|time\.(json|csv|svg))"
     r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )
 
@@ -40,8 +40,10 @@ class Examination:
         self.findings: list[Finding] = []
         #: Records that could be read, by their stage's folder.
         self.records: dict[str, Mapping[str, Any]] = {}
-        #: Configurations that could be read, by run.
+        #: What each run was evaluated with, or else trained with.
         self.configs: dict[str, Config] = {}
+        #: What the report's numbers were made with.
+        self.reported: Config | None = None
         #: Files and folders whose bytes an anchor fixes.
         self.anchored: set[str] = set()
         self.numbers = 0

@@ -124,17 +124,17 @@ def _check_root(examination: Examination, folder: str, record: Mapping[str, Any]
 
 
 def _check_unknown(examination: Examination, written: Mapping[str, str]) -> None:
-    stages = examination.stages()
     for name in examination.files:
         if VOLATILE.fullmatch(name) or examination.is_anchored(name):
             continue
-        # A record is no anchor: in a stage whose results are anchored, what counts is what the anchor names.
-        own = next((folder for folder in stages if name.startswith(f"{folder}/")), None)
-        if own is not None and any(anchored.startswith(f"{own}/") for anchored in examination.anchored):
-            examination.broken(name, "unknown file", "its stage's anchor does not name it", "remove it")
+        # A record is no anchor: where there is one, what counts is what it names.
+        if examination.anchored:
+            examination.broken(
+                name, "unknown file", "no anchor names it: added after the results were committed or signed",
+                "remove it, or anchor the results again",
+            )  # fmt: skip
         elif name not in written:
-            report = examination.broken if examination.anchored else examination.remark
-            report(name, "unknown file", "no stage wrote it", "remove it")
+            examination.remark(name, "unknown file", "no stage wrote it", "remove it")
 
 
 def _check_checkpoints(examination: Examination) -> None:

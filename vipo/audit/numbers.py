@@ -4,18 +4,16 @@ import csv
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from vipo.audit.examination import VOLATILE, Examination
-from vipo.config.compose import dump_config
+from vipo.audit.examination import Examination
 from vipo.evaluation.evaluate import summarize
 from vipo.provenance.environment import package_sha256, versions
-from vipo.provenance.lineage import PROVENANCE
-from vipo.reporting import ReportError, build_report
+from vipo.reporting import build_data, build_report
 from vipo.stages import run_names
 
 _AGAIN = "run the stage that writes it again"
@@ -33,8 +31,8 @@ def check_numbers(examination: Examination) -> None:
         elif stage == "train":
             with examination.guarded(f"{folder}/metrics.jsonl", "numbers"):
                 _check_metrics(examination, folder)
-    if "report" in examination.stages():
-        with examination.guarded("report", "numbers"):
+    if "report/data" in examination.stages():
+        with examination.guarded("report/data", "numbers"):
             _check_report(examination)
 
 
@@ -62,57 +60,41 @@ def _check_metrics(examination: Examination, folder: str) -> None:
 
 
 def _check_report(examination: Examination) -> None:
-    if not examination.configs:
-        examination.broken("report", "numbers", "no configuration is here to draw it again", "restore configs/")
+    config = examination.reported
+    if config is None:
+        examination.broken(
+            "report/data",
+            "numbers",
+            "the configuration that it was made with is not here",
+            "run 'vipo summarize' again",
+        )
         return
-    runs = run_names(next(iter(examination.configs.values())))
-    # Fetched by DVC, results come without the records of times and of lineage, of which the page shows a part.
-    records = [f"runs/{run}/{name}" for run in runs for name in (PROVENANCE, "timing.jsonl")]
-    whole = all(name in examination.files for name in records if not name.startswith("runs/base-"))
-    same = _same_code(examination)
+    runs = run_names(config)
     with tempfile.TemporaryDirectory() as temporary:
         again = Path(temporary) / "report"
-        try:
-            build_report(_with_configs(examination, runs, Path(temporary) / "experiment"), runs, again)
-        except ReportError as error:
-            if whole:
-                raise
-            examination.remark(
-                "report", "numbers", f"cannot be drawn again here: {error}", "audit it where it was made"
-            )
-            return
+        build_data(examination.folder, runs, config, again / "data")
+        if "report" in examination.records:
+            build_report(examination.folder, runs, config, again)
         for path in sorted(path for path in again.rglob("*") if path.is_file()):
             name = f"report/{path.relative_to(again).as_posix()}"
-            told = examination.folder / name
-            if not told.is_file() or (VOLATILE.fullmatch(name) and not whole):
-                # A missing file is the record's or the anchor's to tell.
-                continue
-            if path.suffix == ".json":
-                _compare(examination, name, json.loads(told.read_text()), json.loads(path.read_text()))
-            elif path.suffix == ".csv":
-                _compare(examination, name, _rows(told), _rows(path))
-            elif told.read_bytes() != path.read_bytes():
-                report = examination.broken if same else examination.remark
-                advice = _AGAIN if same else "other code or libraries drew it; its numbers are those of report.json"
-                report(name, "numbers", "is not what the report draws from the records beside it", advice)
+            # A missing file is the record's or the anchor's to tell.
+            if name in examination.files:
+                _compare_file(examination, name, path)
 
 
-def _with_configs(examination: Examination, runs: Sequence[str], view: Path) -> Path:
-    """The experiment's folder with a configuration of every run: its own, or a view of it where it lacks some."""
-    if all(f"configs/{run}.yaml" in examination.files for run in runs):
-        return examination.folder
-    (view / "configs").mkdir(parents=True)
-    for run in runs:
-        if run in examination.configs:
-            (view / "configs" / f"{run}.yaml").write_text(dump_config(examination.configs[run]))
-    for name in ("prompts", "runs", "evaluation"):
-        (view / name).symlink_to(examination.folder / name)
-    return view
-
-
-def _same_code(examination: Examination) -> bool:
-    record = examination.records.get("report")
-    return record is not None and record["package_sha256"] == package_sha256() and record["versions"] == versions()
+def _compare_file(examination: Examination, name: str, again: Path) -> None:
+    told = examination.folder / name
+    if again.suffix == ".json":
+        _compare(examination, name, json.loads(told.read_text()), json.loads(again.read_text()))
+    elif again.suffix == ".csv":
+        _compare(examination, name, _rows(told), _rows(again))
+    elif told.read_bytes() != again.read_bytes():
+        record = examination.records.get("report/data" if name.startswith("report/data/") else "report")
+        if record is not None and record["package_sha256"] == package_sha256() and record["versions"] == versions():
+            examination.broken(name, "numbers", "is not what the report draws from the results beside it", _AGAIN)
+        else:
+            message = "is drawn otherwise by the code and libraries that are here"
+            examination.remark(name, "numbers", message, "its numbers are those of report.json, which were compared")
 
 
 def _rows(path: Path) -> list[list[Any]]:

@@ -5,17 +5,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vipo.audit.examination import VOLATILE, Examination
-from vipo.config.compose import dump_config
 from vipo.config.models import Config
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import ProvenanceError, experiment_files
-from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, train_stage
+from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, summarize_stage, train_stage
 
 _RUN: Mapping[str, Callable[[Config, Path, Path], object]] = {
     "prepare": prepare_stage,
     "encode": encode_stage,
     "train": train_stage,
     "evaluate": evaluate_stage,
+    "summarize": summarize_stage,
     "report": report_stage,
 }
 
@@ -29,10 +29,11 @@ def rerun_stage(examination: Examination, folder: str) -> None:
     stages = examination.stages()
     if folder not in stages:
         raise ProvenanceError(f"--rerun {folder}: no such stage; choose one of {', '.join(stages)}")
-    run = folder.partition("/")[2] or next(iter(examination.configs), "")
-    if run not in examination.configs:
-        raise ProvenanceError(f"--rerun {folder}: no configuration of {run or 'any run'} is here; restore configs/")
-    config = examination.configs[run]
+    config = examination.configs.get(folder.partition("/")[2], examination.reported)
+    if config is None:
+        raise ProvenanceError(
+            f"--rerun {folder}: its configuration is not here; restore what 'vipo audit' misses first"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         experiment = Path(temporary) / config.experiment.name
         _link_inputs(examination, folder, experiment)
@@ -42,22 +43,20 @@ def rerun_stage(examination: Examination, folder: str) -> None:
 
 
 def _link_inputs(examination: Examination, folder: str, experiment: Path) -> None:
-    """Everything of the experiment but the stage's own folder; configurations as files, for stages may write them."""
-    (experiment / "configs").mkdir(parents=True)
-    for run, config in examination.configs.items():
-        (experiment / "configs" / f"{run}.yaml").write_text(dump_config(config))
-    first, _, run = folder.partition("/")
+    """Everything of the experiment but what lies beside the stage's own folder."""
+    experiment.mkdir(parents=True)
     for source in examination.folder.iterdir():
-        if source.is_dir() and source.name not in ("configs", first):
+        if source.is_dir() and source.name != folder.partition("/")[0]:
             (experiment / source.name).symlink_to(source)
 
 
 def _compare(examination: Examination, folder: str, again: Path) -> None:
     made = {f"{folder}/{name}": file_sha256(again / name) for name in experiment_files(again)}
     here = [name for name in examination.files if name.startswith(f"{folder}/")]
-    advice = "see docs/reproducibility.md for what is bit-identical where; other code, libraries or hardware may differ"
+    advice = "docs/reproducibility.md says what is bit-identical where; other code, libraries or hardware may differ"
     for name in dict.fromkeys([*here, *made]):
-        if VOLATILE.fullmatch(name):
+        # The page is no output that equality is claimed for, but its inputs are the same here, so it is as well.
+        if VOLATILE.fullmatch(name) and name != "report/index.html":
             continue
         if name not in made:
             examination.broken(name, "rerun", "the stage does not write it when it is run again", advice)

@@ -39,6 +39,9 @@ REWARDS: Mapping[str, str] = MappingProxyType(
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
 
+REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
+"""What of section `evaluation` the report alone reads: it changes no sample and no score."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -572,16 +575,19 @@ class Config(Section):
 
     def evaluation_identity(self) -> dict[str, Any]:
         """What decides an evaluation's samples and scores, beside the trained weights."""
-        report = {"bootstrap", "confidence", "shown_prompts"}
         kept = {} if self.is_base else self.training.model_dump(mode="json", include={"updates", "save_at"})
         return {
             "generator": self.generator.model_dump(mode="json"),
             "perception": self.perception.model_dump(mode="json"),
-            "evaluation": self.evaluation.model_dump(mode="json", exclude=report),
+            "evaluation": self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
             "shift": self.sampling.shift,
             "threads": self.training.threads,
             "kept": kept,
         }
+
+    def report_identity(self) -> dict[str, Any]:
+        """What the report reads beside the results."""
+        return self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})
 
 
 def config_hash(value: Any) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vipo.config.compose import load_config_file
+from vipo.config.compose import dump_config, load_config_file
 from vipo.config.models import Config
 from vipo.demo.scenes import foreground
 from vipo.errors import VipoError
@@ -84,10 +84,10 @@ def sample_held_out(
 def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
     """Evaluate one run's kept updates and final weights into ``evaluation/<arm>-s<seed>``.
 
-    Writes ``scores.parquet`` (one row per update and sample), ``summary.json``, ``samples/*.png`` (videos
-    animated, lossless, every frame) and ``maps.safetensors``: allocation maps of the final samples, ``(h, w)`` or
-    ``(T_lat, h, w)``. A video's file says in its metadata `frame_groups` which frames ``[first, last + 1]`` each
-    latent frame stands for (JSON).
+    Writes ``config.yaml`` (resolved, complete), ``scores.parquet`` (one row per update and sample),
+    ``summary.json``, ``samples/*.png`` (videos animated, lossless, every frame) and ``maps.safetensors``: allocation
+    maps of the final samples, ``(h, w)`` or ``(T_lat, h, w)``. A video's file says in its metadata `frame_groups`
+    which frames ``[first, last + 1]`` each latent frame stands for (JSON).
 
     Raises:
         EvaluationError: the run is incomplete or of another configuration, no prompt is held out, or a reward
@@ -108,7 +108,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
     if structuring.backbone.source is not None:
         inputs.append(structuring.backbone.source)
     inputs += [path for folder in weights.values() for path in sorted(folder.rglob("*.safetensors"))]
-    files = [output / name for name in ("scores.parquet", "summary.json", "maps.safetensors")]
+    files = [output / name for name in ("config.yaml", "scores.parquet", "summary.json", "maps.safetensors")]
     with record_stage(
         "evaluate",
         output,
@@ -150,6 +150,8 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             heats = {f"u{final}-{s.name}": heat.cpu().clone() for s, heat in zip(samples, maps, strict=True)}
             spans = None if groups is None else {"frame_groups": json.dumps([[g.start, g.stop] for g in groups])}
             save_file(heats, path, spans)
+        with atomic_file(output / "config.yaml") as path:
+            path.write_text(dump_config(config))
         with atomic_file(output / "scores.parquet") as path:
             scores.to_parquet(path, index=False)
         with atomic_file(output / "summary.json") as path:
@@ -182,18 +184,22 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
     Raises:
         EvaluationError: the run is incomplete, damaged, or was trained with another configuration.
     """
-    provenance = run / "provenance.json"
-    if not provenance.is_file():
+    kept = {number: run / "updates" / f"{number:06d}" for number in config.training.save_at}
+    kept[config.training.updates] = run / "weights"
+    # The final weights are what a run writes last. Its record tells whether they are as it left them; results that
+    # were pulled come without it, their bytes checked by what fetched them.
+    if not (run / "weights").is_dir():
         raise EvaluationError(f"{run}: no finished run; run the train stage of {config.run_name} first")
-    damaged = verify_outputs(provenance, root)
-    if damaged:
+    provenance = run / "provenance.json"
+    if provenance.is_file() and (damaged := verify_outputs(provenance, root)):
         raise EvaluationError(f"{run}: not as the train stage left it: {'; '.join(damaged)}; train it again")
     if load_config_file(run / "config.yaml").training_identity() != config.training_identity():
         raise EvaluationError(
             f"{run}: was trained with another configuration; train it again, or use another results folder"
         )
-    kept = {number: run / "updates" / f"{number:06d}" for number in config.training.save_at}
-    return kept | {config.training.updates: run / "weights"}
+    if missing := [str(folder) for folder in kept.values() if not folder.is_dir()]:
+        raise EvaluationError(f"{', '.join(missing)}: kept weights are missing; train {config.run_name} again")
+    return kept
 
 
 def score_pictures(

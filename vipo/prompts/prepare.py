@@ -10,7 +10,7 @@ from typing import Any
 from vipo.config.models import PromptsConfig
 from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_evaluation, prompt_id
 from vipo.prompts.sources import json_line, missing_key, read_source
-from vipo.provenance.files import atomic_file
+from vipo.provenance.files import atomic_file, file_sha256
 
 _REASONS = ("blank", "too_long", "exact_duplicate", "whitespace_or_case_duplicate")
 
@@ -77,6 +77,35 @@ def prepare_prompts(config: PromptsConfig, root: Path, output: Path) -> dict[str
     }
     _write(output, {"manifest.json": json.dumps(manifest, indent=1, sort_keys=True) + "\n", **files})
     return manifest
+
+
+def check_prompts(folder: Path, config: PromptsConfig) -> None:
+    """Check that prepared prompts are whole and were made with this configuration.
+
+    Args:
+        folder: what `prepare_prompts` wrote into.
+        config: the configuration that they should have been made with.
+
+    Raises:
+        PromptError: the manifest is missing or damaged, names another configuration, or a file is not the one that
+            it names.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        made, files = manifest["config"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromptError(f"{path}: cannot be read ({error}); run 'vipo prepare' first") from error
+    wanted = config.model_dump(mode="json")
+    if made != wanted:
+        told = ", ".join(f"{key}={value}" for key, value in wanted.items())
+        raise PromptError(
+            f"{folder}: made with another configuration than this run's ({told}); "
+            "run the stage 'prepare' again with it, or choose another results folder"
+        )
+    for name, sha256 in files.items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
+            raise PromptError(f"{folder / name}: is not the file that {path.name} names; run 'vipo prepare' again")
 
 
 def read_prompts(path: Path) -> list[Prompt]:

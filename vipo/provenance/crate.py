@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ _COPIES = "crate"
 #: The workflow's outputs by name: which files they are, and what they are.
 _OUTPUTS = {
     "report": ("report/index.html", "The experiment's report for people"),
-    "numbers": ("report/report.json", "Every number of the report"),
+    "numbers": ("report/data/report.json", "Every number of the report"),
     "scores": ("evaluation/*/scores.parquet", "Rewards of every evaluated sample"),
     "weights": ("runs/*/weights/*", "Trained weights"),
 }
@@ -186,7 +186,7 @@ class _Writer:
         place = folder.relative_to(self._experiment).as_posix()
         inputs = [entity for entry in record["inputs"] for entity in self._data(entry)]
         results = [entity for entry in record["outputs"] for entity in self._data(entry)]
-        config = _read_config([folder / _CONFIG, self._experiment / "configs" / f"{folder.name}.yaml"])
+        config = _read_config(folder / _CONFIG)
         self._experiments += [config["experiment"]] if "experiment" in config else []
         settings = {name: value for name, value in _flat(config) if not name.startswith("experiment.")}
         settings |= {"seeds": record["seeds"], "config_sha256": record["config_sha256"]}
@@ -392,9 +392,8 @@ def _read_citation(path: Path) -> dict[str, Any]:
     return citation
 
 
-def _read_config(candidates: Sequence[Path]) -> dict[str, Any]:
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         return {}
     data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     if not isinstance(data, dict):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from vipo.config.compose import ConfigError, load_config_file
-from vipo.config.models import Config
+from vipo.config.models import REPORTED, Config
 from vipo.errors import VipoError
 
 _RUN = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?-s\d+\Z")
@@ -24,11 +24,13 @@ class ReportError(VipoError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run's records. The base has no metrics, times and training provenance: it is never trained."""
+    """One run's records. The base has no metrics, times and training provenance: it is never trained.
+
+    Times and provenance are missing too where they were not recorded here, as for results that were pulled.
+    """
 
     name: str
     config: Config
-    config_text: str
     metrics: pd.DataFrame
     timing: pd.DataFrame
     provenance: dict[str, Any] | None
@@ -71,8 +73,14 @@ class Experiment:
         return [name for name in self.scores.columns if name.startswith("change/")]
 
 
-def read_experiment(folder: Path, runs: Sequence[str]) -> Experiment:
+def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experiment:
     """Read and check the inputs of a report.
+
+    Args:
+        folder: ``results/<experiment>``.
+        runs: names ``<arm>-s<seed>``.
+        config: of the experiment; what the report alone reads (title, question, intervals) is taken from it, all
+            else from the configuration that each run was evaluated with.
 
     Raises:
         ReportError: a file is missing or malformed, runs do not belong together, or there is nothing to compare.
@@ -80,7 +88,7 @@ def read_experiment(folder: Path, runs: Sequence[str]) -> Experiment:
     for name in runs:
         if not _RUN.match(name):
             raise ReportError(f"run {name!r}: not of the form <arm>-s<seed>")
-    loaded = [_read_run(folder, name) for name in dict.fromkeys(runs)]
+    loaded = [_read_run(folder, name, config) for name in dict.fromkeys(runs)]
     if not any(run.config.is_base for run in loaded):
         raise ReportError(f"runs {', '.join(runs)}: none is of arm 'base', which every arm is compared with")
     if all(run.config.is_base for run in loaded):
@@ -108,36 +116,39 @@ def _position(run: Run, order: Sequence[str]) -> int:
 def _require_one_experiment(folder: Path, runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs:
-        for part in ("experiment.name", "reward", "evaluation"):
-            values = [_value(config, part) for config in (first.config, run.config)]
-            if values[0] != values[1]:
+        for part in ("reward", "evaluation"):
+            if getattr(run.config, part) != getattr(first.config, part):
                 raise ReportError(
-                    f"{folder / 'configs'}: {part} of {run.name} is not that of {first.name}; "
+                    f"{folder / 'evaluation' / run.name}: section {part} is not that of {first.name}; "
                     "runs of one report share it, so leave one of them out or run it again"
                 )
 
 
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _read_run(folder: Path, name: str) -> Run:
-    path = folder / "configs" / f"{name}.yaml"
+def _read_run(folder: Path, name: str, report: Config) -> Run:
+    path = folder / "evaluation" / name / "config.yaml"
     try:
         config = load_config_file(path)
     except ConfigError as error:
-        raise ReportError(str(error)) from error
+        raise ReportError(f"{error}; evaluate {name} first") from error
     if config.run_name != name:
         raise ReportError(f"{path}: describes run {config.run_name}, not {name}")
-    text = _read_text(path)
+    if config.experiment.name != report.experiment.name:
+        raise ReportError(f"{path}: is of experiment {config.experiment.name}, not of {report.experiment.name}")
+    evaluation = {key: getattr(report.evaluation, key) for key in REPORTED}
+    sections = {"experiment": report.experiment, "evaluation": config.evaluation.model_copy(update=evaluation)}
     if config.is_base:
-        return Run(name, config, text, pd.DataFrame(), pd.DataFrame(), None)
+        # Never trained: the rewards that were trained are the other runs'.
+        config = config.model_copy(update={**sections, "reward": report.reward})
+        return Run(name, config, pd.DataFrame(), pd.DataFrame(), None)
     run = folder / "runs" / name
-    metrics, timing = _read_rows(run / "metrics.jsonl"), _read_rows(run / "timing.jsonl")
-    return Run(name, config, text, metrics, timing, _read_mapping(run / "provenance.json"))
+    timing, record = run / "timing.jsonl", run / "provenance.json"
+    return Run(
+        name,
+        config.model_copy(update=sections),
+        _read_rows(run / "metrics.jsonl"),
+        _read_rows(timing) if timing.is_file() else pd.DataFrame(),
+        _read_mapping(record) if record.is_file() else None,
+    )
 
 
 def _read_text(path: Path) -> str:

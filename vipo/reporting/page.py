@@ -10,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from vipo.config.compose import dump_config
 from vipo.evaluation.statistics import decimals
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
@@ -27,7 +28,7 @@ def render_page(
     summary: Summary,
     time: pd.DataFrame,
     figures: Sequence[Plot],
-    time_figure: Plot,
+    time_figure: Plot | None,
     prompts: Sequence[ShownPrompt],
 ) -> str:
     """The whole page as HTML. Every text is escaped; only the drawn figures are trusted markup."""
@@ -49,7 +50,8 @@ def render_page(
         findings=_findings(summary),
         side_effects=_side_effects(summary),
         figures={group: [_drawn(plot) for plot in figures if plot.group == group] for group in _GROUPS},
-        time_figure=_drawn(time_figure),
+        time_figure=None if time_figure is None else _drawn(time_figure),
+        unrecorded=[run.name for run in experiment.runs if not run.config.is_base and run.timing.empty],
         time=time.to_dict("records"),
         time_parts=time_parts(time),
         comparison=[_comparison(summary, column) for column in summary.columns if column.startswith("reward/")],
@@ -62,7 +64,7 @@ def render_page(
         differing=_differing(experiment.runs),
         configurations=_configurations(experiment.runs),
         checks=_checks(experiment),
-        provenance=[_provenance(run) for run in experiment.runs if run.provenance is not None],
+        provenance=[_provenance(run) for run in experiment.runs if not run.config.is_base],
         manifest=json.dumps(experiment.manifest, indent=2, sort_keys=True, ensure_ascii=False),
     )
 
@@ -207,10 +209,10 @@ def _differing(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _configurations(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each run's YAML by lines, marked where it is not the first run's."""
-    reference = runs[0].config_text.splitlines()
+    texts = [dump_config(run.config).splitlines() for run in runs]
+    reference = texts[0]
     result = []
-    for run in runs:
-        lines = run.config_text.splitlines()
+    for run, lines in zip(runs, texts, strict=True):
         matcher = difflib.SequenceMatcher(a=reference, b=lines, autojunk=False)
         marked = [
             {"text": line, "differs": kind != "equal"}
@@ -261,6 +263,16 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
             }
         )
     records = [run.provenance for run in trained if run.provenance is not None]
+    absent = [run.name for run in trained if run.provenance is None]
+    if absent:
+        checks.append(
+            {
+                "ok": False,
+                "text": f"Records of the training are not here for {', '.join(absent)}: which code and machine made "
+                "these runs is not recorded here.",
+            }
+        )
+        return checks
     packages = {record.get("package_sha256") for record in records}
     dirty = any((record.get("git") or {}).get("dirty") for record in records)
     checks.append(

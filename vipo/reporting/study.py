@@ -25,12 +25,12 @@ class StudyError(VipoError):
     """The study cannot be put together; the message names what is missing."""
 
 
-def build_study(folders: Sequence[tuple[Path, Sequence[str]]], output: Path) -> Path:
+def build_study(folders: Sequence[tuple[Path, Sequence[str], Config]], output: Path) -> Path:
     """Tables (CSV), figures (SVG), the decision (JSON) and one page (Markdown) of a study.
 
     Args:
-        folders: ``results/<experiment>`` and its runs, for each experiment. The first one's section `study` fixes the
-            decision; those whose arms differ in the clip alone make the clip study.
+        folders: ``results/<experiment>``, its runs and a configuration of it, for each experiment. The first one's
+            section `study` fixes the decision; those whose arms differ in the clip alone make the clip study.
         output: folder that is replaced as a whole.
 
     Returns:
@@ -40,7 +40,7 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str]]], output: Path) -> 
         StudyError: the first experiment has no section `study`.
         ReportError, ScoresError: results are missing or cannot be compared.
     """
-    experiments = [read_experiment(folder, runs) for folder, runs in folders]
+    experiments = [read_experiment(folder, runs, config) for folder, runs, config in folders]
     config = experiments[0].config
     study = config.experiment.study
     if study is None:

@@ -607,6 +607,11 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             newest = load_newest(self._checkpoints)
             start = 0 if newest is None else newest.update
+            if newest is None and main:
+                # Weights stand for a finished run of this configuration: another one's, which came without its
+                # checkpoints, must not outlive the start of this one.
+                for name in ("weights", "updates"):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
             if newest is not None:
                 self._restore(newest)
                 log.info("%s: resumed after update %d of %d", self.config.run_name, start, training.updates)

@@ -71,14 +71,6 @@ def identity(run, stage):
     return json.dumps(getattr(RUNS[run], f"{stage}_identity")(), sort_keys=True)
 
 
-def report_sections(run):
-    """What of a run's configuration the report reads beside the results."""
-    data = RUNS[run].model_dump(
-        mode="json", include={"experiment", "reward", "evaluation"}
-    )
-    return json.dumps(data, sort_keys=True)
-
-
 def generator_files():
     """The files of a local generator; none for a hub id, whose revision pins it."""
     folder = ROOT / RUNS[FIRST].generator.path
@@ -114,4 +106,5 @@ def finished_run(wildcards):
     """The finished run that an evaluation reads; the base arm has none."""
     if RUNS[wildcards.run].is_base:
         return []
-    return [f"{EXPERIMENT_DIR}/runs/{wildcards.run}/provenance.json"]
+    run = f"{EXPERIMENT_DIR}/runs/{wildcards.run}"
+    return [f"{run}/config.yaml", f"{run}/weights"]

@@ -6,7 +6,6 @@ rule prepare:
         train=f"{EXPERIMENT_DIR}/prompts/train.jsonl",
         eval=f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
         manifest=f"{EXPERIMENT_DIR}/prompts/manifest.json",
-        provenance=f"{EXPERIMENT_DIR}/prompts/provenance.json",
     log:
         f"{EXPERIMENT_DIR}/logs/prepare.log",
     params:
@@ -20,11 +19,11 @@ rule encode:
         config=config_file(FIRST),
         train=rules.prepare.output.train,
         eval=rules.prepare.output.eval,
+        manifest=rules.prepare.output.manifest,
         generator=generator_files(),
     output:
         train=f"{EXPERIMENT_DIR}/embeddings/train.safetensors",
         eval=f"{EXPERIMENT_DIR}/embeddings/eval.safetensors",
-        provenance=f"{EXPERIMENT_DIR}/embeddings/provenance.json",
     log:
         f"{EXPERIMENT_DIR}/logs/encode.log",
     params:

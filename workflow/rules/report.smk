@@ -1,25 +1,44 @@
-rule report:
+rule summarize:
     input:
-        config=[config_file(run) for run in RUNS],
+        config=config_file(FIRST),
+        prompts=rules.prepare.output,
+        configs=expand(rules.evaluate.output.config, run=RUNS),
         scores=expand(rules.evaluate.output.scores, run=RUNS),
         metrics=expand(rules.train.output.metrics, run=TRAINED),
     output:
+        data=f"{EXPERIMENT_DIR}/report/data/report.json",
+        tables=directory(f"{EXPERIMENT_DIR}/report/data/tables"),
+        figures=directory(f"{EXPERIMENT_DIR}/report/data/figures"),
+    log:
+        f"{EXPERIMENT_DIR}/logs/summarize.log",
+    params:
+        identity=identity(FIRST, "report"),
+    shell:
+        "vipo summarize --config {input.config} 2>&1 | tee {log}"
+
+
+# The page and the crate also show times and records of this machine: what they are made of is no output of any rule.
+rule report:
+    input:
+        config=config_file(FIRST),
+        data=rules.summarize.output.data,
+        samples=expand(rules.evaluate.output.samples, run=RUNS),
+        maps=expand(rules.evaluate.output.maps, run=RUNS),
+    output:
         page=f"{EXPERIMENT_DIR}/report/index.html",
-        data=f"{EXPERIMENT_DIR}/report/report.json",
-        provenance=f"{EXPERIMENT_DIR}/report/provenance.json",
     log:
         f"{EXPERIMENT_DIR}/logs/report.log",
     params:
-        sections=[report_sections(run) for run in RUNS],
+        identity=identity(FIRST, "report"),
     shell:
-        "vipo report --config {input.config[0]} 2>&1 | tee {log}"
+        "vipo report --config {input.config} 2>&1 | tee {log}"
 
 
 rule crate:
     input:
         config=config_file(FIRST),
         page=rules.report.output.page,
-        data=rules.report.output.data,
+        data=rules.summarize.output.data,
     output:
         f"{EXPERIMENT_DIR}/ro-crate-metadata.json",
     log:

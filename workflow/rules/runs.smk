@@ -2,13 +2,14 @@ rule train:
     input:
         config=lambda wildcards: config_file(wildcards.run),
         prompts=rules.prepare.output.train,
+        manifest=rules.prepare.output.manifest,
         embeddings=rules.encode.output.train,
         generator=generator_files(),
         backbone=lambda wildcards: backbone_files(wildcards.run),
     output:
         config=f"{EXPERIMENT_DIR}/runs/{{run}}/config.yaml",
         metrics=f"{EXPERIMENT_DIR}/runs/{{run}}/metrics.jsonl",
-        provenance=f"{EXPERIMENT_DIR}/runs/{{run}}/provenance.json",
+        weights=directory(f"{EXPERIMENT_DIR}/runs/{{run}}/weights"),
     log:
         f"{EXPERIMENT_DIR}/logs/train-{{run}}.log",
     threads: RUNS[FIRST].training.threads
@@ -22,15 +23,17 @@ rule evaluate:
     input:
         config=lambda wildcards: config_file(wildcards.run),
         prompts=rules.prepare.output.eval,
+        manifest=rules.prepare.output.manifest,
         embeddings=rules.encode.output.eval,
         generator=generator_files(),
         backbone=lambda wildcards: backbone_files(wildcards.run),
         run=finished_run,
     output:
+        config=f"{EXPERIMENT_DIR}/evaluation/{{run}}/config.yaml",
         scores=f"{EXPERIMENT_DIR}/evaluation/{{run}}/scores.parquet",
         summary=f"{EXPERIMENT_DIR}/evaluation/{{run}}/summary.json",
         maps=f"{EXPERIMENT_DIR}/evaluation/{{run}}/maps.safetensors",
-        provenance=f"{EXPERIMENT_DIR}/evaluation/{{run}}/provenance.json",
+        samples=directory(f"{EXPERIMENT_DIR}/evaluation/{{run}}/samples"),
     log:
         f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
     threads: RUNS[FIRST].training.threads
