@@ -9,12 +9,15 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import yaml
 
 from vipo.config.compose import dump_config, load_config, repository_root, write_if_changed
+
+if TYPE_CHECKING:
+    from vipo.audit import Audit
 
 RUNS = ("base-s0", "grpo-s0", "vipo-s0")
 EXPERIMENT = "results/demo"
@@ -92,6 +95,14 @@ def _run(root: Path) -> None:
     (experiment / "logs").mkdir()
     for name in ("prepare", "encode", *(f"train-{run}" for run in RUNS[1:]), "report"):
         (experiment / "logs" / f"{name}.log").write_text(f"INFO {name}\n")
+
+
+def audited(root: Path, signers: Path | None = None, rerun: str | None = None) -> "Audit":
+    """The audit of a project's experiment, as `vipo audit results/demo` makes it there."""
+    from vipo.audit import audit_experiment
+
+    with inside(root):
+        return audit_experiment(Path(EXPERIMENT), root, allowed_signers=signers, rerun=rerun)
 
 
 def new_key(folder: Path, principal: str) -> tuple[Path, Path]:

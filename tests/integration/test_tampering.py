@@ -12,51 +12,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from audit_fixture import EXPERIMENT, build_project, git, inside, new_key, recompute_hashes, write_lock
+from audit_fixture import EXPERIMENT, audited, git, new_key, recompute_hashes, write_lock
 from PIL import Image
 
-from vipo.audit import Audit, audit_experiment
+from vipo.audit import Audit
 from vipo.audit import audit as audit_module
-from vipo.provenance import sign_file, write_crate
+from vipo.provenance import sign_file
 
 pytestmark = pytest.mark.xdist_group("audit")
 
 #: Changes an experiment's folder and returns the files that were tampered with.
 Tampering = Callable[[Path], list[str]]
-
-
-@pytest.fixture(scope="session")
-def finished(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose experiment has run; nothing anchors it."""
-    root = tmp_path_factory.mktemp("finished") / "project"
-    root.mkdir()
-    build_project(root, tiny_generator)
-    return root
-
-
-@pytest.fixture(scope="session")
-def locked(finished: Path) -> Path:
-    """The same with a committed dvc.lock."""
-    root = Path(shutil.copytree(finished, finished.with_name("locked")))
-    write_lock(root)
-    git(root, "add", "dvc.lock")
-    git(root, "commit", "--quiet", "-m", "results")
-    return root
-
-
-@pytest.fixture(scope="session")
-def signed(finished: Path) -> Path:
-    """The same with a signed crate; `ada` may sign."""
-    root = Path(shutil.copytree(finished, finished.with_name("signed")))
-    key, _ = new_key(root.parent, "ada")
-    with inside(root):
-        sign_file(write_crate(root / EXPERIMENT, root), key)
-    return root
-
-
-def _audit(root: Path, signers: Path | None = None) -> Audit:
-    with inside(root):
-        return audit_experiment(Path(EXPERIMENT), root, allowed_signers=signers)
 
 
 def _names(audit: Audit, artifact: str) -> bool:
@@ -330,7 +296,7 @@ def _tampered(root: Path, tmp_path: Path, tamper: Tampering, recomputed: bool) -
 @pytest.mark.parametrize("name", RESULTS)
 def test_tampering_is_found_by_the_committed_lock(locked: Path, tmp_path: Path, name: str, recomputed: bool) -> None:
     root, told = _tampered(locked, tmp_path, RESULTS[name], recomputed)
-    audit = _audit(root)
+    audit = audited(root)
     assert audit.verdict == "broken"
     assert [artifact for artifact in told if not _names(audit, artifact)] == [], audit.text()
 
@@ -340,7 +306,7 @@ def test_tampering_is_found_by_the_committed_lock(locked: Path, tmp_path: Path, 
 @pytest.mark.parametrize("name", [*RESULTS, *BESIDE])
 def test_tampering_is_found_by_the_signature(signed: Path, tmp_path: Path, name: str, recomputed: bool) -> None:
     root, told = _tampered(signed, tmp_path, {**RESULTS, **BESIDE}[name], recomputed)
-    audit = _audit(root, signed.parent / "ada.signers")
+    audit = audited(root, signed.parent / "ada.signers")
     assert audit.verdict == "broken"
     # A checkpoint's tensors hang on its manifest, and where that was recomputed it is what differs.
     told = [artifact.replace("tensors.safetensors", "manifest.json") if recomputed else artifact for artifact in told]
@@ -353,7 +319,7 @@ def test_untouched_results_give_no_finding(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, finished: Path
 ) -> None:
     root = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "elsewhere"))
-    audit = _audit(root, finished.parent / "ada.signers" if kind == "signed" else None)
+    audit = audited(root, finished.parent / "ada.signers" if kind == "signed" else None)
     assert audit.findings == ()
     assert audit.verdict == "reproducible"
     assert [anchor.kind for anchor in audit.anchors] == ["dvc.lock" if kind == "locked" else "signature"]
@@ -363,11 +329,11 @@ def test_untouched_results_give_no_finding(
 def test_a_lock_that_was_recomputed_too_is_not_the_committed_one(locked: Path, tmp_path: Path) -> None:
     root, told = _tampered(locked, tmp_path, _scores, recomputed=True)
     write_lock(root)
-    audit = _audit(root)
+    audit = audited(root)
     assert _names(audit, "dvc.lock")
     assert _names(audit, told[0])
     (root / "dvc.lock").unlink()
-    assert _names(_audit(root), "dvc.lock")
+    assert _names(audited(root), "dvc.lock")
 
 
 @pytest.mark.usefixtures("without_numbers")
@@ -376,7 +342,7 @@ def test_a_lock_that_was_committed_damaged_anchors_nothing(locked: Path, tmp_pat
     root = Path(shutil.copytree(locked, tmp_path / "project"))
     (root / "dvc.lock").write_bytes(content)
     git(root, "commit", "--quiet", "-am", "damage")
-    audit = _audit(root)
+    audit = audited(root)
     assert audit.verdict == "broken"
     assert _names(audit, "dvc.lock")
     assert audit.anchors == ()
@@ -402,7 +368,7 @@ def test_a_crate_that_nobody_trusted_signed_anchors_nothing(signed: Path, tmp_pa
         recompute_hashes(root, crate=True)
         if how == "signed by another":
             sign_file(metadata, new_key(tmp_path, "mallory")[0])
-    audit = _audit(root, signed.parent / "ada.signers")
+    audit = audited(root, signed.parent / "ada.signers")
     assert audit.verdict == "broken"
     assert audit.anchors == ()
     assert _names(audit, "ro-crate-metadata.json.sig")
@@ -417,7 +383,7 @@ def test_a_signature_for_another_purpose_is_none(signed: Path, tmp_path: Path) -
     subprocess.run(
         ["ssh-keygen", "-q", "-Y", "sign", "-f", key, "-n", "git", metadata], check=True, capture_output=True
     )
-    assert _names(_audit(root, signed.parent / "ada.signers"), "ro-crate-metadata.json.sig")
+    assert _names(audited(root, signed.parent / "ada.signers"), "ro-crate-metadata.json.sig")
 
 
 @pytest.mark.usefixtures("without_numbers")
@@ -431,7 +397,7 @@ def test_inputs_that_no_stage_wrote_are_checked_against_git(
     root = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "project"))
     signers = finished.parent / "ada.signers" if kind == "signed" else None
     (root / path).write_text((root / path).read_text() + "\n")
-    told = _audit(root, signers)
+    told = audited(root, signers)
     # The results are what they were, and git holds what they were made of.
     assert told.verdict == "with remarks"
     wanted = path if path != "requirements.lock" else "another requirements.lock"
@@ -441,4 +407,4 @@ def test_inputs_that_no_stage_wrote_are_checked_against_git(
         git(root, "commit", "--quiet", "-am", "all commits before are gone")
         for command in (["branch", "-D", "main"], ["reflog", "expire", "--expire=now", "--all"], ["gc", "--prune=now"]):
             git(root, *command)
-        assert _names(_audit(root, signers), path)
+        assert _names(audited(root, signers), path)

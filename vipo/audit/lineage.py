@@ -143,6 +143,12 @@ def _check_checkpoints(examination: Examination) -> None:
         with examination.guarded(folder, "bytes"):
             hashes = json.loads((examination.folder / folder / "manifest.json").read_text())
             files = {match[2] for match in found if match[1] == folder} - {"manifest.json"}
+            if not files:
+                examination.remark(
+                    folder, "bytes", "its content is not here: no run can resume from it",
+                    "nothing, if this is a crate that was unpacked: it names checkpoints and holds none",
+                )  # fmt: skip
+                continue
             for name in sorted(files | hashes.keys()):
                 if examination.sha256(examination.folder / folder / name) != hashes.get(name):
                     examination.broken(
