@@ -51,13 +51,15 @@ class Examination:
 
     def stages(self) -> dict[str, str]:
         """Folders that hold a stage's files, and the name of the stage."""
-        folders = {part.as_posix() for name in self.files for part in Path(name).parents}
-        return {
-            folder: stage
-            for folder in sorted(folders)
-            for pattern, stage in _STAGES.items()
-            if re.fullmatch(pattern, folder)
-        }
+        found = {}
+        for name in self.files:
+            # The innermost: the report's numbers lie in the folder of its page.
+            for folder in map(Path.as_posix, Path(name).parents):
+                stage = next((stage for pattern, stage in _STAGES.items() if re.fullmatch(pattern, folder)), None)
+                if stage is not None:
+                    found[folder] = stage
+                    break
+        return dict(sorted(found.items()))
 
     def is_anchored(self, name: str) -> bool:
         """Whether an anchor fixes the bytes of a file, itself or with its folder."""

@@ -154,6 +154,8 @@ class PipelineGenerator(Generator):
             }
             self.pipeline_class.save_lora_weights(folder, **{f"{self.network_folder}_lora_layers": layers})
         else:
+            # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
+            self.network.register_to_config(_name_or_path=self.config.path)
             self.network.save_pretrained(folder / self.network_folder, safe_serialization=True)
 
     def load_network(self, folder: Path) -> None:

@@ -111,7 +111,7 @@ def _diff(root: Path, *arguments: str, **variables: str) -> bytes | None:
     # Every option that a user's git configuration could change is set, so that one diff has one hash.
     return git_output(
         root,
-        "-c", "core.quotePath=true",
+        "-c", "core.quotePath=true", "-c", "diff.autoRefreshIndex=false",
         "diff", *arguments, "--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames",
         "--diff-algorithm=myers", "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--", ".", *_NOT_CODE,
         **variables,
