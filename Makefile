@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env demo study test lint types unit test-browser test-root lock clean
+.PHONY: help env demo study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,17 @@ STUDY := credit credit_clip credit_global credit_scene
 study: env  ## the study behind docs/method.md: does the map direct credit? (a few hours on two cores; resumable)
 	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment; done
 	vipo study $(STUDY) -o docs/study
+
+dvc-yaml: env  ## dvc.yaml again, after a change of the rules or of what configs/experiment/demo.yaml is composed of
+	python workflow/dvc_yaml.py
+
+dvc-commit: env  ## after Snakemake: results into DVC's cache and dvc.lock, so that `dvc repro` has nothing to do
+	dvc commit --force
+
+dvc-import: env  ## after `dvc pull` or `dvc repro`: Snakemake sees the results as done; page and crate are made here
+	@dvc status --quiet || { dvc status; echo "error: results/ is not what dvc.lock says; run 'dvc pull' or 'dvc repro' first" >&2; exit 1; }
+	snakemake --profile local --touch --forceall summarize
+	snakemake --profile local
 
 test: lint types unit  ## lint, types and the suite that needs no privileges
 

@@ -193,7 +193,6 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
             ["training.trained_transitions=10"],
             ["training.trained_transitions 10", "9 transitions", "sampling.steps 10"],
         ),
-        (["training.save_at=[30]"], ["training", "save_at [30]", "updates 30"]),
         (["objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'", "ratio 'position'"]),
         (["objective.map=none"], ["objective", "ratio 'position'", "needs a map: 'psm', or a control"]),
         (["arm=grpo", "objective.clip.scope=position"], ["objective", "clip.scope 'position'", "ratio 'position'"]),
@@ -239,6 +238,11 @@ def test_unknown_and_absent_experiment_list_the_known_ones() -> None:
 def test_the_largest_possible_values_are_accepted() -> None:
     config = load_config([DEMO, "training.trained_transitions=9", "training.micro_batch=8", "training.save_at=[23]"])
     assert (config.training.trained_transitions, config.training.micro_batch, config.training.save_at) == (9, 8, (23,))
+
+
+def test_a_shorter_run_keeps_the_updates_that_it_reaches() -> None:
+    assert load_config([DEMO, "training.updates=18"]).training.save_at == (6, 12)
+    assert load_config([DEMO, "training.updates=2"]).training.save_at == ()
 
 
 def test_every_problem_is_one_line(demo: Config) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
@@ -338,8 +338,17 @@ class TrainingConfig(Section):
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
     threads: PositiveInt = Field(1, description="CPU threads of a process; part of the result's identity.")
     save_at: tuple[PositiveInt, ...] = Field(
-        (), strict=False, description="Updates whose weights are kept for evaluation beside the final ones."
+        (),
+        strict=False,
+        description="Updates whose weights are kept for evaluation beside the final ones; those that a run with fewer "
+        "`updates` does not reach are left out.",
     )
+
+    @field_validator("save_at")
+    @classmethod
+    def _reached(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        # Without `updates`, which did not validate, there is no run to leave anything out of.
+        return tuple(update for update in value if update < info.data.get("updates", update))
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -361,11 +370,6 @@ class TrainingConfig(Section):
                     f"micro_batch {self.micro_batch} does not divide the {per_step} samples of an optimizer step "
                     f"(prompts_per_update * {name} / optimizer_steps_per_update)"
                 )
-        if any(update >= self.updates for update in self.save_at):
-            raise ValueError(
-                f"save_at {list(self.save_at)} must lie below updates {self.updates} "
-                "(the final weights are always kept)"
-            )
         return self
 
 

@@ -268,9 +268,8 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
 
 
 def summarize(scores: pd.DataFrame) -> dict[str, Any]:
-    """Mean of every measured column per evaluated update."""
+    """The final weights' update, number of samples and mean of every measured column."""
+    final = scores[scores["final"]]
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
-    return {
-        str(update): {"samples": len(rows), **{name: float(rows[name].mean()) for name in columns}}
-        for update, rows in scores.groupby("update")
-    }
+    means = {name: float(final[name].mean()) for name in columns}
+    return {"update": int(final["update"].iloc[0]), "samples": len(final), **means}

@@ -530,6 +530,21 @@ class Trainer:
             aside,
         )
 
+    def _resumable(self) -> Checkpoint | None:
+        newest = load_newest(self._checkpoints)
+        if newest is None:
+            return None
+        kept = [update for update in self.config.training.save_at if update <= newest.update]
+        lost = [update for update in kept if not (self.folder / "updates" / f"{update:06d}").is_dir()]
+        if lost:
+            log.warning(
+                "%s: the kept weights of update %s are gone; the run starts again",
+                self.folder,
+                ", ".join(map(str, lost)),
+            )
+            return None
+        return newest
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         weights = unprefixed("network", checkpoint.tensors)
         with torch.no_grad():
@@ -605,13 +620,16 @@ class Trainer:
         with self._signals():
             identity = self.identity()
             self.accelerator.wait_for_everyone()
-            newest = load_newest(self._checkpoints)
+            newest = self._resumable()
             start = 0 if newest is None else newest.update
-            if newest is None and main:
-                # Weights stand for a finished run of this configuration: another one's, which came without its
-                # checkpoints, must not outlive the start of this one.
-                for name in ("weights", "updates"):
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
+            if main:
+                if newest is None:
+                    # Weights stand for a finished run of this configuration: another one's, which came without its
+                    # checkpoints, must not outlive the start of this one.
+                    for name in ("weights", "updates"):
+                        shutil.rmtree(self.folder / name, ignore_errors=True)
+                # An output of every run, whether or not training.save_at fills it.
+                (self.folder / "updates").mkdir(exist_ok=True)
             if newest is not None:
                 self._restore(newest)
                 log.info("%s: resumed after update %d of %d", self.config.run_name, start, training.updates)
