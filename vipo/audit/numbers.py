@@ -16,8 +16,6 @@ from vipo.provenance.environment import package_sha256, versions
 from vipo.reporting import build_data, build_report
 from vipo.stages import run_names
 
-_AGAIN = "run the stage that writes it again"
-
 
 def check_numbers(examination: Examination) -> None:
     """Manifest from prompts, summaries from scores, report from everything; metrics for being whole."""
@@ -89,12 +87,23 @@ def _compare_file(examination: Examination, name: str, again: Path) -> None:
     elif again.suffix == ".csv":
         _compare(examination, name, _rows(told), _rows(again))
     elif told.read_bytes() != again.read_bytes():
-        record = examination.records.get("report/data" if name.startswith("report/data/") else "report")
-        if record is not None and record["package_sha256"] == package_sha256() and record["versions"] == versions():
-            examination.broken(name, "numbers", "is not what the report draws from the results beside it", _AGAIN)
-        else:
-            message = "is drawn otherwise by the code and libraries that are here"
-            examination.remark(name, "numbers", message, "its numbers are those of report.json, which were compared")
+        _differs(examination, name, "is not what is drawn from the results beside it")
+
+
+def _differs(examination: Examination, name: str, message: str) -> None:
+    """Broken where this code wrote the file; another code's numbers and figures may be others for the same results."""
+    folder = max((folder for folder in examination.stages() if name.startswith(f"{folder}/")), key=len)
+    record = examination.records.get(folder)
+    if record is None:
+        # Of results that were pulled, the anchor says that they are as they were written; by which code, nothing.
+        ours = not examination.is_anchored(name)
+    else:
+        ours = record["package_sha256"] == package_sha256() and record["versions"] == versions()
+    if ours:
+        examination.broken(name, "numbers", message, "restore it, or run the stage that writes it again")
+    else:
+        message += ", by the code and libraries that are here"
+        examination.remark(name, "numbers", message, "audit it with the code that made it")
 
 
 def _rows(path: Path) -> list[list[Any]]:
@@ -118,9 +127,7 @@ def _compare(examination: Examination, name: str, told: Any, found: Any) -> None
             differing.append(f"{key or 'value'} says {one!r}, computed again {other!r}")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        examination.broken(
-            name, "numbers", f"does not follow from what it was computed from: {'; '.join(differing[:3])}{more}", _AGAIN
-        )
+        _differs(examination, name, f"does not follow from the results beside it: {'; '.join(differing[:3])}{more}")
 
 
 def _leaves(key: str, told: Any, found: Any) -> Iterator[tuple[str, Any, Any]]:
