@@ -1,11 +1,10 @@
 """Every number that is drawn from scores, computed again by the library's own functions."""
 
 import csv
+import io
 import json
 import math
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,7 @@ import pandas as pd
 from vipo.audit.examination import Examination
 from vipo.evaluation.evaluate import summarize
 from vipo.provenance.environment import package_sha256, versions
-from vipo.reporting import build_data, build_report
+from vipo.reporting import report_files
 from vipo.stages import run_names
 
 
@@ -67,26 +66,23 @@ def _check_report(examination: Examination) -> None:
             "run 'vipo summarize' again",
         )
         return
-    runs = run_names(config)
-    with tempfile.TemporaryDirectory() as temporary:
-        again = Path(temporary) / "report"
-        build_data(examination.folder, runs, config, again / "data")
-        if "report" in examination.records:
-            build_report(examination.folder, runs, config, again)
-        for path in sorted(path for path in again.rglob("*") if path.is_file()):
-            name = f"report/{path.relative_to(again).as_posix()}"
-            # A missing file is the record's or the anchor's to tell.
-            if name in examination.files:
-                _compare_file(examination, name, path)
+    whole = "report" in examination.records
+    for path, text in report_files(examination.folder, run_names(config), config).items():
+        name = f"report/{path}"
+        # A missing file is the record's or the anchor's to tell; and the page of results that were pulled is none.
+        if name in examination.files and (whole or path.startswith("data/")):
+            with examination.guarded(name, "numbers"):
+                _compare_file(examination, name, text)
 
 
-def _compare_file(examination: Examination, name: str, again: Path) -> None:
-    told = examination.folder / name
-    if again.suffix == ".json":
-        _compare(examination, name, json.loads(told.read_text()), json.loads(again.read_text()))
-    elif again.suffix == ".csv":
+def _compare_file(examination: Examination, name: str, again: str) -> None:
+    # As bytes: line ends are the file's own.
+    told = (examination.folder / name).read_bytes().decode()
+    if name.endswith(".json"):
+        _compare(examination, name, json.loads(told), json.loads(again))
+    elif name.endswith(".csv"):
         _compare(examination, name, _rows(told), _rows(again))
-    elif told.read_bytes() != again.read_bytes():
+    elif told != again:
         _differs(examination, name, "is not what is drawn from the results beside it")
 
 
@@ -106,9 +102,8 @@ def _differs(examination: Examination, name: str, message: str) -> None:
         examination.remark(name, "numbers", message, "audit it with the code that made it")
 
 
-def _rows(path: Path) -> list[list[Any]]:
-    with path.open(newline="") as stream:
-        return [[_value(cell) for cell in row] for row in csv.reader(stream)]
+def _rows(text: str) -> list[list[Any]]:
+    return [[_value(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline=""))]
 
 
 def _value(cell: str) -> Any:
