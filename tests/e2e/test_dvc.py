@@ -1,0 +1,300 @@
+"""DVC on the demo at a small budget: one experiment, run by Snakemake here and by DVC in clones of it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+import yaml
+
+from vipo.config.compose import repository_root
+from vipo.provenance import git_state
+
+ROOT = repository_root()
+pytestmark = pytest.mark.xdist_group("dvc")
+
+CHECKOUT = (
+    "configs", "workflow", "data", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore",
+    "dvc.yaml", "Makefile", "Snakefile", "local", "requirements.lock", "pyproject.toml", "CITATION.cff",
+)  # fmt: skip
+EXPERIMENT = "configs/experiment/demo.yaml"
+SMALL: dict[str, dict[str, Any]] = {
+    "sampling": {"steps": 4},
+    "training": {"updates": 2, "group_size": 4, "micro_batch": 4, "trained_transitions": 2, "save_at": [1, 6]},
+    "evaluation": {"prompts": 4, "samples_per_prompt": 1, "steps": 2, "bootstrap": 100},
+}
+VOLATILE = ("provenance.json", "timing.jsonl", "tb", "checkpoints", "index.html", "ro-crate-metadata.json", "logs")
+
+
+def _run(project: Path, *command: str | Path, code: int = 0) -> str:
+    """Standard output and error of a command that ends with `code`, in a project with this environment's tools."""
+    name = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = os.environ | name | {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["DVC_SITE_CACHE_DIR"] = str(project.parent / "dvc-site")
+    result = subprocess.run(
+        list(map(str, command)),
+        cwd=project,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert result.returncode == code, result.stdout
+    return result.stdout
+
+
+def _json(project: Path, *command: str) -> Any:
+    # Progress and hints come before and after.
+    text = _run(project, *command)
+    return json.JSONDecoder().raw_decode(text[text.index("{") :])[0]
+
+
+def _make(project: Path, target: str, code: int = 0) -> str:
+    # The environment is this one; make would build the project its own.
+    return _run(project, "make", "-o", ".venv/.complete", target, code=code)
+
+
+def _outputs(project: Path) -> list[str]:
+    """The files that dvc.lock names, those of folders one by one."""
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    paths = [project / out["path"] for stage in lock["stages"].values() for out in stage["outs"]]
+    found = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    names = sorted(str(file.relative_to(project)) for file in found)
+    return [name for name in names if not name.endswith(".snakemake_timestamp")]
+
+
+def _clean(project: Path) -> bool:
+    return _run(project, "dvc", "status").strip().endswith("Data and pipelines are up to date.")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the repository holds beside the package, under git."""
+    project = tmp_path_factory.mktemp("dvc") / "project"
+    for name in CHECKOUT:
+        source, target = ROOT / name, project / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target, follow_symlinks=False)
+    for command in (("init", "--quiet"), ("config", "user.name", "t"), ("config", "user.email", "t@example.org")):
+        _run(project, "git", *command)
+    _run(project, "git", "add", ".")
+    _run(project, "git", "commit", "--quiet", "-m", "checkout")
+    return project
+
+
+@pytest.fixture(scope="module")
+def written(checkout: Path) -> str:
+    """dvc.yaml as the tool writes it for the repository as it is."""
+    _run(checkout, "python", "workflow/dvc_yaml.py")
+    return (checkout / "dvc.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def project(checkout: Path, written: str) -> Path:
+    """The demo with two arms and a small budget, run by Snakemake, committed to DVC and git."""
+    path = checkout / EXPERIMENT
+    settings = yaml.safe_load(path.read_text())
+    settings["experiment"]["arms"] = {"base": {"seeds": [0]}, "vipo": {"seeds": [0]}}
+    for section, values in SMALL.items():
+        settings[section] |= values
+    path.write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
+    _run(checkout, "python", "workflow/dvc_yaml.py")
+    _run(checkout, "git", "commit", "--quiet", "--all", "-m", "a small budget")
+    _run(checkout, "snakemake", "--profile", "local")
+    _make(checkout, "dvc-commit")
+    _run(checkout, "git", "add", "dvc.lock")
+    _run(checkout, "git", "commit", "--quiet", "-m", "results")
+    return checkout
+
+
+def _clone(project: Path, name: str) -> Path:
+    clone = project.parent / name
+    _run(project.parent, "git", "clone", "--quiet", project, clone)
+    return clone
+
+
+def test_dvc_yaml_is_current(written: str) -> None:
+    assert (ROOT / "dvc.yaml").read_text() == written, "run 'make dvc-yaml'"
+    stages = yaml.safe_load(written)["stages"]
+    parameters = {file for stage in stages.values() for entry in stage["params"] for file in entry}
+    tracked = subprocess.run(["git", "ls-files", "configs"], cwd=ROOT, text=True, capture_output=True).stdout.split()
+    assert EXPERIMENT in parameters
+    assert all((ROOT / file).is_file() for file in parameters)
+    assert not tracked or parameters <= set(tracked)
+    # What Snakemake derives from them is no dependency.
+    dependencies = {file for stage in stages.values() for file in stage["deps"]}
+    assert not any("/configs/" in file for file in dependencies)
+    assert {"data/prompts/colourless.jsonl", "data/demo-generator/model_index.json"} <= dependencies
+    outputs = {str(out) for stage in stages.values() for out in stage["outs"]}
+    assert not any(name in out for out in outputs for name in VOLATILE)
+
+
+def test_every_section_can_be_changed_in_the_experiments_file() -> None:
+    """A section that the file does not name is none of DVC's parameters."""
+    settings = yaml.safe_load((ROOT / EXPERIMENT).read_text())
+    sections = set(yaml.safe_load((ROOT / "configs/config.yaml").read_text()))
+    groups = {next(iter(entry)) for entry in yaml.safe_load((ROOT / "configs/config.yaml").read_text())["defaults"][1:]}
+    assert settings.keys() >= (sections | groups) - {"defaults", "seed", "arm"}
+
+
+def test_after_snakemake_dvc_has_nothing_to_do(project: Path) -> None:
+    assert _clean(project)
+    assert "Running stage" not in _run(project, "dvc", "repro")
+    assert _run(project, "git", "status", "--porcelain") == ""
+    files = _outputs(project)
+    assert any(name.endswith("weights/transformer/diffusion_pytorch_model.safetensors") for name in files)
+    assert any("/updates/000001/" in name for name in files)
+    assert not [name for name in files if any(part in name for part in VOLATILE)]
+
+
+def test_dvc_lock_alone_makes_no_run_dirty(project: Path) -> None:
+    lock = project / "dvc.lock"
+    text = lock.read_text()
+    lock.write_text(text + "# another result\n")
+    try:
+        assert git_state(project)["dirty"] is False
+    finally:
+        lock.write_text(text)
+
+
+def test_same_result_twice(project: Path) -> None:
+    """A fresh clone, run by DVC where the first was run by Snakemake: the same bytes, hence the same lock."""
+    clone = _clone(project, "twice")
+    shown = _run(clone, "dvc", "repro")
+    assert "Running stage 'train-vipo-s0'" in shown
+    assert _run(clone, "git", "status", "--porcelain") == ""
+    files = _outputs(project)
+    assert _outputs(clone) == files
+    for name in files:
+        assert (clone / name).read_bytes() == (project / name).read_bytes(), name
+    record = json.loads((clone / "results/demo/runs/vipo-s0/provenance.json").read_text())
+    assert record["git"]["dirty"] is False
+
+
+def test_experiments_edit_the_tracked_file(project: Path) -> None:
+    clone = _clone(project, "changed")
+    _run(clone, "dvc", "remote", "add", "--quiet", "--local", "--default", "first", project / ".dvc/cache/files/md5")
+    # The cache of the first clone, without a second copy.
+    _run(clone, "dvc", "cache", "dir", "--local", project / ".dvc/cache")
+    _run(clone, "dvc", "checkout", "--quiet")
+    assert _clean(clone)
+    shown = _run(clone, "dvc", "exp", "run", "--name", "slow", "-S", f"{EXPERIMENT}:optimizer.learning_rate=1e-5")
+    assert "Running stage 'train-vipo-s0'" in shown
+    assert "Running stage 'prepare'" not in shown
+    assert "Running stage 'evaluate-base-s0'" not in shown
+    changed = (clone / EXPERIMENT).read_text()
+    assert changed.startswith("# @package _global_\n")
+    config = yaml.safe_load(_run(clone, "vipo", "config", "experiment=demo", "arm=vipo"))
+    assert float(config["optimizer"]["learning_rate"]) == 1e-5
+
+    difference = _json(clone, "dvc", "params", "diff", "--json")
+    assert difference == {EXPERIMENT: {"optimizer.learning_rate": {"old": 3e-4, "new": 1e-5}}}
+    summary = "results/demo/evaluation/vipo-s0/summary.json"
+    shown = _json(clone, "dvc", "metrics", "show", "--json")[""]["data"]
+    assert shown[summary]["data"] == json.loads((clone / summary).read_text())
+    before = json.loads((project / summary).read_text())["change/total"]
+    after = json.loads((clone / summary).read_text())["change/total"]
+    assert 0 < after < before
+    change = _json(clone, "dvc", "metrics", "diff", "--json")[summary]["change/total"]
+    assert (change["old"], change["new"]) == (before, after)
+    for command in (["show"], ["diff", "HEAD"]):
+        drawn = _json(clone, "dvc", "plots", *command, "--json", "--out", "plots")
+        assert "errors" not in drawn
+        curve = json.dumps(drawn["data"]["held-out object redness"])
+        assert "reward/object_redness" in curve
+        assert any(name.endswith(".svg") for name in drawn["data"])
+    shutil.rmtree(clone / "plots")
+
+    table = _run(clone, "dvc", "exp", "show", "--csv")
+    assert "slow" in table
+    _run(clone, "git", "checkout", "--quiet", ".")
+    _run(clone, "dvc", "checkout", "--quiet")
+    assert (clone / summary).read_bytes() == (project / summary).read_bytes()
+    _run(clone, "dvc", "exp", "apply", "slow")
+    assert json.loads((clone / summary).read_text())["change/total"] == after
+    assert (clone / EXPERIMENT).read_text() == changed
+    assert _clean(clone)
+
+
+@contextlib.contextmanager
+def _ssh_server(folder: Path) -> Iterator[tuple[int, Path]]:
+    """An SSH server with SFTP on this machine; gives its port and the key that it lets in."""
+    key, path = asyncssh.generate_private_key("ssh-ed25519"), folder / "key"
+    key.write_private_key(str(path))
+    path.chmod(0o600)
+    key.write_public_key(f"{path}.pub")
+    host = asyncssh.generate_private_key("ssh-ed25519")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    listening = asyncssh.listen(
+        "127.0.0.1", 0, server_host_keys=[host], authorized_client_keys=f"{path}.pub", sftp_factory=True
+    )
+    server = asyncio.run_coroutine_threadsafe(listening, loop).result()
+    try:
+        yield server.get_port(), path
+    finally:
+        loop.call_soon_threadsafe(server.close)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_clone_and_pull_over_ssh(project: Path, tmp_path: Path) -> None:
+    clone = _clone(project, "far")
+    with _ssh_server(tmp_path) as (port, key):
+        for place in (project, clone):
+            _run(
+                place, "dvc", "remote", "add", "--quiet", "--local", "far", f"ssh://me@127.0.0.1:{port}{tmp_path}/store"
+            )
+            _run(place, "dvc", "remote", "modify", "--local", "far", "keyfile", key)
+        _run(project, "dvc", "push", "--remote", "far")
+        _run(clone, "dvc", "pull", "--remote", "far")
+    assert _clean(clone)
+    assert _outputs(clone) == _outputs(project)
+    assert _run(project, "git", "status", "--porcelain") == ""
+
+
+def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path) -> None:
+    clone, store = _clone(project, "near"), project.parent / "store"
+    for place in (project, clone):
+        _run(place, "dvc", "remote", "add", "--quiet", "--local", "--default", "near", store)
+    refused = _make(clone, "dvc-import", code=2)
+    assert "error: results/ is not what dvc.lock says" in refused
+    _run(project, "dvc", "push")
+    _run(clone, "dvc", "pull")
+    scores = clone / "results/demo/evaluation/vipo-s0/scores.parquet"
+    content = scores.read_bytes()
+    scores.write_bytes(content[:-1])
+    refused = _make(clone, "dvc-import", code=2)
+    assert "modified" in refused
+    assert "error: results/ is not what dvc.lock says" in refused
+    assert not (clone / "results/demo/report/index.html").exists()
+    scores.write_bytes(content)
+
+    shown = _make(clone, "dvc-import")
+    assert "Finished jobid" in shown
+    assert not (clone / "results/demo/runs/vipo-s0/provenance.json").exists()
+    page = (clone / "results/demo/report/index.html").read_text()
+    assert "Not recorded here: vipo-s0." in page
+    assert (clone / "results/demo/crate/ro-crate-metadata.json").is_file()
+    assert "Nothing to be done" in _run(clone, "snakemake", "--profile", "local", "--dry-run")
+    assert _clean(clone)
+    # It knows what the results were made with: another learning rate is another run.
+    override = 'overrides=["optimizer.learning_rate=1e-5"]'
+    planned = _run(clone, "snakemake", "--profile", "local", "--dry-run", "--quiet", "rules", "--config", override)
+    jobs = {line.split()[0] for line in planned.splitlines() if line.endswith(" 1") and not line.startswith("total")}
+    assert jobs == {"train", "evaluate", "summarize", "report", "crate", "all"}
