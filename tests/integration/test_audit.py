@@ -273,6 +273,28 @@ def test_dvc_computes_the_same_hashes(tmp_path: Path) -> None:
     assert dvc_md5(tmp_path / "nothing") is None
 
 
+@pytest.mark.usefixtures("without_numbers")
+def test_configurations_are_those_that_were_recorded(project: Path) -> None:
+    experiment = project / EXPERIMENT
+    config = experiment / "runs/vipo-s0/config.yaml"
+    config.write_text(config.read_text().replace("  eta: 0.7\n", "  eta: 0.5\n"))
+    recompute_hashes(project)
+    told = "configuration: is not what vipo-s0 was evaluated as: sampling.eta 0.5 against 0.7"
+    assert _findings(audited(project), "broken") == {"runs/vipo-s0/config.yaml": [told]}
+    # The evaluation's copy as well, so that only the record of the training tells.
+    other = experiment / "evaluation/vipo-s0/config.yaml"
+    other.write_text(other.read_text().replace("  eta: 0.7\n", "  eta: 0.5\n"))
+    recompute_hashes(project)
+    told = "configuration: was made with another configuration than is here: sampling.eta 0.7 against 0.5"
+    result = audited(project)
+    assert _findings(result, "broken") == {"runs/vipo-s0": [told]}
+    told = "configuration: is not what vipo-s0 was made with: sampling.eta 0.7 against 0.5"
+    assert _findings(result, "remark")["configs/vipo-s0.yaml"] == [told]
+    record = experiment / "runs/vipo-s0/provenance.json"
+    record.write_text(record.read_text().replace('"eta": 0.7', '"eta": 0.5'))
+    assert set(_findings(audited(project), "broken")) == {"runs/vipo-s0", "runs/vipo-s0/provenance.json"}
+
+
 # ---- code ----------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,7 @@ def test_record_names_everything(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     record = read_provenance(folder / "provenance.json")
     assert record["stage"] == "train"
     assert record["command"] == ["vipo", "train", "seed=3"]
+    assert record["config"] == {"a": 1, "b": 2}
     assert record["config_sha256"] == config_hash({"a": 1, "b": 2})
     assert record["seeds"] == [3]
     assert record["inputs"][0] == {"path": "prompts.txt", "bytes": 6, "sha256": _sha(b"a cat\n")}

@@ -258,10 +258,12 @@ BESIDE: Mapping[str, Tampering] = {
     "a log edited": _edit("logs/train-vipo-s0.log", "INFO", "DEBUG"),
     "a log added": _add("logs/other.log"),
     "a record's hardware edited": _edit("runs/vipo-s0/provenance.json", '"cpu": "', '"cpu": "Fast '),
+    "a record's configuration edited": _edit("runs/vipo-s0/provenance.json", '"eta": ', '"eta": 1'),
     "a record's command edited": _edit("runs/vipo-s0/provenance.json", '"command": [', '"command": ["nice",'),
     "a record of another run": _copy("runs/grpo-s0/provenance.json", "runs/vipo-s0/provenance.json"),
     "a record deleted": _delete("evaluation/vipo-s0/provenance.json"),
     "a record no JSON": _cut("prompts/provenance.json", 0.5),
+    "a record's commit deleted": _edit("runs/vipo-s0/provenance.json", '"git"', '"svn"'),
     "times edited": _edit("runs/vipo-s0/timing.jsonl", "time/total", "time/totals"),
     "TensorBoard's file deleted": _lost_board,
     "a checkpoint replaced": _copy(

@@ -68,17 +68,22 @@ def _check_run(examination: Examination, run: str, config: Config, found: Mappin
 def _check_recorded(
     examination: Examination, folder: str, record: Mapping[str, Any], everything: Sequence[Config]
 ) -> None:
+    if config_hash(record["config"]) != record["config_sha256"]:
+        message = "its configuration is not the one whose hash was recorded beside it"
+        examination.broken(f"{folder}/{PROVENANCE}", "configuration", message, "restore it, or run the stage again")
     run = folder.partition("/")[2]
     # Stages that serve all runs read what all their configurations agree on, or the workflow's first one.
     candidates = [examination.configs[run]] if run in examination.configs else everything
     identity = _IDENTITIES[record["stage"]]
-    if any(config_hash(identity(config)) == record["config_sha256"] for config in candidates):
+    identities = [identity(config) for config in candidates]
+    if any(config_hash(value) == record["config_sha256"] for value in identities):
         return
-    message = "was made with another configuration than those that are here"
+    differing = _differing(record["config"], identities[0]) if identities else "there is none"
+    message = f"was made with another configuration than is here: {differing}"
     if record["package_sha256"] == package_sha256():
         examination.broken(folder, "configuration", message, "restore the configuration, or run the stage again")
     else:
-        message += ", or by code that reads them otherwise"
+        message += "; or by code that reads it otherwise"
         examination.remark(folder, "configuration", message, "audit it with the code that made it")
 
 

@@ -13,6 +13,11 @@ from vipo.provenance.environment import git_output, package_sha256, versions
 from vipo.provenance.lineage import DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
 
 _CHECKPOINT = re.compile(r"(runs/[^/]+/checkpoints/[^/]+)/(.+)")
+#: What every record names.
+_RECORDED = frozenset(
+    "stage command config config_sha256 seeds inputs outputs git package_sha256 lock_sha256 container_digest hardware "
+    "versions started ended".split()
+)
 _AGAIN = "restore it, or run the stage that writes it again and all that follow"
 
 
@@ -23,6 +28,10 @@ def read_records(examination: Examination, locked: Sequence[LockedStage]) -> Non
         if name in examination.files:
             with examination.guarded(name, "lineage"):
                 record = read_provenance(examination.folder / name)
+                if missing := _RECORDED - record.keys():
+                    message = f"lacks {', '.join(sorted(missing))}: edited, or written by an earlier vipo"
+                    examination.broken(name, "lineage", message, _AGAIN)
+                    continue
                 if record["stage"] != stage:
                     examination.broken(name, "lineage", f"is of stage '{record['stage']}', not '{stage}'", _AGAIN)
                     continue

@@ -186,7 +186,7 @@ class _Writer:
         place = folder.relative_to(self._experiment).as_posix()
         inputs = [entity for entry in record["inputs"] for entity in self._data(entry)]
         results = [entity for entry in record["outputs"] for entity in self._data(entry)]
-        config = _read_config(folder / _CONFIG)
+        config = _read_config(folder / _CONFIG) or record["config"] or {}
         self._experiments += [config["experiment"]] if "experiment" in config else []
         settings = {name: value for name, value in _flat(config) if not name.startswith("experiment.")}
         settings |= {"seeds": record["seeds"], "config_sha256": record["config_sha256"]}

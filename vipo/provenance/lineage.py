@@ -58,7 +58,7 @@ def record_stage(
         folder: the stage's own folder; no other stage may record there.
         inputs: files and folders that the stage reads.
         outputs: files and folders that the stage writes, or a function that lists them afterwards.
-        config: the configuration that the stage reads (JSON-serialisable); its hash is recorded.
+        config: what of the configuration decides the stage's result (JSON-serialisable); it is recorded with its hash.
         seeds: seeds of the stage's random draws.
         root: repository root; paths inside it are recorded relative to it.
 
@@ -83,6 +83,7 @@ def record_stage(
     record: dict[str, Any] = {
         "stage": stage,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config": None if config is None else dict(config),
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
         "inputs": [
