@@ -35,6 +35,7 @@ PURPOSE = {
     "evaluate": "held-out prompts",
     "report": "HTML report",
     "crate": "RO-Crate",
+    "audit": "Check results",
     "map": "allocation map over any picture",
     "base": "Rebuild the demo generator",
 }

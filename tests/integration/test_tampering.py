@@ -17,6 +17,7 @@ from PIL import Image
 
 from vipo.audit import Audit
 from vipo.audit import audit as audit_module
+from vipo.config.compose import repository_root
 from vipo.provenance import sign_file
 
 pytestmark = pytest.mark.xdist_group("audit")
@@ -277,6 +278,11 @@ BESIDE: Mapping[str, Tampering] = {
     "the workflow edited": _edit("crate/Snakefile", "rule all", "rule  all"),
     "the lock in the crate edited": _edit("crate/requirements.lock", "==", "== "),
 }
+
+
+def test_the_corpus_is_as_large_as_its_page_says() -> None:
+    page = (repository_root() / "docs" / "audit.md").read_text()
+    assert f"{len(RESULTS)} tamperings of results under both anchors and {len(BESIDE)} more" in page
 
 
 @pytest.fixture

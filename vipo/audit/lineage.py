@@ -15,8 +15,19 @@ from vipo.provenance.lineage import DIFF, PROVENANCE, ProvenanceError, entry_fil
 _CHECKPOINT = re.compile(r"(runs/[^/]+/checkpoints/[^/]+)/(.+)")
 #: What every record names.
 _RECORDED = frozenset(
-    "stage command config config_sha256 seeds inputs outputs git package_sha256 lock_sha256 container_digest hardware "
-    "versions started ended".split()
+    (
+        "stage",
+        "command",
+        "config",
+        "config_sha256",
+        "seeds",
+        "inputs",
+        "outputs",
+        "git",
+        "package_sha256",
+        "lock_sha256",
+    )
+    + ("container_digest", "hardware", "versions", "started", "ended")
 )
 _AGAIN = "restore it, or run the stage that writes it again and all that follow"
 
