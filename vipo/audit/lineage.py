@@ -26,8 +26,12 @@ _RECORDED = frozenset(
         "git",
         "package_sha256",
         "lock_sha256",
+        "container_digest",
+        "hardware",
+        "versions",
+        "started",
+        "ended",
     )
-    + ("container_digest", "hardware", "versions", "started", "ended")
 )
 _AGAIN = "restore it, or run the stage that writes it again and all that follow"
 
