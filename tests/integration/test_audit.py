@@ -343,8 +343,10 @@ def test_code_that_is_gone_or_was_never_committed_is_told(
         git(root, *arguments)
     broken = _findings(audited(root), "broken")
     assert broken["prompts"] == [f"code: commit {commit[:12]}… is not in this repository"]
-    shutil.rmtree(root / ".git")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(root.parent))
+    shutil.rmtree(root / ".git")
+    remark = f"code: commit {commit[:12]}… was not looked up: there is no git repository here"
+    assert _findings(audited(root), "remark")["prompts"] == [remark]
     prompts_only()
     remark = "code: was not run from a git repository: no commit names its code"
     assert _findings(audited(root), "remark")["prompts"] == [remark]

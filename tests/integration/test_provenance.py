@@ -264,6 +264,9 @@ def test_no_repository_no_commit_no_git(tmp_path: Path, root: Path, monkeypatch:
     assert git_state(plain) == unknown
     _git(plain, "init", "--quiet")
     assert git_state(plain) == unknown
+    monkeypatch.setenv("VIPO_GIT_COMMIT", "0123")
+    assert git_state(plain) == {"commit": "0123", "dirty": False, "untracked": {}, "diff_sha256": None}
+    monkeypatch.delenv("VIPO_GIT_COMMIT")
     monkeypatch.setenv("PATH", "")
     assert git_state(root) == unknown
 

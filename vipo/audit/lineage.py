@@ -212,7 +212,12 @@ def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any])
         message = "was not run from a git repository: no commit names its code"
         examination.remark(folder, "code", message, "run it from a checkout")
         return
-    if git_output(examination.root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
+    if git_output(examination.root, "rev-parse", "--git-dir") is None:
+        examination.remark(
+            folder, "code", f"commit {short(str(commit))} was not looked up: there is no git repository here",
+            "audit it in a checkout of the repository",
+        )  # fmt: skip
+    elif git_output(examination.root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         examination.broken(
             folder, "code", f"commit {short(str(commit))} is not in this repository",
             "fetch the whole history; without that commit nobody can run this code again",

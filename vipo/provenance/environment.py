@@ -49,11 +49,13 @@ def git_state(root: Path) -> dict[str, Any]:
     """The commit that `root` is at, and whether there is anything beside it.
 
     Files below ``results/`` and ``dvc.lock`` do not count, for the workflow writes them, nor do files that git ignores.
+    Where git knows nothing, in a container image, the commit is the one the image was built from (``VIPO_GIT_COMMIT``):
+    it holds the files of that commit and no others.
 
     Returns:
         ``commit`` (hex), ``dirty`` (bool: a tracked file differs), ``untracked`` (bytes of the files that git does not
         track, by path) and ``diff_sha256`` (hex SHA-256 of `git_diff`, None where it is empty); all None without git
-        or outside a repository.
+        or outside a repository, unless ``VIPO_GIT_COMMIT`` is set.
     """
     commit, tracked, untracked = (
         git_output(root, "rev-parse", "--verify", "HEAD"),
@@ -61,6 +63,8 @@ def git_state(root: Path) -> dict[str, Any]:
         _untracked(root),
     )
     if commit is None or tracked is None or untracked is None:
+        if built_from := os.environ.get("VIPO_GIT_COMMIT"):
+            return {"commit": built_from, "dirty": False, "untracked": {}, "diff_sha256": None}
         return {"commit": None, "dirty": None, "untracked": None, "diff_sha256": None}
     diff = git_diff(root)
     return {
