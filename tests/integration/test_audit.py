@@ -295,6 +295,36 @@ def test_configurations_are_those_that_were_recorded(project: Path) -> None:
     assert set(_findings(audited(project), "broken")) == {"runs/vipo-s0", "runs/vipo-s0/provenance.json"}
 
 
+def test_damage_of_every_kind_is_told_and_nothing_crashes(locked: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(locked, tmp_path / "project"))
+    experiment = root / EXPERIMENT
+    damages = {
+        "evaluation/grpo-s0/scores.parquet": lambda content: content[: len(content) // 2],
+        "evaluation/vipo-s0/scores.parquet": lambda _: b"",
+        "evaluation/base-s0/summary.json": lambda _: b"[1, {}]",
+        "evaluation/vipo-s0/config.yaml": lambda _: b"a: [",
+        "runs/grpo-s0/config.yaml": lambda _: b"\xff\xfe",
+        "runs/grpo-s0/metrics.jsonl": lambda _: b"[]\n",
+        "runs/vipo-s0/provenance.json": lambda content: content.replace(b'"outputs": [', b'"outputs": [3, '),
+        "runs/grpo-s0/provenance.json": lambda content: content.replace(b'"git": {', b'"git": {}, "svn": {'),
+        "prompts/provenance.json": lambda _: b"[" * 100_000,
+        "prompts/manifest.json": lambda _: b"{}",
+        "report/data/report.json": lambda content: content[:-20],
+        "report/data/tables/arms.csv": lambda _: b"\x00\xff",
+        "runs/vipo-s0/checkpoints/000002/manifest.json": lambda _: b"3",
+    }
+    for name, damage in damages.items():
+        (experiment / name).write_bytes(damage((experiment / name).read_bytes()))
+    (experiment / "embeddings/eval.safetensors").unlink()
+    (experiment / "embeddings/eval.safetensors").symlink_to("nowhere")
+    (experiment / "prompts/eval.jsonl").unlink()
+    (experiment / "prompts/eval.jsonl").mkdir()
+    named = {finding.artifact for finding in audited(root).findings if finding.severity == "broken"}
+    wanted = {*damages, "embeddings/eval.safetensors", "prompts/eval.jsonl"}
+    folders = {name for name in wanted if any(name.startswith(f"{artifact}/") for artifact in named)}
+    assert wanted - named - folders == set()
+
+
 # ---- code ----------------------------------------------------------------------------------------------------------
 
 

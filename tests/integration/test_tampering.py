@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import hypothesis
 import pandas as pd
 import pytest
 from audit_fixture import EXPERIMENT, audited, git, new_key, recompute_hashes, write_lock
+from hypothesis import strategies as st
 from PIL import Image
 
 from vipo.audit import Audit
@@ -320,6 +322,30 @@ def test_tampering_is_found_by_the_signature(signed: Path, tmp_path: Path, name:
     told = [artifact.replace("tensors.safetensors", "manifest.json") if recomputed else artifact for artifact in told]
     told = [artifact.replace("state.json", "manifest.json") if recomputed else artifact for artifact in told]
     assert [artifact for artifact in told if not _names(audit, artifact)] == [], audit.text()
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_any_bit_of_any_file_is_found_by_the_signature(signed: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(signed, tmp_path / "project"))
+    files = sorted(path for path in (root / EXPERIMENT).rglob("*") if path.is_file() and path.stat().st_size)
+    files = [path for path in files if path.suffix != ".sig" and path.name != ".lock"]
+
+    @hypothesis.settings(max_examples=15)
+    @hypothesis.given(st.sampled_from(files), st.integers(0, 2**40), st.integers(0, 7))
+    def flip(path: Path, position: int, bit: int) -> None:
+        before = path.read_bytes()
+        after = bytearray(before)
+        after[position % len(before)] ^= 1 << bit
+        path.write_bytes(after)
+        try:
+            told = audited(root, signed.parent / "ada.signers")
+        finally:
+            path.write_bytes(before)
+        name = path.relative_to(root / EXPERIMENT).as_posix()
+        assert _names(told, f"{name}.sig" if name == "ro-crate-metadata.json" else name)
+
+    flip()
+    assert audited(root, signed.parent / "ada.signers").findings == ()
 
 
 @pytest.mark.parametrize("kind", ["locked", "signed"])
