@@ -32,7 +32,7 @@ localrules:
 rule all:
     input:
         f"{EXPERIMENT_DIR}/report/index.html",
-        f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
+        f"{EXPERIMENT_DIR}/ro-crate-metadata.json",
 
 
 include: "workflow/rules/prompts.smk"

@@ -144,11 +144,21 @@ def study(
 
 
 @app.command()
-def crate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
-    """Describe the experiment as an RO-Crate: files, runs, parameters, software."""
+def crate(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    key: Annotated[
+        Path | None, typer.Option("--sign", help="Sign it with this SSH key (ssh-keygen -Y sign, namespace vipo).")
+    ] = None,
+    archive: Annotated[bool, typer.Option("--zip", help="Also put it into results/<experiment>.crate.zip.")] = False,
+) -> None:
+    """Describe the experiment as a Workflow Run RO-Crate: files, runs, parameters, software."""
     from vipo.stages import crate_stage
 
-    typer.echo(crate_stage(_configuration(overrides, file), repository_root(), results, wait))
+    for path in crate_stage(_configuration(overrides, file), repository_root(), results, wait, key, archive):
+        typer.echo(path)
 
 
 Backbones = Annotated[
@@ -318,6 +328,28 @@ def upload(
 
     sent = upload_folder(folder, url, repository_root())
     typer.echo(f"{url}: {len(sent)} files sent, every file there as here")
+
+
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(help="An experiment's results, such as results/demo, or an unpacked crate.")],
+    allowed_signers: Annotated[
+        Path | None,
+        typer.Option(help="Keys you trust (man ssh-keygen, ALLOWED SIGNERS): check the crate's signature."),
+    ] = None,
+    rerun: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="Run this stage again (runs/vipo-s0, report, …) and compare bytes."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Check results: bytes, lineage, code, configurations, numbers; exit status 1 where they do not hold together."""
+    from vipo.audit import audit_experiment
+
+    result = audit_experiment(path, repository_root(), allowed_signers=allowed_signers, rerun=rerun)
+    typer.echo(result.model_dump_json(indent=2) if as_json else result.text())
+    if result.verdict == "broken":
+        raise typer.Exit(1)
 
 
 def _leave(status: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from vipo.config.compose import dump_config, write_if_changed
 from vipo.config.models import Config
 from vipo.prompts import check_prompts, prepare_prompts
-from vipo.provenance import ProvenanceError, record_stage, run_lock, write_crate
+from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file, write_crate, zip_crate
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -188,11 +188,22 @@ def _measured(experiment: Path, runs: Sequence[str]) -> list[Path]:
     return paths
 
 
-def crate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> Path:
-    """Everything of the experiment, described in ``crate/ro-crate-metadata.json``."""
+def crate_stage(
+    config: Config, root: Path, results: Path, wait: float = 0, key: Path | None = None, archive: bool = False
+) -> list[Path]:
+    """Everything of the experiment, described in ``ro-crate-metadata.json``, signed and zipped where asked for.
+
+    Returns:
+        The files written, the metadata first.
+    """
     experiment = experiment_folder(config, results)
     with run_lock(experiment / "crate", wait_seconds=wait):
-        return write_crate(experiment, experiment / "crate", root)
+        written = [write_crate(experiment, root)]
+        if key is not None:
+            written.append(sign_file(written[0], key))
+        if archive:
+            written.append(zip_crate(experiment))
+    return written
 
 
 def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:

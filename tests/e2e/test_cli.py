@@ -36,6 +36,7 @@ PURPOSE = {
     "summarize": "numbers, tables and figures",
     "report": "HTML report",
     "crate": "RO-Crate",
+    "audit": "Check results",
     "map": "allocation map over any picture",
     "base": "Rebuild the demo generator",
     "diff": "what differs between two runs",

@@ -72,7 +72,7 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     experiment = project / "results/demo"
     page = (experiment / "report/index.html").read_text()
     assert "Redder objects" in page
-    assert (experiment / "crate/ro-crate-metadata.json").is_file()
+    assert (experiment / "ro-crate-metadata.json").is_file()
     scores = pd.concat(pd.read_parquet(experiment / f"evaluation/{run}/scores.parquet") for run in runs)
     assert set(scores.groupby("run")["update"].unique().map(list).map(tuple)) == {(0,), (2, 4)}
     assert scores.groupby(["run", "update"]).size().unique().tolist() == [8]

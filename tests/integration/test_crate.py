@@ -4,16 +4,19 @@ import json
 import os
 import shutil
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import requests
 import yaml
 from rocrate.rocrate import ROCrate
 
 import vipo
-from vipo.provenance import ProvenanceError, file_sha256, record_stage, write_crate
+from vipo.provenance import ProvenanceError, file_sha256, record_stage, write_crate, zip_crate
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -57,7 +60,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "generator").mkdir(parents=True)
     (root / "generator" / "model_index.json").write_text("{}")
     (root / "prompts.txt").write_text("a cat\n")
-    shutil.copy(_REPOSITORY / "CITATION.cff", root)
+    for name in ("CITATION.cff", "Snakefile", "requirements.lock"):
+        shutil.copy(_REPOSITORY / name, root)
+    shutil.copytree(_REPOSITORY / "workflow" / "rules", root / "workflow" / "rules")
     _prepare(root)
     _train(root, "vipo", 1e-5)
     _train(root, "grpo", 2e-5)
@@ -75,33 +80,30 @@ def _ids(value: Any) -> list[str]:
     return [item["@id"] for item in (value if isinstance(value, list) else [value])]
 
 
-@pytest.mark.parametrize("place", [".", "crate"])
-def test_every_data_entity_is_a_file_with_these_bytes(root: Path, place: str) -> None:
+def test_every_data_entity_is_a_file_with_these_bytes(root: Path) -> None:
     experiment = root / "results" / "demo"
-    path = write_crate(experiment, experiment / place, root)
-    assert path == experiment / place / "ro-crate-metadata.json"
+    path = write_crate(experiment, root)
+    assert path == experiment / "ro-crate-metadata.json"
     entities = _entities(path)
-    files = [entity for entity in entities.values() if entity["@type"] == "File"]
+    files = [entity for entity in entities.values() if "File" in entity["@type"]]
     found = {os.path.normpath(path.parent / unquote(entity["@id"])) for entity in files}
     written = {str(file) for file in experiment.rglob("*") if file.is_file() and file != path}
     assert found == written
     for entity in files:
         target = path.parent / unquote(entity["@id"])
-        if target.name != "provenance.json":
-            assert entity["sha256"] == file_sha256(target)
-            assert int(entity["contentSize"]) == target.stat().st_size
+        assert entity["sha256"] == file_sha256(target)
+        assert int(entity["contentSize"]) == target.stat().st_size
     parts = _ids(entities["./"]["hasPart"])
-    assert {entity["@id"] for entity in entities.values() if entity["@type"] in ("File", "Dataset")} - {"./"} == set(
-        parts
-    )
+    folders = {identifier for identifier, entity in entities.items() if entity["@type"] == "Dataset"}
+    assert {entity["@id"] for entity in files} | folders - {"./"} == set(parts)
 
 
 def test_rocrate_reads_it_and_nothing_dangles(root: Path) -> None:
     experiment = root / "results" / "demo"
-    path = write_crate(experiment, experiment, root)
+    path = write_crate(experiment, root)
     crate = ROCrate(experiment)
     assert crate.name == "Red <objects>"
-    assert {str(entity.source) for entity in crate.data_entities if entity.type == "File"} == {
+    assert {str(entity.source) for entity in crate.data_entities if "File" in entity.type} == {
         str(file) for file in experiment.rglob("*") if file.is_file() and file != path
     }
     entities = _entities(path)
@@ -111,7 +113,8 @@ def test_rocrate_reads_it_and_nothing_dangles(root: Path) -> None:
             return [value["@id"]] if set(value) == {"@id"} else [i for v in value.values() for i in references(v)]
         return [i for v in value for i in references(v)] if isinstance(value, list) else []
 
-    elsewhere = ("http://schema.org/", "https://w3id.org/ro/crate/1.1", "https://w3id.org/ro/terms/")
+    elsewhere = ("http://schema.org/", "https://w3id.org/ro/", "https://bioschemas.org/", "https://snakemake.")
+    elsewhere += ("https://w3id.org/workflowhub/", "https://doi.org/")
     for entity in entities.values():
         for target in references([value for key, value in entity.items() if key != "@id"]):
             assert target in entities or target.startswith(elsewhere), target
@@ -119,8 +122,9 @@ def test_rocrate_reads_it_and_nothing_dangles(root: Path) -> None:
 
 def test_runs_are_actions_with_inputs_parameters_outputs_and_software(root: Path) -> None:
     experiment = root / "results" / "demo"
-    entities = _entities(write_crate(experiment, experiment, root))
+    entities = _entities(write_crate(experiment, root))
     assert _ids(entities["./"]["mentions"]) == [
+        "#run",
         "#action/prepare/prompts",
         "#action/train/runs/grpo-s0",
         "#action/train/runs/vipo-s0",
@@ -160,48 +164,90 @@ def test_runs_are_actions_with_inputs_parameters_outputs_and_software(root: Path
     assert entities[action["containerImage"]["@id"]]["sha256"] == "0123"
 
 
-def test_root_follows_the_profile(root: Path) -> None:
+def test_the_experiment_is_a_run_of_its_workflow(root: Path) -> None:
     experiment = root / "results" / "demo"
-    path = write_crate(experiment, experiment, root)
+    config = experiment / "configs" / "vipo-s0.yaml"
+    config.parent.mkdir()
+    config.write_text(_config("vipo", 1e-5))
+    path = write_crate(experiment, root)
     entities = _entities(path)
     dataset = entities["./"]
-    assert json.loads(path.read_text())["@context"] == [
-        "https://w3id.org/ro/crate/1.1/context",
-        "https://w3id.org/ro/terms/workflow-run/context",
+    assert [item for item in json.loads(path.read_text())["@context"] if isinstance(item, str)] == [
+        "https://w3id.org/ro/crate/1.1/context"
     ]
-    assert dataset["conformsTo"] == {"@id": "https://w3id.org/ro/wfrun/process/0.5"}
-    assert entities["https://w3id.org/ro/wfrun/process/0.5"]["version"] == "0.5"
+    profiles = ["https://w3id.org/ro/wfrun/process/0.5", "https://w3id.org/ro/wfrun/workflow/0.5"]
+    assert _ids(dataset["conformsTo"]) == profiles
+    assert [entities[profile]["version"] for profile in profiles] == ["0.5", "0.5"]
+    assert _ids(entities["ro-crate-metadata.json"]["conformsTo"]) == [
+        "https://w3id.org/ro/crate/1.1",
+        "https://w3id.org/workflowhub/workflow-ro-crate/1.0",
+    ]
+    workflow = entities[dataset["mainEntity"]["@id"]]
+    assert workflow["@id"] == "crate/Snakefile"
+    assert set(workflow["@type"]) == {"File", "SoftwareSourceCode", "ComputationalWorkflow"}
+    assert entities[workflow["programmingLanguage"]["@id"]]["name"] == "Snakemake"
+    for name in ("Snakefile", "workflow/rules/runs.smk", "requirements.lock"):
+        assert (experiment / "crate" / name).read_bytes() == (_REPOSITORY / name).read_bytes()
+    run = entities["#run"]
+    assert run["instrument"] == {"@id": "crate/Snakefile"}
+    assert "configs/vipo-s0.yaml" in _ids(run["object"])
+    assert "#input/prompts-txt/" in " ".join(_ids(run["object"]))
+    assert _ids(entities["#formal-parameter/configurations"]["workExample"]) == ["configs/vipo-s0.yaml"]
+    assert entities["configs/vipo-s0.yaml"]["exampleOfWork"] == {"@id": "#formal-parameter/configurations"}
+    weights = ["runs/grpo-s0/weights/a%20b.safetensors", "runs/vipo-s0/weights/a%20b.safetensors"]
+    assert _ids(run["result"]) == _ids(entities["#formal-parameter/weights"]["workExample"]) == weights
     assert dataset["description"] == "Does the map help?"
     assert dataset["license"] == {"@id": "https://spdx.org/licenses/Apache-2.0"}
     assert [entities[identifier]["name"] for identifier in _ids(dataset["author"])] == ["The vipo authors"]
     records = [json.loads(file.read_text()) for file in experiment.rglob("provenance.json")]
-    assert dataset["datePublished"] == max(record["ended"] for record in records)
+    assert dataset["datePublished"] == run["endTime"] == max(record["ended"] for record in records)
 
 
 def test_same_results_give_the_same_bytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = root / "results" / "demo"
-    first = write_crate(experiment, experiment, root).read_bytes()
+    first = write_crate(experiment, root).read_bytes()
     time.sleep(1.1)
-    assert write_crate(experiment, experiment, root).read_bytes() == first
+    assert write_crate(experiment, root).read_bytes() == first
     moved = root.rename(root.with_name("moved"))
     monkeypatch.chdir(moved)
     relative = Path("results") / "demo"
-    assert write_crate(relative, relative, Path()).read_bytes() == first
+    assert write_crate(relative, Path()).read_bytes() == first
     assert str(root.parent).encode() not in first
 
 
-def test_its_own_record_and_hidden_folders_are_left_out(root: Path) -> None:
+def test_what_is_no_result_is_left_out(root: Path) -> None:
     experiment = root / "results" / "demo"
-    before = write_crate(experiment, experiment / "crate", root).read_bytes()
+    before = write_crate(experiment, root).read_bytes()
     shutil.copytree(experiment / "runs" / "vipo-s0", experiment / "runs" / ".superseded" / "vipo-s0")
-    crate = experiment / "crate"
-    for _ in range(2):
-        with record_stage(
-            "crate", crate, inputs=[], outputs=[crate / "ro-crate-metadata.json"], config=None, root=root
-        ):
-            write_crate(experiment, crate, root)
-        assert (crate / "ro-crate-metadata.json").read_bytes() == before
-    assert write_crate(experiment, crate, root).read_bytes() == before
+    for name in ("runs/vipo-s0/.lock", "runs/vipo-s0/checkpoints/000002/tensors.safetensors", "logs/crate.log"):
+        (experiment / name).parent.mkdir(parents=True, exist_ok=True)
+        (experiment / name).touch()
+    assert write_crate(experiment, root).read_bytes() == before
+    # What a checkpoint holds is named by its manifest, and that by the crate.
+    (experiment / "runs/vipo-s0/checkpoints/000002/manifest.json").write_text("{}")
+    (experiment / "logs/train.log").write_text("done")
+    entities = _entities(write_crate(experiment, root))
+    assert {"runs/vipo-s0/checkpoints/000002/manifest.json", "logs/train.log"} <= entities.keys()
+    assert "runs/vipo-s0/checkpoints/000002/tensors.safetensors" not in entities
+
+
+def test_the_archive_is_the_crate_and_the_same_every_time(root: Path, tmp_path: Path) -> None:
+    experiment = root / "results" / "demo"
+    with pytest.raises(ProvenanceError, match="run 'vipo crate' first"):
+        zip_crate(experiment)
+    metadata = write_crate(experiment, root)
+    archive = zip_crate(experiment)
+    assert archive == root / "results" / "demo.crate.zip"
+    first = archive.read_bytes()
+    os.utime(metadata, (0, 0))
+    assert zip_crate(experiment).read_bytes() == first
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(tmp_path / "unpacked")
+    found = {path.relative_to(tmp_path / "unpacked").as_posix() for path in (tmp_path / "unpacked").rglob("*.*")}
+    assert found >= {"ro-crate-metadata.json", "runs/vipo-s0/weights/a b.safetensors"}
+    for entity in _entities(tmp_path / "unpacked" / "ro-crate-metadata.json").values():
+        if "File" in entity["@type"]:
+            assert file_sha256(tmp_path / "unpacked" / unquote(entity["@id"])) == entity["sha256"]
 
 
 def test_people_links_and_inputs_from_elsewhere(root: Path, tmp_path: Path) -> None:
@@ -217,7 +263,7 @@ def test_people_links_and_inputs_from_elsewhere(root: Path, tmp_path: Path) -> N
     with record_stage("encode", folder, inputs=[outside], outputs=[], config=None, root=root):
         folder.mkdir()
     experiment = root / "results" / "demo"
-    path = write_crate(experiment, experiment, root)
+    path = write_crate(experiment, root)
     entities = _entities(path)
     people = [entities[identifier] for identifier in _ids(entities["./"]["author"])]
     assert [(person["@id"], person["@type"], person["name"]) for person in people] == [
@@ -234,7 +280,7 @@ def test_results_that_do_not_hold_are_refused(root: Path) -> None:
     experiment = root / "results" / "demo"
     (experiment / "runs" / "vipo-s0" / "metrics.jsonl").write_text("{ }\n")
     with pytest.raises(ProvenanceError, match=r"vipo-s0/metrics\.jsonl: changed"):
-        write_crate(experiment, experiment, root)
+        write_crate(experiment, root)
     assert not (experiment / "ro-crate-metadata.json").exists()
 
 
@@ -243,7 +289,7 @@ def test_lineage_that_does_not_join_is_refused(root: Path) -> None:
     with record_stage("prepare", folder, inputs=[], outputs=[folder / "train.jsonl"], config=None, root=root):
         (folder / "train.jsonl").write_text('{"new": 1}\n')
     with pytest.raises(ProvenanceError, match=r"prompts/train\.jsonl: written with SHA-256 .*, read with .* again"):
-        write_crate(root / "results" / "demo", root / "results" / "demo", root)
+        write_crate(root / "results" / "demo", root)
 
 
 def test_a_configuration_that_changed_for_later_stages_is_named_twice(root: Path) -> None:
@@ -254,7 +300,7 @@ def test_a_configuration_that_changed_for_later_stages_is_named_twice(root: Path
         config.write_text(f"for: {stage}\n")
         with record_stage(stage, experiment / stage, inputs=[config], outputs=[], config=None, root=root):
             (experiment / stage).mkdir()
-    entities = _entities(write_crate(experiment, experiment, root))
+    entities = _entities(write_crate(experiment, root))
     read = [
         entities[_ids(entities[f"#action/{stage}/{stage}"]["object"])[0]]["sha256"] for stage in ("evaluate", "report")
     ]
@@ -263,10 +309,10 @@ def test_a_configuration_that_changed_for_later_stages_is_named_twice(root: Path
 
 def test_nothing_to_describe_is_an_error(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ProvenanceError, match=r"holds no provenance\.json"):
-        write_crate(tmp_path / "empty", tmp_path / "empty", root)
+        write_crate(tmp_path / "empty", root)
     (root / "CITATION.cff").write_text("title: x\n")
     with pytest.raises(ProvenanceError, match=r"CITATION\.cff: needs the keys 'authors' and 'license'"):
-        write_crate(root / "results" / "demo", root / "results" / "demo", root)
+        write_crate(root / "results" / "demo", root)
 
 
 def test_citation_agrees_with_the_package() -> None:
@@ -274,3 +320,64 @@ def test_citation_agrees_with_the_package() -> None:
     assert citation["version"] == vipo.__version__
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= citation.keys()
+
+
+@pytest.fixture
+def offline_validator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[int, list[str]]]:
+    """Number of checks made, and problems found, of the Workflow Run Crate profile in a folder; no network."""
+    from rocrate import vocabs
+    from rocrate_validator import services
+    from rocrate_validator.models import Severity
+    from rocrate_validator.utils.http import HttpRequester
+
+    # The packaged context is RO-Crate 1.3's; what we use of it differs from 1.1's in Bioschemas' addresses alone.
+    context = dict(vocabs.RO_CRATE["@context"])
+    for term in ("ComputationalWorkflow", "FormalParameter"):
+        context[term] = f"https://bioschemas.org/{term}"
+    for term in ("input", "output"):
+        context[term] = f"https://bioschemas.org/ComputationalWorkflow#{term}"
+    asked: list[str] = []
+
+    def get(self: object, url: str, **_: object) -> requests.Response:
+        asked.append(url)
+        answer = requests.Response()
+        answer.status_code = 200
+        answer.headers["Content-Type"] = "application/ld+json"
+        answer._content = json.dumps({"@context": context}).encode()
+        return answer
+
+    def no_network(*_: object) -> None:
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(HttpRequester, "get", get, raising=False)
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+
+    def validate(folder: Path) -> tuple[int, list[str]]:
+        settings = services.ValidationSettings(
+            rocrate_uri=str(folder),
+            profile_identifier="workflow-run-crate",
+            requirement_severity=Severity.REQUIRED,
+            offline=True,
+            cache_path=folder.parent / "cache",
+        )
+        result = services.validate(settings)
+        assert set(asked) == {"https://w3id.org/ro/crate/1.1/context"}
+        return len(result.executed_checks), [issue.message for issue in result.get_issues(Severity.REQUIRED)]
+
+    return validate
+
+
+def test_it_passes_the_required_checks_of_the_workflow_run_crate_profile(
+    root: Path, offline_validator: Callable[[Path], tuple[int, list[str]]]
+) -> None:
+    experiment = root / "results" / "demo"
+    (experiment / "configs").mkdir()
+    (experiment / "configs" / "vipo-s0.yaml").write_text(_config("vipo", 1e-5))
+    path = write_crate(experiment, root)
+    checks, problems = offline_validator(experiment)
+    assert problems == []
+    assert checks >= 50
+    # The checks look: without a language or a run of it the workflow is none.
+    path.write_text(path.read_text().replace('"programmingLanguage"', '"description"'))
+    assert "The Main Workflow must refer to its language via programmingLanguage" in offline_validator(experiment)[1]

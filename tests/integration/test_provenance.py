@@ -79,6 +79,7 @@ def test_record_names_everything(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     record = read_provenance(folder / "provenance.json")
     assert record["stage"] == "train"
     assert record["command"] == ["vipo", "train", "seed=3"]
+    assert record["config"] == {"a": 1, "b": 2}
     assert record["config_sha256"] == config_hash({"a": 1, "b": 2})
     assert record["seeds"] == [3]
     assert record["inputs"][0] == {"path": "prompts.txt", "bytes": 6, "sha256": _sha(b"a cat\n")}
@@ -87,7 +88,10 @@ def test_record_names_everything(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (generator["path"], generator["bytes"], generator["sha256"]) == ("generator", 5, _sha(listing.encode()))
     assert record["outputs"][0]["path"] == "results/demo/runs/vipo-s0/metrics.jsonl"
     assert record["outputs"][1]["files"] == {"a.safetensors": {"bytes": 7, "sha256": _sha(b"weights")}}
-    assert record["git"] == {"commit": _git(root, "rev-parse", "HEAD"), "dirty": False, "diff_sha256": None}
+    assert record["git"] == {
+        "commit": _git(root, "rev-parse", "HEAD"), "dirty": False, "untracked": {}, "diff_sha256": None
+    }  # fmt: skip
+    assert not (folder / "provenance.diff").exists()
     assert record["package_sha256"] == package_sha256()
     assert record["lock_sha256"] == _sha(b"torch==2.15.0\n")
     assert record["container_digest"] == "sha256:abc"
@@ -187,9 +191,11 @@ def test_dirty_means_tracked_files_outside_results(root: Path) -> None:
     clean = git_state(root)
     assert clean["dirty"] is False
     (root / "results" / "tracked.txt").write_text("2\n")
-    (root / "untracked.py").write_text("y = 1\n")
     (root / "dvc.lock").write_text("a\n")
     assert git_state(root) == clean
+    (root / "untracked.py").write_text("y = 1\n")
+    assert (git_state(root)["dirty"], git_state(root)["untracked"]) == (False, {"untracked.py": 6})
+    (root / "untracked.py").unlink()
     # Text for which Myers' and the patience algorithm give different diffs.
     (root / "code.py").write_text("x = 1\n" + "pass\n" * 20 + "".join(f"{letter}\n" for letter in "cbabac"))
     dirty = git_state(root)
@@ -207,6 +213,43 @@ def test_dirty_means_tracked_files_outside_results(root: Path) -> None:
     assert git_state(root)["dirty"] is True
 
 
+def test_the_stored_diff_gives_the_code_back(root: Path, tmp_path: Path) -> None:
+    (root / "code.py").write_text("x = 2\n")
+    (root / "generator" / "vae" / "weights.safetensors").write_bytes(bytes(range(256)))
+    (root / "results" / "tracked.txt").write_text("2\n")
+    (root / ".gitignore").write_text("*.log\n")
+    (root / "a.log").write_text("ignored\n")
+    (root / "new *").mkdir()
+    (root / "new *" / "reward [x].py").write_text("y = 1\n")
+    (root / "data.bin").write_bytes(b"\0" * (2**20 + 1))
+    index = (root / ".git" / "index").read_bytes()
+    objects = sorted((root / ".git" / "objects").rglob("*"))
+    with _stage(root) as folder:
+        pass
+    git = read_provenance(folder / "provenance.json")["git"]
+    assert git["dirty"] is True
+    assert git["untracked"] == {".gitignore": 6, "data.bin": 2**20 + 1, "new */reward [x].py": 6}
+    diff = (folder / "provenance.diff").read_bytes()
+    assert git["diff_sha256"] == _sha(diff)
+    assert (root / ".git" / "index").read_bytes() == index
+    assert sorted((root / ".git" / "objects").rglob("*")) == objects
+
+    _git(tmp_path, "clone", "--quiet", str(root), "clone")
+    clone = tmp_path / "clone"
+    _git(clone, "checkout", "--quiet", git["commit"])
+    _git(clone, "apply", str(folder / "provenance.diff"))
+    for name in ("code.py", "generator/vae/weights.safetensors", ".gitignore", "new */reward [x].py"):
+        assert (clone / name).read_bytes() == (root / name).read_bytes()
+    assert (clone / "results" / "tracked.txt").read_text() == "1\n"
+    assert not (clone / "data.bin").exists()
+
+    _git(root, "add", ".")
+    _git(root, "commit", "--quiet", "-m", "second")
+    with _stage(root):
+        pass
+    assert not (folder / "provenance.diff").exists()
+
+
 def test_git_hooks_do_not_mislead(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = git_state(root)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))
@@ -214,13 +257,16 @@ def test_git_hooks_do_not_mislead(root: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_no_repository_no_commit_no_git(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unknown = {"commit": None, "dirty": None, "diff_sha256": None}
+    unknown = {"commit": None, "dirty": None, "untracked": None, "diff_sha256": None}
     plain = tmp_path / "plain"
     plain.mkdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     assert git_state(plain) == unknown
     _git(plain, "init", "--quiet")
     assert git_state(plain) == unknown
+    monkeypatch.setenv("VIPO_GIT_COMMIT", "0123")
+    assert git_state(plain) == {"commit": "0123", "dirty": False, "untracked": {}, "diff_sha256": None}
+    monkeypatch.delenv("VIPO_GIT_COMMIT")
     monkeypatch.setenv("PATH", "")
     assert git_state(root) == unknown
 

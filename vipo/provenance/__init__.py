@@ -1,14 +1,16 @@
 """Provenance: durable files, run locks, the lineage of every artifact, and the experiment's RO-Crate."""
 
-from vipo.provenance.crate import write_crate
+from vipo.provenance.crate import write_crate, zip_crate
 from vipo.provenance.environment import git_state, package_sha256
 from vipo.provenance.files import StorageError, atomic_file, atomic_folder, file_sha256, fsync_path
 from vipo.provenance.lineage import ProvenanceError, read_provenance, record_stage, verify_outputs
 from vipo.provenance.locks import RunLocked, run_lock
+from vipo.provenance.signature import SignatureError, sign_file, verify_file
 
 __all__ = [
     "ProvenanceError",
     "RunLocked",
+    "SignatureError",
     "StorageError",
     "atomic_file",
     "atomic_folder",
@@ -19,6 +21,9 @@ __all__ = [
     "read_provenance",
     "record_stage",
     "run_lock",
+    "sign_file",
+    "verify_file",
     "verify_outputs",
     "write_crate",
+    "zip_crate",
 ]

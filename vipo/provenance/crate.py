@@ -1,17 +1,21 @@
 """The experiment as an RO-Crate: what was run on what, by which code, and what came of it.
 
-Follows RO-Crate 1.1 and the Process Run Crate profile 0.5 of the Workflow Run RO-Crate collection
-(https://w3id.org/ro/wfrun/process/0.5): every recorded stage is a ``CreateAction`` with its inputs and
-parameters (``object``), outputs (``result``) and software (``instrument``). All of it is taken from the
-provenance records and configurations beside the results; nothing is looked up when the crate is written,
-so the same results give the same bytes.
+Follows RO-Crate 1.1 and the Workflow Run Crate profile 0.5 of the Workflow Run RO-Crate collection
+(https://w3id.org/ro/wfrun/workflow/0.5). The experiment's folder is the crate's root. Its main entity is the
+Snakefile; one ``CreateAction`` is the whole experiment as a run of that workflow, and every recorded stage is one
+more, with its inputs and parameters (``object``), outputs (``result``) and software (``instrument``). All of it is
+taken from the provenance records and configurations beside the results; nothing is looked up when the crate is
+written, so the same results give the same bytes.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import shlex
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,25 +28,44 @@ from rocrate.model.entity import Entity
 from rocrate.model.file import File
 from rocrate.rocrate import ROCrate
 
-from vipo.provenance.files import atomic_file
+from vipo.provenance.files import atomic_file, file_sha256
 from vipo.provenance.lineage import (
     PROVENANCE,
     ProvenanceError,
     absolute_path,
     entry_files,
+    experiment_files,
     read_provenance,
     verify_outputs,
 )
 
-_PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
+METADATA = "ro-crate-metadata.json"
+SIGNATURE = f"{METADATA}.sig"
 _TERMS = "https://w3id.org/ro/terms/workflow-run"
-_METADATA, _CONFIG, _CITATION = "ro-crate-metadata.json", "config.yaml", "CITATION.cff"
+#: The profiles that the crate follows, by the name in their address; a Workflow Run Crate is a Process Run Crate.
+_PROFILES = {"process": "Process Run Crate", "workflow": "Workflow Run Crate"}
+#: Terms of the Workflow Run collection, which RO-Crate's own context lacks: in the file, so that nothing is fetched.
+_CONTEXT = {name: f"{_TERMS}#{name}" for name in ("ContainerImage", "containerImage", "environment", "sha256")}
+_BIOSCHEMAS = "https://bioschemas.org/profiles"
+_CONFIG, _CITATION = "config.yaml", "CITATION.cff"
+#: Copied into the crate, so that it holds the workflow and the environment it describes.
+_COPIED = ("Snakefile", "workflow/rules/*.smk", "requirements.lock")
+_COPIES = "crate"
+#: The workflow's outputs by name: which files they are, and what they are.
+_OUTPUTS = {
+    "report": ("report/index.html", "The experiment's report for people"),
+    "numbers": ("report/data/report.json", "Every number of the report"),
+    "scores": ("evaluation/*/scores.parquet", "Rewards of every evaluated sample"),
+    "weights": ("runs/*/weights/*", "Trained weights"),
+}
 _LINKS = {"url": "url", "codeRepository": "repository-code"}  # RO-Crate's property: CITATION.cff's key
 _MEDIA_TYPES = {
     ".csv": "text/csv",
+    ".diff": "text/x-diff",
     ".html": "text/html",
     ".json": "application/json",
     ".jsonl": "application/jsonl",
+    ".log": "text/plain",
     ".parquet": "application/vnd.apache.parquet",
     ".png": "image/png",
     ".svg": "image/svg+xml",
@@ -51,16 +74,16 @@ _MEDIA_TYPES = {
 }
 
 
-def write_crate(experiment_dir: Path, output: Path, root: Path) -> Path:
-    """Describe the experiment in ``<output>/ro-crate-metadata.json``.
+def write_crate(experiment_dir: Path, root: Path) -> Path:
+    """Describe the experiment in ``<experiment_dir>/ro-crate-metadata.json``.
 
-    Files that a stage wrote are data entities, by reference: their ids are paths relative to `output` (which for
-    a crate that can be moved as a whole is `experiment_dir` itself). Inputs that no stage wrote (prompt source,
-    shipped checkpoint, configuration) are named with their SHA-256. People and licence come from ``CITATION.cff``.
+    Every file of `crate_files` is a data entity with its bytes and SHA-256. Inputs that no stage wrote (prompt source,
+    shipped checkpoint) are named with their SHA-256. People and licence come from ``CITATION.cff``. The workflow's
+    files and ``requirements.lock`` are copied into ``<experiment_dir>/crate``. A signature of an earlier crate is
+    removed, for it does not fit this one.
 
     Args:
         experiment_dir: folder below which stages left their ``provenance.json`` and ``config.yaml``.
-        output: folder of the crate's metadata; a record in it (of this very stage) is not described.
         root: repository root.
 
     Returns:
@@ -68,10 +91,10 @@ def write_crate(experiment_dir: Path, output: Path, root: Path) -> Path:
 
     Raises:
         ProvenanceError: no stage was recorded, an output is not as recorded, a stage read other bytes than
-            another wrote, or CITATION.cff cannot be used.
+            another wrote, or the workflow or CITATION.cff cannot be used.
         StorageError: the metadata cannot be written.
     """
-    paths = [path for path in _records(experiment_dir) if path.parent.resolve() != output.resolve()]
+    paths = [experiment_dir / name for name in experiment_files(experiment_dir) if Path(name).name == PROVENANCE]
     if not paths:
         raise ProvenanceError(f"{experiment_dir}: holds no {PROVENANCE}; run the experiment's stages first")
     if problems := [problem for path in paths for problem in verify_outputs(path, root)]:
@@ -79,39 +102,91 @@ def write_crate(experiment_dir: Path, output: Path, root: Path) -> Path:
             "results are not as their stages wrote them; run these stages again:\n" + "\n".join(problems)
         )
     records = {path: read_provenance(path) for path in paths}
-    writer = _Writer(experiment_dir, output, root, _written(records))
+    copies = {
+        path.relative_to(root).as_posix(): path.read_bytes() for pattern in _COPIED for path in root.glob(pattern)
+    }
+    if "Snakefile" not in copies:
+        raise ProvenanceError(f"{root}: holds no Snakefile; write the crate in a checkout of the repository")
+    for name, content in copies.items():
+        with atomic_file(experiment_dir / _COPIES / name) as temporary:
+            temporary.write_bytes(content)
+    writer = _Writer(experiment_dir, root, _written(records))
     for path, record in records.items():
-        writer.add_stage(path, record)
+        writer.add_stage(path.parent, record)
     text = writer.finish()
-    target = output / _METADATA
-    with atomic_file(target) as temporary:
+    (experiment_dir / SIGNATURE).unlink(missing_ok=True)
+    with atomic_file(experiment_dir / METADATA) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return experiment_dir / METADATA
+
+
+def crate_files(experiment_dir: Path) -> list[str]:
+    """The files that the experiment's crate names, relative to the folder, sorted.
+
+    All of them, but the crate's own metadata and signature, the log that is being written beside it, the list that an
+    upload leaves (``SHA256SUMS``), and the content of checkpoints, whose ``manifest.json`` names its hashes:
+    checkpoints serve a resume and may be many times as large as all results.
+    """
+    own = (METADATA, SIGNATURE, "logs/crate.log", "SHA256SUMS")
+    return [
+        name
+        for name in experiment_files(experiment_dir)
+        if name not in own and (not fnmatch.fnmatch(name, "runs/*/checkpoints/*") or name.endswith("/manifest.json"))
+    ]
+
+
+def zip_crate(experiment_dir: Path) -> Path:
+    """Put the crate as it is described (and its signature) into ``<experiment_dir>.crate.zip``.
+
+    The same crate gives the same bytes.
+
+    Raises:
+        ProvenanceError: there is no crate.
+        StorageError: the file cannot be written.
+    """
+    if not (experiment_dir / METADATA).is_file():
+        raise ProvenanceError(f"{experiment_dir}: holds no {METADATA}; run 'vipo crate' first")
+    names = [METADATA, *(name for name in (SIGNATURE,) if (experiment_dir / name).is_file())]
+    target = experiment_dir.with_name(f"{experiment_dir.name}.crate.zip")
+    with atomic_file(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in [*names, *crate_files(experiment_dir)]:
+            # A date of its own, for the file's would make every archive another.
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o644 << 16
+            with (
+                archive.open(entry, "w", force_zip64=True) as target_stream,
+                (experiment_dir / name).open("rb") as source,
+            ):
+                shutil.copyfileobj(source, target_stream)
     return target
 
 
 class _Writer:
     """Adds stages to one crate; entities that stages share (files, parameters, software) are added once."""
 
-    def __init__(self, experiment_dir: Path, output: Path, root: Path, written: Mapping[str, str]) -> None:
+    def __init__(self, experiment_dir: Path, root: Path, written: Mapping[str, str]) -> None:
         self._experiment = absolute_path(experiment_dir)
-        self._output = absolute_path(output)
         self._root = absolute_path(root)
         self._citation = _read_citation(root / _CITATION)
         self._crate = ROCrate(version="1.1")
-        self._crate.metadata.extra_contexts.append(f"{_TERMS}/context")
+        self._crate.metadata.extra_terms.update(_CONTEXT)
         self._people = [self._person(author) for author in self._citation["authors"]]
         self._written = written
+        hashes = {self._place(name): sha256 for name, sha256 in written.items()}
+        self._files = {name: self._file(name, hashes.get(name)) for name in crate_files(self._experiment)}
         self._actions: list[Entity] = []
-        self._ended: list[str] = []
+        self._times: list[str] = []
+        self._inputs: dict[str, Entity] = {}
         self._experiments: list[Mapping[str, Any]] = []
 
-    def add_stage(self, provenance: Path, record: Mapping[str, Any]) -> None:
-        """One recorded stage as an action."""
-        folder = absolute_path(provenance.parent)
+    def add_stage(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """The stage that was recorded in `folder` as an action."""
+        folder = absolute_path(folder)
         place = folder.relative_to(self._experiment).as_posix()
         inputs = [entity for entry in record["inputs"] for entity in self._data(entry)]
         results = [entity for entry in record["outputs"] for entity in self._data(entry)]
-        config = _read_config(folder / _CONFIG)
+        config = _read_config(folder / _CONFIG) or record["config"] or {}
         self._experiments += [config["experiment"]] if "experiment" in config else []
         settings = {name: value for name, value in _flat(config) if not name.startswith("experiment.")}
         settings |= {"seeds": record["seeds"], "config_sha256": record["config_sha256"]}
@@ -130,9 +205,10 @@ class _Writer:
         )
         if record["container_digest"] is not None:
             action["containerImage"] = self._container(record["container_digest"])
-        self._file(provenance, {"about": action, "description": "Lineage record of this stage"})
+        self._files[f"{place}/{PROVENANCE}"]["about"] = action
+        self._inputs |= {entity.id: entity for entity in inputs if entity.type == "CreativeWork"}
         self._actions.append(action)
-        self._ended.append(record["ended"])
+        self._times += [record["started"], record["ended"]]
 
     def finish(self) -> str:
         """The crate's metadata as JSON text."""
@@ -140,39 +216,91 @@ class _Writer:
         dataset = self._crate.root_dataset
         dataset["name"] = experiment["title"]
         dataset["description"] = experiment.get("question", f"Results of the experiment {self._experiment.name}")
-        dataset["datePublished"] = max(self._ended)
+        dataset["datePublished"] = max(self._times)
         dataset["author"] = self._people
         dataset["license"] = self._license()
-        dataset["conformsTo"] = self._context(_PROFILE, "CreativeWork", name="Process Run Crate", version="0.5")
-        dataset["mentions"] = self._actions
+        run = self._run()
+        # Adding a main workflow made the root a Workflow RO-Crate; a run of it is described by two profiles more.
+        for profile, name in _PROFILES.items():
+            address = f"https://w3id.org/ro/wfrun/{profile}/0.5"
+            dataset.append_to("conformsTo", self._context(address, "CreativeWork", name=name, version="0.5"))
+        dataset["mentions"] = [run, *self._actions]
         return json.dumps(self._crate.metadata.generate(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
-    def _data(self, entry: Mapping[str, Any]) -> Iterator[Entity]:
-        files = entry_files(entry)
-        if not files.keys() <= self._written.keys():
-            yield self._outside(entry)
-        elif "files" not in entry:
-            yield self._recorded(entry["path"], entry)
-        else:
-            path = self._root / entry["path"]
-            parts = [self._recorded(name, file) for name, file in files.items()]
-            yield self._crate.add(
-                Dataset(self._crate, dest_path=self._relative(path), properties={"name": path.name, "hasPart": parts})
-            )
-
-    def _recorded(self, name: str, file: Mapping[str, Any]) -> Entity:
-        if file["sha256"] != self._written[name]:
-            raise ProvenanceError(
-                f"{name}: written with SHA-256 {self._written[name][:12]}…, read with {file['sha256'][:12]}…; "
-                "run the stages that read it again"
-            )
-        return self._file(self._root / name, {"contentSize": str(file["bytes"]), "sha256": file["sha256"]})
-
-    def _file(self, path: Path, properties: Mapping[str, Any]) -> Entity:
-        media = {"encodingFormat": _MEDIA_TYPES[path.suffix]} if path.suffix in _MEDIA_TYPES else {}
-        return self._crate.add(
-            File(self._crate, dest_path=self._relative(path), properties={"name": path.name, **media, **properties})
+    def _run(self) -> Entity:
+        """The whole experiment as one run of its workflow."""
+        configs = self._matching("configs/*.yaml")
+        outputs = {name: self._matching(pattern) for name, (pattern, _) in _OUTPUTS.items()}
+        given = [self._formal(name, about, outputs[name]) for name, (_, about) in _OUTPUTS.items()]
+        taken = [self._formal("configurations", "The resolved configuration of every run", configs)]
+        place = f"{_COPIES}/Snakefile"
+        described = {key: value for key, value in self._files[place].properties().items() if not key.startswith("@")}
+        described |= {"conformsTo": {"@id": f"{_BIOSCHEMAS}/ComputationalWorkflow/1.0-RELEASE"}}
+        workflow = self._crate.add_workflow(
+            dest_path=place, main=True, lang="snakemake", properties={**described, "input": taken, "output": given}
         )
+        return self._context(
+            "#run",
+            "CreateAction",
+            name=f"The experiment {self._experiment.name}",
+            description="All recorded stages as one run of the workflow",
+            startTime=min(self._times),
+            endTime=max(self._times),
+            actionStatus={"@id": "http://schema.org/CompletedActionStatus"},
+            instrument=workflow,
+            object=[*configs, *self._inputs.values()],
+            result=[entity for entities in outputs.values() for entity in entities],
+        )
+
+    def _data(self, entry: Mapping[str, Any]) -> Iterator[Entity]:
+        recorded = entry_files(entry)
+        if not recorded.keys() <= self._written.keys():
+            beside = self._files.get(self._place(entry["path"]))
+            yield beside if beside is not None and beside["sha256"] == entry["sha256"] else self._outside(entry)
+            return
+        for name, file in recorded.items():
+            if file["sha256"] != self._written[name]:
+                raise ProvenanceError(
+                    f"{name}: written with SHA-256 {self._written[name][:12]}…, read with {file['sha256'][:12]}…; "
+                    "run the stages that read it again"
+                )
+        parts = [self._files[self._place(name)] for name in recorded]
+        if "files" not in entry:
+            yield from parts
+        else:
+            properties = {"name": Path(entry["path"]).name, "hasPart": parts}
+            yield self._crate.add(Dataset(self._crate, dest_path=self._place(entry["path"]), properties=properties))
+
+    def _place(self, recorded: str) -> str:
+        """A recorded path, relative to the crate's root."""
+        return Path(os.path.relpath(absolute_path(self._root / recorded), self._experiment)).as_posix()
+
+    def _file(self, name: str, sha256: str | None) -> Entity:
+        path = self._experiment / name
+        properties = {
+            "name": path.name,
+            "contentSize": str(path.stat().st_size),
+            "sha256": sha256 or file_sha256(path),
+            **({"encodingFormat": _MEDIA_TYPES[path.suffix]} if path.suffix in _MEDIA_TYPES else {}),
+        }
+        return self._crate.add(File(self._crate, dest_path=name, properties=properties))
+
+    def _matching(self, pattern: str) -> list[Entity]:
+        return [entity for name, entity in self._files.items() if fnmatch.fnmatch(name, pattern)]
+
+    def _formal(self, name: str, description: str, examples: list[Entity]) -> Entity:
+        parameter = self._context(
+            f"#formal-parameter/{name}",
+            "FormalParameter",
+            name=name,
+            description=description,
+            additionalType="File",
+            conformsTo={"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"},
+            workExample=examples,
+        )
+        for entity in examples:
+            entity["exampleOfWork"] = parameter
+        return parameter
 
     def _outside(self, entry: Mapping[str, Any]) -> Entity:
         path = Path(entry["path"])
@@ -243,15 +371,6 @@ class _Writer:
 
     def _context(self, identifier: str, kind: str, /, **properties: Any) -> Entity:
         return self._crate.add(ContextEntity(self._crate, identifier, {"@type": kind, **properties}))
-
-    def _relative(self, path: Path) -> str:
-        return Path(os.path.relpath(absolute_path(path), self._output)).as_posix()
-
-
-def _records(experiment_dir: Path) -> list[Path]:
-    # Hidden folders hold what is not a result: runs that were set aside, writes that were cut short.
-    paths = sorted(experiment_dir.rglob(PROVENANCE))
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(experiment_dir).parts)]
 
 
 def _written(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, str]:

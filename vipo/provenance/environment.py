@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from vipo.provenance.files import file_sha256
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "timm", "peft", "numpy")
 # Written by the workflow itself, so their change is no change of the code.
 _NOT_CODE = (":(exclude)results", ":(exclude)dvc.lock")
+# Larger untracked files are data, which a stage that reads them records as its input.
+_STORED_BYTES = 2**20
 
 
 def package_sha256() -> str:
@@ -27,33 +30,66 @@ def package_sha256() -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def git_state(root: Path) -> dict[str, Any]:
-    """The commit that `root` is at and whether its tracked files differ from it.
+def git_output(root: Path, *arguments: str, **variables: str) -> bytes | None:
+    """What a git command prints in `root`, whatever hook or variables this process runs under; None where it fails."""
+    # Inside a git hook these point at another repository than the one asked about.
+    foreign = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    environment |= {"GIT_OPTIONAL_LOCKS": "0", **variables}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, env=environment, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
-    Files below ``results/`` and ``dvc.lock`` do not count, nor do files that git does not track. Where git knows
-    nothing, in a container image, the commit is the one the image was built from (``VIPO_GIT_COMMIT``): it holds
-    the files of that commit and no others.
+
+def git_state(root: Path) -> dict[str, Any]:
+    """The commit that `root` is at, and whether there is anything beside it.
+
+    Files below ``results/`` and ``dvc.lock`` do not count, for the workflow writes them, nor do files that git ignores.
+    Where git knows nothing, in a container image, the commit is the one the image was built from (``VIPO_GIT_COMMIT``):
+    it holds the files of that commit and no others.
 
     Returns:
-        ``commit`` (hex), ``dirty`` (bool) and ``diff_sha256`` (hex of the binary diff, None where clean);
-        all None without git or outside a repository, unless ``VIPO_GIT_COMMIT`` is set.
+        ``commit`` (hex), ``dirty`` (bool: a tracked file differs), ``untracked`` (bytes of the files that git does not
+        track, by path) and ``diff_sha256`` (hex SHA-256 of `git_diff`, None where it is empty); all None without git
+        or outside a repository, unless ``VIPO_GIT_COMMIT`` is set.
     """
-    commit = _git(root, "rev-parse", "--verify", "HEAD")
-    # Every option that a user's git configuration could change is set, so that one diff has one hash.
-    diff = _git(
-        root,
-        "-c", "core.quotePath=true",
-        "diff", "HEAD", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames",
-        "--diff-algorithm=myers", "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--", ".", *_NOT_CODE,
-    )  # fmt: skip
-    if commit is None or diff is None:
-        built_from = os.environ.get("VIPO_GIT_COMMIT") or None
-        return {"commit": built_from, "dirty": None if built_from is None else False, "diff_sha256": None}
+    commit, tracked, untracked = (
+        git_output(root, "rev-parse", "--verify", "HEAD"),
+        _diff(root, "HEAD"),
+        _untracked(root),
+    )
+    if commit is None or tracked is None or untracked is None:
+        if built_from := os.environ.get("VIPO_GIT_COMMIT"):
+            return {"commit": built_from, "dirty": False, "untracked": {}, "diff_sha256": None}
+        return {"commit": None, "dirty": None, "untracked": None, "diff_sha256": None}
+    diff = git_diff(root)
     return {
         "commit": commit.decode().strip(),
-        "dirty": bool(diff),
+        "dirty": bool(tracked),
+        "untracked": untracked,
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
     }
+
+
+def git_diff(root: Path) -> bytes:
+    """What ``git apply`` puts onto the commit of `git_state` to give the code that runs.
+
+    It holds the changes of tracked files, and the untracked files of at most 1 MiB; a larger one (data, most likely)
+    is named in ``untracked`` alone. Empty where there is nothing, or no repository.
+    """
+    small = [name for name, size in (_untracked(root) or {}).items() if size <= _STORED_BYTES]
+    added = b""
+    if small:
+        # Index and objects of its own, so that the user's repository is only read.
+        with tempfile.TemporaryDirectory() as folder:
+            own = {"GIT_INDEX_FILE": f"{folder}/index", "GIT_OBJECT_DIRECTORY": folder}
+            git_output(root, "--literal-pathspecs", "add", "--intent-to-add", "--", *small, **own)
+            added = _diff(root, **own) or b""
+    return (_diff(root, "HEAD") or b"") + added
 
 
 def hardware() -> dict[str, Any]:
@@ -75,18 +111,24 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def _git(root: Path, *arguments: str) -> bytes | None:
-    # Inside a git hook these point at another repository than the one asked about.
-    foreign = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
-    environment = {key: value for key, value in os.environ.items() if key not in foreign}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, env=environment, stdin=subprocess.DEVNULL
-        )
-    except FileNotFoundError:
+def _diff(root: Path, *arguments: str, **variables: str) -> bytes | None:
+    # Every option that a user's git configuration could change is set, so that one diff has one hash.
+    return git_output(
+        root,
+        "-c", "core.quotePath=true", "-c", "diff.autoRefreshIndex=false",
+        "diff", *arguments, "--binary", "--full-index", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames",
+        "--diff-algorithm=myers", "--unified=3", "--src-prefix=a/", "--dst-prefix=b/", "--", ".", *_NOT_CODE,
+        **variables,
+    )  # fmt: skip
+
+
+def _untracked(root: Path) -> dict[str, int] | None:
+    listed = git_output(root, "ls-files", "--others", "--exclude-standard", "-z", "--", ".", *_NOT_CODE)
+    if listed is None:
         return None
-    return done.stdout if done.returncode == 0 else None
+    # A name that ends in a slash is another repository's folder; an editor's temporary file may be gone by now.
+    names = sorted(name for name in os.fsdecode(listed).split("\0") if name and not name.endswith("/"))
+    return {name: (root / name).lstat().st_size for name in names if os.path.lexists(root / name)}
 
 
 def _cpu_model() -> str:

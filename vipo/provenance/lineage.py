@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,10 +20,13 @@ from typing import Any
 
 from vipo.config.models import config_hash
 from vipo.errors import VipoError
-from vipo.provenance.environment import git_state, hardware, package_sha256, versions
+from vipo.provenance.environment import git_diff, git_state, hardware, package_sha256, versions
 from vipo.provenance.files import atomic_file, file_sha256
 
-PROVENANCE = "provenance.json"
+PROVENANCE, DIFF = "provenance.json", "provenance.diff"
+
+#: What tools, locks and interrupted writes leave beside results, and the folder of runs that were set aside.
+_TOOL_FILE = re.compile(r"\.(gitignore|lock|lock-holder\.json|snakemake_timestamp|superseded|.+\.(partial|replaced))")
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ def record_stage(
 ) -> Iterator[None]:
     """Write ``<folder>/provenance.json`` when the block succeeds, and nothing when it fails.
 
+    Where the code is not a commit's, ``<folder>/provenance.diff`` holds what is beside it (see `git_state`).
+
     Inputs and code are hashed before the block (what it read), outputs after it. An earlier success's
     record is removed first, so that a record always belongs to the outputs beside it.
 
@@ -52,7 +58,7 @@ def record_stage(
         folder: the stage's own folder; no other stage may record there.
         inputs: files and folders that the stage reads.
         outputs: files and folders that the stage writes, or a function that lists them afterwards.
-        config: the configuration that the stage reads (JSON-serialisable); its hash is recorded.
+        config: what of the configuration decides the stage's result (JSON-serialisable); it is recorded with its hash.
         seeds: seeds of the stage's random draws.
         root: repository root; paths inside it are recorded relative to it.
 
@@ -71,10 +77,13 @@ def record_stage(
         if other != stage:
             raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
     target.unlink(missing_ok=True)
+    (folder / DIFF).unlink(missing_ok=True)
+    diff = git_diff(root)
     lock = root / "requirements.lock"
     record: dict[str, Any] = {
         "stage": stage,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "config": None if config is None else dict(config),
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
         "inputs": [
@@ -93,6 +102,9 @@ def record_stage(
     written = outputs() if callable(outputs) else outputs
     record["ended"] = _now()
     record["outputs"] = [_entry(path, root, f"output of stage '{stage}' does not exist") for path in written]
+    if diff:
+        with atomic_file(folder / DIFF) as path:
+            path.write_bytes(diff)
     with atomic_file(target) as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
@@ -126,6 +138,12 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
         ProvenanceError: `provenance` is missing or is no such record.
     """
     return [problem for entry in read_provenance(provenance)["outputs"] for problem in _differences(entry, root)]
+
+
+def experiment_files(experiment_dir: Path) -> list[str]:
+    """Files of an experiment's folder, relative to it, sorted; those of tools and of runs set aside are left out."""
+    names = (path.relative_to(experiment_dir) for path in experiment_dir.rglob("*") if not path.is_dir())
+    return sorted(name.as_posix() for name in names if not any(_TOOL_FILE.fullmatch(part) for part in name.parts))
 
 
 def entry_files(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vipo.config.models import Config
 from vipo.provenance.files import atomic_file, atomic_folder
-from vipo.reporting.figures import draw_figures, draw_time
-from vipo.reporting.inputs import ReportError, read_experiment
+from vipo.reporting.figures import Plot, draw_figures, draw_time
+from vipo.reporting.inputs import Experiment, ReportError, read_experiment
 from vipo.reporting.page import render_page
 from vipo.reporting.pictures import shown_prompts
-from vipo.reporting.summary import summarize, summarize_time
+from vipo.reporting.summary import Summary, summarize, summarize_time
 
-__all__ = ["TIMES", "ReportError", "build_data", "build_report"]
+__all__ = ["TIMES", "ReportError", "build_data", "build_report", "report_files"]
 
 TIMES = ("time.json", "time.csv", "time.svg")
 """The page's times beside it, where they were recorded here."""
@@ -38,15 +40,12 @@ def build_data(experiment_dir: Path, runs: Sequence[str], config: Config, output
         StorageError: the disk refused a write; `output` is as it was.
     """
     summary = summarize(read_experiment(experiment_dir, runs, config))
-    figures = draw_figures(summary)
+    files = _data_files(summary, draw_figures(summary))
     with atomic_folder(output) as folder:
         (folder / "figures").mkdir()
         (folder / "tables").mkdir()
-        for figure in figures:
-            (folder / "figures" / f"{figure.name}.svg").write_text(figure.standalone())
-        for name, table in summary.tables().items():
-            table.to_csv(folder / "tables" / f"{name}.csv", index=False, lineterminator="\n")
-        _write_json(folder / "report.json", summary.as_json())
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
     return output / "report.json"
 
 
@@ -71,21 +70,46 @@ def build_report(experiment_dir: Path, runs: Sequence[str], config: Config, outp
     data = output / "data" / "report.json"
     if not _agree(json.loads(data.read_text()), json.loads(json.dumps(summary.as_json()))):
         raise ReportError(f"{data}: was made from other results; run 'vipo summarize' again")
-    time = summarize_time(experiment)
-    time_figure = None if time.empty else draw_time(time)
-    page = render_page(experiment, summary, time, draw_figures(summary), time_figure, shown_prompts(experiment))
+    files = _page_files(experiment, summary, draw_figures(summary))
     for name in TIMES:
         (output / name).unlink(missing_ok=True)
-    if time_figure is not None:
-        with atomic_file(output / "time.json") as path:
-            _write_json(path, json.loads(time.to_json(orient="records", double_precision=15)))
-        with atomic_file(output / "time.csv") as path:
-            time.to_csv(path, index=False, lineterminator="\n")
-        with atomic_file(output / "time.svg") as path:
-            path.write_text(time_figure.standalone())
-    with atomic_file(output / "index.html") as path:
-        path.write_text(page, encoding="utf-8")
+    # The page last: it is what tells that the report is there.
+    for name, text in files.items():
+        with atomic_file(output / name) as path:
+            path.write_text(text, encoding="utf-8")
     return output / "index.html"
+
+
+def report_files(experiment_dir: Path, runs: Sequence[str], config: Config) -> dict[str, str]:
+    """What `build_data` (below ``data/``) and `build_report` write, as texts by path, without writing it.
+
+    Raises:
+        ReportError, ScoresError: as theirs.
+    """
+    experiment = read_experiment(experiment_dir, runs, config)
+    summary = summarize(experiment)
+    figures = draw_figures(summary)
+    data = {f"data/{name}": text for name, text in _data_files(summary, figures).items()}
+    return data | _page_files(experiment, summary, figures)
+
+
+def _data_files(summary: Summary, figures: Sequence[Plot]) -> dict[str, str]:
+    return {
+        **{f"figures/{figure.name}.svg": figure.standalone() for figure in figures},
+        **{f"tables/{name}.csv": _csv(table) for name, table in summary.tables().items()},
+        "report.json": _json(summary.as_json()),
+    }
+
+
+def _page_files(experiment: Experiment, summary: Summary, figures: Sequence[Plot]) -> dict[str, str]:
+    time = summarize_time(experiment)
+    time_figure = None if time.empty else draw_time(time)
+    files = {}
+    if time_figure is not None:
+        times = _json(json.loads(time.to_json(orient="records", double_precision=15)))
+        files = dict(zip(TIMES, (times, _csv(time), time_figure.standalone()), strict=True))
+    page = render_page(experiment, summary, time, figures, time_figure, shown_prompts(experiment))
+    return files | {"index.html": page}
 
 
 def _agree(written: Any, computed: Any) -> bool:
@@ -99,5 +123,9 @@ def _agree(written: Any, computed: Any) -> bool:
     return bool(written == computed)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, lineterminator="\n")

@@ -44,7 +44,7 @@ rule crate:
         page=rules.report.output.page,
         data=rules.summarize.output.data,
     output:
-        f"{EXPERIMENT_DIR}/crate/ro-crate-metadata.json",
+        f"{EXPERIMENT_DIR}/ro-crate-metadata.json",
     log:
         f"{EXPERIMENT_DIR}/logs/crate.log",
     resources:
