@@ -4,11 +4,13 @@
 
 JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n sends SIGTERM to
 the last rank alone after n updates; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an update instead,
-and writes them to that file. Prints the exit statuses of each job's ranks as a JSON line.
+and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it begins. Prints the
+exit statuses of each job's ranks as a JSON line.
 """
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -47,14 +50,19 @@ def parts_of_an_update(trainer: Any, number: int) -> dict[str, Tensor]:
     return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
 
-def work(config: Any, experiment: Path, parts: str | None) -> int:
+def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -> int:
     """What one rank does; its exit status."""
     from vipo.config.compose import repository_root
     from vipo.errors import Preempted
     from vipo.training.trainer import Trainer, train_run
 
     try:
-        if parts is None:
+        if memory is not None:
+            trainer = Trainer(config, repository_root(), experiment)
+            most = psutil.Process().memory_info().vms + memory * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            trainer.run()
+        elif parts is None:
             train_run(config, repository_root(), experiment)
         else:
             trainer = Trainer(config, repository_root(), experiment)
@@ -86,7 +94,7 @@ def train(world: int, results: Path, overrides: list[str], **spec: Any) -> list[
             if world > 1:
                 group |= {"RANK": rank, "LOCAL_RANK": rank}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
-            status = work(config, results / "demo", spec.get("parts"))
+            status = work(config, results / "demo", spec.get("parts"), spec.get("memory"))
             sys.stderr.flush()
             os._exit(status)
         children.append(child)

@@ -37,6 +37,8 @@ PURPOSE = {
     "crate": "RO-Crate",
     "map": "allocation map over any picture",
     "base": "Rebuild the demo generator",
+    "diff": "what differs between two runs",
+    "export": "folder that is ready for the Hub",
 }
 # Imports nothing but the command line, runs it and tells whether torch came along.
 WATCHED = """

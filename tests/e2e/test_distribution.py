@@ -185,7 +185,7 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     launched.ranks()[1].suspend()
     status, text = launched.ended()
     assert status == 1, text
-    assert "Ranks 1 failed to pass" in _error_lines(text)[0], text
+    assert "rank 1 did not come within distribution.timeout_seconds 3" in _error_lines(text)[0], text
 
     # Two jobs on one run folder: the second says who writes it, and changes nothing.
     launched = _Launched(results, chosen, tmp_path / "preempted.txt")

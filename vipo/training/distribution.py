@@ -9,15 +9,16 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.models import DistributionConfig
@@ -54,15 +55,16 @@ class Distribution:
                 f"generator.device {device!r}: several processes take one GPU each; set generator.device=cuda"
             )
         self.config = config
-        timeout = timedelta(seconds=config.timeout_seconds)
-        self._accelerator = Accelerator(
-            cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if launched > 1 else []
-        )
-        self.device = self._accelerator.device if launched > 1 else torch.device(device)
-        # Beside the device's own: signals and barriers must not wait for a GPU, and gloo can say who is missing.
-        self._control: dist.ProcessGroup | None = None
+        self._store: Store | None = None
+        self._meetings = 0
         if launched > 1:
-            self._control = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=timeout))
+            self._store, rank, size = next(rendezvous("env://"))
+            # Values on the CPU, such as a signal's number, must not wait for a GPU.
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            timeout = timedelta(seconds=config.timeout_seconds)
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
+        self._accelerator = Accelerator(cpu=device == "cpu")
+        self.device = self._accelerator.device if launched > 1 else torch.device(device)
 
     @property
     def processes(self) -> int:
@@ -149,48 +151,64 @@ class Distribution:
         """Values ``(n, ...)`` of this process's samples `rows`, gathered to ``(N, ...)`` in the order of all."""
         if self.processes == 1:
             return local
+        self.meet()
         order = self._accelerator.gather(torch.tensor(rows, device=self.device)).argsort()
         return self._accelerator.gather(local.to(self.device).contiguous())[order]
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values` over the processes, on each of them."""
-        return values if self.processes == 1 else self._accelerator.reduce(values)
+        if self.processes == 1:
+            return values
+        self.meet()
+        return self._accelerator.reduce(values)
 
     def largest(self, value: float) -> float:
         """The largest of the processes' values."""
-        if self._control is None:
+        if self.processes == 1:
             return value
+        self.meet()
         found = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._control)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
         return float(found)
 
     def everyones(self, value: Any) -> list[Any]:
         """A JSON-like value of each process, by rank."""
-        if self._control is None:
+        if self.processes == 1:
             return [value]
+        self.meet()
         values = [None] * self.processes
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values, value)
         return values
 
     def meet(self) -> None:
         """Wait until every process is here.
 
+        Through the store in which the processes found each other, not by a collective: it can say who is missing, and
+        it does not wait for the partner that hangs.
+
         Raises:
-            TrainingError: on the main process, naming the ones that did not come within ``timeout_seconds``.
+            TrainingError: some did not come within ``timeout_seconds``; the message names them.
         """
-        if self._control is None:
+        if self._store is None:
             return
+        self._meetings += 1
+        self._store.set(f"meeting/{self._meetings}/{self.rank}", "")
+        keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.processes)]
         try:
-            dist.monitored_barrier(self._control, wait_all_ranks=True)
-        except RuntimeError as error:
+            self._store.wait(keys, timedelta(seconds=self.config.timeout_seconds))
+        except dist.DistStoreError as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
             raise TrainingError(
-                f"the processes did not all meet: {error}. A missing rank has died, or hung for "
-                f"distribution.timeout_seconds {self.config.timeout_seconds:g}: look at its own messages"
+                f"rank {', '.join(missing)} did not come within distribution.timeout_seconds "
+                f"{self.config.timeout_seconds:g}: it hangs, or its node is gone; look at its own messages"
             ) from error
+        if self._meetings > 2:
+            # Whoever is here has left the meeting before the last one.
+            self._store.delete_key(f"meeting/{self._meetings - 2}/{self.rank}")
 
     def leave(self) -> None:
         """Give the group back; nothing may be gathered any more."""
-        if self._control is not None:
+        if self.processes > 1:
             self._accelerator.end_training()
 
 

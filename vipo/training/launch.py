@@ -105,8 +105,15 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
 
     def follow(rank: int, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
+        rest = b""
         while piece := os.read(process.stderr.fileno(), 1 << 16):
-            said.put((rank, piece))
+            # The first rank's as it comes, a progress bar's unfinished line too; of the others whole lines.
+            whole = len(piece) if rank == first else piece.rfind(b"\n") + 1
+            if whole:
+                said.put((rank, rest + piece[:whole]))
+            rest = piece[whole:] if whole else rest + piece
+        if rest:
+            said.put((rank, rest))
         # In the order in which they die: the first one is the cause.
         ended.put((rank, process.wait()))
 
