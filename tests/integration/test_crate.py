@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 import requests
 import yaml
+from audit_fixture import EXPERIMENT
 from rocrate.rocrate import ROCrate
 
 import vipo
@@ -368,16 +369,18 @@ def offline_validator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple
     return validate
 
 
+@pytest.mark.xdist_group("audit")
 def test_it_passes_the_required_checks_of_the_workflow_run_crate_profile(
-    root: Path, offline_validator: Callable[[Path], tuple[int, list[str]]]
+    signed: Path, tmp_path: Path, offline_validator: Callable[[Path], tuple[int, list[str]]]
 ) -> None:
-    experiment = root / "results" / "demo"
-    (experiment / "configs").mkdir()
-    (experiment / "configs" / "vipo-s0.yaml").write_text(_config("vipo", 1e-5))
-    path = write_crate(experiment, root)
-    checks, problems = offline_validator(experiment)
+    # A real experiment's, as it is in its archive.
+    with zipfile.ZipFile(zip_crate(Path(shutil.copytree(signed / EXPERIMENT, tmp_path / "demo")))) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    checks, problems = offline_validator(tmp_path / "unpacked")
     assert problems == []
-    assert checks >= 50
-    # The checks look: without a language or a run of it the workflow is none.
+    assert checks == 63
+    # The checks look: without a language the workflow is none.
+    path = tmp_path / "unpacked" / "ro-crate-metadata.json"
     path.write_text(path.read_text().replace('"programmingLanguage"', '"description"'))
-    assert "The Main Workflow must refer to its language via programmingLanguage" in offline_validator(experiment)[1]
+    told = offline_validator(tmp_path / "unpacked")[1]
+    assert "The Main Workflow must refer to its language via programmingLanguage" in told
