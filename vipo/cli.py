@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -272,6 +273,40 @@ def base(
 
 
 @app.command()
+def diff(
+    run_a: Annotated[Path, typer.Argument(help="Folder results/<experiment>/runs/<arm>-s<seed>.")],
+    run_b: Annotated[Path, typer.Argument(help="Another such folder, of the same experiment or another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON with full hashes instead of tables.")] = False,
+) -> None:
+    """Show what differs between two runs (configuration, code, environment, data) and what came of it."""
+    from vipo.reporting.diff import diff_runs, render_diff
+
+    found = diff_runs(run_a, run_b)
+    typer.echo(json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else render_diff(found), nl=as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder results/<experiment>/runs/<arm>-s<seed>, trained and evaluated.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder; default: results/<experiment>/export/<run>.")
+    ] = None,
+    license_id: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence identifier of the Hub; default: what the base generator's card says."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", help="Hub id of the base generator, where the run read it from a folder."),
+    ] = None,
+) -> None:
+    """Write a folder that is ready for the Hub: weights, model card, samples, configuration, provenance."""
+    from vipo.reporting.export import export_run
+
+    typer.echo(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
+
+
+@app.command()
 def audit(
     path: Annotated[Path, typer.Argument(help="An experiment's results, such as results/demo, or an unpacked crate.")],
     allowed_signers: Annotated[
@@ -293,9 +328,23 @@ def audit(
         raise typer.Exit(1)
 
 
+def _leave(status: int) -> None:
+    if "RANK" in os.environ:
+        # One of several processes would wait in its clean-up for partners that may hang.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
+    quiet = os.environ.get("RANK", "0") != "0"
+    logging.basicConfig(
+        level=logging.WARNING if quiet else logging.INFO,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
     for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -305,7 +354,11 @@ def main() -> None:
         with contextlib.suppress(BrokenPipeError):
             typer.echo(f"error: {error}", err=True)
         # A scheduler tells by it what can be tried again: EX_TEMPFAIL of sysexits.h.
-        sys.exit(75 if isinstance(error, Preempted) else 1)
+        _leave(75 if isinstance(error, Preempted) else 1)
     except OSError as error:
         typer.echo(f"error: {error}; check that the path exists, permissions and free space", err=True)
-        sys.exit(1)
+        _leave(1)
+
+
+if __name__ == "__main__":
+    main()

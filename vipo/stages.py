@@ -1,11 +1,13 @@
 """The DAG's stages: each reads files of ``results/<experiment>`` and writes files there."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vipo.config.compose import dump_config, write_if_changed
 from vipo.config.models import Config
 from vipo.prompts import check_prompts, prepare_prompts
-from vipo.provenance import record_stage, sign_file, write_crate, zip_crate
+from vipo.provenance import ProvenanceError, record_stage, sign_file, write_crate, zip_crate
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -61,16 +63,27 @@ def encode_stage(config: Config, root: Path, results: Path) -> None:
 def train_stage(config: Config, root: Path, results: Path) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
     from vipo.generators.base import check_device
+    from vipo.training.launch import is_rank, launch, stop_with_launcher
     from vipo.training.trainer import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    if not (experiment / "prompts" / "manifest.json").is_file():
-        prepare_stage(config, root, results)
-    if not (experiment / "embeddings" / "train.safetensors").is_file():
-        encode_stage(config, root, results)
+    for made, stage in (("prompts/manifest.json", prepare_stage), ("embeddings/train.safetensors", encode_stage)):
+        if not (experiment / made).is_file():
+            if is_rank():
+                raise ProvenanceError(f"{experiment / made}: missing; make it first, before several processes start")
+            stage(config, root, results)
     _check_shared(config, experiment, "train")
-    train_run(config, root, experiment)
+    if config.distribution.world_size == 1 or is_rank():
+        stop_with_launcher()
+        train_run(config, root, experiment)
+        return
+    resolved = experiment / "configs" / f"{config.run_name}.yaml"
+    write_if_changed(resolved, dump_config(config))
+    launch(
+        [sys.executable, "-m", "vipo.cli", "train", "--config", str(resolved), "--results", str(results)],
+        config.distribution,
+    )
 
 
 def evaluate_stage(config: Config, root: Path, results: Path) -> None:

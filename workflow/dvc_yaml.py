@@ -100,11 +100,11 @@ def pipeline(root: Path) -> dict[str, Any]:
 
 
 def _command(shell: str) -> tuple[str, str]:
-    """Stage and configuration file of ``vipo STAGE --config FILE …``."""
+    """Stage and configuration file of ``… vipo STAGE --config FILE …``; what starts it is Snakemake's own matter."""
     words = shlex.split(shell)
-    if words[0] != "vipo" or words[2] != "--config":
+    if "vipo" not in words or words[(start := words.index("vipo")) + 2] != "--config":
         raise ValueError(f"{shell!r}: a rule that DVC runs as well is 'vipo STAGE --config FILE'")
-    return words[1], words[3]
+    return words[start + 1], words[start + 3]
 
 
 def _relative(path: str, root: Path) -> str:

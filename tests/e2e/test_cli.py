@@ -33,11 +33,14 @@ PURPOSE = {
     "encode": "Encode the prepared prompts",
     "train": "Train one run",
     "evaluate": "held-out prompts",
+    "summarize": "numbers, tables and figures",
     "report": "HTML report",
     "crate": "RO-Crate",
     "audit": "Check results",
     "map": "allocation map over any picture",
     "base": "Rebuild the demo generator",
+    "diff": "what differs between two runs",
+    "export": "folder that is ready for the Hub",
 }
 # Imports nothing but the command line, runs it and tells whether torch came along.
 WATCHED = """

@@ -220,7 +220,8 @@ def test_what_is_no_result_is_left_out(root: Path) -> None:
     experiment = root / "results" / "demo"
     before = write_crate(experiment, root).read_bytes()
     shutil.copytree(experiment / "runs" / "vipo-s0", experiment / "runs" / ".superseded" / "vipo-s0")
-    for name in ("runs/vipo-s0/.lock", "runs/vipo-s0/checkpoints/000002/tensors.safetensors", "logs/crate.log"):
+    for name in ("runs/vipo-s0/.lock", "runs/vipo-s0/checkpoints/000002/tensors.safetensors", "logs/crate.log",
+                 "export/vipo-s0/README.md", "SHA256SUMS"):  # fmt: skip
         (experiment / name).parent.mkdir(parents=True, exist_ok=True)
         (experiment / name).touch()
     assert write_crate(experiment, root).read_bytes() == before

@@ -4,16 +4,20 @@ import errno
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import save_file
 
 from vipo.provenance import StorageError, atomic_file, atomic_folder
 from vipo.training import checkpoints
 from vipo.training.checkpoints import (
     CheckpointError,
+    StoredTensors,
     list_checkpoints,
     load_checkpoint,
     load_newest,
@@ -22,7 +26,6 @@ from vipo.training.checkpoints import (
     prefixed,
     prune_checkpoints,
     save_checkpoint,
-    unprefixed,
 )
 
 
@@ -99,7 +102,7 @@ def test_full_disk_is_a_clear_error_and_keeps_the_old(tmp_path: Path, monkeypatc
     _save(tmp_path, 2)
     before = _tree(tmp_path)
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: None) -> None:
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -185,10 +188,51 @@ def test_atomic_file_leaves_the_old_one(tmp_path: Path, error: Exception) -> Non
     assert _tree(tmp_path) == {"sub/target.json": b"new"}
 
 
-def test_prefixes_are_inverse() -> None:
+def test_prefixes_are_inverse(tmp_path: Path) -> None:
     tensors = {"a/b": torch.zeros(1), "c": torch.ones(1)}
     both = prefixed("x", tensors) | prefixed("xy", {"z": torch.ones(2)})
-    assert unprefixed("x", both) == tensors
+    save_checkpoint(tmp_path, 1, both, {})
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert dict(found.tensors.below("x")) == tensors
+    assert dict(found.tensors.below("x").below("a")) == {"b": torch.zeros(1)}
+
+
+def _write_pieces(folder: Path, whole: dict[str, torch.Tensor], pieces: int) -> list[Path]:
+    """As processes write them that hold ``ceil(rows / pieces)`` rows each."""
+    files = []
+    for index in range(pieces):
+        held, rows = {}, {}
+        for name, value in whole.items():
+            size = -(-len(value) // pieces)
+            start, stop = (min(index * size, len(value)) for index in (index, index + 1))
+            rows[name] = (start, stop, len(value))
+            if stop > start:
+                held[name] = value[start:stop].clone()
+        files.append(folder / f"{index}.safetensors")
+        save_file(held, files[-1], {"rows": json.dumps(rows)})
+    return files
+
+
+@given(rows=st.lists(st.integers(1, 9), min_size=1, max_size=3), pieces=st.integers(1, 5), readers=st.integers(1, 5))
+def test_pieces_are_read_back_by_any_number_of_readers(rows: list[int], pieces: int, readers: int) -> None:
+    whole = {f"p/{n}": torch.arange(count * 2.0).reshape(count, 2) + 100 * n for n, count in enumerate(rows)}
+    with tempfile.TemporaryDirectory() as folder:
+        stored = StoredTensors(_write_pieces(Path(folder), whole, pieces)).below("p")
+        assert len(stored) == len(rows)
+        for name, value in stored.items():
+            assert torch.equal(value, whole[f"p/{name}"])
+            size = -(-len(value) // readers)
+            for reader in range(readers):
+                start, stop = (min(r * size, len(value)) for r in (reader, reader + 1))
+                assert torch.equal(stored.rows(name, start, stop), value[start:stop])
+
+
+def test_a_missing_piece_is_found(tmp_path: Path) -> None:
+    files = _write_pieces(tmp_path, {"w": torch.ones(6, 1)}, 3)
+    for left in (files[1:], files[:2], [files[0], files[2]], [*files, files[0]]):
+        with pytest.raises(CheckpointError, match="the pieces of 'w' are not the whole of it"):
+            StoredTensors(left)
 
 
 def _model() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
@@ -215,15 +259,15 @@ def test_a_step_after_restore_equals_a_step_without(tmp_path: Path) -> None:
     found = load_newest(tmp_path)
     assert found is not None
     restored, its_optimizer = _model()
-    restored.load_state_dict(unprefixed("network", found.tensors))
-    load_optimizer_tensors(its_optimizer, unprefixed("optimizer", found.tensors))
+    restored.load_state_dict(dict(found.tensors.below("network")))
+    load_optimizer_tensors(its_optimizer, found.tensors.below("optimizer"))
     for number in (4, 5):
         _step(model, optimizer, number)
         _step(restored, its_optimizer, number)
     for name, value in model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], value), name
     without, fresh = _model()
-    without.load_state_dict(unprefixed("network", found.tensors))
+    without.load_state_dict(dict(found.tensors.below("network")))
     for number in (4, 5):
         _step(without, fresh, number)
     assert not torch.equal(without.weight, model.weight), "the optimizer's state must matter for this test"

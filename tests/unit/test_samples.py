@@ -16,7 +16,7 @@ from vipo.training.samples import (
     TrainingError,
     arrange_samples,
     chosen_transitions,
-    regroup,
+    concatenated,
     update_prompts,
 )
 
@@ -130,7 +130,8 @@ def test_selection_keeps_every_tensor_with_its_sample(groups: int, half: int, ex
         assert chosen[0::2].tolist() == [i for _, i in own[::-1][:half]]
         assert len(set(chosen.tolist())) == count
     rows = ranked.flatten().tolist()
-    regrouped = regroup(_tagged(list(range(groups * size)), micro), rows)
+    whole = concatenated(_tagged(list(range(groups * size)), micro), lambda local: local)
+    regrouped = [whole.select(rows[start : start + micro]) for start in range(0, len(rows), micro)]
     assert [row for batch in regrouped for row in batch.rows] == rows
     for batch in regrouped:
         assert len(batch.rows) == micro

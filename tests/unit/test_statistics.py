@@ -13,6 +13,7 @@ from vipo.evaluation.statistics import (
     compare_arms,
     decimals,
     evaluation_curves,
+    independent_difference,
     matched_reward,
     mean_score,
     paired_difference,
@@ -248,3 +249,26 @@ def test_wording_never_claims_a_difference_that_the_interval_does_not_carry(
 def test_numbers_show_three_significant_digits() -> None:
     assert [decimals(value) for value in (0.0, 0.12, -1.5, 22.7, 480.0, 0.00123, 1e-12)] == [3, 3, 2, 1, 0, 5, 6]
     assert wording(Interval(0.1234, 0.01, 0.2, "prompts", "")) == "better by 0.123"
+
+
+@given(seeds=st.integers(1, 3), prompts=st.integers(2, 9), others=st.integers(2, 9), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_independent_difference_is_welchs_interval(seeds: int, prompts: int, others: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ours, theirs = rng.normal(1, 2, (seeds, prompts, 2)), rng.normal(0, 1, (1, others, 3))
+    interval = independent_difference(table(ours), table(theirs, "grpo"), "x", confidence=0.9)
+    means = ours.mean(axis=(0, 2)), theirs.mean(axis=(0, 2))
+    parts = [values.var(ddof=1) / len(values) for values in means]
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, means, strict=True))
+    half = stats.t.ppf(0.95, freedom) * np.sqrt(sum(parts))
+    estimate = means[0].mean() - means[1].mean()
+    assert interval.estimate == pytest.approx(estimate)
+    assert (interval.low, interval.high) == pytest.approx((estimate - half, estimate + half))
+    assert "not paired" in interval.note
+
+
+def test_independent_difference_of_constants_and_of_one_prompt() -> None:
+    interval = independent_difference(base(3, value=1.0), base(4, value=0.25), "x")
+    assert (interval.low, interval.estimate, interval.high) == (0.75, 0.75, 0.75)
+    with pytest.raises(ScoresError, match="at least 2 prompts"):
+        independent_difference(base(1), base(4), "x")

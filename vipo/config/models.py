@@ -330,6 +330,9 @@ class TrainingConfig(Section):
     micro_batch: PositiveInt = Field(
         4, description="Samples in one network call, in the rollout and in the update alike."
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
     checkpoint_every: PositiveInt = Field(10, description="Updates between checkpoints.")
     keep_checkpoints: PositiveInt = 2
     log_ratio_tolerance: PositiveFloat = Field(
@@ -371,6 +374,22 @@ class TrainingConfig(Section):
                     f"(prompts_per_update * {name} / optimizer_steps_per_update)"
                 )
         return self
+
+
+class DistributionConfig(Section):
+    """The processes that train one run together: how fast it is, and of its result no more than the order of sums."""
+
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="The network whole in every process, or its weights, gradients and AdamW state in shards."
+    )
+    processes: PositiveInt = Field(1, description="Processes on each node, one a GPU.")
+    nodes: PositiveInt = 1
+    timeout_seconds: PositiveFloat = Field(1800, description="How long the processes wait for one that is missing.")
+
+    @property
+    def world_size(self) -> int:
+        """All processes of all nodes."""
+        return self.processes * self.nodes
 
 
 class EvaluationConfig(Section):
@@ -505,6 +524,7 @@ class Config(Section):
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    distribution: DistributionConfig
     evaluation: EvaluationConfig
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 
@@ -559,9 +579,10 @@ class Config(Section):
     def training_identity(self) -> dict[str, Any]:
         """The sections that decide a training run's result; a checkpoint belongs to exactly one such value.
 
-        Checkpoint frequency and how many are kept change nothing in the result and are left out.
+        Checkpoint frequency and how many are kept change nothing in the result and are left out, and so are the
+        processes: a run goes on with another number of them.
         """
-        data = self.model_dump(mode="json", exclude={"experiment", "evaluation", "pretrain"})
+        data = self.model_dump(mode="json", exclude={"experiment", "distribution", "evaluation", "pretrain"})
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
         return data

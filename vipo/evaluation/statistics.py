@@ -108,6 +108,33 @@ def paired_difference(
     return Interval(estimate, float(low), float(high), unit, note)
 
 
+def independent_difference(
+    scores: pd.DataFrame, reference: pd.DataFrame, column: str, *, confidence: float = 0.95
+) -> Interval:
+    """Mean of `column` in one arm minus its mean in another that saw other prompts or other noise: Welch's interval.
+
+    The units are prompts, each averaged over seeds and samples, so the interval is conditional on the seeds.
+
+    Args:
+        scores: rows of one arm at one update: `seed`, `update`, `prompt_id`, `sample` and `column`.
+        reference: rows of the other arm.
+        column: which score is compared.
+        confidence: nominal coverage, in (0, 1).
+
+    Raises:
+        ScoresError: a pair is doubled, a value is not finite, or a side has fewer than two prompts.
+    """
+    sides = [_prompt_means(_value_table(rows, column)).mean(axis=0) for rows in (scores, reference)]
+    if min(map(len, sides)) < 2:
+        raise ScoresError(f"{column}: one prompt has no spread; evaluate at least 2 prompts")
+    estimate = float(sides[0].mean() - sides[1].mean())
+    note = "not paired, conditional on these seeds"
+    if all(np.ptp(values) == 0 for values in sides):
+        return Interval(estimate, estimate, estimate, "prompts", note)
+    limits = stats.ttest_ind(*sides, equal_var=False).confidence_interval(confidence)
+    return Interval(estimate, float(limits.low), float(limits.high), "prompts", note)
+
+
 def tail_probability(confidence: float, units: int) -> float:
     """Quantile level of the lower limit: Hesterberg's expanded percentile for `units` resampled units.
 

@@ -115,9 +115,25 @@ class Generator(ABC):
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         """Add a LoRA adapter with keyed initial weights; only its weights are trained from then on."""
 
+    def recompute_activations(self) -> None:
+        """From now on, keep no activations of the network's blocks for the backward pass (gradient checkpointing).
+
+        Raises:
+            GeneratorError: the network cannot.
+        """
+        enable = getattr(self.network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise GeneratorError(f"training.gradient_checkpointing: {type(self.network).__name__} does not offer it")
+        enable()
+
     @abstractmethod
-    def save_network(self, folder: Path) -> None:
-        """Write the network, or its LoRA weights, so that the stock pipeline loads it."""
+    def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the network, or its LoRA weights, so that the stock pipeline loads it.
+
+        Args:
+            folder: exists.
+            state: the network's whole state, where the network itself holds pieces of it (FSDP2).
+        """
 
     @abstractmethod
     def load_network(self, folder: Path) -> None:

@@ -142,7 +142,7 @@ class PipelineGenerator(Generator):
             except ValueError as error:
                 raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
 
-    def save_network(self, folder: Path) -> None:
+    def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         if getattr(self.network, "peft_config", None):
             # Loaders take alpha for the rank unless metadata says otherwise, and metadata is written in random order:
             # with the scale in B, every loader has the trained policy and the file has the same bytes each time.
@@ -150,13 +150,20 @@ class PipelineGenerator(Generator):
             scale = adapter.lora_alpha / adapter.r
             layers = {
                 name: value * scale if ".lora_B." in name else value
-                for name, value in get_peft_model_state_dict(self.network).items()
+                for name, value in get_peft_model_state_dict(
+                    self.network, None if state is None else dict(state)
+                ).items()
             }
             self.pipeline_class.save_lora_weights(folder, **{f"{self.network_folder}_lora_layers": layers})
         else:
+            network = self.network
+            if state is not None:
+                with torch.device("meta"):
+                    network = self.network_class.from_config(self.network.config)
+                network.load_state_dict(state, assign=True)
             # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
-            self.network.register_to_config(_name_or_path=self.config.path)
-            self.network.save_pretrained(folder / self.network_folder, safe_serialization=True)
+            network.register_to_config(_name_or_path=self.config.path)
+            network.save_pretrained(folder / self.network_folder, safe_serialization=True)
 
     def load_network(self, folder: Path) -> None:
         try:

@@ -38,10 +38,15 @@ def check_writable(folder: Path) -> None:
     Raises:
         StorageError: the disk refuses.
     """
-    with _named_write_errors(folder):
+    with named_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+def partial_path(target: Path) -> Path:
+    """Where what will be `target` is written until it is complete."""
+    return target.with_name(f".{target.name}.partial")
 
 
 @contextlib.contextmanager
@@ -51,8 +56,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk refused a write (full, read-only); `target` is as it was.
     """
-    temporary = target.with_name(f".{target.name}.partial")
-    with _named_write_errors(target):
+    temporary = partial_path(target)
+    with named_write_errors(target):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -73,8 +78,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk refused a write (full, read-only); `target` is as it was.
     """
-    temporary = target.with_name(f".{target.name}.partial")
-    with _named_write_errors(target):
+    temporary = partial_path(target)
+    with named_write_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -104,7 +109,12 @@ def _replace_folder(target: Path, replacement: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named_write_errors(target: Path) -> Iterator[None]:
+def named_write_errors(target: Path) -> Iterator[None]:
+    """Around writing a part of `target` that is renamed into place later.
+
+    Raises:
+        StorageError: the disk refused a write.
+    """
     try:
         yield
     # safetensors reports the operating system's error as its own type.

@@ -96,7 +96,7 @@ def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experi
     _require_one_experiment(folder, loaded)
     order = list(loaded[0].config.experiment.arms)
     loaded.sort(key=lambda run: (not run.config.is_base, _position(run, order), run.config.seed))
-    scores = [_read_scores(folder / "evaluation" / run.name / "scores.parquet", run) for run in loaded]
+    scores = [read_scores(folder / "evaluation" / run.name / "scores.parquet", run.config) for run in loaded]
     for run, table in zip(loaded, scores, strict=True):
         if list(table.columns) != list(scores[0].columns):
             raise ReportError(
@@ -145,8 +145,8 @@ def _read_run(folder: Path, name: str, report: Config) -> Run:
     return Run(
         name,
         config.model_copy(update=sections),
-        _read_rows(run / "metrics.jsonl"),
-        _read_rows(timing) if timing.is_file() else pd.DataFrame(),
+        read_rows(run / "metrics.jsonl"),
+        read_rows(timing) if timing.is_file() else pd.DataFrame(),
         _read_mapping(record) if record.is_file() else None,
     )
 
@@ -168,7 +168,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_rows(path: Path) -> pd.DataFrame:
+def read_rows(path: Path) -> pd.DataFrame:
+    """The rows of ``metrics.jsonl`` or ``timing.jsonl``, one an update.
+
+    Raises:
+        ReportError: the file is missing, empty, or a line is no such row.
+    """
     rows = []
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         try:
@@ -183,19 +188,25 @@ def _read_rows(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _read_scores(path: Path, run: Run) -> pd.DataFrame:
+def read_scores(path: Path, config: Config) -> pd.DataFrame:
+    """A run's ``scores.parquet``: one row per update and sample.
+
+    Raises:
+        ReportError: the file is missing or malformed, holds another run's rows or values that are not finite.
+    """
+    name = config.run_name
     if not path.is_file():
-        raise ReportError(f"{path}: missing; evaluate {run.name} first")
+        raise ReportError(f"{path}: missing; evaluate {name} first")
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read ({error}); evaluate {run.name} again") from error
+        raise ReportError(f"{path}: cannot be read ({error}); evaluate {name} again") from error
     missing = [key for key in (*_SCORE_KEYS, "change/total") if key not in table]
     if missing:
-        raise ReportError(f"{path}: no column {', '.join(missing)}; evaluate {run.name} again")
-    if table.empty or set(table["run"]) != {run.name}:
-        raise ReportError(f"{path}: holds rows of {sorted(set(table['run']))}, not of {run.name}; evaluate it again")
-    for term in run.config.reward.terms:
+        raise ReportError(f"{path}: no column {', '.join(missing)}; evaluate {name} again")
+    if table.empty or set(table["run"]) != {name}:
+        raise ReportError(f"{path}: holds rows of {sorted(set(table['run']))}, not of {name}; evaluate it again")
+    for term in config.reward.terms:
         if f"reward/{term.name}" not in table:
             raise ReportError(
                 f"{path}: the trained reward '{term.name}' was not evaluated; add it to evaluation.rewards and "
@@ -205,6 +216,6 @@ def _read_scores(path: Path, run: Run) -> pd.DataFrame:
     finite = np.isfinite(numbers.to_numpy(dtype=np.float64)).all(axis=0)
     if not finite.all():
         raise ReportError(f"{path}: values of {', '.join(numbers.columns[~finite])} are not finite; evaluate again")
-    if run.config.is_base != bool((table["update"] == 0).all()) or not table["final"].any():
+    if config.is_base != bool((table["update"] == 0).all()) or not table["final"].any():
         raise ReportError(f"{path}: a trained run has updates above 0 and final rows, the base update 0 alone")
     return table

@@ -1,31 +1,118 @@
 """Atomic, hashed checkpoints: written beside, fsynced, renamed into place, verified before use.
 
-A checkpoint is a folder ``<root>/<update>/`` with ``tensors.safetensors``, ``state.json`` and
-``manifest.json`` (SHA-256 of the two). The rename is the commit: a folder with a number for a name
-was complete when it appeared, and the hashes tell whether it still is.
+A checkpoint is a folder ``<root>/<update>/`` with its tensors, ``state.json`` and ``manifest.json`` (SHA-256 of the
+others). The rename is the commit: a folder with a number for a name was complete when it appeared, and the hashes tell
+whether it still is. Tensors lie in ``tensors.safetensors``, or, where several processes hold pieces of them, in one
+file a process, each naming the rows that it holds: any other number of processes reads back the rows it needs.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from vipo.provenance.files import StorageError, atomic_folder, file_sha256
+from vipo.provenance.files import (
+    StorageError,
+    atomic_folder,
+    file_sha256,
+    fsync_path,
+    named_write_errors,
+    partial_path,
+)
+from vipo.training.distribution import Distribution, own_rows
 
 log = logging.getLogger(__name__)
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_ROWS = "rows"
 
 
 class CheckpointError(StorageError):
     """A checkpoint is damaged; the message names the file."""
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors in safetensors files, read when they are asked for; pieces of one tensor are put together."""
+
+    def __init__(self, files: Sequence[Path], prefix: str = "") -> None:
+        """Find out what lies where.
+
+        Args:
+            files: of one checkpoint. One that holds pieces says so in its metadata, key ``rows``: by name the first
+                row, the row after the last one, and how many rows the whole tensor has.
+            prefix: of the names that are there; it is not part of them.
+
+        Raises:
+            CheckpointError: the pieces of a tensor are not the whole of it.
+        """
+        self._files, self._prefix = files, prefix
+        self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
+        total: dict[str, int] = {}
+        for file in files:
+            with safe_open(file, "pt") as stored:
+                rows = json.loads((stored.metadata() or {}).get(_ROWS, "{}"))
+                for name in filter(lambda name: name.startswith(prefix), stored.keys()):
+                    start, stop, total[name] = rows.get(name, (0, 0, 0))
+                    self._pieces.setdefault(name, []).append((start, stop, file))
+        for name, pieces in self._pieces.items():
+            pieces.sort()
+            starts, stops = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+            if starts != [0, *stops[:-1]] or stops[-1] != total[name]:
+                raise CheckpointError(f"{files[0].parent}: the pieces of {name!r} are not the whole of it")
+
+    def below(self, prefix: str) -> "StoredTensors":
+        """Those whose names begin with ``<prefix>/``, without it."""
+        return StoredTensors(self._files, f"{self._prefix}{prefix}/")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, name: str) -> Tensor:
+        pieces = self._pieces[self._prefix + name]
+        if len(pieces) > 1:
+            return self.rows(name, 0, pieces[-1][1])
+        with safe_open(pieces[0][2], "pt") as stored:
+            return stored.get_tensor(self._prefix + name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (the one after the last) of a tensor."""
+        pieces = self._pieces[self._prefix + name]
+        if len(pieces) == 1:
+            pieces = [(0, stop, pieces[0][2])]
+        found = []
+        for first, last, file in pieces:
+            if max(start, first) < min(stop, last) or start == stop:
+                with safe_open(file, "pt") as stored:
+                    part = stored.get_slice(self._prefix + name)
+                    found.append(
+                        part[max(start, first) - first : min(stop, last) - first] if start < stop else part[:0]
+                    )
+        return torch.cat(found)
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """The stored tensor as this process holds `tensor`: whole, or the same rows of it."""
+        if not isinstance(tensor, DTensor):
+            return self[name]
+        local, start, _ = own_rows(tensor)
+        return DTensor.from_local(
+            self.rows(name, start, start + len(local)),
+            tensor.device_mesh,
+            tensor.placements,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
 
 
 @dataclass(frozen=True)
@@ -33,48 +120,86 @@ class Checkpoint:
     """One complete checkpoint: the number of updates done, its tensors and its JSON state."""
 
     update: int
-    tensors: dict[str, Tensor]
+    tensors: StoredTensors
     state: dict[str, Any]
 
 
-def save_checkpoint(root: Path, update: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write checkpoint `update` under `root` atomically.
+def save_checkpoint(
+    root: Path,
+    update: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    distribution: Distribution | None = None,
+) -> Path:
+    """Write checkpoint `update` under `root` atomically; several processes call this together.
 
     Args:
-        root: folder of all checkpoints of a run.
+        root: folder of all checkpoints of a run, on a disk that all processes see.
         update: number of updates that are done.
-        tensors: contiguous CPU or device tensors by name.
-        state: JSON-serialisable values.
+        tensors: by name; of a sharded one each process writes its own rows, of any other the main process all.
+        state: JSON-serialisable values; the main process's are written.
+        distribution: the processes; None for one.
 
     Raises:
-        StorageError: the disk refused a write; older checkpoints are untouched.
+        StorageError: the disk refused this process a write; older checkpoints are untouched.
     """
     target = root / f"{update:06d}"
-    with atomic_folder(target) as folder:
-        # Clones: optimizer and model tensors may share storage, which safetensors refuses.
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / _TENSORS
-        )
-        (folder / _STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
-        hashes = {name: file_sha256(folder / name) for name in (_TENSORS, _STATE)}
-        (folder / _MANIFEST).write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n")
+    sharded = distribution is not None and any(isinstance(value, DTensor) for value in tensors.values())
+    if distribution is None or (distribution.is_main and not sharded):
+        with atomic_folder(target) as folder:
+            _write_state(folder, state, _write_tensors(folder / _TENSORS, tensors))
+    elif sharded:
+        name = f"tensors-{distribution.rank:05d}-of-{distribution.processes:05d}.safetensors"
+        if distribution.is_main:
+            with atomic_folder(target) as folder:
+                distribution.meet()
+                mine = _write_tensors(folder / name, tensors)
+                hashes = {file: value for found in distribution.everyones(mine) for file, value in found.items()}
+                _write_state(folder, state, hashes)
+        else:
+            distribution.meet()
+            own = {key: value for key, value in tensors.items() if isinstance(value, DTensor)}
+            with named_write_errors(target):
+                mine = _write_tensors(partial_path(target) / name, own)
+                fsync_path(partial_path(target) / name)
+            distribution.everyones(mine)
     return target
 
 
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    held, rows = {}, {}
+    for name, tensor in tensors.items():
+        local, start, total = own_rows(tensor)
+        if local is not tensor:
+            rows[name] = (start, start + len(local), total)
+        if local is tensor or len(local):
+            # Clones: optimizer and model tensors may share storage, which safetensors refuses.
+            held[name] = local.detach().cpu().contiguous().clone()
+    save_file(held, file, {_ROWS: json.dumps(rows)} if rows else None)
+    return {file.name: file_sha256(file)}
+
+
+def _write_state(folder: Path, state: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    (folder / _STATE).write_text(json.dumps(dict(state), indent=1, sort_keys=True) + "\n")
+    manifest = {**hashes, _STATE: file_sha256(folder / _STATE)}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder.
+    """Verify one checkpoint folder and read its state; its tensors are read when they are asked for.
 
     Raises:
         CheckpointError: a file is missing or its bytes are not those that were written.
     """
     try:
-        hashes = json.loads((folder / _MANIFEST).read_text())
-        for name in (_TENSORS, _STATE):
+        hashes = dict(json.loads((folder / _MANIFEST).read_text()))
+        for name, written in hashes.items():
             found = file_sha256(folder / name)
-            if found != hashes[name]:
-                raise CheckpointError(f"{folder / name}: damaged (SHA-256 {found[:12]}…, written {hashes[name][:12]}…)")
+            if found != written:
+                raise CheckpointError(f"{folder / name}: damaged (SHA-256 {found[:12]}…, written {written[:12]}…)")
+        del hashes[_STATE]
         state = json.loads((folder / _STATE).read_text())
-        return Checkpoint(int(folder.name), load_file(folder / _TENSORS), state)
+        return Checkpoint(int(folder.name), StoredTensors([folder / name for name in sorted(hashes)]), state)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
@@ -113,21 +238,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{index}.{entry}": value for index, values in state.items() for entry, value in values.items()}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: StoredTensors) -> None:
     """Restore what `optimizer_tensors` gave; the learning rate and the groups stay the optimizer's own."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+    for name in tensors:
         index, entry = name.split(".", 1)
+        # The count of steps is one number, whatever the parameter's rows.
+        value = tensors[name] if entry == "step" else tensors.like(name, parameters[int(index)])
         state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` with ``prefix/`` before every name."""
+    """`tensors` with ``prefix/`` before every name; `StoredTensors.below` is the way back."""
     return {f"{prefix}/{name}": value for name, value in tensors.items()}
-
-
-def unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors below ``prefix/``, without it."""
-    start = f"{prefix}/"
-    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

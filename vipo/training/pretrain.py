@@ -38,7 +38,6 @@ from vipo.training.checkpoints import (
     prefixed,
     prune_checkpoints,
     save_checkpoint,
-    unprefixed,
 )
 
 log_to = logging.getLogger(__name__)
@@ -276,7 +275,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         )
     else:
         vae = AutoencoderTiny.from_config(saved_vae.state["config"])
-        vae.load_state_dict(saved_vae.tensors)
+        vae.load_state_dict(dict(saved_vae.tensors))
         vae.eval()
         log = saved_vae.state["log"]
     with torch.no_grad():
@@ -293,10 +292,10 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     newest = load_newest(work / "denoiser")
     if newest is not None:
         start, log = newest.update, newest.state["log"]
-        model.load_state_dict(unprefixed("model", newest.tensors), strict=False)
-        saved = unprefixed("average", newest.tensors)
+        model.load_state_dict(dict(newest.tensors.below("model")), strict=False)
+        saved = newest.tensors.below("average")
         average = {name: saved[name] for name in parameters}
-        load_optimizer_tensors(optimizer, unprefixed("optimizer", newest.tensors))
+        load_optimizer_tensors(optimizer, newest.tensors.below("optimizer"))
 
     grid = image_ids(latents.shape[-2], latents.shape[-1], "cpu")
     progress = progress_bar(total=config.steps, done=start, description="flow matching", unit="step")

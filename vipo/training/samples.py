@@ -1,6 +1,6 @@
 """Which samples an update draws, in which order, and which of their transitions are trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,13 @@ class MicroBatch:
     conditioning: dict[str, Tensor]
     trajectory: Trajectory
     steps: Tensor
+
+    def select(self, rows: Sequence[int]) -> "MicroBatch":
+        """The samples `rows`, in that order, every tensor aligned."""
+        place = {row: index for index, row in enumerate(self.rows)}
+        index = torch.tensor([place[row] for row in rows], device=self.steps.device)
+        conditioning = {name: value[index] for name, value in self.conditioning.items()}
+        return MicroBatch(tuple(rows), conditioning, self.trajectory.select(index), self.steps[index])
 
 
 def update_prompts(prompts: Sequence[Prompt], seed: int, update: int, count: int) -> list[Prompt]:
@@ -78,32 +85,21 @@ def chosen_transitions(
     return torch.stack(drawn) + stochastic.start
 
 
-def regroup(batches: Sequence[MicroBatch], rows: Sequence[int]) -> list[MicroBatch]:
-    """Micro-batches of the same size that hold the samples `rows`, in that order, every tensor aligned.
+def concatenated(batches: Sequence[MicroBatch], gather: Callable[[Tensor], Tensor]) -> MicroBatch:
+    """All samples of an update in their order, as one batch whose row i is sample i.
 
     Args:
-        batches: all samples of an update.
-        rows: a multiple of the micro-batch size.
+        batches: this process's.
+        gather: from values ``(n, ...)`` of this process's samples to those of all, ``(N, ...)``, in order.
     """
-    place = {row: index for index, row in enumerate(row for batch in batches for row in batch.rows)}
     conditioning = {
-        name: torch.cat([batch.conditioning[name] for batch in batches]) for name in batches[0].conditioning
+        name: gather(torch.cat([batch.conditioning[name] for batch in batches])) for name in batches[0].conditioning
     }
     trajectory = Trajectory(
-        *(torch.cat([getattr(batch.trajectory, name) for batch in batches]) for name in ("latents", "means", "clean"))
-    )
-    steps = torch.cat([batch.steps for batch in batches])
-    size = len(batches[0].rows)
-    regrouped = []
-    for start in range(0, len(rows), size):
-        chunk = tuple(rows[start : start + size])
-        index = torch.tensor([place[row] for row in chunk], device=steps.device)
-        regrouped.append(
-            MicroBatch(
-                chunk,
-                {name: value[index] for name, value in conditioning.items()},
-                trajectory.select(index),
-                steps[index],
-            )
+        *(
+            gather(torch.cat([getattr(batch.trajectory, name) for batch in batches]))
+            for name in ("latents", "means", "clean")
         )
-    return regrouped
+    )
+    steps = gather(torch.cat([batch.steps for batch in batches]))
+    return MicroBatch(tuple(range(len(steps))), conditioning, trajectory, steps)

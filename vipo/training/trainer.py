@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vipo.config.compose import dump_config
 from vipo.config.models import Config, config_hash
@@ -58,15 +58,15 @@ from vipo.training.checkpoints import (
     prefixed,
     prune_checkpoints,
     save_checkpoint,
-    unprefixed,
 )
+from vipo.training.distribution import Distribution
 from vipo.training.samples import (
     MicroBatch,
     Sample,
     TrainingError,
     arrange_samples,
     chosen_transitions,
-    regroup,
+    concatenated,
     update_prompts,
 )
 
@@ -78,6 +78,32 @@ def map_entropy(maps: Tensor) -> Tensor:
     flat = maps.flatten(1).double()
     share = flat / flat.sum(dim=1, keepdim=True)
     return -(torch.special.xlogy(share, share).sum(dim=1) / math.log(flat.shape[1])).float()
+
+
+def _named(sample: Sample) -> str:
+    return f"{sample.index} of {sample.prompt.text!r}"
+
+
+@contextlib.contextmanager
+def memory_errors(number: int) -> Iterator[None]:
+    """Around update `number`.
+
+    Raises:
+        TrainingError: memory ran out; the message names the settings that lower what an update takes.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # The CPU's allocator has no error type of its own.
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not known:
+            raise
+        raise TrainingError(
+            f"update {number}: out of memory ({(str(error) or type(error).__name__).splitlines()[0]}). The newest "
+            "checkpoint is the last good state; lower training.micro_batch or the generator's size, or set "
+            "training.gradient_checkpointing=true, training.lora={}, generator.precision=bf16, or "
+            "distribution.strategy=fsdp with more processes"
+        ) from error
 
 
 class Trainer:
@@ -104,8 +130,8 @@ class Trainer:
         self.folder = experiment / "runs" / config.run_name
         self.prompts_path = experiment / "prompts" / "train.jsonl"
         self.embeddings_path = experiment / "embeddings" / "train.safetensors"
-        self.accelerator = Accelerator(cpu=config.generator.device == "cpu")
-        self.device = torch.device(config.generator.device)
+        self.distribution = Distribution(config.distribution, config.generator.device)
+        self.device = self.distribution.device
         self.prompts = read_prompts(self.prompts_path)
         update_prompts(self.prompts, config.seed, 1, config.training.prompts_per_update)
         self.generator = load_generator(config.generator, root)
@@ -147,15 +173,27 @@ class Trainer:
             score(name, reward, blank, [self.prompts[0].text], [self.prompts[0].metadata])
 
     def _prepare_network(self) -> None:
-        config = self.config
+        config, training, processes = self.config, self.config.training, self.distribution.data_processes
+        for name, size in (("group_size", training.group_size), ("best_of", training.best_of)):
+            samples = training.prompts_per_update * (size or 0) // training.optimizer_steps_per_update
+            if (samples // training.micro_batch) % processes:
+                raise TrainingError(
+                    f"training.{name}: the {samples // training.micro_batch} micro-batches of an optimizer step do not "
+                    f"divide among {processes} processes; change training.micro_batch or distribution.processes"
+                )
+        if training.gradient_checkpointing:
+            self.generator.recompute_activations()
         # The generator as it was: with LoRA, the network without its adapter.
-        copied = config.objective.kl_weight > 0 and config.training.lora is None
-        self.reference = copy.deepcopy(self.generator.network) if copied else None
-        if config.training.lora is None:
+        copied = config.objective.kl_weight > 0 and training.lora is None
+        reference = copy.deepcopy(self.generator.network) if copied else None
+        if training.lora is None:
             self.generator.network.requires_grad_(True)
         else:
-            self.generator.add_lora(config.training.lora, config.seed)
-        network = self.generator.network
+            self.generator.add_lora(training.lora, config.seed)
+        precision = config.generator.precision
+        self.generator.network = self.distribution.wrap(self.generator.network, precision)
+        self.reference = None if reference is None else self.distribution.wrap(reference, precision)
+        network = self.distribution.unwrap(self.generator.network)
         self.trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(),
@@ -164,19 +202,6 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        training, processes = config.training, self.accelerator.num_processes
-        if processes > 1 and training.best_of is not None:
-            raise TrainingError(
-                "training.best_of selects among the samples of one process; start one, or set it to null"
-            )
-        samples = training.prompts_per_update * training.group_size // training.optimizer_steps_per_update
-        if (samples // training.micro_batch) % processes:
-            raise TrainingError(
-                f"the {samples // training.micro_batch} micro-batches of an optimizer step do not divide among "
-                f"{processes} processes; change training.micro_batch or the number of processes"
-            )
-        if processes > 1:
-            self.generator.network = self.accelerator.prepare_model(network, evaluation_mode=False).eval()
 
     def _check_resources(self) -> None:
         count = sum(value.numel() for value in self.trainable.values())
@@ -191,11 +216,13 @@ class Trainer:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             frozen = 0 if self.reference is None else sum(value.numel() for value in self.reference.parameters())
-            if 16 * count + 4 * frozen > total:
+            shards = self.distribution.processes if self.config.distribution.strategy == "fsdp" else 1
+            state = (16 * count + 4 * frozen) / shards
+            if state > total:
                 raise TrainingError(
                     f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference of "
-                    f"objective.kl_weight, need {(16 * count + 4 * frozen) / 2**30:.0f} GiB, the device has "
-                    f"{total / 2**30:.0f}; use training.lora"
+                    f"objective.kl_weight, need {state / 2**30:.0f} GiB in each process, the device has "
+                    f"{total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp on more devices"
                 )
 
     # ---- one update -------------------------------------------------------------------------------
@@ -247,7 +274,7 @@ class Trainer:
         transitions = chosen_transitions(samples, config.training, stochastic, config.seed, number).to(self.device)
         batches, images = [], []
         for position, start in enumerate(range(0, len(samples), size)):
-            if position % self.accelerator.num_processes != self.accelerator.process_index:
+            if position % self.distribution.data_processes != self.distribution.data_rank:
                 continue
             self._stop_if_asked(number - 1)
             chunk = samples[start : start + size]
@@ -272,18 +299,12 @@ class Trainer:
             for name, reward in self.rewards.items():
                 values = score(name, reward, pictures, [s.prompt.text for s in own], [s.prompt.metadata for s in own])
                 rewards[name][list(batch.rows)] = values
-        if self.accelerator.num_processes > 1:
-            rows = [row for batch in batches for row in batch.rows]
-            rewards = {name: self._everywhere(values[rows], batches).cpu() for name, values in rewards.items()}
-        return rewards
+        rows = [row for batch in batches for row in batch.rows]
+        return {name: self._in_order(values[rows], batches).cpu() for name, values in rewards.items()}
 
-    def _everywhere(self, local: Tensor, batches: list[MicroBatch]) -> Tensor:
+    def _in_order(self, local: Tensor, batches: list[MicroBatch]) -> Tensor:
         """Values ``(n, ...)`` of this process's samples, gathered to ``(N, ...)`` in the order of all samples."""
-        if self.accelerator.num_processes == 1:
-            return local
-        rows = torch.tensor([row for batch in batches for row in batch.rows], device=self.device)
-        order = self.accelerator.gather(rows).argsort()
-        return self.accelerator.gather(local.to(self.device))[order]
+        return self.distribution.in_order(local, [row for batch in batches for row in batch.rows])
 
     def _reward_metrics(self, rewards: dict[str, Tensor], weights: dict[str, float], valid: Tensor) -> dict[str, float]:
         total = torch.stack([weights[name] * values.double() for name, values in rewards.items()]).sum(dim=0)[valid]
@@ -307,9 +328,9 @@ class Trainer:
         # After the last batch: on an accelerator, reading a flag waits for everything before it.
         for part in found:
             part.check()
-        maps = self._everywhere(torch.cat([part.maps for part in found]), batches)
-        constant = self._everywhere(torch.cat([part.constant for part in found]), batches)
-        converged = self._everywhere(torch.cat([part.converged for part in found]), batches)
+        maps = self._in_order(torch.cat([part.maps for part in found]), batches)
+        constant = self._in_order(torch.cat([part.constant for part in found]), batches)
+        converged = self._in_order(torch.cat([part.converged for part in found]), batches)
         permutations = None
         if kind == "shuffled":
             positions = maps[0].numel()
@@ -352,7 +373,12 @@ class Trainer:
         ranked = best_and_worst(values.flatten(1).mean(dim=1) if values.ndim > 1 else values, groups, count)
         share = count // self.config.training.optimizer_steps_per_update
         # As for all samples: (optimizer step, prompt, sample).
-        return regroup(batches, [row for part in ranked.split(share, dim=1) for row in part.flatten().tolist()])
+        rows = [row for part in ranked.split(share, dim=1) for row in part.flatten().tolist()]
+        whole = concatenated(batches, lambda local: self._in_order(local, batches))
+        chunks = [rows[start : start + len(batches[0].rows)] for start in range(0, len(rows), len(batches[0].rows))]
+        return [
+            whole.select(chunk) for chunk in chunks[self.distribution.data_rank :: self.distribution.data_processes]
+        ]
 
     def _learn(
         self, batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int
@@ -365,15 +391,17 @@ class Trainer:
         seen = torch.zeros_like(clipped)
         # Sums of squares of log rho: before the first step it is noise, after it the policy's change.
         noise, change, changes = torch.zeros((), device=self.device), torch.zeros(2, device=self.device), 0
+        calls: list[tuple[Tensor, MicroBatch, Tensor]] = []
         for step in range(training.epochs * training.optimizer_steps_per_update):
             first = (step % training.optimizer_steps_per_update) * per_step
             loss_sum = torch.zeros((), device=self.device)
+            calls.clear()
             for index in range(first, first + per_step):
                 batch = batches[index]
                 own = advantages[list(batch.rows)]
                 for slot in range(slots):
                     last = index == first + per_step - 1 and slot == slots - 1
-                    with contextlib.nullcontext() if last else self.accelerator.no_sync(self.generator.network):
+                    with self.distribution.gradients(self.generator.network, last):
                         which = batch.steps[:, slot]
                         moved = policy_transition(
                             self.generator, batch.conditioning, batch.trajectory, which, self.chain
@@ -407,26 +435,31 @@ class Trainer:
                             loss = loss + objective.kl_weight * kl
                         loss = loss / (per_step * slots)
                         loss.backward()
+                    calls.append((loss.detach(), batch, which))
                     loss_sum += loss.detach()
                     # At an update's first step every ratio is 1: nothing can be clipped there.
                     if step > 0:
                         clipped.index_add_(0, which, surrogate.clipped)
                         seen.index_add_(0, which, torch.ones_like(surrogate.clipped))
             norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.config.optimizer.max_grad_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not bool(torch.isfinite(norm)):
-                texts = sorted({sample.prompt.text for sample in samples})
                 raise TrainingError(
-                    f"update {number}, optimizer step {step + 1}: the gradient is not finite; the newest checkpoint "
-                    f"is the last good state. Prompts of the update: {texts}"
+                    f"update {number}, optimizer step {step + 1}: the gradient is not finite, "
+                    f"{self._bad_calls(calls, samples)}; nothing of it was applied, and the newest checkpoint is the "
+                    "last good state. A lower optimizer.learning_rate, or generator.precision=fp32, avoids most such "
+                    "cases"
                 )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss_sum))
             norms.append(float(norm))
-        if self.accelerator.num_processes > 1:
-            clipped, seen = self.accelerator.reduce(clipped), self.accelerator.reduce(seen)
+        count, total = self.distribution.processes, self.distribution.total
+        clipped, seen = total(clipped), total(seen)
+        noise, change, changes = total(noise) / count, total(change), changes * count
+        largest = self.distribution.largest(largest)
         metrics = {
-            "loss": sum(losses) / len(losses),
+            "loss": float(total(torch.tensor(sum(losses) / len(losses), dtype=torch.float64))) / count,
             "grad/norm": sum(norms) / len(norms),
             "log_ratio/max_before_first_step": largest,
             "log_ratio/rms_before_first_step": float(noise.sqrt()),
@@ -437,8 +470,18 @@ class Trainer:
             sample, position = (change / changes).sqrt().tolist()
             metrics |= {"log_ratio/rms_sample": sample, "log_ratio/rms_position": position}
         if divergences:
-            metrics["kl"] = float(torch.stack(divergences).mean())
+            metrics["kl"] = float(total(torch.stack(divergences).mean()) / count)
         return metrics | {f"clip/share_t{t}": float(clipped[t] / seen[t]) for t in range(len(seen)) if float(seen[t])}
+
+    def _bad_calls(self, calls: list[tuple[Tensor, MicroBatch, Tensor]], samples: list[Sample]) -> str:
+        """Which micro-batches of an optimizer step, of all processes, have a loss that is not finite."""
+        found = [
+            f"transitions {steps.tolist()} of samples {', '.join(_named(samples[row]) for row in batch.rows)}"
+            for loss, batch, steps in calls
+            if not bool(torch.isfinite(loss))
+        ]
+        everyones = [text for texts in self.distribution.everyones(found) for text in texts]
+        return "and so is the loss of " + "; ".join(everyones) if everyones else "although every loss of it is"
 
     def _log_ratio(self, moved: TransitionBatch) -> Tensor:
         objective = self.config.objective
@@ -464,7 +507,7 @@ class Trainer:
     def _reference_policy(self) -> Iterator[None]:
         policy = self.generator.network
         # The network itself: a second call of its distributed wrapper before the backward pass would disturb that.
-        network: Any = self.accelerator.unwrap_model(policy) if self.reference is None else self.reference
+        network: Any = self.distribution.unwrap(policy) if self.reference is None else self.reference
         self.generator.network = network
         if self.reference is None:
             network.disable_adapters()
@@ -482,12 +525,19 @@ class Trainer:
         tolerance = self.config.training.log_ratio_tolerance
         if largest <= tolerance:
             return largest
+        # NaN counts as the largest.
         row, *place = (int(i) for i in torch.unravel_index(log_ratio.abs().argmax(), log_ratio.shape))
         sample = samples[batch.rows[row]]
+        if not math.isfinite(largest):
+            raise TrainingError(
+                f"update {number}: log rho is not finite at {tuple(place)} of transition {int(steps[row])}, sample "
+                f"{_named(sample)}: the policy's prediction there is not. The newest checkpoint is the last good "
+                "state; a lower optimizer.learning_rate, or generator.precision=fp32, avoids most such cases"
+            )
         raise TrainingError(
             f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
             f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
-            f"sample {sample.index} of {sample.prompt.text!r}. Rollout and update do not evaluate the same network: a "
+            f"sample {_named(sample)}. Rollout and update do not evaluate the same network: a "
             "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients"
         )
 
@@ -546,43 +596,42 @@ class Trainer:
         return newest
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        weights = unprefixed("network", checkpoint.tensors)
+        weights = checkpoint.tensors.below("network")
         with torch.no_grad():
             for name, value in self.trainable.items():
-                value.copy_(weights[name])
-        load_optimizer_tensors(self.optimizer, unprefixed("optimizer", checkpoint.tensors))
+                value.copy_(weights.like(name, value))
+        load_optimizer_tensors(self.optimizer, checkpoint.tensors.below("optimizer"))
 
     def _save(self, update: int, identity: str, tracker: Tracker | None) -> None:
-        if tracker is None:
-            return
         with self.timer("checkpoint"):
-            self._write_checkpoint(update, identity, tracker)
-
-    def _write_checkpoint(self, update: int, identity: str, tracker: Tracker) -> None:
-        tracker.flush()
-        tensors = prefixed("network", dict(self.trainable)) | prefixed("optimizer", optimizer_tensors(self.optimizer))
-        # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
-        metrics = (self.folder / "metrics.jsonl").read_text()
-        save_checkpoint(
-            self._checkpoints,
-            update,
-            tensors,
-            {"identity": identity, "metrics": metrics, "config": dump_config(self.config)},
-        )
-        prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
+            state = {}
+            if tracker is not None:
+                tracker.flush()
+                # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
+                metrics = (self.folder / "metrics.jsonl").read_text()
+                state = {"identity": identity, "metrics": metrics, "config": dump_config(self.config)}
+            tensors = prefixed("network", dict(self.trainable))
+            tensors |= prefixed("optimizer", optimizer_tensors(self.optimizer))
+            save_checkpoint(self._checkpoints, update, tensors, state, self.distribution)
+            if self.distribution.is_main:
+                prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
 
     def _save_weights(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            wrapped = self.generator.network
-            self.generator.network = self.accelerator.unwrap_model(wrapped)
+        wrapped = self.generator.network
+        self.generator.network = self.distribution.unwrap(wrapped)
+        state = self.distribution.full_state(self.generator.network)
+        if self.distribution.is_main:
             with atomic_folder(folder) as temporary:
-                self.generator.save_network(temporary)
-            self.generator.network = wrapped
+                self.generator.save_network(temporary, state)
+        self.generator.network = wrapped
 
     def _stop_if_asked(self, finished: int) -> None:
-        if self.stop_signal is not None:
+        # All processes stop at the same place, whichever of them the signal reached.
+        self.distribution.meet()
+        stop = int(self.distribution.largest(self.stop_signal or 0))
+        if stop:
             raise Preempted(
-                f"stopped by {signal.Signals(self.stop_signal).name} after update {finished}; "
+                f"stopped by {signal.Signals(stop).name} after update {finished}; "
                 "start the same command again to go on from there"
             )
 
@@ -616,12 +665,19 @@ class Trainer:
             Preempted: SIGTERM or SIGUSR1 arrived; the newest checkpoint holds every finished update.
         """
         training = self.config.training
-        main = self.accelerator.is_main_process
+        main = self.distribution.is_main
         with self._signals():
             identity = self.identity()
-            self.accelerator.wait_for_everyone()
+            # The main process may be setting another configuration's run aside.
+            self.distribution.meet()
             newest = self._resumable()
             start = 0 if newest is None else newest.update
+            views = self.distribution.everyones([start, identity])
+            if any(view != views[0] for view in views):
+                raise TrainingError(
+                    f"{self._checkpoints}: the processes do not see the same newest checkpoint and inputs (update and "
+                    f"identity by rank: {views}); put results and inputs on a disk that all nodes share"
+                )
             if main:
                 if newest is None:
                     # Weights stand for a finished run of this configuration: another one's, which came without its
@@ -652,7 +708,7 @@ class Trainer:
                 done = saved = start
                 try:
                     for number in range(start + 1, training.updates + 1):
-                        with self.timer("total"):
+                        with self.timer("total"), memory_errors(number):
                             metrics = self.update(number)
                         if tracker is not None:
                             tracker.log(number, metrics, self._timing())
@@ -688,8 +744,9 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
     """
     trainer = Trainer(config, root, experiment)
     folder = trainer.folder
-    if not trainer.accelerator.is_main_process:
+    if not trainer.distribution.is_main:
         trainer.run()
+        trainer.distribution.leave()
         return
 
     def outputs() -> list[Path]:
@@ -710,3 +767,4 @@ def train_run(config: Config, root: Path, experiment: Path) -> None:
             root=root,
         ):
             trainer.run()
+            trainer.distribution.leave()

@@ -1,0 +1,123 @@
+"""Trains by several ranks, forked from one process that has imported everything, one job after the other.
+
+    ranks.py JOBS
+
+JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n sends SIGTERM to
+the last rank alone after n updates; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an update instead,
+and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it begins. Prints the
+exit statuses of each job's ranks as a JSON line.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def parts_of_an_update(trainer: Any, number: int) -> dict[str, Tensor]:
+    """Latents of all samples, their advantages, and each optimizer step's gradients, as update `number` has them."""
+    found: dict[str, Tensor] = {}
+    learn, step = trainer._learn, trainer.optimizer.step
+
+    def seen_learn(batches: Any, advantages: Tensor, samples: Any, update: int) -> Any:
+        rows = torch.tensor([row for batch in batches for row in batch.rows])
+        latents = trainer._in_order(torch.cat([batch.trajectory.latents for batch in batches]), batches)
+        found["latents"] = latents if trainer.distribution.processes > 1 else latents[rows.argsort()]
+        found["advantages"] = advantages
+        return learn(batches, advantages, samples, update)
+
+    def seen_step() -> None:
+        count = sum(name.startswith("gradient/") for name in found) // len(trainer.trainable)
+        for name, value in trainer.trainable.items():
+            whole = value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad
+            found[f"gradient/{count}/{name}"] = whole.clone()
+        step()
+
+    trainer._learn, trainer.optimizer.step = seen_learn, seen_step
+    metrics = trainer.update(number)
+    return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+
+
+def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -> int:
+    """What one rank does; its exit status."""
+    from vipo.config.compose import repository_root
+    from vipo.errors import Preempted
+    from vipo.training.trainer import Trainer, train_run
+
+    try:
+        if memory is not None:
+            trainer = Trainer(config, repository_root(), experiment)
+            most = psutil.Process().memory_info().vms + memory * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            trainer.run()
+        elif parts is None:
+            train_run(config, repository_root(), experiment)
+        else:
+            trainer = Trainer(config, repository_root(), experiment)
+            found = parts_of_an_update(trainer, 1)
+            if trainer.distribution.is_main:
+                save_file({name: value.contiguous() for name, value in found.items()}, parts)
+            trainer.distribution.leave()
+    except Preempted:
+        return 75
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def train(world: int, results: Path, overrides: list[str], **spec: Any) -> list[int]:
+    """Fork the ranks of one job, disturb them as told, and give their exit statuses."""
+    from vipo.config.compose import load_config
+
+    config = load_config([*overrides, f"distribution.processes={world}"])
+    metrics = results / "demo/runs" / config.run_name / "metrics.jsonl"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": free.getsockname()[1]}
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            if world > 1:
+                group |= {"RANK": rank, "LOCAL_RANK": rank}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
+            status = work(config, results / "demo", spec.get("parts"), spec.get("memory"))
+            sys.stderr.flush()
+            os._exit(status)
+        children.append(child)
+    wanted = spec.get("stop_at", spec.get("kill_at"))
+    if wanted is not None:
+        while (metrics.read_bytes().count(b"\n") if metrics.is_file() else 0) < wanted:
+            time.sleep(0.002)
+        for child in children if "kill_at" in spec else children[-1:]:
+            os.kill(child, signal.SIGKILL if "kill_at" in spec else signal.SIGTERM)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main() -> None:
+    """Import what the ranks need, once, and run the jobs."""
+    import timm  # noqa: F401
+
+    import vipo.generators.flux
+    import vipo.training.trainer  # noqa: F401
+
+    for job in json.loads(sys.argv[1]):
+        job["results"] = Path(job["results"])
+        print(json.dumps(train(**job)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Several gloo processes: noise, advantages and gradients as of one, exact resume on any number of them, faults."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from vipo.config.compose import repository_root
+from vipo.training.checkpoints import list_checkpoints, load_checkpoint
+
+ROOT = repository_root()
+VIPO = str(Path(sys.executable).with_name("vipo"))
+RUN = "demo/runs/vipo-s0"
+
+
+@pytest.fixture
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    """Four micro-batches in an optimizer step, so that four processes have one each."""
+    return [*tiny_overrides, "arm=vipo", "training.updates=5", "training.group_size=8", "training.micro_batch=2"]
+
+
+def _ranks(*jobs: dict[str, Any]) -> list[list[int]]:
+    """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks."""
+    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), json.dumps(jobs, default=str)]
+    finished = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in finished.stdout.splitlines()]
+
+
+def _artifacts(results: Path) -> dict[str, bytes]:
+    run = results / RUN
+    files = [run / "metrics.jsonl", *run.glob("weights/**/*.*"), *run.glob("updates/**/*.*")]
+    assert len(files) >= 3
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def _largest_difference(a: Path, b: Path) -> float:
+    (x,), (y,) = (list((results / RUN / "weights").rglob("*.safetensors")) for results in (a, b))
+    first, second = load_file(x), load_file(y)
+    assert first.keys() == second.keys()
+    return max(float((value - second[name]).abs().max()) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="ratio-per-position"),
+        pytest.param(["arm=grpo", "objective.kl_weight=0.01", "training.best_of=4"], id="kl-and-best-of"),
+        pytest.param(
+            ["training.lora={rank: 2, alpha: 4.0}", "objective.kl_weight=0.01", "training.gradient_checkpointing=true"],
+            id="lora-and-checkpointing",
+        ),
+    ],
+)
+def test_an_update_is_the_same_on_any_number_of_processes(
+    prepared: Path, overrides: list[str], tmp_path: Path, options: list[str]
+) -> None:
+    jobs: list[dict[str, Any]] = []
+    for world, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        results, parts = tmp_path / f"{world}{strategy}", tmp_path / f"{world}{strategy}.safetensors"
+        chosen = [*overrides, *options, f"distribution.strategy={strategy}"]
+        jobs.append({"world": world, "results": results, "overrides": chosen, "parts": parts})
+        shutil.copytree(prepared, results)
+    assert _ranks(*jobs) == [[0], [0, 0], [0, 0]]
+    found = {job["parts"].stem: load_file(job["parts"]) for job in jobs}
+    alone = found.pop("1ddp")
+    assert float(alone["latents"].std()) > 0.5
+    assert sum(name.startswith("gradient/1/") for name in alone) > 5
+    largest = max(float(value.abs().max()) for name, value in alone.items() if name.startswith("gradient/"))
+    for parts in found.values():
+        assert parts.keys() == alone.keys()
+        assert (parts["latents"] == alone["latents"]).all()
+        assert (parts["advantages"] == alone["advantages"]).all()
+        for name, value in alone.items():
+            if name.startswith("gradient/"):
+                assert float((parts[name] - value).abs().max()) <= 1e-6 * largest, name
+            elif name.startswith("metric/"):
+                assert float(parts[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-7), name
+
+
+def test_other_numbers_of_processes_reach_the_same_weights(
+    prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    """Four from the start; and two whose shards one process reads, whose whole tensors four read."""
+    alone, four, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "four", "moved"))
+    chosen = [*overrides, "training.updates=12"]
+    sharded = [*chosen, "distribution.strategy=fsdp"]
+    assert _ranks(
+        {"world": 1, "results": alone, "overrides": chosen},
+        {"world": 4, "results": four, "overrides": chosen},
+        {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
+    ) == [[0], [0] * 4, [75, 75]]
+    newest = list_checkpoints(moved / RUN / "checkpoints")[0]
+    assert 2 <= int(newest.name) < 12
+    pieces = {path.name for path in newest.glob("*.safetensors")}
+    assert pieces == {f"tensors-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
+    assert _ranks(
+        {"world": 1, "results": moved, "overrides": sharded, "stop_at": int(newest.name) + 2},
+        {"world": 4, "results": moved, "overrides": sharded},
+    ) == [[75], [0] * 4]
+    assert _largest_difference(alone, four) <= 1e-5
+    assert _largest_difference(alone, moved) <= 1e-5
+    lines = (moved / RUN / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update"] for line in lines] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_killed_processes_end_with_the_same_bytes(
+    prepared: Path, overrides: list[str], tmp_path: Path, strategy: str
+) -> None:
+    chosen = [*overrides, "training.updates=8", f"distribution.strategy={strategy}"]
+    whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
+    assert _ranks(
+        {"world": 2, "results": whole, "overrides": chosen},
+        {"world": 2, "results": disturbed, "overrides": chosen, "kill_at": 3},
+        {"world": 2, "results": disturbed, "overrides": chosen},
+    ) == [[0, 0], [-9, -9], [0, 0]]
+    assert _artifacts(whole) == _artifacts(disturbed)
+    assert not list((disturbed / RUN).rglob("*.partial"))
+
+
+# ---- through the command line: the launcher and its ranks ---------------------------------------------
+
+
+class _Launched:
+    """`vipo train` on two processes in the background, its ranks by number."""
+
+    def __init__(self, results: Path, overrides: list[str], errors: Path) -> None:
+        self.metrics, self.errors = results / RUN / "metrics.jsonl", errors
+        checkpoints = list_checkpoints(results / RUN / "checkpoints")
+        self.start = int(checkpoints[0].name) if checkpoints else 0
+        command = [VIPO, "train", *overrides, "distribution.processes=2", "--results", str(results)]
+        with errors.open("wb") as stream:
+            self.process = subprocess.Popen(command, cwd=ROOT, stderr=stream)
+
+    def updated(self) -> None:
+        """Wait until two updates have been made since the start."""
+        while not self.metrics.is_file() or self.metrics.read_text().count("\n") < self.start + 2:
+            assert self.process.poll() is None, self.errors.read_text()
+            time.sleep(0.02)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+
+    def ended(self) -> tuple[int, str]:
+        return self.process.wait(timeout=120), self.errors.read_text()
+
+
+def _error_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "error: " in line or line.startswith("ERROR ")]
+
+
+def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+    """One run: a rank killed, the launcher killed, a rank that hangs, pre-emption; then the undisturbed bytes."""
+    whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
+    chosen = [*overrides, "training.updates=400", "training.checkpoint_every=1", "training.save_at=[]"]
+
+    launched = _Launched(results, chosen, tmp_path / "killed.txt")
+    launched.updated()
+    launched.ranks()[1].kill()
+    status, text = launched.ended()
+    assert status == 1, text
+    first = _error_lines(text)[0]
+    assert ": rank 1 (process " in first, text
+    assert "was killed by SIGKILL" in first
+
+    # The launcher is gone: its ranks write a checkpoint, though none is due, and end.
+    launched = _Launched(results, [*chosen, "training.checkpoint_every=400"], tmp_path / "launcher.txt")
+    launched.updated()
+    ranks = launched.ranks()
+    launched.process.kill()
+    psutil.wait_procs(ranks.values(), timeout=60)
+    assert int(list_checkpoints(results / RUN / "checkpoints")[0].name) >= launched.start + 2
+
+    launched = _Launched(results, [*chosen, "distribution.timeout_seconds=3"], tmp_path / "hangs.txt")
+    launched.updated()
+    launched.ranks()[1].suspend()
+    status, text = launched.ended()
+    assert status == 1, text
+    assert "rank 1 did not come within distribution.timeout_seconds 3" in _error_lines(text)[0], text
+
+    # Two jobs on one run folder: the second says who writes it, and changes nothing.
+    launched = _Launched(results, chosen, tmp_path / "preempted.txt")
+    launched.updated()
+    twice = subprocess.run(
+        [VIPO, "train", *chosen, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert twice.returncode == 1
+    assert "another process writes it (process" in _error_lines(twice.stderr)[0]
+    launched.process.send_signal(signal.SIGTERM)
+    status, text = launched.ended()
+    assert status == 75, text
+    assert "stopped by SIGTERM after update" in text
+    newest = list_checkpoints(results / RUN / "checkpoints")[0]
+    stopped = load_checkpoint(newest)
+    assert stopped.update >= launched.start + 2
+
+    # As many updates undisturbed: the same state, byte for byte, whatever happened in between.
+    assert _ranks({"world": 2, "results": whole, "overrides": chosen, "stop_at": stopped.update}) == [[75, 75]]
+    same = whole / RUN / "checkpoints" / newest.name
+    if not same.is_dir():
+        pytest.fail(f"the undisturbed run did not stop near update {stopped.update}")
+    assert (same / "tensors.safetensors").read_bytes() == (newest / "tensors.safetensors").read_bytes()
+    assert load_checkpoint(same).state == stopped.state

@@ -1,0 +1,105 @@
+"""Numbers that are not finite, and memory that runs out: the run stops, says where, and the last good state stays."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vipo.config.compose import load_config, repository_root
+from vipo.stages import train_stage
+from vipo.training.checkpoints import list_checkpoints, load_checkpoint
+from vipo.training.samples import TrainingError
+from vipo.training.trainer import Trainer, memory_errors, train_run
+
+ROOT = repository_root()
+RUN = "demo/runs/vipo-s0"
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """From its `call`-th call on, log rho is not a number for the second sample of a micro-batch."""
+    sound, calls = Trainer._log_ratio, iter(range(1, 10_000))
+
+    def poisoned(self: Trainer, moved: Any) -> Tensor:
+        value = sound(self, moved)
+        return value * torch.tensor([1.0, torch.nan])[:, None, None] if next(calls) >= call else value
+
+    monkeypatch.setattr(Trainer, "_log_ratio", poisoned)
+
+
+def test_nan_stops_with_the_last_good_checkpoint_and_says_which_batch(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
+    config = load_config([*tiny_overrides, "arm=vipo", "training.micro_batch=2"])
+    counted = Trainer(config, ROOT, prepared / "demo")
+    calls = 0
+    sound = counted._log_ratio
+
+    def count(moved: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return sound(moved)
+
+    counted._log_ratio = count  # type: ignore[method-assign]
+    counted.update(1)
+    assert calls % 4 == 0
+    with pytest.MonkeyPatch.context() as patched:
+        # In the third update's last optimizer step, at its very last call.
+        _poison(patched, 3 * calls)
+        with pytest.raises(TrainingError) as caught:
+            train_run(config, ROOT, results / "demo")
+    message = str(caught.value)
+    assert message.startswith(
+        "update 3, optimizer step 2: the gradient is not finite, and so is the loss of transitions ["
+    )
+    assert message.count(" of '") == 2
+    assert "last good state" in message
+    newest = list_checkpoints(results / RUN / "checkpoints")[0]
+    assert load_checkpoint(newest).update == 2
+    # Nothing bad was kept: the same command goes on to the undisturbed run's bytes.
+    train_stage(config, ROOT, results)
+    train_stage(config, ROOT, whole)
+    for name in ("metrics.jsonl", "weights/transformer/diffusion_pytorch_model.safetensors"):
+        assert (results / RUN / name).read_bytes() == (whole / RUN / name).read_bytes()
+
+
+def test_nan_before_the_first_step_names_the_sample(
+    prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(load_config([*tiny_overrides, "arm=vipo", "training.micro_batch=2"]), ROOT, prepared / "demo")
+    before = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    _poison(monkeypatch, 1)
+    with pytest.raises(TrainingError, match=r"update 1: log rho is not finite at .* of transition \d, sample 1 of '"):
+        trainer.update(1)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.trainable.items())
+
+
+def test_memory_that_runs_out_names_the_settings_that_lower_it(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """The real thing: the process may take 64 MiB more than it has when the update begins."""
+    results = shutil.copytree(prepared, tmp_path / "results")
+    overrides = [*tiny_overrides, "arm=vipo", "training.group_size=128", "training.micro_batch=128"]
+    job = {"world": 1, "results": str(results), "overrides": overrides}
+    command = [sys.executable, str(ROOT / "tests/e2e/ranks.py"), json.dumps([job | {"memory": 64}, job])]
+    finished = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    # And without that limit, it is enough.
+    assert finished.stdout.splitlines() == ["[1]", "[0]"]
+    shown = finished.stderr
+    assert "TrainingError: update 1: out of memory (" in shown
+    for setting in ("training.micro_batch", "training.gradient_checkpointing=true", "training.lora", "strategy=fsdp"):
+        assert setting in shown
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    with pytest.raises(RuntimeError, match="shape mismatch"), memory_errors(1):
+        raise RuntimeError("shape mismatch")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()):
+        with pytest.raises(TrainingError, match="update 7: out of memory"), memory_errors(7):
+            raise error

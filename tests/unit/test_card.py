@@ -1,0 +1,150 @@
+"""The model card: whatever a prompt holds, the page shows exactly it and the metadata reads back."""
+
+import dataclasses
+import html.parser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from vipo.config.compose import load_config
+from vipo.evaluation.statistics import Interval
+from vipo.prompts.prompt import clean_text
+from vipo.reporting.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
+
+CONFIG = load_config(["experiment=demo", "arm=vipo"])
+RECORD = {
+    "inputs": [],
+    "versions": {"vipo": "0.1.0"},
+    "package_sha256": "ab" * 32,
+    "git": {"commit": "cd" * 20, "dirty": False},
+}
+HOSTILE = [
+    "<script>alert(1)</script> & \"quoted\" 'single' {{ 7 * 7 }} {% raw %}",
+    "a | b || c \\| d",
+    "`code` **bold** _em_ ~~gone~~ $x$ [link](http://x.y) ![i](a.png) <b>",
+    "--- # heading - item 1. item > quote www.example.org a@b.c :smile: @user #12",
+    "‮right to left‬ مربع كبير 🎨",
+    "&lt;b&gt; &#91; \\u202e",
+    "key: value, 'yaml' \"too\" - [x] {y: z} !!python/object:os.system %TAG *a &b",
+    "averylongwordwithoutanybreak" * 30,
+]
+APACHE = Licence(None, "apache-2.0", None, None, ())
+TEXTS = st.text(min_size=1, max_size=60).map(clean_text).filter(bool)
+
+
+class _Text(html.parser.HTMLParser):
+    """Text and tags of a rendered page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.cells: list[str] = []
+        self.tags: list[str] = []
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        if tag == "td":
+            self.cells.append("")
+            self._inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.cells[-1] += data
+
+
+def _cell(text: str) -> _Text:
+    return _Text(MarkdownIt("gfm-like", {"linkify": False}).render(f"| a |\n|---|\n| {escape_markdown(text)} |\n"))
+
+
+def _card(prompt: str, licence: Licence = APACHE, **changes: Any) -> ModelCard:
+    interval = Interval(0.1, 0.05, 0.2, "prompts", "conditional on these seeds")
+    lower = dataclasses.replace(interval, estimate=-0.1, low=-0.2, high=-0.05)
+    scores = [
+        ScoreRow("reward/object_redness", 0.2, 0.3, interval, "higher"),
+        ScoreRow("reward/scene_shape", 0.9, 0.8, lower, None),
+        ScoreRow("change/total", 0.0, 0.1, interval, None),
+    ]
+    samples = [CardSample(prompt, "samples/base-0a-0.png", "samples/0a-0.png", Path(), Path())]
+    arguments = {"counts": (40, 2), "pipeline_class": "FluxPipeline", "hub_id": None, "revision": None}
+    return model_card(CONFIG, RECORD, scores, samples, licence, **(arguments | changes))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
+    shown = _cell(text)
+    assert shown.tags == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
+    expected = text.replace("\u202e", "\\u202e").replace("\u202c", "\\u202c")
+    assert shown.cells == [expected]
+
+
+@given(TEXTS)
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    assert escape_markdown(escape_markdown(text)) == escape_markdown(text)
+    if not any("\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" for c in text):
+        assert _cell(text).cells == [text]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+def test_a_hostile_prompt_changes_nothing_around_it(prompt: str) -> None:
+    card = _card(prompt)
+    assert card.data["widget"] == [{"text": prompt, "output": {"url": "samples/0a-0.png"}}]
+    page = _Text(MarkdownIt("gfm-like", {"linkify": False}).render(card.text))
+    plain = _Text(MarkdownIt("gfm-like", {"linkify": False}).render(_card("a fox").text))
+    assert page.tags == plain.tags
+    # The example is Python that draws exactly this prompt.
+    code = card.text.split("```python\n")[1].split("\n```")[0]
+    compile(code, "card", "exec")
+    assert repr(prompt) in code
+
+
+@given(TEXTS)
+@settings(max_examples=50)
+def test_metadata_reads_back(prompt: str) -> None:
+    card = _card(prompt)
+    again = ModelCard(str(card), ignore_metadata_errors=False)
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data["widget"][0]["text"] == prompt
+    assert [result.metric_type for result in again.data.eval_results] == ["object_redness", "scene_shape"]
+
+
+def test_what_got_worse_is_said() -> None:
+    text = _card("a fox").text
+    assert "these are lower than the base's and their interval excludes zero: scene_shape." in text
+    assert "| object_redness (trained) | 0.2 | 0.3 | +0.100 | +0.050 to +0.200 | better by 0.100 |" in text
+    assert "commit " + "cd" * 20 in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "metadata", "said"),
+    [
+        (Licence(None, "mit", None, None, ()), {"license": "mit"}, "states its licence: mit."),
+        (
+            Licence(None, "other", "acme-terms", "LICENSE.md", ("LICENSE.md",)),
+            {"license": "other", "license_name": "acme-terms", "license_link": "LICENSE.md"},
+            "states its licence: acme-terms.",
+        ),
+        (Licence("apache-2.0", None, None, None, ()), {"license": "apache-2.0"}, "states no licence."),
+        (Licence("cc-by-4.0", "mit", None, None, ("NOTICE",)), {"license": "cc-by-4.0"}, "named cc-by-4.0 for it."),
+    ],
+)
+def test_licence(licence: Licence, metadata: dict[str, str], said: str) -> None:
+    card = _card("a fox", licence)
+    found = card.data.to_dict()
+    assert {key: value for key, value in found.items() if key.startswith("license")} == metadata
+    assert said in card.text
+    assert all(f"[{name}]({name})" in card.text for name in licence.files)
+
+
+def test_a_base_of_the_hub_is_named_with_its_revision() -> None:
+    card = _card("a fox", hub_id="acme/base", revision="0123abc")
+    assert (card.data.base_model, card.data["base_model_relation"]) == ("acme/base", "finetune")
+    assert "acme/base at revision 0123abc" in card.text

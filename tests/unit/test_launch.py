@@ -1,0 +1,101 @@
+"""The launcher: where the ranks of several nodes meet, and how they end together."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vipo.config.models import DistributionConfig
+from vipo.errors import Preempted
+from vipo.training.launch import launch, rendezvous
+from vipo.training.samples import TrainingError
+
+TWO = DistributionConfig(processes=2)
+
+
+def _program(text: str) -> list[str]:
+    return [sys.executable, "-c", "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n" + text]
+
+
+def test_one_node_needs_nothing() -> None:
+    found = rendezvous(TWO, {"SLURM_NODEID": "3"})
+    assert found["MASTER_ADDR"] == "127.0.0.1"
+    assert found["NODE_RANK"] == "0"
+    assert 0 < int(found["MASTER_PORT"]) < 65536
+
+
+def test_nodes_meet_on_the_first_one_of_the_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    slurm = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_JOB_ID": "123457"}
+    config = DistributionConfig(processes=2, nodes=2)
+    assert rendezvous(config, slurm) == {"MASTER_ADDR": "node3", "MASTER_PORT": "23457", "NODE_RANK": "1"}
+    assert rendezvous(config, slurm | {"MASTER_PORT": "7"})["MASTER_PORT"] == "7"
+    with pytest.raises(TrainingError, match=r"distribution.nodes is 3, but this Slurm step has 2 nodes"):
+        rendezvous(DistributionConfig(nodes=3), slurm)
+    # A step may have fewer nodes than its job.
+    with pytest.raises(TrainingError, match="this Slurm step has 1 nodes; start it with srun --nodes=2"):
+        rendezvous(config, slurm | {"SLURM_STEP_NUM_NODES": "1"})
+
+
+def test_without_slurm_the_variables_say_it() -> None:
+    config = DistributionConfig(nodes=2)
+    given = {"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1", "OTHER": "x"}
+    assert rendezvous(config, given) == {name: given[name] for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")}
+    del given["MASTER_PORT"]
+    with pytest.raises(TrainingError, match="MASTER_PORT are not set"):
+        rendezvous(config, given)
+
+
+def test_ranks_know_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    launch(_program(f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"), TWO)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 2", "1 1 2 2"]
+    launch(_program("print('hello', file=sys.stderr)"), TWO)
+    assert sorted(capfd.readouterr().err.splitlines()) == ["[rank 1] hello", "hello"]
+
+
+def test_the_rank_that_dies_is_shown_first_and_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 notices the death at once, as a broken collective would make it, and says so."""
+    text = """
+if rank == 1:
+    time.sleep(0.5)
+    print("my own trouble", file=sys.stderr, flush=True)
+    os._exit(3)
+time.sleep(0.55)
+print("where is rank 1?", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match=r"rank 1 \(process \d+ on .*\) ended with status 3; the other ranks"):
+        launch(_program(text), TWO)
+    assert time.monotonic() - started < 300
+    shown = capfd.readouterr().err
+    assert shown.startswith("[rank 1] my own trouble\n")
+    with pytest.raises(TrainingError, match="was killed by SIGKILL"):
+        launch(_program("os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)"), TWO)
+
+
+def test_a_signal_reaches_every_rank_and_their_status_comes_back(tmp_path: Path) -> None:
+    listening = [tmp_path / rank for rank in "01"]
+    text = f"""
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
+open(r"{tmp_path}/" + str(rank), "w").close()
+time.sleep(600)
+"""
+
+    def ask() -> None:
+        while not all(path.exists() for path in listening):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program(text), TWO)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

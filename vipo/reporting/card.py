@@ -1,0 +1,281 @@
+"""The model card of an exported run: metadata as the Hub reads it, and a page in Markdown."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vipo.config.models import Config
+from vipo.errors import VipoError
+from vipo.evaluation.statistics import Better, Interval, decimals, wording
+from vipo.generators.base import resolve_class
+from vipo.provenance import package_sha256
+from vipo.reporting.summary import describe, label
+
+LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*\Z")
+
+# What Markdown, HTML, and the Hub's formulas and mentions read inside a line; an underscore inside a word is none.
+_READ = re.compile(r"[!#$&*:<>@\[\\\]^`{|}~]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|(?<=www)\.")
+# They reorder the text around them, in a table the other cells too.
+_REORDERING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+class CardError(VipoError):
+    """A model card that would not say what it was given; the message names the value."""
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Under which terms a model may be passed on.
+
+    Attributes:
+        chosen: identifier that the exporting person named; None: the base's.
+        stated: identifier in the base's own card; None where it names none.
+        name, link: of a base's licence that has no identifier (`stated` is "other").
+        files: the base's licence files that go along.
+    """
+
+    chosen: str | None
+    stated: str | None
+    name: str | None
+    link: str | None
+    files: tuple[str, ...]
+
+    def metadata(self) -> dict[str, str | None]:
+        """The Hub's metadata keys."""
+        if self.chosen is not None:
+            return {"license": self.chosen}
+        return {"license": self.stated, "license_name": self.name, "license_link": self.link}
+
+    @property
+    def of_the_base(self) -> str | None:
+        """The words for the base's own licence."""
+        return self.name if self.stated == "other" else self.stated
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A score's mean over held-out samples of the base and of the model, and the interval of their difference."""
+
+    column: str
+    base: float
+    mean: float
+    interval: Interval
+    better: Better | None
+
+    @property
+    def label(self) -> str:
+        """The words for the column."""
+        return label(self.column)
+
+    @property
+    def digits(self) -> int:
+        """Decimal places for the difference and its limits."""
+        return decimals(self.interval.estimate, self.interval.low, self.interval.high)
+
+    @property
+    def verdict(self) -> str:
+        """What the interval shows, in words."""
+        return wording(self.interval, self.better)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        interval = self.interval
+        found = {"score": self.column, "trained": self.better is not None, "base": self.base, "model": self.mean}
+        return found | {"difference": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+@dataclass(frozen=True)
+class CardSample:
+    """One prompt's pictures: their places in the exported folder and the files they come from."""
+
+    text: str
+    base: str
+    mine: str
+    base_file: Path
+    file: Path
+
+
+def model_card(
+    config: Config,
+    training: Mapping[str, Any],
+    scores: Sequence[ScoreRow],
+    samples: Sequence[CardSample],
+    licence: Licence,
+    *,
+    counts: tuple[int, int],
+    pipeline_class: str,
+    hub_id: str | None,
+    revision: str | None,
+) -> ModelCard:
+    """The card of a run. Every text of the configuration or of a prompt is escaped.
+
+    Args:
+        config: of the run.
+        training: provenance of its train stage.
+        scores: trained ones first.
+        samples: what is shown; the first prompt is the one of the example.
+        licence: its own and the base's.
+        counts: held-out prompts, and samples of each.
+        pipeline_class: name in diffusers.
+        hub_id: of the base; None: it is known by its folder alone.
+        revision: of `hub_id`.
+
+    Raises:
+        CardError: the metadata does not survive being written and read.
+    """
+    base = hub_id or config.generator.path
+    data = _metadata(config, scores, samples, licence, counts, hub_id)
+    environment = Environment(
+        loader=PackageLoader("vipo.reporting"),
+        finalize=escape_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": _number, "signed": _signed, "plain": Markup}
+    generator = [entry for entry in training["inputs"] if "model_index.json" in entry.get("files", {})]
+    content = environment.get_template("model_card.md.j2").render(
+        metadata=Markup(data.to_yaml()),
+        title=data.model_name,
+        base=base if revision is None else f"{base} at revision {revision}",
+        method=describe(config.objective),
+        rewards=[term.name for term in config.reward.terms],
+        question=config.experiment.question,
+        base_sha256=generator[0]["sha256"] if generator else None,
+        config=config,
+        flow=config.sampling.transition != "ddim",
+        code=Markup(_usage(config, samples[0].text, pipeline_class, base, revision)),
+        counts=counts,
+        confidence=f"{config.evaluation.confidence:.0%}",
+        scores=scores,
+        worse=[row.label for row in scores if row.column.startswith("reward/") and _worse(row)],
+        samples=samples,
+        facts=_facts(config),
+        licence=licence,
+        training=training,
+        exporter=package_sha256(),
+    )
+    card = ModelCard(content)
+    if card.data.to_dict() != data.to_dict():
+        raise CardError(f"{data.model_name}: the card's metadata reads back differently; a prompt or name breaks YAML")
+    return card
+
+
+def escape_markdown(value: Any) -> Markup:
+    """Text as Markdown that shows exactly it where it does not begin a line: character references, on one line.
+
+    Characters that reorder text are written as their escape; what is `Markup` already stays as it is.
+    """
+    if isinstance(value, Markup):
+        return value
+    text = _REORDERING.sub(lambda found: f"\\u{ord(found[0]):04x}", " ".join(str(value).split()))
+    return Markup(_READ.sub(lambda found: f"&#{ord(found[0])};", text))
+
+
+def _number(value: float) -> Markup:
+    return Markup(f"{value:.4g}")
+
+
+def _signed(value: float, digits: int) -> Markup:
+    return Markup(f"{value:+.{digits}f}")
+
+
+def _worse(row: ScoreRow) -> bool:
+    return row.better is None and row.interval.high < 0
+
+
+def _metadata(
+    config: Config,
+    scores: Sequence[ScoreRow],
+    samples: Sequence[CardSample],
+    licence: Licence,
+    counts: tuple[int, int],
+    hub_id: str | None,
+) -> ModelCardData:
+    task = "text-to-image" if config.generator.frames is None else "text-to-video"
+    lora = config.training.lora is not None
+    prompts, repeats = counts
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=f"{config.experiment.name}-held-out",
+            dataset_name=f"{prompts} held-out prompts x {repeats} samples",
+            metric_type=row.column.split("/", 1)[1],
+            metric_name=f"{row.label}, mean (base: {row.base:.4g})",
+            metric_value=round(row.mean, 6),
+        )
+        for row in scores
+        if row.column.startswith("reward/")
+    ]
+    relation = {} if hub_id is None else {"base_model_relation": "adapter" if lora else "finetune"}
+    return ModelCardData(
+        **licence.metadata(),
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=hub_id,
+        **relation,
+        tags=[task, "diffusers", "diffusers-training", "vipo", *(["lora"] if lora else [])],
+        model_name=f"{config.experiment.name}-{config.run_name}",
+        eval_results=results,
+        widget=[{"text": sample.text, "output": {"url": sample.mine}} for sample in samples],
+    )
+
+
+def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision: str | None) -> str:
+    """Python that loads the exported folder and draws one sample with the evaluation's settings."""
+    generator = config.generator
+    settings: dict[str, Any] = {
+        "height": generator.height,
+        "width": generator.width,
+        "num_frames": generator.frames,
+        "num_inference_steps": config.evaluation.steps,
+        "guidance_scale": generator.guidance_scale,
+        "max_sequence_length": generator.max_sequence_length,
+        "negative_prompt": generator.negative_prompt or None,
+        "output_type": None if generator.frames is None else "pil",
+    }
+    taken = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
+    given = "".join(f"    {key}={value!r},\n" for key, value in settings.items() if key in taken and value is not None)
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    video = generator.frames is not None
+    lines += ["from diffusers.utils import export_to_gif"] if video else []
+    lines += ["", 'folder = "."  # where this card is: a folder, or the id on the Hub']
+    if config.training.lora is None:
+        lines += ["pipeline = DiffusionPipeline.from_pretrained(folder)"]
+    else:
+        pinned = "" if revision is None else f", revision={revision!r}"
+        lines += [f"pipeline = DiffusionPipeline.from_pretrained({base!r}{pinned})"]
+        lines += ["pipeline.load_lora_weights(folder)"]
+    lines += [f"sample = pipeline(\n    {prompt!r},\n{given}    generator=torch.Generator().manual_seed(0),"]
+    if video:
+        lines += [").frames[0]", f'export_to_gif(sample, "sample.gif", fps={resolve_class(generator).frame_rate})']
+    else:
+        lines += [").images[0]", 'sample.save("sample.png")']
+    return "\n".join(lines)
+
+
+def _facts(config: Config) -> dict[str, str]:
+    training, terms = config.training, config.reward.terms
+    lora = training.lora
+    return {
+        "Arm": f"{config.arm}, {describe(config.objective)}",
+        "Seed": str(config.seed),
+        "Trained": "all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
+        "Reward": " + ".join(term.name if len(terms) == 1 else f"{term.weight:g} {term.name}" for term in terms),
+        "Updates": f"{training.updates}, each {training.prompts_per_update} prompts × {training.group_size} samples",
+        "Optimizer": f"AdamW, learning rate {config.optimizer.learning_rate:g}",
+        "Sampling chain": f"{config.sampling.steps} steps, {config.sampling.transition}, eta {config.sampling.eta:g}",
+        "Map backbone": config.perception.backbone if config.objective.reads_backbone else "none",
+        "Prompts": config.prompts.source,
+        "Size": f"{config.generator.width} × {config.generator.height} pixels"
+        + ("" if config.generator.frames is None else f", {config.generator.frames} frames"),
+    }

@@ -1,0 +1,409 @@
+"""Two runs compared: what differs in configuration, code, environment and data, and what came of it."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+
+from vipo.config.models import Config
+from vipo.evaluation.statistics import (
+    Better,
+    decimals,
+    independent_difference,
+    mean_score,
+    paired_difference,
+    wording,
+)
+from vipo.reporting.inputs import read_rows, read_scores
+from vipo.reporting.runs import RunRecords, read_run
+
+Decides = Literal["training", "evaluation", "nothing"]
+
+_DECIDES: tuple[Decides, ...] = get_args(Decides)
+_SHARED_INPUT = re.compile(r"(?:^|/)((?:prompts|embeddings)/(?:train|eval)\.\w+)\Z")
+_TRAINED = re.compile(r"/runs/[^/]+-s\d+/(?:weights|updates)/")
+_DIGEST = re.compile(r"[0-9a-f]{40,}\Z")
+_DIGEST_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class ConfigDifference:
+    """One key of the configuration; a key that only one side has is null on the other.
+
+    `decides` is what the key can change: the trained weights, only the evaluation of given weights, or neither.
+    """
+
+    key: str
+    a: Any
+    b: Any
+    decides: Decides
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One recorded fact that differs in `stages`."""
+
+    key: str
+    stages: tuple[str, ...]
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class MetricDifference:
+    """A training metric at each run's last update; None where a run does not have it."""
+
+    metric: str
+    a: float | None
+    b: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Both training curves.
+
+    Attributes:
+        updates: of each run.
+        equal_updates: leading updates in which all metrics that both have are equal to the last bit.
+        same_weights: whether the final weights are; None where a run did not finish.
+        metrics: of the last update.
+    """
+
+    updates: tuple[int, int]
+    equal_updates: int
+    same_weights: bool | None
+    metrics: tuple[MetricDifference, ...]
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """Means of a held-out score and B minus A with its interval; `better` is the direction in which it was trained."""
+
+    column: str
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    better: Better | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out scores of the final weights.
+
+    Attributes:
+        unpaired: why samples cannot be paired; None where both runs drew the same prompts and noise.
+        confidence: of the intervals, A's.
+        note: what the intervals are conditional on.
+        scores: one per score that both runs have.
+        missing: scores that one run alone has.
+    """
+
+    unpaired: str | None
+    confidence: float
+    note: str
+    scores: tuple[ScoreDifference, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunDiff:
+    """B against A. `training` and `evaluation` are None where a run lacks them, as `notes` then says."""
+
+    a: str
+    b: str
+    config: tuple[ConfigDifference, ...]
+    code: tuple[Difference, ...]
+    environment: tuple[Difference, ...]
+    data: tuple[Difference, ...]
+    training: Training | None
+    evaluation: Evaluation | None
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, hashes in full."""
+        return asdict(self)
+
+
+def diff_runs(a: Path, b: Path) -> RunDiff:
+    """Compare two runs, of one experiment or of two.
+
+    Args:
+        a, b: folders ``results/<experiment>/runs/<arm>-s<seed>``.
+
+    Raises:
+        ReportError: no run is there, or metrics or scores are malformed.
+        ConfigError, ProvenanceError: a configuration or a record is damaged.
+        ScoresError: scores have doubled or missing pairs.
+    """
+    left, right = read_run(a), read_run(b)
+    return RunDiff(
+        a=str(a),
+        b=str(b),
+        config=_config(left.config, right.config),
+        code=_recorded(left, right, _code),
+        environment=_recorded(left, right, _environment),
+        data=_recorded(left, right, _data),
+        training=_training(left, right),
+        evaluation=_evaluation(left, right),
+        notes=tuple(note for run in (left, right) for note in _notes(run)),
+    )
+
+
+def render_diff(diff: RunDiff) -> str:
+    """The comparison as Markdown tables, hashes shortened."""
+    inert = sum(row.decides == "nothing" for row in diff.config)
+    lines = [f"A: {diff.a}", f"B: {diff.b}"]
+    lines += [f"note: {note}" for note in diff.notes]
+    lines += _section(f"Configuration: {_count(diff.config, 'key')}" + (f", {inert} of no effect" if inert else ""))
+    lines += _table(("key", "A", "B", "decides"), [(row.key, row.a, row.b, row.decides) for row in diff.config])
+    for title, what, rows in (
+        ("Code", "fact", diff.code),
+        ("Environment", "fact", diff.environment),
+        ("Data", "file", diff.data),
+    ):
+        lines += _section(f"{title}: {_count(rows, what)}")
+        lines += _table((what, "A", "B", "stage"), [(row.key, row.a, row.b, " ".join(row.stages)) for row in rows])
+    if diff.training is not None:
+        lines += _section("Training: metrics of the last update")
+        lines += _training_lines(diff.training)
+    if diff.evaluation is not None:
+        lines += _section("Evaluation: held-out scores of the final weights")
+        lines += _evaluation_lines(diff.evaluation)
+    return "\n".join(lines) + "\n"
+
+
+# ---- what differs ------------------------------------------------------------------------------------------------
+
+
+def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
+    sides = [dict(_flat(config.model_dump(mode="json"))) for config in (a, b)]
+    trains, evaluates = (
+        {key for config in (a, b) for key, _ in _flat(getattr(config, f"{stage}_identity")())}
+        for stage in ("training", "evaluation")
+    )
+    found = [
+        ConfigDifference(
+            key,
+            sides[0].get(key),
+            sides[1].get(key),
+            "training" if key in trains else "evaluation" if key in evaluates else "nothing",
+        )
+        for key in dict.fromkeys([*sides[0], *sides[1]])
+        if sides[0].get(key) != sides[1].get(key)
+    ]
+    return tuple(sorted(found, key=lambda row: _DECIDES.index(row.decides)))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _recorded(
+    a: RunRecords, b: RunRecords, facts: Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]]
+) -> tuple[Difference, ...]:
+    """Facts that differ between the records of one stage, each once with all stages that it differs in alike."""
+    found: dict[str, Difference] = {}
+    for stage, left, right in (("train", a.training, b.training), ("evaluate", a.evaluation, b.evaluation)):
+        if left is None or right is None:
+            continue
+        sides = [dict(facts(record)) for record in (left, right)]
+        for key in dict.fromkeys([*sides[0], *sides[1]]):
+            values = sides[0].get(key), sides[1].get(key)
+            if values[0] != values[1]:
+                same = found.get(f"{key} {values}")
+                stages = (stage,) if same is None else (*same.stages, stage)
+                found[f"{key} {values}"] = Difference(key, stages, *values)
+    return tuple(found.values())
+
+
+def _code(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _flat({key: record.get(key) for key in ("package_sha256", "git")})
+
+
+def _environment(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from _flat({key: record.get(key) for key in ("lock_sha256", "container_digest", "versions", "hardware")})
+
+
+def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """SHA-256 of the stage's input files by role; trained weights are a result and belong to the training."""
+    for entry in record["inputs"]:
+        shared = _SHARED_INPUT.search(entry["path"])
+        if shared:
+            yield shared[1], entry["sha256"]
+        elif not _TRAINED.search(entry["path"]):
+            role = "generator" if "model_index.json" in entry.get("files", {}) else "backbone"
+            files = entry.get("files", {Path(entry["path"]).name: entry})
+            yield from ((f"{role}: {name}", file["sha256"]) for name, file in files.items())
+
+
+# ---- what came of it ---------------------------------------------------------------------------------------------
+
+
+def _training(a: RunRecords, b: RunRecords) -> Training | None:
+    paths = [run.folder / "metrics.jsonl" for run in (a, b)]
+    if not all(path.is_file() for path in paths):
+        return None
+    left, right = (read_rows(path).to_dict("records") for path in paths)
+    pairs = [(_values(row), _values(other)) for row, other in zip(left, right, strict=False)]
+    equal = next((number for number, (row, other) in enumerate(pairs) if _disagree(row, other)), len(pairs))
+    ends = [_values(rows[-1]) for rows in (left, right)]
+    names = [name for name in dict.fromkeys([*ends[0], *ends[1]]) if name != "update"]
+    metrics = tuple(MetricDifference(name, ends[0].get(name), ends[1].get(name)) for name in names)
+    same = a.weights == b.weights if a.weights and b.weights else None
+    return Training((len(left), len(right)), equal, same, metrics)
+
+
+def _values(row: Mapping[Any, Any]) -> dict[str, float]:
+    # A metric that a run has in some updates only is missing in the others.
+    return {str(name): float(value) for name, value in row.items() if not pd.isna(value)}
+
+
+def _disagree(row: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return any(row[name] != other[name] for name in row.keys() & other.keys())
+
+
+def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:
+    if a.evaluation is None or b.evaluation is None:
+        return None
+    tables = [read_scores(run.evaluated / "scores.parquet", run.config) for run in (a, b)]
+    left, right = (table[table["final"]] for table in tables)
+    unpaired = _unpaired(a.config, b.config, left, right)
+    settings = a.config.evaluation
+    columns = [
+        [str(name) for name in table.columns if str(name).startswith(("reward/", "change/"))] for table in (left, right)
+    ]
+    rows, note = [], ""
+    for column in (name for name in columns[0] if name in columns[1]):
+        if unpaired is None:
+            interval = paired_difference(
+                right,
+                left,
+                column,
+                resamples=settings.bootstrap,
+                confidence=settings.confidence,
+                seed=settings.seed,
+            )
+        else:
+            interval = independent_difference(right, left, column, confidence=settings.confidence)
+        better, note = _better(column, a.config, b.config), interval.note
+        rows.append(
+            ScoreDifference(
+                column,
+                mean_score(left, column),
+                mean_score(right, column),
+                interval.estimate,
+                interval.low,
+                interval.high,
+                better,
+                wording(interval, better),
+            )
+        )
+    missing = tuple(sorted(set(columns[0]) ^ set(columns[1])))
+    return Evaluation(unpaired, settings.confidence, note, tuple(rows), missing)
+
+
+def _unpaired(a: Config, b: Config, left: pd.DataFrame, right: pd.DataFrame) -> str | None:
+    pairs = [set(zip(table["prompt_id"], table["sample"], strict=True)) for table in (left, right)]
+    if pairs[0] != pairs[1]:
+        return (
+            f"other prompts or samples: {len(pairs[0])} in A, {len(pairs[1])} in B, {len(pairs[0] & pairs[1])} in both"
+        )
+    if a.evaluation.seed != b.evaluation.seed:
+        return f"other noise: evaluation.seed {a.evaluation.seed} in A, {b.evaluation.seed} in B"
+    if (a.generator.family, a.generator.sample_shape) != (b.generator.family, b.generator.sample_shape):
+        return "other noise: the generators' family or size differs"
+    return None
+
+
+def _better(column: str, a: Config, b: Config) -> Better | None:
+    """The direction in which a reward was trained; None where no run trained it, or the two in opposite ones."""
+    signs = {
+        term.weight > 0
+        for config in (a, b)
+        if not config.is_base
+        for term in config.reward.terms
+        if f"reward/{term.name}" == column and term.weight != 0
+    }
+    return None if len(signs) != 1 else "higher" if signs == {True} else "lower"
+
+
+def _notes(run: RunRecords) -> Iterator[str]:
+    if run.training is None and not run.config.is_base:
+        yield f"{run.name} did not finish training: its code, environment and data are not recorded"
+    if run.config.is_base:
+        yield f"{run.name} is the generator as it was: it has no training to compare"
+    if run.evaluation is None:
+        yield f"{run.name} was not evaluated: no scores to compare; run vipo evaluate with its configuration"
+    if run.stale is not None:
+        yield run.stale
+    for path in (run.folder / "config.yaml", run.folder / "metrics.jsonl", run.evaluated / "scores.parquet"):
+        if (problem := run.changed(path)) is not None:
+            yield problem
+
+
+# ---- rendering ---------------------------------------------------------------------------------------------------
+
+
+def _section(title: str) -> list[str]:
+    return ["", f"## {title}"]
+
+
+def _count(rows: Sequence[object], what: str) -> str:
+    return "no difference" if not rows else f"{len(rows)} {what}{'s differ' if len(rows) > 1 else ' differs'}"
+
+
+def _training_lines(training: Training) -> Iterator[str]:
+    first, second = training.updates
+    weights = {True: "the same", False: "different", None: "not known: a run did not finish"}[training.same_weights]
+    equal = training.equal_updates
+    ends = f"differ from update {equal + 1} on" if equal < min(first, second) else f"are equal in {equal} updates"
+    yield f"Updates: {first} in A, {second} in B; the metrics that both have {ends}."
+    yield f"Final weights: {weights}."
+    rows = []
+    for row in (metric for metric in training.metrics if not metric.metric.startswith("clip/share_t")):
+        change = None if row.a is None or row.b is None else row.b - row.a
+        rows.append((row.metric, *(None if value is None else f"{value:.4g}" for value in (row.a, row.b, change))))
+    yield from _table(("metric", "A", "B", "B - A"), rows)
+
+
+def _evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
+    paired = "paired by prompt and noise" if evaluation.unpaired is None else f"NOT paired ({evaluation.unpaired})"
+    yield f"Differences are {paired}; {evaluation.confidence:.0%} intervals, {evaluation.note}."
+    rows = []
+    for row in evaluation.scores:
+        digits = decimals(row.difference, row.low, row.high)
+        limits = f"[{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+        name = row.column if row.better is None else f"{row.column} (trained)"
+        rows.append((name, f"{row.a:.4g}", f"{row.b:.4g}", f"{row.difference:+.{digits}f}", limits, row.verdict))
+    yield from _table(("score", "A", "B", "B - A", "interval", "B is"), rows)
+    if evaluation.missing:
+        yield f"In one run only: {', '.join(evaluation.missing)}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A Markdown table whose columns are aligned; nothing without rows."""
+    if not rows:
+        return []
+    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else "null" if value is None else json.dumps(value, ensure_ascii=False)
+    text = f"{text[:_DIGEST_SHOWN]}…" if _DIGEST.match(text) else text
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,301 @@
+"""Hand-over of a run: a folder that is ready for the Hub and that the stock pipeline loads.
+
+Full fine-tuning gives a whole pipeline: the base's parts as the run read them, with the trained network in place of
+the base's. LoRA gives ``pytorch_lora_weights.safetensors`` alone. Beside the weights: ``README.md`` (the model card),
+the base's licence files, ``samples/``, ``provenance/`` and ``SHA256SUMS``.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+
+from vipo.config.compose import dump_config
+from vipo.config.models import Config
+from vipo.errors import VipoError
+from vipo.evaluation.statistics import Better, mean_score, paired_difference
+from vipo.generators.base import checkpoint_location
+from vipo.generators.pipeline import model_index
+from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
+from vipo.provenance.lineage import PROVENANCE, absolute_path
+from vipo.reporting.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
+from vipo.reporting.inputs import read_scores
+from vipo.reporting.runs import RunRecords, read_run
+
+#: What a pipeline's parts consist of. Pickles and code are never copied, nor are weights in a second precision.
+_PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_VARIANTS = ("*.fp16[.-]*", "*.bf16[.-]*", "*.non_ema[.-]*")
+_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+class ExportError(VipoError):
+    """A run that cannot be handed over; the message names what is missing or wrong and the fix."""
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The generator that the run started from.
+
+    `parts` are those beside the trained network that a whole pipeline needs, none for LoRA; `hub_id` and `revision`
+    are None where it has none.
+    """
+
+    folder: Path
+    pipeline_class: str
+    parts: tuple[str, ...]
+    hub_id: str | None
+    revision: str | None
+
+
+def export_run(
+    path: Path, output: Path | None, root: Path, *, license_id: str | None = None, base_model: str | None = None
+) -> Path:
+    """Write the hand-over folder of a trained and evaluated run; the same run gives the same bytes.
+
+    Args:
+        path: ``results/<experiment>/runs/<arm>-s<seed>``.
+        output: folder that must be absent or empty; None: ``results/<experiment>/export/<run>``.
+        root: repository root, where recorded paths start.
+        license_id: the Hub's identifier of the licence; None: the one that the base's own card states.
+        base_model: id on the Hub of a base that the run read from a folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: the run or the base is not trained, not evaluated or not as recorded, the licence is not known,
+            the base changed since, or `output` is in use.
+        ReportError, ConfigError, ProvenanceError: records are missing or damaged.
+        GeneratorError: the base cannot be found.
+        StorageError: the disk refused a write.
+    """
+    run = read_run(path)
+    target = run.experiment / "export" / run.name if output is None else absolute_path(output)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ExportError(f"{target}: exists; remove it or choose another folder with --output")
+    if run.config.is_base:
+        raise ExportError(f"{path}: the base is the generator as it was; export a trained run")
+    reference = _checked(run, root)
+    base = _base(run, root, base_model)
+    licence = _licence(base, license_id)
+    final, others = (_final(item) for item in (run, reference))
+    samples = _samples(run, reference, final)
+    scores = _scores(run.config, final, others)
+    card = model_card(
+        run.config,
+        read_provenance(run.folder / PROVENANCE),
+        scores,
+        samples,
+        licence,
+        counts=(final["prompt_id"].nunique(), final["sample"].nunique()),
+        pipeline_class=base.pipeline_class,
+        hub_id=base.hub_id,
+        revision=base.revision,
+    )
+    with atomic_folder(target) as folder:
+        _copy_weights(run, base, folder)
+        for name in licence.files:
+            _copy(base.folder / name, folder / name)
+        for sample in samples:
+            _copy(sample.base_file, folder / sample.base)
+            _copy(sample.file, folder / sample.mine)
+        _write_provenance(run, reference, scores, folder / "provenance")
+        card.save(folder / "README.md")
+        files = sorted(item for item in folder.rglob("*") if item.is_file())
+        sums = "".join(f"{file_sha256(item)}  {item.relative_to(folder).as_posix()}\n" for item in files)
+        (folder / "SHA256SUMS").write_text(sums)
+    return target
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _checked(run: RunRecords, root: Path) -> RunRecords:
+    """The base's evaluation to compare with, after everything that is copied or quoted was found as recorded."""
+    if run.training is None:
+        raise ExportError(f"{run.folder}: did not finish; run vipo train with its configuration first")
+    if run.evaluation is None:
+        raise ExportError(f"{run.evaluated}: {run.name} was not evaluated; run vipo evaluate with its configuration")
+    if run.stale is not None:
+        raise ExportError(run.stale)
+    reference = _reference(run)
+    records = [run.folder / PROVENANCE, run.evaluated / PROVENANCE, reference.evaluated / PROVENANCE]
+    problems = [problem for record in records for problem in verify_outputs(record, root)]
+    problems += [f"{name}: changed since {run.name} was trained on it" for name in _changed_parts(run.training, root)]
+    if problems:
+        raise ExportError("not as recorded, so nothing is handed over:\n" + "\n".join(problems))
+    return reference
+
+
+def _changed_parts(training: Mapping[str, Any], root: Path) -> Iterator[str]:
+    """Files of the base's pipeline that are not those of the training; its card and licence may have been mended."""
+    for entry in training["inputs"]:
+        if "model_index.json" in entry.get("files", {}):
+            for name, file in entry["files"].items():
+                path = root / entry["path"] / name
+                part = "/" in name or name == "model_index.json"
+                if part and not (path.is_file() and file_sha256(path) == file["sha256"]):
+                    yield str(path)
+
+
+def _reference(run: RunRecords) -> RunRecords:
+    wanted = _sampling(run.config)
+    names = sorted(path.parent.name for path in run.experiment.glob(f"evaluation/base-s*/{PROVENANCE}"))
+    for name in names:
+        found = read_run(run.experiment / "runs" / name)
+        if found.stale is None and _sampling(found.config) == wanted:
+            return found
+    how = "with this run's generator and evaluation settings" if names else "in this experiment"
+    raise ExportError(
+        f"{run.experiment / 'evaluation'}: the base was not evaluated {how}, so there is nothing to compare "
+        f"{run.name} with; run vipo evaluate with arm=base and the other overrides of {run.name}"
+    )
+
+
+def _sampling(config: Config) -> dict[str, Any]:
+    """What decides an evaluation's samples and scores beside the weights; maps are not compared."""
+    identity = config.evaluation_identity()
+    return {key: value for key, value in identity.items() if key not in ("kept", "perception")}
+
+
+def _base(run: RunRecords, root: Path, base_model: str | None) -> _Base:
+    config = run.config.generator
+    location = checkpoint_location(config, root)
+    hub_id = base_model
+    if isinstance(location, str):
+        if base_model not in (None, location):
+            raise ExportError(f"--base-model {base_model!r}: the run was trained on {location!r}, which the card names")
+        hub_id = location
+    if hub_id is not None:
+        try:
+            validate_repo_id(hub_id)
+        except HFValidationError as error:
+            raise ExportError(f"--base-model {hub_id!r}: {error}") from error
+    index = model_index(location, config.revision)
+    if not isinstance(index.get("_class_name"), str):
+        raise ExportError(f"{location}/model_index.json: names no class of diffusers; its own code is not handed over")
+    parts: tuple[str, ...] = ()
+    if run.config.training.lora is None:
+        trained = {name.split("/", 1)[0] for name in run.weights}
+        parts = tuple(
+            name for name, entry in index.items() if isinstance(entry, list) and entry[-1] and name not in trained
+        )
+    if isinstance(location, Path):
+        return _Base(location, index["_class_name"], parts, hub_id, None)
+    wanted = ["*.md", "model_index.json", *_TERMS, *(f"{part}/{kind}" for part in parts for kind in _PARTS)]
+    try:
+        folder = snapshot_download(
+            location, revision=config.revision, allow_patterns=wanted, ignore_patterns=list(_VARIANTS)
+        )
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{location}: cannot be downloaded or read from the cache ({error})") from error
+    return _Base(Path(folder), index["_class_name"], parts, hub_id, config.revision)
+
+
+def _licence(base: _Base, chosen: str | None) -> Licence:
+    card = base.folder / "README.md"
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ExportError(f"{card}: its metadata cannot be read ({' '.join(str(error).split())}); mend it") from error
+    stated, name, link = ((data or {}).get(key) for key in ("license", "license_name", "license_link"))
+    if not isinstance(stated, str) or stated == "unknown" or (stated == "other" and not name):
+        stated = None
+    if chosen is not None and (not LICENCE_IDENTIFIER.match(chosen) or chosen in ("other", "unknown")):
+        raise ExportError(
+            f"--license {chosen!r}: give an identifier of the Hub, such as apache-2.0; for a licence that has none, "
+            f"state license: other, license_name and license_link in {card} and leave --license out"
+        )
+    if chosen is None and stated is None:
+        raise ExportError(
+            f"{card}: states no licence of the base; find out which one it is under and name it with --license, "
+            "such as --license apache-2.0"
+        )
+    files = sorted({item.name for pattern in _TERMS for item in base.folder.glob(pattern) if item.is_file()})
+    if chosen is None and isinstance(link, str) and "://" not in link:
+        if Path(link).name != link or not (base.folder / link).is_file():
+            raise ExportError(f"{card}: license_link {link!r} is no file beside it; put the licence's text there")
+        files = sorted({*files, link})
+    return Licence(chosen, stated, name, link, tuple(files))
+
+
+# ---- content -----------------------------------------------------------------------------------------------------
+
+
+def _final(run: RunRecords) -> pd.DataFrame:
+    scores = read_scores(run.evaluated / "scores.parquet", run.config)
+    return scores[scores["final"]]
+
+
+def _scores(config: Config, final: pd.DataFrame, reference: pd.DataFrame) -> list[ScoreRow]:
+    trained = {f"reward/{term.name}": term.weight for term in config.reward.terms if term.weight != 0}
+    measured = [str(name) for name in final.columns if str(name).startswith(("reward/", "change/"))]
+    settings, rows = config.evaluation, []
+    for column in [*trained, *(name for name in measured if name not in trained)]:
+        interval = paired_difference(
+            final,
+            reference,
+            column,
+            resamples=settings.bootstrap,
+            confidence=settings.confidence,
+            seed=settings.seed,
+        )
+        better: Better | None = None if column not in trained else "higher" if trained[column] > 0 else "lower"
+        rows.append(ScoreRow(column, mean_score(reference, column), mean_score(final, column), interval, better))
+    return rows
+
+
+def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame) -> list[CardSample]:
+    """Of the first held-out prompts the first sample, as in the report."""
+    first = final[final["sample"] == final["sample"].min()].head(run.config.evaluation.shown_prompts)
+    found = []
+    for prompt_id, text, number, update in zip(
+        first["prompt_id"], first["prompt"], first["sample"], first["update"], strict=True
+    ):
+        name = f"{prompt_id}-{number}.png"
+        files = (reference.evaluated / "samples" / f"u0-{name}", run.evaluated / "samples" / f"u{update}-{name}")
+        found.append(CardSample(str(text), f"samples/base-{name}", f"samples/{name}", *files))
+    return found
+
+
+def _copy_weights(run: RunRecords, base: _Base, folder: Path) -> None:
+    for name in run.weights:
+        _copy(run.folder / "weights" / name, folder / name)
+    if base.parts:
+        _copy(base.folder / "model_index.json", folder / "model_index.json")
+    for part in base.parts:
+        names = list(_part_files(base.folder / part))
+        if not names:
+            raise ExportError(f"{base.folder / part}: missing, but model_index.json names it; copy the base again")
+        if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
+            raise ExportError(f"{base.folder / part}: has no safetensors weights, and pickles are not handed over")
+        for name in names:
+            _copy(base.folder / part / name, folder / part / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Content alone: neither links, such as those of the Hub's cache, nor permissions.
+    shutil.copyfile(source, target)
+
+
+def _part_files(folder: Path) -> Iterator[str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    yield from filter_repo_objects(names, allow_patterns=list(_PARTS), ignore_patterns=list(_VARIANTS))
+
+
+def _write_provenance(run: RunRecords, reference: RunRecords, scores: Sequence[ScoreRow], folder: Path) -> None:
+    _copy(run.folder / PROVENANCE, folder / "train.json")
+    _copy(run.evaluated / PROVENANCE, folder / "evaluate.json")
+    _copy(reference.evaluated / PROVENANCE, folder / "evaluate-base.json")
+    (folder / "config.yaml").write_text(dump_config(run.config))
+    text = json.dumps([row.as_json() for row in scores], indent=1, allow_nan=False)
+    (folder / "scores.json").write_text(text + "\n")

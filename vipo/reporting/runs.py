@@ -1,0 +1,123 @@
+"""One run by its folder: configuration, the records of its stages, and whether they belong together."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vipo.config.compose import load_config_file
+from vipo.config.models import Config, config_hash
+from vipo.provenance.files import file_sha256
+from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, read_provenance
+from vipo.reporting.inputs import ReportError
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What the stages left of one run.
+
+    Attributes:
+        experiment: ``results/<experiment>``.
+        config: of the training, with the section `evaluation` that the evaluation was made with, where it is known.
+        training: provenance of the train stage; None for the base, and for a run that did not finish.
+        evaluation: provenance of the evaluate stage; None where there is none.
+        stale: why the evaluation is not one of this configuration and these weights; None where it is.
+    """
+
+    experiment: Path
+    config: Config
+    training: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    stale: str | None
+
+    @property
+    def name(self) -> str:
+        """``<arm>-s<seed>``."""
+        return self.config.run_name
+
+    @property
+    def folder(self) -> Path:
+        """Where the run was trained."""
+        return self.experiment / "runs" / self.name
+
+    @property
+    def evaluated(self) -> Path:
+        """Where it was evaluated."""
+        return self.experiment / "evaluation" / self.name
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Recorded files of the final weights, below ``weights/``, and their SHA-256."""
+        found = ((_below(path, self.name), sha256) for path, sha256 in recorded_files(self.training, "outputs"))
+        return {place.removeprefix("weights/"): sha256 for place, sha256 in found if place.startswith("weights/")}
+
+    def changed(self, path: Path) -> str | None:
+        """What is wrong with a file that a stage of this run wrote: ``<path>: <problem>``, or None.
+
+        Only the part of recorded paths below the experiment's folder counts: results may have been copied.
+        """
+        place = path.relative_to(self.experiment).as_posix()
+        found = file_sha256(path) if path.is_file() else None
+        for record in (self.training, self.evaluation):
+            for recorded, sha256 in recorded_files(record, "outputs"):
+                if recorded.endswith(f"/{place}") and found != sha256:
+                    return f"{path}: {'missing' if found is None else 'changed since its stage wrote it'}"
+        return None
+
+
+def read_run(path: Path) -> RunRecords:
+    """The records of a run.
+
+    Args:
+        path: ``results/<experiment>/runs/<arm>-s<seed>``. The base is never trained, its folder need not exist.
+
+    Raises:
+        ReportError: no run is there.
+        ConfigError, ProvenanceError: its configuration or a record is damaged.
+    """
+    folder = absolute_path(path)
+    experiment, name = folder.parent.parent, folder.name
+    files = [experiment / part / name / "config.yaml" for part in ("runs", "evaluation")]
+    files.append(experiment / "configs" / f"{name}.yaml")
+    configs = [load_config_file(file) for file in files if file.is_file()]
+    if folder.parent.name != "runs" or not configs or configs[0].run_name != name:
+        raise ReportError(
+            f"{path}: no run is there; give a folder results/<experiment>/runs/<arm>-s<seed> that was trained, "
+            "or that of the base, which was evaluated"
+        )
+    records = [
+        read_provenance(record) if record.is_file() else None
+        for record in (experiment / part / name / PROVENANCE for part in ("runs", "evaluation"))
+    ]
+    training, evaluation = records
+    config, stale = configs[0], None
+    if evaluation is not None:
+        # The evaluation's settings may be others than those that the run was trained with.
+        own = [item for item in configs if config_hash(item.evaluation_identity()) == evaluation.get("config_sha256")]
+        if own:
+            config = config.model_copy(update={"evaluation": own[0].evaluation})
+            stale = _other_weights(experiment, name, training, evaluation)
+        else:
+            stale = f"{experiment / 'evaluation' / name}: was made with another configuration; evaluate {name} again"
+    return RunRecords(experiment, config, training, evaluation, stale)
+
+
+def recorded_files(record: Mapping[str, Any] | None, part: str) -> Iterator[tuple[str, str]]:
+    """Path (as recorded) and SHA-256 of every file of a record's `inputs` or `outputs`; nothing of None."""
+    for entry in () if record is None else record[part]:
+        for recorded, file in entry_files(entry).items():
+            yield recorded, file["sha256"]
+
+
+def _other_weights(
+    experiment: Path, name: str, training: Mapping[str, Any] | None, evaluation: Mapping[str, Any]
+) -> str | None:
+    trained = {_below(path, name): sha256 for path, sha256 in recorded_files(training, "outputs")}
+    read = {_below(path, name): sha256 for path, sha256 in recorded_files(evaluation, "inputs") if _below(path, name)}
+    if all(trained.get(place) == sha256 for place, sha256 in read.items()):
+        return None
+    return f"{experiment / 'evaluation' / name}: was made with other weights than {name} has now; evaluate it again"
+
+
+def _below(path: str, name: str) -> str:
+    return path.rpartition(f"/runs/{name}/")[2] if f"/runs/{name}/" in path else ""

@@ -1,0 +1,224 @@
+"""The processes that train one run together: who takes which samples, what is summed, what each one holds.
+
+Accelerate gives the process group, DistributedDataParallel and the gathers; `fully_shard` (FSDP2) is PyTorch's own,
+because accelerate offers it on GPUs alone. Samples are spread over the data-parallel processes only (`data_rank` of
+`data_processes`), so that processes that would share one long video can be added beside them.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from vipo.config.models import DistributionConfig
+from vipo.training.samples import TrainingError
+
+
+class Distribution:
+    """The process group of a run; a group of one where nothing was launched.
+
+    Attributes:
+        config: section `distribution`.
+        device: of this process; the configured one, or with several processes on GPUs the one of its local rank.
+    """
+
+    def __init__(self, config: DistributionConfig, device: str) -> None:
+        """Join the group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+        Args:
+            config: section `distribution`.
+            device: ``generator.device``.
+
+        Raises:
+            TrainingError: another number of processes was launched than is configured, or each would take one GPU.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != config.world_size:
+            raise TrainingError(
+                f"{launched} processes were launched, but distribution.processes {config.processes} x "
+                f"distribution.nodes {config.nodes} is {config.world_size}: make them equal, or start 'vipo train' "
+                "without a launcher: it starts its processes itself"
+            )
+        if launched > 1 and device not in ("cpu", "cuda"):
+            raise TrainingError(
+                f"generator.device {device!r}: several processes take one GPU each; set generator.device=cuda"
+            )
+        self.config = config
+        self._store: Store | None = None
+        self._meetings = 0
+        if launched > 1:
+            self._store, rank, size = next(rendezvous("env://"))
+            # Values on the CPU, such as a signal's number, must not wait for a GPU.
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            timeout = timedelta(seconds=config.timeout_seconds)
+            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
+        self._accelerator = Accelerator(cpu=device == "cpu")
+        self.device = self._accelerator.device if launched > 1 else torch.device(device)
+
+    @property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return self._accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return self._accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what there is one of."""
+        return self.rank == 0
+
+    @property
+    def data_processes(self) -> int:
+        """Over how many processes samples are spread."""
+        return self.processes
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this one is."""
+        return self.rank
+
+    # ---- the network ------------------------------------------------------------------------------
+
+    def wrap(self, network: nn.Module, precision: str) -> nn.Module:
+        """The network as it is called from now on: replicated (DDP) or sharded over the processes (FSDP2).
+
+        A sharded network keeps fp32 weights; with `precision` ``bf16`` it is gathered in bf16 and its gradients are
+        reduced in fp32. A network without gradients is sharded too.
+
+        Args:
+            network: on this process's device, the same on every process.
+            precision: ``generator.precision``.
+        """
+        if self.processes == 1:
+            return network
+        if self.config.strategy == "ddp":
+            trained = any(value.requires_grad for value in network.parameters())
+            return self._accelerator.prepare_model(network, evaluation_mode=False).eval() if trained else network
+        mesh = init_device_mesh(self.device.type, (self.processes,), mesh_dim_names=("data",))
+        policy = MixedPrecisionPolicy()
+        if precision == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # The blocks that diffusers keeps whole on one device are what is gathered at a time.
+        blocks = set(getattr(network, "_no_split_modules", None) or ())
+        for module in reversed(list(network.modules())):
+            if type(module).__name__ in blocks:
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(network, mesh=mesh, mp_policy=policy)
+        return network
+
+    def unwrap(self, network: nn.Module) -> nn.Module:
+        """The network itself, whose parameters have their own names."""
+        return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+    @contextlib.contextmanager
+    def gradients(self, network: nn.Module, last: bool) -> Iterator[None]:
+        """Around a backward pass: replicated gradients are averaged at the `last` one of an optimizer step alone."""
+        # Sharded ones at every pass, because whole gradients are what there is no room for.
+        if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
+            with network.no_sync():
+                yield
+        else:
+            yield
+
+    def full_state(self, network: nn.Module) -> dict[str, Tensor] | None:
+        """Of a sharded network, its whole state on the CPU of the main process (empty on the others); else None."""
+        if not any(isinstance(value, DTensor) for value in network.parameters()):
+            return None
+        state = {}
+        for name, value in network.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.is_main:
+                state[name] = whole.detach().cpu()
+        return state
+
+    # ---- values of all processes ------------------------------------------------------------------
+
+    def in_order(self, local: Tensor, rows: Sequence[int]) -> Tensor:
+        """Values ``(n, ...)`` of this process's samples `rows`, gathered to ``(N, ...)`` in the order of all."""
+        if self.processes == 1:
+            return local
+        self.meet()
+        order = self._accelerator.gather(torch.tensor(rows, device=self.device)).argsort()
+        return self._accelerator.gather(local.to(self.device).contiguous())[order]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the processes, on each of them."""
+        if self.processes == 1:
+            return values
+        self.meet()
+        return self._accelerator.reduce(values)
+
+    def largest(self, value: float) -> float:
+        """The largest of the processes' values."""
+        if self.processes == 1:
+            return value
+        self.meet()
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
+    def everyones(self, value: Any) -> list[Any]:
+        """A JSON-like value of each process, by rank."""
+        if self.processes == 1:
+            return [value]
+        self.meet()
+        values = [None] * self.processes
+        dist.all_gather_object(values, value)
+        return values
+
+    def meet(self) -> None:
+        """Wait until every process is here.
+
+        Through the store in which the processes found each other, not by a collective: it can say who is missing, and
+        it does not wait for the partner that hangs.
+
+        Raises:
+            TrainingError: some did not come within ``timeout_seconds``; the message names them.
+        """
+        if self._store is None:
+            return
+        self._meetings += 1
+        self._store.set(f"meeting/{self._meetings}/{self.rank}", "")
+        keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.processes)]
+        try:
+            self._store.wait(keys, timedelta(seconds=self.config.timeout_seconds))
+        except dist.DistStoreError as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise TrainingError(
+                f"rank {', '.join(missing)} did not come within distribution.timeout_seconds "
+                f"{self.config.timeout_seconds:g}: it hangs, or its node is gone; look at its own messages"
+            ) from error
+        if self._meetings > 2:
+            # Whoever is here has left the meeting before the last one.
+            self._store.delete_key(f"meeting/{self._meetings - 2}/{self.rank}")
+
+    def leave(self) -> None:
+        """Give the group back; nothing may be gathered any more."""
+        if self.processes > 1:
+            self._accelerator.end_training()
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """What this process holds of a tensor: its rows, the number of the first one, and how many there are in all.
+
+    FSDP2 gives rank r the r-th of n pieces of ``ceil(rows / n)`` rows. A tensor that is not sharded is held whole.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0, len(tensor) if tensor.ndim else 1
+    local, rows = tensor.to_local(), len(tensor)
+    piece = -(-rows // tensor.device_mesh.size())
+    return local, min(tensor.device_mesh.get_local_rank() * piece, rows), rows

@@ -1,0 +1,192 @@
+"""Start the processes of one run on this node, and end them together.
+
+`torchrun` and `accelerate launch` can start ``vipo train`` as well. This launcher is there so that nobody has to: it
+passes a pre-emption signal on and gives its ranks the time to write their checkpoint, keeps their exit status, and when
+one rank dies shows what that one said before what the others say about it.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from vipo.config.models import DistributionConfig
+from vipo.errors import Preempted
+from vipo.training.samples import TrainingError
+
+log = logging.getLogger(__name__)
+
+_PREEMPTED = 75
+_LIFELINE = "VIPO_LIFELINE"
+# Longer than a rank that lost a partner takes to say so, so that the dead one is known first.
+_DELAY = 0.2
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several, by this launcher or another one."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def stop_with_launcher() -> None:
+    """In a rank: stop as on pre-emption when the launcher is gone, however it ended. Elsewhere: nothing."""
+    if _LIFELINE not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        # Nobody reads what this process says any more, and a broken pipe must not end it before its checkpoint.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def rendezvous(config: DistributionConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """Where the processes of all nodes meet, and which node this is: MASTER_ADDR, MASTER_PORT and NODE_RANK.
+
+    One node needs nothing. Several take it from Slurm's variables, or from these three themselves.
+
+    Raises:
+        TrainingError: it is several nodes, and the environment does not tell.
+    """
+    if config.nodes == 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    found = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name in environment}
+    if "SLURM_NODEID" in environment:
+        if int(environment.get("SLURM_STEP_NUM_NODES", environment["SLURM_NNODES"])) != config.nodes:
+            raise TrainingError(
+                f"distribution.nodes is {config.nodes}, but this Slurm step has "
+                f"{environment.get('SLURM_STEP_NUM_NODES', environment['SLURM_NNODES'])} nodes; start it with "
+                f"srun --nodes={config.nodes} --ntasks-per-node=1"
+            )
+        names = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+        hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
+        # The same on every node, and another one for the next job.
+        port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
+        found = {"MASTER_ADDR": hosts[0], "MASTER_PORT": port, "NODE_RANK": environment["SLURM_NODEID"]} | found
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in found]:
+        raise TrainingError(
+            f"distribution.nodes is {config.nodes}, and {', '.join(missing)} are not set: start one 'vipo train' on "
+            "each node with these variables, or under Slurm's srun"
+        )
+    return found
+
+
+def launch(command: Sequence[str], config: DistributionConfig) -> None:
+    """Run `command` as this node's ranks until all have ended well, or one has not.
+
+    Standard error of rank 0 passes through, lines of the others get their rank. SIGTERM, SIGUSR1 and SIGINT reach
+    every rank.
+
+    Args:
+        command: arguments of one rank; RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous come in its environment.
+        config: section `distribution`.
+
+    Raises:
+        Preempted: the ranks stopped because a signal asked them to.
+        TrainingError: a rank ended otherwise; the message names it. The other ranks were killed.
+    """
+    meeting = rendezvous(config, os.environ)
+    first = int(meeting.pop("NODE_RANK")) * config.processes
+    ranks: dict[int, subprocess.Popen[bytes]] = {}
+    said: queue.Queue[tuple[int, bytes]] = queue.Queue()
+    ended: queue.Queue[tuple[int, int]] = queue.Queue()
+
+    def follow(rank: int, process: subprocess.Popen[bytes]) -> None:
+        assert process.stderr is not None
+        rest = b""
+        while piece := os.read(process.stderr.fileno(), 1 << 16):
+            # The first rank's as it comes, a progress bar's unfinished line too; of the others whole lines.
+            whole = len(piece) if rank == first else piece.rfind(b"\n") + 1
+            if whole:
+                said.put((rank, rest + piece[:whole]))
+            rest = piece[whole:] if whole else rest + piece
+        if rest:
+            said.put((rank, rest))
+        # In the order in which they die: the first one is the cause.
+        ended.put((rank, process.wait()))
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for process in ranks.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        for local in range(config.processes):
+            place = {
+                "RANK": str(first + local),
+                "LOCAL_RANK": str(local),
+                "WORLD_SIZE": str(config.world_size),
+                "LOCAL_WORLD_SIZE": str(config.processes),
+                _LIFELINE: "stdin",
+            }
+            # Nothing is written to standard input: its end tells a rank that this process is gone.
+            ranks[first + local] = subprocess.Popen(
+                command, env={**os.environ, **meeting, **place}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
+            )
+        threads = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
+        for thread in threads:
+            thread.start()
+        _wait(ranks, said, ended, first)
+        for thread in threads:
+            thread.join()
+    finally:
+        for process in ranks.values():
+            process.kill()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _wait(
+    ranks: Mapping[int, subprocess.Popen[bytes]],
+    said: "queue.Queue[tuple[int, bytes]]",
+    ended: "queue.Queue[tuple[int, int]]",
+    first: int,
+) -> None:
+    left, preempted = set(ranks), False
+    while left:
+        pieces = [said.get() for _ in range(said.qsize())]
+        time.sleep(_DELAY)
+        bad = None
+        while not ended.empty() and bad is None:
+            rank, status = ended.get()
+            left.discard(rank)
+            preempted |= status == _PREEMPTED
+            bad = (rank, status) if status not in (0, _PREEMPTED) else None
+        if bad is not None:
+            rank, status = bad
+            pieces += [said.get() for _ in range(said.qsize())]
+            _show([piece for piece in pieces if piece[0] == rank], first)
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            error = TrainingError(
+                f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}; the other ranks were "
+                "stopped. The newest checkpoint is the last good state; start the same command again to go on from it"
+            )
+            others = [piece for piece in pieces if piece[0] != rank]
+            if others:
+                log.error("%s\nWhat the other ranks said then:", error)
+                _show(others, first)
+            raise error
+        _show(pieces, first)
+    _show([said.get() for _ in range(said.qsize())], first)
+    if preempted:
+        raise Preempted("all ranks have stopped at the same update; start the same command again to go on from there")
+
+
+def _show(pieces: Sequence[tuple[int, bytes]], first: int) -> None:
+    for rank, piece in pieces:
+        lines = piece.splitlines(keepends=True)
+        sys.stderr.buffer.write(piece if rank == first else b"".join(b"[rank %d] " % rank + line for line in lines))
+    sys.stderr.buffer.flush()
