@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 import requests
 import yaml
+from audit_fixture import EXPERIMENT
 from rocrate.rocrate import ROCrate
 
 import vipo
@@ -219,7 +220,8 @@ def test_what_is_no_result_is_left_out(root: Path) -> None:
     experiment = root / "results" / "demo"
     before = write_crate(experiment, root).read_bytes()
     shutil.copytree(experiment / "runs" / "vipo-s0", experiment / "runs" / ".superseded" / "vipo-s0")
-    for name in ("runs/vipo-s0/.lock", "runs/vipo-s0/checkpoints/000002/tensors.safetensors", "logs/crate.log"):
+    for name in ("runs/vipo-s0/.lock", "runs/vipo-s0/checkpoints/000002/tensors.safetensors", "logs/crate.log",
+                 "export/vipo-s0/README.md", "SHA256SUMS"):  # fmt: skip
         (experiment / name).parent.mkdir(parents=True, exist_ok=True)
         (experiment / name).touch()
     assert write_crate(experiment, root).read_bytes() == before
@@ -368,16 +370,18 @@ def offline_validator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple
     return validate
 
 
+@pytest.mark.xdist_group("audit")
 def test_it_passes_the_required_checks_of_the_workflow_run_crate_profile(
-    root: Path, offline_validator: Callable[[Path], tuple[int, list[str]]]
+    signed: Path, tmp_path: Path, offline_validator: Callable[[Path], tuple[int, list[str]]]
 ) -> None:
-    experiment = root / "results" / "demo"
-    (experiment / "configs").mkdir()
-    (experiment / "configs" / "vipo-s0.yaml").write_text(_config("vipo", 1e-5))
-    path = write_crate(experiment, root)
-    checks, problems = offline_validator(experiment)
+    # A real experiment's, as it is in its archive.
+    with zipfile.ZipFile(zip_crate(Path(shutil.copytree(signed / EXPERIMENT, tmp_path / "demo")))) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    checks, problems = offline_validator(tmp_path / "unpacked")
     assert problems == []
-    assert checks >= 50
-    # The checks look: without a language or a run of it the workflow is none.
+    assert checks == 63
+    # The checks look: without a language the workflow is none.
+    path = tmp_path / "unpacked" / "ro-crate-metadata.json"
     path.write_text(path.read_text().replace('"programmingLanguage"', '"description"'))
-    assert "The Main Workflow must refer to its language via programmingLanguage" in offline_validator(experiment)[1]
+    told = offline_validator(tmp_path / "unpacked")[1]
+    assert "The Main Workflow must refer to its language via programmingLanguage" in told

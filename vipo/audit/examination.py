@@ -25,7 +25,7 @@ _STAGES = {
 VOLATILE = re.compile(
     r"(prompts|embeddings|report|report/data|runs/[^/]+|evaluation/[^/]+)/provenance\.(json|diff)"
     r"|runs/[^/]+/(timing\.jsonl|tb/[^/]+|checkpoints/.+)|report/(index\.html|time\.(json|csv|svg))"
-    r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?|SHA256SUMS"
+    r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )
 
 

@@ -123,11 +123,11 @@ def write_crate(experiment_dir: Path, root: Path) -> Path:
 def crate_files(experiment_dir: Path) -> list[str]:
     """The files that the experiment's crate names, relative to the folder, sorted.
 
-    All of them, but the crate's own metadata and signature, the log that is being written beside it, the list that an
-    upload leaves (``SHA256SUMS``), and the content of checkpoints, whose ``manifest.json`` names its hashes:
-    checkpoints serve a resume and may be many times as large as all results.
+    All of them, but the crate's own metadata and signature, the log that is being written beside it, and the content
+    of checkpoints, whose ``manifest.json`` names its hashes: checkpoints serve a resume and may be many times as
+    large as all results.
     """
-    own = (METADATA, SIGNATURE, "logs/crate.log", "SHA256SUMS")
+    own = (METADATA, SIGNATURE, "logs/crate.log")
     return [
         name
         for name in experiment_files(experiment_dir)

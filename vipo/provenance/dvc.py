@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from vipo.provenance.lineage import ProvenanceError, experiment_files
+from vipo.provenance.lineage import ProvenanceError, files_below
 
 LOCK = "dvc.lock"
 
@@ -53,7 +53,7 @@ def parse_lock(text: bytes) -> list[LockedStage]:
 def dvc_md5(path: Path) -> str | None:
     """What DVC records as the MD5 of a file or folder; None where there is nothing."""
     if path.is_dir():
-        files = [{"md5": _md5(path / name), "relpath": name} for name in experiment_files(path)]
+        files = [{"md5": _md5(path / name), "relpath": name} for name in files_below(path)]
         return f"{hashlib.md5(json.dumps(files).encode(), usedforsecurity=False).hexdigest()}.dir"
     return _md5(path) if path.is_file() else None
 

@@ -140,10 +140,19 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
     return [problem for entry in read_provenance(provenance)["outputs"] for problem in _differences(entry, root)]
 
 
-def experiment_files(experiment_dir: Path) -> list[str]:
-    """Files of an experiment's folder, relative to it, sorted; those of tools and of runs set aside are left out."""
-    names = (path.relative_to(experiment_dir) for path in experiment_dir.rglob("*") if not path.is_dir())
+def files_below(folder: Path) -> list[str]:
+    """Files of a folder, relative to it, sorted; those of tools and of runs that were set aside are left out."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
     return sorted(name.as_posix() for name in names if not any(_TOOL_FILE.fullmatch(part) for part in name.parts))
+
+
+def experiment_files(experiment_dir: Path) -> list[str]:
+    """Files of an experiment as `files_below` lists them, but for what is made for others from finished results.
+
+    That is a run's folder for the Hub (``export/``, with a manifest of its own) and the list that an upload leaves
+    (``SHA256SUMS``).
+    """
+    return [name for name in files_below(experiment_dir) if Path(name).parts[0] not in ("export", "SHA256SUMS")]
 
 
 def entry_files(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
