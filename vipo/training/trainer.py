@@ -616,6 +616,8 @@ class Trainer:
                 prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
             # A process that ends before the checkpoint is there might be taken for a failure that ends the others.
             self.distribution.meet()
+            # A process that ends before the checkpoint is there might be taken for a failure that ends the others.
+            self.distribution.meet()
 
     def _save_weights(self, folder: Path) -> None:
         wrapped = self.generator.network
