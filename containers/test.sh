@@ -75,6 +75,6 @@ assert (record["container_digest"], record["git"]["commit"]) == (digest, commit)
 PYTHON
 
 step "unprivileged tests in the image"
-inside pytest -n "$(nproc)" --dist loadgroup -m 'not browser and not root'
+inside pytest -n "$(nproc)" --dist loadgroup -m 'not browser and not root and not slurm'
 
 step "passed: $digest"
