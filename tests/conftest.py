@@ -12,26 +12,11 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.environ.get("TMPDIR", "
 import hypothesis
 import pytest
 from filelock import FileLock
+from tiny import TINY_PRETRAIN
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-
-TINY_PRETRAIN = {
-    "threads": 1,
-    "scenes": 96,
-    "autoencoder_width": 8,
-    "latent_channels": 4,
-    "autoencoder_steps": 30,
-    "text_width": 32,
-    "double_blocks": 1,
-    "single_blocks": 1,
-    "heads": 1,
-    "head_width": 32,
-    "steps": 20,
-    "batch_size": 8,
-    "warmup": 5,
-}
 
 
 @pytest.fixture(scope="session")

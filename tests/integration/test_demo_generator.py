@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_PRETRAIN
 from diffusers import FluxPipeline
+from tiny import TINY_PRETRAIN
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.models import PretrainConfig

@@ -278,7 +278,7 @@ def test_an_image_knows_the_commit_that_it_was_built_from(
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     built = tmp_path / "image"
     built.mkdir()
-    assert git_state(built) == {"commit": "a" * 40, "dirty": False, "diff_sha256": None}
+    assert git_state(built) == {"commit": "a" * 40, "dirty": False, "untracked": {}, "diff_sha256": None}
     # A mounted checkout speaks for itself.
     assert git_state(root)["commit"] == _git(root, "rev-parse", "HEAD")
 

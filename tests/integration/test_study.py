@@ -164,7 +164,7 @@ def test_study_page(tmp_path: Path) -> None:
         flat.assign(
             **{"reward/object_redness": flat["reward/object_redness"].where(flat["update"] == 0, -1.0)}
         ).to_parquet(scores)
-    build_study([(folder, runs)], tmp_path / "study")
+    build_study(studied, tmp_path / "study")
     assert "no common level" in (tmp_path / "study" / "demo-differences.svg").read_text()
     before = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
     build_study(studied, tmp_path / "study")
