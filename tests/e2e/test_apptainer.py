@@ -43,7 +43,7 @@ def _snakemake(project: Path, overrides: list[str], *targets: str) -> subprocess
 
 def test_stages_run_in_the_image_and_record_its_digest(project: Path, tiny_overrides: list[str]) -> None:
     overrides = [text for text in tiny_overrides if not text.startswith("experiment=")]
-    target = "results/demo/embeddings/provenance.json"
+    target = "results/demo/embeddings/train.safetensors"
     refused = _snakemake(project, overrides, target)
     assert refused.returncode != 0
     assert "containers/vipo.sif: is missing; `make sif` builds it" in refused.stdout + refused.stderr

@@ -295,7 +295,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
         workflow.hold.unlink()
         assert third.wait() == 0, workflow.shown
     assert (project / "results/demo/report/index.html").is_file()
-    assert (project / "results/demo/crate/ro-crate-metadata.json").is_file()
+    assert (project / "results/demo/ro-crate-metadata.json").is_file()
 
     # Every stage ran as a job, and one after the other where it was the same one.
     trained = cluster.jobs("rule_train")
@@ -318,7 +318,7 @@ def test_two_nodes_train_one_run_and_stop_together(
     workflow = Workflow(named, project, [*overrides, "distribution.nodes=2"])
     shutil.copytree(prepared, project / "results")
     earlier = len(cluster.jobs("rule_train"))
-    with workflow.started("results/demo/runs/grpo-s0/provenance.json") as snakemake:
+    with workflow.started("results/demo/runs/grpo-s0/metrics.jsonl") as snakemake:
         job = workflow.hold_training(snakemake, 0)
         asked = cluster.ask("scontrol", "show", "job", job.id)
         assert "NumNodes=2" in asked
