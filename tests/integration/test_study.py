@@ -158,6 +158,14 @@ def test_study_page(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "study" / "demo-compared.csv")
     assert set(table["matched"]) == {"updates", "reward", "change"}
     assert (tmp_path / "study" / "demo-paths.svg").is_file()
+    # Where no arm raises the reward there is no common level of it: that panel says so.
+    for scores in (folder / "evaluation").glob("*/scores.parquet"):
+        flat = pd.read_parquet(scores)
+        flat.assign(
+            **{"reward/object_redness": flat["reward/object_redness"].where(flat["update"] == 0, -1.0)}
+        ).to_parquet(scores)
+    build_study([(folder, runs)], tmp_path / "study")
+    assert "no common level" in (tmp_path / "study" / "demo-differences.svg").read_text()
     before = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
     build_study(studied, tmp_path / "study")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}

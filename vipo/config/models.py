@@ -524,7 +524,7 @@ class Config(Section):
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
-    distribution: DistributionConfig
+    distribution: DistributionConfig = DistributionConfig()
     evaluation: EvaluationConfig
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 

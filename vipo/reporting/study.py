@@ -150,9 +150,12 @@ def _forest(name: str, compared: pd.DataFrame, arms: Arms, reference: str, rewar
             axes.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.0, solid_capstyle="round")
             axes.plot(row["difference"], place, marker=arms.marker(arm), color=color, markersize=4.6)
         # The scale is that of the arms with the most seeds; a wider interval of few seeds runs off the plot.
-        most = rows[rows["seeds"] == rows["seeds"].max()]
-        reach = 2 * float(most[["low", "high"]].abs().to_numpy().max())
-        axes.set_xlim(-reach, reach)
+        if rows.empty:
+            axes.text(0.5, 0.5, "no common level\nwas reached", transform=axes.transAxes, ha="center", va="center")
+        else:
+            most = rows[rows["seeds"] == rows["seeds"].max()]
+            reach = 2 * float(most[["low", "high"]].abs().to_numpy().max())
+            axes.set_xlim(-reach, reach)
         axes.axvline(0, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
         axes.set_xlabel(f"{_words(column)}\nat {_MATCHINGS[matched]}")
         bare_rows(axes)
