@@ -295,7 +295,11 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     assert not (clone / "results/demo/runs/vipo-s0/provenance.json").exists()
     page = (clone / "results/demo/report/index.html").read_text()
     assert "Not recorded here: vipo-s0." in page
-    assert (clone / "results/demo/crate/ro-crate-metadata.json").is_file()
+    assert (clone / "results/demo/ro-crate-metadata.json").is_file()
+    # The audit, which reads dvc.lock without DVC, takes it for an anchor that holds.
+    told = _json(clone, "vipo", "audit", "results/demo", "--json")
+    assert [anchor["kind"] for anchor in told["anchors"]] == ["dvc.lock"]
+    assert {(finding["severity"], finding["check"]) for finding in told["findings"]} == {("remark", "lineage")}
     assert "Nothing to be done" in _run(clone, "snakemake", "--profile", "local", "--dry-run")
     assert _clean(clone)
     # It knows what the results were made with: another learning rate is another run.
