@@ -259,10 +259,12 @@ def test_rewards_that_cannot_be_used(
     vipo: Command, overrides: list[str], results: Path, tmp_path: Path, name: str, told: list[str]
 ) -> None:
     if name == "scene":
-        for half in ("train", "eval"):
-            path = results / f"demo/prompts/{half}.jsonl"
-            rows = [{**json.loads(line), "metadata": {}} for line in path.read_text().splitlines()]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        # Prompts without metadata, of which prompts and embeddings are made anew.
+        plain = tmp_path / "plain.txt"
+        plain.write_text("".join(f"a picture of {number} red circles\n" for number in range(60)))
+        overrides = [*overrides, f"prompts.source={plain}"]
+        for folder in ("prompts", "embeddings"):
+            shutil.rmtree(results / "demo" / folder)
     vipo(
         "train",
         *overrides,
@@ -437,6 +439,7 @@ def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results
         ("prepare", "prompts"),
         ("encode", "embeddings"),
         ("evaluate", "evaluation/base-s0"),
+        ("summarize", "report/data"),
         ("report", "report"),
         ("crate", "crate"),
     ],
@@ -445,6 +448,10 @@ def test_every_stage_leaves_a_locked_folder_alone(
     vipo: Command, overrides: list[str], results: Path, stage: str, folder: str
 ) -> None:
     (results / "demo" / folder).mkdir(parents=True, exist_ok=True)
+    if stage == "report":
+        # Numbers that are there are not made first.
+        (results / "demo/report/data").mkdir()
+        (results / "demo/report/data/report.json").write_text("{}")
     before = files(results)
     arguments = [stage, *overrides, "arm=base", "--results", results]
     with held(results / "demo" / folder):
