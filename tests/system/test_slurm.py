@@ -256,7 +256,7 @@ class Workflow:
 
 
 def _artifacts(run: Path) -> dict[str, bytes]:
-    found = [run / "metrics.jsonl", *run.glob("weights/**/*.*"), *run.glob("updates/**/*.*")]
+    found = [run / "metrics.jsonl", *run.glob("weights/**/[!.]*.*"), *run.glob("updates/**/[!.]*.*")]
     assert len(found) >= 3
     return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
