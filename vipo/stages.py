@@ -6,10 +6,11 @@ other's, from the newest checkpoint if it trains, and ends with the same bytes.
 """
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from vipo.config.compose import dump_config, write_if_changed
+from vipo.config.compose import dump_config
 from vipo.config.models import Config
 from vipo.prompts import check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file, write_crate, zip_crate
@@ -86,8 +87,11 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
     for made, make in (("prompts/manifest.json", _prepare), ("embeddings/train.safetensors", _encode)):
         path = experiment / made
         if not path.is_file():
-            if is_rank():
-                raise ProvenanceError(f"{path}: missing; make it first, before several processes start")
+            # Of several nodes or ranks each would make it, and some would stop at the lock of another.
+            if is_rank() or config.distribution.nodes > 1:
+                raise ProvenanceError(
+                    f"{path}: missing; run 'vipo prepare' and 'vipo encode' first, before several nodes or ranks start"
+                )
             with run_lock(path.parent, wait_seconds=wait):
                 # Whoever held the lock may just have made it.
                 if not path.is_file():
@@ -97,10 +101,12 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
         stop_with_launcher()
         train_run(config, root, experiment, wait)
         return
-    resolved = experiment / "configs" / f"{config.run_name}.yaml"
-    write_if_changed(resolved, dump_config(config))
-    files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
-    launch([sys.executable, "-m", "vipo.cli", "train", *files], config.distribution)
+    # A file of their own: one in the results would be another job's as well.
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / f"{config.run_name}.yaml"
+        resolved.write_text(dump_config(config))
+        files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
+        launch([sys.executable, "-m", "vipo.cli", "train", *files], config.distribution)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -138,7 +144,8 @@ def summarize_stage(config: Config, root: Path, results: Path, wait: float = 0) 
         return [path for path in found if path.name != PROVENANCE]
 
     with (
-        run_lock(output, wait_seconds=wait),
+        # The page's folder: its own is replaced as a whole, and a lock in it with it.
+        run_lock(output.parent, wait_seconds=wait),
         record_stage(
             "summarize",
             output,

@@ -439,7 +439,7 @@ def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results
         ("prepare", "prompts"),
         ("encode", "embeddings"),
         ("evaluate", "evaluation/base-s0"),
-        ("summarize", "report/data"),
+        ("summarize", "report"),
         ("report", "report"),
         ("crate", "crate"),
     ],

@@ -36,6 +36,7 @@ def check_configurations(examination: Examination, locked: Sequence[LockedStage]
                     message = f"is of run {config.run_name}, not {match['run']}"
                     examination.broken(name, "configuration", message, "restore it, or run the stage again")
                 found[match["place"]][match["run"]] = config
+    examination.trained = found["runs"]
     examination.configs = found["runs"] | found["evaluation"]
     for run, config in examination.configs.items():
         _check_run(examination, run, config, found)

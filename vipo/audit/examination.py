@@ -42,6 +42,8 @@ class Examination:
         self.records: dict[str, Mapping[str, Any]] = {}
         #: What each run was evaluated with, or else trained with.
         self.configs: dict[str, Config] = {}
+        #: What each run was trained with.
+        self.trained: dict[str, Config] = {}
         #: What the report's numbers were made with.
         self.reported: Config | None = None
         #: Files and folders whose bytes an anchor fixes.

@@ -29,7 +29,9 @@ def rerun_stage(examination: Examination, folder: str) -> None:
     stages = examination.stages()
     if folder not in stages:
         raise ProvenanceError(f"--rerun {folder}: no such stage; choose one of {', '.join(stages)}")
-    config = examination.configs.get(folder.partition("/")[2], examination.reported)
+    # An evaluation's may name other processes than the training's.
+    configs = examination.trained if stages[folder] == "train" else examination.configs
+    config = configs.get(folder.partition("/")[2], examination.reported)
     if config is None:
         raise ProvenanceError(
             f"--rerun {folder}: its configuration is not here; restore what 'vipo audit' misses first"

@@ -79,6 +79,8 @@ def record_stage(
     target.unlink(missing_ok=True)
     (folder / DIFF).unlink(missing_ok=True)
     diff = git_diff(root)
+    # Now, not after the inputs are hashed: the hash is that of the diff which is kept.
+    git = git_state(root) | {"diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
     lock = root / "requirements.lock"
     record: dict[str, Any] = {
         "stage": stage,
@@ -90,7 +92,7 @@ def record_stage(
             _entry(path, root, f"input of stage '{stage}' does not exist; run the stage that writes it first")
             for path in inputs
         ],
-        "git": git_state(root),
+        "git": git,
         "package_sha256": package_sha256(),
         "lock_sha256": file_sha256(lock) if lock.is_file() else None,
         "container_digest": os.environ.get("VIPO_IMAGE_DIGEST"),

@@ -58,12 +58,19 @@ class Distribution:
         self._store: Store | None = None
         self._meetings = 0
         if launched > 1:
-            self._store, rank, size = next(rendezvous("env://"))
+            timeout = timedelta(seconds=config.timeout_seconds)
+            try:
+                self._store, rank, size = next(rendezvous("env://", timeout=timeout))
+            except dist.DistStoreError as error:
+                raise TrainingError(
+                    f"the {launched} processes did not find each other within distribution.timeout_seconds "
+                    f"{config.timeout_seconds:g} ({error}); is one missing, or MASTER_ADDR not reachable?"
+                ) from error
             # Values on the CPU, such as a signal's number, must not wait for a GPU.
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            timeout = timedelta(seconds=config.timeout_seconds)
             dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
-        self._accelerator = Accelerator(cpu=device == "cpu")
+        # Precision is generator.precision, whatever `accelerate launch` puts into the environment.
+        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
 
     @property

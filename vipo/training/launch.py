@@ -117,7 +117,10 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
         # In the order in which they die: the first one is the cause.
         ended.put((rank, process.wait()))
 
+    asked: list[int] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
         for process in ranks.values():
             if process.poll() is None:
                 process.send_signal(number)
@@ -139,7 +142,7 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
         threads = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
         for thread in threads:
             thread.start()
-        _wait(ranks, said, ended, first)
+        _wait(ranks, said, ended, first, asked)
         for thread in threads:
             thread.join()
     finally:
@@ -154,6 +157,7 @@ def _wait(
     said: "queue.Queue[tuple[int, bytes]]",
     ended: "queue.Queue[tuple[int, int]]",
     first: int,
+    asked: Sequence[int],
 ) -> None:
     left, preempted = set(ranks), False
     while left:
@@ -163,8 +167,10 @@ def _wait(
         while not ended.empty() and bad is None:
             rank, status = ended.get()
             left.discard(rank)
-            preempted |= status == _PREEMPTED
-            bad = (rank, status) if status not in (0, _PREEMPTED) else None
+            # A rank that had not begun yet is ended by the signal itself.
+            stopped = status == _PREEMPTED or -status in asked
+            preempted |= stopped
+            bad = (rank, status) if status != 0 and not stopped else None
         if bad is not None:
             rank, status = bad
             pieces += [said.get() for _ in range(said.qsize())]

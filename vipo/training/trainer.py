@@ -616,8 +616,6 @@ class Trainer:
                 prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
             # A process that ends before the checkpoint is there might be taken for a failure that ends the others.
             self.distribution.meet()
-            # A process that ends before the checkpoint is there might be taken for a failure that ends the others.
-            self.distribution.meet()
 
     def _save_weights(self, folder: Path) -> None:
         wrapped = self.generator.network
@@ -630,7 +628,6 @@ class Trainer:
 
     def _stop_if_asked(self, finished: int) -> None:
         # All processes stop at the same place, whichever of them the signal reached.
-        self.distribution.meet()
         stop = int(self.distribution.largest(self.stop_signal or 0))
         if stop:
             raise Preempted(
