@@ -62,15 +62,19 @@ def test_ranks_know_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert sorted(capfd.readouterr().err.splitlines()) == ["[rank 1] hello", "hello"]
 
 
-def test_the_rank_that_dies_is_shown_first_and_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_rank_that_dies_is_shown_first_and_ends_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Rank 0 notices the death at once, as a broken collective would make it, and says so."""
-    text = """
+    text = f"""
+gone = r"{tmp_path}/gone"
 if rank == 1:
-    time.sleep(0.5)
-    print("my own trouble", file=sys.stderr, flush=True)
+    os.write(2, b"my own trouble\\n")
+    open(gone, "w").close()
     os._exit(3)
-time.sleep(0.55)
-print("where is rank 1?", file=sys.stderr, flush=True)
+while not os.path.exists(gone):
+    time.sleep(0.001)
+os.write(2, b"where is rank 1?\\n")
 time.sleep(600)
 """
     started = time.monotonic()
