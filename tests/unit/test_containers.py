@@ -55,7 +55,8 @@ def test_no_cache_stays_in_a_layer() -> None:
             assert "--no-install-recommends" in command
         if "pip install" in command:
             assert "--no-cache-dir" in command
-            assert "--mount=type=cache,target=/root/.cache/uv" in command
+            assert "--mount=type=cache,target=/var/cache/uv" in command
+            assert "UV_CACHE_DIR=/var/cache/uv" in command
 
 
 def test_user_gpu_labels_and_entry_point() -> None:
