@@ -1,4 +1,4 @@
-"""The budget of the tiny generator that most tests train."""
+"""Tiny budgets: of the generator that most tests train, and of experiments on another family's random checkpoint."""
 
 TINY_PRETRAIN = {
     "threads": 1,
@@ -15,3 +15,23 @@ TINY_PRETRAIN = {
     "batch_size": 8,
     "warmup": 5,
 }
+
+OTHER_FAMILY = (
+    "experiment=demo",
+    "generator.device=cpu",
+    "generator.height=32",
+    "generator.width=48",
+    "prompts=file",
+    "prompts.eval_share=0.4",
+    "reward=redness",
+    "perception.input_size=64",
+    "sampling.steps=4",
+    "training.prompts_per_update=2",
+    "training.trained_transitions=2",
+    "training.save_at=[]",
+    "evaluation.prompts=2",
+    "evaluation.rewards=[redness]",
+    "evaluation.bootstrap=100",
+    "evaluation.shown_prompts=1",
+)
+"""Overrides; the family, its checkpoint and ``prompts.source`` are still to be given."""

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from tiny import OTHER_FAMILY
 
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
@@ -337,31 +338,16 @@ def test_other_families(
     base = request.getfixturevalue({"wan": "tiny_wan", "sd": "tiny_stable_diffusion"}[family])
     (tmp_path / "prompts.txt").write_text("a fox\nan owl\na hen\na bee\nan elk\na cat\na dog\nrain\n")
     overrides = [
-        "experiment=demo",
+        *OTHER_FAMILY,
         f"generator={ {'wan': 'wan', 'sd': 'stable_diffusion'}[family] }",
         f"generator.path={base}",
-        "generator.device=cpu",
-        "generator.height=32",
-        "generator.width=48",
         "generator.negative_prompt=mud",
-        "prompts=file",
         f"prompts.source={tmp_path / 'prompts.txt'}",
-        "prompts.eval_share=0.4",
-        "reward=redness",
-        "perception.input_size=64",
-        "sampling.steps=4",
         "optimizer.learning_rate=1e-2",
-        "training.prompts_per_update=2",
         "training.group_size=2",
         "training.micro_batch=2",
-        "training.trained_transitions=2",
-        "evaluation.prompts=2",
         "evaluation.steps=3",
-        "evaluation.rewards=[redness]",
-        "evaluation.bootstrap=100",
-        "evaluation.shown_prompts=1",
         "training.updates=1",
-        "training.save_at=[]",
         *extra,
     ]
     results = tmp_path / "results"

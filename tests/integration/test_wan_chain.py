@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from tiny import OTHER_FAMILY
 
 from vipo.config.compose import load_config, repository_root
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, train_stage
@@ -35,36 +36,21 @@ PROMPTS = [
 def overrides(tiny_wan: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return [
-        "experiment=demo",
+        *OTHER_FAMILY,
         *(f"~experiment.arms.{arm}" for arm in ("grpo", "uniform", "inverted")),
         "experiment.arms.vipo.seeds=[0]",
         "generator=wan",
         f"generator.path={tiny_wan}",
-        "generator.device=cpu",
-        "generator.height=32",
-        "generator.width=48",
         "generator.frames=9",
         "generator.max_sequence_length=8",
-        "prompts=file",
         f"prompts.source={tmp_path / 'prompts.txt'}",
-        "prompts.eval_share=0.4",
-        "reward=redness",
-        "perception.input_size=64",
-        "sampling.steps=4",
         "optimizer.learning_rate=1e-3",
         "training.updates=3",
-        "training.prompts_per_update=2",
         "training.group_size=4",
         "training.micro_batch=4",
-        "training.trained_transitions=2",
         "training.checkpoint_every=1",
-        "training.save_at=[]",
-        "evaluation.prompts=2",
         "evaluation.steps=4",
         "evaluation.batch=3",
-        "evaluation.rewards=[redness]",
-        "evaluation.bootstrap=100",
-        "evaluation.shown_prompts=1",
     ]
 
 

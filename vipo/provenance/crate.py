@@ -28,6 +28,7 @@ from rocrate.model.entity import Entity
 from rocrate.model.file import File
 from rocrate.rocrate import ROCrate
 
+from vipo.config.models import flattened
 from vipo.provenance.files import atomic_file, file_sha256
 from vipo.provenance.lineage import (
     PROVENANCE,
@@ -188,7 +189,7 @@ class _Writer:
         results = [entity for entry in record["outputs"] for entity in self._data(entry)]
         config = _read_config(folder / _CONFIG) or record["config"] or {}
         self._experiments += [config["experiment"]] if "experiment" in config else []
-        settings = {name: value for name, value in _flat(config) if not name.startswith("experiment.")}
+        settings = {name: value for name, value in flattened(config) if not name.startswith("experiment.")}
         settings |= {"seeds": record["seeds"], "config_sha256": record["config_sha256"]}
         action = self._context(
             f"#action/{record['stage']}/{place}",
@@ -399,14 +400,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ProvenanceError(f"{path}: holds no mapping of keys to values")
     return {str(key): value for key, value in data.items()}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _slug(name: str) -> str:

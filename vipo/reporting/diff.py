@@ -9,17 +9,16 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from vipo.config.models import Config
+from vipo.config.models import Config, flattened
 from vipo.evaluation.statistics import (
     Better,
     decimals,
     independent_difference,
     mean_score,
-    paired_difference,
     wording,
 )
 from vipo.reporting.inputs import read_rows, read_scores
-from vipo.reporting.runs import RunRecords, read_run
+from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
 
 Decides = Literal["training", "evaluation", "nothing"]
 
@@ -183,9 +182,9 @@ def render_diff(diff: RunDiff) -> str:
 
 
 def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
-    sides = [dict(_flat(config.model_dump(mode="json"))) for config in (a, b)]
+    sides = [dict(flattened(config.model_dump(mode="json"))) for config in (a, b)]
     trains, evaluates = (
-        {key for config in (a, b) for key, _ in _flat(getattr(config, f"{stage}_identity")())}
+        {key for config in (a, b) for key, _ in flattened(getattr(config, f"{stage}_identity")())}
         for stage in ("training", "evaluation")
     )
     found = [
@@ -199,14 +198,6 @@ def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
         if sides[0].get(key) != sides[1].get(key)
     ]
     return tuple(sorted(found, key=lambda row: _DECIDES.index(row.decides)))
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def _recorded(
@@ -228,11 +219,11 @@ def _recorded(
 
 
 def _code(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _flat({key: record.get(key) for key in ("package_sha256", "git")})
+    yield from flattened({key: record.get(key) for key in ("package_sha256", "git")})
 
 
 def _environment(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from _flat({key: record.get(key) for key in ("lock_sha256", "container_digest", "versions", "hardware")})
+    yield from flattened({key: record.get(key) for key in ("lock_sha256", "container_digest", "versions", "hardware")})
 
 
 def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -280,23 +271,14 @@ def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:
     left, right = (table[table["final"]] for table in tables)
     unpaired = _unpaired(a.config, b.config, left, right)
     settings = a.config.evaluation
-    columns = [
-        [str(name) for name in table.columns if str(name).startswith(("reward/", "change/"))] for table in (left, right)
-    ]
+    columns = [measured_columns(table) for table in (left, right)]
     rows, note = [], ""
     for column in (name for name in columns[0] if name in columns[1]):
         if unpaired is None:
-            interval = paired_difference(
-                right,
-                left,
-                column,
-                resamples=settings.bootstrap,
-                confidence=settings.confidence,
-                seed=settings.seed,
-            )
+            interval = configured_difference(right, left, column, settings)
         else:
             interval = independent_difference(right, left, column, confidence=settings.confidence)
-        better, note = _better(column, a.config, b.config), interval.note
+        better, note = trained_direction(column, a.config, b.config), interval.note
         rows.append(
             ScoreDifference(
                 column,
@@ -324,18 +306,6 @@ def _unpaired(a: Config, b: Config, left: pd.DataFrame, right: pd.DataFrame) -> 
     if (a.generator.family, a.generator.sample_shape) != (b.generator.family, b.generator.sample_shape):
         return "other noise: the generators' family or size differs"
     return None
-
-
-def _better(column: str, a: Config, b: Config) -> Better | None:
-    """The direction in which a reward was trained; None where no run trained it, or the two in opposite ones."""
-    signs = {
-        term.weight > 0
-        for config in (a, b)
-        if not config.is_base
-        for term in config.reward.terms
-        if f"reward/{term.name}" == column and term.weight != 0
-    }
-    return None if len(signs) != 1 else "higher" if signs == {True} else "lower"
 
 
 def _notes(run: RunRecords) -> Iterator[str]:

@@ -21,14 +21,14 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from vipo.config.compose import dump_config
 from vipo.config.models import Config
 from vipo.errors import VipoError
-from vipo.evaluation.statistics import Better, mean_score, paired_difference
+from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location
 from vipo.generators.pipeline import model_index
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
 from vipo.provenance.lineage import PROVENANCE, absolute_path
 from vipo.reporting.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
 from vipo.reporting.inputs import read_scores
-from vipo.reporting.runs import RunRecords, read_run
+from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
 
 #: What a pipeline's parts consist of. Pickles and code are never copied, nor are weights in a second precision.
 _PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -236,19 +236,11 @@ def _final(run: RunRecords) -> pd.DataFrame:
 
 
 def _scores(config: Config, final: pd.DataFrame, reference: pd.DataFrame) -> list[ScoreRow]:
-    trained = {f"reward/{term.name}": term.weight for term in config.reward.terms if term.weight != 0}
-    measured = [str(name) for name in final.columns if str(name).startswith(("reward/", "change/"))]
-    settings, rows = config.evaluation, []
+    measured, rows = measured_columns(final), []
+    trained = [f"reward/{term.name}" for term in config.reward.terms if term.weight != 0]
     for column in [*trained, *(name for name in measured if name not in trained)]:
-        interval = paired_difference(
-            final,
-            reference,
-            column,
-            resamples=settings.bootstrap,
-            confidence=settings.confidence,
-            seed=settings.seed,
-        )
-        better: Better | None = None if column not in trained else "higher" if trained[column] > 0 else "lower"
+        interval = configured_difference(final, reference, column, config.evaluation)
+        better = trained_direction(column, config)
         rows.append(ScoreRow(column, mean_score(reference, column), mean_score(final, column), interval, better))
     return rows
 

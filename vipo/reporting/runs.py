@@ -5,11 +5,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from vipo.config.compose import load_config_file
-from vipo.config.models import Config, config_hash
+from vipo.config.models import Config, EvaluationConfig, config_hash
+from vipo.evaluation.statistics import Better, Interval, paired_difference
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, read_provenance
 from vipo.reporting.inputs import ReportError
+
+
+def measured_columns(scores: pd.DataFrame) -> list[str]:
+    """The columns of an evaluation that compare runs: rewards and changes."""
+    return [str(name) for name in scores.columns if str(name).startswith(("reward/", "change/"))]
+
+
+def trained_direction(column: str, *configs: Config) -> Better | None:
+    """The direction in which a reward was trained; None where no run trained it, or two did in opposite ones."""
+    signs = {
+        term.weight > 0
+        for config in configs
+        if not config.is_base
+        for term in config.reward.terms
+        if f"reward/{term.name}" == column and term.weight != 0
+    }
+    return None if len(signs) != 1 else "higher" if signs == {True} else "lower"
+
+
+def configured_difference(
+    scores: pd.DataFrame, reference: pd.DataFrame, column: str, settings: EvaluationConfig
+) -> Interval:
+    """`paired_difference` with the resamples, confidence and seed of a section `evaluation`."""
+    return paired_difference(
+        scores,
+        reference,
+        column,
+        resamples=settings.bootstrap,
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )
 
 
 @dataclass(frozen=True)
