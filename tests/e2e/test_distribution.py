@@ -154,6 +154,11 @@ class _Launched:
         return self.process.wait(timeout=120), self.errors.read_text()
 
 
+def _beside_the_run(results: Path) -> dict[str, bytes]:
+    files = (path for path in results.rglob("*") if path.is_file() and not path.is_relative_to(results / RUN))
+    return {str(path.relative_to(results)): path.read_bytes() for path in files}
+
+
 def _error_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if "error: " in line or line.startswith("ERROR ")]
 
@@ -190,10 +195,13 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     # Two jobs on one run folder: the second says who writes it, and changes nothing.
     launched = _Launched(results, chosen, tmp_path / "preempted.txt")
     launched.updated()
+    before = _beside_the_run(results)
+    other = [*chosen, "distribution.processes=2", "optimizer.learning_rate=9e-4"]
     twice = subprocess.run(
-        [VIPO, "train", *chosen, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [VIPO, "train", *other, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     assert twice.returncode == 1
+    assert _beside_the_run(results) == before
     assert "another process writes it (process" in _error_lines(twice.stderr)[0]
     launched.process.send_signal(signal.SIGTERM)
     status, text = launched.ended()

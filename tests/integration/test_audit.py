@@ -18,7 +18,7 @@ from vipo.audit import audit as audit_module
 from vipo.audit import lineage as lineage_module
 from vipo.cli import main
 from vipo.config.compose import dump_config, load_config, write_if_changed
-from vipo.provenance import ProvenanceError, zip_crate
+from vipo.provenance import ProvenanceError, write_crate, zip_crate
 from vipo.provenance.dvc import dvc_md5, parse_lock
 from vipo.stages import prepare_stage
 
@@ -293,6 +293,20 @@ def test_configurations_are_those_that_were_recorded(project: Path) -> None:
     record = experiment / "runs/vipo-s0/provenance.json"
     record.write_text(record.read_text().replace('"eta": 0.7', '"eta": 0.5'))
     assert set(_findings(audited(project), "broken")) == {"runs/vipo-s0", "runs/vipo-s0/provenance.json"}
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_a_planned_workflow_that_writes_configurations_breaks_no_crate(project: Path) -> None:
+    """What decides nothing, such as where jobs run, may differ from what the crate names, if it is not signed."""
+    experiment = project / EXPERIMENT
+    write_crate(experiment, project)
+    config = experiment / "configs/vipo-s0.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("  stop_seconds: 60\n", "  stop_seconds: 90\n"))
+    assert config.read_text() != text
+    result = audited(project)
+    assert result.verdict == "with remarks"
+    assert any("the crate says" in told for told in _findings(result, "remark")["configs/vipo-s0.yaml"])
 
 
 def test_damage_of_every_kind_is_told_and_nothing_crashes(locked: Path, tmp_path: Path) -> None:

@@ -224,6 +224,8 @@ def test_what_is_no_result_is_left_out(root: Path) -> None:
                  "export/vipo-s0/README.md", "SHA256SUMS"):  # fmt: skip
         (experiment / name).parent.mkdir(parents=True, exist_ok=True)
         (experiment / name).touch()
+    # A copy of an earlier crate, of a rule that is no more.
+    (experiment / "crate/workflow/gone.smk").write_text("rule gone:\n")
     assert write_crate(experiment, root).read_bytes() == before
     # What a checkpoint holds is named by its manifest, and that by the crate.
     (experiment / "runs/vipo-s0/checkpoints/000002/manifest.json").write_text("{}")
