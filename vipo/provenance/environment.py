@@ -45,12 +45,16 @@ def git_output(root: Path, *arguments: str, **variables: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def git_state(root: Path) -> dict[str, Any]:
+def git_state(root: Path, diff: bytes | None = None) -> dict[str, Any]:
     """The commit that `root` is at, and whether there is anything beside it.
 
     Files below ``results/`` and ``dvc.lock`` do not count, for the workflow writes them, nor do files that git ignores.
     Where git knows nothing, in a container image, the commit is the one the image was built from (``VIPO_GIT_COMMIT``):
     it holds the files of that commit and no others.
+
+    Args:
+        root: repository root, or a folder that git knows nothing of.
+        diff: of `git_diff`, where the caller keeps it; made here otherwise.
 
     Returns:
         ``commit`` (hex), ``dirty`` (bool: a tracked file differs), ``untracked`` (bytes of the files that git does not
@@ -66,7 +70,7 @@ def git_state(root: Path) -> dict[str, Any]:
         if built_from := os.environ.get("VIPO_GIT_COMMIT"):
             return {"commit": built_from, "dirty": False, "untracked": {}, "diff_sha256": None}
         return {"commit": None, "dirty": None, "untracked": None, "diff_sha256": None}
-    diff = git_diff(root)
+    diff = git_diff(root) if diff is None else diff
     return {
         "commit": commit.decode().strip(),
         "dirty": bool(tracked),

@@ -80,7 +80,7 @@ def record_stage(
     (folder / DIFF).unlink(missing_ok=True)
     diff = git_diff(root)
     # Now, not after the inputs are hashed: the hash is that of the diff which is kept.
-    git = git_state(root) | {"diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
+    git = git_state(root, diff)
     lock = root / "requirements.lock"
     record: dict[str, Any] = {
         "stage": stage,

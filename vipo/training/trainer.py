@@ -151,6 +151,7 @@ class Trainer:
         self._check_resources()
         self.timer = Timer(self.device)
         self.stop_signal: int | None = None
+        self._identity: str | None = None
 
     def _load_structuring(self, root: Path) -> PerceptualStructuring | None:
         if self.config.objective.map == "oracle":
@@ -544,14 +545,20 @@ class Trainer:
     # ---- state ------------------------------------------------------------------------------------
 
     def identity(self) -> str:
-        """Hash of everything that decides the run's result; a checkpoint of another identity is never resumed."""
+        """Hash of everything that decides the run's result; a checkpoint of another identity is never resumed.
+
+        Read once: the weights of a large generator take a while.
+        """
+        if self._identity is not None:
+            return self._identity
         inputs = {path.name: file_sha256(path) for path in (self.prompts_path, self.embeddings_path)}
         for name, path in self.weight_inputs.items():
             # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures.
             files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")])
             found = [[str(file.relative_to(path)), file_sha256(file)] for file in files]
             inputs[name] = config_hash(found)
-        return config_hash({"config": self.config.training_identity(), "inputs": inputs})
+        self._identity = config_hash({"config": self.config.training_identity(), "inputs": inputs})
+        return self._identity
 
     @property
     def _checkpoints(self) -> Path:
