@@ -5,9 +5,11 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, get_args
 
 import typer
@@ -53,6 +55,8 @@ Wait = Annotated[
 ]
 
 _RESULTS = Path("results")
+# A scheduler tells by this exit status what can be tried again: EX_TEMPFAIL of sysexits.h.
+_PREEMPTED = 75
 # From the section, whose module is light: the type behind it would import torch for --help.
 _ORIENTATIONS: tuple[str, ...] = get_args(get_args(PerceptionConfig.model_fields["orientation"].annotation)[0])
 
@@ -99,6 +103,9 @@ def train(overrides: Overrides = None, file: ConfigFile = None, results: Results
 
     Prompts and embeddings are made first where the results folder lacks them.
     """
+    # Until training listens itself: what is not begun loses nothing.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop_before_training)
     from vipo.stages import train_stage
 
     train_stage(_configuration(overrides, file), repository_root(), results, wait)
@@ -352,6 +359,13 @@ def audit(
         raise typer.Exit(1)
 
 
+def _stop_before_training(number: int, _frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
+    # No exception: a library that is being imported might take it for its own.
+    os._exit(_PREEMPTED)
+
+
 def _leave(status: int) -> None:
     if "RANK" in os.environ:
         # One of several processes would wait in its clean-up for partners that may hang.
@@ -377,8 +391,7 @@ def main() -> None:
         # Whoever read the messages may have been killed with the job; the exit status still counts.
         with contextlib.suppress(BrokenPipeError):
             typer.echo(f"error: {error}", err=True)
-        # A scheduler tells by it what can be tried again: EX_TEMPFAIL of sysexits.h.
-        _leave(75 if isinstance(error, Preempted) else 1)
+        _leave(_PREEMPTED if isinstance(error, Preempted) else 1)
     except OSError as error:
         typer.echo(f"error: {error}; check that the path exists, permissions and free space", err=True)
         _leave(1)

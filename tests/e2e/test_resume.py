@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vipo.config.compose import load_config, repository_root
+from vipo.provenance.locks import run_lock
 from vipo.stages import train_stage
 from vipo.training.checkpoints import list_checkpoints
 from vipo.training.trainer import Trainer
@@ -92,6 +93,24 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     whole = shutil.copytree(prepared, tmp_path / "whole")
     assert _train(whole, overrides, [None]) == ["finished 0 30"]
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
+
+
+def test_a_signal_before_training_asks_for_another_try_too(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """While the run waits for another process that writes it, as while it loads: exit 75, and nothing is written."""
+    results = shutil.copytree(prepared, tmp_path / "results")
+    run = results / "demo/runs/grpo-s0"
+    command = [VIPO, "train", *tiny_overrides, "arm=grpo", "--results", str(results), "--wait", "600"]
+    with run_lock(run):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        said = iter(process.stderr.readline, "")
+        assert any("another process writes it" in line for line in said)
+        process.send_signal(signal.SIGTERM)
+        assert "error: stopped by SIGTERM outside of training" in process.communicate()[1]
+    assert process.returncode == 75
+    assert [path.name for path in run.iterdir() if not path.name.startswith(".lock")] == []
 
 
 def test_another_learning_rate_never_resumes(

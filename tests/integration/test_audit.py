@@ -183,6 +183,19 @@ def test_every_stage_can_be_run_again(project: Path, folder: str) -> None:
     assert _findings(audited(project, rerun=folder), "broken") == {}
 
 
+def test_a_stage_that_this_machine_cannot_run_is_not_called_broken(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError("12 GiB")
+
+    monkeypatch.setattr("vipo.evaluation.evaluate.evaluate_run", no_memory)
+    result = audited(project, rerun="evaluation/vipo-s0")
+    assert _findings(result, "broken") == {}
+    told = _findings(result, "remark")["evaluation/vipo-s0"]
+    assert "rerun: could not be run again here (MemoryError: 12 GiB); nothing was compared" in told
+
+
 def test_results_that_were_pulled_keep_their_anchor(locked: Path, tmp_path: Path) -> None:
     git(tmp_path, "clone", "--quiet", str(locked), "clone")
     clone = tmp_path / "clone"

@@ -1,17 +1,22 @@
 """The launcher: where the ranks of several nodes meet, and how they end together."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from vipo.config.models import DistributionConfig
 from vipo.errors import Preempted
-from vipo.training.launch import launch, rendezvous
+from vipo.training.launch import OtherNodes, launch, rendezvous
 from vipo.training.samples import TrainingError
 
 TWO = DistributionConfig(processes=2)
@@ -110,3 +115,62 @@ time.sleep(600)
     with pytest.raises(Preempted, match="all ranks have stopped"):
         launch(_program(text.replace("signal.signal(", "(lambda *_: None)(")), TWO)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_the_launcher_of_another_node_is_told_who_died() -> None:
+    """Two nodes here: what the ranks meet in is real; rank 0 would go on for ten minutes."""
+    command = _program("""
+from datetime import timedelta
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, rank == 0, timedelta(seconds=60), False)
+time.sleep(600) if rank == 0 else sys.exit(3)
+""")
+    launcher = f"""
+from vipo.config.models import DistributionConfig
+from vipo.training.launch import launch
+launch({command!r}, DistributionConfig(nodes=2))
+"""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": rendezvous(TWO, {})["MASTER_PORT"]}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-c", launcher],
+            env={**os.environ, **place, "NODE_RANK": str(node)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], said
+    causes = [re.findall(r"TrainingError: (rank 1 .*) ended with status 3; the other", text) for text in said]
+    assert causes[0] == causes[1] != []
+
+
+def test_what_was_told_first_stays_and_a_lost_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vipo.training.launch._GRACE", 0.1)
+    meeting = rendezvous(TWO, {})
+    store = TCPStore("127.0.0.1", int(meeting["MASTER_PORT"]), None, True, timedelta(seconds=60), False)
+    config = DistributionConfig(nodes=2)
+    one, two = OtherNodes(meeting, config), OtherNodes(meeting, config)
+    assert one.tell("rank 3 died") == "rank 3 died"
+    assert two.tell("rank 0 lost its partner") == "rank 3 died"
+    _eventually(lambda: one.told == two.told == "rank 3 died")
+    store.delete_key("vipo/ended")
+    three = OtherNodes(meeting, config)
+    assert three._connected.wait(60)
+    assert three.told is None
+    del store
+    _eventually(lambda: three.told is not None)
+    assert str(three.told).startswith("rank 0, where the ranks meet on 127.0.0.1, is gone (")
+    assert three.tell("rank 2 died") == "rank 2 died"
+
+
+def test_one_node_has_nobody_to_tell() -> None:
+    assert OtherNodes({}, TWO).tell("rank 1 died") == "rank 1 died"
+
+
+def _eventually(holds: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vipo.audit.examination import VOLATILE, Examination
 from vipo.config.models import Config
+from vipo.errors import Preempted, VipoError
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import ProvenanceError, files_below
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, summarize_stage, train_stage
@@ -23,8 +24,11 @@ _RUN: Mapping[str, Callable[[Config, Path, Path], object]] = {
 def rerun_stage(examination: Examination, folder: str) -> None:
     """Run the stage of a folder such as ``runs/vipo-s0`` again and compare what it writes, byte by byte.
 
+    A stage that cannot be run here (no such device, no memory) is a remark: nothing was compared.
+
     Raises:
         ProvenanceError: there is no such stage, or no configuration of it.
+        Preempted: a signal asked the stage to stop.
     """
     stages = examination.stages()
     if folder not in stages:
@@ -39,9 +43,19 @@ def rerun_stage(examination: Examination, folder: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         experiment = Path(temporary) / config.experiment.name
         _link_inputs(examination, folder, experiment)
-        with examination.guarded(folder, "rerun"):
+        try:
             _RUN[stages[folder]](config, examination.root, Path(temporary))
-            _compare(examination, folder, experiment / folder)
+        except Preempted:
+            raise
+        # What it may be is as wide as what a stage does; what is wrong with its inputs, other checks have found.
+        except Exception as error:
+            reason = str(error) if isinstance(error, VipoError) else f"{type(error).__name__}: {error}"
+            examination.remark(
+                folder, "rerun", f"could not be run again here ({reason}); nothing was compared",
+                "run the audit on a machine like the one that made it (provenance.json names it)",
+            )  # fmt: skip
+            return
+        _compare(examination, folder, experiment / folder)
 
 
 def _link_inputs(examination: Examination, folder: str, experiment: Path) -> None:

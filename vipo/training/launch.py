@@ -15,11 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from vipo.config.models import DistributionConfig
 from vipo.errors import Preempted
 from vipo.training.samples import TrainingError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +32,10 @@ _PREEMPTED = 75
 _LIFELINE = "VIPO_LIFELINE"
 # Longer than a rank that lost a partner takes to say so, so that the dead one is known first.
 _DELAY = 0.2
+# Between nodes, in seconds: how often a launcher looks, how long it tries to reach the others before it ends, and
+# longer than ranks that end together are apart.
+_POLL, _CONNECT, _GRACE = 0.5, 10.0, 30.0
+_ENDED = "vipo/ended"
 
 
 def is_rank() -> bool:
@@ -83,6 +92,64 @@ def rendezvous(config: DistributionConfig, environment: Mapping[str, str]) -> di
     return found
 
 
+class OtherNodes:
+    """What the launchers of a run's nodes tell each other: the first rank of all that ended badly, and how.
+
+    Through the store in which the ranks meet. It lives in rank 0, so that until that one has started nothing can be
+    told; where it is gone long before the ranks here have ended, it ended badly.
+
+    Attributes:
+        told: what was told first, by this node or another one; None so far.
+    """
+
+    def __init__(self, meeting: Mapping[str, str], config: DistributionConfig) -> None:
+        self.told: str | None = None
+        self._store: Store | None = None
+        self._connected = threading.Event()
+        self._several = config.nodes > 1
+        if self._several:
+            threading.Thread(target=self._listen, args=(dict(meeting), config.timeout_seconds), daemon=True).start()
+
+    def _listen(self, meeting: Mapping[str, str], timeout_seconds: float) -> None:
+        # Here, so that a launcher of one node need not load it.
+        from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+        try:
+            self._store = TCPStore(
+                meeting["MASTER_ADDR"],
+                int(meeting["MASTER_PORT"]),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+            self._connected.set()
+            while not self._store.check([_ENDED]):
+                time.sleep(_POLL)
+            self.told = self._store.get(_ENDED).decode()
+        except DistError as error:
+            if self._store is None:
+                return
+            self._store = None
+            time.sleep(_GRACE)
+            self.told = f"rank 0, where the ranks meet on {meeting['MASTER_ADDR']}, is gone ({error})"
+
+    def tell(self, message: str) -> str:
+        """Tell the other nodes; returns what was told first, which may be another node's message."""
+        # A rank may die while the store is not there yet, or this process still loads what reaches it.
+        if not self._several or not self._connected.wait(_CONNECT) or self._store is None:
+            return message
+        from torch.distributed import DistError
+
+        try:
+            first = bytes(self._store.compare_set(_ENDED, "", message)).decode()
+        except DistError as error:
+            log.debug("the other nodes cannot be told: %s", error)
+            return message
+        # The store may end with this node's ranks: not before the others have looked.
+        time.sleep(2 * _POLL)
+        return first
+
+
 def launch(command: Sequence[str], config: DistributionConfig) -> None:
     """Run `command` as this node's ranks until all have ended well, or one has not.
 
@@ -95,7 +162,7 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
 
     Raises:
         Preempted: the ranks stopped because a signal asked them to.
-        TrainingError: a rank ended otherwise; the message names it. The other ranks were killed.
+        TrainingError: a rank of any node ended otherwise; the message names it. The other ranks were killed.
     """
     meeting = rendezvous(config, os.environ)
     first = int(meeting.pop("NODE_RANK")) * config.processes
@@ -142,7 +209,7 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
         threads = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
         for thread in threads:
             thread.start()
-        _wait(ranks, said, ended, first, asked)
+        _wait(ranks, said, ended, first, asked, OtherNodes(meeting, config))
         for thread in threads:
             thread.join()
     finally:
@@ -158,6 +225,7 @@ def _wait(
     ended: "queue.Queue[tuple[int, int]]",
     first: int,
     asked: Sequence[int],
+    nodes: OtherNodes,
 ) -> None:
     left, preempted = set(ranks), False
     while left:
@@ -171,19 +239,24 @@ def _wait(
             stopped = status == _PREEMPTED or -status in asked
             preempted |= stopped
             bad = (rank, status) if status != 0 and not stopped else None
-        if bad is not None:
-            rank, status = bad
+        if bad is not None or nodes.told is not None:
             pieces += [said.get() for _ in range(said.qsize())]
-            _show([piece for piece in pieces if piece[0] == rank], first)
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            cause = nodes.told
+            if bad is not None:
+                rank, status = bad
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                here = f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
+                cause = nodes.tell(here)
+                if cause == here:
+                    _show([piece for piece in pieces if piece[0] == rank], first)
+                    pieces = [piece for piece in pieces if piece[0] != rank]
             error = TrainingError(
-                f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}; the other ranks were "
-                "stopped. The newest checkpoint is the last good state; start the same command again to go on from it"
+                f"{cause}; the other ranks were stopped. The newest checkpoint is the last good state; start the same "
+                "command again to go on from it"
             )
-            others = [piece for piece in pieces if piece[0] != rank]
-            if others:
+            if pieces:
                 log.error("%s\nWhat the other ranks said then:", error)
-                _show(others, first)
+                _show(pieces, first)
             raise error
         _show(pieces, first)
     _show([said.get() for _ in range(said.qsize())], first)
