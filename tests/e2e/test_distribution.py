@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from vipo.config.compose import repository_root
+from vipo.provenance.locks import run_lock
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 
 ROOT = repository_root()
@@ -218,3 +219,19 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
         pytest.fail(f"the undisturbed run did not stop near update {stopped.update}")
     assert (same / "tensors.safetensors").read_bytes() == (newest / "tensors.safetensors").read_bytes()
     assert load_checkpoint(same).state == stopped.state
+
+
+def test_the_others_wait_while_the_first_rank_waits_for_a_lock(
+    prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    results = shutil.copytree(prepared, tmp_path / "results")
+    chosen = [*overrides, "training.updates=1", "training.save_at=[]", "distribution.timeout_seconds=3", "--wait=300"]
+    with run_lock(results / RUN):
+        launched = _Launched(results, chosen, tmp_path / "waited.txt")
+        while "waiting for it" not in launched.errors.read_text():
+            assert launched.process.poll() is None, launched.errors.read_text()
+            time.sleep(0.1)
+        # Longer than the others would wait for a partner that is not known to wait.
+        time.sleep(5)
+    status, text = launched.ended()
+    assert status == 0, text

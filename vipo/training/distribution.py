@@ -187,14 +187,14 @@ class Distribution:
         dist.all_gather_object(values, value)
         return values
 
-    def meet(self) -> None:
-        """Wait until every process is here.
+    def meet(self, longer: float = 0) -> None:
+        """Wait until every process is here, for ``timeout_seconds`` and `longer` seconds more.
 
         Through the store in which the processes found each other, not by a collective: it can say who is missing, and
         it does not wait for the partner that hangs.
 
         Raises:
-            TrainingError: some did not come within ``timeout_seconds``; the message names them.
+            TrainingError: some did not come in that time; the message names them.
         """
         if self._store is None:
             return
@@ -202,7 +202,7 @@ class Distribution:
         self._store.set(f"meeting/{self._meetings}/{self.rank}", "")
         keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.processes)]
         try:
-            self._store.wait(keys, timedelta(seconds=self.config.timeout_seconds))
+            self._store.wait(keys, timedelta(seconds=self.config.timeout_seconds + longer))
         except dist.DistStoreError as error:
             missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
             raise TrainingError(

@@ -758,6 +758,8 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
     trainer = Trainer(config, root, experiment)
     folder = trainer.folder
     if not trainer.distribution.is_main:
+        # The main process may be waiting for another job's lock.
+        trainer.distribution.meet(wait)
         trainer.run()
         trainer.distribution.leave()
         return
@@ -769,6 +771,7 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
         return [folder / "config.yaml", folder / "metrics.jsonl", *kept]
 
     with run_lock(folder, wait_seconds=wait):
+        trainer.distribution.meet(wait)
         trainer.set_aside_other()
         with record_stage(
             "train",

@@ -21,8 +21,8 @@ EXPERIMENT = str(config.get("experiment", "demo"))
 OVERRIDES = [str(item) for item in config.get("overrides", [])]
 
 # What all stages' shells share. A stage waits for another process that writes the same files, such as a predecessor on
-# its last checkpoint; for less than distribution.timeout_seconds, after which other ranks give up. A scheduler's signal
-# reaches every process of a job: shell and tee outlive the stage, which needs them while it writes its checkpoint.
+# its last checkpoint. A scheduler's signal reaches every process of a job: shell and tee outlive the stage, which needs
+# them while it writes its checkpoint.
 shell.prefix(
     "set -euo pipefail; export VIPO_WAIT=1200; "
     "trap : TERM USR1; tee() {{ trap '' TERM USR1; exec tee \"$@\"; }}; "
