@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, get_args
@@ -103,12 +103,10 @@ def train(overrides: Overrides = None, file: ConfigFile = None, results: Results
 
     Prompts and embeddings are made first where the results folder lacks them.
     """
-    # Until training listens itself: what is not begun loses nothing.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop_before_training)
-    from vipo.stages import train_stage
+    with _preemptible():
+        from vipo.stages import train_stage
 
-    train_stage(_configuration(overrides, file), repository_root(), results, wait)
+        train_stage(_configuration(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
@@ -359,11 +357,22 @@ def audit(
         raise typer.Exit(1)
 
 
-def _stop_before_training(number: int, _frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
-    # No exception: a library that is being imported might take it for its own.
-    os._exit(_PREEMPTED)
+@contextlib.contextmanager
+def _preemptible() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 ask for another try: here too, where training does not listen itself and loses nothing."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
+        # No exception: a library that is being imported might take it for its own.
+        os._exit(_PREEMPTED)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _leave(status: int) -> None:
