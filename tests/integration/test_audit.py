@@ -1,6 +1,8 @@
 """What the audit says: verdicts, numbers computed again, code and lineage, one stage again, pulled results."""
 
+import hashlib
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -18,7 +20,7 @@ from vipo.audit import audit as audit_module
 from vipo.audit import lineage as lineage_module
 from vipo.cli import main
 from vipo.config.compose import dump_config, load_config, write_if_changed
-from vipo.provenance import ProvenanceError, write_crate, zip_crate
+from vipo.provenance import ProvenanceError, file_sha256, write_crate, zip_crate
 from vipo.provenance.dvc import dvc_md5, parse_lock
 from vipo.stages import prepare_stage
 
@@ -194,6 +196,108 @@ def test_a_stage_that_this_machine_cannot_run_is_not_called_broken(
     assert _findings(result, "broken") == {}
     told = _findings(result, "remark")["evaluation/vipo-s0"]
     assert "rerun: could not be run again here (MemoryError: 12 GiB); nothing was compared" in told
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_a_commit_that_is_an_option_of_git_is_not_run(project: Path) -> None:
+    """A record is untrusted: git would take it for where to write."""
+    experiment = project / EXPERIMENT
+    path = experiment / "prompts/provenance.json"
+    record = json.loads(path.read_text())
+    record["git"]["commit"] = f"--output={EXPERIMENT}/written"
+    record["inputs"][0]["sha256"] = "0" * 64
+    path.write_text(json.dumps(record))
+    broken = _findings(audited(project), "broken")
+    assert broken["prompts/provenance.json"] == [
+        f"lineage: names '--output={EXPERIMENT}/written' as its commit, which is none"
+    ]
+    assert [item for item in experiment.iterdir() if item.name.startswith("written")] == []
+
+
+def test_a_page_without_its_record_is_not_what_the_lock_says(locked: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(locked, tmp_path / "project"))
+    page = root / EXPERIMENT / "report/index.html"
+    page.write_text(page.read_text().replace("Redder objects", "Reddest objects"))
+    (root / EXPERIMENT / "report/provenance.json").unlink()
+    assert "report" in _findings(audited(root), "broken")
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_the_verdict_tells_what_no_anchor_fixes(locked: Path, signed: Path) -> None:
+    by_lock = audited(locked)
+    beside = set(by_lock.checked.unanchored)
+    assert {"runs/vipo-s0/provenance.json", "runs/vipo-s0/timing.jsonl", "report/index.html"} <= beside
+    assert not {name for name in beside if name.startswith(("prompts/t", "evaluation/vipo-s0/s"))}
+    assert f"not anchored: {len(beside)} files (configs/base-s0.yaml, " in by_lock.text()
+    by_signature = audited(signed, signed.parent / "ada.signers")
+    assert by_signature.checked.unanchored == ()
+    assert "not anchored" not in by_signature.text()
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_an_export_is_compared_with_its_own_list(project: Path) -> None:
+    folder = project / EXPERIMENT / "export/vipo-s0"
+    (folder / "transformer").mkdir(parents=True)
+    weights, card = folder / "transformer/model.safetensors", folder / "README.md"
+    weights.write_bytes(b"weights")
+    card.write_text("card")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in (card, weights)}
+    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+    (folder / "SHA256SUMS").write_text(sums)
+    assert _findings(audited(project), "broken") == {}
+    weights.write_bytes(b"others")
+    card.unlink()
+    (folder / ".more").write_text("x")
+    place = "export/vipo-s0"
+    told = _findings(audited(project), "broken")
+    assert told.keys() == {f"{place}/transformer/model.safetensors", f"{place}/README.md", f"{place}/.more"}
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_names_that_are_no_text_and_files_that_cannot_be_read_are_told(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = project / EXPERIMENT
+    (experiment / os.fsdecode(b"notes-\xff")).write_text("x")
+    secret = experiment / "prompts/eval.jsonl"
+
+    def sha256(path: Path) -> str:
+        if path == secret:
+            raise PermissionError(13, "Permission denied", str(path))
+        return file_sha256(path)
+
+    monkeypatch.setattr("vipo.audit.examination.file_sha256", sha256)
+    assert _vipo(monkeypatch, project, "audit", EXPERIMENT, "--json") == 1
+    result = Audit.model_validate_json(capsys.readouterr().out)
+    assert "notes-\\udcff" in _findings(result, "remark")
+    told = _findings(result, "broken")["prompts/eval.jsonl"]
+    assert any(message.startswith("bytes: cannot be read ([Errno 13]") for message in told)
+    assert "notes-\\udcff" in result.text()
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_a_shallow_clone_cannot_tell_whether_the_commit_exists(locked: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{locked}", "clone")
+    shutil.copytree(locked / "results", tmp_path / "clone/results")
+    result = audited(tmp_path / "clone")
+    assert _findings(result, "broken") == {}
+    assert any("is not in this shallow clone" in text for text in _findings(result, "remark")["prompts"])
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_a_repository_that_git_does_not_read_is_no_missing_one(locked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    (told,) = _findings(audited(locked), "remark")["dvc.lock"]
+    assert "git does not read this repository (fatal: detected dubious ownership" in told
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_a_configuration_without_its_run_is_told(project: Path) -> None:
+    text = (project / EXPERIMENT / "configs/vipo-s0.yaml").read_text()
+    assert "seed: 0" in text
+    (project / EXPERIMENT / "configs/vipo-s7.yaml").write_text(text.replace("\nseed: 0\n", "\nseed: 7\n"))
+    told = _findings(audited(project), "remark")["configs/vipo-s7.yaml"]
+    assert told[0] == "configuration: there is no such run here"
 
 
 def test_results_that_were_pulled_keep_their_anchor(locked: Path, tmp_path: Path) -> None:

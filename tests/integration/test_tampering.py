@@ -90,6 +90,27 @@ def _add(name: str, content: bytes = b"more\n") -> Tampering:
     return tamper
 
 
+def _link(name: str) -> Tampering:
+    """A folder that lies elsewhere, by a link."""
+
+    def tamper(experiment: Path) -> list[str]:
+        elsewhere = experiment.parent / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "scores.parquet").write_bytes(b"better")
+        (experiment / name).symlink_to(elsewhere)
+        return [f"{name}/scores.parquet"]
+
+    return tamper
+
+
+def _loop(name: str) -> Tampering:
+    def tamper(experiment: Path) -> list[str]:
+        (experiment / name).symlink_to(experiment)
+        return [name]
+
+    return tamper
+
+
 def _copy(source: str, target: str) -> Tampering:
     def tamper(experiment: Path) -> list[str]:
         assert (experiment / source).read_bytes() != (experiment / target).read_bytes()
@@ -216,6 +237,10 @@ RESULTS: Mapping[str, Tampering] = {
     "weights renamed": _rename(f"runs/vipo-s0/{_WEIGHTS}", "runs/vipo-s0/weights/transformer/other.safetensors"),
     "a file among the weights": _add("runs/vipo-s0/weights/transformer/more.safetensors"),
     "a hidden file among the weights": _add("runs/vipo-s0/weights/.more"),
+    "a tool's file among the weights": _add("runs/vipo-s0/weights/.gitignore"),
+    "an interrupted write among the weights": _add("runs/vipo-s0/weights/.more.partial"),
+    "a folder linked among the weights": _link("runs/vipo-s0/weights/more"),
+    "a link that leads back": _loop("runs/vipo-s0/weights/back"),
     "kept weights deleted": _delete(
         "runs/grpo-s0/updates", f"runs/grpo-s0/{_WEIGHTS.replace('weights', 'updates/000001', 1)}"
     ),
@@ -252,6 +277,9 @@ RESULTS: Mapping[str, Tampering] = {
     "a byte of the embeddings": _byte("embeddings/train.safetensors"),
     "embeddings swapped": _swap("embeddings/train.safetensors", "embeddings/eval.safetensors"),
     "a file beside the results": _add("notes.txt"),
+    "a folder linked beside the results": _link("more"),
+    "a run set aside where none is": _add("evaluation/.superseded/vipo-s0/scores.parquet"),
+    "an evaluation linked": _link("evaluation/uniform-s0"),
     "a stage beside the results": _add("evaluation/uniform-s0/scores.parquet"),
 }
 

@@ -6,13 +6,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from vipo.audit.examination import Examination, short
+from vipo.audit.examination import CHECKPOINT, Examination, short
 from vipo.audit.findings import Anchor
 from vipo.provenance.crate import METADATA, SIGNATURE, crate_files
 from vipo.provenance.dvc import LOCK, LockedStage, dvc_md5, parse_lock
-from vipo.provenance.environment import git_output
-from vipo.provenance.lineage import ProvenanceError
+from vipo.provenance.environment import git_output, git_problem
+from vipo.provenance.lineage import ProvenanceError, files_below
 from vipo.provenance.signature import SignatureError, verify_file
+from vipo.provenance.upload import MANIFEST
 
 _CRATE_AGAIN = "restore it, or run 'vipo crate' again if the experiment was changed on purpose"
 _LOCK_AGAIN = "restore it ('dvc checkout'), or run the stage again and commit the new dvc.lock"
@@ -45,7 +46,8 @@ def check_crate(examination: Examination, allowed_signers: Path | None) -> Ancho
             report(name, "unknown file", "the crate does not name it: added after it was written", _CRATE_AGAIN)
     if signer is None:
         return None
-    examination.anchored |= named.keys()
+    checkpoints = {name.removesuffix("/manifest.json") for name in named if CHECKPOINT.fullmatch(name)}
+    examination.anchored |= named.keys() | checkpoints | {METADATA, SIGNATURE}
     return Anchor(kind="signature", by=signer, covers=len(named))
 
 
@@ -67,12 +69,33 @@ def _signer(examination: Examination, allowed_signers: Path | None) -> str | Non
         return None
 
 
+def check_exports(examination: Examination) -> None:
+    """Compare what was exported for others with the list that each folder holds."""
+    for path in sorted((examination.folder / "export").glob(f"*/{MANIFEST}")):
+        folder = path.parent
+        place = folder.relative_to(examination.folder).as_posix()
+        with examination.guarded(f"{place}/{MANIFEST}", "bytes"):
+            lines = path.read_text("utf-8").splitlines()
+            told = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+            found = {name: examination.sha256(folder / name) for name in files_below(folder) if name != MANIFEST}
+            for name in sorted(told.keys() | found.keys()):
+                if found.get(name) != told.get(name):
+                    examination.broken(
+                        f"{place}/{name}", "bytes", f"missing, added or not as {MANIFEST} says", "export the run again"
+                    )
+
+
 def check_lock(examination: Examination) -> tuple[Anchor | None, list[LockedStage]]:
     """Compare results and their inputs with the ``dvc.lock`` that is committed; returns its stages for them as well."""
     text, lock = git_output(examination.root, "show", f"HEAD:./{LOCK}"), examination.root / LOCK
     current = lock.read_bytes() if lock.is_file() else None
     if text is None:
-        if current is not None:
+        if problem := git_problem(examination.root):
+            examination.remark(
+                LOCK, "anchor", f"was not looked up: git does not read this repository ({problem})",
+                "do what git says, and audit again",
+            )  # fmt: skip
+        elif current is not None:
             examination.remark(LOCK, "anchor", "is not committed, so it anchors nothing", "commit it")
         return None, []
     try:

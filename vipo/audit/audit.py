@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from vipo.audit.anchors import check_crate, check_lock
+from vipo.audit.anchors import check_crate, check_exports, check_lock
 from vipo.audit.configurations import check_configurations
-from vipo.audit.examination import Examination
+from vipo.audit.examination import Examination, printable
 from vipo.audit.findings import Audit, Checked
 from vipo.audit.lineage import check_code, check_lineage, read_records
 from vipo.audit.numbers import check_numbers
@@ -43,6 +43,7 @@ def audit_experiment(
     anchors = [check_crate(examination, allowed_signers)]
     lock, locked = check_lock(examination)
     anchors.append(lock)
+    check_exports(examination)
     read_records(examination, locked)
     configurations = check_configurations(examination, locked)
     check_lineage(examination)
@@ -71,6 +72,7 @@ def audit_experiment(
             stages=len(examination.stages()),
             configurations=configurations,
             numbers=examination.numbers,
+            unanchored=tuple(printable(name) for name in examination.files if not examination.is_anchored(name)),
             reran=rerun,
         ),
         findings=tuple(examination.findings),

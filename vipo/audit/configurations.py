@@ -40,6 +40,11 @@ def check_configurations(examination: Examination, locked: Sequence[LockedStage]
     examination.configs = found["runs"] | found["evaluation"]
     for run, config in examination.configs.items():
         _check_run(examination, run, config, found)
+    for run in found["configs"].keys() - examination.configs.keys():
+        examination.remark(
+            f"configs/{run}.yaml", "configuration", "there is no such run here",
+            "nothing, while the experiment is not finished; else remove it",
+        )  # fmt: skip
     everything = [config for configs in found.values() for config in configs.values()]
     for folder, record in examination.records.items():
         with examination.guarded(f"{folder}/{PROVENANCE}", "configuration"):

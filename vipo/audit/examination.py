@@ -27,6 +27,8 @@ VOLATILE = re.compile(
     r"|runs/[^/]+/(timing\.jsonl|tb/[^/]+|checkpoints/.+)|report/(index\.html|time\.(json|csv|svg))"
     r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )
+#: A checkpoint's folder, and a file in it; its ``manifest.json`` names the hashes of the others.
+CHECKPOINT = re.compile(r"(runs/[^/]+/checkpoints/[^/]+)/(.+)")
 
 
 class Examination:
@@ -53,24 +55,20 @@ class Examination:
 
     def stages(self) -> dict[str, str]:
         """Folders that hold a stage's files, and the name of the stage."""
-        found = {}
-        for name in self.files:
-            # The innermost: the report's numbers lie in the folder of its page.
-            for folder in map(Path.as_posix, Path(name).parents):
-                stage = next((stage for pattern, stage in _STAGES.items() if re.fullmatch(pattern, folder)), None)
-                if stage is not None:
-                    found[folder] = stage
-                    break
-        return dict(sorted(found.items()))
+        return dict(sorted(place for place in map(stage_of, self.files) if place is not None))
 
     def is_anchored(self, name: str) -> bool:
         """Whether an anchor fixes the bytes of a file, itself or with its folder."""
         return any(name == anchored or name.startswith(f"{anchored}/") for anchored in self.anchored)
 
     def sha256(self, path: Path) -> str | None:
-        """Of a file, read once; None where there is none."""
+        """Of a file, read once; None where there is none, or none that can be read."""
         if path not in self._hashes and path.is_file():
-            self._hashes[path] = file_sha256(path)
+            try:
+                self._hashes[path] = file_sha256(path)
+            except OSError as error:
+                name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
+                self.broken(name.as_posix(), "bytes", f"cannot be read ({error})", "make it readable, or restore it")
         return self._hashes.get(path)
 
     def hashed(self) -> tuple[int, int]:
@@ -87,7 +85,9 @@ class Examination:
         self._add("remark", artifact, check, message, advice)
 
     def _add(self, severity: Severity, artifact: str, check: Check, message: str, advice: str) -> None:
-        finding = Finding(severity=severity, artifact=artifact, check=check, message=message, advice=advice)
+        finding = Finding(
+            severity=severity, artifact=printable(artifact), check=check, message=printable(message), advice=advice
+        )
         if finding not in self.findings:
             self.findings.append(finding)
 
@@ -102,6 +102,21 @@ class Examination:
             self.broken(
                 artifact, check, f"cannot be examined ({reason})", "restore it, or run the stage that writes it again"
             )
+
+
+def printable(text: str) -> str:
+    """A text with names of files in it, which may be no UTF-8: those bytes in hexadecimal."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def stage_of(name: str) -> tuple[str, str] | None:
+    """The folder of the stage that a file of an experiment belongs to, and the stage; None outside of all."""
+    # The innermost: the report's numbers lie in the folder of its page.
+    for folder in map(Path.as_posix, Path(name).parents):
+        for pattern, stage in _STAGES.items():
+            if re.fullmatch(pattern, folder):
+                return folder, stage
+    return None
 
 
 def short(value: str) -> str:

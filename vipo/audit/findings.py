@@ -44,6 +44,10 @@ class Checked(_Model):
     stages: int = Field(description="Stages whose lineage was followed.")
     configurations: int
     numbers: int = Field(description="Numbers that were computed again and compared.")
+    unanchored: tuple[str, ...] = Field(
+        description="Files that no anchor fixes; they are checked against each other alone, so that whoever changes "
+        "all of them is not noticed."
+    )
     reran: str | None = Field(description="Folder of the stage that was run again.")
 
 
@@ -63,9 +67,13 @@ class Audit(_Model):
         for anchor in self.anchors:
             where = f"dvc.lock of commit {anchor.by[:12]}" if anchor.kind == "dvc.lock" else f"signed by {anchor.by}"
             lines.append(f"anchored: {where}, {anchor.covers} files and folders")
+        counts = self.checked
         if not self.anchors:
             lines.append("not anchored")
-        counts = self.checked
+        elif counts.unanchored:
+            more = ", …" if len(counts.unanchored) > 2 else ""
+            beside = f"{len(counts.unanchored)} files ({', '.join(counts.unanchored[:2])}{more})"
+            lines.append(f"not anchored: {beside}; --json names them all, a signed crate fixes them")
         lines.append(
             f"checked: {counts.files} files ({counts.bytes / 2**20:.1f} MiB), {counts.stages} stages, "
             f"{counts.configurations} configurations, {counts.numbers} numbers computed again"

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vipo.audit.examination import VOLATILE, Examination, short
+from vipo.audit.examination import CHECKPOINT, VOLATILE, Examination, short, stage_of
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import git_output, package_sha256, versions
 from vipo.provenance.lineage import DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
 
-_CHECKPOINT = re.compile(r"(runs/[^/]+/checkpoints/[^/]+)/(.+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: What every record names.
 _RECORDED = frozenset(
     (
@@ -50,8 +50,12 @@ def read_records(examination: Examination, locked: Sequence[LockedStage]) -> Non
                 if record["stage"] != stage:
                     examination.broken(name, "lineage", f"is of stage '{record['stage']}', not '{stage}'", _AGAIN)
                     continue
+                commit = record["git"]["commit"]
+                if commit is not None and not _COMMIT.fullmatch(commit):
+                    examination.broken(name, "lineage", f"names {commit!r} as its commit, which is none", _AGAIN)
+                    continue
                 examination.records[folder] = record
-        elif any(f"/{folder}/" in f"/{out}/" for step in locked for out in step.outs):
+        elif any(_writes(out, folder) for step in locked for out in step.outs):
             examination.remark(
                 folder, "lineage", f"holds no {PROVENANCE}: its lineage is what dvc.lock says of it",
                 "commit, environment and hardware are with whoever ran it, and in the signed crate",
@@ -61,6 +65,13 @@ def read_records(examination: Examination, locked: Sequence[LockedStage]) -> Non
                 folder, "lineage", f"holds no {PROVENANCE}: stage '{stage}' did not finish, or its record was deleted",
                 "run the stage again",
             )  # fmt: skip
+
+
+def _writes(out: str, folder: str) -> bool:
+    """Whether an output of ``dvc.lock`` is one of this stage's folder, and not of a stage's inside it."""
+    _, found, rest = f"/{out}/".partition(f"/{folder}/")
+    place = stage_of(f"{folder}/{rest}file")
+    return bool(found) and place is not None and place[0] == folder
 
 
 def check_lineage(examination: Examination) -> None:
@@ -162,10 +173,10 @@ def _check_unknown(examination: Examination, written: Mapping[str, str]) -> None
 
 
 def _check_checkpoints(examination: Examination) -> None:
-    found = [match for name in examination.files if (match := _CHECKPOINT.fullmatch(name))]
+    found = [match for name in examination.files if (match := CHECKPOINT.fullmatch(name))]
     for folder in dict.fromkeys(match[1] for match in found):
         with examination.guarded(folder, "bytes"):
-            hashes = json.loads((examination.folder / folder / "manifest.json").read_text())
+            hashes = json.loads((examination.folder / folder / "manifest.json").read_text("utf-8"))
             files = {match[2] for match in found if match[1] == folder} - {"manifest.json"}
             if not files:
                 examination.remark(
@@ -218,9 +229,12 @@ def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any])
             "audit it in a checkout of the repository",
         )  # fmt: skip
     elif git_output(examination.root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
-        examination.broken(
-            folder, "code", f"commit {short(str(commit))} is not in this repository",
-            "fetch the whole history; without that commit nobody can run this code again",
+        shallow = (git_output(examination.root, "rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
+        report = examination.remark if shallow else examination.broken
+        report(
+            folder, "code",
+            f"commit {short(str(commit))} is not in this {'shallow clone' if shallow else 'repository'}",
+            "fetch the whole history ('git fetch --unshallow'); without that commit nobody can run this code again",
         )  # fmt: skip
     diff, kept = f"{folder}/{DIFF}", git["diff_sha256"]
     found = examination.sha256(examination.folder / diff)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ def check_numbers(examination: Examination) -> None:
         if stage == "evaluate":
             with examination.guarded(f"{folder}/summary.json", "numbers"):
                 scores = pd.read_parquet(examination.folder / folder / "scores.parquet")
-                told = json.loads((examination.folder / folder / "summary.json").read_text())
+                told = json.loads((examination.folder / folder / "summary.json").read_text("utf-8"))
                 _compare(examination, f"{folder}/summary.json", told, summarize(scores))
         elif stage == "train":
             with examination.guarded(f"{folder}/metrics.jsonl", "numbers"):
@@ -38,15 +39,15 @@ def _check_manifest(examination: Examination) -> None:
         return
     with examination.guarded("prompts/manifest.json", "numbers"):
         prompts = examination.folder / "prompts"
-        told = json.loads((prompts / "manifest.json").read_text())
+        told = json.loads((prompts / "manifest.json").read_text("utf-8"))
         found = {name: examination.sha256(prompts / name) for name in ("train.jsonl", "eval.jsonl")}
-        counts = {name.removesuffix(".jsonl"): len((prompts / name).read_text().splitlines()) for name in found}
+        counts = {name.removesuffix(".jsonl"): len(_lines(prompts / name)) for name in found}
         _compare(examination, "prompts/manifest.json", told["files"], found)
         _compare(examination, "prompts/manifest.json", {name: told["counts"][name] for name in counts}, counts)
 
 
 def _check_metrics(examination: Examination, folder: str) -> None:
-    rows = [json.loads(line) for line in (examination.folder / folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in _lines(examination.folder / folder / "metrics.jsonl")]
     config = examination.configs.get(folder.partition("/")[2])
     told = [row["update"] for row in rows]
     if config is not None and told != list(range(1, config.training.updates + 1)):
@@ -54,6 +55,11 @@ def _check_metrics(examination: Examination, folder: str) -> None:
             f"{folder}/metrics.jsonl", "numbers", f"does not hold updates 1 to {config.training.updates}, each once",
             "train the run again",
         )  # fmt: skip
+
+
+def _lines(path: Path) -> list[str]:
+    # A text in JSON may hold characters that end a line elsewhere.
+    return path.read_text("utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
 
 
 def _check_report(examination: Examination) -> None:

@@ -8,7 +8,7 @@ from vipo.audit.examination import VOLATILE, Examination
 from vipo.config.models import Config
 from vipo.errors import Preempted, VipoError
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import ProvenanceError, files_below
+from vipo.provenance.lineage import ProvenanceError, experiment_files
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, summarize_stage, train_stage
 
 _RUN: Mapping[str, Callable[[Config, Path, Path], object]] = {
@@ -55,7 +55,7 @@ def rerun_stage(examination: Examination, folder: str) -> None:
                 "run the audit on a machine like the one that made it (provenance.json names it)",
             )  # fmt: skip
             return
-        _compare(examination, folder, experiment / folder)
+        _compare(examination, folder, experiment)
 
 
 def _link_inputs(examination: Examination, folder: str, experiment: Path) -> None:
@@ -67,7 +67,7 @@ def _link_inputs(examination: Examination, folder: str, experiment: Path) -> Non
 
 
 def _compare(examination: Examination, folder: str, again: Path) -> None:
-    made = {f"{folder}/{name}": file_sha256(again / name) for name in files_below(again)}
+    made = {name: file_sha256(again / name) for name in experiment_files(again) if name.startswith(f"{folder}/")}
     here = [name for name in examination.files if name.startswith(f"{folder}/")]
     advice = "docs/reproducibility.md says what is bit-identical where; other code, libraries or hardware may differ"
     for name in dict.fromkeys([*here, *made]):

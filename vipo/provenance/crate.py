@@ -36,7 +36,6 @@ from vipo.provenance.lineage import (
     absolute_path,
     entry_files,
     experiment_files,
-    files_below,
     read_provenance,
     verify_outputs,
 )
@@ -109,9 +108,9 @@ def write_crate(experiment_dir: Path, root: Path) -> Path:
     }
     if "Snakefile" not in copies:
         raise ProvenanceError(f"{root}: holds no Snakefile; write the crate in a checkout of the repository")
-    for name in files_below(experiment_dir / _COPIES):
-        if name not in copies:
-            (experiment_dir / _COPIES / name).unlink()
+    for name in experiment_files(experiment_dir):
+        if Path(name).parts[0] == _COPIES and name.partition("/")[2] not in copies:
+            (experiment_dir / name).unlink()
     for name, content in copies.items():
         with atomic_file(experiment_dir / _COPIES / name) as temporary:
             temporary.write_bytes(content)

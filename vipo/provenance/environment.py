@@ -45,6 +45,16 @@ def git_output(root: Path, *arguments: str, **variables: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
+def git_problem(root: Path) -> str | None:
+    """What git says where it does not read the repository that `root` is; None where it does, or there is none."""
+    if not (root / ".git").exists() or git_output(root, "rev-parse", "--git-dir") is not None:
+        return None
+    if shutil.which("git") is None:
+        return "git is not installed"
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--git-dir"], capture_output=True, text=True)
+    return " ".join(done.stderr.split())
+
+
 def git_state(root: Path, diff: bytes | None = None) -> dict[str, Any]:
     """The commit that `root` is at, and whether there is anything beside it.
 

@@ -25,8 +25,14 @@ from vipo.provenance.files import atomic_file, file_sha256
 
 PROVENANCE, DIFF = "provenance.json", "provenance.diff"
 
-#: What tools, locks and interrupted writes leave beside results, and the folder of runs that were set aside.
-_TOOL_FILE = re.compile(r"\.(gitignore|lock|lock-holder\.json|snakemake_timestamp|superseded|.+\.(partial|replaced))")
+_TIMESTAMP = r"(.*/)?\.snakemake_timestamp"
+_OF_TOOLS = re.compile(_TIMESTAMP)
+#: What tools, locks and interrupted writes leave in an experiment, where they do, and runs that were set aside.
+_OF_TOOLS_AND_LOCKS = re.compile(
+    rf"{_TIMESTAMP}|runs/\.superseded/.*"
+    r"|((prompts|embeddings|configs|logs|crate|export|report(/data)?|(runs|evaluation)(/[^/]+(/(checkpoints|updates))?)?)/)?"
+    r"\.(gitignore|lock|lock-holder\.json|[^/]+\.(partial|replaced)(/.*)?)"
+)
 
 log = logging.getLogger(__name__)
 
@@ -143,18 +149,30 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Files of a folder, relative to it, sorted; those of tools and of runs that were set aside are left out."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name.as_posix() for name in names if not any(_TOOL_FILE.fullmatch(part) for part in name.parts))
+    """Files of a folder, relative to it, sorted; Snakemake's marks are left out. Links to folders are followed."""
+    return [name for name in _walk(folder) if not _OF_TOOLS.fullmatch(name)]
 
 
 def experiment_files(experiment_dir: Path) -> list[str]:
-    """Files of an experiment as `files_below` lists them, but for what is made for others from finished results.
+    """Files of an experiment, relative to it, sorted.
 
-    That is a run's folder for the Hub (``export/``, with a manifest of its own) and the list that an upload leaves
-    (``SHA256SUMS``).
+    Left out are what tools, locks and interrupted writes leave where they do, runs that were set aside, and what is
+    made for others from finished results: a run's folder for the Hub (``export/``, with a manifest of its own) and the
+    list that an upload leaves (``SHA256SUMS``).
     """
-    return [name for name in files_below(experiment_dir) if Path(name).parts[0] not in ("export", "SHA256SUMS")]
+    names = (name for name in _walk(experiment_dir) if not _OF_TOOLS_AND_LOCKS.fullmatch(name))
+    return [name for name in names if Path(name).parts[0] not in ("export", "SHA256SUMS")]
+
+
+def _walk(folder: Path) -> list[str]:
+    found = []
+    for base, folders, files in os.walk(folder, followlinks=True):
+        place = Path(base)
+        # A link to a folder that holds it has no end: it is listed itself.
+        loops = [name for name in folders if place.resolve().is_relative_to((place / name).resolve())]
+        folders[:] = [name for name in folders if name not in loops]
+        found += [(place / name).relative_to(folder).as_posix() for name in (*files, *loops)]
+    return sorted(found)
 
 
 def entry_files(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -191,8 +209,8 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 
 def _folder_files(folder: Path) -> list[str]:
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    visible = (name for name in _walk(folder) if not any(part.startswith(".") for part in Path(name).parts))
+    return [name for name in visible if (folder / name).is_file()]
 
 
 def _recorded_path(path: Path, root: Path) -> str:
