@@ -245,10 +245,15 @@ class Trainer:
             maps, map_metrics = self._maps(samples, groups, batches, images, number)
         # The pictures of an update are many, and learning is where memory peaks.
         del images
-        basis = rewards
-        if maps is not None and objective.map_on == "reward":
-            basis = {name: allocate_advantages(values, maps.cpu()) for name, values in rewards.items()}
-        result = group_advantages(basis, weights, groups, objective.std_floor, objective.advantage_clip, objective.std)
+        result = group_advantages(
+            rewards,
+            weights,
+            groups,
+            objective.std_floor,
+            objective.advantage_clip,
+            objective.std,
+            maps.cpu() if maps is not None and objective.map_on == "reward" else None,
+        )
         if not bool(result.valid.any()):
             raise RewardError(f"update {number}: no sample has a finite reward; check the rewards {', '.join(rewards)}")
         for row in torch.nonzero(~result.valid).flatten().tolist():
