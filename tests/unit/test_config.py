@@ -68,7 +68,11 @@ DECISIVE: dict[str, dict[str, Any]] = {
     },
     "vipo": POSITION,
     "vipo_mean": {**POSITION, "perception.normalize": "mean"},
-    "vipo_paper": {**POSITION, "objective.clip.side": "ppo", "objective.clip.scope": "position"},
+    "vipo_paper": {
+        **POSITION,
+        "objective.clip.side": "ppo",
+        "objective.clip.scope": "position",
+    },
     "reward_map": {**POSITION, "objective.map_on": "reward"},
     "average": {**POSITION, "perception.aggregation": "average"},
     "first": {**POSITION, "perception.aggregation": "first"},
@@ -140,6 +144,78 @@ def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
     own = "++experiment.arms.vipo_paper={overrides: ['objective.clip.range=0.5', 'objective.clip.side=symmetric']}"
     clip = load_config([DEMO, own, "arm=vipo_paper", "objective.clip.side=none"]).objective.clip
     assert (clip.side, clip.scope, clip.range) == ("none", "position", 0.5)
+
+
+EXPERIMENTS = sorted(path.stem for path in (repository_root() / "configs/experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_of_every_experiment_composes(name: str) -> None:
+    first = load_config([f"experiment={name}"])
+    assert first.experiment.name == name
+    for arm in first.experiment.arms:
+        config = load_config([f"experiment={name}", f"arm={arm}"])
+        assert config.arm == arm
+        assert config.experiment == first.experiment
+
+
+def test_the_backbones_of_table_3_are_one_experiment() -> None:
+    arms = load_config(["experiment=ablation_backbones"]).experiment.arms
+    backbones = {path.stem for path in (repository_root() / "configs/arm").glob("backbone_*.yaml")}
+    assert set(arms) == {"base", "grpo", "vipo", *backbones}
+    # One whose weights are not to be had is left out; another has them in a folder.
+    local = "++experiment.arms.backbone_sam.overrides=['perception.weights=weights/sam']"
+    config = load_config(
+        ["experiment=ablation_backbones", "~experiment.arms.backbone_dinov3", local, "arm=backbone_sam"]
+    )
+    assert config.perception.weights == "weights/sam"
+    assert set(config.experiment.arms) == set(arms) - {"backbone_dinov3"}
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation_backbones"])
+def test_the_paper_s_settings_are_a_setup(name: str) -> None:
+    """METHOD section 6, FLUX.1-dev; nothing of the demo's setup is left."""
+    with pytest.raises(ConfigError, match=r"prompts\.source: missing"):
+        load_config([f"experiment={name}", "setup=flux_paper"])
+    config = load_config([f"experiment={name}", "setup=flux_paper", "prompts.source=prompts.txt"])
+    found = {".".join(path): value for path, value in _leaves(config.model_dump(mode="json"), ())}
+    expected: dict[str, Any] = {
+        "generator.path": "black-forest-labs/FLUX.1-dev",
+        "generator.height": 512,
+        "generator.width": 512,
+        "generator.guidance_scale": 3.5,
+        "perception.backbone": "vit_large_patch14_dinov2.lvd142m",
+        "perception.components": 3,
+        "perception.aggregation": "variance",
+        "perception.smoothing": 1.0,
+        "sampling.steps": 8,
+        "sampling.shift": 3.0,
+        "sampling.transition": "dance",
+        "sampling.eta": 0.3,
+        "sampling.same_initial_noise": True,
+        "objective.channels": "mean",
+        "objective.advantage_clip": 5.0,
+        "objective.clip.side": "ppo",
+        "objective.clip.scope": "sample",
+        "objective.clip.range": 1e-4,
+        "objective.kl_weight": 0.0,
+        "objective.std": "group",
+        "optimizer.learning_rate": 1e-5,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.max_grad_norm": 1.0,
+        "training.updates": 300,
+        "training.prompts_per_update": 8,
+        "training.group_size": 12,
+        "training.optimizer_steps_per_update": 3,
+        "training.epochs": 1,
+        "training.transition_choice": "per_sample",
+        # int(timestep fraction (T - 1))
+        "training.trained_transitions": int(0.6 * 7),
+        "pretrain": None,
+    }
+    assert {key: found[key] for key in expected} == expected
+    demo = load_config([f"experiment={name}"])
+    assert config.evaluation.rewards != demo.evaluation.rewards
 
 
 def test_overrides_are_applied_last_and_typed() -> None:
