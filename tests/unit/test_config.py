@@ -72,6 +72,7 @@ DECISIVE: dict[str, dict[str, Any]] = {
         **POSITION,
         "objective.clip.side": "ppo",
         "objective.clip.scope": "position",
+        "objective.clip.range": 2.6e-2,
     },
     "reward_map": {**POSITION, "objective.map_on": "reward"},
     "average": {**POSITION, "perception.aggregation": "average"},
@@ -137,7 +138,7 @@ def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
     """The demo names clip.scope, transition noise and backbone; the arm that is defined by them keeps its own."""
     assert load_config([DEMO]).objective.clip.scope == "sample"
     paper = load_config([DEMO, "arm=vipo_paper"])
-    assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2e-3)
+    assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2.6e-2)
     assert load_config([DEMO, "arm=flow_grpo", "sampling.shift=5"]).sampling.shift == 5
     assert load_config([DEMO, "arm=backbone_sam"]).perception.backbone == "samvit_base_patch16.sa1b"
     # What the experiment says of this arm comes after the arm's file, what the caller says comes last.
@@ -216,6 +217,25 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
     assert {key: found[key] for key in expected} == expected
     demo = load_config([f"experiment={name}"])
     assert config.evaluation.rewards != demo.evaluation.rewards
+
+
+@pytest.mark.parametrize(
+    ("generator", "times"), [("demo", 13), ("flux_dev", 64), ("stable_diffusion", 64), ("wan", (14 * 30 * 52) ** 0.5)]
+)
+def test_the_gate_of_positions_has_its_range_on_the_scale_of_their_ratios(generator: str, times: float) -> None:
+    """Whatever experiment composes `vipo_paper`: about sqrt(positions) times the range of a sample."""
+    base = [DEMO] if generator == "demo" else ["experiment=ablation", "setup=flux_paper", "prompts.source=p.txt"]
+    ranges = {
+        arm: load_config([*base, f"generator={generator}", f"arm={arm}"]).objective.clip.range
+        for arm in ("vipo", "vipo_paper")
+    }
+    assert ranges["vipo_paper"] / ranges["vipo"] == pytest.approx(times, rel=0.01)
+
+
+def test_every_generator_has_the_range_of_positions() -> None:
+    configs = repository_root() / "configs"
+    ranges = {path.stem for path in (configs / "clip_range/vipo_paper").glob("*.yaml")}
+    assert ranges == {path.stem for path in (configs / "generator").glob("*.yaml")}
 
 
 def test_overrides_are_applied_last_and_typed() -> None:
