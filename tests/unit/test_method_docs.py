@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 import pytest
 
-from vipo.config.compose import repository_root
+from vipo.config.compose import load_config, repository_root
 
 ROOT = repository_root()
 TEXT = (ROOT / "docs/method.md").read_text()
@@ -148,3 +148,12 @@ def test_every_interval_of_the_text_is_the_study_s() -> None:
     assert len(told) > 30
     known = list(_intervals())
     assert [text for text in sorted(told) if not any(_matches(text, row) for row in known)] == []
+
+
+def test_the_default_gate_is_told_to_be_unconfirmed() -> None:
+    """What three seeds suggest is no decision: the page says so wherever it names the default."""
+    assert load_config(["experiment=demo"]).objective.clip.scope == "sample"
+    assert "Hence `scope: sample`" not in TEXT
+    told = [text for text in TEXT.split("\n\n") if "`scope: sample`" in text and "default" in text]
+    assert len(told) == 2
+    assert all("confirmed" in text for text in told)
