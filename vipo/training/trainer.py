@@ -544,7 +544,10 @@ class Trainer:
             f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
             f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
             f"sample {_named(sample)}. Rollout and update do not evaluate the same network: a "
-            "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients"
+            "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients. "
+            "Rounding alone gives log rho the size of its error in the transition's mean over the transition's std, "
+            f"divided by sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here "
+            f"{self.config.objective.channels!r}): docs/method.md tells how to choose the tolerance by it"
         )
 
     # ---- state ------------------------------------------------------------------------------------
