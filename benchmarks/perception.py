@@ -6,9 +6,8 @@ The reference is written here as the paper's steps read: Pillow for the input, o
 SciPy's smoothing. Both see the same 16 pictures of 512x512 and the same ViT-S/14 (DINOv2's shape, random weights: they
 cost what trained ones cost). Each repetition times both in turn, so that other work on the machine meets both.
 
-    python benchmarks/perception.py --experiment demo --updates 5
-
-instead gives the module's share of the training steps of an experiment, measured inside its `Trainer`.
+The last row is the module's share of the training steps of `--experiment`, over `--updates` of them, measured inside
+its `Trainer`.
 """
 
 import argparse
@@ -141,9 +140,10 @@ def _timed(forward: Callable[[Tensor], Tensor], pictures: Tensor, seconds: list[
     return features[0]
 
 
-def share_of_training(experiment: str, updates: int) -> dict[str, Any]:
+def share_of_training(experiment: str, updates: int, device: str, threads: int) -> dict[str, Any]:
     """The module's share of an update of the arm `vipo`."""
-    config, root = load_config([f"experiment={experiment}", "arm=vipo"]), repository_root()
+    places = [f"generator.device={device}", f"training.threads={threads}"]
+    config, root = load_config([f"experiment={experiment}", "arm=vipo", *places]), repository_root()
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
@@ -169,22 +169,21 @@ def share_of_training(experiment: str, updates: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one JSON object a row."""
+    """Print one JSON object a row: the comparison at each size, then the share of a training step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pixels", type=int, nargs="+", default=[224, 518], help="multiples of 14")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--experiment", help="measure the share of this experiment's updates instead")
+    parser.add_argument("--experiment", default="demo", help="whose updates the module's share is measured in")
     parser.add_argument("--updates", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = {"device": arguments.device, "threads": arguments.threads, "torch": torch.__version__}
-    if arguments.experiment:
-        print(json.dumps(share_of_training(arguments.experiment, arguments.updates) | setting))
-        return
     for pixels in arguments.pixels:
         print(json.dumps(compare(pixels, arguments.repeats, torch.device(arguments.device)) | setting), flush=True)
+    share = share_of_training(arguments.experiment, arguments.updates, arguments.device, arguments.threads)
+    print(json.dumps({"experiment": arguments.experiment} | share | setting))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,9 @@ def _parameters(stage: str, config: Config, root: Path) -> Iterator[Any]:
     yield {"configs/config.yaml": ["defaults"]}
     for group, name in sorted(choices.items()):
         path = f"configs/{group}/{name}.yaml"
+        # An optional default is a choice even where it has no file.
+        if not (root / path).is_file():
+            continue
         text = (root / path).read_text()
         if group == "arm":
             if stage in ("train", "evaluate"):

@@ -1,6 +1,7 @@
 """The study's comparisons and its decision against closed forms on drawn curves."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from integration.report_fixture import build_experiment
 from omegaconf import OmegaConf
 from scipy import stats
 
-from vipo.config.compose import load_config_file
+from vipo.config.compose import load_config_file, repository_root
 from vipo.config.models import StudyConfig
 from vipo.evaluation.statistics import ScoresError, matched_arms, seed_interval
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
@@ -132,13 +133,9 @@ def test_clip_table_averages_over_seeds() -> None:
     assert table.loc["grpo", f"{REWARD}_std"] == pytest.approx(np.std(finals, ddof=1))
 
 
-def test_study_page(tmp_path: Path) -> None:
-    seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "inverted": [0, 1]}
-    folder, runs = build_experiment(tmp_path, seeds)
-    first = folder / "evaluation" / "base-s0" / "config.yaml"
-    with pytest.raises(StudyError, match="no section 'study'"):
-        build_study([(folder, runs, load_config_file(first))], tmp_path / "study")
-    config = OmegaConf.load(first)
+def _decide_on_vipo(path: Path, seeds: dict[str, list[int]]) -> None:
+    """Give the resolved configuration at `path` a section `study`."""
+    config = OmegaConf.load(path)
     for arm in ("grpo", "vipo"):
         config.experiment.arms[arm].seeds = seeds[arm]
     config.experiment.study = {
@@ -149,7 +146,16 @@ def test_study_page(tmp_path: Path) -> None:
         "choose_seeds": [0, 1],
         "confirm_seeds": [2, 3],
     }
-    OmegaConf.save(config, first)
+    OmegaConf.save(config, path)
+
+
+def test_study_page(tmp_path: Path) -> None:
+    seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "inverted": [0, 1]}
+    folder, runs = build_experiment(tmp_path, seeds)
+    first = folder / "evaluation" / "base-s0" / "config.yaml"
+    with pytest.raises(StudyError, match="no section 'study'"):
+        build_study([(folder, runs, load_config_file(first))], tmp_path / "study")
+    _decide_on_vipo(first, seeds)
     studied = [(folder, runs, load_config_file(first))]
     page = build_study(studied, tmp_path / "study")
     assert page.read_text().startswith("# The study's results")
@@ -169,3 +175,31 @@ def test_study_page(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
     build_study(studied, tmp_path / "study")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
+
+
+def test_the_page_links_to_nothing_that_the_study_would_not_write_again(tmp_path: Path) -> None:
+    """`make study` replaces docs/study as a whole: what else lies there would be lost."""
+    seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "uniform": [0]}
+    folder, runs = build_experiment(tmp_path / "maps", seeds)
+    first = folder / "evaluation" / "base-s0" / "config.yaml"
+    _decide_on_vipo(first, seeds)
+    # The same arms, as if nothing but the clip's range told them apart.
+    gates, _ = build_experiment(tmp_path / "gates", seeds)
+    for path in gates.glob("evaluation/*/config.yaml"):
+        config = OmegaConf.load(path)
+        config.experiment.name = "gates"
+        clip = {"range": 1.0 + list(seeds).index(config.arm)}
+        config.objective = OmegaConf.merge(config.objective, {"ratio": "position", "map": "psm", "clip": clip})
+        OmegaConf.save(config, path)
+    base = gates / "evaluation" / "base-s0" / "config.yaml"
+    studied = [(folder, runs, load_config_file(first)), (gates, runs, load_config_file(base))]
+    build_study(studied, tmp_path / "study")
+    written = {path.name for path in (tmp_path / "study").iterdir()}
+
+    root = repository_root()
+    names = next(re.finditer(r"^STUDY := (.+)$", (root / "Makefile").read_text(), re.MULTILINE))[1].split()
+    possible = {re.sub("^(demo|gates)(?=-)", name, file) for name in names for file in written}
+    linked = set(re.findall(r"\]\(study/([^)#]+)", (root / "docs/method.md").read_text()))
+    assert len(linked) >= 3
+    assert linked <= possible
+    assert {path.name for path in (root / "docs/study").iterdir()} <= possible

@@ -68,7 +68,12 @@ DECISIVE: dict[str, dict[str, Any]] = {
     },
     "vipo": POSITION,
     "vipo_mean": {**POSITION, "perception.normalize": "mean"},
-    "vipo_paper": {**POSITION, "objective.clip.side": "ppo", "objective.clip.scope": "position"},
+    "vipo_paper": {
+        **POSITION,
+        "objective.clip.side": "ppo",
+        "objective.clip.scope": "position",
+        "objective.clip.range": 2.6e-2,
+    },
     "reward_map": {**POSITION, "objective.map_on": "reward"},
     "average": {**POSITION, "perception.aggregation": "average"},
     "first": {**POSITION, "perception.aggregation": "first"},
@@ -133,13 +138,104 @@ def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
     """The demo names clip.scope, transition noise and backbone; the arm that is defined by them keeps its own."""
     assert load_config([DEMO]).objective.clip.scope == "sample"
     paper = load_config([DEMO, "arm=vipo_paper"])
-    assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2e-3)
+    assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2.6e-2)
     assert load_config([DEMO, "arm=flow_grpo", "sampling.shift=5"]).sampling.shift == 5
     assert load_config([DEMO, "arm=backbone_sam"]).perception.backbone == "samvit_base_patch16.sa1b"
     # What the experiment says of this arm comes after the arm's file, what the caller says comes last.
     own = "++experiment.arms.vipo_paper={overrides: ['objective.clip.range=0.5', 'objective.clip.side=symmetric']}"
     clip = load_config([DEMO, own, "arm=vipo_paper", "objective.clip.side=none"]).objective.clip
     assert (clip.side, clip.scope, clip.range) == ("none", "position", 0.5)
+
+
+EXPERIMENTS = sorted(path.stem for path in (repository_root() / "configs/experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_of_every_experiment_composes(name: str) -> None:
+    first = load_config([f"experiment={name}"])
+    assert first.experiment.name == name
+    for arm in first.experiment.arms:
+        config = load_config([f"experiment={name}", f"arm={arm}"])
+        assert config.arm == arm
+        assert config.experiment == first.experiment
+
+
+def test_the_backbones_of_table_3_are_one_experiment() -> None:
+    arms = load_config(["experiment=ablation_backbones"]).experiment.arms
+    backbones = {path.stem for path in (repository_root() / "configs/arm").glob("backbone_*.yaml")}
+    assert set(arms) == {"base", "grpo", "vipo", *backbones}
+    # One whose weights are not to be had is left out; another has them in a folder.
+    local = "++experiment.arms.backbone_sam.overrides=['perception.weights=weights/sam']"
+    config = load_config(
+        ["experiment=ablation_backbones", "~experiment.arms.backbone_dinov3", local, "arm=backbone_sam"]
+    )
+    assert config.perception.weights == "weights/sam"
+    assert set(config.experiment.arms) == set(arms) - {"backbone_dinov3"}
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation_backbones"])
+def test_the_paper_s_settings_are_a_setup(name: str) -> None:
+    """METHOD section 6, FLUX.1-dev; nothing of the demo's setup is left."""
+    with pytest.raises(ConfigError, match=r"prompts\.source: missing"):
+        load_config([f"experiment={name}", "setup=flux_paper"])
+    config = load_config([f"experiment={name}", "setup=flux_paper", "prompts.source=prompts.txt"])
+    found = {".".join(path): value for path, value in _leaves(config.model_dump(mode="json"), ())}
+    expected: dict[str, Any] = {
+        "generator.path": "black-forest-labs/FLUX.1-dev",
+        "generator.height": 512,
+        "generator.width": 512,
+        "generator.guidance_scale": 3.5,
+        "perception.backbone": "vit_large_patch14_dinov2.lvd142m",
+        "perception.components": 3,
+        "perception.aggregation": "variance",
+        "perception.smoothing": 1.0,
+        "sampling.steps": 8,
+        "sampling.shift": 3.0,
+        "sampling.transition": "dance",
+        "sampling.eta": 0.3,
+        "sampling.same_initial_noise": True,
+        "objective.channels": "mean",
+        "objective.advantage_clip": 5.0,
+        "objective.clip.side": "ppo",
+        "objective.clip.scope": "sample",
+        "objective.clip.range": 1e-4,
+        "objective.kl_weight": 0.0,
+        "objective.std": "group",
+        "optimizer.learning_rate": 1e-5,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.max_grad_norm": 1.0,
+        "training.updates": 300,
+        "training.prompts_per_update": 8,
+        "training.group_size": 12,
+        "training.optimizer_steps_per_update": 3,
+        "training.epochs": 1,
+        "training.transition_choice": "per_sample",
+        # int(timestep fraction (T - 1))
+        "training.trained_transitions": int(0.6 * 7),
+        "pretrain": None,
+    }
+    assert {key: found[key] for key in expected} == expected
+    demo = load_config([f"experiment={name}"])
+    assert config.evaluation.rewards != demo.evaluation.rewards
+
+
+@pytest.mark.parametrize(
+    ("generator", "times"), [("demo", 13), ("flux_dev", 64), ("stable_diffusion", 64), ("wan", (14 * 30 * 52) ** 0.5)]
+)
+def test_the_gate_of_positions_has_its_range_on_the_scale_of_their_ratios(generator: str, times: float) -> None:
+    """Whatever experiment composes `vipo_paper`: about sqrt(positions) times the range of a sample."""
+    base = [DEMO] if generator == "demo" else ["experiment=ablation", "setup=flux_paper", "prompts.source=p.txt"]
+    ranges = {
+        arm: load_config([*base, f"generator={generator}", f"arm={arm}"]).objective.clip.range
+        for arm in ("vipo", "vipo_paper")
+    }
+    assert ranges["vipo_paper"] / ranges["vipo"] == pytest.approx(times, rel=0.01)
+
+
+def test_every_generator_has_the_range_of_positions() -> None:
+    configs = repository_root() / "configs"
+    ranges = {path.stem for path in (configs / "clip_range/vipo_paper").glob("*.yaml")}
+    assert ranges == {path.stem for path in (configs / "generator").glob("*.yaml")}
 
 
 def test_overrides_are_applied_last_and_typed() -> None:

@@ -43,6 +43,27 @@ def test_equal_rewards_give_no_gradient_and_are_counted() -> None:
     assert float(result.group_std[1]) == pytest.approx(0.1, rel=1e-5)
 
 
+@pytest.mark.parametrize("std", ["group", "batch"])
+@pytest.mark.parametrize("places", [(3, 4), (2, 3, 4)])
+def test_equal_rewards_give_no_gradient_whatever_their_maps(places: tuple[int, ...], std: str) -> None:
+    maps = torch.rand(9, *places, generator=torch.Generator().manual_seed(0))
+    # The first group's rewards are equal, and the last one's are but for a sample without any.
+    rewards = torch.tensor([0.7, 0.7, 0.7, 0.1, 0.2, 0.3, 0.7, float("nan"), 0.7])
+    result = group_advantages({"r": rewards}, {"r": 1.0}, _groups(3, 3), 1e-4, 5, std=std, maps=maps)
+    assert result.zero_std.tolist() == [True, False, True]
+    assert result.values.abs().flatten(1).amax(dim=1).gt(0).tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert result.group_std.gt(0).tolist() == [False, True, False]
+    # Of two rewards, the one that differs alone decides.
+    other = torch.rand(9, generator=torch.Generator().manual_seed(1))
+    both = group_advantages(
+        {"r": rewards.nan_to_num(0.7), "o": other}, {"r": 3.0, "o": 1.0}, _groups(3, 3), 1e-4, 5, std=std, maps=maps
+    )
+    alone = group_advantages({"o": other}, {"o": 1.0}, _groups(3, 3), 1e-4, 5, std=std, maps=maps)
+    assert not bool(both.zero_std.any())
+    for group in (slice(0, 3), slice(6, 9)):
+        assert torch.equal(both.values[group], alone.values[group])
+
+
 def test_not_finite_rewards_leave_their_group() -> None:
     rewards = torch.tensor([1.0, float("nan"), 3.0, 1.0, float("inf"), 3.0])
     result = group_advantages({"r": rewards}, {"r": 1.0}, _groups(2, 3), std_floor=0.0, clip=5)
@@ -88,9 +109,8 @@ def test_rewards_per_position_are_normalised_position_by_position(places: tuple[
     scalar = {name: torch.rand(8, generator=generator) for name in ("a", "b")}
     scalar["b"][3] = torch.nan
     maps = torch.rand(8, *places, generator=generator)
-    rewards = {name: allocate_advantages(values, maps) for name, values in scalar.items()}
     weights = {"a": 1.0, "b": 0.5}
-    result = group_advantages(rewards, weights, _groups(2, 4), std_floor=1e-3, clip=1.2, std=std)
+    result = group_advantages(scalar, weights, _groups(2, 4), std_floor=1e-3, clip=1.2, std=std, maps=maps)
     assert result.values.shape == (8, *places)
     assert result.valid.tolist() == [i != 3 for i in range(8)]
     spreads = []
@@ -383,3 +403,5 @@ def test_surrogate_checks_shapes() -> None:
         )
     with pytest.raises(ValueError, match="weights: expected the rewards"):
         group_advantages({"a": torch.ones(2)}, {"b": 1.0}, torch.zeros(2, dtype=torch.int64), 1e-4, 5)
+    with pytest.raises(ValueError, match=r"rewards\['a'\]: expected shape \(3,\) of groups, got \(3, 2\)"):
+        group_advantages({"a": torch.ones(3, 2)}, {"a": 1.0}, torch.zeros(3, dtype=torch.int64), 1e-4, 5)

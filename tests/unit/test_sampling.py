@@ -286,6 +286,23 @@ def test_scale_of_the_log_ratio(channels: int) -> None:
         assert float(log_ratio.mean(dim=(1, 2)).std()) == pytest.approx(scale / 16, rel=0.3)
 
 
+@pytest.mark.parametrize(("reduction", "low", "high"), [("mean", 1e-5, 3e-5), ("sum", 1.5e-4, 3.5e-4)])
+def test_rounding_in_the_mean_reaches_the_log_ratio_over_std(reduction: str, low: float, high: float) -> None:
+    """What docs/method.md says of the on-policy check: the paper's chain, C = 16, 64 x 64, a relative 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    levels = sigma_schedule(8, 3.0)
+    for std in (0.3 * (levels[:-1] - levels[1:]).sqrt())[:-1]:
+        mean, noise, change = (torch.randn(4, 16, 64, 64, generator=generator) for _ in range(3))
+        value, moved = mean + std * noise, mean.double() * (1 + 1e-6 * change.double())
+        old, new = (position_log_prob(value.double(), m, std.double(), reduction) for m in (mean.double(), moved))
+        log_ratio = (new - old).double().abs()
+        spread = 1e-6 / float(std) * (0.25 if reduction == "mean" else 4)
+        assert float(log_ratio.square().mean().sqrt()) == pytest.approx(spread, rel=0.05)
+        largest = float(log_ratio.flatten(1).amax(dim=1).mean())
+        assert 0.9 * low < largest < high
+        assert 5 < largest / spread < 7
+
+
 @settings(deadline=None)
 @given(
     seed=st.integers(0, 1000),

@@ -336,7 +336,9 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt = Field(10, description="Updates between checkpoints.")
     keep_checkpoints: PositiveInt = 2
     log_ratio_tolerance: PositiveFloat = Field(
-        1e-5, description="Largest |log rho| allowed before an update's first step."
+        1e-5,
+        description="Largest |log rho| of a position allowed before an update's first step. Rounding in the mean "
+        "counts over the transition's std, and by `channels`: docs/method.md, 'On-policy check'.",
     )
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
     threads: PositiveInt = Field(1, description="CPU threads of a process; part of the result's identity.")

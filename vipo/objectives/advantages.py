@@ -17,7 +17,8 @@ class GroupAdvantages:
     Attributes:
         values: ``(N,)`` or ``(N, [T,] H, W)`` float32, clipped; 0 for samples that are left out.
         valid: ``(N,)`` bool, False where a reward was not finite.
-        group_std: ``(groups,)`` standard deviation of the weighted reward within each group, its mean over positions.
+        group_std: ``(groups,)`` standard deviation of the weighted reward within each group, its mean over positions;
+            0 where all rewards are equal.
         zero_std: ``(groups,)`` bool, groups whose rewards are all equal (no gradient).
     """
 
@@ -34,57 +35,58 @@ def group_advantages(
     std_floor: float,
     clip: float,
     std: Literal["group", "batch"] = "group",
+    maps: Tensor | None = None,
 ) -> GroupAdvantages:
     """Normalise each reward within its group, weight, add and clip.
 
-    ``A_i = sum_k w_k (r_ik - mean_k) / (std_k + floor)``, for scalar rewards or for rewards per position (the
-    ablation that multiplies the map into the reward), position by position.
+    ``A_i = sum_k w_k (r_ik - mean_k) / (std_k + floor)``. With `maps` (the ablation that multiplies the map into the
+    reward) the same of ``M_i(p) r_ik``, position by position. A reward that is equal within a group says nothing of
+    its samples and adds 0 to their advantages, whatever their maps.
 
     Args:
-        rewards: ``(N,)`` or ``(N, [T,] H, W)`` per reward name; a sample with a non-finite value is left out.
+        rewards: ``(N,)`` per reward name; a sample with a non-finite value is left out.
         weights: weight per reward name.
         groups: ``(N,)`` int64 group index of each sample, from 0.
         std_floor: added to each standard deviation.
         clip: the advantages are clipped to [-clip, clip].
         std: 'group': the sample standard deviation within the group (ddof 1; DanceGRPO, ViPO); 'batch': the
             population's over all samples of the update (ddof 0; Flow-GRPO). The mean is the group's in both.
+        maps: ``(N, [T,] H, W)``, non-negative; multiplied into the rewards.
 
     Raises:
-        ValueError: names or shapes disagree.
+        ValueError: names or shapes disagree, or a map is negative.
 
     Source: DanceGRPO (arXiv 2505.07818), equation of the group advantage; ViPO keeps it.
     """
     if rewards.keys() != weights.keys():
         raise ValueError(f"weights: expected the rewards {sorted(rewards)}, got {sorted(weights)}")
-    shape = next(iter(rewards.values())).shape
     for name, reward in rewards.items():
-        if reward.shape[:1] != groups.shape or reward.shape != shape:
+        if reward.shape != groups.shape:
             raise ValueError(
-                f"rewards[{name!r}]: expected shape {(*groups.shape, *shape[1:])} of groups and the other rewards, "
-                f"got {tuple(reward.shape)}"
+                f"rewards[{name!r}]: expected shape {tuple(groups.shape)} of groups, got {tuple(reward.shape)}"
             )
-    valid = torch.stack(
-        [
-            reward.isfinite().flatten(1).all(dim=1) if reward.ndim > 1 else reward.isfinite()
-            for reward in rewards.values()
-        ]
-    ).all(dim=0)
+    valid = torch.stack([reward.isfinite() for reward in rewards.values()]).all(dim=0)
+    placed = {
+        name: (reward if maps is None else allocate_advantages(reward, maps)).double()
+        for name, reward in rewards.items()
+    }
     count = int(groups.max()) + 1
-    values = torch.zeros(shape, dtype=torch.float64)
-    total = torch.stack([weights[name] * reward.double() for name, reward in rewards.items()]).sum(dim=0)
+    total = torch.stack([weights[name] * values for name, values in placed.items()]).sum(dim=0)
+    values = torch.zeros_like(total)
     group_std = torch.zeros(count, dtype=torch.float64)
     zero_std = torch.ones(count, dtype=torch.bool)
     for group in range(count):
         members = (groups == group) & valid
-        if int(members.sum()) < 2:
+        # Of the rewards themselves: maps differ where rewards do not.
+        told = [name for name, reward in rewards.items() if bool((reward[members] != reward[members][:1]).any())]
+        if not told:
             continue
+        zero_std[group] = False
         group_std[group] = total[members].std(dim=0).mean()
-        for name, reward in rewards.items():
-            own = reward[members].double()
-            if bool((own != own[0]).any()):
-                zero_std[group] = False
-                spread = own.std(dim=0) if std == "group" else reward[valid].double().std(dim=0, correction=0)
-                values[members] += weights[name] * (own - own.mean(dim=0)) / (spread + std_floor)
+        for name in told:
+            own = placed[name][members]
+            spread = own.std(dim=0) if std == "group" else placed[name][valid].std(dim=0, correction=0)
+            values[members] += weights[name] * (own - own.mean(dim=0)) / (spread + std_floor)
     return GroupAdvantages(values.clamp(-clip, clip).float(), valid, group_std.float(), zero_std)
 
 

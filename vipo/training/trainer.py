@@ -245,10 +245,15 @@ class Trainer:
             maps, map_metrics = self._maps(samples, groups, batches, images, number)
         # The pictures of an update are many, and learning is where memory peaks.
         del images
-        basis = rewards
-        if maps is not None and objective.map_on == "reward":
-            basis = {name: allocate_advantages(values, maps.cpu()) for name, values in rewards.items()}
-        result = group_advantages(basis, weights, groups, objective.std_floor, objective.advantage_clip, objective.std)
+        result = group_advantages(
+            rewards,
+            weights,
+            groups,
+            objective.std_floor,
+            objective.advantage_clip,
+            objective.std,
+            maps.cpu() if maps is not None and objective.map_on == "reward" else None,
+        )
         if not bool(result.valid.any()):
             raise RewardError(f"update {number}: no sample has a finite reward; check the rewards {', '.join(rewards)}")
         for row in torch.nonzero(~result.valid).flatten().tolist():
@@ -539,7 +544,10 @@ class Trainer:
             f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
             f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
             f"sample {_named(sample)}. Rollout and update do not evaluate the same network: a "
-            "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients"
+            "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients. "
+            "Rounding alone gives log rho the size of its error in the transition's mean over the transition's std, "
+            f"divided by sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here "
+            f"{self.config.objective.channels!r}): docs/method.md tells how to choose the tolerance by it"
         )
 
     # ---- state ------------------------------------------------------------------------------------
