@@ -134,6 +134,12 @@ def test_dvc_yaml_is_current(written: str) -> None:
     assert EXPERIMENT in parameters
     assert all((ROOT / file).is_file() for file in parameters)
     assert not tracked or parameters <= set(tracked)
+    # An arm's own overrides decide its weights and its scores.
+    for name, stage in stages.items():
+        rule, _, run = name.partition("-")
+        keys = [key for entry in stage["params"] for key in entry.get(EXPERIMENT) or ()]
+        if rule in ("train", "evaluate"):
+            assert f"experiment.arms.{run.rpartition('-')[0]}" in keys, name
     # What Snakemake derives from them is no dependency.
     dependencies = {file for stage in stages.values() for file in stage["deps"]}
     assert not any("/configs/" in file for file in dependencies)
@@ -229,6 +235,17 @@ def test_experiments_edit_the_tracked_file(project: Path) -> None:
     assert json.loads((clone / summary).read_text())["change/total"] == after
     assert (clone / EXPERIMENT).read_text() == changed
     assert _clean(clone)
+
+
+def test_an_arms_override_of_the_evaluation_makes_it_again(project: Path) -> None:
+    clone = _clone(project, "overridden")
+    _run(clone, "dvc", "cache", "dir", "--local", project / ".dvc/cache")
+    _run(clone, "dvc", "checkout", "--quiet")
+    path = clone / EXPERIMENT
+    settings = yaml.safe_load(path.read_text())
+    settings["experiment"]["arms"]["base"]["overrides"] = ["evaluation.steps=5"]
+    path.write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
+    assert _json(clone, "dvc", "status", "--json").keys() == {"evaluate-base-s0", "summarize"}
 
 
 @contextlib.contextmanager
