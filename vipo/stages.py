@@ -152,6 +152,8 @@ def summarize_stage(config: Config, root: Path, results: Path, wait: float = 0) 
             inputs=_measured(experiment, runs),
             outputs=written,
             config=config.report_identity(),
+            # Of the intervals' bootstrap.
+            seeds=[config.evaluation.seed],
             root=root,
         ),
     ):
@@ -180,6 +182,8 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
             inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
             outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
             config=config.report_identity(),
+            # The page is checked against the numbers, computed once more.
+            seeds=[config.evaluation.seed],
             root=root,
         ),
     ):
