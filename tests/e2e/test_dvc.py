@@ -97,8 +97,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(checkout: Path) -> str:
-    """dvc.yaml as the tool writes it for the repository as it is."""
+    """dvc.yaml as the tool writes it for the repository as it is, with the record that a rebuilt generator has."""
+    record = checkout / "data/demo-generator/provenance.json"
+    record.write_text("{}")
     _run(checkout, "python", "workflow/dvc_yaml.py")
+    record.unlink()
     return (checkout / "dvc.yaml").read_text()
 
 

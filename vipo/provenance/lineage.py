@@ -3,7 +3,7 @@
 ``provenance.json`` names every input and output with its bytes and SHA-256. A folder is recorded file
 by file; its own SHA-256 is that of the lines ``<sha256>  <path>`` (as ``sha256sum`` prints them),
 sorted by path. Hidden files (`.snakemake_timestamp`, a download's `.cache`) belong to tools, not to
-the data, and are left out.
+the data, and are left out, as is the folder's own record.
 """
 
 import contextlib
@@ -192,7 +192,9 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 def _folder_files(folder: Path) -> list[str]:
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    found = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    # What tells how a folder was made is no part of what was made: another day's would be another generator.
+    return sorted(name for name in found if name not in (PROVENANCE, DIFF))
 
 
 def _recorded_path(path: Path, root: Path) -> str:
