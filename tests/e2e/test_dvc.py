@@ -315,6 +315,12 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     assert not (clone / "results/demo/runs/vipo-s0/provenance.json").exists()
     page = (clone / "results/demo/report/index.html").read_text()
     assert "Not recorded here: vipo-s0." in page
+    compared = _run(clone, "vipo", "diff", "results/demo/runs/base-s0", "results/demo/runs/vipo-s0")
+    assert "## Code: not recorded here" in compared
+    assert "## Evaluation: held-out scores" in compared
+    refused = _run(clone, "vipo", "export", "results/demo/runs/vipo-s0", code=1)
+    assert "results/demo/runs/vipo-s0/provenance.json" in refused
+    assert "not here, as after a pull" in refused
     assert (clone / "results/demo/ro-crate-metadata.json").is_file()
     # The audit, which reads dvc.lock without DVC, takes it for an anchor that holds.
     told = _json(clone, "vipo", "audit", "results/demo", "--json")
