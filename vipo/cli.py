@@ -284,9 +284,9 @@ def base(
         raise ConfigError(
             f"experiment {chosen.experiment.name!r} has no section 'pretrain': its generator was not built here"
         )
-    from vipo.training.pretrain import train_base
+    from vipo.stages import base_stage
 
-    train_base(chosen.pretrain, output, output.with_name(f".{output.name}.work"))
+    base_stage(chosen.pretrain, repository_root(), output)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there.
+"""The DAG's stages: each reads files of ``results/<experiment>`` and writes files there (`base_stage`: a generator's).
 
 A stage holds the lock of the folder that it writes. Where another process has it, the stage waits for up to `wait`
 seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in time it does its work again on top of the
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config
-from vipo.config.models import Config
+from vipo.config.models import Config, PretrainConfig
 from vipo.prompts import check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file, write_crate, zip_crate
 from vipo.provenance.lineage import PROVENANCE
@@ -25,6 +25,26 @@ def experiment_folder(config: Config, results: Path) -> Path:
 def run_names(config: Config) -> list[str]:
     """All runs of the experiment, in the order of its arms and seeds."""
     return [f"{name}-s{seed}" for name, arm in config.experiment.arms.items() for seed in arm.seeds]
+
+
+def base_stage(config: PretrainConfig, root: Path, output: Path) -> None:
+    """The demo generator into `output`; the state that it is resumed from lies beside it."""
+    from vipo.training.pretrain import train_base
+
+    with (
+        run_lock(output),
+        record_stage(
+            "base",
+            output,
+            # Its scenes are drawn by the code.
+            inputs=[],
+            outputs=[output],
+            config=config.model_dump(mode="json"),
+            seeds=[config.seed],
+            root=root,
+        ),
+    ):
+        train_base(config, output, output.with_name(f".{output.name}.work"))
 
 
 def prepare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -152,6 +172,8 @@ def summarize_stage(config: Config, root: Path, results: Path, wait: float = 0) 
             inputs=_measured(experiment, runs),
             outputs=written,
             config=config.report_identity(),
+            # Of the intervals' bootstrap.
+            seeds=[config.evaluation.seed],
             root=root,
         ),
     ):
@@ -180,6 +202,8 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
             inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
             outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
             config=config.report_identity(),
+            # The page is checked against the numbers, computed once more.
+            seeds=[config.evaluation.seed],
             root=root,
         ),
     ):

@@ -129,7 +129,8 @@ def _parameters(stage: str, config: Config, root: Path) -> Iterator[Any]:
                 yield {path: None}
         elif text.startswith("# @package _global_"):
             keys = [key for key in yaml.safe_load(text) if key in ("defaults", *READ[stage])]
-            if group == "experiment" and stage == "train":
+            # An arm's overrides may hold keys of both; the Snakefile refuses those of what all arms share.
+            if group == "experiment" and stage in ("train", "evaluate"):
                 keys.append(f"experiment.arms.{config.arm}")
             yield {path: keys}
         elif group in READ[stage]:

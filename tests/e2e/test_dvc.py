@@ -97,8 +97,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(checkout: Path) -> str:
-    """dvc.yaml as the tool writes it for the repository as it is."""
+    """dvc.yaml as the tool writes it for the repository as it is, with the record that a rebuilt generator has."""
+    record = checkout / "data/demo-generator/provenance.json"
+    record.write_text("{}")
     _run(checkout, "python", "workflow/dvc_yaml.py")
+    record.unlink()
     return (checkout / "dvc.yaml").read_text()
 
 
@@ -134,6 +137,12 @@ def test_dvc_yaml_is_current(written: str) -> None:
     assert EXPERIMENT in parameters
     assert all((ROOT / file).is_file() for file in parameters)
     assert not tracked or parameters <= set(tracked)
+    # An arm's own overrides decide its weights and its scores.
+    for name, stage in stages.items():
+        rule, _, run = name.partition("-")
+        keys = [key for entry in stage["params"] for key in entry.get(EXPERIMENT) or ()]
+        if rule in ("train", "evaluate"):
+            assert f"experiment.arms.{run.rpartition('-')[0]}" in keys, name
     # What Snakemake derives from them is no dependency.
     dependencies = {file for stage in stages.values() for file in stage["deps"]}
     assert not any("/configs/" in file for file in dependencies)
@@ -231,6 +240,17 @@ def test_experiments_edit_the_tracked_file(project: Path) -> None:
     assert _clean(clone)
 
 
+def test_an_arms_override_of_the_evaluation_makes_it_again(project: Path) -> None:
+    clone = _clone(project, "overridden")
+    _run(clone, "dvc", "cache", "dir", "--local", project / ".dvc/cache")
+    _run(clone, "dvc", "checkout", "--quiet")
+    path = clone / EXPERIMENT
+    settings = yaml.safe_load(path.read_text())
+    settings["experiment"]["arms"]["base"]["overrides"] = ["evaluation.steps=5"]
+    path.write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
+    assert _json(clone, "dvc", "status", "--json").keys() == {"evaluate-base-s0", "summarize"}
+
+
 @contextlib.contextmanager
 def _ssh_server(folder: Path) -> Iterator[tuple[int, Path]]:
     """An SSH server with SFTP on this machine; gives its port and the key that it lets in."""
@@ -295,6 +315,12 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     assert not (clone / "results/demo/runs/vipo-s0/provenance.json").exists()
     page = (clone / "results/demo/report/index.html").read_text()
     assert "Not recorded here: vipo-s0." in page
+    compared = _run(clone, "vipo", "diff", "results/demo/runs/base-s0", "results/demo/runs/vipo-s0")
+    assert "## Code: not recorded here" in compared
+    assert "## Evaluation: held-out scores" in compared
+    refused = _run(clone, "vipo", "export", "results/demo/runs/vipo-s0", code=1)
+    assert "results/demo/runs/vipo-s0/provenance.json" in refused
+    assert "not here, as after a pull" in refused
     assert (clone / "results/demo/ro-crate-metadata.json").is_file()
     # The audit, which reads dvc.lock without DVC, takes it for an anchor that holds.
     told = _json(clone, "vipo", "audit", "results/demo", "--json")

@@ -196,6 +196,7 @@ def test_identity_covers_the_generators_bytes(
     config = load_config([*tiny_overrides, "arm=grpo", f"generator.path={generator}"])
     before = Trainer(config, ROOT, prepared / "demo").identity()
     (generator / "README.md").write_text("A comment.")
+    (generator / "provenance.json").write_text("{}")
     assert Trainer(config, ROOT, prepared / "demo").identity() == before
     weights = generator / "transformer/diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())

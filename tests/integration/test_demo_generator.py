@@ -14,9 +14,11 @@ from vipo.demo import scenes
 from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.generators.flux import FluxGenerator
+from vipo.provenance import read_provenance, record_stage, verify_outputs
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
+from vipo.stages import base_stage
 from vipo.training import pretrain
 
 ROOT = repository_root()
@@ -91,6 +93,20 @@ def test_rebuild_is_reproducible_and_resumable(tmp_path: Path, monkeypatch: pyte
             other = tmp_path / "resumed" / path.relative_to(tmp_path / "whole")
             assert other.read_bytes() == path.read_bytes(), path.name
     FluxPipeline.from_pretrained(tmp_path / "resumed")
+
+
+def test_its_record_is_no_part_of_it(tmp_path: Path) -> None:
+    """What reads the generator records the folder that its record names."""
+    config, folder, reader = PretrainConfig(**TINY_PRETRAIN), tmp_path / "generator", tmp_path / "reader"
+    base_stage(config, ROOT, folder)
+    record = read_provenance(folder / "provenance.json")
+    assert (record["stage"], record["seeds"]) == ("base", [config.seed])
+    assert record["config"] == json.loads((folder / "training_config.json").read_text())
+    assert {"model_index.json", "training.jsonl"} <= record["outputs"][0]["files"].keys()
+    with record_stage("encode", reader, inputs=[folder], outputs=[], config=None, root=ROOT):
+        pass
+    assert read_provenance(reader / "provenance.json")["inputs"] == record["outputs"]
+    assert verify_outputs(folder / "provenance.json", ROOT) == []
 
 
 def test_vocabulary_holds_every_scene_word_as_one_token() -> None:

@@ -70,6 +70,7 @@ def _diff(experiment: Path, a: str, b: str) -> RunDiff:
 def test_a_run_does_not_differ_from_itself(experiment: Path) -> None:
     found = _diff(experiment, "vipo-s0", "vipo-s0")
     assert (found.config, found.code, found.environment, found.data, found.notes) == ((), (), (), (), ())
+    assert found.recorded == ("train", "evaluate")
     assert found.training is not None
     assert found.training.equal_updates == 24
     assert found.training.same_weights
@@ -142,6 +143,9 @@ def test_code_environment_and_data(experiment: Path) -> None:
     _edit(experiment / "runs/vipo-s0/provenance.json", other)
     _edit(experiment / "evaluation/grpo-s0/provenance.json", lambda record: record.update(package_sha256="99" * 32))
     found = _diff(experiment, "grpo-s0", "vipo-s0")
+    assert found.code is not None
+    assert found.environment is not None
+    assert found.data is not None
     assert [(row.key, row.stages, row.a, row.b) for row in found.code] == [
         ("package_sha256", ("train", "evaluate"), "99" * 32, "ab" * 32),
         ("git.dirty", ("train",), True, False),
@@ -238,22 +242,88 @@ def test_the_base_has_scores_and_no_training(experiment: Path) -> None:
     assert rows["change/total"].a == 0
     assert rows["reward/object_redness"].better == "higher"
     assert found.notes == ("base-s0 is the generator as it was: it has no training to compare",)
+    assert found.recorded == ("evaluate",)
+    assert "## Code (stage evaluate alone): no difference\n" in render_diff(found)
 
 
 def test_what_is_missing_is_said_and_not_guessed(experiment: Path) -> None:
     (experiment / "runs/vipo-s0/provenance.json").unlink()
-    (experiment / "evaluation/grpo-s0/provenance.json").unlink()
+    shutil.rmtree(experiment / "evaluation/grpo-s0/samples")
+    for name in ("provenance.json", "scores.parquet"):
+        (experiment / "evaluation/grpo-s0" / name).unlink()
     found = _diff(experiment, "grpo-s0", "vipo-s0")
     assert found.evaluation is None
     assert found.training is not None
     assert found.training.same_weights is None
     assert found.notes == (
-        "grpo-s0 was not evaluated: no scores to compare; run vipo evaluate with its configuration",
-        "vipo-s0 did not finish training: its code, environment and data are not recorded",
+        "grpo-s0 has no scores here: run vipo evaluate with its configuration, or pull them",
+        "vipo-s0 has no final weights here: it did not finish training, or they were not pulled",
     )
     text = render_diff(found)
     assert "Evaluation" not in text
-    assert "note: grpo-s0 was not evaluated" in text
+    assert "note: grpo-s0 has no scores here" in text
+    assert "Final weights: not known: a run has none here." in text
+    (experiment / "runs/vipo-s0/metrics.jsonl").unlink()
+    found = _diff(experiment, "grpo-s0", "vipo-s0")
+    assert found.training is None
+    assert found.notes[2] == f"{experiment / 'runs/vipo-s0/metrics.jsonl'}: not here, so the training is not compared"
+
+
+def _as_pulled(experiment: Path, run: str, weights: str) -> None:
+    """Only what DVC keeps: the configurations, metrics, weights and scores, without the records."""
+    folder, evaluated = experiment / "runs" / run, experiment / "evaluation" / run
+    for place in (folder, evaluated):
+        (place / "provenance.json").unlink()
+    shutil.copy(evaluated / "config.yaml", folder / "config.yaml")
+    (folder / "weights").mkdir()
+    (folder / "weights/a.safetensors").write_text(weights)
+
+
+def test_pulled_results_are_compared_as_far_as_they_go(experiment: Path) -> None:
+    """A pull brings no records: what was not compared is not called equal, and what is there is not called missing."""
+    before = _diff(experiment, "grpo-s0", "vipo-s0")
+    for run, weights in (("grpo-s0", "1"), ("vipo-s0", "2"), ("vipo-s1", "2")):
+        _as_pulled(experiment, run, weights)
+    found = _diff(experiment, "grpo-s0", "vipo-s0")
+    assert (found.config, found.training, found.evaluation) == (before.config, before.training, before.evaluation)
+    assert (found.recorded, found.code, found.environment, found.data) == ((), None, None, None)
+    why = "is not recorded here (a pull brings no provenance.json): no code, environment, data to compare"
+    assert found.notes == tuple(
+        f"the {stage} of {run} {why}" for run in ("grpo-s0", "vipo-s0") for stage in ("training", "evaluation")
+    )
+    text = render_diff(found)
+    for title in ("Code", "Environment", "Data"):
+        assert f"## {title}: not recorded here\n" in text
+    assert "no difference\n" not in text
+    same = _diff(experiment, "vipo-s0", "vipo-s1").training
+    assert same is not None
+    assert same.same_weights
+
+
+def test_a_pulled_evaluation_is_of_the_configuration_beside_it(experiment: Path) -> None:
+    _as_pulled(experiment, "vipo-s0", "2")
+    evaluated = experiment / "evaluation/vipo-s0/config.yaml"
+    text = evaluated.read_text()
+    evaluated.write_text(text.replace("  steps: 20", "  steps: 10"))
+    found = _diff(experiment, "vipo-s1", "vipo-s0")
+    assert "evaluation.steps" in [row.key for row in found.config]
+    evaluated.write_text(text.replace("updates: 24", "updates: 25"))
+    [*_, note] = _diff(experiment, "vipo-s1", "vipo-s0").notes
+    assert note.endswith("vipo-s0: was made with another configuration; evaluate vipo-s0 again")
+
+
+def test_pulled_weights_that_were_evaluated_here(experiment: Path) -> None:
+    _as_pulled(experiment, "vipo-s0", "2")
+    _record_evaluation(experiment, "vipo-s0")
+    weights = experiment / "runs/vipo-s0/weights/a.safetensors"
+    read = {"path": "results/demo/runs/vipo-s0/weights/a.safetensors", "bytes": 1, "sha256": file_sha256(weights)}
+    _edit(experiment / "evaluation/vipo-s0/provenance.json", lambda record: record["inputs"].append(read))
+    found = _diff(experiment, "vipo-s1", "vipo-s0")
+    assert found.recorded == ("evaluate",)
+    assert [note for note in found.notes if "weights" in note] == []
+    weights.write_text("others")
+    [*_, note] = _diff(experiment, "vipo-s1", "vipo-s0").notes
+    assert note.endswith("was made with other weights than vipo-s0 has now; evaluate it again")
 
 
 def test_an_evaluation_of_another_configuration_is_said(experiment: Path) -> None:

@@ -259,6 +259,10 @@ def _remove(name: str) -> Callable[[Path], None]:
     return lambda experiment: shutil.rmtree(experiment / name)
 
 
+def _as_pulled(name: str) -> Callable[[Path], None]:
+    return lambda experiment: (experiment / name / "provenance.json").unlink()
+
+
 def _retrained(experiment: Path) -> None:
     record = experiment / "runs/vipo-s0/provenance.json"
     values = json.loads(record.read_text())
@@ -281,7 +285,10 @@ def _other_settings(experiment: Path) -> None:
         (_append("evaluation/vipo-s0/scores.parquet"), r"evaluation/vipo-s0/scores\.parquet: changed"),
         (_append("evaluation/base-s0/scores.parquet"), r"evaluation/base-s0/scores\.parquet: changed"),
         (_remove("evaluation/vipo-s0/samples"), r"samples/.*: missing"),
-        (_remove("evaluation/vipo-s0"), r"vipo-s0 was not evaluated; run vipo evaluate"),
+        (_as_pulled("runs/vipo-s0"), r"runs/vipo-s0/provenance\.json: not here, .* copy them from where"),
+        (_as_pulled("evaluation/vipo-s0"), r"evaluation/vipo-s0/provenance\.json: not here, .* copy them from where"),
+        (_as_pulled("evaluation/base-s0"), r"evaluation/base-s0/provenance\.json: not here, .* copy them from where"),
+        (_remove("evaluation/vipo-s0"), r"vipo-s0 has no scores; run vipo evaluate"),
         (_remove("evaluation/base-s0"), r"base was not evaluated in this experiment.*arm=base"),
         (_retrained, r"made with other weights than vipo-s0 has now; evaluate it again"),
         (_other_settings, r"made with another configuration; evaluate vipo-s0 again"),
@@ -299,7 +306,8 @@ def test_runs_and_folders_that_cannot_be_used(copied: Path, tmp_path: Path) -> N
     for wrong in (copied / "runs" / "vipo-s7", copied / "evaluation" / "vipo-s0", copied, Path("/")):
         _refused(wrong, tmp_path / "export", "no run is there")
     (copied / "runs/vipo-s0/provenance.json").unlink()
-    _refused(copied / "runs" / "vipo-s0", tmp_path / "export", "did not finish")
+    shutil.rmtree(copied / "runs/vipo-s0/weights")
+    _refused(copied / "runs" / "vipo-s0", tmp_path / "export", "has no final weights; run vipo train")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("important")
     _refused(copied / "runs" / "vipo-s0", tmp_path / "used", "exists; remove it or choose another")

@@ -14,7 +14,9 @@ from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, promp
 
 from vipo.config.compose import load_config_file
 from vipo.evaluation.statistics import ScoresError, paired_difference
+from vipo.provenance import read_provenance
 from vipo.reporting import TIMES, ReportError, build_report
+from vipo.stages import report_stage, summarize_stage
 
 Built = tuple[Path, list[str]]
 
@@ -123,6 +125,15 @@ def test_times_and_records_that_are_not_here_are_said_to_be_missing(small: Built
     assert f"Not recorded here: {listed}." in page
     assert f"Records of the training are not here for {listed}" in page
     assert "not recorded" in page[page.index('id="provenance"') :]
+
+
+def test_stages_record_the_seed_of_their_intervals(built: Built, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "demo"
+    shutil.copytree(built[0], folder, ignore=shutil.ignore_patterns("report"))
+    config = load_config_file(folder / "evaluation" / "vipo-s0" / "config.yaml")
+    for stage, place in ((summarize_stage, "report/data"), (report_stage, "report")):
+        stage(config, tmp_path, tmp_path / "results")
+        assert read_provenance(folder / place / "provenance.json")["seeds"] == [config.evaluation.seed]
 
 
 def test_a_page_is_not_made_of_other_results_than_its_numbers(small: Built, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 ``provenance.json`` names every input and output with its bytes and SHA-256. A folder is recorded file
 by file; its own SHA-256 is that of the lines ``<sha256>  <path>`` (as ``sha256sum`` prints them),
 sorted by path. Hidden files (`.snakemake_timestamp`, a download's `.cache`) belong to tools, not to
-the data, and are left out.
+the data, and are left out, as is the folder's own record.
 """
 
 import contextlib
@@ -210,7 +210,8 @@ def _file_entry(path: Path) -> dict[str, Any]:
 
 def _folder_files(folder: Path) -> list[str]:
     visible = (name for name in _walk(folder) if not any(part.startswith(".") for part in Path(name).parts))
-    return [name for name in visible if (folder / name).is_file()]
+    # What tells how a folder was made is no part of what was made: another day's would be another generator.
+    return [name for name in visible if (folder / name).is_file() and name not in (PROVENANCE, DIFF)]
 
 
 def _recorded_path(path: Path, root: Path) -> str:

@@ -17,6 +17,7 @@ from vipo.evaluation.statistics import (
     mean_score,
     wording,
 )
+from vipo.provenance.lineage import PROVENANCE
 from vipo.reporting.inputs import read_rows, read_scores
 from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
 
@@ -68,7 +69,7 @@ class Training:
     Attributes:
         updates: of each run.
         equal_updates: leading updates in which all metrics that both have are equal to the last bit.
-        same_weights: whether the final weights are; None where a run did not finish.
+        same_weights: whether the final weights are; None where a run has none here.
         metrics: of the last update.
     """
 
@@ -113,14 +114,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunDiff:
-    """B against A. `training` and `evaluation` are None where a run lacks them, as `notes` then says."""
+    """B against A. `training` and `evaluation` are None where a run lacks them, as `notes` then says.
+
+    `recorded` are the stages that both runs have a record of here; `code`, `environment` and `data` compare these, and
+    are None where there is none.
+    """
 
     a: str
     b: str
     config: tuple[ConfigDifference, ...]
-    code: tuple[Difference, ...]
-    environment: tuple[Difference, ...]
-    data: tuple[Difference, ...]
+    recorded: tuple[str, ...]
+    code: tuple[Difference, ...] | None
+    environment: tuple[Difference, ...] | None
+    data: tuple[Difference, ...] | None
     training: Training | None
     evaluation: Evaluation | None
     notes: tuple[str, ...]
@@ -146,6 +152,7 @@ def diff_runs(a: Path, b: Path) -> RunDiff:
         a=str(a),
         b=str(b),
         config=_config(left.config, right.config),
+        recorded=tuple(stage for stage, _, _ in _records(left, right)),
         code=_recorded(left, right, _code),
         environment=_recorded(left, right, _environment),
         data=_recorded(left, right, _data),
@@ -162,12 +169,16 @@ def render_diff(diff: RunDiff) -> str:
     lines += [f"note: {note}" for note in diff.notes]
     lines += _section(f"Configuration: {_count(diff.config, 'key')}" + (f", {inert} of no effect" if inert else ""))
     lines += _table(("key", "A", "B", "decides"), [(row.key, row.a, row.b, row.decides) for row in diff.config])
+    alone = f" (stage {diff.recorded[0]} alone)" if len(diff.recorded) == 1 else ""
     for title, what, rows in (
         ("Code", "fact", diff.code),
         ("Environment", "fact", diff.environment),
         ("Data", "file", diff.data),
     ):
-        lines += _section(f"{title}: {_count(rows, what)}")
+        if rows is None:
+            lines += _section(f"{title}: not recorded here")
+            continue
+        lines += _section(f"{title}{alone}: {_count(rows, what)}")
         lines += _table((what, "A", "B", "stage"), [(row.key, row.a, row.b, " ".join(row.stages)) for row in rows])
     if diff.training is not None:
         lines += _section("Training: metrics of the last update")
@@ -200,14 +211,22 @@ def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
     return tuple(sorted(found, key=lambda row: _DECIDES.index(row.decides)))
 
 
+def _records(a: RunRecords, b: RunRecords) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """The stages that both runs have a record of, with both."""
+    for stage, left, right in (("train", a.training, b.training), ("evaluate", a.evaluation, b.evaluation)):
+        if left is not None and right is not None:
+            yield stage, left, right
+
+
 def _recorded(
     a: RunRecords, b: RunRecords, facts: Callable[[Mapping[str, Any]], Iterator[tuple[str, Any]]]
-) -> tuple[Difference, ...]:
+) -> tuple[Difference, ...] | None:
     """Facts that differ between the records of one stage, each once with all stages that it differs in alike."""
+    records = list(_records(a, b))
+    if not records:
+        return None
     found: dict[str, Difference] = {}
-    for stage, left, right in (("train", a.training, b.training), ("evaluate", a.evaluation, b.evaluation)):
-        if left is None or right is None:
-            continue
+    for stage, left, right in records:
         sides = [dict(facts(record)) for record in (left, right)]
         for key in dict.fromkeys([*sides[0], *sides[1]]):
             values = sides[0].get(key), sides[1].get(key)
@@ -251,7 +270,8 @@ def _training(a: RunRecords, b: RunRecords) -> Training | None:
     ends = [_values(rows[-1]) for rows in (left, right)]
     names = [name for name in dict.fromkeys([*ends[0], *ends[1]]) if name != "update"]
     metrics = tuple(MetricDifference(name, ends[0].get(name), ends[1].get(name)) for name in names)
-    same = a.weights == b.weights if a.weights and b.weights else None
+    weights = [run.weights for run in (a, b)]
+    same = weights[0] == weights[1] if all(weights) else None
     return Training((len(left), len(right)), equal, same, metrics)
 
 
@@ -265,7 +285,7 @@ def _disagree(row: Mapping[str, float], other: Mapping[str, float]) -> bool:
 
 
 def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:
-    if a.evaluation is None or b.evaluation is None:
+    if not (a.is_evaluated and b.is_evaluated):
         return None
     tables = [read_scores(run.evaluated / "scores.parquet", run.config) for run in (a, b)]
     left, right = (table[table["final"]] for table in tables)
@@ -309,12 +329,20 @@ def _unpaired(a: Config, b: Config, left: pd.DataFrame, right: pd.DataFrame) -> 
 
 
 def _notes(run: RunRecords) -> Iterator[str]:
-    if run.training is None and not run.config.is_base:
-        yield f"{run.name} did not finish training: its code, environment and data are not recorded"
+    unrecorded = f"is not recorded here (a pull brings no {PROVENANCE}): no code, environment, data to compare"
+    metrics = run.folder / "metrics.jsonl"
     if run.config.is_base:
         yield f"{run.name} is the generator as it was: it has no training to compare"
-    if run.evaluation is None:
-        yield f"{run.name} was not evaluated: no scores to compare; run vipo evaluate with its configuration"
+    elif not run.is_trained:
+        yield f"{run.name} has no final weights here: it did not finish training, or they were not pulled"
+    elif run.training is None:
+        yield f"the training of {run.name} {unrecorded}"
+    if not run.config.is_base and run.training is None and not metrics.is_file():
+        yield f"{metrics}: not here, so the training is not compared"
+    if not run.is_evaluated:
+        yield f"{run.name} has no scores here: run vipo evaluate with its configuration, or pull them"
+    elif run.evaluation is None:
+        yield f"the evaluation of {run.name} {unrecorded}"
     if run.stale is not None:
         yield run.stale
     for path in (run.folder / "config.yaml", run.folder / "metrics.jsonl", run.evaluated / "scores.parquet"):
@@ -335,7 +363,7 @@ def _count(rows: Sequence[object], what: str) -> str:
 
 def _training_lines(training: Training) -> Iterator[str]:
     first, second = training.updates
-    weights = {True: "the same", False: "different", None: "not known: a run did not finish"}[training.same_weights]
+    weights = {True: "the same", False: "different", None: "not known: a run has none here"}[training.same_weights]
     equal = training.equal_updates
     ends = f"differ from update {equal + 1} on" if equal < min(first, second) else f"are equal in {equal} updates"
     yield f"Updates: {first} in A, {second} in B; the metrics that both have {ends}."

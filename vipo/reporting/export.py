@@ -71,9 +71,9 @@ def export_run(
         The folder.
 
     Raises:
-        ExportError: the run or the base is not trained, not evaluated or not as recorded, the licence is not known,
-            the base changed since, or `output` is in use.
-        ReportError, ConfigError, ProvenanceError: records are missing or damaged.
+        ExportError: the run or the base is not trained, not evaluated, not recorded here or not as recorded, the
+            licence is not known, the base changed since, or `output` is in use.
+        ReportError, ConfigError, ProvenanceError: no run is there, or its files are damaged.
         GeneratorError: the base cannot be found.
         StorageError: the disk refused a write.
     """
@@ -120,16 +120,25 @@ def export_run(
 
 def _checked(run: RunRecords, root: Path) -> RunRecords:
     """The base's evaluation to compare with, after everything that is copied or quoted was found as recorded."""
-    if run.training is None:
-        raise ExportError(f"{run.folder}: did not finish; run vipo train with its configuration first")
-    if run.evaluation is None:
-        raise ExportError(f"{run.evaluated}: {run.name} was not evaluated; run vipo evaluate with its configuration")
+    if not run.is_trained:
+        raise ExportError(f"{run.folder}: has no final weights; run vipo train with its configuration, or pull them")
+    if not run.is_evaluated:
+        raise ExportError(
+            f"{run.evaluated}: {run.name} has no scores; run vipo evaluate with its configuration, or pull them"
+        )
     if run.stale is not None:
         raise ExportError(run.stale)
     reference = _reference(run)
     records = [run.folder / PROVENANCE, run.evaluated / PROVENANCE, reference.evaluated / PROVENANCE]
+    if missing := [str(record) for record in records if not record.is_file()]:
+        raise ExportError(
+            f"{', '.join(missing)}: not here, as after a pull, which brings no records. What is handed over is checked "
+            "against them and goes along with them: copy them from where the stages ran, or from the experiment's "
+            "crate, or run the stages here"
+        )
     problems = [problem for record in records for problem in verify_outputs(record, root)]
-    problems += [f"{name}: changed since {run.name} was trained on it" for name in _changed_parts(run.training, root)]
+    training = read_provenance(records[0])
+    problems += [f"{name}: changed since {run.name} was trained on it" for name in _changed_parts(training, root)]
     if problems:
         raise ExportError("not as recorded, so nothing is handed over:\n" + "\n".join(problems))
     return reference
@@ -148,12 +157,13 @@ def _changed_parts(training: Mapping[str, Any], root: Path) -> Iterator[str]:
 
 def _reference(run: RunRecords) -> RunRecords:
     wanted = _sampling(run.config)
-    names = sorted(path.parent.name for path in run.experiment.glob(f"evaluation/base-s*/{PROVENANCE}"))
-    for name in names:
-        found = read_run(run.experiment / "runs" / name)
-        if found.stale is None and _sampling(found.config) == wanted:
-            return found
-    how = "with this run's generator and evaluation settings" if names else "in this experiment"
+    places = [run.experiment.glob(f"evaluation/base-s*/{made}") for made in (PROVENANCE, "scores.parquet")]
+    names = sorted({path.parent.name for place in places for path in place})
+    bases = [read_run(run.experiment / "runs" / name) for name in names]
+    fitting = [base for base in bases if base.stale is None and _sampling(base.config) == wanted]
+    if fitting:
+        return next((base for base in fitting if base.evaluation is not None), fitting[0])
+    how = "with this run's generator and evaluation settings" if bases else "in this experiment"
     raise ExportError(
         f"{run.experiment / 'evaluation'}: the base was not evaluated {how}, so there is nothing to compare "
         f"{run.name} with; run vipo evaluate with arm=base and the other overrides of {run.name}"

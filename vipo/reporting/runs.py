@@ -11,7 +11,7 @@ from vipo.config.compose import load_config_file
 from vipo.config.models import Config, EvaluationConfig, config_hash
 from vipo.evaluation.statistics import Better, Interval, paired_difference
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, read_provenance
+from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, read_provenance
 from vipo.reporting.inputs import ReportError
 
 
@@ -53,8 +53,9 @@ class RunRecords:
     Attributes:
         experiment: ``results/<experiment>``.
         config: of the training, with the section `evaluation` that the evaluation was made with, where it is known.
-        training: provenance of the train stage; None for the base, and for a run that did not finish.
-        evaluation: provenance of the evaluate stage; None where there is none.
+        training: provenance of the train stage; None for the base, for a run that did not finish, and where it was not
+            recorded here: results that were pulled come without it.
+        evaluation: provenance of the evaluate stage; None where it was not made or not recorded here.
         stale: why the evaluation is not one of this configuration and these weights; None where it is.
     """
 
@@ -80,8 +81,21 @@ class RunRecords:
         return self.experiment / "evaluation" / self.name
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the training has finished: the final weights are what it writes last."""
+        return self.training is not None or (self.folder / "weights").is_dir()
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there are scores."""
+        return self.evaluation is not None or (self.evaluated / "scores.parquet").is_file()
+
+    @property
     def weights(self) -> dict[str, str]:
-        """Recorded files of the final weights, below ``weights/``, and their SHA-256."""
+        """Files of the final weights, below ``weights/``, and their SHA-256: as recorded, else as they are here."""
+        if self.training is None:
+            folder = self.folder / "weights"
+            return {name: file_sha256(folder / name) for name in files_below(folder)}
         found = ((_below(path, self.name), sha256) for path, sha256 in recorded_files(self.training, "outputs"))
         return {place.removeprefix("weights/"): sha256 for place, sha256 in found if place.startswith("weights/")}
 
@@ -111,9 +125,10 @@ def read_run(path: Path) -> RunRecords:
     """
     folder = absolute_path(path)
     experiment, name = folder.parent.parent, folder.name
-    files = [experiment / part / name / "config.yaml" for part in ("runs", "evaluation")]
-    files.append(experiment / "configs" / f"{name}.yaml")
-    configs = [load_config_file(file) for file in files if file.is_file()]
+    evaluated = experiment / "evaluation" / name / "config.yaml"
+    files = (experiment / "runs" / name / "config.yaml", evaluated, experiment / "configs" / f"{name}.yaml")
+    found = {file: load_config_file(file) for file in files if file.is_file()}
+    configs = list(found.values())
     if folder.parent.name != "runs" or not configs or configs[0].run_name != name:
         raise ReportError(
             f"{path}: no run is there; give a folder results/<experiment>/runs/<arm>-s<seed> that was trained, "
@@ -124,15 +139,18 @@ def read_run(path: Path) -> RunRecords:
         for record in (experiment / part / name / PROVENANCE for part in ("runs", "evaluation"))
     ]
     training, evaluation = records
-    config, stale = configs[0], None
+    config = configs[0]
+    # The evaluation's settings may be others than those that the run was trained with.
     if evaluation is not None:
-        # The evaluation's settings may be others than those that the run was trained with.
         own = [item for item in configs if config_hash(item.evaluation_identity()) == evaluation.get("config_sha256")]
-        if own:
-            config = config.model_copy(update={"evaluation": own[0].evaluation})
-            stale = _other_weights(experiment, name, training, evaluation)
-        else:
-            stale = f"{experiment / 'evaluation' / name}: was made with another configuration; evaluate {name} again"
+    else:
+        # Without its record, they are those beside the scores.
+        beside = found.get(evaluated, config)
+        own = [beside] if beside.training_identity() == config.training_identity() else []
+    stale: str | None = f"{evaluated.parent}: was made with another configuration; evaluate {name} again"
+    if own:
+        config = config.model_copy(update={"evaluation": own[0].evaluation})
+        stale = None if evaluation is None else _other_weights(experiment, name, training, evaluation)
     return RunRecords(experiment, config, training, evaluation, stale)
 
 
@@ -146,8 +164,12 @@ def recorded_files(record: Mapping[str, Any] | None, part: str) -> Iterator[tupl
 def _other_weights(
     experiment: Path, name: str, training: Mapping[str, Any] | None, evaluation: Mapping[str, Any]
 ) -> str | None:
+    folder = experiment / "runs" / name
     trained = {_below(path, name): sha256 for path, sha256 in recorded_files(training, "outputs")}
     read = {_below(path, name): sha256 for path, sha256 in recorded_files(evaluation, "inputs") if _below(path, name)}
+    if training is None:
+        # Weights that were pulled and evaluated here; what is not here contradicts nothing.
+        trained = {place: file_sha256(folder / place) if (folder / place).is_file() else read[place] for place in read}
     if all(trained.get(place) == sha256 for place, sha256 in read.items()):
         return None
     return f"{experiment / 'evaluation' / name}: was made with other weights than {name} has now; evaluate it again"

@@ -43,6 +43,7 @@ from vipo.perception.allocator import finish
 from vipo.prompts import read_prompts
 from vipo.provenance import record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
+from vipo.provenance.lineage import PROVENANCE
 from vipo.rewards import RewardError, load_reward, score
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.sampling.noise import Key, keyed_generator
@@ -561,9 +562,10 @@ class Trainer:
             return self._identity
         inputs = {path.name: file_sha256(path) for path in (self.prompts_path, self.embeddings_path)}
         for name, path in self.weight_inputs.items():
-            # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures.
+            # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures. How the
+            # folder was made decides nothing.
             files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")])
-            found = [[str(file.relative_to(path)), file_sha256(file)] for file in files]
+            found = [[str(file.relative_to(path)), file_sha256(file)] for file in files if file != path / PROVENANCE]
             inputs[name] = config_hash(found)
         self._identity = config_hash({"config": self.config.training_identity(), "inputs": inputs})
         return self._identity

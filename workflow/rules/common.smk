@@ -15,6 +15,7 @@ from vipo.config.compose import (
     write_if_changed,
 )
 from vipo.provenance.files import file_sha256
+from vipo.provenance.lineage import PROVENANCE
 
 ROOT = repository_root()
 EXPERIMENT = str(config.get("experiment", "demo"))
@@ -88,12 +89,13 @@ def identity(run, stage):
 
 
 def generator_files():
-    """The files of a local generator; none for a hub id, whose revision pins it."""
+    """The files of a local generator, but for the record of its making; none for a hub id, whose revision pins it."""
     folder = ROOT / RUNS[FIRST].generator.path
     return sorted(
         str(path)
         for kind in ("safetensors", "json")
         for path in folder.rglob(f"*.{kind}")
+        if path != folder / PROVENANCE
     )
 
 
