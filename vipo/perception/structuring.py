@@ -46,7 +46,7 @@ class PerceptualStructuring:
 
         Clips are taken frame by frame (METHOD section 3, step 7), but each principal direction is followed through
         the clip and its sign decided once, by the sum of the rule's scores: maps do not flip between frames. A frame
-        without structure weighs 1 everywhere, and the clip is constant only if no frame has any.
+        without structure takes the mean of the other frames' maps, and the clip is constant only if no frame has any.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1], or clips ``(B, T, 3, H, W)``.
@@ -108,8 +108,12 @@ class PerceptualStructuring:
             aggregation=config.aggregation,
             smoothing=config.smoothing,
         )
+        maps = maps.unflatten(0, (batch, frames))
         empty = ~structured | flat.view(batch, frames)
-        maps = torch.where(empty[..., None, None], 1.0, maps.unflatten(0, (batch, frames)))
+        # Ones, as for a picture without structure, would be the largest values of the clip.
+        others = torch.where(empty[..., None, None], 0.0, maps).sum(dim=1, keepdim=True)
+        others = others / (~empty).sum(dim=1).clamp(min=1)[:, None, None, None]
+        maps = torch.where(empty[..., None, None], others, maps)
         maps = smooth_in_time(average_groups(maps, groups), config.temporal_smoothing)
         whole, level = minmax(maps, NO_RANGE, dims=(-3, -2, -1))
         intact = valid.all(dim=1)
