@@ -96,6 +96,13 @@ def test_the_table(vipo):
     assert sum(pair) == pytest.approx(1, abs=0.01)
 
 
+def test_a_rule_that_is_blind_on_the_grid_is_not_scored(vipo):
+    done = vipo("orientation", "--scenes", "1", "--layer", "4", "--input-size", "64")
+    assert done.code == 0, done.err
+    cells = {line.split("|")[6].strip(): line.split("|")[-2].strip() for line in done.out.splitlines()[2:]}
+    assert {rule for rule, cell in cells.items() if cell == "–"} == {"centre", "border"}
+
+
 def test_too_few_positions_are_refused(vipo):
     vipo("orientation", "--scenes", "1", "--layer", "4", "--input-size", "32").refuses(
         "perception.components", "input_size"

@@ -358,6 +358,11 @@ def test_preflight_gives_the_numbers(packaged):
     coarse = PerceptionConfig(layer=4, input_size=32, components=3)
     with pytest.raises(PerceptionError, match=r"3 needs at least 4 patch positions.* a 1x2 grid for 64x128 pictures"):
         PerceptualStructuring(load_backbone(coarse), coarse).preflight((64, 128))
+    thin = PerceptionConfig(layer=4, input_size=64, components=2)
+    for rule, told in (("border", "gives a 2x3 grid for 64x96"), ("centre", "gives a 2x2 grid for 64x64")):
+        structuring = PerceptualStructuring(load_backbone(thin), thin.model_copy(update={"orientation": rule}))
+        with pytest.raises(PerceptionError, match=rf"perception\.orientation: '{rule}'.*{told} .*input_size.*layer"):
+            structuring.preflight((64, 96 if rule == "border" else 64))
     narrow = PerceptionConfig(backbone="narrow", components=4)
     with pytest.raises(PerceptionError, match="components: 4 exceeds the feature width 3"):
         PerceptualStructuring(colours(narrow), narrow).preflight((64, 64))

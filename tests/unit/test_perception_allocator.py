@@ -16,6 +16,7 @@ from vipo.perception.allocator import (
     _subspace_iteration,
     allocate,
     orient,
+    orientation_scores,
     principal_components,
     smooth,
 )
@@ -242,6 +243,24 @@ def test_orientation_ignores_the_sign_it_is_given(grid, rule, key):
     flipped = projections * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
     assert torch.equal(orient(projections, cells, rule), orient(flipped, cells, rule))
     assert torch.equal(orient(flipped, cells, "none"), flipped)
+
+
+@pytest.mark.parametrize(
+    ("rule", "grid"),
+    [("border", (2, 2)), ("border", (2, 9)), ("border", (9, 1)), ("centre", (2, 2)), ("centre", (1, 2))],
+)
+def test_a_rule_that_is_blind_on_a_grid_is_refused(rule, grid):
+    cells = features(1, 4, *grid, key=7)
+    with pytest.raises(
+        ValueError, match=rf"orientation: '{rule}' .* {grid[0]}x{grid[1]} grid; raise input_size, or .* layer"
+    ):
+        allocate(cells, (6, 6), **PAPER | {"components": 1, "orientation": rule})
+
+
+@pytest.mark.parametrize(("rule", "grid"), [("border", (3, 3)), ("centre", (2, 3)), ("centre", (3, 1))])
+def test_the_smallest_grids_of_a_rule_decide(rule, grid):
+    projections = features(1, 4, *grid, key=8)
+    assert orientation_scores(projections - projections.mean(dim=(2, 3), keepdim=True), projections, rule).all()
 
 
 def test_orientation_rules_on_a_known_picture():

@@ -13,6 +13,7 @@ from vipo.perception.allocator import (
     allocate,
     combine,
     finish,
+    is_blind,
     minmax,
     orientation_scores,
     principal_components,
@@ -131,8 +132,8 @@ class PerceptualStructuring:
             image_size: height and width in pixels.
 
         Raises:
-            PerceptionError: K exceeds the feature width, the patch grid has fewer than K + 1 positions, or the
-                backbone cannot be run on such pictures.
+            PerceptionError: K exceeds the feature width, the patch grid has fewer than K + 1 positions or is too thin
+                for the orientation rule, or the backbone cannot be run on such pictures.
         """
         backbone, components = self.backbone, self.config.components
         if components > backbone.feature_width:
@@ -142,17 +143,23 @@ class PerceptualStructuring:
             )
         height, width = image_size
         try:
-            grid = backbone(torch.zeros(1, 3, height, width, device=backbone.mean.device)).shape[2:]
+            rows, columns = backbone(torch.zeros(1, 3, height, width, device=backbone.mean.device)).shape[2:]
         except (RuntimeError, AssertionError, ValueError) as error:
             raise PerceptionError(
                 f"perception.backbone: {self.config.backbone!r} cannot be run on {height}x{width} pictures, which "
                 f"enter it as {'x'.join(map(str, backbone.network_size(height, width)))}: {error}"
             ) from error
-        if grid.numel() < components + 1:
+        found = f"{self.config.backbone!r} gives a {rows}x{columns} grid for {height}x{width} pictures"
+        remedy = "raise perception.input_size, or choose an earlier perception.layer"
+        if rows * columns < components + 1:
             raise PerceptionError(
-                f"perception.components: {components} needs at least {components + 1} patch positions, but "
-                f"{self.config.backbone!r} gives a {grid[0]}x{grid[1]} grid for {height}x{width} pictures; "
-                "raise perception.input_size, or choose an earlier perception.layer"
+                f"perception.components: {components} needs at least {components + 1} patch positions, but {found}; "
+                f"{remedy}"
+            )
+        if is_blind(self.orientation, rows, columns):
+            raise PerceptionError(
+                f"perception.orientation: {self.orientation!r} cannot tell a direction from its opposite, for {found}; "
+                f"{remedy}, or choose another perception.orientation"
             )
 
 
