@@ -81,7 +81,7 @@ def test_absent_packages_and_other_photographs_are_named(tmp_path, monkeypatch):
 
 
 def test_the_table(vipo):
-    done = vipo("orientation", "--scenes", "4", "--photographs", "--input-size", "64")
+    done = vipo("orientation", "--scenes", "4", "--photographs", "--layer", "2", "--input-size", "64")
     assert done.code == 0, done.err
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.out.splitlines()]
     assert rows[0][5:] == ["rule", *get_args(Kind), "all"]

@@ -219,7 +219,7 @@ def test_rules_and_sizes_are_compared_and_arrays_written(scene, tmp_path, vipo):
     from safetensors import safe_open
 
     target = tmp_path / "rules.png"
-    sizes = ("--input-size", "64", "--input-size", "96")
+    sizes = ("--layer", "2", "--input-size", "64", "--input-size", "96")
     done = vipo("map", scene, "-o", target, "--orientation", "all", *sizes, "--raw", "safetensors")
     assert done.code == 0, done.err
     assert done.out.split() == [str(target)]

@@ -86,7 +86,13 @@ DECISIVE: dict[str, dict[str, Any]] = {
     **{f"k{k}": {**POSITION, "perception.components": k} for k in range(1, 6)},
     **{f"sigma{sigma:g}": {**POSITION, "perception.smoothing": sigma} for sigma in (0.0, 0.5, 2.0)},
     **{
-        f"backbone_{name}": {**POSITION, "perception.backbone": backbone}
+        f"backbone_{name}": {
+            **POSITION,
+            "perception.backbone": backbone,
+            # The demo's are those of its own backbone.
+            "perception.layer": None,
+            "perception.input_size": None,
+        }
         for name, backbone in {
             "dinov2": "vit_large_patch14_dinov2.lvd142m",
             "dinov3": "vit_large_patch16_dinov3.lvd1689m",
