@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from vipo.config.compose import load_config
 from vipo.config.models import PerceptionConfig
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
-from vipo.perception.backbones import _packaged_weights
+from vipo.perception.backbones import _packaged_weights, registered_evidence
 from vipo.perception.scoring import drawn_scenes, score_orientations
 
 
@@ -289,6 +289,29 @@ def test_evidence_is_for_the_measured_settings_only(packaged, tmp_path):
         assert load_backbone(PerceptionConfig(**other)).evidence == "not measured here"
     save_file({key: value.contiguous() for key, value in _packaged_weights().items()}, tmp_path / "other.safetensors")
     assert load_backbone(PerceptionConfig(weights="other.safetensors"), root=tmp_path).evidence == "not measured here"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "measured: AUC .967"),
+        ({"layer": 2, "input_size": 96}, "measured: AUC .978"),
+        ({"orientation": "norm"}, "measured: AUC .967"),
+        ({"orientation": "centre"}, "chosen in the configuration"),
+        ({"input_size": 96}, "not measured here"),
+    ],
+)
+def test_the_registry_tells_the_evidence_without_the_weights(options, told):
+    config = PerceptionConfig(**options)
+    assert registered_evidence(config).startswith(told)
+    assert PerceptualStructuring(load_backbone(config), config).evidence == registered_evidence(config)
+
+
+def test_what_only_a_loaded_backbone_knows_is_not_guessed():
+    assert registered_evidence(PerceptionConfig(backbone="my_backbone:colours")) is None
+    assert registered_evidence(PerceptionConfig(layer=-1)) is None
+    for backbone in ("hf-hub:owner/name", "vit_large_patch14_dinov2.lvd142m"):
+        assert registered_evidence(PerceptionConfig(backbone=backbone)) == "not measured here"
 
 
 class _Colours(torch.nn.Module):

@@ -37,6 +37,7 @@ class PerceptionError(VipoError):
 
 
 NOT_MEASURED = "not measured here"
+CHOSEN = "chosen in the configuration"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class BackboneDefaults:
     layer: int | None = None
     input_size: int | None = None
     orientation: Orientation = "border"
-    measured: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    measured: Mapping[tuple[int | None, int | None], str] = field(default_factory=dict)
 
 
 REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
@@ -186,6 +187,33 @@ class _TimmFeatures(nn.Module):
         return features[0]
 
 
+def _defaults(name: str) -> BackboneDefaults:
+    return next(defaults for pattern, defaults in REGISTRY.items() if fnmatchcase(name, pattern))
+
+
+def registered_evidence(config: PerceptionConfig) -> str | None:
+    """What the orientation of a configuration's maps rests on by the registry, with nothing loaded.
+
+    None where only the loaded backbone knows: behind an import path, and for a layer counted from the end.
+    """
+    if _is_import_path(config.backbone) or (config.layer or 0) < 0:
+        return None
+    defaults = _defaults(config.backbone)
+    if config.orientation not in (None, defaults.orientation):
+        return CHOSEN
+    layer = defaults.layer if config.layer is None else config.layer
+    return _measured(defaults, config, layer, config.input_size or defaults.input_size)
+
+
+def _measured(defaults: BackboneDefaults, config: PerceptionConfig, layer: int | None, input_size: int | None) -> str:
+    measured = defaults.measured if config.weights is None else {}
+    return measured.get((layer, input_size), NOT_MEASURED)
+
+
+def _is_import_path(name: str) -> bool:
+    return ":" in name and not name.startswith(_HUB)
+
+
 def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", root: Path | None = None) -> Backbone:
     """The backbone that a configuration names, frozen, on `device`.
 
@@ -205,7 +233,7 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
     target = torch.device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise PerceptionError(f"device {str(device)!r} is absent: no CUDA device is visible; use 'cpu'")
-    imported = ":" in config.backbone and not config.backbone.startswith(_HUB)
+    imported = _is_import_path(config.backbone)
     if config.revision is not None and (imported or config.weights is not None or config.backbone == _PACKAGED):
         raise PerceptionError(
             f"perception.revision: {config.revision!r} names a state of a hub repository, but the weights of "
@@ -260,8 +288,7 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
         weights = _read_safetensors(path)
     model, any_size = _filled_model(architecture, weights, metadata, arguments)
 
-    known_as = config.backbone if packaged else architecture
-    defaults = next(value for pattern, value in REGISTRY.items() if fnmatchcase(known_as, pattern))
+    defaults = _defaults(config.backbone if packaged else architecture)
     info: Any = model.feature_info
     stages: Sequence[Mapping[str, Any]] = info if isinstance(info, list) else info.get_dicts()
     layer = _layer(stages, defaults.layer if config.layer is None else config.layer)
@@ -272,7 +299,6 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
             f"perception.input_size: {input_size}, but {config.backbone!r} takes {own_size} pixels only; "
             "leave input_size null"
         )
-    measured = defaults.measured if config.weights is None else {}
     return Backbone(
         _TimmFeatures(model, layer),
         feature_width=stages[layer].get("num_chs_norm", stages[layer]["num_chs"]),
@@ -283,7 +309,7 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
         std=metadata["std"],
         interpolation=metadata["interpolation"] if metadata["interpolation"] == "bilinear" else "bicubic",
         square=not any_size,
-        evidence=measured.get((layer, input_size), NOT_MEASURED),
+        evidence=_measured(defaults, config, layer, input_size),
         source=path,
     )
 

@@ -18,7 +18,7 @@ from vipo.perception.allocator import (
     orientation_scores,
     principal_components,
 )
-from vipo.perception.backbones import Backbone, PerceptionError
+from vipo.perception.backbones import CHOSEN, Backbone, PerceptionError
 from vipo.perception.temporal import average_groups, follow_components, smooth_in_time
 
 # Frames in the backbone at once: what a clip needs in memory does not grow with its length.
@@ -36,6 +36,11 @@ class PerceptualStructuring:
     def orientation(self) -> Orientation:
         """The rule in use: the configuration's, or else the backbone's own."""
         return self.config.orientation or self.backbone.orientation
+
+    @property
+    def evidence(self) -> str:
+        """What the rule in use rests on."""
+        return self.backbone.evidence if self.orientation == self.backbone.orientation else CHOSEN
 
     def __call__(
         self, images: Tensor, size: tuple[int, int], frame_groups: Sequence[range] | None = None
