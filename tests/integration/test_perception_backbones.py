@@ -190,6 +190,16 @@ def test_a_timm_folder_brings_its_own_preprocessing(weights, tmp_path):
     assert load_backbone(config).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     with pytest.raises(PerceptionError, match=r"holds architecture 'resnet10t', but perception.backbone is 'resnet18'"):
         load_backbone(config.model_copy(update={"backbone": "resnet18"}))
+    older = {"architecture": "resnet10t", "mean": [0.3, 0.2, 0.1], "interpolation": "bilinear"}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    backbone = load_backbone(config)
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.3, 0.2, 0.1])
+    picture = torch.rand(1, 3, 100, 100)
+    resized = F.interpolate(picture, size=(64, 64), mode="bilinear", antialias=True)
+    assert torch.allclose(backbone(picture), backbone(resized), atol=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(older | {"interpolation": "lanczos"}))
+    with pytest.raises(PerceptionError, match="interpolation 'lanczos', which is not one of bilinear, bicubic"):
+        load_backbone(config)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(PerceptionError, match=r"config\.json: is not a model's configuration"):
         load_backbone(config)
@@ -272,6 +282,12 @@ def test_a_hub_repository_names_its_architecture(weights, tmp_path, monkeypatch)
     )
     backbone = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", input_size=64))
     assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, 256, 4, 4)
+    for tag in ("my_finetune", None):
+        own = {"tag": tag, "mean": [0.1, 0.2, 0.3]}
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "pretrained_cfg": own}))
+        tuned = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", input_size=64))
+        assert tuned.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+        assert tuned.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 384}))
     with pytest.raises(PerceptionError, match=r"names no architecture that timm knows; set perception\.backbone"):
         load_backbone(PerceptionConfig(backbone="hf-hub:owner/name"))

@@ -30,6 +30,7 @@ _HUB = "hf-hub:"
 _PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 # Coarser stages leave too few positions on common input sizes.
 _LARGEST_DEFAULT_STRIDE = 16
+_INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 class PerceptionError(VipoError):
@@ -95,6 +96,9 @@ class Backbone(nn.Module):
             one size only.
         evidence: what the default orientation rests on.
         source: the file or folder that the weights were read from; None where a package pins them.
+
+    Raises:
+        PerceptionError: another interpolation; not every device has it.
     """
 
     mean: Tensor
@@ -116,6 +120,11 @@ class Backbone(nn.Module):
         source: Path | None = None,
     ) -> None:
         super().__init__()
+        if interpolation not in _INTERPOLATIONS:
+            raise PerceptionError(
+                f"perception.backbone: it takes pictures resized with interpolation {interpolation!r}, which is not "
+                f"one of {', '.join(_INTERPOLATIONS)}; choose other weights, or set it in their config.json"
+            )
         self.network = network.requires_grad_(False)
         self.feature_width = feature_width
         self.orientation: Orientation = orientation
@@ -307,7 +316,7 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
         stride=stages[layer]["reduction"],
         mean=metadata["mean"],
         std=metadata["std"],
-        interpolation=metadata["interpolation"] if metadata["interpolation"] == "bilinear" else "bicubic",
+        interpolation=metadata["interpolation"],
         square=not any_size,
         evidence=_measured(defaults, config, layer, input_size),
         source=path,
@@ -359,12 +368,20 @@ def _folder_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def _own_settings(content: dict[str, Any]) -> Any:
+    """What a timm config.json says of weights and preprocessing; the older layout says it at the top level."""
+    return content.get("pretrained_cfg", content)
+
+
 def _named_architecture(path: Path) -> str:
-    """The timm name that a folder's config.json gives, with its tag."""
+    """The timm name that a folder's config.json gives, with its tag where timm knows that."""
+    from timm.models import is_model_pretrained
+
     content = _folder_config(path) if path.is_dir() else {}
-    named, own = content.get("architecture"), content.get("pretrained_cfg")
-    tag = own.get("tag") if isinstance(own, dict) else None
-    architecture = (f"{named}.{tag}" if tag else named) if named else dinov2.timm_architecture(content)
+    named, own = content.get("architecture"), _own_settings(content)
+    tagged = f"{named}.{own.get('tag')}" if isinstance(own, dict) else ""
+    # The tag of a fine-tuned model is its author's: the folder's own settings are all that is known of it.
+    architecture = (tagged if is_model_pretrained(tagged) else named) if named else dinov2.timm_architecture(content)
     if not isinstance(architecture, str):
         raise PerceptionError(
             f"{path}: names no architecture that timm knows; set perception.backbone to a timm name and "
@@ -391,7 +408,7 @@ def _read_folder_config(path: Path, architecture: str, metadata: dict[str, Any])
             )
         return {}, True
     try:
-        named, own = content.get("architecture"), content.get("pretrained_cfg", {})
+        named, own = content.get("architecture"), _own_settings(content)
         metadata.update({key: own[key] for key in ("mean", "std", "input_size", "interpolation") if key in own})
         arguments = dict(content.get("model_args", {}))
     except (ValueError, TypeError) as error:
