@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import normalize, resize
 
 from vipo.config.compose import load_config
 from vipo.config.models import PerceptionConfig
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
 from vipo.perception.backbones import _packaged_weights, registered_evidence
 from vipo.perception.scoring import drawn_scenes, score_orientations
+from vipo.sampling.noise import keyed_generator
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,20 @@ def test_a_timm_folder_brings_its_own_preprocessing(weights, tmp_path):
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
 
+def timm_features(model, pictures):
+    """What timm's own forward pass has at the last layer of a stride of at most 16 pixels: ``(B, d, h, w)``."""
+    seen = {}
+    if hasattr(model, "layer3"):
+        model.layer3.register_forward_hook(lambda module, inputs, output: seen.update(stage=output))
+    with torch.no_grad():
+        found = model.forward_features(pictures)
+    if found.ndim == 4:
+        return seen.get("stage", found)
+    patch = model.patch_embed.patch_size[0]
+    tokens = found[:, model.num_prefix_tokens :].transpose(1, 2)
+    return tokens.unflatten(2, (pictures.shape[2] // patch, pictures.shape[3] // patch))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "size", "grid", "width"),
     [
@@ -220,12 +237,27 @@ SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
     ],
 )
 def test_every_kind_of_backbone_from_a_timm_folder(tmp_path, name, arguments, size, grid, width):
-    model = timm.create_model(name, num_classes=0, **arguments)
+    model = timm.create_model(name, num_classes=0, **arguments).eval()
+    generator = keyed_generator("weights", name)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.1, generator=generator)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": arguments}))
     config = PerceptionConfig(backbone=name, weights=str(tmp_path), input_size=size[0])
     backbone = load_backbone(config)
-    assert backbone(torch.rand(1, 3, *size)).shape == (1, width, *grid)
+    picture = torch.rand(1, 3, 2 * size[0], 2 * size[1], generator=generator)
+    features = backbone(picture)
+    assert features.shape == (1, width, *grid)
+    # Both sides to the nearest multiple of the stride, then as timm prepares pictures.
+    stride = size[0] // grid[0]
+    resized = resize(picture, [stride * grid[0], stride * grid[1]], InterpolationMode.BICUBIC, antialias=True)
+    prepared = normalize(resized.clamp(0, 1), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    if hasattr(model, "dynamic_img_size"):
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **arguments).eval()
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    expected = timm_features(model, prepared)
+    assert float(expected.std()) > 1e-3
+    assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
     assert backbone.evidence == "not measured here"
     found = PerceptualStructuring(backbone, config)(torch.rand(2, 3, *size), (8, 12))
     found.check()
