@@ -141,7 +141,9 @@ def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
     paper = load_config([DEMO, "arm=vipo_paper"])
     assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2e-3)
     assert load_config([DEMO, "arm=flow_grpo", "sampling.shift=5"]).sampling.shift == 5
-    assert load_config([DEMO, "arm=backbone_sam"]).perception.backbone == "samvit_base_patch16.sa1b"
+    assert (load_config([DEMO]).perception.layer, load_config([DEMO]).perception.input_size) == (2, 96)
+    for sam in (load_config([DEMO, "arm=backbone_sam"]).perception, load_config([DEMO, "perception=sam"]).perception):
+        assert (sam.backbone, sam.layer, sam.input_size) == ("samvit_base_patch16.sa1b", None, None)
     # What the experiment says of this arm comes after the arm's file, what the caller says comes last.
     own = "++experiment.arms.vipo_paper={overrides: ['objective.clip.range=0.5', 'objective.clip.side=symmetric']}"
     clip = load_config([DEMO, own, "arm=vipo_paper", "objective.clip.side=none"]).objective.clip
