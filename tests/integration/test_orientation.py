@@ -81,7 +81,7 @@ def test_absent_packages_and_other_photographs_are_named(tmp_path, monkeypatch):
 
 
 def test_the_table(vipo):
-    done = vipo("orientation", "--scenes", "4", "--photographs", "--input-size", "64")
+    done = vipo("orientation", "--scenes", "4", "--photographs", "--layer", "2", "--input-size", "64")
     assert done.code == 0, done.err
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.out.splitlines()]
     assert rows[0][5:] == ["rule", *get_args(Kind), "all"]
@@ -94,6 +94,13 @@ def test_the_table(vipo):
     # The two signs of a direction are each other's mirror image only where all directions flip: the means add to 1.
     pair = [float(table["drawn", rule][-1].split()[0]) for rule in ("none", "inverted_sklearn")]
     assert sum(pair) == pytest.approx(1, abs=0.01)
+
+
+def test_a_rule_that_is_blind_on_the_grid_is_not_scored(vipo):
+    done = vipo("orientation", "--scenes", "1", "--layer", "4", "--input-size", "64")
+    assert done.code == 0, done.err
+    cells = {line.split("|")[6].strip(): line.split("|")[-2].strip() for line in done.out.splitlines()[2:]}
+    assert {rule for rule, cell in cells.items() if cell == "–"} == {"centre", "border"}
 
 
 def test_too_few_positions_are_refused(vipo):

@@ -13,11 +13,15 @@ from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import normalize, resize
 
+from vipo.config.compose import load_config
 from vipo.config.models import PerceptionConfig
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
-from vipo.perception.backbones import _packaged_weights
+from vipo.perception.backbones import _packaged_weights, registered_evidence
 from vipo.perception.scoring import drawn_scenes, score_orientations
+from vipo.sampling.noise import keyed_generator
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +56,22 @@ def test_packaged_weights_fill_timm_strictly_and_mean_what_they_should(photograp
         assert int(model((flower - 0.5) / 0.5).argmax()) == 985  # daisy
 
 
-def test_features_are_those_of_the_network_stage(packaged, photographs):
+@pytest.mark.parametrize(
+    ("options", "stage", "size", "grid"),
+    [({"layer": 2, "input_size": 96}, 2, (96, 144), (12, 18)), ({}, 6, (224, 320), (7, 10))],
+    ids=["demo", "default"],
+)
+def test_features_are_those_of_the_network_stage(photographs, options, stage, size, grid):
+    backbone = load_backbone(PerceptionConfig(**options))
     seen = {}
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(_packaged_weights(), strict=True)
-    model.blocks[2].register_forward_hook(lambda module, inputs, output: seen.update(stage=output))
-    picture = F.interpolate(photographs[0], size=(96, 144), mode="bicubic", antialias=True).clamp(0, 1)
+    model.blocks[stage].register_forward_hook(lambda module, inputs, output: seen.update(stage=output))
+    picture = F.interpolate(photographs[0], size=size, mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
         model((picture - 0.5) / 0.5)
-    features = packaged(photographs[0])
-    assert features.shape == (1, packaged.feature_width, 12, 18)
+    features = backbone(photographs[0])
+    assert features.shape == (1, backbone.feature_width, *grid)
     assert torch.allclose(features, seen["stage"], atol=1e-5)
 
 
@@ -95,12 +105,17 @@ def test_maps_do_not_depend_on_the_batch(packaged):
     assert torch.equal(structuring(images, (16, 16)).maps, together)
 
 
-def test_the_default_orientation_finds_objects(packaged):
+@pytest.mark.parametrize(
+    ("options", "least"), [({"layer": 2, "input_size": 96}, 0.9), ({}, 0.85)], ids=["demo", "default"]
+)
+def test_the_default_orientation_finds_objects(options, least):
+    config = PerceptionConfig(**options)
+    backbone = load_backbone(config)
     for kind, sets in drawn_scenes(16, 7).items():
         for scored in sets:
-            scores = score_orientations(packaged, PerceptionConfig(), scored.images, scored.masks, (16, 16))
-            assert float(scores[packaged.orientation].mean()) > 0.9, kind
-            assert float(scores[packaged.orientation].min()) > 0.5, kind
+            scores = score_orientations(backbone, config, scored.images, scored.masks, (16, 16))
+            assert float(scores[backbone.orientation].mean()) > least, kind
+            assert float(scores[backbone.orientation].min()) > 0.5, kind
 
 
 def test_score_orientations_refuses_other_masks(packaged):
@@ -178,12 +193,36 @@ def test_a_timm_folder_brings_its_own_preprocessing(weights, tmp_path):
     assert load_backbone(config).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     with pytest.raises(PerceptionError, match=r"holds architecture 'resnet10t', but perception.backbone is 'resnet18'"):
         load_backbone(config.model_copy(update={"backbone": "resnet18"}))
+    older = {"architecture": "resnet10t", "mean": [0.3, 0.2, 0.1], "interpolation": "bilinear"}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    backbone = load_backbone(config)
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.3, 0.2, 0.1])
+    picture = torch.rand(1, 3, 100, 100)
+    resized = F.interpolate(picture, size=(64, 64), mode="bilinear", antialias=True)
+    assert torch.allclose(backbone(picture), backbone(resized), atol=1e-5)
+    (tmp_path / "config.json").write_text(json.dumps(older | {"interpolation": "lanczos"}))
+    with pytest.raises(PerceptionError, match="interpolation 'lanczos', which is not one of bilinear, bicubic"):
+        load_backbone(config)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(PerceptionError, match=r"config\.json: is not a model's configuration"):
         load_backbone(config)
 
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+
+
+def timm_features(model, pictures):
+    """What timm's own forward pass has at the last layer of a stride of at most 16 pixels: ``(B, d, h, w)``."""
+    seen = {}
+    if hasattr(model, "layer3"):
+        model.layer3.register_forward_hook(lambda module, inputs, output: seen.update(stage=output))
+    with torch.no_grad():
+        found = model.forward_features(pictures)
+    if found.ndim == 4:
+        return seen.get("stage", found)
+    patch = model.patch_embed.patch_size[0]
+    tokens = found[:, model.num_prefix_tokens :].transpose(1, 2)
+    return tokens.unflatten(2, (pictures.shape[2] // patch, pictures.shape[3] // patch))
 
 
 @pytest.mark.parametrize(
@@ -198,12 +237,27 @@ SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2}
     ],
 )
 def test_every_kind_of_backbone_from_a_timm_folder(tmp_path, name, arguments, size, grid, width):
-    model = timm.create_model(name, num_classes=0, **arguments)
+    model = timm.create_model(name, num_classes=0, **arguments).eval()
+    generator = keyed_generator("weights", name)
+    for value in model.parameters():
+        torch.nn.init.normal_(value, std=0.1, generator=generator)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": arguments}))
     config = PerceptionConfig(backbone=name, weights=str(tmp_path), input_size=size[0])
     backbone = load_backbone(config)
-    assert backbone(torch.rand(1, 3, *size)).shape == (1, width, *grid)
+    picture = torch.rand(1, 3, 2 * size[0], 2 * size[1], generator=generator)
+    features = backbone(picture)
+    assert features.shape == (1, width, *grid)
+    # Both sides to the nearest multiple of the stride, then as timm prepares pictures.
+    stride = size[0] // grid[0]
+    resized = resize(picture, [stride * grid[0], stride * grid[1]], InterpolationMode.BICUBIC, antialias=True)
+    prepared = normalize(resized.clamp(0, 1), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    if hasattr(model, "dynamic_img_size"):
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **arguments).eval()
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    expected = timm_features(model, prepared)
+    assert float(expected.std()) > 1e-3
+    assert (features - expected).abs().max() < 1e-4 * expected.abs().max()
     assert backbone.evidence == "not measured here"
     found = PerceptualStructuring(backbone, config)(torch.rand(2, 3, *size), (8, 12))
     found.check()
@@ -260,6 +314,12 @@ def test_a_hub_repository_names_its_architecture(weights, tmp_path, monkeypatch)
     )
     backbone = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", input_size=64))
     assert backbone(torch.rand(1, 3, 64, 64)).shape == (1, 256, 4, 4)
+    for tag in ("my_finetune", None):
+        own = {"tag": tag, "mean": [0.1, 0.2, 0.3]}
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet10t", "pretrained_cfg": own}))
+        tuned = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", input_size=64))
+        assert tuned.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+        assert tuned.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 384}))
     with pytest.raises(PerceptionError, match=r"names no architecture that timm knows; set perception\.backbone"):
         load_backbone(PerceptionConfig(backbone="hf-hub:owner/name"))
@@ -267,9 +327,39 @@ def test_a_hub_repository_names_its_architecture(weights, tmp_path, monkeypatch)
         load_backbone(PerceptionConfig(backbone="resnet10t", weights=str(tmp_path)))
 
 
-def test_evidence_is_for_the_defaults_only(packaged):
-    assert packaged.evidence.startswith("measured")
-    assert load_backbone(PerceptionConfig(input_size=128)).evidence == "not measured here"
+def test_evidence_is_for_the_measured_settings_only(packaged, tmp_path):
+    assert packaged.evidence.startswith("measured: AUC .967")
+    demo = load_config(["experiment=demo"]).perception
+    assert (demo.layer, demo.input_size) == (2, 96)
+    assert load_backbone(demo).evidence.startswith("measured: AUC .978")
+    assert load_backbone(PerceptionConfig(layer=-1)).evidence == packaged.evidence
+    for other in ({"input_size": 128}, {"layer": 2}):
+        assert load_backbone(PerceptionConfig(**other)).evidence == "not measured here"
+    save_file({key: value.contiguous() for key, value in _packaged_weights().items()}, tmp_path / "other.safetensors")
+    assert load_backbone(PerceptionConfig(weights="other.safetensors"), root=tmp_path).evidence == "not measured here"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "measured: AUC .967"),
+        ({"layer": 2, "input_size": 96}, "measured: AUC .978"),
+        ({"orientation": "norm"}, "measured: AUC .967"),
+        ({"orientation": "centre"}, "chosen in the configuration"),
+        ({"input_size": 96}, "not measured here"),
+    ],
+)
+def test_the_registry_tells_the_evidence_without_the_weights(options, told):
+    config = PerceptionConfig(**options)
+    assert registered_evidence(config).startswith(told)
+    assert PerceptualStructuring(load_backbone(config), config).evidence == registered_evidence(config)
+
+
+def test_what_only_a_loaded_backbone_knows_is_not_guessed():
+    assert registered_evidence(PerceptionConfig(backbone="my_backbone:colours")) is None
+    assert registered_evidence(PerceptionConfig(layer=-1)) is None
+    for backbone in ("hf-hub:owner/name", "vit_large_patch14_dinov2.lvd142m"):
+        assert registered_evidence(PerceptionConfig(backbone=backbone)) == "not measured here"
 
 
 class _Colours(torch.nn.Module):
@@ -358,6 +448,11 @@ def test_preflight_gives_the_numbers(packaged):
     coarse = PerceptionConfig(layer=4, input_size=32, components=3)
     with pytest.raises(PerceptionError, match=r"3 needs at least 4 patch positions.* a 1x2 grid for 64x128 pictures"):
         PerceptualStructuring(load_backbone(coarse), coarse).preflight((64, 128))
+    thin = PerceptionConfig(layer=4, input_size=64, components=2)
+    for rule, told in (("border", "gives a 2x3 grid for 64x96"), ("centre", "gives a 2x2 grid for 64x64")):
+        structuring = PerceptualStructuring(load_backbone(thin), thin.model_copy(update={"orientation": rule}))
+        with pytest.raises(PerceptionError, match=rf"perception\.orientation: '{rule}'.*{told} .*input_size.*layer"):
+            structuring.preflight((64, 96 if rule == "border" else 64))
     narrow = PerceptionConfig(backbone="narrow", components=4)
     with pytest.raises(PerceptionError, match="components: 4 exceeds the feature width 3"):
         PerceptualStructuring(colours(narrow), narrow).preflight((64, 64))

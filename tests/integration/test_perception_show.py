@@ -105,6 +105,21 @@ def test_one_picture_to_a_file(scene, tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["map.png"]
 
 
+def test_the_figure_says_what_its_orientation_rests_on(scene, tmp_path, monkeypatch):
+    notes = []
+    drawn = show._note
+    monkeypatch.setattr(show, "_note", lambda mapped: notes.append(drawn(mapped)) or notes[-1])
+    for configs in (
+        [PerceptionConfig()],
+        [PerceptionConfig(input_size=96, layer=1)],
+        [PerceptionConfig(), PerceptionConfig(orientation="skew")],
+    ):
+        map_images([scene], tmp_path / "map.png", configs)
+    assert "\norientation: measured: AUC .967" in notes[0]
+    assert notes[1].endswith("\norientation: not measured here")
+    assert "\n" not in notes[2]
+
+
 def test_several_pictures_to_a_folder(scene, tmp_path):
     tall = tmp_path / "in" / "tall $x_y$.jpg"
     Image.fromarray(gradient(90, 40)).save(tall)
@@ -219,7 +234,7 @@ def test_rules_and_sizes_are_compared_and_arrays_written(scene, tmp_path, vipo):
     from safetensors import safe_open
 
     target = tmp_path / "rules.png"
-    sizes = ("--input-size", "64", "--input-size", "96")
+    sizes = ("--layer", "2", "--input-size", "64", "--input-size", "96")
     done = vipo("map", scene, "-o", target, "--orientation", "all", *sizes, "--raw", "safetensors")
     assert done.code == 0, done.err
     assert done.out.split() == [str(target)]

@@ -136,6 +136,17 @@ def test_stages_record_the_seed_of_their_intervals(built: Built, tmp_path: Path)
         assert read_provenance(folder / place / "provenance.json")["seeds"] == [config.evaluation.seed]
 
 
+def test_what_the_orientation_of_the_maps_rests_on_is_told(small: Built, tmp_path: Path) -> None:
+    page = (small[0] / "report" / "index.html").read_text()
+    assert re.search(r'aria-label="holds"></span><span>That the rule of orientation .*: measured: AUC \.978', page)
+    folder = tmp_path / "demo"
+    shutil.copytree(small[0], folder)
+    file = folder / "evaluation" / "vipo-s0" / "config.yaml"
+    file.write_text(file.read_text().replace("input_size: 96", "input_size: 64"))
+    page = write_report(folder, small[1], tmp_path / "report").read_text()
+    assert re.search(r'aria-label="attention"></span><span>That the rule of orientation .*: not measured here\.', page)
+
+
 def test_a_page_is_not_made_of_other_results_than_its_numbers(small: Built, tmp_path: Path) -> None:
     folder, runs = tmp_path / "demo", small[1]
     shutil.copytree(small[0], folder)

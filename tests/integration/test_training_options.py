@@ -69,6 +69,16 @@ def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> 
     assert any(not torch.equal(before[key], value) for key, value in trainer.trainable.items())
 
 
+def test_an_orientation_that_was_not_measured_is_told_once(
+    prepared: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _trainer(prepared, tiny_overrides, "arm=vipo")
+    assert "not measured" not in caplog.text
+    _trainer(prepared, tiny_overrides, "arm=vipo", "perception.input_size=64")
+    assert caplog.text.count("whether 'norm' finds the object with 'efficientnet_lite0'") == 1
+    assert "vipo orientation" in caplog.text
+
+
 def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_overrides: list[str]) -> None:
     first = {}
     for arm in ("vipo", "mean_map", "group_map", "shuffled", "oracle", "inverted", "vipo_mean"):

@@ -91,7 +91,13 @@ DECISIVE: dict[str, dict[str, Any]] = {
     **{f"k{k}": {**POSITION, "perception.components": k} for k in range(1, 6)},
     **{f"sigma{sigma:g}": {**POSITION, "perception.smoothing": sigma} for sigma in (0.0, 0.5, 2.0)},
     **{
-        f"backbone_{name}": {**POSITION, "perception.backbone": backbone}
+        f"backbone_{name}": {
+            **POSITION,
+            "perception.backbone": backbone,
+            # The demo's are those of its own backbone.
+            "perception.layer": None,
+            "perception.input_size": None,
+        }
         for name, backbone in {
             "dinov2": "vit_large_patch14_dinov2.lvd142m",
             "dinov3": "vit_large_patch16_dinov3.lvd1689m",
@@ -140,7 +146,9 @@ def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
     paper = load_config([DEMO, "arm=vipo_paper"])
     assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2.6e-2)
     assert load_config([DEMO, "arm=flow_grpo", "sampling.shift=5"]).sampling.shift == 5
-    assert load_config([DEMO, "arm=backbone_sam"]).perception.backbone == "samvit_base_patch16.sa1b"
+    assert (load_config([DEMO]).perception.layer, load_config([DEMO]).perception.input_size) == (2, 96)
+    for sam in (load_config([DEMO, "arm=backbone_sam"]).perception, load_config([DEMO, "perception=sam"]).perception):
+        assert (sam.backbone, sam.layer, sam.input_size) == ("samvit_base_patch16.sa1b", None, None)
     # What the experiment says of this arm comes after the arm's file, what the caller says comes last.
     own = "++experiment.arms.vipo_paper={overrides: ['objective.clip.range=0.5', 'objective.clip.side=symmetric']}"
     clip = load_config([DEMO, own, "arm=vipo_paper", "objective.clip.side=none"]).objective.clip

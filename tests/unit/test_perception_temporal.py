@@ -28,9 +28,12 @@ class Patches(torch.nn.Module):
         return torch.tanh(F.conv2d(images, self.weight, stride=4))
 
 
-def module(width=12, **options):
+RULES = ("norm", "centre", "border", "skew", "inverted_sklearn", "none")
+
+
+def module(width=12, input_size=48, **options):
     options = {"components": 3, "orientation": "border"} | options
-    backbone = Backbone(Patches(width), feature_width=width, orientation="border", input_size=48, stride=4)
+    backbone = Backbone(Patches(width), feature_width=width, orientation="border", input_size=input_size, stride=4)
     return PerceptualStructuring(backbone, PerceptionConfig(**options))
 
 
@@ -101,7 +104,7 @@ def test_groups_are_means_and_must_fit():
             average_groups(maps, groups)
 
 
-@pytest.mark.parametrize("rule", ["norm", "centre", "border", "skew", "inverted_sklearn", "none"])
+@pytest.mark.parametrize("rule", RULES)
 def test_the_maps_of_a_clip_do_not_flip(rule):
     clip = moving_object()
     each = tuple(range(frame, frame + 1) for frame in range(clip.shape[1]))
@@ -144,9 +147,57 @@ def test_constant_clips_are_told_and_an_empty_frame_is_not_one():
     found = module(temporal_smoothing=0.0)(clips, (8, 8), causal_frame_groups(13))
     assert found.constant.tolist() == [False, True, False, True]
     assert torch.equal(found.maps[[1, 3]], torch.ones(2, 4, 8, 8))
-    assert torch.equal(found.maps[2, 1], torch.ones(8, 8))
-    assert float(found.maps[2, 2].amin()) < 0.5
     found.check()
+
+
+def test_a_frame_without_structure_takes_the_mean_of_the_others():
+    clip = moving_object(frames=5)
+    clip[0, [1, 4]] = torch.tensor([0.0, 0.5]).view(2, 1, 1, 1)
+    each = tuple(range(frame, frame + 1) for frame in range(5))
+    found = module(temporal_smoothing=0.0)(clip, (8, 8), each)
+    assert found.constant.tolist() == [False]
+    # The clip's min-max acts on every frame alike, so that the mean stays the mean.
+    assert torch.allclose(found.maps[0, 1], found.maps[0, [0, 2, 3]].mean(dim=0), atol=1e-6)
+    assert torch.equal(found.maps[0, 4], found.maps[0, 1])
+    assert torch.all(found.maps[0, [0, 2, 3]].amax(dim=(1, 2)) > found.maps[0, 1].amax())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.fixed_dictionaries(
+        {
+            "components": st.integers(1, 8),
+            "input_size": st.sampled_from([12, 20, 24]),
+            "orientation": st.sampled_from(RULES),
+            "aggregation": st.sampled_from(["variance", "average", "first"]),
+            "smoothing": st.sampled_from([0.0, 1.0]),
+            "temporal_smoothing": st.sampled_from([0.0, 0.3, 2.0]),
+        }
+    ),
+    st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    st.randoms(),
+)
+def test_clips_of_any_shape(batch, latent, options, size, random):
+    frames, order = 1 + 4 * latent, random.sample(range(batch + 1), batch + 1)
+    generator = keyed_generator("clips", random.randrange(10**6))
+    clips = torch.rand(batch + 1, frames, 3, random.randint(9, 40), random.randint(9, 40), generator=generator)
+    clips[:batch, random.randrange(frames)] = 0.0
+    clips[batch] = 0.4
+    structuring, groups = module(**options), causal_frame_groups(frames)
+    found = structuring(clips, size, groups)
+    found.check()
+    assert found.maps.shape == (batch + 1, len(groups), *size)
+    empty = [frames == 1] * batch + [True]
+    assert found.constant.tolist() == empty
+    assert torch.equal(found.maps[found.constant], torch.ones(sum(empty), len(groups), *size))
+    structured = found.maps[~found.constant]
+    assert torch.all(structured.amin(dim=(1, 2, 3)) == 0)
+    assert torch.all(structured.amax(dim=(1, 2, 3)) == 1)
+    permuted = structuring(clips[order], size, groups)
+    assert torch.allclose(permuted.maps, found.maps[order], atol=1e-5)
+    assert torch.equal(permuted.constant, found.constant[order])
 
 
 def test_wrong_clips_are_named():

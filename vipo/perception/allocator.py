@@ -226,6 +226,13 @@ def _sign(scores: Tensor) -> Tensor:
     return torch.where(scores < 0, -1.0, 1.0).to(scores.dtype)
 
 
+def is_blind(rule: Orientation, height: int, width: int) -> bool:
+    """Whether all cells of a grid look alike to a rule, so that it would decide no direction's sign."""
+    if rule == "border":
+        return min(height, width) < 3
+    return rule == "centre" and max(height, width) < 3
+
+
 def orientation_scores(projections: Tensor, features: Tensor, rule: Orientation) -> Tensor:
     """Evidence that each projection rises, rather than falls, with importance.
 
@@ -248,7 +255,7 @@ def orientation_scores(projections: Tensor, features: Tensor, rule: Orientation)
         ``(B, K)``.
 
     Raises:
-        ValueError: the shapes disagree or the rule is unknown.
+        ValueError: the shapes disagree, the rule is unknown, or it `is_blind` on this grid.
     """
     if (
         projections.ndim != 4
@@ -260,6 +267,11 @@ def orientation_scores(projections: Tensor, features: Tensor, rule: Orientation)
             "expected (B, K, h, w) and (B, d, h, w)"
         )
     height, width = projections.shape[2:]
+    if is_blind(rule, height, width):
+        raise ValueError(
+            f"orientation: {rule!r} cannot tell a direction from its opposite on a {height}x{width} grid; raise "
+            "input_size, or choose an earlier layer"
+        )
     if rule == "none":
         return torch.ones_like(projections[..., 0, 0])
     if rule == "inverted_sklearn":

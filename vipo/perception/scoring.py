@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vipo.config.models import PerceptionConfig
 from vipo.demo.scenes import Scene, draw, object_mask, sample_scene
-from vipo.perception.allocator import Orientation, allocate
+from vipo.perception.allocator import Orientation, allocate, is_blind
 from vipo.perception.backbones import Backbone, load_backbone
 from vipo.perception.pictures import map_size
 from vipo.perception.structuring import PerceptualStructuring
@@ -99,7 +99,7 @@ def score_orientations(
         size: grid of the maps; a cell is positive where objects cover more than half of it.
 
     Returns:
-        ``(N,)`` float64 for each rule.
+        ``(N,)`` float64 for each rule; NaN for one that is blind on the backbone's grid.
 
     Raises:
         ValueError: the shapes differ, or at this grid a mask has no positive or no negative cell.
@@ -110,6 +110,9 @@ def score_orientations(
     features = backbone(images)
     scores = {}
     for rule in rules:
+        if is_blind(rule, *features.shape[2:]):
+            scores[rule] = torch.full((len(images),), torch.nan, dtype=torch.float64)
+            continue
         found = allocate(
             features,
             size,
@@ -135,7 +138,8 @@ def orientation_table(
     """Score every orientation rule under each configuration: lines of one Markdown table, as they are computed.
 
     A cell is the mean area under the ROC curve of the map (one cell for 8 pixels, at least 16 a side) against the
-    objects; in brackets, where there are any, the share of pictures below 0.5, whose map lies on the background.
+    objects; in brackets, where there are any, the share of pictures below 0.5, whose map lies on the background. A dash
+    stands where the grid of a picture is too thin for the rule.
 
     Args:
         configs: sections `perception`; their orientation is not read.
@@ -150,7 +154,7 @@ def orientation_table(
     yield "|" + "---|" * (len(kinds) + 7)
     for config in configs:
         backbone = load_backbone(config, device)
-        structuring = PerceptualStructuring(backbone, config)
+        structuring = PerceptualStructuring(backbone, config.model_copy(update={"orientation": "none"}))
         layer = "default" if config.layer is None else config.layer
         for source, scenes in sources.items():
             for height, width in {item.images.shape[2:] for batches in scenes.values() for item in batches}:
@@ -177,5 +181,7 @@ def _scores(backbone: Backbone, config: PerceptionConfig, batches: Sequence[Scor
 
 
 def _cell(areas: Tensor) -> str:
+    if areas.isnan().any():
+        return "–"
     below = float((areas < 0.5).double().mean())
     return f"{float(areas.mean()):.3f}" + (f" ({below:.1%})" if below else "")

@@ -71,6 +71,7 @@ class _Mapped:
             directions of all its frames together, so that a colour means the same in each.
         explained: ``(K,)``, ratios of explained variance.
         config: the configuration, with the orientation rule that was used.
+        evidence: what that rule rests on.
     """
 
     maps: Tensor
@@ -78,6 +79,7 @@ class _Mapped:
     components: Tensor
     explained: Tensor
     config: PerceptionConfig
+    evidence: str
 
 
 def map_images(
@@ -187,6 +189,7 @@ def _map(frames: Tensor, structuring: PerceptualStructuring) -> _Mapped:
         components=minmax(oriented, dims=(0, 2, 3))[0].float().cpu(),
         explained=principal.explained[0].float().cpu(),
         config=structuring.config.model_copy(update={"orientation": structuring.orientation}),
+        evidence=structuring.evidence,
     )
 
 
@@ -352,4 +355,5 @@ def _note(mapped: Sequence[_Mapped]) -> str:
         _described(config, [name]) if name != "orientation" else f"orientation {config.orientation}" for name in same
     ]
     parts += [f"{config.components} components", config.aggregation, f"smoothing {config.smoothing:g}"]
-    return " · ".join(parts)
+    evidence = {item.evidence for item in mapped}
+    return " · ".join(parts) + (f"\norientation: {evidence.pop()}" if len(evidence) == 1 else "")

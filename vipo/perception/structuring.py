@@ -13,11 +13,12 @@ from vipo.perception.allocator import (
     allocate,
     combine,
     finish,
+    is_blind,
     minmax,
     orientation_scores,
     principal_components,
 )
-from vipo.perception.backbones import Backbone, PerceptionError
+from vipo.perception.backbones import CHOSEN, Backbone, PerceptionError
 from vipo.perception.temporal import average_groups, follow_components, smooth_in_time
 
 # Frames in the backbone at once: what a clip needs in memory does not grow with its length.
@@ -36,6 +37,11 @@ class PerceptualStructuring:
         """The rule in use: the configuration's, or else the backbone's own."""
         return self.config.orientation or self.backbone.orientation
 
+    @property
+    def evidence(self) -> str:
+        """What the rule in use rests on."""
+        return self.backbone.evidence if self.orientation == self.backbone.orientation else CHOSEN
+
     def __call__(
         self, images: Tensor, size: tuple[int, int], frame_groups: Sequence[range] | None = None
     ) -> AllocationMaps:
@@ -46,7 +52,7 @@ class PerceptualStructuring:
 
         Clips are taken frame by frame (METHOD section 3, step 7), but each principal direction is followed through
         the clip and its sign decided once, by the sum of the rule's scores: maps do not flip between frames. A frame
-        without structure weighs 1 everywhere, and the clip is constant only if no frame has any.
+        without structure takes the mean of the other frames' maps, and the clip is constant only if no frame has any.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1], or clips ``(B, T, 3, H, W)``.
@@ -108,8 +114,12 @@ class PerceptualStructuring:
             aggregation=config.aggregation,
             smoothing=config.smoothing,
         )
+        maps = maps.unflatten(0, (batch, frames))
         empty = ~structured | flat.view(batch, frames)
-        maps = torch.where(empty[..., None, None], 1.0, maps.unflatten(0, (batch, frames)))
+        # Ones, as for a picture without structure, would be the largest values of the clip.
+        others = torch.where(empty[..., None, None], 0.0, maps).sum(dim=1, keepdim=True)
+        others = others / (~empty).sum(dim=1).clamp(min=1)[:, None, None, None]
+        maps = torch.where(empty[..., None, None], others, maps)
         maps = smooth_in_time(average_groups(maps, groups), config.temporal_smoothing)
         whole, level = minmax(maps, NO_RANGE, dims=(-3, -2, -1))
         intact = valid.all(dim=1)
@@ -127,8 +137,8 @@ class PerceptualStructuring:
             image_size: height and width in pixels.
 
         Raises:
-            PerceptionError: K exceeds the feature width, the patch grid has fewer than K + 1 positions, or the
-                backbone cannot be run on such pictures.
+            PerceptionError: K exceeds the feature width, the patch grid has fewer than K + 1 positions or is too thin
+                for the orientation rule, or the backbone cannot be run on such pictures.
         """
         backbone, components = self.backbone, self.config.components
         if components > backbone.feature_width:
@@ -138,17 +148,23 @@ class PerceptualStructuring:
             )
         height, width = image_size
         try:
-            grid = backbone(torch.zeros(1, 3, height, width, device=backbone.mean.device)).shape[2:]
+            rows, columns = backbone(torch.zeros(1, 3, height, width, device=backbone.mean.device)).shape[2:]
         except (RuntimeError, AssertionError, ValueError) as error:
             raise PerceptionError(
                 f"perception.backbone: {self.config.backbone!r} cannot be run on {height}x{width} pictures, which "
                 f"enter it as {'x'.join(map(str, backbone.network_size(height, width)))}: {error}"
             ) from error
-        if grid.numel() < components + 1:
+        found = f"{self.config.backbone!r} gives a {rows}x{columns} grid for {height}x{width} pictures"
+        remedy = "raise perception.input_size, or choose an earlier perception.layer"
+        if rows * columns < components + 1:
             raise PerceptionError(
-                f"perception.components: {components} needs at least {components + 1} patch positions, but "
-                f"{self.config.backbone!r} gives a {grid[0]}x{grid[1]} grid for {height}x{width} pictures; "
-                "raise perception.input_size, or choose an earlier perception.layer"
+                f"perception.components: {components} needs at least {components + 1} patch positions, but {found}; "
+                f"{remedy}"
+            )
+        if is_blind(self.orientation, rows, columns):
+            raise PerceptionError(
+                f"perception.orientation: {self.orientation!r} cannot tell a direction from its opposite, for {found}; "
+                f"{remedy}, or choose another perception.orientation"
             )
 
 

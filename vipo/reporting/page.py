@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from vipo.config.compose import dump_config
 from vipo.evaluation.statistics import decimals
+from vipo.perception.backbones import NOT_MEASURED, registered_evidence
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
 from vipo.reporting.pictures import ShownPrompt
@@ -260,6 +261,16 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
                 "ok": max(constant) < 0.05,
                 "text": "Maps without structure (they fall back to plain GRPO): at most "
                 f"{100 * max(constant):.1f} % of a run's samples.",
+            }
+        )
+    mapped = [run.config.perception for run in trained if run.config.objective.reads_backbone]
+    evidence = {told for config in mapped if (told := registered_evidence(config)) is not None}
+    if evidence:
+        checks.append(
+            {
+                "ok": NOT_MEASURED not in evidence,
+                "text": "That the rule of orientation puts the maps on the object rather than on its background: "
+                f"{'; '.join(sorted(evidence))}.",
             }
         )
     records = [run.provenance for run in trained if run.provenance is not None]

@@ -40,6 +40,7 @@ from vipo.objectives import (
 )
 from vipo.perception import AllocationMaps, PerceptualStructuring, load_backbone
 from vipo.perception.allocator import finish
+from vipo.perception.backbones import NOT_MEASURED
 from vipo.prompts import read_prompts
 from vipo.provenance import record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
@@ -167,6 +168,13 @@ class Trainer:
         backbone = load_backbone(self.config.perception, self.config.generator.device, root)
         structuring = PerceptualStructuring(backbone, self.config.perception)
         structuring.preflight((self.config.generator.height, self.config.generator.width))
+        if structuring.evidence == NOT_MEASURED and self.distribution.is_main:
+            log.warning(
+                "perception.orientation: whether %r finds the object with %r at this layer and size was not measured "
+                "here; look at `vipo map` of pictures of your kind, or measure it with `vipo orientation`",
+                structuring.orientation,
+                self.config.perception.backbone,
+            )
         return structuring
 
     def _try_rewards(self) -> None:
