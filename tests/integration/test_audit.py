@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -387,6 +388,37 @@ def test_uncommitted_code_is_a_remark_and_a_lost_diff_is_not(prompts_only: Calla
     diff.unlink()
     assert _findings(audited(root), "broken") == {
         "prompts/provenance.diff": ["code: the diff that was recorded is missing"]
+    }
+
+
+def test_the_code_of_another_repository_need_not_be_in_this_one(
+    prompts_only: Callable[[], Path], tmp_path: Path
+) -> None:
+    root = prompts_only()
+    (root / "Snakefile").write_text("# other\n")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("x = 1\n")
+    git(tmp_path / "code", "init", "--quiet")
+    git(tmp_path / "code", "add", ".")
+    git(tmp_path / "code", "commit", "--quiet", "-m", "code")
+    (tmp_path / "code" / "a.py").write_text("x = 2\n")
+    with inside(root), mock.patch("vipo.provenance.environment.code_folder", return_value=tmp_path / "code"):
+        prepare_stage(load_config(["experiment=demo", "arm=base"]), root, root / "results")
+    code, data = (git(folder, "rev-parse", "HEAD")[:12] for folder in (tmp_path / "code", root))
+    assert _findings(audited(root), "broken") == {}
+    assert _findings(audited(root), "remark")["prompts"] == [
+        f"code: commit {code}… is not in this repository",
+        f"code: ran from commit {code}… with uncommitted changes, kept in provenance.diff",
+        f"code: ran from commit {data}… with uncommitted changes, kept in provenance.checkout.diff",
+    ]
+    # What it read is looked up where the data is from.
+    source = root / "data" / "prompts" / "colourless.jsonl"
+    source.write_bytes(source.read_bytes() + b"\n")
+    (message,) = _findings(audited(root), "remark")["data/prompts/colourless.jsonl"]
+    assert message.endswith(f"commit {data} holds those bytes")
+    (root / EXPERIMENT / "prompts" / "provenance.checkout.diff").unlink()
+    assert _findings(audited(root), "broken") == {
+        "prompts/provenance.checkout.diff": ["code: the diff that was recorded is missing"]
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vipo.audit.examination import VOLATILE, Examination, short
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import git_output, package_sha256, versions
-from vipo.provenance.lineage import DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
+from vipo.provenance.lineage import CHECKOUT_DIFF, DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
 
 _CHECKPOINT = re.compile(r"(runs/[^/]+/checkpoints/[^/]+)/(.+)")
 #: What every record names.
@@ -137,7 +137,7 @@ def _check_root(examination: Examination, folder: str, record: Mapping[str, Any]
         report = examination.remark if found is None else examination.broken
         report(path, "lineage", f"{state}; it lies outside the repository", "keep what results depend on in it")
         return
-    commit = record["git"]["commit"]
+    commit = record.get("checkout", record["git"])["commit"]
     held = None if commit is None else git_output(examination.root, "show", f"{commit}:./{path}")
     if held is not None and hashlib.sha256(held).hexdigest() == sha256:
         message = f"{state}; commit {commit[:12]} holds those bytes"
@@ -186,7 +186,9 @@ def check_code(examination: Examination) -> None:
     present = {"package": package_sha256(), "lock": examination.sha256(examination.root / "requirements.lock")}
     for folder, record in examination.records.items():
         with examination.guarded(f"{folder}/{PROVENANCE}", "code"):
-            _check_commit(examination, folder, record["git"])
+            _check_commit(examination, folder, record["git"], DIFF, elsewhere="checkout" in record)
+            if "checkout" in record:
+                _check_commit(examination, folder, record["checkout"], CHECKOUT_DIFF)
             for kind, name, check, made in (
                 ("package", "vipo package", "code", record["package_sha256"]),
                 ("lock", "requirements.lock", "environment", record["lock_sha256"]),
@@ -206,7 +208,9 @@ def check_code(examination: Examination) -> None:
                 examination.remark(folder, "environment", message, "install requirements.lock to get the same bytes")
 
 
-def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any]) -> None:
+def _check_commit(
+    examination: Examination, folder: str, git: Mapping[str, Any], kept_in: str, elsewhere: bool = False
+) -> None:
     commit = git["commit"]
     if commit is None:
         message = "was not run from a git repository: no commit names its code"
@@ -218,11 +222,12 @@ def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any])
             "audit it in a checkout of the repository",
         )  # fmt: skip
     elif git_output(examination.root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
-        examination.broken(
+        # Code of another repository than configurations and data need not be in theirs.
+        (examination.remark if elsewhere else examination.broken)(
             folder, "code", f"commit {short(str(commit))} is not in this repository",
             "fetch the whole history; without that commit nobody can run this code again",
         )  # fmt: skip
-    diff, kept = f"{folder}/{DIFF}", git["diff_sha256"]
+    diff, kept = f"{folder}/{kept_in}", git["diff_sha256"]
     found = examination.sha256(examination.folder / diff)
     if found != kept:
         message = "is not the diff that was recorded" if found else "the diff that was recorded is missing"
@@ -231,6 +236,6 @@ def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any])
         changed = ["uncommitted changes"] if git["dirty"] else []
         changed += [f"{len(git['untracked'])} untracked files"] if git["untracked"] else []
         examination.remark(
-            folder, "code", f"ran from commit {short(commit)} with {' and '.join(changed)}, kept in {DIFF}",
-            f"'git apply {DIFF}' on that commit gives the code; commit before you run what others shall rely on",
+            folder, "code", f"ran from commit {short(commit)} with {' and '.join(changed)}, kept in {kept_in}",
+            f"'git apply {kept_in}' on that commit gives the code; commit before you run what others shall rely on",
         )  # fmt: skip
