@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 from urllib.parse import unquote
 
 import yaml
@@ -47,11 +48,13 @@ def git(root: Path, *arguments: str) -> str:
 
 @contextmanager
 def inside(root: Path) -> Iterator[None]:
-    """The block with `root` as working directory: vipo takes a checkout's configurations from there."""
+    """The block as if in the checkout `root`: vipo takes configurations from there, and its code is recorded as its."""
     before = Path.cwd()
     os.chdir(root)
+    code = root if (root / ".git").exists() else None
     try:
-        yield
+        with mock.patch("vipo.provenance.environment.code_folder", return_value=code):
+            yield
     finally:
         os.chdir(before)
 

@@ -124,9 +124,10 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
     # A file of their own: one in the results would be another job's as well.
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / f"{config.run_name}.yaml"
-        resolved.write_text(dump_config(config))
+        resolved.write_text(dump_config(config), encoding="utf-8")
         files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
-        launch([sys.executable, "-m", "vipo.cli", "train", *files], config.distribution)
+        # -P, for the working directory may hold another vipo.
+        launch([sys.executable, "-P", "-m", "vipo.cli", "train", *files], config.distribution)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from vipo.config.compose import repository_root
+from vipo.provenance import read_provenance
 from vipo.provenance.locks import run_lock
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 
@@ -235,3 +236,5 @@ def test_the_others_wait_while_the_first_rank_waits_for_a_lock(
         time.sleep(5)
     status, text = launched.ended()
     assert status == 0, text
+    given = ["vipo", "train", *chosen, "distribution.processes=2", "--results", str(results)]
+    assert read_provenance(results / RUN / "provenance.json")["command"] == given

@@ -190,7 +190,7 @@ def test_same_result_twice(project: Path) -> None:
     for name in files:
         assert (clone / name).read_bytes() == (project / name).read_bytes(), name
     record = json.loads((clone / "results/demo/runs/vipo-s0/provenance.json").read_text())
-    assert record["git"]["dirty"] is False
+    assert record["checkout"]["dirty"] is False
 
 
 def test_experiments_edit_the_tracked_file(project: Path) -> None:

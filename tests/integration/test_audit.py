@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from vipo.audit import Audit, AuditError
 from vipo.audit import audit as audit_module
 from vipo.audit import lineage as lineage_module
 from vipo.cli import main
-from vipo.config.compose import dump_config, load_config, write_if_changed
+from vipo.config.compose import dump_config, load_config, repository_root, write_if_changed
 from vipo.provenance import ProvenanceError, file_sha256, write_crate, zip_crate
 from vipo.provenance.dvc import dvc_md5, parse_lock
 from vipo.stages import prepare_stage
@@ -212,6 +213,33 @@ def test_a_commit_that_is_an_option_of_git_is_not_run(project: Path) -> None:
         f"lineage: names '--output={EXPERIMENT}/written' as its commit, which is none"
     ]
     assert [item for item in experiment.iterdir() if item.name.startswith("written")] == []
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_the_package_of_a_clean_commit_is_the_one_that_the_commit_holds(project: Path) -> None:
+    """A record that claims other code, so that a difference in numbers would be laid at its door."""
+    shutil.copytree(repository_root() / "vipo", project / "vipo", ignore=shutil.ignore_patterns("__pycache__"))
+    git(project, "add", "vipo")
+    git(project, "commit", "--quiet", "-m", "the package too")
+    path = project / EXPERIMENT / "prompts/provenance.json"
+    record = json.loads(path.read_text())
+    record["git"]["commit"] = git(project, "rev-parse", "HEAD")
+    path.write_text(json.dumps(record))
+    assert _findings(audited(project), "broken") == {}
+    for key, name in (("package_sha256", "vipo package"), ("lock_sha256", "requirements.lock")):
+        path.write_text(json.dumps({**record, key: "0" * 64}))
+        (told,) = _findings(audited(project), "broken")["prompts/provenance.json"]
+        assert f"names a {name} (SHA-256 000000000000…) that its commit does not hold" in told
+
+
+@pytest.mark.usefixtures("without_numbers")
+def test_updates_of_several_packages_are_told(project: Path) -> None:
+    path = project / EXPERIMENT / "runs/vipo-s0/provenance.json"
+    record = json.loads(path.read_text())
+    codes = [{"package_sha256": str(i) * 64, "commit": None, "dirty": None} for i in range(2)]
+    path.write_text(json.dumps({**record, "updates_made_by": codes}))
+    told = _findings(audited(project), "remark")["runs/vipo-s0"]
+    assert any("its updates were made by 2 packages" in text for text in told)
 
 
 def test_a_page_without_its_record_is_not_what_the_lock_says(locked: Path, tmp_path: Path) -> None:
@@ -491,6 +519,37 @@ def test_uncommitted_code_is_a_remark_and_a_lost_diff_is_not(prompts_only: Calla
     diff.unlink()
     assert _findings(audited(root), "broken") == {
         "prompts/provenance.diff": ["code: the diff that was recorded is missing"]
+    }
+
+
+def test_the_code_of_another_repository_need_not_be_in_this_one(
+    prompts_only: Callable[[], Path], tmp_path: Path
+) -> None:
+    root = prompts_only()
+    (root / "Snakefile").write_text("# other\n")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("x = 1\n")
+    git(tmp_path / "code", "init", "--quiet")
+    git(tmp_path / "code", "add", ".")
+    git(tmp_path / "code", "commit", "--quiet", "-m", "code")
+    (tmp_path / "code" / "a.py").write_text("x = 2\n")
+    with inside(root), mock.patch("vipo.provenance.environment.code_folder", return_value=tmp_path / "code"):
+        prepare_stage(load_config(["experiment=demo", "arm=base"]), root, root / "results")
+    code, data = (git(folder, "rev-parse", "HEAD")[:12] for folder in (tmp_path / "code", root))
+    assert _findings(audited(root), "broken") == {}
+    assert _findings(audited(root), "remark")["prompts"] == [
+        f"code: commit {code}… is not in this repository",
+        f"code: ran from commit {code}… with uncommitted changes, kept in provenance.diff",
+        f"code: ran from commit {data}… with uncommitted changes, kept in provenance.checkout.diff",
+    ]
+    # What it read is looked up where the data is from.
+    source = root / "data" / "prompts" / "colourless.jsonl"
+    source.write_bytes(source.read_bytes() + b"\n")
+    (message,) = _findings(audited(root), "remark")["data/prompts/colourless.jsonl"]
+    assert message.endswith(f"commit {data} holds those bytes")
+    (root / EXPERIMENT / "prompts" / "provenance.checkout.diff").unlink()
+    assert _findings(audited(root), "broken") == {
+        "prompts/provenance.checkout.diff": ["code: the diff that was recorded is missing"]
     }
 
 

@@ -57,6 +57,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("sys.argv", ["vipo", "train", "title=a b"])
     monkeypatch.setenv("VIPO_IMAGE_DIGEST", "sha256:0123")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr("vipo.provenance.environment.code_folder", lambda: None)
     root = tmp_path / "repository"
     (root / "generator").mkdir(parents=True)
     (root / "generator" / "model_index.json").write_text("{}")

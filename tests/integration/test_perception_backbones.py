@@ -288,8 +288,9 @@ def test_dinov2_in_the_layout_of_transformers(tmp_path, monkeypatch, registers):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     local = load_backbone(PerceptionConfig(backbone=name, weights=str(tmp_path)))
-    hub = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", revision="abc"))
-    assert asked == [("owner/name", "config.json", "abc"), ("owner/name", "model.safetensors", "abc")]
+    commit = "ab" * 20
+    hub = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", revision=commit))
+    assert asked == [("owner/name", "config.json", commit), ("owner/name", "model.safetensors", commit)]
     images = torch.rand(1, 3, 518, 518)
     with torch.no_grad():
         tokens = theirs((images - local.mean) / local.std).last_hidden_state[:, 5 if registers else 1 :]
@@ -397,7 +398,7 @@ def test_import_path(monkeypatch):
         ({"backbone": "resnet10t", "weights": "missing.safetensors"}, "perception.weights: .*missing.safetensors"),
         ({"layer": 5}, r"perception.layer: 5 is outside -5\.\.4"),
         ({"layer": -6}, "perception.layer: -6"),
-        ({"revision": "abc"}, "perception.revision: 'abc' names a state of a hub repository"),
+        ({"revision": "ab" * 20}, "perception.revision: 'abab.*' names a state of a hub repository"),
         ({"backbone": "hf-hub:owner/name"}, "perception.weights: config.json of owner/name is neither in the local"),
     ],
 )

@@ -1,6 +1,7 @@
 """Lineage is recorded once, from what is there; a lock is free the moment its holder dies."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -28,6 +31,7 @@ from vipo.provenance import (
     verify_outputs,
 )
 from vipo.provenance import environment as environment_module
+from vipo.provenance.environment import code_state, installed_sha256
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -36,10 +40,25 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def _package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, the running package is one in `folder`."""
+    (folder / "vipo" / "provenance").mkdir(parents=True)
+    (folder / "vipo" / "__init__.py").write_text("")
+    monkeypatch.setattr(environment_module, "__file__", str(folder / "vipo" / "provenance" / "environment.py"))
+
+
+def _committed(folder: Path) -> str:
+    _git(folder, "init", "--quiet")
+    _git(folder, "add", ".")
+    _git(folder, "commit", "--quiet", "-m", "first")
+    return _git(folder, "rev-parse", "HEAD")
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A repository with code, a result that is tracked, an input file and a generator folder."""
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with the running package, a result that is tracked, an input file and a generator folder."""
     root = tmp_path / "repository"
+    _package(root, monkeypatch)
     (root / "results").mkdir(parents=True)
     (root / "code.py").write_text("x = 1\n" + "pass\n" * 20 + "".join(f"{letter}\n" for letter in "abcabba"))
     (root / "dvc.lock").write_text("stages: {}\n")
@@ -49,9 +68,7 @@ def root(tmp_path: Path) -> Path:
     (root / "generator" / "vae").mkdir(parents=True)
     (root / "generator" / "model_index.json").write_text("{}")
     (root / "generator" / "vae" / "weights.safetensors").write_bytes(b"\1\2\3")
-    _git(root, "init", "--quiet")
-    _git(root, "add", ".")
-    _git(root, "commit", "--quiet", "-m", "first")
+    _committed(root)
     return root
 
 
@@ -91,6 +108,7 @@ def test_record_names_everything(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert record["git"] == {
         "commit": _git(root, "rev-parse", "HEAD"), "dirty": False, "untracked": {}, "diff_sha256": None
     }  # fmt: skip
+    assert "checkout" not in record
     assert not (folder / "provenance.diff").exists()
     assert record["package_sha256"] == package_sha256()
     assert record["lock_sha256"] == _sha(b"torch==2.15.0\n")
@@ -100,7 +118,9 @@ def test_record_names_everything(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert record["hardware"]["memory_bytes"] > 2**28
     assert record["versions"]["vipo"] == vipo.__version__
     assert record["versions"]["python"] == ".".join(str(part) for part in sys.version_info[:3])
-    assert set(record["versions"]) >= {"torch", "diffusers", "transformers", "accelerate", "timm", "peft", "numpy"}
+    numbers = {"torch", "diffusers", "transformers", "accelerate", "timm", "peft", "numpy", "scipy"}
+    assert set(record["versions"]) >= numbers | {"pandas", "pyarrow", "matplotlib", "pillow"}
+    assert record["versions"]["pillow"] == importlib.metadata.version("pillow")
     assert record["started"] <= record["ended"]
     assert record["ended"].endswith("+00:00")
     assert str(root) not in (folder / "provenance.json").read_text()
@@ -264,23 +284,113 @@ def test_no_repository_no_commit_no_git(tmp_path: Path, root: Path, monkeypatch:
     assert git_state(plain) == unknown
     _git(plain, "init", "--quiet")
     assert git_state(plain) == unknown
-    monkeypatch.setenv("VIPO_GIT_COMMIT", "0123")
-    assert git_state(plain) == {"commit": "0123", "dirty": False, "untracked": {}, "diff_sha256": None}
-    monkeypatch.delenv("VIPO_GIT_COMMIT")
     monkeypatch.setenv("PATH", "")
     assert git_state(root) == unknown
+    # A checkout that git cannot read is no image, whatever its surroundings say.
+    monkeypatch.setenv("VIPO_GIT_COMMIT", "0123")
+    assert code_state() == (unknown, b"")
 
 
-def test_an_image_knows_the_commit_that_it_was_built_from(
-    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VIPO_GIT_COMMIT", "a" * 40)
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an image that holds the running package."""
+    image = tmp_path / "image"
+    _package(image, monkeypatch)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    built = tmp_path / "image"
-    built.mkdir()
-    assert git_state(built) == {"commit": "a" * 40, "dirty": False, "untracked": {}, "diff_sha256": None}
-    # A mounted checkout speaks for itself.
-    assert git_state(root)["commit"] == _git(root, "rev-parse", "HEAD")
+    monkeypatch.setenv("VIPO_GIT_COMMIT", "a" * 40)
+    return image
+
+
+_BUILT = {"commit": "a" * 40, "dirty": False, "untracked": {}, "diff_sha256": None}
+_UNKNOWN = {"commit": None, "dirty": None, "untracked": None, "diff_sha256": None}
+
+
+def _recorded(root: Path) -> dict[str, Any]:
+    (root / "prompts.txt").touch()
+    (root / "generator").mkdir(exist_ok=True)
+    with _stage(root) as folder:
+        pass
+    return read_provenance(folder / "provenance.json")
+
+
+def test_an_image_knows_the_commit_that_it_was_built_from(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _recorded(image)
+    assert record["git"] == _BUILT
+    assert "checkout" not in record
+    monkeypatch.delenv("VIPO_GIT_COMMIT")
+    assert _recorded(image)["git"] == _UNKNOWN
+
+
+def test_the_code_of_an_image_is_told_from_the_checkout_that_it_is_run_on(root: Path, image: Path) -> None:
+    (image / "requirements.lock").write_text("torch==1.0\n")
+    record = _recorded(root)
+    assert record["git"] == _BUILT
+    assert record["checkout"] == git_state(root)
+    assert record["checkout"]["commit"] == _git(root, "rev-parse", "HEAD")
+    assert record["lock_sha256"] == _sha(b"torch==1.0\n")
+    (root / "reward.py").write_text("x = 1\n")
+    record, folder = _recorded(root), root / "results" / "demo" / "runs" / "vipo-s0"
+    assert not (folder / "provenance.diff").exists()
+    diff = (folder / "provenance.checkout.diff").read_bytes()
+    assert b"+x = 1" in diff
+    assert record["checkout"]["diff_sha256"] == _sha(diff)
+
+
+def test_the_code_of_another_checkout_is_told_from_the_one_that_it_is_run_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    _package(other, monkeypatch)
+    commit = _committed(other)
+    (other / "vipo" / "__init__.py").write_text("x = 1\n")
+    record, folder = _recorded(root), root / "results" / "demo" / "runs" / "vipo-s0"
+    assert (record["git"]["commit"], record["git"]["dirty"]) == (commit, True)
+    assert (record["checkout"]["commit"], record["checkout"]["dirty"]) == (_git(root, "rev-parse", "HEAD"), False)
+    assert b"+x = 1" in (folder / "provenance.diff").read_bytes()
+    assert not (folder / "provenance.checkout.diff").exists()
+    # A clone in the same state: there is nothing to tell apart.
+    _git(tmp_path, "clone", "--quiet", str(other), "clone")
+    _git(other, "checkout", "--quiet", ".")
+    (tmp_path / "clone" / ".git" / "info" / "exclude").write_text("prompts.txt\n")
+    record = _recorded(tmp_path / "clone")
+    assert record["git"]["commit"] == commit
+    assert "checkout" not in record
+    # A folder that no repository knows is of no commit, least of all the code's.
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    (tmp_path / "plain").mkdir()
+    record = _recorded(tmp_path / "plain")
+    assert (record["git"]["commit"], record["checkout"]) == (commit, _UNKNOWN)
+
+
+def test_a_repository_around_an_environment_does_not_hold_its_code(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / ".git" / "info" / "exclude").write_text(".venv\n")
+    _package(root / ".venv" / "site-packages", monkeypatch)
+    monkeypatch.setenv("VIPO_GIT_COMMIT", "a" * 40)
+    record = _recorded(root)
+    assert record["git"] == _UNKNOWN
+    assert record["checkout"]["commit"] == _git(root, "rev-parse", "HEAD")
+    assert record["lock_sha256"] is None
+
+
+def test_the_environment_is_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def install(folder: str, name: str, version: str) -> None:
+        place = tmp_path / folder / f"{name}.dist-info"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second")])
+    install("first", "Some_Package", "1.0")
+    install("second", "another.package", "2")
+    install("second", "vipo", "3")
+    # Hidden by the one before it.
+    install("second", "some-package", "0.9")
+    assert installed_sha256() == _sha(b"another-package==2\nsome-package==1.0\n")
+
+
+def test_a_rank_records_what_its_launcher_was_given(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some/where/vipo/cli.py", "train", "--config", "/tmp/x.yaml"])
+    monkeypatch.setenv("VIPO_COMMAND", json.dumps(["vipo", "train", "seed=3"]))
+    assert _recorded(root)["command"] == ["vipo", "train", "seed=3"]
 
 
 def test_package_identity_follows_code_and_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,12 +411,40 @@ def test_package_identity_follows_code_and_templates(tmp_path: Path, monkeypatch
     assert len(set(seen)) == len(seen)
 
 
-def test_gpu_names_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA One'\necho 'NVIDIA Two'\n")
+def _nvidia_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert environment_module.hardware()["gpus"] == ["NVIDIA One", "NVIDIA Two"]
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def _gpus() -> tuple[Any, Any, Any]:
+    found = environment_module.hardware()
+    return found["gpus"], found["gpu_driver"], found["cuda"]
+
+
+def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    _nvidia_smi(tmp_path, "echo '550.54, NVIDIA One'\necho '550.54, NVIDIA Two'", monkeypatch)
+    assert _gpus() == (["NVIDIA One", "NVIDIA Two"], "550.54", None)
+    _nvidia_smi(tmp_path, "exit 9", monkeypatch)
+    assert _gpus() == (None, None, None)
+    monkeypatch.setenv("PATH", "")
+    assert _gpus() == (None, None, None)
+
+
+def test_gpus_are_those_that_torch_can_use_where_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(index: int) -> str:
+        raise RuntimeError("the driver is too old")
+
+    cuda = SimpleNamespace(device_count=lambda: 1, get_device_name=lambda index: f"NVIDIA {index}")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="12.8")))
+    monkeypatch.setenv("PATH", "")
+    assert _gpus() == (["NVIDIA 0"], None, "12.8")
+    cuda.device_count = lambda: 0
+    assert _gpus() == ([], None, "12.8")
+    cuda.device_count, cuda.get_device_name = lambda: 1, refuse
+    assert _gpus() == (None, None, "12.8")
 
 
 _HOLD = """

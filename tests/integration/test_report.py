@@ -16,6 +16,7 @@ from vipo.config.compose import load_config_file
 from vipo.evaluation.statistics import ScoresError, paired_difference
 from vipo.provenance import read_provenance
 from vipo.reporting import TIMES, ReportError, build_report
+from vipo.reporting.inputs import read_experiment
 from vipo.stages import report_stage, summarize_stage
 
 Built = tuple[Path, list[str]]
@@ -108,6 +109,30 @@ def test_files_that_claim_equality_are_equal_and_times_stay_out_of_them(built: B
     beside = {path.name for path in (folder / "report").iterdir()}
     assert beside == {"data", "index.html", *TIMES}
     assert (folder / "report" / "time.json").read_bytes() != (built[0] / "report" / "time.json").read_bytes()
+
+
+def test_prompts_are_counted_by_lines_whatever_they_hold(small: Built, tmp_path: Path) -> None:
+    folder, runs = Path(shutil.copytree(small[0], tmp_path / "demo")), small[1]
+    config = load_config_file(folder / "evaluation" / "base-s0" / "config.yaml")
+    for name, count in (("train", 2), ("eval", 0)):
+        lines = '{"text": "a\u2028b\x85c\x0cd"}\n' * count
+        (folder / "prompts" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    assert read_experiment(folder, runs, config).prompt_counts == {"train": 2, "eval": 0}
+
+
+def test_other_code_and_another_checkout_are_shown(small: Built, tmp_path: Path) -> None:
+    folder, runs = Path(shutil.copytree(small[0], tmp_path / "demo")), small[1]
+    path = folder / "runs" / "vipo-s0" / "provenance.json"
+    record = json.loads(path.read_text())
+    made_by = [{"package_sha256": digit * 64, "commit": digit * 40, "dirty": digit == "2"} for digit in "12"]
+    checkout = {"commit": "3" * 40, "dirty": True}
+    path.write_text(json.dumps(record | {"updates_made_by": made_by, "checkout": checkout}))
+    page = write_report(folder, runs, folder / "report").read_text(encoding="utf-8")
+    first, second = f"{'1' * 64} (commit {'1' * 40})", f"{'2' * 64} (commit {'2' * 40} with uncommitted changes)"
+    assert f"{first}, then {second}" in page
+    assert f"{'3' * 40} with uncommitted changes" in page
+    assert "Runs were trained by 3 different versions of the vipo package." in page
+    assert "The working tree had uncommitted changes." in page
 
 
 def test_times_and_records_that_are_not_here_are_said_to_be_missing(small: Built, tmp_path: Path) -> None:

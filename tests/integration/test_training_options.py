@@ -1,6 +1,8 @@
 """The trainer's options on the tiny generator: each one trains, does what it says, and resumes to the same bytes."""
 
+import contextlib
 import copy
+import json
 import math
 import shutil
 import signal
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import Preempted
 from vipo.objectives import best_and_worst
+from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.rollout import TransitionBatch, policy_transition
+from vipo.training import trainer as trainer_module
+from vipo.training.checkpoints import load_checkpoint
 from vipo.training.samples import MicroBatch, Sample, TrainingError, arrange_samples, update_prompts
-from vipo.training.trainer import Trainer
+from vipo.training.trainer import Trainer, train_run
 
 ROOT = repository_root()
 LORA = "training.lora={rank: 2, alpha: 2.0}"
@@ -222,6 +227,53 @@ def test_a_resume_ends_with_the_same_bytes(
     ]
     assert len(kept[0]) >= 3
     assert kept[0] == kept[1]
+
+
+def test_every_code_that_made_updates_is_recorded(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Path(shutil.copytree(prepared, tmp_path / "results"))
+    config = load_config([*tiny_overrides, "arm=grpo", "training.save_at=[]", "training.updates=4"])
+    folder = results / "demo" / "runs" / "grpo-s0"
+    first, second = ({"package_sha256": digit * 64, "commit": digit * 40, "dirty": False} for digit in "12")
+    stop_after = 0
+    update = Trainer.update
+
+    def asked(self: Trainer, number: int) -> dict[str, float]:
+        metrics = update(self, number)
+        self.stop_signal = signal.SIGTERM if number == stop_after < 4 else None
+        return metrics
+
+    def train(code: dict[str, Any], until: int) -> dict[str, Any]:
+        nonlocal stop_after
+        stop_after = until
+        monkeypatch.setattr(trainer_module, "code_identity", lambda: code)
+        with pytest.raises(Preempted) if until < 4 else contextlib.nullcontext():
+            train_run(config, ROOT, results / "demo")
+        if until < 4:
+            return load_checkpoint(folder / "checkpoints" / f"{until:06d}").state
+        return read_provenance(folder / "provenance.json")
+
+    monkeypatch.setattr(Trainer, "update", asked)
+    assert train(first, 1)["code"] == [first]
+    assert train(first, 2)["code"] == [first]
+    assert train(second, 3)["code"] == [first, second]
+    assert train(first, 4)["updates_made_by"] == [first, second]
+    # Nothing was left to do, and what is done stays another code's.
+    third = first | {"package_sha256": "3" * 64}
+    assert train(third, 4)["updates_made_by"] == [first, second]
+
+    shutil.rmtree(folder)
+    assert "updates_made_by" not in train(first, 4)
+    newest = folder / "checkpoints" / "000004"
+    state = json.loads((newest / "state.json").read_text())
+    # As an earlier vipo wrote it.
+    del state["code"]
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = file_sha256(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert train(first, 4)["updates_made_by"] == [{"package_sha256": None, "commit": None, "dirty": None}]
 
 
 # ---- policy consistency ----------------------------------------------------------------------------

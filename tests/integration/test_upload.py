@@ -25,7 +25,9 @@ def memory() -> Iterator[MemoryFileSystem]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # No diff of this checkout, whatever state it is in.
+    monkeypatch.setattr("vipo.provenance.environment.code_folder", lambda: None)
     folder = tmp_path / "results" / "demo"
     with record_stage("train", folder, inputs=[], outputs=[folder / "weights"], config=None, root=tmp_path):
         (folder / "weights").mkdir(parents=True)
@@ -56,6 +58,13 @@ def test_only_what_changed_is_sent_again(folder: Path, tmp_path: Path, memory: M
     (folder / "ünicode name.txt").unlink()
     assert upload_folder(folder, "memory://bucket/demo", tmp_path) == []
     assert "ünicode" not in memory.cat_file("/bucket/demo/SHA256SUMS").decode()
+
+
+def test_a_name_may_hold_what_unicode_takes_for_the_end_of_a_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "a\u2028b\x85c.txt").write_text("x")
+    url = f"file://{tmp_path}/there"
+    assert upload_folder(folder, url, tmp_path) == sorted([*NAMES, "a\u2028b\x85c.txt"])
+    assert upload_folder(folder, url, tmp_path) == []
 
 
 def test_the_manifest_is_last_and_empty_until_then(

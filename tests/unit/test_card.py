@@ -144,6 +144,15 @@ def test_licence(licence: Licence, metadata: dict[str, str], said: str) -> None:
     assert all(f"[{name}]({name})" in card.text for name in licence.files)
 
 
+def test_every_code_that_trained_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Trained by vipo 0.1.0, package abababababab, commit " + "cd" * 20 + "; exported" in _card("a fox").text
+    unknown = {"package_sha256": None, "commit": None, "dirty": None}
+    second = {"package_sha256": "12" * 32, "commit": "ef" * 20, "dirty": True}
+    monkeypatch.setitem(RECORD, "updates_made_by", [unknown, second])
+    told = "package not recorded, commit not recorded, then by package 121212121212, commit " + "ef" * 20
+    assert f"0.1.0, {told} with uncommitted changes; exported" in _card("a fox").text
+
+
 def test_a_base_of_the_hub_is_named_with_its_revision() -> None:
     card = _card("a fox", hub_id="acme/base", revision="0123abc")
     assert (card.data.base_model, card.data["base_model_relation"]) == ("acme/base", "finetune")

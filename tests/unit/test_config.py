@@ -1,6 +1,7 @@
 """Configuration: composition, validation and the messages a user reads."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -406,6 +407,29 @@ def test_json_schema_accepts_the_resolved_config_and_refuses_what_pydantic_refus
             jsonschema.validate(_edited(config, key, value), schema)
         with pytest.raises(ConfigError):
             validate_config(_edited(config, key, value))
+
+
+def test_resolved_yaml_does_not_depend_on_the_locale(demo: Config, tmp_path: Path) -> None:
+    """What is written where the locale's encoding is ASCII, twice."""
+    path = tmp_path / "config.yaml"
+    code = (
+        "import sys; from pathlib import Path; from vipo.config.compose import *\n"
+        "config = load_config(['experiment=demo', 'arm=vipo', \"experiment.title='\\u00e9\\u2014'\"])\n"
+        "print(*(write_if_changed(Path(sys.argv[1]), dump_config(config)) for _ in range(2)))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, env={**os.environ, **plain}, check=True, capture_output=True, text=True)
+    assert done.stdout == "True False\n"
+    assert load_config_file(path).experiment.title == "é—"
+
+
+@pytest.mark.parametrize("section", ["generator", "perception"])
+@pytest.mark.parametrize("revision", ["main", "v1.0", "0123abc", "0" * 41, "A" * 40])
+def test_a_revision_is_a_whole_commit_hash(demo: Config, section: str, revision: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\.revision.*'git ls-remote https://huggingface\.co/OWNER/NAME'"):
+        _as(demo, f"{section}.revision", revision)
+    assert getattr(_as(demo, f"{section}.revision", "0a" * 20), section).revision == "0a" * 20
 
 
 def test_config_is_frozen(demo: Config) -> None:

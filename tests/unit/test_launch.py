@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+import vipo
+from vipo.config.compose import repository_root
 from vipo.config.models import DistributionConfig
 from vipo.errors import Preempted
 from vipo.training.launch import OtherNodes, launch, rendezvous
 from vipo.training.samples import TrainingError
 
+ROOT = str(repository_root())
 TWO = DistributionConfig(processes=2)
 
 
@@ -31,6 +34,25 @@ def test_one_node_needs_nothing() -> None:
     assert found["MASTER_ADDR"] == "127.0.0.1"
     assert found["NODE_RANK"] == "0"
     assert 0 < int(found["MASTER_PORT"]) < 65536
+
+
+def test_ranks_run_the_launchers_code_and_know_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a working directory that holds another vipo."""
+    (tmp_path / "vipo").mkdir()
+    (tmp_path / "vipo" / "__init__.py").write_text("raise SystemExit('another vipo')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "argv", ["/some/where/bin/vipo", "train", "seed=3"])
+    (tmp_path / "rank.py").write_text(
+        "import os, vipo\n"
+        "from vipo.provenance.lineage import command_line\n"
+        "print(vipo.__file__, command_line(), file=open('rank' + os.environ['RANK'], 'w'))\n"
+    )
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    launch([sys.executable, "-P", "-m", "rank"], TWO)
+    told = f"{Path(vipo.__file__)} ['vipo', 'train', 'seed=3']\n"
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == [told, told]
 
 
 def test_nodes_meet_on_the_first_one_of_the_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

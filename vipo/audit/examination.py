@@ -1,6 +1,7 @@
 """What all checks of an audit share: the experiment's files and their hashes, its stages, and the findings."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from vipo.audit.findings import Check, Finding, Severity
 from vipo.config.models import Config
 from vipo.errors import VipoError
+from vipo.provenance.environment import git_output, package_sha256_at
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import absolute_path, experiment_files
 
@@ -23,7 +25,7 @@ _STAGES = {
 }
 #: Files beside the results that no equality is claimed for; a signature fixes them, dvc.lock does not.
 VOLATILE = re.compile(
-    r"(prompts|embeddings|report|report/data|runs/[^/]+|evaluation/[^/]+)/provenance\.(json|diff)"
+    r"(prompts|embeddings|report|report/data|runs/[^/]+|evaluation/[^/]+)/provenance\.(json|diff|checkout\.diff)"
     r"|runs/[^/]+/(timing\.jsonl|tb/[^/]+|checkpoints/.+)|report/(index\.html|time\.(json|csv|svg))"
     r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )
@@ -52,6 +54,7 @@ class Examination:
         self.anchored: set[str] = set()
         self.numbers = 0
         self._hashes: dict[Path, str] = {}
+        self._commits: dict[str, Mapping[str, str | None]] = {}
 
     def stages(self) -> dict[str, str]:
         """Folders that hold a stage's files, and the name of the stage."""
@@ -70,6 +73,16 @@ class Examination:
                 name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
                 self.broken(name.as_posix(), "bytes", f"cannot be read ({error})", "make it readable, or restore it")
         return self._hashes.get(path)
+
+    def held(self, commit: str) -> Mapping[str, str | None]:
+        """SHA-256 of the ``package`` and the ``lock`` that a commit of the repository holds; None for one it lacks."""
+        if commit not in self._commits:
+            lock = git_output(self.root, "show", f"{commit}:./requirements.lock")
+            self._commits[commit] = {
+                "package": package_sha256_at(self.root, commit),
+                "lock": None if lock is None else hashlib.sha256(lock).hexdigest(),
+            }
+        return self._commits[commit]
 
     def hashed(self) -> tuple[int, int]:
         """Number and bytes of the experiment's files that were hashed."""

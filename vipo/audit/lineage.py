@@ -10,7 +10,7 @@ from typing import Any
 from vipo.audit.examination import CHECKPOINT, VOLATILE, Examination, short, stage_of
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import git_output, package_sha256, versions
-from vipo.provenance.lineage import DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
+from vipo.provenance.lineage import CHECKOUT_DIFF, DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: What every record names.
@@ -50,9 +50,9 @@ def read_records(examination: Examination, locked: Sequence[LockedStage]) -> Non
                 if record["stage"] != stage:
                     examination.broken(name, "lineage", f"is of stage '{record['stage']}', not '{stage}'", _AGAIN)
                     continue
-                commit = record["git"]["commit"]
-                if commit is not None and not _COMMIT.fullmatch(commit):
-                    examination.broken(name, "lineage", f"names {commit!r} as its commit, which is none", _AGAIN)
+                commits = [record[key]["commit"] for key in ("git", "checkout") if key in record]
+                if wrong := [commit for commit in commits if commit is not None and not _COMMIT.fullmatch(commit)]:
+                    examination.broken(name, "lineage", f"names {wrong[0]!r} as its commit, which is none", _AGAIN)
                     continue
                 examination.records[folder] = record
         elif any(_writes(out, folder) for step in locked for out in step.outs):
@@ -148,7 +148,7 @@ def _check_root(examination: Examination, folder: str, record: Mapping[str, Any]
         report = examination.remark if found is None else examination.broken
         report(path, "lineage", f"{state}; it lies outside the repository", "keep what results depend on in it")
         return
-    commit = record["git"]["commit"]
+    commit = record.get("checkout", record["git"])["commit"]
     held = None if commit is None else git_output(examination.root, "show", f"{commit}:./{path}")
     if held is not None and hashlib.sha256(held).hexdigest() == sha256:
         message = f"{state}; commit {commit[:12]} holds those bytes"
@@ -197,15 +197,28 @@ def check_code(examination: Examination) -> None:
     present = {"package": package_sha256(), "lock": examination.sha256(examination.root / "requirements.lock")}
     for folder, record in examination.records.items():
         with examination.guarded(f"{folder}/{PROVENANCE}", "code"):
-            _check_commit(examination, folder, record["git"])
+            _check_commit(examination, folder, record["git"], DIFF, elsewhere="checkout" in record)
+            if "checkout" in record:
+                _check_commit(examination, folder, record["checkout"], CHECKOUT_DIFF)
             for kind, name, check, made in (
                 ("package", "vipo package", "code", record["package_sha256"]),
                 ("lock", "requirements.lock", "environment", record["lock_sha256"]),
             ):
-                if made != present[kind]:
+                if _recorded_otherwise(examination, record, kind, made):
+                    examination.broken(
+                        f"{folder}/{PROVENANCE}", check,  # type: ignore[arg-type]
+                        f"names a {name} (SHA-256 {short(str(made))}) that its commit does not hold: edited",
+                        _AGAIN,
+                    )  # fmt: skip
+                elif made != present[kind]:
                     message = f"made by another {name} (SHA-256 {short(str(made))}) than the present one"
                     advice = "check out the commit that made it before you compare or extend it, or run it again"
                     examination.remark(folder, check, message, advice)  # type: ignore[arg-type]
+            if (several := len(record.get("updates_made_by", []))) > 1:
+                examination.remark(
+                    folder, "code", f"its updates were made by {several} packages, one after the other",
+                    f"{PROVENANCE} names them (updates_made_by); train the run again where one code shall have made it",
+                )  # fmt: skip
             here = versions()
             other = [
                 f"{name} {made} (here {here.get(name)})"
@@ -217,7 +230,18 @@ def check_code(examination: Examination) -> None:
                 examination.remark(folder, "environment", message, "install requirements.lock to get the same bytes")
 
 
-def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any]) -> None:
+def _recorded_otherwise(examination: Examination, record: Mapping[str, Any], kind: str, made: str | None) -> bool:
+    """Whether a clean commit of this repository holds another package or lock than was recorded."""
+    git = record["git"]
+    if git["commit"] is None or git["diff_sha256"] is not None or "checkout" in record:
+        return False
+    held = examination.held(git["commit"])[kind]
+    return held is not None and held != made
+
+
+def _check_commit(
+    examination: Examination, folder: str, git: Mapping[str, Any], kept_in: str, elsewhere: bool = False
+) -> None:
     commit = git["commit"]
     if commit is None:
         message = "was not run from a git repository: no commit names its code"
@@ -230,13 +254,14 @@ def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any])
         )  # fmt: skip
     elif git_output(examination.root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         shallow = (git_output(examination.root, "rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
-        report = examination.remark if shallow else examination.broken
+        # Code of another repository than configurations and data need not be in theirs.
+        report = examination.remark if shallow or elsewhere else examination.broken
         report(
             folder, "code",
             f"commit {short(str(commit))} is not in this {'shallow clone' if shallow else 'repository'}",
             "fetch the whole history ('git fetch --unshallow'); without that commit nobody can run this code again",
         )  # fmt: skip
-    diff, kept = f"{folder}/{DIFF}", git["diff_sha256"]
+    diff, kept = f"{folder}/{kept_in}", git["diff_sha256"]
     found = examination.sha256(examination.folder / diff)
     if found != kept:
         message = "is not the diff that was recorded" if found else "the diff that was recorded is missing"
@@ -245,6 +270,6 @@ def _check_commit(examination: Examination, folder: str, git: Mapping[str, Any])
         changed = ["uncommitted changes"] if git["dirty"] else []
         changed += [f"{len(git['untracked'])} untracked files"] if git["untracked"] else []
         examination.remark(
-            folder, "code", f"ran from commit {short(commit)} with {' and '.join(changed)}, kept in {DIFF}",
-            f"'git apply {DIFF}' on that commit gives the code; commit before you run what others shall rely on",
+            folder, "code", f"ran from commit {short(commit)} with {' and '.join(changed)}, kept in {kept_in}",
+            f"'git apply {kept_in}' on that commit gives the code; commit before you run what others shall rely on",
         )  # fmt: skip

@@ -106,10 +106,10 @@ def dump_config(config: Config) -> str:
 
 def write_if_changed(path: Path, text: str) -> bool:
     """Write `text` unless the file holds it already (so that its time stamp triggers nothing); True if written."""
-    if path.is_file() and path.read_text() == text:
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return True
 
 

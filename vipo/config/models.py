@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 
 FAMILIES: Mapping[str, str] = MappingProxyType(
@@ -61,7 +62,9 @@ class GeneratorConfig(Section):
         "flux", description="Generator adapter: 'flux', 'sd', 'wan', or an import path 'package.module:object'."
     )
     path: str = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
-    revision: str | None = Field(None, description="Hub revision (commit) where `path` is a hub id.")
+    revision: str | None = Field(
+        None, description="Commit of the hub repository, all 40 digits, where `path` is a hub id."
+    )
     height: PositiveInt = Field(description="Image height in pixels.")
     width: PositiveInt = Field(description="Image width in pixels.")
     frames: PositiveInt | None = Field(None, description="Frames of a video; null for pictures.")
@@ -85,6 +88,11 @@ class GeneratorConfig(Section):
     @classmethod
     def _known_family(cls, value: str) -> str:
         return _registered(value, FAMILIES, "generator family")
+
+    @field_validator("revision")
+    @classmethod
+    def _commit(cls, value: str | None) -> str | None:
+        return _pinned(value)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -145,7 +153,9 @@ class PerceptionConfig(Section):
         "the hub's.",
     )
     revision: str | None = Field(
-        None, description="Hub revision (commit) of the backbone's weights; null: the one that timm names, or main."
+        None,
+        description="Commit of the hub repository of the backbone's weights, all 40 digits; null: the one that timm "
+        "names, or main (the file itself is recorded with its hash).",
     )
     layer: int | None = Field(
         None, description="Feature stage or block (negative counts from the end); null: the registry's."
@@ -172,6 +182,11 @@ class PerceptionConfig(Section):
     temporal_smoothing: NonNegativeFloat = Field(
         0.3, description="Clips: Gaussian sigma in latent frames; 0 turns it off. Pictures do not read it."
     )
+
+    @field_validator("revision")
+    @classmethod
+    def _commit(cls, value: str | None) -> str | None:
+        return _pinned(value)
 
 
 class WindowConfig(Section):
@@ -674,6 +689,15 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from flattened(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
+
+
+def _pinned(revision: str | None) -> str | None:
+    if revision is None or _COMMIT.match(revision):
+        return revision
+    raise ValueError(
+        f"{revision!r} is no whole commit hash; a branch, a tag or a part of a hash may come to mean other weights. "
+        "'git ls-remote https://huggingface.co/OWNER/NAME' prints the 40 hexadecimal digits of each"
+    )
 
 
 def _registered(value: str, known: Iterable[str], what: str) -> str:

@@ -151,7 +151,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             spans = None if groups is None else {"frame_groups": json.dumps([[g.start, g.stop] for g in groups])}
             save_file(heats, path, spans)
         with atomic_file(output / "config.yaml") as path:
-            path.write_text(dump_config(config))
+            path.write_text(dump_config(config), encoding="utf-8")
         with atomic_file(output / "scores.parquet") as path:
             scores.to_parquet(path, index=False)
         with atomic_file(output / "summary.json") as path:

@@ -192,7 +192,7 @@ def model_index(location: Path | str, revision: str | None) -> dict[str, Any]:
             if isinstance(location, Path)
             else Path(hf_hub_download(location, "model_index.json", revision=revision))
         )
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GeneratorError(f"{location}: model_index.json cannot be read: {error}") from error
     if not isinstance(index, dict):

@@ -360,7 +360,7 @@ def _metadata(architecture: str) -> dict[str, Any]:
 
 def _folder_config(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / "config.json").read_text())
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration ({error})") from error
     if not isinstance(content, dict):

@@ -73,7 +73,7 @@ def load_photographs(outlines: Path) -> list[Photograph]:
     Raises:
         PerceptionError: a package is not installed, or ships another photograph than the one that was outlined.
     """
-    coco = json.loads(outlines.read_text())
+    coco = json.loads(outlines.read_text(encoding="utf-8"))
     categories = {item["id"]: item["name"] for item in coco["categories"]}
     found = []
     for entry in coco["images"]:

@@ -1,7 +1,7 @@
 """Provenance: durable files, run locks, the lineage of every artifact, and the experiment's RO-Crate."""
 
 from vipo.provenance.crate import write_crate, zip_crate
-from vipo.provenance.environment import git_state, package_sha256
+from vipo.provenance.environment import code_identity, git_state, package_sha256
 from vipo.provenance.files import StorageError, atomic_file, atomic_folder, file_sha256, fsync_path
 from vipo.provenance.lineage import ProvenanceError, read_provenance, record_stage, verify_outputs
 from vipo.provenance.locks import RunLocked, run_lock
@@ -14,6 +14,7 @@ __all__ = [
     "StorageError",
     "atomic_file",
     "atomic_folder",
+    "code_identity",
     "file_sha256",
     "fsync_path",
     "git_state",

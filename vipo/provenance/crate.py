@@ -327,6 +327,8 @@ class _Writer:
             "git_diff_sha256": git["diff_sha256"],
             "package_sha256": record["package_sha256"],
             "requirements_lock_sha256": record["lock_sha256"],
+            # Records of an earlier vipo lack it.
+            "installed_sha256": record.get("installed_sha256"),
         }
         requirements = [
             self._context(f"#software/{name}-{number}", "SoftwareApplication", name=name, softwareVersion=number)

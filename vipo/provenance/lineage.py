@@ -20,10 +20,20 @@ from typing import Any
 
 from vipo.config.models import config_hash
 from vipo.errors import VipoError
-from vipo.provenance.environment import git_diff, git_state, hardware, package_sha256, versions
+from vipo.provenance.environment import (
+    checkout_state,
+    code_state,
+    hardware,
+    installed_sha256,
+    lock_sha256,
+    package_sha256,
+    versions,
+)
 from vipo.provenance.files import atomic_file, file_sha256
 
-PROVENANCE, DIFF = "provenance.json", "provenance.diff"
+PROVENANCE, DIFF, CHECKOUT_DIFF = "provenance.json", "provenance.diff", "provenance.checkout.diff"
+#: In the environment of a launcher's ranks: the command that it was given, as JSON.
+COMMAND = "VIPO_COMMAND"
 
 _TIMESTAMP = r"(.*/)?\.snakemake_timestamp"
 _OF_TOOLS = re.compile(_TIMESTAMP)
@@ -51,10 +61,11 @@ def record_stage(
     config: Mapping[str, Any] | None,
     seeds: Sequence[int] = (),
     root: Path,
-) -> Iterator[None]:
+) -> Iterator[dict[str, Any]]:
     """Write ``<folder>/provenance.json`` when the block succeeds, and nothing when it fails.
 
-    Where the code is not a commit's, ``<folder>/provenance.diff`` holds what is beside it (see `git_state`).
+    Where the code is not a commit's, ``<folder>/provenance.diff`` holds what is beside it (see `git_state`); where
+    configurations and data are of another repository, ``<folder>/provenance.checkout.diff`` does so for that one.
 
     Inputs and code are hashed before the block (what it read), outputs after it. An earlier success's
     record is removed first, so that a record always belongs to the outputs beside it.
@@ -67,6 +78,9 @@ def record_stage(
         config: what of the configuration decides the stage's result (JSON-serialisable); it is recorded with its hash.
         seeds: seeds of the stage's random draws.
         root: repository root; paths inside it are recorded relative to it.
+
+    Yields:
+        What else the record shall name, by key: empty, for the block to fill.
 
     Raises:
         ProvenanceError: an input or output is missing, or the folder holds another stage's record.
@@ -83,14 +97,15 @@ def record_stage(
         if other != stage:
             raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
     target.unlink(missing_ok=True)
-    (folder / DIFF).unlink(missing_ok=True)
-    diff = git_diff(root)
+    for name in (DIFF, CHECKOUT_DIFF):
+        (folder / name).unlink(missing_ok=True)
     # Now, not after the inputs are hashed: the hash is that of the diff which is kept.
-    git = git_state(root, diff)
-    lock = root / "requirements.lock"
+    git, diff = code_state()
+    checkout, checkout_diff = checkout_state(root) or (git, b"")
+    facts: dict[str, Any] = {}
     record: dict[str, Any] = {
         "stage": stage,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command_line(),
         "config": None if config is None else dict(config),
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
@@ -99,22 +114,31 @@ def record_stage(
             for path in inputs
         ],
         "git": git,
+        **({"checkout": checkout} if checkout != git else {}),
         "package_sha256": package_sha256(),
-        "lock_sha256": file_sha256(lock) if lock.is_file() else None,
+        "lock_sha256": lock_sha256(),
+        "installed_sha256": installed_sha256(),
         "container_digest": os.environ.get("VIPO_IMAGE_DIGEST"),
         "hardware": hardware(),
         "versions": versions(),
         "started": _now(),
     }
-    yield
+    yield facts
     written = outputs() if callable(outputs) else outputs
     record["ended"] = _now()
     record["outputs"] = [_entry(path, root, f"output of stage '{stage}' does not exist") for path in written]
-    if diff:
-        with atomic_file(folder / DIFF) as path:
-            path.write_bytes(diff)
+    for name, content in ((DIFF, diff), (CHECKOUT_DIFF, checkout_diff)):
+        if content:
+            with atomic_file(folder / name) as path:
+                path.write_bytes(content)
     with atomic_file(target) as path:
-        path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(record | facts, indent=1, sort_keys=True) + "\n")
+
+
+def command_line() -> list[str]:
+    """What the user typed, the program without its folder; in a rank that `vipo train` started, what that was given."""
+    given = os.environ.get(COMMAND)
+    return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A finished folder to an object store: data first, its manifest last."""
 
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
         hashes = {name: file_sha256(folder / name) for name in tqdm(names, desc="hash", disable=None)}
         _check_recorded(folder, hashes, root)
         lines = {name: f"{hashes[name]}  {name}\n" for name in names}
-        listed = set(before.decode().splitlines(keepends=True))
+        # Not splitlines(): a file's name may hold what Unicode takes for the end of a line.
+        listed = set(io.StringIO(before.decode()))
         changed = [name for name in names if lines[name] not in listed]
         if listed != set(lines.values()):
             store.pipe_file(manifest, b"")

@@ -142,6 +142,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     environment.filters |= {"number": _number, "signed": _signed, "plain": Markup}
+    one = {"package_sha256": training["package_sha256"], **training["git"]}
     generator = [entry for entry in training["inputs"] if "model_index.json" in entry.get("files", {})]
     content = environment.get_template("model_card.md.j2").render(
         metadata=Markup(data.to_yaml()),
@@ -162,6 +163,7 @@ def model_card(
         facts=_facts(config),
         licence=licence,
         training=training,
+        made_by=training.get("updates_made_by", [one]),
         exporter=package_sha256(),
     )
     card = ModelCard(content)

@@ -238,11 +238,12 @@ def _recorded(
 
 
 def _code(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from flattened({key: record.get(key) for key in ("package_sha256", "git")})
+    yield from flattened({key: record.get(key) for key in ("package_sha256", "git", "checkout", "updates_made_by")})
 
 
 def _environment(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from flattened({key: record.get(key) for key in ("lock_sha256", "container_digest", "versions", "hardware")})
+    keys = ("lock_sha256", "installed_sha256", "container_digest", "versions", "hardware")
+    yield from flattened({key: record.get(key) for key in keys})
 
 
 def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

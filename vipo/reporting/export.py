@@ -111,7 +111,7 @@ def export_run(
         card.save(folder / "README.md")
         files = sorted(item for item in folder.rglob("*") if item.is_file())
         sums = "".join(f"{file_sha256(item)}  {item.relative_to(folder).as_posix()}\n" for item in files)
-        (folder / "SHA256SUMS").write_text(sums)
+        (folder / "SHA256SUMS").write_text(sums, encoding="utf-8")
     return target
 
 
@@ -298,6 +298,6 @@ def _write_provenance(run: RunRecords, reference: RunRecords, scores: Sequence[S
     _copy(run.folder / PROVENANCE, folder / "train.json")
     _copy(run.evaluated / PROVENANCE, folder / "evaluate.json")
     _copy(reference.evaluated / PROVENANCE, folder / "evaluate-base.json")
-    (folder / "config.yaml").write_text(dump_config(run.config))
+    (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
     text = json.dumps([row.as_json() for row in scores], indent=1, allow_nan=False)
     (folder / "scores.json").write_text(text + "\n")

@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -210,7 +210,7 @@ def _differing(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _configurations(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each run's YAML by lines, marked where it is not the first run's."""
-    texts = [dump_config(run.config).splitlines() for run in runs]
+    texts = [dump_config(run.config).removesuffix("\n").split("\n") for run in runs]
     reference = texts[0]
     result = []
     for run, lines in zip(runs, texts, strict=True):
@@ -284,8 +284,10 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
             }
         )
         return checks
-    packages = {record.get("package_sha256") for record in records}
-    dirty = any((record.get("git") or {}).get("dirty") for record in records)
+    made_by = [made for record in records for made in record.get("updates_made_by", [])]
+    packages = {record.get("package_sha256") for record in (*records, *made_by)}
+    states = [record.get(key) or {} for record in records for key in ("git", "checkout")]
+    dirty = any(state.get("dirty") for state in (*states, *made_by))
     checks.append(
         {
             "ok": len(packages) == 1,
@@ -307,15 +309,17 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
 
 def _provenance(run: Run) -> dict[str, Any]:
     record = run.provenance or {}
-    git = record.get("git") or {}
     hardware = record.get("hardware") or {}
     facts = {
         "Command": _plain(record.get("command")),
         "Started": _plain(record.get("started")),
         "Ended": _plain(record.get("ended")),
-        "Commit": _plain(git.get("commit")) + (" with uncommitted changes" if git.get("dirty") else ""),
+        "Commit": _commit(record.get("git") or {}),
+        **({"Commit of the configuration": _commit(record["checkout"])} if "checkout" in record else {}),
         "Package SHA-256": _plain(record.get("package_sha256")),
+        **({"Updates made by": _packages(record["updates_made_by"])} if "updates_made_by" in record else {}),
         "Lock SHA-256": _plain(record.get("lock_sha256")),
+        "Installed SHA-256": _plain(record.get("installed_sha256")),
         "Container digest": _plain(record.get("container_digest")),
         "Hardware": ", ".join(f"{key} {_plain(value)}" for key, value in hardware.items()) or "not recorded",
         "Versions": ", ".join(f"{key} {_plain(value)}" for key, value in (record.get("versions") or {}).items())
@@ -327,6 +331,14 @@ def _provenance(run: Run) -> dict[str, Any]:
         for entry in record.get(role, [])
     ]
     return {"run": run.name, "arm": run.config.arm, "facts": facts, "files": files}
+
+
+def _commit(git: Mapping[str, Any]) -> str:
+    return _plain(git.get("commit")) + (" with uncommitted changes" if git.get("dirty") else "")
+
+
+def _packages(made_by: Sequence[Mapping[str, Any]]) -> str:
+    return ", then ".join(f"{_plain(made['package_sha256'])} (commit {_commit(made)})" for made in made_by)
 
 
 def _plain(value: Any) -> str:

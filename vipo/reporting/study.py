@@ -79,10 +79,10 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str], Config]], output: P
         for table_name, table in tables.items():
             table.to_csv(folder / f"{table_name}.csv", index=False, lineterminator="\n", float_format="%.6g")
         for plot in plots:
-            (folder / f"{plot.name}.svg").write_text(plot.standalone())
+            (folder / f"{plot.name}.svg").write_text(plot.standalone(), encoding="utf-8")
         text = json.dumps({**study.model_dump(mode="json"), **decision.as_json()}, indent=1, allow_nan=False)
         (folder / "decision.json").write_text(text + "\n")
-        (folder / "README.md").write_text(_page(experiments, references, tables, plots, text))
+        (folder / "README.md").write_text(_page(experiments, references, tables, plots, text), encoding="utf-8")
     return output / "README.md"
 
 

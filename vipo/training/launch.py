@@ -5,6 +5,7 @@ passes a pre-emption signal on and gives its ranks the time to write their check
 one rank dies shows what that one said before what the others say about it.
 """
 
+import json
 import logging
 import os
 import queue
@@ -16,11 +17,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from vipo.config.models import DistributionConfig
 from vipo.errors import Preempted
+from vipo.provenance.lineage import COMMAND, command_line
 from vipo.training.samples import TrainingError
 
 if TYPE_CHECKING:
@@ -157,7 +160,8 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
     every rank.
 
     Args:
-        command: arguments of one rank; RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous come in its environment.
+        command: arguments of one rank; RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous come in its environment, with
+            what this process was started as (`command_line`) and where it imports from.
         config: section `distribution`.
 
     Raises:
@@ -201,6 +205,9 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
                 "WORLD_SIZE": str(config.world_size),
                 "LOCAL_WORLD_SIZE": str(config.processes),
                 _LIFELINE: "stdin",
+                COMMAND: json.dumps(command_line()),
+                # The same code, though another working directory's may be nearer.
+                "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path),
             }
             # Nothing is written to standard input: its end tells a rank that this process is gone.
             ranks[first + local] = subprocess.Popen(

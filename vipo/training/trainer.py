@@ -42,7 +42,7 @@ from vipo.perception import AllocationMaps, PerceptualStructuring, load_backbone
 from vipo.perception.allocator import finish
 from vipo.perception.backbones import NOT_MEASURED
 from vipo.prompts import read_prompts
-from vipo.provenance import record_stage, run_lock
+from vipo.provenance import code_identity, record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
 from vipo.provenance.lineage import PROVENANCE
 from vipo.rewards import RewardError, load_reward, score
@@ -73,6 +73,8 @@ from vipo.training.samples import (
 )
 
 log = logging.getLogger(__name__)
+
+_UNKNOWN_CODE = {"package_sha256": None, "commit": None, "dirty": None}
 
 
 def map_entropy(maps: Tensor) -> Tensor:
@@ -154,6 +156,9 @@ class Trainer:
         self.timer = Timer(self.device)
         self.stop_signal: int | None = None
         self._identity: str | None = None
+        self.code = code_identity() if self.distribution.is_main else _UNKNOWN_CODE
+        #: Of the main process: each code that made updates so far, in order.
+        self.made_by: list[dict[str, Any]] = []
 
     def _load_structuring(self, root: Path) -> PerceptualStructuring | None:
         if self.config.objective.map == "oracle":
@@ -578,6 +583,10 @@ class Trainer:
         self._identity = config_hash({"config": self.config.training_identity(), "inputs": inputs})
         return self._identity
 
+    def packages(self) -> list[str | None]:
+        """Hashes of the packages that made the updates so far, in order; None for one that is not known."""
+        return [made["package_sha256"] for made in self.made_by]
+
     @property
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
@@ -595,7 +604,7 @@ class Trainer:
         # tells a process that was killed in between that there is something to set aside.
         for text, file in ((newest.state["metrics"], "metrics.jsonl"), (newest.state["config"], "config.yaml")):
             if not (self.folder / file).is_file():
-                (self.folder / file).write_text(text)
+                (self.folder / file).write_text(text, encoding="utf-8")
         children = [child for child in self.folder.iterdir() if not child.name.startswith(".lock")]
         for child in sorted(children, key=lambda path: path == self._checkpoints):
             shutil.move(child, aside / child.name)
@@ -633,7 +642,12 @@ class Trainer:
             if tracker is not None:
                 tracker.flush()
                 # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
-                state = {"identity": identity, "metrics": tracker.metrics, "config": dump_config(self.config)}
+                state = {
+                    "identity": identity,
+                    "metrics": tracker.metrics,
+                    "config": dump_config(self.config),
+                    "code": self.made_by,
+                }
             tensors = prefixed("network", dict(self.trainable))
             tensors |= prefixed("optimizer", optimizer_tensors(self.optimizer))
             save_checkpoint(self._checkpoints, update, tensors, state, self.distribution)
@@ -715,10 +729,13 @@ class Trainer:
                 self._restore(newest)
                 log.info("%s: resumed after update %d of %d", self.config.run_name, start, training.updates)
             if main:
+                if newest is not None:
+                    # A checkpoint of an earlier format does not tell.
+                    self.made_by = list(newest.state.get("code", [_UNKNOWN_CODE]))
                 with atomic_file(self.folder / "metrics.jsonl") as path:
-                    path.write_text("" if newest is None else newest.state["metrics"])
+                    path.write_text("" if newest is None else newest.state["metrics"], encoding="utf-8")
                 with atomic_file(self.folder / "config.yaml") as path:
-                    path.write_text(dump_config(self.config))
+                    path.write_text(dump_config(self.config), encoding="utf-8")
             with contextlib.ExitStack() as stack:
                 tracker = stack.enter_context(Tracker(self.folder, start)) if main else None
                 progress = stack.enter_context(
@@ -737,6 +754,8 @@ class Trainer:
                             metrics = self.update(number)
                         if tracker is not None:
                             tracker.log(number, metrics, self._timing())
+                            if self.code["package_sha256"] not in self.packages():
+                                self.made_by.append(self.code)
                         progress.set_postfix(
                             reward=f"{metrics['reward/mean']:.4f}",
                             ratio=f"{metrics['log_ratio/max_before_first_step']:.1e}",
@@ -799,6 +818,9 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
             config=config.training_identity(),
             seeds=[config.seed],
             root=root,
-        ):
+        ) as facts:
             trainer.run()
+            # In the usual case one code made them all, that of the record.
+            if trainer.packages() != [trainer.code["package_sha256"]]:
+                facts["updates_made_by"] = trainer.made_by
             trainer.distribution.leave()
