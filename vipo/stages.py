@@ -106,7 +106,10 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
         resolved = Path(folder) / f"{config.run_name}.yaml"
         resolved.write_text(dump_config(config))
         files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
-        launch([sys.executable, "-m", "vipo.cli", "train", *files], config.distribution)
+        # The ranks run this process's code: of the working directory only where `python -m` took it from there.
+        by_module = sys.modules["__main__"].__spec__ is not None and not sys.flags.safe_path
+        python = [sys.executable, "-m"] if by_module else [sys.executable, "-P", "-m"]
+        launch([*python, "vipo.cli", "train", *files], config.distribution)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:

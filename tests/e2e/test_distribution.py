@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from vipo.config.compose import repository_root
+from vipo.config.compose import load_config, repository_root
 from vipo.provenance.locks import run_lock
+from vipo.stages import train_stage
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 
 ROOT = repository_root()
@@ -219,6 +221,23 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
         pytest.fail(f"the undisturbed run did not stop near update {stopped.update}")
     assert (same / "tensors.safetensors").read_bytes() == (newest / "tensors.safetensors").read_bytes()
     assert load_checkpoint(same).state == stopped.state
+
+
+@pytest.mark.parametrize("by_module", [False, True])
+def test_ranks_run_the_code_of_their_launcher(
+    prepared: Path, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_module: bool
+) -> None:
+    """From a folder with another package `vipo`, which only `python -m vipo.cli` takes."""
+    started: list[list[str]] = []
+    monkeypatch.setattr("vipo.training.launch.launch", lambda command, *_: started.append(command))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("m", None) if by_module else None)
+    train_stage(load_config([*overrides, "distribution.processes=2"]), ROOT, prepared)
+    (tmp_path / "vipo").mkdir()
+    (tmp_path / "vipo" / "__init__.py").touch()
+    (tmp_path / "vipo" / "cli.py").write_text("print('other code')")
+    command = started[0][: started[0].index("train")]
+    finished = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, check=True, text=True)
+    assert (finished.stdout == "other code\n") == by_module, finished.stdout
 
 
 def test_the_others_wait_while_the_first_rank_waits_for_a_lock(
