@@ -109,7 +109,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
         # The ranks run this process's code: of the working directory only where `python -m` took it from there.
         by_module = sys.modules["__main__"].__spec__ is not None and not sys.flags.safe_path
         python = [sys.executable, "-m"] if by_module else [sys.executable, "-P", "-m"]
-        launch([*python, "vipo.cli", "train", *files], config.distribution)
+        launch([*python, "vipo.cli", "train", *files], config.distribution, config.training.threads)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:

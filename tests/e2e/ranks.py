@@ -47,6 +47,7 @@ def parts_of_an_update(trainer: Any, number: int) -> dict[str, Tensor]:
 
     trainer._learn, trainer.optimizer.step = seen_learn, seen_step
     metrics = trainer.update(number)
+    found["threads"] = torch.tensor(torch.get_num_threads())
     return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
 

@@ -1,6 +1,7 @@
 """Several gloo processes: noise, advantages and gradients as of one, exact resume on any number of them, faults."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 ROOT = repository_root()
 VIPO = str(Path(sys.executable).with_name("vipo"))
 RUN = "demo/runs/vipo-s0"
+# Another number than accelerate would take for two processes on this machine.
+THREADS = (psutil.cpu_count(logical=False) or 1) // 2 + 1
 
 
 @pytest.fixture
@@ -33,7 +36,9 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
 def _ranks(*jobs: dict[str, Any]) -> list[list[int]]:
     """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks."""
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), json.dumps(jobs, default=str)]
-    finished = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    # As most users have it; training.threads decides.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
@@ -68,7 +73,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(
     jobs: list[dict[str, Any]] = []
     for world, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
         results, parts = tmp_path / f"{world}{strategy}", tmp_path / f"{world}{strategy}.safetensors"
-        chosen = [*overrides, *options, f"distribution.strategy={strategy}"]
+        chosen = [*overrides, *options, f"training.threads={THREADS}", f"distribution.strategy={strategy}"]
         jobs.append({"world": world, "results": results, "overrides": chosen, "parts": parts})
         shutil.copytree(prepared, results)
     assert _ranks(*jobs) == [[0], [0, 0], [0, 0]]
@@ -79,6 +84,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(
     largest = max(float(value.abs().max()) for name, value in alone.items() if name.startswith("gradient/"))
     for parts in found.values():
         assert parts.keys() == alone.keys()
+        assert parts["threads"] == THREADS
         assert (parts["latents"] == alone["latents"]).all()
         assert (parts["advantages"] == alone["advantages"]).all()
         for name, value in alone.items():

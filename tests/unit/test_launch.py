@@ -58,13 +58,18 @@ def test_without_slurm_the_variables_say_it() -> None:
         rendezvous(config, given)
 
 
-def test_ranks_know_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    launch(_program(f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"), TWO)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 2", "1 1 2 2"]
+def test_ranks_know_their_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch(_program(f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"), TWO, 3)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 2 3", "1 1 2 2 3"]
+    # What the user says of the libraries' threads holds.
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     # In one write each: an unfinished line of rank 0 is passed on as it is, like a progress bar.
-    launch(_program(r"os.write(2, b'hello\n')"), TWO)
-    assert sorted(capfd.readouterr().err.splitlines()) == ["[rank 1] hello", "hello"]
+    launch(_program(r"os.write(2, os.environ['OMP_NUM_THREADS'].encode() + b'\n')"), TWO, 3)
+    assert sorted(capfd.readouterr().err.splitlines()) == ["5", "[rank 1] 5"]
 
 
 def test_the_rank_that_dies_is_shown_first_and_ends_the_others(

@@ -150,7 +150,7 @@ class OtherNodes:
         return first
 
 
-def launch(command: Sequence[str], config: DistributionConfig) -> None:
+def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1) -> None:
     """Run `command` as this node's ranks until all have ended well, or one has not.
 
     Standard error of rank 0 passes through, lines of the others get their rank. SIGTERM, SIGUSR1 and SIGINT reach
@@ -159,6 +159,7 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
     Args:
         command: arguments of one rank; RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous come in its environment.
         config: section `distribution`.
+        threads: of each rank, where OMP_NUM_THREADS does not say how many the libraries may start.
 
     Raises:
         Preempted: the ranks stopped because a signal asked them to.
@@ -195,7 +196,8 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
     handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         for local in range(config.processes):
-            place = {
+            own = {
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
                 "RANK": str(first + local),
                 "LOCAL_RANK": str(local),
                 "WORLD_SIZE": str(config.world_size),
@@ -204,7 +206,7 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
             }
             # Nothing is written to standard input: its end tells a rank that this process is gone.
             ranks[first + local] = subprocess.Popen(
-                command, env={**os.environ, **meeting, **place}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
+                command, env={**os.environ, **meeting, **own}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
             )
         threads = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
         for thread in threads:

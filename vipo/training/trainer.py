@@ -124,13 +124,14 @@ class Trainer:
             raise TrainingError(
                 "arm 'base' is the generator as it is: there is nothing to train; choose another arm, or evaluate it"
             )
-        torch.set_num_threads(config.training.threads)
         torch.use_deterministic_algorithms(True)
         self.config = config
         self.folder = experiment / "runs" / config.run_name
         self.prompts_path = experiment / "prompts" / "train.jsonl"
         self.embeddings_path = experiment / "embeddings" / "train.safetensors"
         self.distribution = Distribution(config.distribution, config.generator.device)
+        # After accelerate, which on several CPU processes takes the number of threads from the machine.
+        torch.set_num_threads(config.training.threads)
         self.device = self.distribution.device
         self.prompts = read_prompts(self.prompts_path)
         update_prompts(self.prompts, config.seed, 1, config.training.prompts_per_update)
