@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -122,13 +123,77 @@ time.sleep(600)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_the_launcher_of_another_node_is_told_who_died() -> None:
+@pytest.mark.parametrize("status", [75, -signal.SIGTERM])
+def test_one_rank_that_is_asked_stops_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """The signal comes while it loads; rank 0 waits for it in a call that lets no handler run, rank 2 dies of it."""
+    monkeypatch.setattr("vipo.training.launch._GRACE", 2)
+    end = f"os._exit({status})" if status > 0 else f"os.kill(os.getpid(), {-status})"
+    text = f"""
+asked = r"{tmp_path}/asked"
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] if rank == 0 else [])
+def lost(*_):
+    open(asked, "w").close()
+    os.write(2, b"lost a partner\\n")
+    os._exit(1)
+if rank == 2:
+    signal.signal(signal.SIGTERM, lost)
+    open(r"{tmp_path}/ready", "w").close()
+while rank == 1 and not os.path.exists(r"{tmp_path}/ready"):
+    time.sleep(0.001)
+if rank == 1:
+    {end}
+time.sleep(60)
+"""
+    started = time.monotonic()
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program(text), DistributionConfig(processes=3))
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "asked").exists()
+    assert "[rank 2] lost a partner" in capfd.readouterr().err
+
+
+def test_deaths_after_a_signal_are_no_failure_if_a_rank_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that has not come that far dies first; where none stops, as on a full disk, it is a failure."""
+    monkeypatch.setattr("vipo.training.launch._GRACE", 2)
+    process = os.getpid()
+    text = f"""
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(rank), os._exit(75 if rank else 1)))
+time.sleep(0.5)
+rank == 0 and os.kill({process}, signal.SIGTERM)
+time.sleep(60)
+"""
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program(text), TWO)
+    with pytest.raises(TrainingError, match=r"rank \d .* ended with status 1; the other ranks"):
+        launch(_program(text.replace("75", "1")), TWO)
+
+
+def test_a_signal_reaches_ranks_that_start_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedMeanwhile(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, env: dict[str, str], **options: Any) -> None:
+            super().__init__(*args, env=env, **options)
+            if env["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("vipo.training.launch.subprocess.Popen", AskedMeanwhile)
+    # Each rank would end well by itself, if nobody told it.
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program("signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); time.sleep(3)"), TWO)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(3, r"TrainingError: (rank 1 .*) ended with status 3; the other"), (75, r"(Preempted: all ranks have stopped)")],
+)
+def test_the_launcher_of_another_node_is_told_who_ended(status: int, told: str) -> None:
     """Two nodes here: what the ranks meet in is real; rank 0 would go on for ten minutes."""
-    command = _program("""
+    command = _program(f"""
 from datetime import timedelta
 from torch.distributed import TCPStore
 store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, rank == 0, timedelta(seconds=60), False)
-time.sleep(600) if rank == 0 else sys.exit(3)
+time.sleep(600) if rank == 0 else sys.exit({status})
 """)
     launcher = f"""
 from vipo.config.models import DistributionConfig
@@ -147,7 +212,7 @@ launch({command!r}, DistributionConfig(nodes=2))
     ]
     said = [node.communicate(timeout=300)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], said
-    causes = [re.findall(r"TrainingError: (rank 1 .*) ended with status 3; the other", text) for text in said]
+    causes = [re.findall(told, text) for text in said]
     assert causes[0] == causes[1] != []
 
 

@@ -6,6 +6,7 @@ one rank dies shows what that one said before what the others say about it.
 """
 
 import logging
+import math
 import os
 import queue
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ _DELAY = 0.2
 # longer than ranks that end together are apart.
 _POLL, _CONNECT, _GRACE = 0.5, 10.0, 30.0
 _ENDED = "vipo/ended"
+_STOPPED = "stopped"
 
 
 def is_rank() -> bool:
@@ -100,14 +102,15 @@ class OtherNodes:
 
     Attributes:
         told: what was told first, by this node or another one; None so far.
+        several: whether there are other nodes.
     """
 
     def __init__(self, meeting: Mapping[str, str], config: DistributionConfig) -> None:
         self.told: str | None = None
         self._store: Store | None = None
         self._connected = threading.Event()
-        self._several = config.nodes > 1
-        if self._several:
+        self.several = config.nodes > 1
+        if self.several:
             threading.Thread(target=self._listen, args=(dict(meeting), config.timeout_seconds), daemon=True).start()
 
     def _listen(self, meeting: Mapping[str, str], timeout_seconds: float) -> None:
@@ -136,7 +139,7 @@ class OtherNodes:
     def tell(self, message: str) -> str:
         """Tell the other nodes; returns what was told first, which may be another node's message."""
         # A rank may die while the store is not there yet, or this process still loads what reaches it.
-        if not self._several or not self._connected.wait(_CONNECT) or self._store is None:
+        if not self.several or not self._connected.wait(_CONNECT) or self._store is None:
             return message
         from torch.distributed import DistError
 
@@ -154,7 +157,8 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
     """Run `command` as this node's ranks until all have ended well, or one has not.
 
     Standard error of rank 0 passes through, lines of the others get their rank. SIGTERM, SIGUSR1 and SIGINT reach
-    every rank.
+    every rank; where one rank alone was asked to stop, the others are asked too. A rank that still waits for the
+    others does not listen: it is killed a while after the first one has stopped, and what dies then is no failure.
 
     Args:
         command: arguments of one rank; RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous come in its environment.
@@ -162,7 +166,7 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
         threads: of each rank, where OMP_NUM_THREADS does not say how many the libraries may start.
 
     Raises:
-        Preempted: the ranks stopped because a signal asked them to.
+        Preempted: the ranks stopped because a signal asked them, or one of them, to.
         TrainingError: a rank of any node ended otherwise; the message names it. The other ranks were killed.
     """
     meeting = rendezvous(config, os.environ)
@@ -189,9 +193,7 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
 
     def forward(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        for process in ranks.values():
-            if process.poll() is None:
-                process.send_signal(number)
+        _ask_to_stop(ranks.values(), number)
 
     handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
@@ -208,11 +210,14 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
             ranks[first + local] = subprocess.Popen(
                 command, env={**os.environ, **meeting, **own}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
             )
-        threads = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
-        for thread in threads:
+            # A signal that came before this rank did is its signal too.
+            for number in asked:
+                ranks[first + local].send_signal(number)
+        followers = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
+        for thread in followers:
             thread.start()
         _wait(ranks, said, ended, first, asked, OtherNodes(meeting, config))
-        for thread in threads:
+        for thread in followers:
             thread.join()
     finally:
         for process in ranks.values():
@@ -229,8 +234,10 @@ def _wait(
     asked: Sequence[int],
     nodes: OtherNodes,
 ) -> None:
-    left, preempted = set(ranks), False
-    while left:
+    left, stopped, failure = set(ranks), False, ""
+    # When ranks that outlive one that has stopped are no longer waited for.
+    end = math.inf
+    while left and time.monotonic() < end:
         pieces = [said.get() for _ in range(said.qsize())]
         time.sleep(_DELAY)
         bad = None
@@ -238,32 +245,58 @@ def _wait(
             rank, status = ended.get()
             left.discard(rank)
             # A rank that had not begun yet is ended by the signal itself.
-            stopped = status == _PREEMPTED or -status in asked
-            preempted |= stopped
-            bad = (rank, status) if status != 0 and not stopped else None
-        if bad is not None or nodes.told is not None:
+            if status == _PREEMPTED or -status in (signal.SIGTERM, signal.SIGUSR1, *asked):
+                if not stopped and not asked:
+                    _ask_to_stop(ranks.values())
+                    nodes.tell(_STOPPED)
+                stopped = True
+            elif status != 0:
+                bad = (rank, status)
+        if nodes.told == _STOPPED and not stopped:
+            _ask_to_stop(ranks.values())
+            stopped = True
+        here = "" if bad is None else _described(bad, ranks)
+        if stopped or (asked and (here or nodes.told)):
+            # Whoever loses a partner that has stopped dies of that: it is no failure, unless none has stopped.
+            failure = failure or here or nodes.told or ""
+            end = min(end, time.monotonic() + _GRACE)
+        elif here or nodes.told:
             pieces += [said.get() for _ in range(said.qsize())]
-            cause = nodes.told
-            if bad is not None:
-                rank, status = bad
-                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                here = f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
-                cause = nodes.tell(here)
-                if cause == here:
-                    _show([piece for piece in pieces if piece[0] == rank], first)
-                    pieces = [piece for piece in pieces if piece[0] != rank]
-            error = TrainingError(
-                f"{cause}; the other ranks were stopped. The newest checkpoint is the last good state; start the same "
-                "command again to go on from it"
-            )
+            cause = nodes.tell(here) if here else nodes.told
+            if bad is not None and cause == here:
+                _show([piece for piece in pieces if piece[0] == bad[0]], first)
+                pieces = [piece for piece in pieces if piece[0] != bad[0]]
+            error = _failed(cause)
             if pieces:
                 log.error("%s\nWhat the other ranks said then:", error)
                 _show(pieces, first)
             raise error
         _show(pieces, first)
     _show([said.get() for _ in range(said.qsize())], first)
-    if preempted:
-        raise Preempted("all ranks have stopped at the same update; start the same command again to go on from there")
+    # Of several nodes, it may be another one's rank that has stopped.
+    if stopped or (failure and nodes.several):
+        raise Preempted("all ranks have stopped; start the same command again to go on from the newest checkpoint")
+    if failure:
+        raise _failed(failure)
+
+
+def _ask_to_stop(processes: Iterable[subprocess.Popen[bytes]], number: int = signal.SIGTERM) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _described(bad: tuple[int, int], ranks: Mapping[int, subprocess.Popen[bytes]]) -> str:
+    rank, status = bad
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
+
+
+def _failed(cause: str | None) -> TrainingError:
+    return TrainingError(
+        f"{cause}; the other ranks were stopped. The newest checkpoint is the last good state; start the same command "
+        "again to go on from it"
+    )
 
 
 def _show(pieces: Sequence[tuple[int, bytes]], first: int) -> None:
