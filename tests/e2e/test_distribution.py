@@ -173,9 +173,18 @@ def _error_lines(text: str) -> list[str]:
 
 
 def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
-    """One run: a rank killed, the launcher killed, a rank that hangs, pre-emption; then the undisturbed bytes."""
+    """One run: a rank that is asked to stop while it loads, a rank killed, the launcher killed, a rank that hangs,
+    pre-emption; then the undisturbed bytes."""
     whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
     chosen = [*overrides, "training.updates=400", "training.checkpoint_every=1", "training.save_at=[]"]
+
+    launched = _Launched(results, chosen, tmp_path / "asked.txt")
+    while len(launched.ranks()) < 2:
+        time.sleep(0.02)
+    launched.ranks()[1].terminate()
+    status, text = launched.ended()
+    assert status == 75, text
+    assert "all ranks have stopped" in text
 
     launched = _Launched(results, chosen, tmp_path / "killed.txt")
     launched.updated()
