@@ -33,12 +33,15 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [*tiny_overrides, "arm=vipo", "training.updates=5", "training.group_size=8", "training.micro_batch=2"]
 
 
-def _ranks(*jobs: dict[str, Any]) -> list[list[int]]:
-    """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks."""
+def _ranks(*jobs: dict[str, Any], errors: Path | None = None) -> list[list[int]]:
+    """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks; `errors` takes stderr."""
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), json.dumps(jobs, default=str)]
     # As most users have it; training.threads decides.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    finished = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    sys.stderr.write(finished.stderr)
+    if errors is not None:
+        errors.write_text(finished.stderr)
     return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
@@ -133,6 +136,20 @@ def test_killed_processes_end_with_the_same_bytes(
     ) == [[0, 0], [-9, -9], [0, 0]]
     assert _artifacts(whole) == _artifacts(disturbed)
     assert not list((disturbed / RUN).rglob("*.partial"))
+
+
+def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+    """In the second call of the second update, while the others wait for its gradients, or for its weights."""
+    jobs: list[dict[str, Any]] = []
+    for strategy in ("ddp", "fsdp"):
+        results = shutil.copytree(prepared, tmp_path / strategy)
+        chosen = [*overrides, "distribution.timeout_seconds=4", f"distribution.strategy={strategy}"]
+        # Two samples a micro-batch: of sixteen each process has two an optimizer step, with two transitions each.
+        jobs.append({"world": 2, "results": results, "overrides": chosen, "hang_at": 2 * 4 + 2})
+    assert _ranks(*jobs, errors=tmp_path / "errors.txt") == [[1, 9], [1, 9]]
+    told = "rank 1 did not come within distribution.timeout_seconds 4: it hangs, or its node is gone (last seen at "
+    said = (tmp_path / "errors.txt").read_text()
+    assert said.count(f"TrainingError: {told}update 2, optimizer step 1, call 2)") == 2, said
 
 
 # ---- through the command line: the launcher and its ranks ---------------------------------------------

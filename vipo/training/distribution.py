@@ -6,6 +6,7 @@ because accelerate offers it on GPUs alone. Samples are spread over the data-par
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -23,6 +24,11 @@ from torch.distributed.tensor import DTensor
 
 from vipo.config.models import DistributionConfig
 from vipo.training.samples import TrainingError
+
+# What the numbers of a place in training count.
+_PLACES = ("update", "optimizer step", "call")
+# Seconds within which healthy processes notice that another one does not come.
+_NOTICE = 10.0
 
 
 class Distribution:
@@ -221,18 +227,54 @@ class Distribution:
         except dist.DistError as error:
             raise self._missing(keys, error) from error
 
+    def at(self, *place: int) -> None:
+        """Tell the others how far this process is: numbers that grow, of `_PLACES`."""
+        if self._store is not None:
+            self._store.set(f"place/{self.rank}", json.dumps(place))
+
+    @contextlib.contextmanager
+    def named_hangs(self) -> Iterator[None]:
+        """Around work whose collectives wait for the other processes without `meet`, as a backward pass does.
+
+        Raises:
+            TrainingError: a collective failed; the message names the processes that did not come.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's errors have no type of their own.
+            if self._store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            # Whoever waited too notices at nearly the same time.
+            keys = [f"failed/{rank}" for rank in range(self.processes)]
+            with contextlib.suppress(dist.DistError):
+                self._store.set(keys[self.rank], "")
+                self._store.wait(keys, timedelta(seconds=min(_NOTICE, self.config.timeout_seconds)))
+            raise self._missing(keys, error) from error
+
     def _missing(self, keys: Sequence[str], error: Exception) -> TrainingError:
         assert self._store is not None
         try:
-            missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+            missing = {rank: self._place(rank) for rank, key in enumerate(keys) if not self._store.check([key])}
         except dist.DistError:
             return TrainingError(
                 f"rank 0, through which the processes find each other, is gone ({error}); look at its own messages"
             )
+        if not missing:
+            return TrainingError(f"the processes lost each other ({error}); look at the network between the nodes")
+        # Of those, some may only have waited for another a little less long.
+        behind = {rank: place for rank, place in missing.items() if place == min(missing.values())}
+        place = ", ".join(f"{name} {number}" for name, number in zip(_PLACES, min(missing.values()), strict=False))
         return TrainingError(
-            f"rank {', '.join(missing)} did not come within distribution.timeout_seconds "
-            f"{self.config.timeout_seconds:g}: it hangs, or its node is gone; look at its own messages"
+            f"rank {', '.join(map(str, behind))} did not come within distribution.timeout_seconds "
+            f"{self.config.timeout_seconds:g}: it hangs, or its node is gone ({place and 'last seen at '}"
+            f"{place or 'not seen in an update'}); look at its own messages"
         )
+
+    def _place(self, rank: int) -> list[int]:
+        assert self._store is not None
+        key = f"place/{rank}"
+        return list(json.loads(self._store.get(key))) if self._store.check([key]) else []
 
     def leave(self) -> None:
         """Give the group back; nothing may be gathered any more."""

@@ -231,6 +231,7 @@ class Trainer:
 
     def update(self, number: int) -> dict[str, float]:
         """One update: rollout, scores, maps, advantages, optimizer steps. Returns its metrics."""
+        self.distribution.at(number)
         samples = arrange_samples(
             update_prompts(self.prompts, self.config.seed, number, self.config.training.prompts_per_update),
             self.config.training.group_size,
@@ -402,6 +403,7 @@ class Trainer:
                 batch = batches[index]
                 own = advantages[list(batch.rows)]
                 for slot in range(slots):
+                    self.distribution.at(number, step + 1, (index - first) * slots + slot + 1)
                     last = index == first + per_step - 1 and slot == slots - 1
                     with self.distribution.gradients(self.generator.network, last):
                         which = batch.steps[:, slot]
@@ -674,7 +676,7 @@ class Trainer:
         """
         training = self.config.training
         main = self.distribution.is_main
-        with self._signals():
+        with self._signals(), self.distribution.named_hangs():
             identity = self.identity()
             # The main process may be setting another configuration's run aside.
             self.distribution.meet()
