@@ -48,6 +48,16 @@ def test_nodes_meet_on_the_first_one_of_the_slurm_job(tmp_path: Path, monkeypatc
     # A step may have fewer nodes than its job.
     with pytest.raises(TrainingError, match="this Slurm step has 1 nodes; start it with srun --nodes=2"):
         rendezvous(config, slurm | {"SLURM_STEP_NUM_NODES": "1"})
+    larger = slurm | {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[1-4]"}
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_STEP_NUM_TASKS": "2"}
+    assert rendezvous(config, larger | step | {"SLURM_LOCALID": "0"})["MASTER_ADDR"] == "node3"
+
+
+def test_several_tasks_on_a_node_are_refused_by_each_of_them() -> None:
+    slurm = {"SLURM_NODEID": "0", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_JOB_ID": "1"}
+    for tasks in ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "0"}, {"SLURM_LOCALID": "7"}):
+        with pytest.raises(TrainingError, match=r"several tasks on a node .* srun --nodes=2 --ntasks-per-node=1"):
+            rendezvous(DistributionConfig(nodes=2), slurm | tasks)
 
 
 def test_without_slurm_the_variables_say_it() -> None:

@@ -81,7 +81,15 @@ def rendezvous(config: DistributionConfig, environment: Mapping[str, str]) -> di
                 f"{environment.get('SLURM_STEP_NUM_NODES', environment['SLURM_NNODES'])} nodes; start it with "
                 f"srun --nodes={config.nodes} --ntasks-per-node=1"
             )
-        names = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", config.nodes))
+        if tasks != config.nodes or environment.get("SLURM_LOCALID", "0") != "0":
+            raise TrainingError(
+                f"this Slurm step has several tasks on a node ({tasks} in all), and each would start all of the node's "
+                f"processes; start it with srun --nodes={config.nodes} --ntasks-per-node=1"
+            )
+        # A step may have fewer nodes than its job.
+        nodes = environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"])
+        names = ["scontrol", "show", "hostnames", nodes]
         hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
         # The same on every node, and another one for the next job.
         port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
