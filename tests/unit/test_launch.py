@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -104,8 +105,23 @@ time.sleep(600)
     assert time.monotonic() - started < 300
     shown = capfd.readouterr().err
     assert shown.startswith("[rank 1] my own trouble\n")
-    with pytest.raises(TrainingError, match="was killed by SIGKILL"):
+    with pytest.raises(TrainingError, match=r"was killed by SIGKILL, often by a memory limit: raise cluster\.train\.m"):
         launch(_program("os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)"), TWO)
+
+
+def test_no_rank_is_left_when_the_launcher_ends(tmp_path: Path) -> None:
+    """Neither alive nor unreaped: what it held, such as the run's lock, is free for the next start."""
+    other = tmp_path / "0"
+    text = f"""
+held = bytearray(256 * 2**20) if rank == 0 else b""
+rank == 0 and open(r"{other}.new", "w").write(str(os.getpid())) and os.rename(r"{other}.new", r"{other}")
+while not os.path.exists(r"{other}"):
+    time.sleep(0.001)
+time.sleep(600) if rank == 0 else os._exit(3)
+"""
+    with pytest.raises(TrainingError, match=r"rank 1 .* ended with status 3"):
+        launch(_program(text), TWO)
+    assert not psutil.pid_exists(int(other.read_text()))
 
 
 def test_a_signal_reaches_every_rank_and_their_status_comes_back(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ passes a pre-emption signal on and gives its ranks the time to write their check
 one rank dies shows what that one said before what the others say about it.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -230,6 +231,10 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
     finally:
         for process in ranks.values():
             process.kill()
+        for process in ranks.values():
+            # So that the run's lock is free for the next start; but not for ever, where a disk holds it up.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
