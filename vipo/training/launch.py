@@ -302,6 +302,8 @@ def _ask_to_stop(processes: Iterable[subprocess.Popen[bytes]], number: int = sig
 def _described(bad: tuple[int, int], ranks: Mapping[int, subprocess.Popen[bytes]]) -> str:
     rank, status = bad
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        how += ", often by a memory limit: raise cluster.train.memory_mb, or set distribution.strategy=fsdp"
     return f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
 
 

@@ -30,6 +30,7 @@ from vipo.errors import Preempted
 from vipo.generators import load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
+from vipo.memory import memory_errors
 from vipo.objectives import (
     allocate_advantages,
     best_and_worst,
@@ -84,26 +85,16 @@ def _named(sample: Sample) -> str:
     return f"{sample.index} of {sample.prompt.text!r}"
 
 
-@contextlib.contextmanager
-def memory_errors(number: int) -> Iterator[None]:
-    """Around update `number`.
-
-    Raises:
-        TrainingError: memory ran out; the message names the settings that lower what an update takes.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no error type of its own.
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-        if not known:
-            raise
-        raise TrainingError(
-            f"update {number}: out of memory ({(str(error) or type(error).__name__).splitlines()[0]}). The newest "
-            "checkpoint is the last good state; lower training.micro_batch or the generator's size, or set "
-            "training.gradient_checkpointing=true, training.lora={}, generator.precision=bf16, or "
-            "distribution.strategy=fsdp with more processes"
-        ) from error
+_UPDATE_REMEDY = (
+    "The newest checkpoint is the last good state; lower training.micro_batch or the generator's size, or set "
+    "training.gradient_checkpointing=true, training.lora={}, generator.precision=bf16, or distribution.strategy=fsdp "
+    "with more processes"
+)
+_STATE_REMEDY = (
+    "That is weights, gradients, AdamW's state, and with objective.kl_weight the reference: set training.lora={}, or "
+    "distribution.strategy=fsdp with more processes (each loads the whole network once, so that one device must hold "
+    "it), choose a smaller generator, or raise cluster.train.memory_mb where main memory ran out"
+)
 
 
 class Trainer:
@@ -718,7 +709,7 @@ class Trainer:
                 done = saved = start
                 try:
                     for number in range(start + 1, training.updates + 1):
-                        with self.timer("total"), memory_errors(number):
+                        with self.timer("total"), memory_errors(f"update {number}", _UPDATE_REMEDY):
                             metrics = self.update(number)
                         if tracker is not None:
                             tracker.log(number, metrics, self._timing())
@@ -756,8 +747,15 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
 
     Raises:
         RunLocked: another process still writes this run.
+        OutOfMemory: memory ran out; the message names the settings that lower what is taken.
         Others: see `Trainer` and `Trainer.run`.
     """
+    # An update tells of its own.
+    with memory_errors(f"{config.run_name}, outside of its updates", _STATE_REMEDY):
+        _train(config, root, experiment, wait)
+
+
+def _train(config: Config, root: Path, experiment: Path, wait: float) -> None:
     trainer = Trainer(config, root, experiment)
     folder = trainer.folder
     if not trainer.distribution.is_main:
