@@ -79,17 +79,22 @@ def _encode(config: Config, root: Path, results: Path) -> None:
 
     from vipo.generators.base import checkpoint_inputs
     from vipo.generators.embeddings import encode_prompt_file
+    from vipo.memory import memory_errors
 
     torch.set_num_threads(config.training.threads)
     experiment = experiment_folder(config, results)
     prompts, folder = experiment / "prompts", experiment / "embeddings"
-    with record_stage(
-        "encode",
-        folder,
-        inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
-        outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
-        config=config.embeddings_identity(),
-        root=root,
+    remedy = "The text encoders do not fit: set generator.device=cpu for this stage, or raise cluster.encode.memory_mb"
+    with (
+        memory_errors("encode", remedy),
+        record_stage(
+            "encode",
+            folder,
+            inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
+            outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
+            config=config.embeddings_identity(),
+            root=root,
+        ),
     ):
         for split in ("train", "eval"):
             source, output = prompts / f"{split}.jsonl", folder / f"{split}.safetensors"
@@ -127,18 +132,24 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
         resolved.write_text(dump_config(config), encoding="utf-8")
         files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
         # -P, for the working directory may hold another vipo.
-        launch([sys.executable, "-P", "-m", "vipo.cli", "train", *files], config.distribution)
+        command = [sys.executable, "-P", "-m", "vipo.cli", "train", *files]
+        launch(command, config.distribution, config.training.threads)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run's weights to ``evaluation/<arm>-s<seed>``."""
     from vipo.evaluation.evaluate import evaluate_run
     from vipo.generators.base import check_device
+    from vipo.memory import memory_errors
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
     _check_shared(config, experiment, "eval")
-    with run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait):
+    remedy = "Lower evaluation.batch, set generator.precision=bf16, or raise cluster.evaluate.memory_mb"
+    with (
+        memory_errors(f"evaluation of {config.run_name}", remedy),
+        run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait),
+    ):
         evaluate_run(config, root, experiment)
 
 

@@ -4,8 +4,9 @@
 
 JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n sends SIGTERM to
 the last rank alone after n updates; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an update instead,
-and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it begins. Prints the
-exit statuses of each job's ranks as a JSON line.
+and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it begins;
+``hang_at`` n lets the last rank hang in the n-th call of learning for 20 s, and end then. Prints the exit
+statuses of each job's ranks as a JSON line.
 """
 
 import json
@@ -47,7 +48,23 @@ def parts_of_an_update(trainer: Any, number: int) -> dict[str, Tensor]:
 
     trainer._learn, trainer.optimizer.step = seen_learn, seen_step
     metrics = trainer.update(number)
+    found["threads"] = torch.tensor(torch.get_num_threads())
     return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+
+
+def hang(call: int) -> None:
+    """Let this process hang in its `call`-th call of learning."""
+    from vipo.training import trainer
+
+    sound, calls = trainer.policy_transition, iter(range(1, 10_000))
+
+    def hanging(*arguments: Any) -> Any:
+        if next(calls) == call:
+            time.sleep(20)
+            os._exit(9)
+        return sound(*arguments)
+
+    trainer.policy_transition = hanging
 
 
 def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -> int:
@@ -94,6 +111,8 @@ def train(world: int, results: Path, overrides: list[str], **spec: Any) -> list[
             if world > 1:
                 group |= {"RANK": rank, "LOCAL_RANK": rank}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
+            if "hang_at" in spec and rank == world - 1:
+                hang(spec["hang_at"])
             status = work(config, results / "demo", spec.get("parts"), spec.get("memory"))
             sys.stderr.flush()
             os._exit(status)

@@ -1,6 +1,7 @@
 """Several gloo processes: noise, advantages and gradients as of one, exact resume on any number of them, faults."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 ROOT = repository_root()
 VIPO = str(Path(sys.executable).with_name("vipo"))
 RUN = "demo/runs/vipo-s0"
+# Another number than accelerate would take for two processes on this machine.
+THREADS = (psutil.cpu_count(logical=False) or 1) // 2 + 1
 
 
 @pytest.fixture
@@ -29,10 +32,15 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [*tiny_overrides, "arm=vipo", "training.updates=5", "training.group_size=8", "training.micro_batch=2"]
 
 
-def _ranks(*jobs: dict[str, Any]) -> list[list[int]]:
-    """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks."""
+def _ranks(*jobs: dict[str, Any], errors: Path | None = None) -> list[list[int]]:
+    """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks; `errors` takes stderr."""
     command = [sys.executable, str(Path(__file__).with_name("ranks.py")), json.dumps(jobs, default=str)]
-    finished = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    # As most users have it; training.threads decides.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    sys.stderr.write(finished.stderr)
+    if errors is not None:
+        errors.write_text(finished.stderr)
     return [json.loads(line) for line in finished.stdout.splitlines()]
 
 
@@ -67,7 +75,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(
     jobs: list[dict[str, Any]] = []
     for world, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
         results, parts = tmp_path / f"{world}{strategy}", tmp_path / f"{world}{strategy}.safetensors"
-        chosen = [*overrides, *options, f"distribution.strategy={strategy}"]
+        chosen = [*overrides, *options, f"training.threads={THREADS}", f"distribution.strategy={strategy}"]
         jobs.append({"world": world, "results": results, "overrides": chosen, "parts": parts})
         shutil.copytree(prepared, results)
     assert _ranks(*jobs) == [[0], [0, 0], [0, 0]]
@@ -78,6 +86,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(
     largest = max(float(value.abs().max()) for name, value in alone.items() if name.startswith("gradient/"))
     for parts in found.values():
         assert parts.keys() == alone.keys()
+        assert parts["threads"] == THREADS
         assert (parts["latents"] == alone["latents"]).all()
         assert (parts["advantages"] == alone["advantages"]).all()
         for name, value in alone.items():
@@ -128,6 +137,20 @@ def test_killed_processes_end_with_the_same_bytes(
     assert not list((disturbed / RUN).rglob("*.partial"))
 
 
+def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+    """In the second call of the second update, while the others wait for its gradients, or for its weights."""
+    jobs: list[dict[str, Any]] = []
+    for strategy in ("ddp", "fsdp"):
+        results = shutil.copytree(prepared, tmp_path / strategy)
+        chosen = [*overrides, "distribution.timeout_seconds=4", f"distribution.strategy={strategy}"]
+        # Two samples a micro-batch: of sixteen each process has two an optimizer step, with two transitions each.
+        jobs.append({"world": 2, "results": results, "overrides": chosen, "hang_at": 2 * 4 + 2})
+    assert _ranks(*jobs, errors=tmp_path / "errors.txt") == [[1, 9], [1, 9]]
+    told = "rank 1 did not come within distribution.timeout_seconds 4: it hangs, or its node is gone (last seen at "
+    said = (tmp_path / "errors.txt").read_text()
+    assert said.count(f"TrainingError: {told}update 2, optimizer step 1, call 2)") == 2, said
+
+
 # ---- through the command line: the launcher and its ranks ---------------------------------------------
 
 
@@ -166,9 +189,18 @@ def _error_lines(text: str) -> list[str]:
 
 
 def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
-    """One run: a rank killed, the launcher killed, a rank that hangs, pre-emption; then the undisturbed bytes."""
+    """One run: a rank that is asked to stop while it loads, a rank killed, the launcher killed, a rank that hangs,
+    pre-emption; then the undisturbed bytes."""
     whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
     chosen = [*overrides, "training.updates=400", "training.checkpoint_every=1", "training.save_at=[]"]
+
+    launched = _Launched(results, chosen, tmp_path / "asked.txt")
+    while len(launched.ranks()) < 2:
+        time.sleep(0.02)
+    launched.ranks()[1].terminate()
+    status, text = launched.ended()
+    assert status == 75, text
+    assert "all ranks have stopped" in text
 
     launched = _Launched(results, chosen, tmp_path / "killed.txt")
     launched.updated()

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
-from vipo.stages import train_stage
+from vipo.memory import OutOfMemory, memory_errors
+from vipo.rewards import RewardError
+from vipo.stages import encode_stage, evaluate_stage, train_stage
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 from vipo.training.samples import TrainingError
-from vipo.training.trainer import Trainer, memory_errors, train_run
+from vipo.training.trainer import Trainer, train_run
 
 ROOT = repository_root()
 RUN = "demo/runs/vipo-s0"
@@ -92,14 +94,57 @@ def test_memory_that_runs_out_names_the_settings_that_lower_it(
     # And without that limit, it is enough.
     assert finished.stdout.splitlines() == ["[1]", "[0]"]
     shown = finished.stderr
-    assert "TrainingError: update 1: out of memory (" in shown
+    assert "OutOfMemory: update 1: out of memory (" in shown
     for setting in ("training.micro_batch", "training.gradient_checkpointing=true", "training.lora", "strategy=fsdp"):
         assert setting in shown
 
 
+def test_memory_that_runs_out_elsewhere_names_the_settings_of_that_place(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's own error, for a petabyte, as loading or running the generator would raise it."""
+    results = shutil.copytree(prepared, tmp_path / "results")
+    config = load_config([*tiny_overrides, "arm=vipo"])
+
+    def too_much(*_: Any, **__: Any) -> None:
+        torch.empty(2**50)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vipo.training.trainer.load_generator", too_much)
+        with pytest.raises(OutOfMemory, match=r"vipo-s0, outside of its updates: .*training\.lora.*strategy=fsdp"):
+            train_stage(config, ROOT, results)
+    train_stage(config, ROOT, results)
+    (results / RUN / "provenance.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("vipo.training.trainer.load_optimizer_tensors", too_much)
+        with pytest.raises(OutOfMemory, match=r"vipo-s0, outside of its updates: .*training\.lora.*strategy=fsdp"):
+            train_stage(config, ROOT, results)
+    with monkeypatch.context() as patched:
+        patched.setattr("vipo.evaluation.evaluate.sample_ode", too_much)
+        with pytest.raises(OutOfMemory, match=r"evaluation of vipo-s0: out of memory \(.*evaluation\.batch"):
+            evaluate_stage(config, ROOT, results)
+    with monkeypatch.context() as patched:
+        patched.setattr("vipo.generators.embeddings.resolve_class", too_much)
+        with pytest.raises(OutOfMemory, match=r"encode: out of memory \(.*generator\.device=cpu"):
+            encode_stage(config, ROOT, results)
+
+
 def test_other_errors_are_not_taken_for_memory() -> None:
-    with pytest.raises(RuntimeError, match="shape mismatch"), memory_errors(1):
+    with pytest.raises(RuntimeError, match="shape mismatch"), memory_errors("update 1", "Buy more"):
         raise RuntimeError("shape mismatch")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()):
-        with pytest.raises(TrainingError, match="update 7: out of memory"), memory_errors(7):
+        with (
+            pytest.raises(OutOfMemory, match=r"update 7: out of memory .*\. Buy more"),
+            memory_errors("update 7", "Buy more"),
+        ):
             raise error
+        # As a reward or a loader wraps it; told once, however many are around.
+        with pytest.raises(OutOfMemory, match=r"^inner: out"), memory_errors("outer", ""), memory_errors("inner", ""):
+            _wrapped(error)
+
+
+def _wrapped(error: Exception) -> None:
+    try:
+        raise error
+    except Exception as cause:
+        raise RewardError("reward 'x' raised") from cause

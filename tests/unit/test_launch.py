@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -69,6 +71,16 @@ def test_nodes_meet_on_the_first_one_of_the_slurm_job(tmp_path: Path, monkeypatc
     # A step may have fewer nodes than its job.
     with pytest.raises(TrainingError, match="this Slurm step has 1 nodes; start it with srun --nodes=2"):
         rendezvous(config, slurm | {"SLURM_STEP_NUM_NODES": "1"})
+    larger = slurm | {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "node[1-4]"}
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_STEP_NUM_TASKS": "2"}
+    assert rendezvous(config, larger | step | {"SLURM_LOCALID": "0"})["MASTER_ADDR"] == "node3"
+
+
+def test_several_tasks_on_a_node_are_refused_by_each_of_them() -> None:
+    slurm = {"SLURM_NODEID": "0", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_JOB_ID": "1"}
+    for tasks in ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "0"}, {"SLURM_LOCALID": "7"}):
+        with pytest.raises(TrainingError, match=r"several tasks on a node .* srun --nodes=2 --ntasks-per-node=1"):
+            rendezvous(DistributionConfig(nodes=2), slurm | tasks)
 
 
 def test_without_slurm_the_variables_say_it() -> None:
@@ -80,13 +92,18 @@ def test_without_slurm_the_variables_say_it() -> None:
         rendezvous(config, given)
 
 
-def test_ranks_know_their_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    launch(_program(f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"), TWO)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 2", "1 1 2 2"]
+def test_ranks_know_their_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch(_program(f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"), TWO, 3)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["0 0 2 2 3", "1 1 2 2 3"]
+    # What the user says of the libraries' threads holds.
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     # In one write each: an unfinished line of rank 0 is passed on as it is, like a progress bar.
-    launch(_program(r"os.write(2, b'hello\n')"), TWO)
-    assert sorted(capfd.readouterr().err.splitlines()) == ["[rank 1] hello", "hello"]
+    launch(_program(r"os.write(2, os.environ['OMP_NUM_THREADS'].encode() + b'\n')"), TWO, 3)
+    assert sorted(capfd.readouterr().err.splitlines()) == ["5", "[rank 1] 5"]
 
 
 def test_the_rank_that_dies_is_shown_first_and_ends_the_others(
@@ -110,8 +127,23 @@ time.sleep(600)
     assert time.monotonic() - started < 300
     shown = capfd.readouterr().err
     assert shown.startswith("[rank 1] my own trouble\n")
-    with pytest.raises(TrainingError, match="was killed by SIGKILL"):
+    with pytest.raises(TrainingError, match=r"was killed by SIGKILL, often by a memory limit: raise cluster\.train\.m"):
         launch(_program("os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)"), TWO)
+
+
+def test_no_rank_is_left_when_the_launcher_ends(tmp_path: Path) -> None:
+    """Neither alive nor unreaped: what it held, such as the run's lock, is free for the next start."""
+    other = tmp_path / "0"
+    text = f"""
+held = bytearray(256 * 2**20) if rank == 0 else b""
+rank == 0 and open(r"{other}.new", "w").write(str(os.getpid())) and os.rename(r"{other}.new", r"{other}")
+while not os.path.exists(r"{other}"):
+    time.sleep(0.001)
+time.sleep(600) if rank == 0 else os._exit(3)
+"""
+    with pytest.raises(TrainingError, match=r"rank 1 .* ended with status 3"):
+        launch(_program(text), TWO)
+    assert not psutil.pid_exists(int(other.read_text()))
 
 
 def test_a_signal_reaches_every_rank_and_their_status_comes_back(tmp_path: Path) -> None:
@@ -139,13 +171,77 @@ time.sleep(600)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_the_launcher_of_another_node_is_told_who_died() -> None:
+@pytest.mark.parametrize("status", [75, -signal.SIGTERM])
+def test_one_rank_that_is_asked_stops_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """The signal comes while it loads; rank 0 waits for it in a call that lets no handler run, rank 2 dies of it."""
+    monkeypatch.setattr("vipo.training.launch._GRACE", 2)
+    end = f"os._exit({status})" if status > 0 else f"os.kill(os.getpid(), {-status})"
+    text = f"""
+asked = r"{tmp_path}/asked"
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] if rank == 0 else [])
+def lost(*_):
+    open(asked, "w").close()
+    os.write(2, b"lost a partner\\n")
+    os._exit(1)
+if rank == 2:
+    signal.signal(signal.SIGTERM, lost)
+    open(r"{tmp_path}/ready", "w").close()
+while rank == 1 and not os.path.exists(r"{tmp_path}/ready"):
+    time.sleep(0.001)
+if rank == 1:
+    {end}
+time.sleep(60)
+"""
+    started = time.monotonic()
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program(text), DistributionConfig(processes=3))
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "asked").exists()
+    assert "[rank 2] lost a partner" in capfd.readouterr().err
+
+
+def test_deaths_after_a_signal_are_no_failure_if_a_rank_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that has not come that far dies first; where none stops, as on a full disk, it is a failure."""
+    monkeypatch.setattr("vipo.training.launch._GRACE", 2)
+    process = os.getpid()
+    text = f"""
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(rank), os._exit(75 if rank else 1)))
+time.sleep(0.5)
+rank == 0 and os.kill({process}, signal.SIGTERM)
+time.sleep(60)
+"""
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program(text), TWO)
+    with pytest.raises(TrainingError, match=r"rank \d .* ended with status 1; the other ranks"):
+        launch(_program(text.replace("75", "1")), TWO)
+
+
+def test_a_signal_reaches_ranks_that_start_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedMeanwhile(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, env: dict[str, str], **options: Any) -> None:
+            super().__init__(*args, env=env, **options)
+            if env["RANK"] == "0":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr("vipo.training.launch.subprocess.Popen", AskedMeanwhile)
+    # Each rank would end well by itself, if nobody told it.
+    with pytest.raises(Preempted, match="all ranks have stopped"):
+        launch(_program("signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); time.sleep(3)"), TWO)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(3, r"TrainingError: (rank 1 .*) ended with status 3; the other"), (75, r"(Preempted: all ranks have stopped)")],
+)
+def test_the_launcher_of_another_node_is_told_who_ended(status: int, told: str) -> None:
     """Two nodes here: what the ranks meet in is real; rank 0 would go on for ten minutes."""
-    command = _program("""
+    command = _program(f"""
 from datetime import timedelta
 from torch.distributed import TCPStore
 store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, rank == 0, timedelta(seconds=60), False)
-time.sleep(600) if rank == 0 else sys.exit(3)
+time.sleep(600) if rank == 0 else sys.exit({status})
 """)
     launcher = f"""
 from vipo.config.models import DistributionConfig
@@ -164,7 +260,7 @@ launch({command!r}, DistributionConfig(nodes=2))
     ]
     said = [node.communicate(timeout=300)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], said
-    causes = [re.findall(r"TrainingError: (rank 1 .*) ended with status 3; the other", text) for text in said]
+    causes = [re.findall(told, text) for text in said]
     assert causes[0] == causes[1] != []
 
 

@@ -1,6 +1,7 @@
 """One writer per stage folder."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -37,10 +38,11 @@ def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
 
     Raises:
         RunLocked: another process still holds it after `wait_seconds`.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or its file system keeps no locks.
     """
     holder = folder / _HOLDER
-    lock = FileLock(folder / _LOCK)
+    # Without flock, filelock would take a file's existence for a lock: a killed holder would keep it.
+    lock = FileLock(folder / _LOCK, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -52,6 +54,11 @@ def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
     except Timeout:
         raise RunLocked(f"{folder}: another process writes it{_described(holder)}; wait for it or stop it") from None
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise StorageError(
+                f"{folder}: its file system keeps no locks ({error}); mount it with them (Lustre: option flock; NFS: "
+                "without nolock), or choose another folder"
+            ) from error
         raise StorageError(
             f"{folder}: cannot be locked ({error}); make it writable or choose another folder"
         ) from error

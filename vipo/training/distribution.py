@@ -6,6 +6,7 @@ because accelerate offers it on GPUs alone. Samples are spread over the data-par
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -24,6 +25,11 @@ from torch.distributed.tensor import DTensor
 from vipo.config.models import DistributionConfig
 from vipo.training.samples import TrainingError
 
+# What the numbers of a place in training count.
+_PLACES = ("update", "optimizer step", "call")
+# Seconds within which healthy processes notice that another one does not come.
+_NOTICE = 10.0
+
 
 class Distribution:
     """The process group of a run; a group of one where nothing was launched.
@@ -41,7 +47,8 @@ class Distribution:
             device: ``generator.device``.
 
         Raises:
-            TrainingError: another number of processes was launched than is configured, or each would take one GPU.
+            TrainingError: another number of processes was launched than is configured, each would take one GPU, or
+                they did not find each other.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != config.world_size:
@@ -58,20 +65,31 @@ class Distribution:
         self._store: Store | None = None
         self._meetings = 0
         if launched > 1:
-            timeout = timedelta(seconds=config.timeout_seconds)
-            try:
-                self._store, rank, size = next(rendezvous("env://", timeout=timeout))
-            except dist.DistStoreError as error:
-                raise TrainingError(
-                    f"the {launched} processes did not find each other within distribution.timeout_seconds "
-                    f"{config.timeout_seconds:g} ({error}); is one missing, or MASTER_ADDR not reachable?"
-                ) from error
-            # Values on the CPU, such as a signal's number, must not wait for a GPU.
-            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=timeout)
+            self._store = self._join(device)
         # Precision is generator.precision, whatever `accelerate launch` puts into the environment.
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
+
+    def _join(self, device: str) -> Store:
+        seconds, meeting = self.config.timeout_seconds, "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+            # Values on the CPU, such as a signal's number, must not wait for a GPU.
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
+            )
+        except dist.DistError as error:
+            if "EADDRINUSE" in str(error):
+                raise TrainingError(
+                    f"{meeting}: in use; another program has the port where the processes of this run meet. Start the "
+                    "same command again, or set another MASTER_PORT"
+                ) from error
+            raise TrainingError(
+                f"the {self.config.world_size} processes did not find each other at {meeting} within "
+                f"distribution.timeout_seconds {seconds:g} ({error}); is one missing, or MASTER_ADDR not reachable?"
+            ) from error
+        return store
 
     @property
     def processes(self) -> int:
@@ -194,24 +212,69 @@ class Distribution:
         it does not wait for the partner that hangs.
 
         Raises:
-            TrainingError: some did not come in that time; the message names them.
+            TrainingError: some did not come in that time, the message names them; or the first one is gone.
         """
         if self._store is None:
             return
         self._meetings += 1
-        self._store.set(f"meeting/{self._meetings}/{self.rank}", "")
         keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.processes)]
         try:
+            self._store.set(keys[self.rank], "")
             self._store.wait(keys, timedelta(seconds=self.config.timeout_seconds + longer))
-        except dist.DistStoreError as error:
-            missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-            raise TrainingError(
-                f"rank {', '.join(missing)} did not come within distribution.timeout_seconds "
-                f"{self.config.timeout_seconds:g}: it hangs, or its node is gone; look at its own messages"
-            ) from error
-        if self._meetings > 2:
-            # Whoever is here has left the meeting before the last one.
-            self._store.delete_key(f"meeting/{self._meetings - 2}/{self.rank}")
+            if self._meetings > 2:
+                # Whoever is here has left the meeting before the last one.
+                self._store.delete_key(f"meeting/{self._meetings - 2}/{self.rank}")
+        except dist.DistError as error:
+            raise self._missing(keys, error) from error
+
+    def at(self, *place: int) -> None:
+        """Tell the others how far this process is: numbers that grow, of `_PLACES`."""
+        if self._store is not None:
+            self._store.set(f"place/{self.rank}", json.dumps(place))
+
+    @contextlib.contextmanager
+    def named_hangs(self) -> Iterator[None]:
+        """Around work whose collectives wait for the other processes without `meet`, as a backward pass does.
+
+        Raises:
+            TrainingError: a collective failed; the message names the processes that did not come.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo's errors have no type of their own.
+            if self._store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            # Whoever waited too notices at nearly the same time.
+            keys = [f"failed/{rank}" for rank in range(self.processes)]
+            with contextlib.suppress(dist.DistError):
+                self._store.set(keys[self.rank], "")
+                self._store.wait(keys, timedelta(seconds=min(_NOTICE, self.config.timeout_seconds)))
+            raise self._missing(keys, error) from error
+
+    def _missing(self, keys: Sequence[str], error: Exception) -> TrainingError:
+        assert self._store is not None
+        try:
+            missing = {rank: self._place(rank) for rank, key in enumerate(keys) if not self._store.check([key])}
+        except dist.DistError:
+            return TrainingError(
+                f"rank 0, through which the processes find each other, is gone ({error}); look at its own messages"
+            )
+        if not missing:
+            return TrainingError(f"the processes lost each other ({error}); look at the network between the nodes")
+        # Of those, some may only have waited for another a little less long.
+        behind = {rank: place for rank, place in missing.items() if place == min(missing.values())}
+        place = ", ".join(f"{name} {number}" for name, number in zip(_PLACES, min(missing.values()), strict=False))
+        return TrainingError(
+            f"rank {', '.join(map(str, behind))} did not come within distribution.timeout_seconds "
+            f"{self.config.timeout_seconds:g}: it hangs, or its node is gone ({place and 'last seen at '}"
+            f"{place or 'not seen in an update'}); look at its own messages"
+        )
+
+    def _place(self, rank: int) -> list[int]:
+        assert self._store is not None
+        key = f"place/{rank}"
+        return list(json.loads(self._store.get(key))) if self._store.check([key]) else []
 
     def leave(self) -> None:
         """Give the group back; nothing may be gathered any more."""

@@ -5,8 +5,10 @@ passes a pre-emption signal on and gives its ranks the time to write their check
 one rank dies shows what that one said before what the others say about it.
 """
 
+import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -39,6 +41,7 @@ _DELAY = 0.2
 # longer than ranks that end together are apart.
 _POLL, _CONNECT, _GRACE = 0.5, 10.0, 30.0
 _ENDED = "vipo/ended"
+_STOPPED = "stopped"
 
 
 def is_rank() -> bool:
@@ -82,7 +85,15 @@ def rendezvous(config: DistributionConfig, environment: Mapping[str, str]) -> di
                 f"{environment.get('SLURM_STEP_NUM_NODES', environment['SLURM_NNODES'])} nodes; start it with "
                 f"srun --nodes={config.nodes} --ntasks-per-node=1"
             )
-        names = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", config.nodes))
+        if tasks != config.nodes or environment.get("SLURM_LOCALID", "0") != "0":
+            raise TrainingError(
+                f"this Slurm step has several tasks on a node ({tasks} in all), and each would start all of the node's "
+                f"processes; start it with srun --nodes={config.nodes} --ntasks-per-node=1"
+            )
+        # A step may have fewer nodes than its job.
+        nodes = environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"])
+        names = ["scontrol", "show", "hostnames", nodes]
         hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
         # The same on every node, and another one for the next job.
         port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
@@ -103,14 +114,15 @@ class OtherNodes:
 
     Attributes:
         told: what was told first, by this node or another one; None so far.
+        several: whether there are other nodes.
     """
 
     def __init__(self, meeting: Mapping[str, str], config: DistributionConfig) -> None:
         self.told: str | None = None
         self._store: Store | None = None
         self._connected = threading.Event()
-        self._several = config.nodes > 1
-        if self._several:
+        self.several = config.nodes > 1
+        if self.several:
             threading.Thread(target=self._listen, args=(dict(meeting), config.timeout_seconds), daemon=True).start()
 
     def _listen(self, meeting: Mapping[str, str], timeout_seconds: float) -> None:
@@ -139,7 +151,7 @@ class OtherNodes:
     def tell(self, message: str) -> str:
         """Tell the other nodes; returns what was told first, which may be another node's message."""
         # A rank may die while the store is not there yet, or this process still loads what reaches it.
-        if not self._several or not self._connected.wait(_CONNECT) or self._store is None:
+        if not self.several or not self._connected.wait(_CONNECT) or self._store is None:
             return message
         from torch.distributed import DistError
 
@@ -153,19 +165,21 @@ class OtherNodes:
         return first
 
 
-def launch(command: Sequence[str], config: DistributionConfig) -> None:
+def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1) -> None:
     """Run `command` as this node's ranks until all have ended well, or one has not.
 
     Standard error of rank 0 passes through, lines of the others get their rank. SIGTERM, SIGUSR1 and SIGINT reach
-    every rank.
+    every rank; where one rank alone was asked to stop, the others are asked too. A rank that still waits for the
+    others does not listen: it is killed a while after the first one has stopped, and what dies then is no failure.
 
     Args:
         command: arguments of one rank; RANK, LOCAL_RANK, WORLD_SIZE and the rendezvous come in its environment, with
             what this process was started as (`command_line`) and where it imports from.
         config: section `distribution`.
+        threads: of each rank, where OMP_NUM_THREADS does not say how many the libraries may start.
 
     Raises:
-        Preempted: the ranks stopped because a signal asked them to.
+        Preempted: the ranks stopped because a signal asked them, or one of them, to.
         TrainingError: a rank of any node ended otherwise; the message names it. The other ranks were killed.
     """
     meeting = rendezvous(config, os.environ)
@@ -192,14 +206,13 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
 
     def forward(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        for process in ranks.values():
-            if process.poll() is None:
-                process.send_signal(number)
+        _ask_to_stop(ranks.values(), number)
 
     handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         for local in range(config.processes):
-            place = {
+            own = {
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
                 "RANK": str(first + local),
                 "LOCAL_RANK": str(local),
                 "WORLD_SIZE": str(config.world_size),
@@ -211,17 +224,24 @@ def launch(command: Sequence[str], config: DistributionConfig) -> None:
             }
             # Nothing is written to standard input: its end tells a rank that this process is gone.
             ranks[first + local] = subprocess.Popen(
-                command, env={**os.environ, **meeting, **place}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
+                command, env={**os.environ, **meeting, **own}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
             )
-        threads = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
-        for thread in threads:
+            # A signal that came before this rank did is its signal too.
+            for number in asked:
+                ranks[first + local].send_signal(number)
+        followers = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
+        for thread in followers:
             thread.start()
         _wait(ranks, said, ended, first, asked, OtherNodes(meeting, config))
-        for thread in threads:
+        for thread in followers:
             thread.join()
     finally:
         for process in ranks.values():
             process.kill()
+        for process in ranks.values():
+            # So that the run's lock is free for the next start; but not for ever, where a disk holds it up.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -234,8 +254,10 @@ def _wait(
     asked: Sequence[int],
     nodes: OtherNodes,
 ) -> None:
-    left, preempted = set(ranks), False
-    while left:
+    left, stopped, failure = set(ranks), False, ""
+    # When ranks that outlive one that has stopped are no longer waited for.
+    end = math.inf
+    while left and time.monotonic() < end:
         pieces = [said.get() for _ in range(said.qsize())]
         time.sleep(_DELAY)
         bad = None
@@ -243,32 +265,60 @@ def _wait(
             rank, status = ended.get()
             left.discard(rank)
             # A rank that had not begun yet is ended by the signal itself.
-            stopped = status == _PREEMPTED or -status in asked
-            preempted |= stopped
-            bad = (rank, status) if status != 0 and not stopped else None
-        if bad is not None or nodes.told is not None:
+            if status == _PREEMPTED or -status in (signal.SIGTERM, signal.SIGUSR1, *asked):
+                if not stopped and not asked:
+                    _ask_to_stop(ranks.values())
+                    nodes.tell(_STOPPED)
+                stopped = True
+            elif status != 0:
+                bad = (rank, status)
+        if nodes.told == _STOPPED and not stopped:
+            _ask_to_stop(ranks.values())
+            stopped = True
+        here = "" if bad is None else _described(bad, ranks)
+        if stopped or (asked and (here or nodes.told)):
+            # Whoever loses a partner that has stopped dies of that: it is no failure, unless none has stopped.
+            failure = failure or here or nodes.told or ""
+            end = min(end, time.monotonic() + _GRACE)
+        elif here or nodes.told:
             pieces += [said.get() for _ in range(said.qsize())]
-            cause = nodes.told
-            if bad is not None:
-                rank, status = bad
-                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                here = f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
-                cause = nodes.tell(here)
-                if cause == here:
-                    _show([piece for piece in pieces if piece[0] == rank], first)
-                    pieces = [piece for piece in pieces if piece[0] != rank]
-            error = TrainingError(
-                f"{cause}; the other ranks were stopped. The newest checkpoint is the last good state; start the same "
-                "command again to go on from it"
-            )
+            cause = nodes.tell(here) if here else nodes.told
+            if bad is not None and cause == here:
+                _show([piece for piece in pieces if piece[0] == bad[0]], first)
+                pieces = [piece for piece in pieces if piece[0] != bad[0]]
+            error = _failed(cause)
             if pieces:
                 log.error("%s\nWhat the other ranks said then:", error)
                 _show(pieces, first)
             raise error
         _show(pieces, first)
     _show([said.get() for _ in range(said.qsize())], first)
-    if preempted:
-        raise Preempted("all ranks have stopped at the same update; start the same command again to go on from there")
+    # Of several nodes, it may be another one's rank that has stopped.
+    if stopped or (failure and nodes.several):
+        raise Preempted("all ranks have stopped; start the same command again to go on from the newest checkpoint")
+    if failure:
+        raise _failed(failure)
+
+
+def _ask_to_stop(processes: Iterable[subprocess.Popen[bytes]], number: int = signal.SIGTERM) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _described(bad: tuple[int, int], ranks: Mapping[int, subprocess.Popen[bytes]]) -> str:
+    rank, status = bad
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        how += ", often by a memory limit: raise cluster.train.memory_mb, or set distribution.strategy=fsdp"
+    return f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
+
+
+def _failed(cause: str | None) -> TrainingError:
+    return TrainingError(
+        f"{cause}; the other ranks were stopped. The newest checkpoint is the last good state; start the same command "
+        "again to go on from it"
+    )
 
 
 def _show(pieces: Sequence[tuple[int, bytes]], first: int) -> None:

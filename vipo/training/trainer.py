@@ -30,6 +30,7 @@ from vipo.errors import Preempted
 from vipo.generators import load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
+from vipo.memory import memory_errors
 from vipo.objectives import (
     allocate_advantages,
     best_and_worst,
@@ -88,26 +89,16 @@ def _named(sample: Sample) -> str:
     return f"{sample.index} of {sample.prompt.text!r}"
 
 
-@contextlib.contextmanager
-def memory_errors(number: int) -> Iterator[None]:
-    """Around update `number`.
-
-    Raises:
-        TrainingError: memory ran out; the message names the settings that lower what an update takes.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no error type of its own.
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-        if not known:
-            raise
-        raise TrainingError(
-            f"update {number}: out of memory ({(str(error) or type(error).__name__).splitlines()[0]}). The newest "
-            "checkpoint is the last good state; lower training.micro_batch or the generator's size, or set "
-            "training.gradient_checkpointing=true, training.lora={}, generator.precision=bf16, or "
-            "distribution.strategy=fsdp with more processes"
-        ) from error
+_UPDATE_REMEDY = (
+    "The newest checkpoint is the last good state; lower training.micro_batch or the generator's size, or set "
+    "training.gradient_checkpointing=true, training.lora={}, generator.precision=bf16, or distribution.strategy=fsdp "
+    "with more processes"
+)
+_STATE_REMEDY = (
+    "That is weights, gradients, AdamW's state, and with objective.kl_weight the reference: set training.lora={}, or "
+    "distribution.strategy=fsdp with more processes (each loads the whole network once, so that one device must hold "
+    "it), choose a smaller generator, or raise cluster.train.memory_mb where main memory ran out"
+)
 
 
 class Trainer:
@@ -128,13 +119,14 @@ class Trainer:
             raise TrainingError(
                 "arm 'base' is the generator as it is: there is nothing to train; choose another arm, or evaluate it"
             )
-        torch.set_num_threads(config.training.threads)
         torch.use_deterministic_algorithms(True)
         self.config = config
         self.folder = experiment / "runs" / config.run_name
         self.prompts_path = experiment / "prompts" / "train.jsonl"
         self.embeddings_path = experiment / "embeddings" / "train.safetensors"
         self.distribution = Distribution(config.distribution, config.generator.device)
+        # After accelerate, which on several CPU processes takes the number of threads from the machine.
+        torch.set_num_threads(config.training.threads)
         self.device = self.distribution.device
         self.prompts = read_prompts(self.prompts_path)
         update_prompts(self.prompts, config.seed, 1, config.training.prompts_per_update)
@@ -244,6 +236,7 @@ class Trainer:
 
     def update(self, number: int) -> dict[str, float]:
         """One update: rollout, scores, maps, advantages, optimizer steps. Returns its metrics."""
+        self.distribution.at(number)
         samples = arrange_samples(
             update_prompts(self.prompts, self.config.seed, number, self.config.training.prompts_per_update),
             self.config.training.group_size,
@@ -420,6 +413,7 @@ class Trainer:
                 batch = batches[index]
                 own = advantages[list(batch.rows)]
                 for slot in range(slots):
+                    self.distribution.at(number, step + 1, (index - first) * slots + slot + 1)
                     last = index == first + per_step - 1 and slot == slots - 1
                     with self.distribution.gradients(self.generator.network, last):
                         which = batch.steps[:, slot]
@@ -705,7 +699,7 @@ class Trainer:
         """
         training = self.config.training
         main = self.distribution.is_main
-        with self._signals():
+        with self._signals(), self.distribution.named_hangs():
             identity = self.identity()
             # The main process may be setting another configuration's run aside.
             self.distribution.meet()
@@ -750,7 +744,7 @@ class Trainer:
                 done = saved = start
                 try:
                     for number in range(start + 1, training.updates + 1):
-                        with self.timer("total"), memory_errors(number):
+                        with self.timer("total"), memory_errors(f"update {number}", _UPDATE_REMEDY):
                             metrics = self.update(number)
                         if tracker is not None:
                             tracker.log(number, metrics, self._timing())
@@ -790,8 +784,15 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
 
     Raises:
         RunLocked: another process still writes this run.
+        OutOfMemory: memory ran out; the message names the settings that lower what is taken.
         Others: see `Trainer` and `Trainer.run`.
     """
+    # An update tells of its own.
+    with memory_errors(f"{config.run_name}, outside of its updates", _STATE_REMEDY):
+        _train(config, root, experiment, wait)
+
+
+def _train(config: Config, root: Path, experiment: Path, wait: float) -> None:
     trainer = Trainer(config, root, experiment)
     folder = trainer.folder
     if not trainer.distribution.is_main:
