@@ -69,6 +69,10 @@ def test_what_was_preempted_goes_on_and_a_wrong_command_does_not() -> None:
         ("Ignore", "DisruptionTarget")
     ]
     assert POD["terminationGracePeriodSeconds"] >= 60
+    # A lock that the pod before still holds, on another node, is waited for: an exit with 1 would count.
+    (seconds,) = re.findall(r"VIPO_WAIT=(\d+)", (ROOT / "workflow/rules/common.smk").read_text())
+    for step in STEPS.values():
+        assert {"name": "VIPO_WAIT", "value": seconds} in step["env"]
 
 
 def test_it_fits_the_image() -> None:
