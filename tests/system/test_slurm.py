@@ -27,6 +27,8 @@ pytestmark = pytest.mark.slurm
 
 ROOT = repository_root()
 UPDATES = 16
+# A limit against hangs, not a measure.
+SECONDS = 400
 
 SLURM_CONF = """\
 ClusterName=vipo
@@ -239,7 +241,7 @@ class Workflow:
     def finished(self, *arguments: str) -> int:
         """The exit status of a snakemake that ends by itself."""
         with self.started(*arguments) as process:
-            return process.wait()
+            return process.wait(SECONDS)
 
     @property
     def shown(self) -> str:
@@ -248,7 +250,7 @@ class Workflow:
 
     def hold_training(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
         """The job that trains, standing still after more than `after` updates."""
-        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, 400)
+        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, SECONDS)
         self.hold.touch()
         assert snakemake.poll() is None, self.shown
         (job,) = self.cluster.queue("rule_train")
@@ -293,7 +295,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
         job = workflow.hold_training(third, done)
         cluster.ask("scancel", "--signal=TERM", job.id)
         workflow.hold.unlink()
-        assert third.wait() == 0, workflow.shown
+        assert third.wait(SECONDS) == 0, workflow.shown
     assert (project / "results/demo/report/index.html").is_file()
     assert (project / "results/demo/ro-crate-metadata.json").is_file()
 
@@ -325,7 +327,7 @@ def test_two_nodes_train_one_run_and_stop_together(
         assert "NodeList=node[1-2]" in asked
         cluster.ask("scancel", "--signal=TERM", job.id)
         workflow.hold.unlink()
-        assert snakemake.wait() == 0, workflow.shown
+        assert snakemake.wait(SECONDS) == 0, workflow.shown
     assert [known.state for known in cluster.jobs("rule_train")[earlier:]] == ["FAILED", "COMPLETED"]
     assert "resumed after update" in workflow.log
     # Two processes of one node sum in the same order.
