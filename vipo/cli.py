@@ -327,12 +327,16 @@ def export(
 def upload(
     folder: Annotated[Path, typer.Argument(help="A finished folder, such as results/demo.")],
     url: Annotated[str, typer.Argument(help="s3://bucket/folder, gs://bucket/folder, file:///folder.")],
+    read_back: Annotated[
+        bool, typer.Option("--read-back", help="Read what the store has already, too, instead of comparing sizes.")
+    ] = False,
 ) -> None:
     """Copy results to an object store and check there what arrived; its SHA256SUMS is written last."""
     from vipo.provenance.upload import upload_folder
 
-    sent = upload_folder(folder, url, repository_root())
-    typer.echo(f"{url}: {len(sent)} files sent, every file there as here")
+    sent, kept = upload_folder(folder, url, repository_root(), read_back=read_back)
+    how = "read back" if read_back else "by SHA256SUMS and size, not read back"
+    typer.echo(f"{url}: {len(sent)} files sent and read back; {len(kept)} were there ({how})")
 
 
 @app.command()

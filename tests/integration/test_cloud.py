@@ -1,9 +1,12 @@
-"""The Kubernetes manifest against the API's schema, the command line and the image; the commands of docs/cloud.md."""
+"""The Kubernetes manifest against schema, command line and image; the commands of docs/cloud.md and docs/cluster.md."""
 
 import json
 import os
 import re
 import shlex
+import shutil
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -69,6 +72,10 @@ def test_what_was_preempted_goes_on_and_a_wrong_command_does_not() -> None:
         ("Ignore", "DisruptionTarget")
     ]
     assert POD["terminationGracePeriodSeconds"] >= 60
+    # A lock that the pod before still holds, on another node, is waited for: an exit with 1 would count.
+    (seconds,) = re.findall(r"VIPO_WAIT=(\d+)", (ROOT / "workflow/rules/common.smk").read_text())
+    for step in STEPS.values():
+        assert {"name": "VIPO_WAIT", "value": seconds} in step["env"]
 
 
 def test_it_fits_the_image() -> None:
@@ -107,3 +114,49 @@ def test_the_commands_of_the_page_exist() -> None:
     for target in re.findall(r"\]\(([\w./-]+)\)", page):
         assert (ROOT / "docs" / target).is_file(), target
     assert set(re.findall(r"^make (\w+)", blocks, re.MULTILINE)) == {"image", "sif"}
+
+
+def test_the_commands_of_the_cluster_page_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snakemake.cli import parse_args
+
+    page = (ROOT / "docs/cluster.md").read_text()
+    # An experiment that the page leaves open, and no overrides where it leaves those.
+    blocks = "".join(re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)).replace("=NAME", "=demo")
+    lines = blocks.replace(" overrides=…", "").splitlines()
+    commands = [shlex.split(line.split(" | ")[0], comments=True) for line in lines]
+    for name in ("configs", "workflow/profiles"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("local", "slurm"):
+        shutil.copy(ROOT / name, tmp_path / name, follow_symlinks=False)
+    monkeypatch.chdir(tmp_path)
+    told = dict.fromkeys(("cp", "vipo", "snakemake"), 0)
+    for name, *arguments in commands:
+        if name == "cp":
+            shutil.copy(*arguments)
+        elif name == "vipo":
+            load_config(_parsed(arguments)[1]["overrides"])
+        elif name == "snakemake":
+            parsed = parse_args(arguments)[1]
+            experiment, *overrides = parsed.config
+            values = yaml.safe_load(overrides[0].removeprefix("overrides=")) if overrides else []
+            config = load_config([experiment, *values])
+            assert config.distribution.processes == (8 if values else 1)
+            assert parsed.executor == ("slurm" if parsed.profile == ["slurm"] else None)
+        else:
+            assert name in {"git", "make", "source", "sinfo"}
+            continue
+        told[name] += 1
+    assert told == {"cp": 1, "vipo": 2, "snakemake": 6}
+
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", page, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for target in re.findall(r"\]\(([\w./-]+)\)", page):
+        assert (ROOT / "docs" / target).is_file(), target
+    for path in re.findall(r"`((?:workflow|configs)/[\w./]+)`", page):
+        assert (ROOT / path).exists(), path
+    # The keys that the page explains, for a stage that has them all.
+    keys = set(re.findall(r"`((?:cluster|distribution|training)\.[a-z_A-Z.]+)`", page))
+    assert len(keys) >= 8
+    for key in keys:
+        reduce(getattr, key.replace("STAGE", "train").split("."), load_config(["experiment=demo"]))

@@ -43,7 +43,7 @@ def _listing(folder: Path) -> str:
 
 def test_a_folder_arrives_whole_and_sha256sum_checks_it(folder: Path, tmp_path: Path) -> None:
     there = tmp_path / "there" / "demo"
-    assert upload_folder(folder, f"file://{there}/", tmp_path) == NAMES
+    assert upload_folder(folder, f"file://{there}/", tmp_path) == (NAMES, [])
     assert {path.relative_to(there).as_posix() for path in there.rglob("*") if path.is_file()} == {*NAMES, "SHA256SUMS"}
     assert (there / "SHA256SUMS").read_text() == _listing(folder)
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=there, check=True)
@@ -51,12 +51,12 @@ def test_a_folder_arrives_whole_and_sha256sum_checks_it(folder: Path, tmp_path: 
 
 def test_only_what_changed_is_sent_again(folder: Path, tmp_path: Path, memory: MemoryFileSystem) -> None:
     upload_folder(folder, "memory://bucket/demo", tmp_path)
-    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == []
+    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == ([], NAMES)
     (folder / "ünicode name.txt").write_text("y")
-    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == ["ünicode name.txt"]
+    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == (NAMES[2:], NAMES[:2])
     assert memory.cat_file("/bucket/demo/ünicode name.txt") == b"y"
     (folder / "ünicode name.txt").unlink()
-    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == []
+    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == ([], NAMES[:2])
     assert "ünicode" not in memory.cat_file("/bucket/demo/SHA256SUMS").decode()
 
 
@@ -65,6 +65,25 @@ def test_a_name_may_hold_what_unicode_takes_for_the_end_of_a_line(folder: Path, 
     url = f"file://{tmp_path}/there"
     assert upload_folder(folder, url, tmp_path) == sorted([*NAMES, "a\u2028b\x85c.txt"])
     assert upload_folder(folder, url, tmp_path) == []
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_what_the_store_lost_or_changed_is_sent_again(
+    folder: Path, tmp_path: Path, memory: MemoryFileSystem, local: bool
+) -> None:
+    url = f"file://{tmp_path}/there" if local else "memory://bucket/demo"
+    store, base = fsspec.core.url_to_fs(url)
+    upload_folder(folder, url, tmp_path)
+    store.rm_file(f"{base}/weights/a.safetensors")
+    store.pipe_file(f"{base}/ünicode name.txt", b"longer")
+    assert upload_folder(folder, url, tmp_path) == (NAMES[1:], NAMES[:1])
+    # As long as before, so that only reading it tells.
+    store.pipe_file(f"{base}/ünicode name.txt", b"y")
+    assert upload_folder(folder, url, tmp_path) == ([], NAMES)
+    assert upload_folder(folder, url, tmp_path, read_back=True) == (NAMES[2:], NAMES[:2])
+    for name in NAMES:
+        assert store.cat_file(f"{base}/{name}") == (folder / name).read_bytes()
+    assert store.cat_file(f"{base}/SHA256SUMS").decode() == _listing(folder)
 
 
 def test_the_manifest_is_last_and_empty_until_then(
@@ -87,7 +106,7 @@ def test_the_manifest_is_last_and_empty_until_then(
         upload_folder(folder, "memory://bucket/demo", tmp_path)
     assert memory.cat_file("/bucket/demo/SHA256SUMS") == b""
     monkeypatch.undo()
-    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == NAMES
+    assert upload_folder(folder, "memory://bucket/demo", tmp_path) == (NAMES, [])
     assert memory.cat_file("/bucket/demo/SHA256SUMS").decode() == _listing(folder)
 
 
@@ -150,11 +169,16 @@ def test_s3_through_the_command_line(
         store = fsspec.filesystem("s3", skip_instance_cache=True)
         store.mkdir("bucket")
         app(["upload", str(folder), "s3://bucket/vipo"], standalone_mode=False)
-        assert capsys.readouterr().out == "s3://bucket/vipo: 3 files sent, every file there as here\n"
+        told = "files sent and read back; 0 were there (by SHA256SUMS and size, not read back)"
+        assert capsys.readouterr().out == f"s3://bucket/vipo: 3 {told}\n"
         store.invalidate_cache()
         assert sorted(store.find("bucket")) == sorted(f"bucket/vipo/{name}" for name in [*NAMES, "SHA256SUMS"])
         assert store.cat_file("bucket/vipo/SHA256SUMS").decode() == _listing(folder)
+        store.rm_file("bucket/vipo/weights/a.safetensors")
         app(["upload", str(folder), "s3://bucket/vipo"], standalone_mode=False)
-        assert "0 files sent" in capsys.readouterr().out
+        assert ": 1 files sent and read back; 2 were there (by" in capsys.readouterr().out
+        store.pipe_file("bucket/vipo/ünicode name.txt", b"y")
+        app(["upload", str(folder), "s3://bucket/vipo", "--read-back"], standalone_mode=False)
+        assert ": 1 files sent and read back; 2 were there (read back)" in capsys.readouterr().out
     finally:
         server.stop()

@@ -3,6 +3,7 @@
 Needs root and Debian's slurm-wlm and munge; their absence fails.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from vipo.config.compose import load_config, repository_root
+from vipo.provenance import read_provenance
 from vipo.stages import train_stage
 from vipo.training.checkpoints import list_checkpoints
 
@@ -27,6 +29,8 @@ pytestmark = pytest.mark.slurm
 
 ROOT = repository_root()
 UPDATES = 16
+# A limit against hangs, not a measure.
+SECONDS = 400
 
 SLURM_CONF = """\
 ClusterName=vipo
@@ -56,6 +60,27 @@ NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs=1 RealMe
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs=1 RealMemory=8000 Gres=gpu:2
 PartitionName=cpu Nodes=node[1-2] Default=YES
 PartitionName=gpu Nodes=node[1-2]
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=requeued Nodes=node1 GraceTime=20
+PartitionName=cancelled Nodes=node2 PreemptMode=CANCEL
+PartitionName=urgent Nodes=node[1-2] PriorityTier=2
+"""
+
+# Snakemake that asks Slurm every two seconds: the executor asks less and less often, and stages here are short.
+SNAKEMAKE = """\
+import snakemake_executor_plugin_slurm as slurm
+from snakemake.cli import main
+slurm.Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda self, seconds: None)
+main()
+"""
+
+# In vipo's place: a stage that SIGTERM stops, as training, and that does its work when it is started again.
+STAND_IN = """\
+#!/bin/sh
+mkdir started || exec {vipo} "$@"
+trap 'exit 75' TERM
+while :; do sleep 0.1; done
 """
 
 
@@ -224,8 +249,7 @@ class Workflow:
     @contextmanager
     def started(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         """A snakemake that is killed when the block ends."""
-        checks = ["--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "5"]
-        command = ["snakemake", "--profile", "slurm", *checks, *arguments]
+        command = [sys.executable, "-c", SNAKEMAKE, "--profile", "slurm", "--latency-wait", "5", *arguments]
         command += ["--config", "experiment=demo", f"overrides={json.dumps(self.overrides)}"]
         environment = self.cluster.environment | {"PACE": "0.1", "HOLD": str(self.hold)}
         with (self.project / "shown").open("wb") as shown:
@@ -239,7 +263,7 @@ class Workflow:
     def finished(self, *arguments: str) -> int:
         """The exit status of a snakemake that ends by itself."""
         with self.started(*arguments) as process:
-            return process.wait()
+            return process.wait(SECONDS)
 
     @property
     def shown(self) -> str:
@@ -248,7 +272,7 @@ class Workflow:
 
     def hold_training(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
         """The job that trains, standing still after more than `after` updates."""
-        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, 400)
+        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, SECONDS)
         self.hold.touch()
         assert snakemake.poll() is None, self.shown
         (job,) = self.cluster.queue("rule_train")
@@ -293,7 +317,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
         job = workflow.hold_training(third, done)
         cluster.ask("scancel", "--signal=TERM", job.id)
         workflow.hold.unlink()
-        assert third.wait() == 0, workflow.shown
+        assert third.wait(SECONDS) == 0, workflow.shown
     assert (project / "results/demo/report/index.html").is_file()
     assert (project / "results/demo/ro-crate-metadata.json").is_file()
 
@@ -325,7 +349,7 @@ def test_two_nodes_train_one_run_and_stop_together(
         assert "NodeList=node[1-2]" in asked
         cluster.ask("scancel", "--signal=TERM", job.id)
         workflow.hold.unlink()
-        assert snakemake.wait() == 0, workflow.shown
+        assert snakemake.wait(SECONDS) == 0, workflow.shown
     assert [known.state for known in cluster.jobs("rule_train")[earlier:]] == ["FAILED", "COMPLETED"]
     assert "resumed after update" in workflow.log
     # Two processes of one node sum in the same order.
@@ -333,3 +357,56 @@ def test_two_nodes_train_one_run_and_stop_together(
     command = ["vipo", "train", "experiment=demo", "arm=grpo", *overrides, "distribution.processes=2"]
     subprocess.run([*command, "--results", undisturbed], cwd=ROOT, env=cluster.environment, check=True)
     assert _artifacts(workflow.run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
+
+
+def test_preempted_jobs_go_on_and_use_up_no_retry(cluster: Cluster, project: Path, tiny_overrides: list[str]) -> None:
+    """In two partitions: one requeues after a grace time within which the stage stops, one cancels at once."""
+    stand_in = project / "bin" / "vipo"
+    stand_in.parent.mkdir()
+    stand_in.write_text(STAND_IN.format(vipo=shutil.which("vipo", path=cluster.environment["PATH"])))
+    stand_in.chmod(0o755)
+    # In a container, which has no Slurm.
+    image = project / "containers" / "vipo.sif"
+    image.parent.mkdir()
+    image.write_bytes(b"an image")
+    path = f"{stand_in.parent}:{ROOT / 'tests' / 'stand_ins'}:{cluster.environment['PATH']}"
+    log = project / "apptainer.jsonl"
+    standing = Cluster(cluster.environment | {"PATH": path, "APPTAINER_STAND_IN_LOG": str(log)})
+    projects = [project, shutil.copytree(project, project.with_name("another"), symlinks=True)]
+    overrides = [text for text in tiny_overrides if not text.startswith("experiment=")]
+    earlier = len(cluster.jobs("rule_prepare"))
+    with ExitStack() as stack:
+        runs = []
+        for partition, folder in zip(("requeued", "cancelled"), projects, strict=True):
+            workflow = Workflow(standing, folder, [*overrides, f"cluster.prepare.partition={partition}"])
+            started = workflow.started("results/demo/prompts/manifest.json", "--retries", "0", "--sdm", "apptainer")
+            runs.append((workflow, stack.enter_context(started)))
+
+        def ended() -> str:
+            return "".join(workflow.shown for workflow, snakemake in runs if snakemake.poll() is not None)
+
+        _eventually("both jobs run", lambda: ended() or all((folder / "started").is_dir() for folder in projects))
+        assert not ended()
+        cluster.ask("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
+
+        def states() -> list[str]:
+            return [job.state for job in cluster.jobs("rule_prepare")[earlier:]]
+
+        _eventually("both jobs are queued again", lambda: ended() or states() == ["PENDING", "PENDING"])
+        assert not ended()
+        # Slurm holds back for two minutes what was requeued.
+        for job in cluster.queue("rule_prepare"):
+            cluster.ask("scontrol", "update", f"JobId={job.id}", "StartTime=now")
+        for workflow, snakemake in runs:
+            assert snakemake.wait(SECONDS) == 0, workflow.shown
+            assert "was pre-empted and is queued again" in workflow.shown
+        assert states() == ["COMPLETED", "COMPLETED"]
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(call[2] for call in calls) == sorted(str(folder) for folder in projects for _ in range(2))
+    for call in calls:
+        assert "--nv" in call
+        assert call[-4:-1] == ["containers/vipo.sif", "bash", "-c"]
+        assert "vipo prepare --config results/demo/configs/" in call[-1]
+    digest = "sha256:" + hashlib.sha256(b"an image").hexdigest()
+    for folder in projects:
+        assert read_provenance(folder / "results/demo/prompts/provenance.json")["container_digest"] == digest

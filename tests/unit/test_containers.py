@@ -93,6 +93,26 @@ def test_the_image_is_tested_with_the_tests_of_make_unit() -> None:
     assert f"-m {unit}" in (ROOT / "containers/test.sh").read_text()
 
 
+def test_two_empty_results_are_not_the_same_bytes(tmp_path: Path) -> None:
+    script = (ROOT / "containers/test.sh").read_text()
+    (compare,) = re.findall(r"^deterministic\(\) \{.*? are the same bytes\"$", script, re.MULTILINE | re.DOTALL)
+
+    def compared() -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-euo", "pipefail", "-c", f"work={tmp_path}; {compare}"]
+        return subprocess.run(command, text=True, capture_output=True)
+
+    runs = [tmp_path / results / "demo" / "runs" for results in ("results", "here/results")]
+    for folder in runs:
+        for name in ("prompts", "embeddings", "runs", "evaluation"):
+            (folder.parent / name).mkdir(parents=True)
+    assert compared().returncode != 0
+    for folder in runs:
+        (folder / "metrics.jsonl").write_text("{}")
+    assert compared().stdout == "1 files are the same bytes\n"
+    (runs[0] / "metrics.jsonl").write_text("{ }")
+    assert compared().returncode != 0
+
+
 _BUILDER = """#!/bin/sh
 printf '%s\\n' "$@" >> "$LOG"
 for last; do :; done

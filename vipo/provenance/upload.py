@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from tqdm import tqdm
@@ -20,20 +20,25 @@ class UploadError(VipoError):
     """What cannot be uploaded as it is; the message names the file or address and the fix."""
 
 
-def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
+class Uploaded(NamedTuple):
+    """Names of files, relative to the folder: those that were sent, and those that the store had."""
+
+    sent: list[str]
+    kept: list[str]
+
+
+def upload_folder(folder: Path, url: str, root: Path, *, read_back: bool = False) -> Uploaded:
     """Copy the files of a folder to an object store and check there what arrived.
 
     ``<url>/SHA256SUMS`` (as ``sha256sum`` prints it) is written last and is empty while an upload is under way, so
-    that it lists a whole upload or nothing. What it lists with the same hash already is not sent again. Hidden
-    files (locks, time stamps) stay here, and nothing there is deleted.
+    that it lists a whole upload or nothing. What it lists with the same hash and the store with the same size is not
+    sent again. Hidden files (locks, time stamps) stay here, and nothing there is deleted.
 
     Args:
         folder: a folder of results.
         url: where it goes, for fsspec: ``s3://bucket/folder``, ``gs://bucket/folder``, ``file:///folder``.
         root: the repository root that paths in ``provenance.json`` start at.
-
-    Returns:
-        The names of the files that were sent, relative to `folder`.
+        read_back: read what would not be sent, too: somebody may have put other bytes of the same size there.
 
     Raises:
         UploadError: there is nothing to upload, a file is not what its ``provenance.json`` recorded, the address
@@ -47,6 +52,11 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
     if not names:
         raise UploadError(f"{folder}: holds no file to upload; run the stage that writes it first")
     store, base = _store(url)
+
+    def there(name: str) -> str:
+        with store.open(f"{base}/{name}", "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
     manifest = f"{base}/{MANIFEST}"
     try:
         before = store.cat_file(manifest) if store.exists(manifest) else b""
@@ -57,13 +67,22 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
         lines = {name: f"{hashes[name]}  {name}\n" for name in names}
         # Not splitlines(): a file's name may hold what Unicode takes for the end of a line.
         listed = set(io.StringIO(before.decode()))
-        changed = [name for name in names if lines[name] not in listed]
-        if listed != set(lines.values()):
+        # The manifest tells what was sent once; what has become of it, the store.
+        store.invalidate_cache()
+        sizes = {path: entry["size"] for path, entry in store.find(base, detail=True).items()}
+        kept = [
+            name
+            for name in names
+            if lines[name] in listed and sizes.get(f"{base}/{name}") == (folder / name).stat().st_size
+        ]
+        if read_back:
+            kept = [name for name in tqdm(kept, desc="read back", disable=None) if there(name) == hashes[name]]
+        changed = sorted({*names} - {*kept})
+        if changed or listed != set(lines.values()):
             store.pipe_file(manifest, b"")
         for name in tqdm(changed, desc="upload", disable=None):
             store.put_file(str(folder / name), f"{base}/{name}")
-            with store.open(f"{base}/{name}", "rb") as stream:
-                arrived = hashlib.file_digest(stream, "sha256").hexdigest()
+            arrived = there(name)
             if arrived != hashes[name]:
                 raise UploadError(
                     f"{url}/{name}: SHA-256 {arrived[:12]}… arrived, {hashes[name][:12]}… was read from "
@@ -78,7 +97,7 @@ def upload_folder(folder: Path, url: str, root: Path) -> list[str]:
             f"{url}: {error or type(error).__name__}; check address, credentials and permission to write, "
             "and upload again"
         ) from error
-    return changed
+    return Uploaded(changed, kept)
 
 
 def _store(url: str) -> tuple[Any, str]:

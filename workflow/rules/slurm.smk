@@ -1,4 +1,4 @@
-"""A snakemake that was killed leaves its Slurm jobs behind: a new one does not submit them a second time."""
+"""What Snakemake's Slurm executor leaves open: jobs of a snakemake that was killed, and jobs that were pre-empted."""
 
 import re
 import subprocess
@@ -26,6 +26,45 @@ def jobs_left_behind():
     return found
 
 
+def requeue_preempted_jobs():
+    """Make the executor put jobs that pre-emption ended back into Slurm's queue, which uses up no retry.
+
+    Slurm does so itself only where a partition requeues and the job outlives its grace time. A job that stops within it
+    ends FAILED; one whose partition cancels ends PREEMPTED, which the executor waits on for ever. Both have a
+    PreemptTime, until they are requeued. A cancelled job stays cancelled.
+    """
+    import snakemake_executor_plugin_slurm as executor
+
+    query = executor.query_job_status
+    failed = set()
+
+    async def query_and_requeue(command, logger):
+        states, seconds = await query(command, logger)
+        known = states or {}
+        ended = {
+            job for job, state in known.items() if state in ("FAILED", "PREEMPTED")
+        } - failed
+        if ended:
+            # sacct may be late; this is what Slurm's controller says.
+            ask = ["squeue", "--noheader", "--states=FAILED,PREEMPTED"]
+            ask += [f"--jobs={','.join(ended)}", "--Format=JobID:20,PreemptTime:20"]
+            told = subprocess.run(ask, capture_output=True, text=True).stdout
+            for job, preempted in (line.split() for line in told.splitlines()):
+                requeue = ["scontrol", "requeue", job]
+                if preempted != "N/A" and subprocess.run(requeue).returncode == 0:
+                    known[job] = "PENDING"
+                    logger.info(f"Slurm job {job} was pre-empted and is queued again.")
+                else:
+                    known[job] = "FAILED"
+            # Snakemake submits these again: they must not come back beside that.
+            failed.update(job for job in ended if known[job] == "FAILED")
+        for job in failed & known.keys():
+            known[job] = "FAILED"
+        return states, seconds
+
+    executor.query_job_status = query_and_requeue
+
+
 onstart:
     if workflow.executor_plugin.name == "slurm":
         # Snakemake hands them to its jobs through two shells.
@@ -43,3 +82,4 @@ onstart:
                 f"have ended, or stop them with 'scancel {' '.join(left)}' (training keeps its checkpoint), then start "
                 "again"
             )
+        requeue_preempted_jobs()
