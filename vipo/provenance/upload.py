@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vipo.errors import VipoError
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, read_provenance
+from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, read_provenance
 
 MANIFEST = "SHA256SUMS"
 
@@ -46,9 +46,8 @@ def upload_folder(folder: Path, url: str, root: Path, *, read_back: bool = False
     """
     if not folder.is_dir():
         raise UploadError(f"{folder}: is no folder; give one of results/")
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = (path for path in files if not any(part.startswith(".") for part in path.parts))
-    names = sorted(path.as_posix() for path in visible if path != Path(MANIFEST))
+    visible = (name for name in files_below(folder) if not any(part.startswith(".") for part in Path(name).parts))
+    names = [name for name in visible if name != MANIFEST]
     if not names:
         raise UploadError(f"{folder}: holds no file to upload; run the stage that writes it first")
     store, base = _store(url)
