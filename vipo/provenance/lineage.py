@@ -235,7 +235,7 @@ def _file_entry(path: Path) -> dict[str, Any]:
 def _folder_files(folder: Path) -> list[str]:
     visible = (name for name in _walk(folder) if not any(part.startswith(".") for part in Path(name).parts))
     # What tells how a folder was made is no part of what was made: another day's would be another generator.
-    return [name for name in visible if (folder / name).is_file() and name not in (PROVENANCE, DIFF)]
+    return [name for name in visible if (folder / name).is_file() and name not in (PROVENANCE, DIFF, CHECKOUT_DIFF)]
 
 
 def _recorded_path(path: Path, root: Path) -> str:
