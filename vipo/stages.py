@@ -84,7 +84,7 @@ def _encode(config: Config, root: Path, results: Path) -> None:
     torch.set_num_threads(config.training.threads)
     experiment = experiment_folder(config, results)
     prompts, folder = experiment / "prompts", experiment / "embeddings"
-    remedy = "The text encoders do not fit: set generator.device=cpu for this stage, or raise cluster.encode.memory_mb"
+    remedy = "Give this stage a device with more memory, or raise cluster.encode.memory_mb"
     with (
         memory_errors("encode", remedy),
         record_stage(
@@ -145,7 +145,7 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -
     check_device(config.generator)
     experiment = experiment_folder(config, results)
     _check_shared(config, experiment, "eval")
-    remedy = "Lower evaluation.batch, set generator.precision=bf16, or raise cluster.evaluate.memory_mb"
+    remedy = "Lower evaluation.batch, or raise cluster.evaluate.memory_mb"
     with (
         memory_errors(f"evaluation of {config.run_name}", remedy),
         run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait),

@@ -5,10 +5,11 @@
 JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n sends SIGTERM to
 the last rank alone after n updates; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an update instead,
 and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it begins;
-``hang_at`` n lets the last rank hang in the n-th call of learning for 20 s, and end then. Prints the exit
-statuses of each job's ranks as a JSON line.
+``hang_at`` n lets the last rank hang in the n-th call of learning for 20 s, and end then; ``full_at`` [r, n] lets the
+disk be full when rank r writes tensors for the n-th time. Prints the exit statuses of each job's ranks as a JSON line.
 """
 
+import errno
 import json
 import os
 import resource
@@ -67,6 +68,21 @@ def hang(call: int) -> None:
     trainer.policy_transition = hanging
 
 
+def fill_disk(call: int) -> None:
+    """Let this process find the disk full when it writes tensors of a checkpoint for the `call`-th time."""
+    from vipo.training import checkpoints
+
+    sound, calls = checkpoints.save_file, iter(range(1, 10_000))
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        if next(calls) == call:
+            path.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sound(tensors, path, metadata)
+
+    checkpoints.save_file = full
+
+
 def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -> int:
     """What one rank does; its exit status."""
     from vipo.config.compose import repository_root
@@ -113,6 +129,8 @@ def train(world: int, results: Path, overrides: list[str], **spec: Any) -> list[
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
             if "hang_at" in spec and rank == world - 1:
                 hang(spec["hang_at"])
+            if spec.get("full_at", [None])[0] == rank:
+                fill_disk(spec["full_at"][1])
             status = work(config, results / "demo", spec.get("parts"), spec.get("memory"))
             sys.stderr.flush()
             os._exit(status)

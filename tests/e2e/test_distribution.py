@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vipo.config.compose import repository_root
@@ -62,7 +63,11 @@ def _largest_difference(a: Path, b: Path) -> float:
     "options",
     [
         pytest.param([], id="ratio-per-position"),
-        pytest.param(["arm=grpo", "objective.kl_weight=0.01", "training.best_of=4"], id="kl-and-best-of"),
+        pytest.param(
+            # So that what is best and worst makes four micro-batches as well.
+            ["arm=grpo", "objective.kl_weight=0.01", "training.best_of=4", "training.micro_batch=1"],
+            id="kl-and-best-of",
+        ),
         pytest.param(
             ["training.lora={rank: 2, alpha: 4.0}", "objective.kl_weight=0.01", "training.gradient_checkpointing=true"],
             id="lora-and-checkpointing",
@@ -73,12 +78,12 @@ def test_an_update_is_the_same_on_any_number_of_processes(
     prepared: Path, overrides: list[str], tmp_path: Path, options: list[str]
 ) -> None:
     jobs: list[dict[str, Any]] = []
-    for world, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+    for world, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")):
         results, parts = tmp_path / f"{world}{strategy}", tmp_path / f"{world}{strategy}.safetensors"
         chosen = [*overrides, *options, f"training.threads={THREADS}", f"distribution.strategy={strategy}"]
         jobs.append({"world": world, "results": results, "overrides": chosen, "parts": parts})
         shutil.copytree(prepared, results)
-    assert _ranks(*jobs) == [[0], [0, 0], [0, 0]]
+    assert _ranks(*jobs) == [[0], [0, 0], [0, 0], [0] * 4, [0] * 4]
     found = {job["parts"].stem: load_file(job["parts"]) for job in jobs}
     alone = found.pop("1ddp")
     assert float(alone["latents"].std()) > 0.5
@@ -135,6 +140,45 @@ def test_killed_processes_end_with_the_same_bytes(
     ) == [[0, 0], [-9, -9], [0, 0]]
     assert _artifacts(whole) == _artifacts(disturbed)
     assert not list((disturbed / RUN).rglob("*.partial"))
+
+
+def test_sharded_weights_stay_fp32_with_bf16(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+    results = shutil.copytree(prepared, tmp_path / "results")
+    chosen = [*overrides, "training.updates=2", "distribution.strategy=fsdp", "generator.precision=bf16"]
+    # bf16's rounding is far above the tolerance of fp32.
+    chosen += ["training.log_ratio_tolerance=1"]
+    assert _ranks({"world": 2, "results": results, "overrides": chosen}) == [[0, 0]]
+    newest = list_checkpoints(results / RUN / "checkpoints")[0]
+    assert newest.name == "000002"
+    (weights,) = (results / RUN / "weights").rglob("*.safetensors")
+    for tensors in (load_checkpoint(newest).tensors, load_file(weights)):
+        assert {value.dtype for value in tensors.values()} == {torch.float32}
+        # Values that bf16 does not have.
+        assert any((value != value.bfloat16().float()).any() for value in tensors.values())
+
+
+def test_a_full_disk_and_a_damaged_file_of_a_sharded_checkpoint(
+    prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
+    chosen = [*overrides, "distribution.strategy=fsdp", "distribution.timeout_seconds=4"]
+    full: dict[str, Any] = {"world": 2, "results": disturbed, "overrides": chosen}
+    # Each of both cannot write the third checkpoint.
+    errors = tmp_path / "errors.txt"
+    assert _ranks(full | {"full_at": [1, 3]}, full | {"full_at": [0, 1]}, errors=errors) == [[1, 1], [1, 1]]
+    told = "checkpoints/000003: cannot be written (No space left on device); free disk space"
+    assert errors.read_text().count(told) == 2, errors.read_text()
+    folder = disturbed / RUN / "checkpoints"
+    assert [load_checkpoint(path).update for path in list_checkpoints(folder)] == [2, 1]
+    assert not list(folder.glob(".*"))
+
+    piece = folder / "000002" / "tensors-00001-of-00002.safetensors"
+    content = piece.read_bytes()
+    piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    whole_run = {"world": 2, "results": whole, "overrides": chosen}
+    assert _ranks(full, whole_run, errors=errors) == [[0, 0], [0, 0]]
+    assert f"000002/{piece.name}: damaged (SHA-256" in errors.read_text()
+    assert _artifacts(disturbed) == _artifacts(whole)
 
 
 def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
@@ -252,6 +296,18 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
         pytest.fail(f"the undisturbed run did not stop near update {stopped.update}")
     assert (same / "tensors.safetensors").read_bytes() == (newest / "tensors.safetensors").read_bytes()
     assert load_checkpoint(same).state == stopped.state
+
+
+def test_torchrun_starts_the_same_run(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+    own, other = shutil.copytree(prepared, tmp_path / "own"), shutil.copytree(prepared, tmp_path / "torchrun")
+    launched = _Launched(own, [*overrides, "training.updates=2"], tmp_path / "own.txt")
+    status, text = launched.ended()
+    assert status == 0, text
+    torchrun = [str(Path(VIPO).with_name("torchrun")), "--standalone", "--nproc-per-node=2", "--no-python"]
+    train = [VIPO, "train", *overrides, "training.updates=2", "distribution.processes=2", "--results", str(other)]
+    finished = subprocess.run([*torchrun, *train], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert _artifacts(own) == _artifacts(other)
 
 
 def test_the_others_wait_while_the_first_rank_waits_for_a_lock(

@@ -125,7 +125,7 @@ def test_memory_that_runs_out_elsewhere_names_the_settings_of_that_place(
             evaluate_stage(config, ROOT, results)
     with monkeypatch.context() as patched:
         patched.setattr("vipo.generators.embeddings.resolve_class", too_much)
-        with pytest.raises(OutOfMemory, match=r"encode: out of memory \(.*generator\.device=cpu"):
+        with pytest.raises(OutOfMemory, match=r"encode: out of memory \(.*cluster\.encode\.memory_mb"):
             encode_stage(config, ROOT, results)
 
 

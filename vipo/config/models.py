@@ -696,7 +696,7 @@ def _pinned(revision: str | None) -> str | None:
         return revision
     raise ValueError(
         f"{revision!r} is no whole commit hash; a branch, a tag or a part of a hash may come to mean other weights. "
-        "'git ls-remote https://huggingface.co/OWNER/NAME' prints the 40 hexadecimal digits of each"
+        "huggingface_hub.HfApi().model_info('OWNER/NAME').sha is the newest one's 40 hexadecimal digits"
     )
 
 

@@ -38,8 +38,8 @@ _LIFELINE = "VIPO_LIFELINE"
 # Longer than a rank that lost a partner takes to say so, so that the dead one is known first.
 _DELAY = 0.2
 # Between nodes, in seconds: how often a launcher looks, how long it tries to reach the others before it ends, and
-# longer than ranks that end together are apart.
-_POLL, _CONNECT, _GRACE = 0.5, 10.0, 30.0
+# longer than ranks that end together are apart, but less than Slurm's KillWait.
+_POLL, _CONNECT, _GRACE = 0.5, 10.0, 20.0
 _ENDED = "vipo/ended"
 _STOPPED = "stopped"
 
