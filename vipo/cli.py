@@ -7,9 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, get_args
 
 import typer
@@ -24,6 +23,7 @@ from vipo.config.compose import (
 )
 from vipo.config.models import Config, PerceptionConfig
 from vipo.errors import Preempted, VipoError
+from vipo.signals import handled
 
 app = typer.Typer(
     add_completion=False,
@@ -103,7 +103,8 @@ def train(overrides: Overrides = None, file: ConfigFile = None, results: Results
 
     Prompts and embeddings are made first where the results folder lacks them.
     """
-    with _preemptible():
+    # Where training does not listen itself, nothing is lost.
+    with handled(_ask_for_another_try, signal.SIGTERM, signal.SIGUSR1):
         from vipo.stages import train_stage
 
         train_stage(_configuration(overrides, file), repository_root(), results, wait)
@@ -361,22 +362,11 @@ def audit(
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _preemptible() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 ask for another try: here too, where training does not listen itself and loses nothing."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
-        # No exception: a library that is being imported might take it for its own.
-        os._exit(_PREEMPTED)
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _ask_for_another_try(number: int) -> None:
+    name = signal.Signals(number).name
+    os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
+    # No exception: a library that is being imported might take it for its own.
+    os._exit(_PREEMPTED)
 
 
 def _leave(status: int) -> None:

@@ -20,12 +20,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from vipo.config.models import DistributionConfig
 from vipo.errors import Preempted
 from vipo.provenance.lineage import COMMAND, command_line
+from vipo.signals import handled
 from vipo.training.samples import TrainingError
 
 if TYPE_CHECKING:
@@ -204,12 +204,21 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
 
     asked: list[int] = []
 
-    def forward(number: int, _frame: FrameType | None) -> None:
+    def forward(number: int) -> None:
         asked.append(number)
         _ask_to_stop(ranks.values(), number)
 
-    handlers = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    def end() -> None:
+        for process in ranks.values():
+            process.kill()
+        for process in ranks.values():
+            # So that the run's lock is free for the next start; but not for ever, where a disk holds it up.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(handled(forward, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+        stack.callback(end)
         for local in range(config.processes):
             own = {
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
@@ -235,15 +244,6 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
         _wait(ranks, said, ended, first, asked, OtherNodes(meeting, config))
         for thread in followers:
             thread.join()
-    finally:
-        for process in ranks.values():
-            process.kill()
-        for process in ranks.values():
-            # So that the run's lock is free for the next start; but not for ever, where a disk holds it up.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _wait(

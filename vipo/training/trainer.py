@@ -16,7 +16,6 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -51,6 +50,7 @@ from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import TransitionBatch, policy_transition, rollout
 from vipo.sampling.transitions import position_kl, position_log_prob
+from vipo.signals import handled
 from vipo.tracking import Timer, Tracker
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
@@ -668,17 +668,8 @@ class Trainer:
                 "start the same command again to go on from there"
             )
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def remember(number: int, _frame: FrameType | None) -> None:
-            self.stop_signal = number
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _remember(self, number: int) -> None:
+        self.stop_signal = number
 
     def _timing(self) -> dict[str, float]:
         parts = self.timer.pop()
@@ -699,7 +690,8 @@ class Trainer:
         """
         training = self.config.training
         main = self.distribution.is_main
-        with self._signals(), self.distribution.named_hangs():
+        stopped = handled(self._remember, signal.SIGTERM, signal.SIGUSR1)
+        with stopped, self.distribution.named_hangs():
             identity = self.identity()
             # The main process may be setting another configuration's run aside.
             self.distribution.meet()
