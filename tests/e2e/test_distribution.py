@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from vipo.config.compose import repository_root
+from vipo.config.models import DistributionConfig
 from vipo.provenance import read_provenance
 from vipo.provenance.locks import run_lock
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
+from vipo.training.launch import rendezvous
 
 ROOT = repository_root()
 VIPO = str(Path(sys.executable).with_name("vipo"))
@@ -303,7 +305,9 @@ def test_torchrun_starts_the_same_run(prepared: Path, overrides: list[str], tmp_
     launched = _Launched(own, [*overrides, "training.updates=2"], tmp_path / "own.txt")
     status, text = launched.ended()
     assert status == 0, text
-    torchrun = [str(Path(VIPO).with_name("torchrun")), "--standalone", "--nproc-per-node=2", "--no-python"]
+    # Not --standalone, which looks up this machine's name: a container's may be in no list.
+    port = rendezvous(DistributionConfig(), {})["MASTER_PORT"]
+    torchrun = [str(Path(VIPO).with_name("torchrun")), f"--master-port={port}", "--nproc-per-node=2", "--no-python"]
     train = [VIPO, "train", *overrides, "training.updates=2", "distribution.processes=2", "--results", str(other)]
     finished = subprocess.run([*torchrun, *train], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
