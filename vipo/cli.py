@@ -55,8 +55,6 @@ Wait = Annotated[
 ]
 
 _RESULTS = Path("results")
-# A scheduler tells by this exit status what can be tried again: EX_TEMPFAIL of sysexits.h.
-_PREEMPTED = 75
 # From the section, whose module is light: the type behind it would import torch for --help.
 _ORIENTATIONS: tuple[str, ...] = get_args(get_args(PerceptionConfig.model_fields["orientation"].annotation)[0])
 
@@ -366,7 +364,7 @@ def _ask_for_another_try(number: int) -> None:
     name = signal.Signals(number).name
     os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
     # No exception: a library that is being imported might take it for its own.
-    os._exit(_PREEMPTED)
+    os._exit(Preempted.STATUS)
 
 
 def _leave(status: int) -> None:
@@ -394,7 +392,7 @@ def main() -> None:
         # Whoever read the messages may have been killed with the job; the exit status still counts.
         with contextlib.suppress(BrokenPipeError):
             typer.echo(f"error: {error}", err=True)
-        _leave(_PREEMPTED if isinstance(error, Preempted) else 1)
+        _leave(Preempted.STATUS if isinstance(error, Preempted) else 1)
     except OSError as error:
         typer.echo(f"error: {error}; check that the path exists, permissions and free space", err=True)
         _leave(1)

@@ -7,3 +7,6 @@ class VipoError(Exception):
 
 class Preempted(VipoError):
     """A signal asked the process to stop; everything needed to go on exactly is in the newest checkpoint."""
+
+    #: Exit status by which a scheduler tells what can be tried again: EX_TEMPFAIL of sysexits.h.
+    STATUS = 75

@@ -11,6 +11,7 @@ from vipo.audit.findings import Anchor
 from vipo.provenance.crate import METADATA, SIGNATURE, crate_files
 from vipo.provenance.dvc import LOCK, LockedStage, dvc_md5, parse_lock
 from vipo.provenance.environment import git_output, git_problem
+from vipo.provenance.files import text_lines
 from vipo.provenance.lineage import ProvenanceError, files_below
 from vipo.provenance.signature import SignatureError, verify_file
 from vipo.provenance.upload import MANIFEST
@@ -75,7 +76,7 @@ def check_exports(examination: Examination) -> None:
         folder = path.parent
         place = folder.relative_to(examination.folder).as_posix()
         with examination.guarded(f"{place}/{MANIFEST}", "bytes"):
-            lines = path.read_text("utf-8").splitlines()
+            lines = text_lines(path.read_text("utf-8"))
             told = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
             found = {name: examination.sha256(folder / name) for name in files_below(folder) if name != MANIFEST}
             for name in sorted(told.keys() | found.keys()):

@@ -214,10 +214,10 @@ def check_code(examination: Examination) -> None:
                     message = f"made by another {name} (SHA-256 {short(str(made))}) than the present one"
                     advice = "check out the commit that made it before you compare or extend it, or run it again"
                     examination.remark(folder, check, message, advice)  # type: ignore[arg-type]
-            if (several := len(record.get("updates_made_by", []))) > 1:
+            if "updates_made_by" in record:
                 examination.remark(
-                    folder, "code", f"its updates were made by {several} packages, one after the other",
-                    f"{PROVENANCE} names them (updates_made_by); train the run again where one code shall have made it",
+                    folder, "code", "its updates were not all made by the package that the record is of",
+                    f"{PROVENANCE} names who made them (updates_made_by); train the run again if one code shall have",
                 )  # fmt: skip
             here = versions()
             other = [

@@ -5,7 +5,6 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,6 +12,7 @@ import pandas as pd
 from vipo.audit.examination import Examination
 from vipo.evaluation.evaluate import summarize
 from vipo.provenance.environment import package_sha256, versions
+from vipo.provenance.files import text_lines
 from vipo.reporting import report_files
 from vipo.stages import run_names
 
@@ -41,13 +41,13 @@ def _check_manifest(examination: Examination) -> None:
         prompts = examination.folder / "prompts"
         told = json.loads((prompts / "manifest.json").read_text("utf-8"))
         found = {name: examination.sha256(prompts / name) for name in ("train.jsonl", "eval.jsonl")}
-        counts = {name.removesuffix(".jsonl"): len(_lines(prompts / name)) for name in found}
+        counts = {name.removesuffix(".jsonl"): len(text_lines((prompts / name).read_text("utf-8"))) for name in found}
         _compare(examination, "prompts/manifest.json", told["files"], found)
         _compare(examination, "prompts/manifest.json", {name: told["counts"][name] for name in counts}, counts)
 
 
 def _check_metrics(examination: Examination, folder: str) -> None:
-    rows = [json.loads(line) for line in _lines(examination.folder / folder / "metrics.jsonl")]
+    rows = [json.loads(line) for line in text_lines((examination.folder / folder / "metrics.jsonl").read_text("utf-8"))]
     config = examination.configs.get(folder.partition("/")[2])
     told = [row["update"] for row in rows]
     if config is not None and told != list(range(1, config.training.updates + 1)):
@@ -55,11 +55,6 @@ def _check_metrics(examination: Examination, folder: str) -> None:
             f"{folder}/metrics.jsonl", "numbers", f"does not hold updates 1 to {config.training.updates}, each once",
             "train the run again",
         )  # fmt: skip
-
-
-def _lines(path: Path) -> list[str]:
-    # A text in JSON may hold characters that end a line elsewhere.
-    return path.read_text("utf-8").removesuffix("\n").split("\n") if path.stat().st_size else []
 
 
 def _check_report(examination: Examination) -> None:

@@ -23,6 +23,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def text_lines(text: str) -> list[str]:
+    """Lines of a text that vipo wrote: a newline ends one, no other separator that may stand inside (U+2028)."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,7 +1,6 @@
 """A finished folder to an object store: data first, its manifest last."""
 
 import hashlib
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import fsspec
 from tqdm import tqdm
 
 from vipo.errors import VipoError
-from vipo.provenance.files import file_sha256
+from vipo.provenance.files import file_sha256, text_lines
 from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, read_provenance
 
 MANIFEST = "SHA256SUMS"
@@ -63,9 +62,8 @@ def upload_folder(folder: Path, url: str, root: Path, *, read_back: bool = False
         store.pipe_file(manifest, before)
         hashes = {name: file_sha256(folder / name) for name in tqdm(names, desc="hash", disable=None)}
         _check_recorded(folder, hashes, root)
-        lines = {name: f"{hashes[name]}  {name}\n" for name in names}
-        # Not splitlines(): a file's name may hold what Unicode takes for the end of a line.
-        listed = set(io.StringIO(before.decode()))
+        lines = {name: f"{hashes[name]}  {name}" for name in names}
+        listed = set(text_lines(before.decode()))
         # The manifest tells what was sent once; what has become of it, the store.
         store.invalidate_cache()
         sizes = {path: entry["size"] for path, entry in store.find(base, detail=True).items()}
@@ -87,7 +85,7 @@ def upload_folder(folder: Path, url: str, root: Path, *, read_back: bool = False
                     f"{url}/{name}: SHA-256 {arrived[:12]}… arrived, {hashes[name][:12]}… was read from "
                     f"{folder / name}; upload again when nothing writes it"
                 )
-        store.pipe_file(manifest, "".join(lines.values()).encode())
+        store.pipe_file(manifest, "".join(f"{line}\n" for line in lines.values()).encode())
     except VipoError:
         raise
     # Each store has its own family of errors (botocore's are no OSErrors).

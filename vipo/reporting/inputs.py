@@ -1,6 +1,5 @@
 """What the report reads: configurations, metrics, scores, samples and maps of an experiment's runs, checked."""
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import pandas as pd
 from vipo.config.compose import ConfigError, load_config_file
 from vipo.config.models import REPORTED, Config
 from vipo.errors import VipoError
+from vipo.provenance.files import text_lines
 
 _RUN = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?-s\d+\Z")
 _SCORE_KEYS = ("run", "arm", "seed", "update", "final", "prompt_id", "prompt", "sample")
@@ -105,7 +105,7 @@ def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experi
                 f"of {loaded[0].name} ({list(scores[0].columns)}); evaluate both again"
             )
     prompts = folder / "prompts"
-    counts = {name: len(_read_lines(prompts / f"{name}.jsonl")) for name in ("train", "eval")}
+    counts = {name: len(text_lines(_read_text(prompts / f"{name}.jsonl"))) for name in ("train", "eval")}
     manifest = _read_mapping(prompts / "manifest.json")
     return Experiment(folder, tuple(loaded), pd.concat(scores, ignore_index=True), counts, manifest)
 
@@ -159,11 +159,6 @@ def _read_text(path: Path) -> str:
         raise ReportError(f"{path}: cannot be read ({error}); run the stage that writes it") from error
 
 
-def _read_lines(path: Path) -> list[str]:
-    # Not splitlines(), which also splits at U+2028 and other separators that may stand inside a text.
-    return [line.removesuffix("\n") for line in io.StringIO(_read_text(path))]
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
@@ -181,7 +176,7 @@ def read_rows(path: Path) -> pd.DataFrame:
         ReportError: the file is missing, empty, or a line is no such row.
     """
     rows = []
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(text_lines(_read_text(path)), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from vipo.config.compose import dump_config
 from vipo.evaluation.statistics import decimals
 from vipo.perception.backbones import NOT_MEASURED, registered_evidence
+from vipo.provenance.files import text_lines
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
 from vipo.reporting.pictures import ShownPrompt
@@ -210,7 +211,7 @@ def _differing(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _configurations(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each run's YAML by lines, marked where it is not the first run's."""
-    texts = [dump_config(run.config).removesuffix("\n").split("\n") for run in runs]
+    texts = [text_lines(dump_config(run.config)) for run in runs]
     reference = texts[0]
     result = []
     for run, lines in zip(runs, texts, strict=True):

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PREEMPTED = 75
 _LIFELINE = "VIPO_LIFELINE"
 # Longer than a rank that lost a partner takes to say so, so that the dead one is known first.
 _DELAY = 0.2
@@ -265,7 +264,7 @@ def _wait(
             rank, status = ended.get()
             left.discard(rank)
             # A rank that had not begun yet is ended by the signal itself.
-            if status == _PREEMPTED or -status in (signal.SIGTERM, signal.SIGUSR1, *asked):
+            if status == Preempted.STATUS or -status in (signal.SIGTERM, signal.SIGUSR1, *asked):
                 if not stopped and not asked:
                     _ask_to_stop(ranks.values())
                     nodes.tell(_STOPPED)
