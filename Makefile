@@ -72,7 +72,7 @@ test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs 
 	pytest -m root tests/system
 
 test-slurm: env  ## the workflow on a private Slurm cluster (needs root and Debian's slurm-wlm and munge)
-	timeout --signal=INT --kill-after=60 600 pytest -m slurm tests/system
+	pytest -m slurm tests/system
 
 image:  ## the container image `vipo` from the newest commit (docker, podman or buildah; 7.6 GB)
 	containers/build.sh vipo
