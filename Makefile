@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env demo study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
+.PHONY: help env demo gpu study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
   sif test-image lock clean
 
 help:  ## this list
@@ -39,6 +39,9 @@ STUDY := credit credit_clip credit_global credit_scene
 study: env  ## the study behind docs/method.md: does the map direct credit? (a few hours on two cores; resumable)
 	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment; done
 	vipo study $(STUDY) -o docs/study
+
+gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md
+	benchmarks/gpu/run.sh
 
 dvc-yaml: env  ## dvc.yaml again, after a change of the rules or of what configs/experiment/demo.yaml is composed of
 	python workflow/dvc_yaml.py

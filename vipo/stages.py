@@ -13,7 +13,7 @@ from pathlib import Path
 from vipo.config.compose import dump_config
 from vipo.config.models import Config, PretrainConfig
 from vipo.prompts import check_prompts, prepare_prompts
-from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file, write_crate, zip_crate
+from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
 
 
@@ -239,6 +239,8 @@ def crate_stage(
     Returns:
         The files written, the metadata first.
     """
+    from vipo.provenance.crate import write_crate, zip_crate
+
     experiment = experiment_folder(config, results)
     with run_lock(experiment / "crate", wait_seconds=wait):
         written = [write_crate(experiment, root)]

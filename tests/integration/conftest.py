@@ -31,7 +31,8 @@ def signed(finished: Path) -> Path:
     """The same with a signed crate; `ada` may sign."""
     root = Path(shutil.copytree(finished, finished.with_name("signed")))
     key, _ = new_key(root.parent, "ada")
-    from vipo.provenance import sign_file, write_crate
+    from vipo.provenance import sign_file
+    from vipo.provenance.crate import write_crate
 
     with inside(root):
         sign_file(write_crate(root / EXPERIMENT, root), key)

@@ -21,7 +21,8 @@ from vipo.audit import audit as audit_module
 from vipo.audit import lineage as lineage_module
 from vipo.cli import main
 from vipo.config.compose import dump_config, load_config, repository_root, write_if_changed
-from vipo.provenance import ProvenanceError, file_sha256, write_crate, zip_crate
+from vipo.provenance import ProvenanceError, file_sha256
+from vipo.provenance.crate import write_crate, zip_crate
 from vipo.provenance.dvc import dvc_md5, parse_lock
 from vipo.stages import prepare_stage
 

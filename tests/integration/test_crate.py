@@ -17,7 +17,8 @@ from audit_fixture import EXPERIMENT
 from rocrate.rocrate import ROCrate
 
 import vipo
-from vipo.provenance import ProvenanceError, file_sha256, record_stage, write_crate, zip_crate
+from vipo.provenance import ProvenanceError, file_sha256, record_stage
+from vipo.provenance.crate import write_crate, zip_crate
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from vipo.config.compose import dump_config, load_config_file
 from vipo.config.models import Config
 from vipo.demo.scenes import foreground
+from vipo.determinism import deterministic_algorithms
 from vipo.errors import VipoError
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
@@ -94,7 +95,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             is not finite.
     """
     torch.set_num_threads(config.training.threads)
-    torch.use_deterministic_algorithms(True)
+    deterministic_algorithms()
     output = experiment / "evaluation" / config.run_name
     prompts_path, embeddings_path = (
         experiment / "prompts" / "eval.jsonl",

@@ -1,6 +1,5 @@
-"""Provenance: durable files, run locks, the lineage of every artifact, and the experiment's RO-Crate."""
+"""Provenance: durable files, run locks, the lineage of every artifact; the experiment's RO-Crate is in `crate`."""
 
-from vipo.provenance.crate import write_crate, zip_crate
 from vipo.provenance.environment import code_identity, git_state, package_sha256
 from vipo.provenance.files import StorageError, atomic_file, atomic_folder, file_sha256, fsync_path
 from vipo.provenance.lineage import ProvenanceError, read_provenance, record_stage, verify_outputs
@@ -25,6 +24,4 @@ __all__ = [
     "sign_file",
     "verify_file",
     "verify_outputs",
-    "write_crate",
-    "zip_crate",
 ]

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from vipo.config.compose import dump_config
 from vipo.config.models import Config, config_hash
 from vipo.demo.scenes import object_coverage
+from vipo.determinism import deterministic_algorithms
 from vipo.errors import Preempted
 from vipo.generators import load_generator
 from vipo.generators.base import checkpoint_inputs
@@ -119,7 +120,7 @@ class Trainer:
             raise TrainingError(
                 "arm 'base' is the generator as it is: there is nothing to train; choose another arm, or evaluate it"
             )
-        torch.use_deterministic_algorithms(True)
+        deterministic_algorithms()
         self.config = config
         self.folder = experiment / "runs" / config.run_name
         self.prompts_path = experiment / "prompts" / "train.jsonl"

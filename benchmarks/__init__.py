@@ -1,0 +1,1 @@
+"""What vipo costs, as ratios measured in one run."""

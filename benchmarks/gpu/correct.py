@@ -1,0 +1,217 @@
+"""What the device computes against the CPU, whether it computes the same twice, and how often the host waits for it."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu.record import Record
+from vipo.config.compose import load_config, repository_root
+from vipo.generators.embeddings import stack_conditioning
+from vipo.provenance.files import file_sha256
+from vipo.sampling.noise import Key, keyed_normal
+from vipo.sampling.rollout import Trajectory, policy_transition, rollout
+from vipo.sampling.transitions import position_log_prob
+from vipo.stages import encode_stage, prepare_stage
+from vipo.training.trainer import Trainer
+
+_SMALL = (
+    "experiment=demo",
+    "arm=vipo",
+    "sampling.steps=4",
+    "training.updates=4",
+    "training.prompts_per_update=2",
+    "training.group_size=4",
+    "training.micro_batch=4",
+    "training.trained_transitions=2",
+    "training.checkpoint_every=1",
+    "training.save_at=[]",
+    "evaluation.prompts=4",
+)
+_OTHER_FAMILY = (
+    "generator.height=32",
+    "generator.width=48",
+    "generator.guidance_scale=4",
+    "generator.max_sequence_length=12",
+    "prompts=file",
+    "prompts.eval_share=0.4",
+    "reward=redness",
+    "perception.input_size=64",
+    "evaluation.prompts=2",
+    "evaluation.rewards=[redness]",
+)
+_HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
+
+
+def _family_overrides(family: str, folder: Path) -> list[str]:
+    if family == "demo":
+        return []
+    sys.path.insert(0, str(repository_root() / "tests"))
+    checkpoints = importlib.import_module("checkpoints")
+    words = ("red", "blue", "tall", "old", "wet", "dry")
+    (folder / "prompts.txt").write_text("".join(f"a {word} fox runs\n" for word in words))
+    write = {"wan": checkpoints.write_wan, "sd": checkpoints.write_stable_diffusion}[family]
+    overrides = [
+        *_OTHER_FAMILY,
+        f"generator.family={family}",
+        f"generator.path={write(folder / family)}",
+        f"prompts.source={folder / 'prompts.txt'}",
+    ]
+    return [*overrides, "generator.frames=9"] if family == "wan" else [*overrides, "sampling.transition=ddim"]
+
+
+def _trainer(folder: Path, overrides: Sequence[str]) -> Trainer:
+    config, root = load_config([*_SMALL, *overrides]), repository_root()
+    folder.mkdir()
+    prepare_stage(config, root, folder)
+    encode_stage(config, root, folder)
+    return Trainer(config, root, folder / config.experiment.name)
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().cpu().double() - expected.detach().cpu().double()).abs().max())
+
+
+@torch.no_grad()
+def _computed(trainer: Trainer, given: Trajectory | None = None) -> dict[str, Tensor]:
+    """A prediction, a chain, its pictures and its log-probabilities; of the chain `given` where there is one."""
+    generator, chain = trainer.generator, trainer.chain
+    ids = list(trainer.embeddings)[:2]
+    conditioning = stack_conditioning(trainer.embeddings, ids)
+    noise = keyed_normal([(0, "noise", i) for i in ids], generator.latent_shape, trainer.device)
+    initial: list[Key] = [(0, "initial", i) for i in ids]
+    path = rollout(generator, conditioning, chain, range(len(chain.trainable)), initial, [(0, "step", i) for i in ids])
+    seen = path if given is None else Trajectory(*(getattr(given, n).to(trainer.device) for n in given.__dict__))
+    steps = torch.tensor([0, 1], device=trainer.device)
+    moved = policy_transition(generator, conditioning, seen, steps, chain)
+    return {
+        "prediction": generator.predict(noise, chain.times[1].expand(2), conditioning),
+        "rollout": path.clean,
+        "pictures": generator.decode(path.clean),
+        "log_prob": position_log_prob(moved.value, moved.mean, moved.std),
+        **{f"_{name}": value for name, value in path.__dict__.items()},
+    }
+
+
+def measure_agreement(record: Record, device: str, families: Sequence[str] = ("demo", "wan", "sd")) -> None:
+    """Largest differences to the CPU's of a prediction, a chain, pictures, log-probabilities and one update."""
+    for family in families:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            own = _family_overrides(family, folder)
+            reference = _trainer(folder / "cpu", [*own, "generator.device=cpu"])
+            found = _trainer(folder / "device", [*own, f"generator.device={device}"])
+            expected = _computed(reference)
+            path = Trajectory(*(expected[f"_{name}"] for name in Trajectory.__dataclass_fields__))
+            computed = _computed(found, path)
+            for key in ("prediction", "rollout", "pictures", "log_prob"):
+                record.put(f"{family}.{key}.difference", _largest(computed[key], expected[key]))
+            metrics = [trainer.update(1) for trainer in (reference, found)]
+            record.put(f"{family}.update.largest_weight_difference", _weight_difference(found, reference))
+            shared = [key for key in metrics[0] if key.startswith(("reward/", "map/", "grad/", "loss"))]
+            record.put(
+                f"{family}.update.metric_differences", {key: abs(metrics[0][key] - metrics[1][key]) for key in shared}
+            )
+            record.put(f"{family}.fp32.max_log_ratio", metrics[1]["log_ratio/max_before_first_step"])
+            half = _trainer(
+                folder / "bf16",
+                [*own, f"generator.device={device}", "generator.precision=bf16", "training.log_ratio_tolerance=1e9"],
+            )
+            record.put(f"{family}.bf16.max_log_ratio", half.update(1)["log_ratio/max_before_first_step"])
+
+
+def _weight_difference(found: Trainer, expected: Trainer) -> float:
+    pairs = ((value, expected.trainable[name]) for name, value in found.trainable.items())
+    return max(_largest(*pair) for pair in pairs)
+
+
+def measure_bytes(record: Record, device: str) -> None:
+    """The same run twice, and once more killed in the middle and started again: what differs of what it wrote."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overrides = [*_SMALL, f"generator.device={device}"]
+        config, root = load_config(overrides), repository_root()
+        commands = {}
+        for run in ("first", "second", "killed"):
+            prepare_stage(config, root, folder / run)
+            encode_stage(config, root, folder / run)
+            commands[run] = [sys.executable, "-m", "vipo.cli", "train", *overrides, "--results", str(folder / run)]
+        started = {run: _start(command, folder / f"{run}.log") for run, command in commands.items()}
+        checkpoints = folder / "killed" / config.experiment.name / "runs" / config.run_name / "checkpoints"
+        while started["killed"].poll() is None and not any(checkpoints.glob("0*2")):
+            time.sleep(0.01)
+        started["killed"].send_signal(signal.SIGKILL)
+        record.put("killed_while_running", started["killed"].wait() == -signal.SIGKILL)
+        started["resumed"] = _start(commands["killed"], folder / "resumed.log")
+        for run in ("first", "second", "resumed"):
+            if started[run].wait():
+                log = (folder / f"{run}.log").read_text(errors="replace")
+                raise RuntimeError(f"{run} ended with status {started[run].returncode}:\n{log[-3000:]}")
+        record.put("resumed", "resumed after update" in (folder / "resumed.log").read_text())
+        written = {run: _written(folder / run) for run in ("first", "second", "killed")}
+        record.put("files", len(written["first"]))
+        for run in ("second", "killed"):
+            differing = sorted(path for path in written["first"] | written[run] if _differs(path, written, run))
+            record.put(f"differing_files.{'again' if run == 'second' else 'killed_and_resumed'}", differing)
+
+
+def _differs(path: str, written: dict[str, dict[str, str]], run: str) -> bool:
+    return written["first"].get(path) != written[run].get(path)
+
+
+def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=repository_root(), env=os.environ)
+
+
+def _written(folder: Path) -> dict[str, str]:
+    kept = [*folder.rglob("*.safetensors"), *folder.rglob("metrics.jsonl"), *folder.rglob("state.json")]
+    return {str(path.relative_to(folder)): file_sha256(path) for path in sorted(kept)}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts, by the line of vipo that asks, the calls that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lines: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        leaves = isinstance(result, Tensor) and args and isinstance(args[0], Tensor) and args[0].is_cuda
+        if name in _HOST_WAITS or (leaves and not result.is_cuda):
+            frames = [frame for frame in traceback.extract_stack() if "/vipo/" in frame.filename]
+            place = frames[-1] if frames else None
+            line = "outside vipo" if place is None else f"{place.filename.rpartition('/vipo/')[2]}:{place.name}"
+            self.lines[line] += 1
+        return result
+
+
+def measure_waits(record: Record, device: str) -> None:
+    """Calls that make the host wait, of one update with two and with four micro-batches."""
+    with tempfile.TemporaryDirectory() as name:
+        for batches in (2, 4):
+            overrides = [
+                f"generator.device={device}",
+                "training.optimizer_steps_per_update=1",
+                f"training.micro_batch={8 // batches}",
+            ]
+            trainer = _trainer(Path(name) / str(batches), overrides)
+            trainer.update(1)
+            with HostReads() as reads:
+                trainer.update(2)
+            record.put(f"host_waits.{batches}_micro_batches", sum(reads.lines.values()))
+            record.put(f"host_waits.{batches}_micro_batches.lines", dict(reads.lines.most_common()))

@@ -1,0 +1,136 @@
+"""Generators and a backbone of real size with random weights, made on the device: what they cost needs no checkpoint.
+
+They are extensions by import path like any user's: ``generator.family=benchmarks.gpu.random_weights:RandomFlux`` with
+``generator.path`` a folder that `write_layout` made, which holds the parts' configurations and no weights.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import timm
+import torch
+from torch import Tensor
+
+from vipo.config.models import GeneratorConfig, PerceptionConfig
+from vipo.generators.base import NEGATIVE
+from vipo.generators.flux import FluxGenerator
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.wan import WanGenerator
+from vipo.perception.backbones import Backbone, _TimmFeatures
+
+_DTYPE = "dtype_of_network"
+
+
+def write_layout(folder: Path, parts: Mapping[str, Mapping[str, Any]], dtype: str) -> Path:
+    """A checkpoint's configurations without its weights.
+
+    Args:
+        folder: to be made.
+        parts: by subfolder, the configuration of each part; what it leaves out is the class's default.
+        dtype: of the network's weights, such as ``bfloat16``.
+    """
+    for part, settings in parts.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(settings))
+    (folder / "model_index.json").write_text(json.dumps({_DTYPE: dtype}))
+    return folder
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, new floating point tensors are of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class RandomWeights(PipelineGenerator):
+    """A family whose parts are made on the device instead of loaded, and whose prompts are random embeddings."""
+
+    autoencoder_class: ClassVar[Any]
+
+    @classmethod
+    def load(cls, config: GeneratorConfig, root: Path) -> Self:
+        folder = root / config.path
+        index = json.loads((folder / "model_index.json").read_text())
+        dtypes = {cls.network_folder: getattr(torch, index[_DTYPE]), "vae": torch.float32}
+        kinds = {cls.network_folder: cls.network_class, "vae": cls.autoencoders[cls.autoencoder_class]}
+        parts = []
+        for part, kind in kinds.items():
+            settings = json.loads((folder / part / "config.json").read_text())
+            with torch.random.fork_rng(), torch.device(config.device), default_dtype(dtypes[part]):
+                torch.manual_seed(0)
+                parts.append(kind(**settings))
+        return cls(config, *parts)
+
+    @classmethod
+    def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        settings = json.loads((root / config.path / cls.network_folder / "config.json").read_text())
+        generator = torch.Generator().manual_seed(0)
+        shapes = cls.embedding_shapes(settings, config.max_sequence_length)
+        negative = {NEGATIVE + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        guided = negative if cls.guided_by_negative else {}
+        return [
+            {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | guided for _ in texts
+        ]
+
+    guided_by_negative: ClassVar[bool]
+
+    @classmethod
+    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
+        """Shape by name of what a prompt is encoded to, from the network's configuration."""
+        raise NotImplementedError
+
+
+class RandomFlux(RandomWeights, FluxGenerator):
+    """FLUX.1."""
+
+    autoencoder_class: ClassVar[Any] = "AutoencoderKL"
+    guided_by_negative: ClassVar[bool] = False
+
+    @classmethod
+    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "pooled_projections": (settings["pooled_projection_dim"],),
+            "encoder_hidden_states": (length, settings["joint_attention_dim"]),
+        }
+
+
+class RandomWan(RandomWeights, WanGenerator):
+    """Wan 2.1."""
+
+    autoencoder_class: ClassVar[Any] = "AutoencoderKLWan"
+    guided_by_negative: ClassVar[bool] = True
+
+    @classmethod
+    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
+        return {"encoder_hidden_states": (length, settings["text_dim"])}
+
+
+def dinov2_large(config: PerceptionConfig) -> Backbone:
+    """DINOv2-large, the paper's backbone."""
+    return _dinov2("vit_large_patch14_dinov2", config)
+
+
+def dinov2_small(config: PerceptionConfig) -> Backbone:
+    """DINOv2-small, for the test on a CPU."""
+    return _dinov2("vit_small_patch14_dinov2", config)
+
+
+def _dinov2(name: str, config: PerceptionConfig) -> Backbone:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+    return Backbone(
+        _TimmFeatures(model, len(model.blocks) - 1),
+        feature_width=model.num_features,
+        orientation="border",
+        input_size=config.input_size or 518,
+        stride=14,
+    )

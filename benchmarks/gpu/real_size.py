@@ -1,0 +1,214 @@
+"""One family at its real size: an update by part, its memory, its floor, and the published way of doing the same."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from sklearn.decomposition import PCA
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu.random_weights import write_layout
+from benchmarks.gpu.record import Record, seconds_of
+from benchmarks.gpu.sizes import Size
+from vipo.config.compose import load_config, repository_root
+from vipo.generators.embeddings import stack_conditioning
+from vipo.sampling.noise import keyed_normal
+from vipo.sampling.rollout import policy_transition, rollout
+from vipo.sampling.transitions import position_log_prob
+from vipo.stages import encode_stage, prepare_stage
+from vipo.tracking import Timer
+from vipo.training.trainer import Trainer
+
+GIB = 2**30
+
+
+class MemoryTimer(Timer):
+    """Peak of the device's memory by part, beside its time."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        with super().__call__(part):
+            yield
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self.peaks[part] = max(self.peaks.get(part, 0), peak)
+
+
+def measure_family(record: Record, size: Size, device: str, matmul_tflops: float | None) -> None:
+    """Note what an update of `size` costs on `device`, part by part.
+
+    Args:
+        matmul_tflops: the machine's own matrix product, measured in the same run; None: no share is noted.
+    """
+    record.put("setting", size.setting)
+    root = repository_root()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        layout = write_layout(folder / "generator", size.parts, size.dtype)
+        (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(8)))
+        overrides = [
+            "experiment=demo",
+            "arm=vipo",
+            "prompts=file",
+            "reward=redness",
+            "perception.layer=null",
+            "perception.orientation=border",
+            "training.save_at=[]",
+            "evaluation.rewards=[redness]",
+            "evaluation.prompts=2",
+            f"prompts.source={folder / 'prompts.txt'}",
+            f"generator.family='{size.family}'",
+            f"generator.path={layout}",
+            f"generator.device={device}",
+            *size.overrides,
+        ]
+        config = load_config(overrides)
+        prepare_stage(config, root, folder)
+        encode_stage(config, root, folder)
+        start = time.perf_counter()
+        trainer = Trainer(config, root, folder / config.experiment.name)
+        record.put("set_up_seconds", round(time.perf_counter() - start, 2))
+        _measure(record, trainer, matmul_tflops)
+
+
+def _measure(record: Record, trainer: Trainer, matmul_tflops: float | None) -> None:
+    config, device = trainer.config, trainer.device
+    counts = {
+        "parameters": sum(value.numel() for value in trainer.generator.network.parameters()),
+        "trained_parameters": sum(value.numel() for value in trainer.trainable.values()),
+    }
+    record.put("parameters", counts)
+    if device.type == "cuda":
+        record.put("memory_gib.resident", round(torch.cuda.memory_allocated(device) / GIB, 2))
+    timer = MemoryTimer(device)
+    trainer.timer = timer
+    record.put("warm_up_seconds", round(seconds_of(lambda: trainer.update(1), device), 2))
+    timer.pop()
+    metrics: dict[str, float] = {}
+    total = seconds_of(lambda: metrics.update(trainer.update(2)), device)
+    record.put("update_seconds", round(total, 3))
+    parts = timer.pop()
+    for part, seconds in parts.items():
+        record.put(f"update_seconds.{part.removeprefix('time/')}", round(seconds, 3))
+    record.put("update_seconds.other", round(total - sum(parts.values()), 3))
+    for part, peak in timer.peaks.items():
+        record.put(f"memory_gib.{part}", round(peak / GIB, 2))
+    samples = config.training.prompts_per_update * config.training.group_size
+    record.put("samples_per_gpu_hour", round(3600 * samples / total, 1))
+    record.put("map_share", round(parts["time/map"] / total, 5))
+    record.put("max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
+
+    floor = seconds_of(lambda: network_calls(trainer), device)
+    around = sum(parts[f"time/{part}"] for part in ("decode", "reward", "map"))
+    record.put("floor_seconds.network", round(floor, 3))
+    record.put("update_over_network_floor", round(total / floor, 4))
+    record.put("update_over_floor_with_decode_reward_map", round(total / (floor + around), 4))
+    flops = counted_flops(trainer)
+    record.put("network_pflop_per_update", round(flops / 1e15, 4))
+    record.put("achieved_tflops", round(flops / total / 1e12, 2))
+    if matmul_tflops is not None:
+        record.put("achieved_over_matmul", round(flops / total / 1e12 / matmul_tflops, 4))
+
+    scalar = trainer.config.objective.model_copy(update={"map": "none", "ratio": "sample"})
+    structuring, trainer.structuring = trainer.structuring, None
+    trainer.config = config.model_copy(update={"objective": scalar})
+    record.put("scalar_baseline_seconds", round(seconds_of(lambda: trainer.update(3), device), 3))
+    timer.pop()
+    trainer.config, trainer.structuring = config, structuring
+    record.put("plain_loop_seconds", round(seconds_of(lambda: plain_update(trainer), device), 3))
+
+
+def _inputs(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    count = trainer.config.training.micro_batch
+    conditioning = stack_conditioning(trainer.embeddings, [next(iter(trainer.embeddings))] * count)
+    latents = keyed_normal([(0, "floor", i) for i in range(count)], trainer.generator.latent_shape, trainer.device)
+    return conditioning, latents, trainer.chain.times[1].expand(count)
+
+
+def network_calls(trainer: Trainer) -> None:
+    """The unavoidable passes of one update in its own micro-batches, with nothing around them."""
+    training, sampling = trainer.config.training, trainer.config.sampling
+    conditioning, latents, time_ = _inputs(trainer)
+    batches = training.prompts_per_update * training.group_size // training.micro_batch
+    with torch.no_grad():
+        for _ in range(batches * sampling.steps):
+            trainer.generator.predict(latents, time_, conditioning)
+    for _ in range(batches * training.trained_transitions):
+        trainer.generator.predict(latents, time_, conditioning).sum().backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def counted_flops(trainer: Trainer) -> float:
+    """Floating point operations of the network in one update, counted on one call of each kind."""
+    training, sampling = trainer.config.training, trainer.config.sampling
+    conditioning, latents, time_ = _inputs(trainer)
+    batches = training.prompts_per_update * training.group_size // training.micro_batch
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        trainer.generator.predict(latents, time_, conditioning)
+    with FlopCounterMode(display=False) as learned:
+        trainer.generator.predict(latents, time_, conditioning).sum().backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return batches * (
+        sampling.steps * forward.get_total_flops() + training.trained_transitions * learned.get_total_flops()
+    )
+
+
+def plain_update(trainer: Trainer) -> None:
+    """One update as the published loops are written: one sample at a time, maps by scikit-learn and SciPy a picture."""
+    config, generator, chain = trainer.config, trainer.generator, trainer.chain
+    prompt = next(iter(trainer.embeddings))
+    conditioning = stack_conditioning(trainer.embeddings, [prompt])
+    stochastic = range(len(chain.trainable))
+    found = []
+    for i in range(config.training.group_size):
+        path = rollout(generator, conditioning, chain, stochastic, [(0, "initial", prompt)], [(0, "plain", prompt, i)])
+        pictures = generator.decode(path.clean)[0]
+        reward = float((pictures[..., 0, :, :] - pictures[..., 1:, :, :].mean(dim=-3)).mean())
+        found.append((path, reward, torch.from_numpy(_plain_map(trainer, pictures)).to(trainer.device)))
+    rewards = np.array([reward for _, reward, _ in found])
+    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+    transitions = config.training.trained_transitions
+    for (path, _, weights), advantage in zip(found, advantages, strict=True):
+        for step in range(transitions):
+            index = torch.tensor([step], device=trainer.device)
+            moved = policy_transition(generator, conditioning, path, index, chain)
+            new, old = (position_log_prob(moved.value, mean, moved.std) for mean in (moved.mean, moved.old_mean))
+            loss = -((new - old).exp() * float(advantage) * weights).mean()
+            (loss / (transitions * len(found))).backward()
+    torch.nn.utils.clip_grad_norm_(trainer.trainable.values(), 1.0)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+def _plain_map(trainer: Trainer, pictures: Tensor) -> np.ndarray:
+    assert trainer.structuring is not None
+    backbone, (height, width) = trainer.structuring.backbone, trainer.generator.grid
+    maps = []
+    for picture in pictures.unsqueeze(0) if pictures.ndim == 3 else pictures:
+        cells = backbone(picture[None])[0].cpu().numpy()
+        pca = PCA(n_components=3)
+        scores = pca.fit_transform(cells.reshape(len(cells), -1).T).T.reshape(3, *cells.shape[1:])
+        heat = sum(
+            share * (z - z.min()) / (np.ptp(z) + 1e-8)
+            for z, share in zip(scores, pca.explained_variance_ratio_, strict=True)
+        )
+        smooth = torch.from_numpy(gaussian_filter(heat, 1.0))[None, None]
+        latent = torch.nn.functional.interpolate(smooth, size=(height, width), mode="bilinear", antialias=True)[0, 0]
+        maps.append((latent - latent.min()) / (latent.max() - latent.min() + 1e-8))
+    stacked = torch.stack(maps).float()
+    groups = trainer.generator.frame_groups
+    if groups is None:
+        return stacked[0].numpy()
+    return torch.stack([stacked[list(group)].mean(dim=0) for group in groups]).numpy()

@@ -1,0 +1,52 @@
+"""How a step measures, and its figures, which are on disk as soon as they are known: whatever ends it, they stay."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Record:
+    """Appends one JSON line a figure: ``{"key": ..., "value": ...}``.
+
+    Args:
+        path: file of the step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def put(self, key: str, value: Any) -> None:
+        """Note a figure, and show it."""
+        print(f"  {key}: {value}", flush=True)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"key": key, "value": value}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """All figures that a step noted, also one that was killed in the middle of a line."""
+    figures = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        figures[row["key"]] = row["value"]
+    return figures
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until the results of `call` are there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

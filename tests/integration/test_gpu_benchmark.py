@@ -1,0 +1,59 @@
+"""The script for a GPU still runs: every step in miniature on the CPU, and whatever ends a step leaves its figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import gpu
+from benchmarks.gpu.correct import measure_agreement, measure_bytes, measure_waits
+from benchmarks.gpu.real_size import measure_family
+from benchmarks.gpu.record import Record, read_figures
+from benchmarks.gpu.sizes import REAL, TINY
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
+    measure_family(Record(tmp_path / "figures"), TINY[family], "cpu", 1.0)
+    figures = read_figures(tmp_path / "figures")
+    assert figures["max_log_ratio_before_first_step"] < 1e-5
+    assert figures["parameters"]["trained_parameters"] > 0
+    for key in ("update_seconds", "update_seconds.learn", "floor_seconds.network", "plain_loop_seconds"):
+        assert figures[key] > 0
+    assert figures["update_over_network_floor"] > 1
+    assert set(REAL) == set(TINY)
+
+
+def test_the_cpu_agrees_with_itself_and_its_waits_are_counted(tmp_path: Path) -> None:
+    record = Record(tmp_path / "figures")
+    measure_agreement(record, "cpu", ["sd"])
+    measure_waits(record, "cpu")
+    figures = read_figures(tmp_path / "figures")
+    assert figures["sd.log_prob.difference"] == figures["sd.update.largest_weight_difference"] == 0
+    more = figures["host_waits.4_micro_batches"] - figures["host_waits.2_micro_batches"]
+    # A constant number a micro-batch: none that grows faster.
+    assert 0 <= more <= 2 * 4
+
+
+def test_a_killed_run_leaves_the_same_bytes(tmp_path: Path) -> None:
+    measure_bytes(Record(tmp_path / "figures"), "cpu")
+    figures = read_figures(tmp_path / "figures")
+    assert figures["killed_while_running"]
+    assert figures["resumed"]
+    assert figures["files"] > 2
+    assert figures["differing_files.again"] == figures["differing_files.killed_and_resumed"] == []
+
+
+def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = tmp_path / "machine.jsonl"
+    Record(noted).put("first", 1.5)
+    with noted.open("a") as stream:
+        stream.write('{"key": "half of a li')
+    assert read_figures(noted) == {"first": 1.5}
+    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 0.6, "ended by its limit"), gpu.Step("flux", 60, "no time")))
+    results = gpu.run(tmp_path, "cpu", True, 5.5, ["machine", "flux"])
+    assert results["steps"]["machine"]["status"].startswith("ended by its limit")
+    assert results["steps"]["machine"]["figures"] == {"first": 1.5}
+    assert "used up" in results["not_run"]["flux"]
+    assert json.loads((tmp_path / "gpu.json").read_text()) == results
+    assert "| machine | first | 1.5 |" in (tmp_path / "gpu.md").read_text()
