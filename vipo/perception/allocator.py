@@ -343,9 +343,9 @@ def allocate(
         features: ``(B, d, h, w)``.
         size: height and width of the latent grid.
         components: K.
-        aggregation: how the K projections become one map. ``variance``: each scaled to [0, 1], weighted by its explained
-            variance; ``average``: their plain mean, unscaled, so that each counts by its own range (the published
-            ablation); ``first``: the first alone.
+        aggregation: how the K projections become one map. ``variance``: each scaled to [0, 1], weighted by its
+            explained variance; ``average``: their plain mean, unscaled, so that each counts by its own range (the
+            published ablation); ``first``: the first alone.
         smoothing: Gaussian sigma on the patch grid; 0 turns it off.
         orientation: rule that fixes each direction's sign, see `orientation_scores`.
         normalize: ``minmax`` gives [0, 1]; ``mean`` divides that by its mean over positions.
