@@ -58,16 +58,15 @@ def reference_map(cells, size, *, components, aggregation, smoothing, orientatio
     width, height, breadth = cells.shape
     pca = PCA(n_components=components, svd_solver="full")
     scores = pca.fit_transform(cells.reshape(width, -1).T.astype(np.float64)).T.reshape(components, height, breadth)
-    scaled = []
-    for z in scores:
-        z = z if orientation == "none" else z * independent_sign(z, cells, orientation)
-        scaled.append((z - z.min()) / (z.max() - z.min()))
-    weights = {
-        "variance": pca.explained_variance_ratio_,
-        "average": np.full(components, 1 / components),
-        "first": np.eye(components)[0],
-    }[aggregation]
-    heat = sum(w * z for w, z in zip(weights, scaled, strict=True))
+    oriented = [z if orientation == "none" else z * independent_sign(z, cells, orientation) for z in scores]
+    scaled = [(z - z.min()) / (z.max() - z.min()) for z in oriented]
+    if aggregation == "average":
+        # Of the raw projections: METHOD section 3, step 4.
+        heat = np.mean(oriented, axis=0)
+        heat = (heat - heat.min()) / (heat.max() - heat.min())
+    else:
+        weights = pca.explained_variance_ratio_ if aggregation == "variance" else np.eye(components)[0]
+        heat = sum(w * z for w, z in zip(weights, scaled, strict=True))
     if smoothing:
         heat = gaussian_filter(heat, smoothing)
     heat = (heat - heat.min()) / (heat.max() - heat.min())
@@ -103,6 +102,32 @@ def test_every_option_equals_the_independent_reference(aggregation, smoothing, n
     cells = features(1, 30, 8, 11, key=2)
     expected = reference_map(cells[0].numpy(), (12, 20), **options)
     assert np.abs(allocate(cells, (12, 20), **options).maps[0].numpy() - expected).max() < 1e-4
+
+
+def published_average(cells, size):
+    """What both public functions do for one picture, from the equations alone: no PCA class, inverted sign, no blur."""
+    width, height, breadth = cells.shape
+    rows = cells.reshape(width, -1).T.astype(np.float64)
+    rows = rows - rows.mean(axis=0)
+    # scikit-learn's sign: each direction's loading of largest magnitude is positive.
+    _, _, directions = np.linalg.svd(rows, full_matrices=False)
+    directions = [d * np.sign(d[np.abs(d).argmax()]) for d in directions[:3]]
+    mean = np.mean([rows @ d for d in directions], axis=0).reshape(height, breadth)
+    important = 1 - (mean - mean.min()) / (mean.max() - mean.min())
+    heat = F.interpolate(torch.from_numpy(important)[None, None], size=size, mode="bilinear", antialias=True)[0, 0]
+    return ((heat - heat.min()) / (heat.max() - heat.min())).numpy()
+
+
+def test_average_is_the_published_ablation_and_not_the_mean_of_scaled_projections():
+    cells, size = features(1, 30, 8, 11, key=4), (12, 20)
+    options = PAPER | {"aggregation": "average", "smoothing": 0.0, "orientation": "inverted_sklearn"}
+    found = allocate(cells, size, **options).maps[0].numpy()
+    assert np.abs(found - published_average(cells[0].numpy(), size)).max() < 1e-6
+    projections = principal_components(cells, 3).projections[0].numpy()
+    scaled = [1 - (z - z.min()) / (z.max() - z.min()) for z in projections]
+    former = F.interpolate(torch.from_numpy(np.mean(scaled, axis=0))[None, None], size=size, mode="bilinear")[0, 0]
+    former = (former - former.min()) / (former.max() - former.min())
+    assert np.abs(found - former.numpy()).max() > 0.05
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,15 @@ from vipo.audit.examination import CHECKPOINT, Examination, short
 from vipo.audit.findings import Anchor
 from vipo.provenance.crate import METADATA, SIGNATURE, crate_files
 from vipo.provenance.dvc import LOCK, LockedStage, dvc_md5, parse_lock
-from vipo.provenance.environment import git_output, git_problem
 from vipo.provenance.files import text_lines
+from vipo.provenance.git import (
+    ForgedObject,
+    MissingObject,
+    commit_file,
+    find_repository,
+    last_change,
+    repository_problem,
+)
 from vipo.provenance.lineage import ProvenanceError, files_below
 from vipo.provenance.signature import SignatureError, verify_file
 from vipo.provenance.upload import MANIFEST
@@ -88,10 +95,18 @@ def check_exports(examination: Examination) -> None:
 
 def check_lock(examination: Examination) -> tuple[Anchor | None, list[LockedStage]]:
     """Compare results and their inputs with the ``dvc.lock`` that is committed; returns its stages for them as well."""
-    text, lock = git_output(examination.root, "show", f"HEAD:./{LOCK}"), examination.root / LOCK
+    lock, text, commit = examination.root / LOCK, None, None
+    try:
+        repository = find_repository(examination.root)
+        if repository is not None and repository.head is not None:
+            text = commit_file(examination.root, repository.head, LOCK)
+            commit = last_change(examination.root, LOCK)
+    except (ForgedObject, MissingObject) as error:
+        examination.broken(LOCK, "anchor", str(error), "clone the repository again from where you trust it")
+        return None, []
     current = lock.read_bytes() if lock.is_file() else None
     if text is None:
-        if problem := git_problem(examination.root):
+        if problem := repository_problem(examination.root):
             examination.remark(
                 LOCK, "anchor", f"was not looked up: git does not read this repository ({problem})",
                 "do what git says, and audit again",
@@ -123,8 +138,7 @@ def check_lock(examination: Examination) -> tuple[Anchor | None, list[LockedStag
             with examination.guarded(path, "lineage"):
                 _check_dep(examination, stage, path, md5, outs.get(path))
     examination.anchored |= anchored.keys()
-    commit = git_output(examination.root, "log", "-1", "--format=%H", "--", LOCK) or b""
-    return Anchor(kind="dvc.lock", by=commit.decode().strip(), covers=len(anchored)), own
+    return Anchor(kind="dvc.lock", by=commit or "", covers=len(anchored)), own
 
 
 def _relative(examination: Examination) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from vipo.audit.findings import Check, Finding, Severity
 from vipo.config.models import Config
 from vipo.errors import VipoError
-from vipo.provenance.environment import git_output, package_sha256_at
+from vipo.provenance.environment import package_sha256_at
 from vipo.provenance.files import file_sha256
+from vipo.provenance.git import MissingObject, commit_file
 from vipo.provenance.lineage import absolute_path, experiment_files
 
 #: The stage that records in a folder of the experiment, by a pattern of the folder's path.
@@ -75,11 +76,19 @@ class Examination:
         return self._hashes.get(path)
 
     def held(self, commit: str) -> Mapping[str, str | None]:
-        """SHA-256 of the ``package`` and the ``lock`` that a commit of the repository holds; None for one it lacks."""
+        """SHA-256 of the ``package`` and the ``lock`` that a commit of the repository holds; None for one it lacks.
+
+        Raises:
+            ForgedObject: the repository was tampered with.
+        """
         if commit not in self._commits:
-            lock = git_output(self.root, "show", f"{commit}:./requirements.lock")
+            package = lock = None
+            # A shallow or partial clone cannot tell.
+            with contextlib.suppress(MissingObject):
+                package = package_sha256_at(self.root, commit)
+                lock = commit_file(self.root, commit, "requirements.lock")
             self._commits[commit] = {
-                "package": package_sha256_at(self.root, commit),
+                "package": package,
                 "lock": None if lock is None else hashlib.sha256(lock).hexdigest(),
             }
         return self._commits[commit]

@@ -9,7 +9,8 @@ from typing import Any
 
 from vipo.audit.examination import CHECKPOINT, VOLATILE, Examination, short, stage_of
 from vipo.provenance.dvc import LockedStage
-from vipo.provenance.environment import git_output, package_sha256, versions
+from vipo.provenance.environment import package_sha256, versions
+from vipo.provenance.git import MissingObject, commit_file, find_repository, has_commit, is_whole
 from vipo.provenance.lineage import CHECKOUT_DIFF, DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -149,7 +150,11 @@ def _check_root(examination: Examination, folder: str, record: Mapping[str, Any]
         report(path, "lineage", f"{state}; it lies outside the repository", "keep what results depend on in it")
         return
     commit = record.get("checkout", record["git"])["commit"]
-    held = None if commit is None else git_output(examination.root, "show", f"{commit}:./{path}")
+    try:
+        held = None if commit is None else commit_file(examination.root, commit, path)
+    except MissingObject as error:
+        examination.remark(path, "lineage", f"{state}; {error}", "fetch the whole history, and audit again")
+        return
     if held is not None and hashlib.sha256(held).hexdigest() == sha256:
         message = f"{state}; commit {commit[:12]} holds those bytes"
         examination.remark(path, "lineage", message, f"'git checkout {commit[:12]}' before you run {folder} again")
@@ -247,13 +252,13 @@ def _check_commit(
         message = "was not run from a git repository: no commit names its code"
         examination.remark(folder, "code", message, "run it from a checkout")
         return
-    if git_output(examination.root, "rev-parse", "--git-dir") is None:
+    if find_repository(examination.root) is None:
         examination.remark(
             folder, "code", f"commit {short(str(commit))} was not looked up: there is no git repository here",
             "audit it in a checkout of the repository",
         )  # fmt: skip
-    elif git_output(examination.root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
-        shallow = (git_output(examination.root, "rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
+    elif not has_commit(examination.root, commit):
+        shallow = not is_whole(examination.root)
         # Code of another repository than configurations and data need not be in theirs.
         report = examination.remark if shallow or elsewhere else examination.broken
         report(

@@ -10,10 +10,9 @@ from typing import Any
 import pandas as pd
 
 from vipo.audit.examination import Examination
-from vipo.evaluation.evaluate import summarize
+from vipo.evaluation.summary import summarize
 from vipo.provenance.environment import package_sha256, versions
 from vipo.provenance.files import text_lines
-from vipo.reporting import report_files
 from vipo.stages import run_names
 
 
@@ -67,6 +66,9 @@ def _check_report(examination: Examination) -> None:
             "run 'vipo summarize' again",
         )
         return
+    # Figures and pictures need libraries that take longer to load than all other checks to run.
+    from vipo.reporting import report_files
+
     whole = "report" in examination.records
     for path, text in report_files(examination.folder, run_names(config), config).items():
         name = f"report/{path}"

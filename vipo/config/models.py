@@ -164,7 +164,11 @@ class PerceptionConfig(Section):
         None, description="Shorter side in pixels fed to the backbone; null: the registry's."
     )
     components: Annotated[int, Field(ge=1, le=8)] = Field(3, description="K, the number of principal directions.")
-    aggregation: Literal["variance", "average", "first"] = "variance"
+    aggregation: Literal["variance", "average", "first"] = Field(
+        "variance",
+        description="Of the K projections. variance: each scaled to [0, 1], weighted by its explained variance; "
+        "average: the mean of the raw ones, scaled once; first: the first alone.",
+    )
     smoothing: NonNegativeFloat = Field(1.0, description="Gaussian sigma on the patch grid; 0 turns it off.")
     orientation: Literal["norm", "centre", "border", "skew", "inverted_sklearn", "none"] | None = Field(
         None, description="How the sign of each direction is fixed; null: the registry's rule for the backbone."

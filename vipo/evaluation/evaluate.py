@@ -22,6 +22,7 @@ from vipo.config.models import Config
 from vipo.demo.scenes import foreground
 from vipo.determinism import deterministic_algorithms
 from vipo.errors import VipoError
+from vipo.evaluation.summary import summarize
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
@@ -266,11 +267,3 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
             1
         )
     return result
-
-
-def summarize(scores: pd.DataFrame) -> dict[str, Any]:
-    """The final weights' update, number of samples and mean of every measured column."""
-    final = scores[scores["final"]]
-    columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
-    means = {name: float(final[name].mean()) for name in columns}
-    return {"update": int(final["update"].iloc[0]), "samples": len(final), **means}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vipo.errors import VipoError
-from vipo.sampling.noise import keyed_seed
+from vipo.sampling.keys import keyed_seed
 
 #: Fewer seeds than this cannot carry an interval over seeds.
 MINIMUM_SEEDS = 5

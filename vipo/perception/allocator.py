@@ -343,7 +343,9 @@ def allocate(
         features: ``(B, d, h, w)``.
         size: height and width of the latent grid.
         components: K.
-        aggregation: how the K maps are combined: weighted by explained variance, plain average, or the first alone.
+        aggregation: how the K projections become one map. ``variance``: each scaled to [0, 1], weighted by its
+            explained variance; ``average``: their plain mean, unscaled, so that each counts by its own range (the
+            published ablation); ``first``: the first alone.
         smoothing: Gaussian sigma on the patch grid; 0 turns it off.
         orientation: rule that fixes each direction's sign, see `orientation_scores`.
         normalize: ``minmax`` gives [0, 1]; ``mean`` divides that by its mean over positions.
@@ -387,13 +389,13 @@ def combine(
         raise ValueError(f"size: {tuple(size)} must be at least 1x1")
     if not (smoothing >= 0 and math.isfinite(smoothing)):
         raise ValueError(f"smoothing: {smoothing} must be a finite number >= 0")
-    scaled, _ = minmax(projections)
     if aggregation == "variance":
-        combined = (explained[..., None, None] * scaled).sum(dim=1)
+        combined = (explained[..., None, None] * minmax(projections)[0]).sum(dim=1)
     elif aggregation == "average":
-        combined = scaled.mean(dim=1)
+        # Scaled before smoothing as the others are: what counts as flat after it is measured against [0, 1].
+        combined, _ = minmax(projections.mean(dim=1))
     elif aggregation == "first":
-        combined = scaled[:, 0]
+        combined, _ = minmax(projections[:, 0])
     else:
         raise ValueError(f"aggregation: {aggregation!r} is not one of variance, average, first")
     smoothed, flat_grid = minmax(smooth(combined, smoothing), NO_RANGE)

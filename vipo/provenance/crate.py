@@ -18,15 +18,10 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import OmegaConf
-from rocrate.model.contextentity import ContextEntity
-from rocrate.model.dataset import Dataset
-from rocrate.model.entity import Entity
-from rocrate.model.file import File
-from rocrate.rocrate import ROCrate
 
 from vipo.config.models import flattened
 from vipo.provenance.files import atomic_file, file_sha256
@@ -39,6 +34,9 @@ from vipo.provenance.lineage import (
     read_provenance,
     verify_outputs,
 )
+
+if TYPE_CHECKING:
+    from rocrate.model.entity import Entity
 
 METADATA = "ro-crate-metadata.json"
 SIGNATURE = f"{METADATA}.sig"
@@ -173,6 +171,8 @@ class _Writer:
         self._experiment = absolute_path(experiment_dir)
         self._root = absolute_path(root)
         self._citation = _read_citation(root / _CITATION)
+        from rocrate.rocrate import ROCrate
+
         self._crate = ROCrate(version="1.1")
         self._crate.metadata.extra_terms.update(_CONTEXT)
         self._people = [self._person(author) for author in self._citation["authors"]]
@@ -231,7 +231,7 @@ class _Writer:
         dataset["mentions"] = [run, *self._actions]
         return json.dumps(self._crate.metadata.generate(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
-    def _run(self) -> Entity:
+    def _run(self) -> "Entity":
         """The whole experiment as one run of its workflow."""
         configs = self._matching("configs/*.yaml")
         outputs = {name: self._matching(pattern) for name, (pattern, _) in _OUTPUTS.items()}
@@ -256,7 +256,7 @@ class _Writer:
             result=[entity for entities in outputs.values() for entity in entities],
         )
 
-    def _data(self, entry: Mapping[str, Any]) -> Iterator[Entity]:
+    def _data(self, entry: Mapping[str, Any]) -> "Iterator[Entity]":
         recorded = entry_files(entry)
         if not recorded.keys() <= self._written.keys():
             beside = self._files.get(self._place(entry["path"]))
@@ -273,13 +273,15 @@ class _Writer:
             yield from parts
         else:
             properties = {"name": Path(entry["path"]).name, "hasPart": parts}
+            from rocrate.model.dataset import Dataset
+
             yield self._crate.add(Dataset(self._crate, dest_path=self._place(entry["path"]), properties=properties))
 
     def _place(self, recorded: str) -> str:
         """A recorded path, relative to the crate's root."""
         return Path(os.path.relpath(absolute_path(self._root / recorded), self._experiment)).as_posix()
 
-    def _file(self, name: str, sha256: str | None) -> Entity:
+    def _file(self, name: str, sha256: str | None) -> "Entity":
         path = self._experiment / name
         properties = {
             "name": path.name,
@@ -287,12 +289,14 @@ class _Writer:
             "sha256": sha256 or file_sha256(path),
             **({"encodingFormat": _MEDIA_TYPES[path.suffix]} if path.suffix in _MEDIA_TYPES else {}),
         }
+        from rocrate.model.file import File
+
         return self._crate.add(File(self._crate, dest_path=name, properties=properties))
 
-    def _matching(self, pattern: str) -> list[Entity]:
+    def _matching(self, pattern: str) -> "list[Entity]":
         return [entity for name, entity in self._files.items() if fnmatch.fnmatch(name, pattern)]
 
-    def _formal(self, name: str, description: str, examples: list[Entity]) -> Entity:
+    def _formal(self, name: str, description: str, examples: "list[Entity]") -> "Entity":
         parameter = self._context(
             f"#formal-parameter/{name}",
             "FormalParameter",
@@ -306,7 +310,7 @@ class _Writer:
             entity["exampleOfWork"] = parameter
         return parameter
 
-    def _outside(self, entry: Mapping[str, Any]) -> Entity:
+    def _outside(self, entry: Mapping[str, Any]) -> "Entity":
         path = Path(entry["path"])
         # An absolute path would tell of one machine; the hash identifies the data anywhere.
         name = path.name if path.is_absolute() else entry["path"]
@@ -318,7 +322,7 @@ class _Writer:
             sha256=entry["sha256"],
         )
 
-    def _software(self, record: Mapping[str, Any]) -> Entity:
+    def _software(self, record: Mapping[str, Any]) -> "Entity":
         git, libraries = record["git"], dict(record["versions"])
         version = libraries.pop("vipo")
         identity = {
@@ -349,13 +353,13 @@ class _Writer:
             **links,
         )
 
-    def _value(self, kind: str, name: str, value: Any) -> Entity:
+    def _value(self, kind: str, name: str, value: Any) -> "Entity":
         # schema.org values are text, numbers and booleans; lists and null become their JSON text.
         plain = value if isinstance(value, str | int | float) else json.dumps(value)
         key = hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
         return self._context(f"#{kind}/{name}/{key}", "PropertyValue", name=name, value=plain)
 
-    def _container(self, digest: str) -> Entity:
+    def _container(self, digest: str) -> "Entity":
         return self._context(
             f"#container/{digest}",
             "ContainerImage",
@@ -363,7 +367,7 @@ class _Writer:
             sha256=digest.removeprefix("sha256:"),
         )
 
-    def _person(self, author: Mapping[str, str]) -> Entity:
+    def _person(self, author: Mapping[str, str]) -> "Entity":
         if "family-names" in author:
             name = " ".join(author[key] for key in ("given-names", "family-names") if key in author)
             return self._context(author.get("orcid", f"#person/{_slug(name)}"), "Person", name=name)
@@ -371,11 +375,13 @@ class _Writer:
             author.get("website", f"#organization/{_slug(author['name'])}"), "Organization", name=author["name"]
         )
 
-    def _license(self) -> Entity:
+    def _license(self) -> "Entity":
         name = self._citation["license"]
         return self._context(f"https://spdx.org/licenses/{name}", "CreativeWork", name=name, identifier=name)
 
-    def _context(self, identifier: str, kind: str, /, **properties: Any) -> Entity:
+    def _context(self, identifier: str, kind: str, /, **properties: Any) -> "Entity":
+        from rocrate.model.contextentity import ContextEntity
+
         return self._crate.add(ContextEntity(self._crate, identifier, {"@type": kind, **properties}))
 
 

@@ -13,7 +13,6 @@ from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.reporting.figures import Plot, draw_figures, draw_time
 from vipo.reporting.inputs import Experiment, ReportError, read_experiment
 from vipo.reporting.page import render_page
-from vipo.reporting.pictures import shown_prompts
 from vipo.reporting.summary import Summary, summarize, summarize_time
 
 __all__ = ["TIMES", "ReportError", "build_data", "build_report", "report_files"]
@@ -108,6 +107,9 @@ def _page_files(experiment: Experiment, summary: Summary, figures: Sequence[Plot
     if time_figure is not None:
         times = _json(json.loads(time.to_json(orient="records", double_precision=15)))
         files = dict(zip(TIMES, (times, _csv(time), time_figure.standalone()), strict=True))
+    # Pictures need torch, the numbers do not.
+    from vipo.reporting.pictures import shown_prompts
+
     page = render_page(experiment, summary, time, figures, time_figure, shown_prompts(experiment))
     return files | {"index.html": page}
 

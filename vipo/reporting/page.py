@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,12 +12,13 @@ from markupsafe import Markup
 
 from vipo.config.compose import dump_config
 from vipo.evaluation.statistics import decimals
-from vipo.perception.backbones import NOT_MEASURED, registered_evidence
 from vipo.provenance.files import text_lines
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
-from vipo.reporting.pictures import ShownPrompt
 from vipo.reporting.summary import Summary
+
+if TYPE_CHECKING:
+    from vipo.reporting.pictures import ShownPrompt
 
 #: Pictures whose longer side is at most this many pixels keep hard pixel edges when the browser enlarges them.
 PIXEL_ART_SIDE = 128
@@ -31,7 +32,7 @@ def render_page(
     time: pd.DataFrame,
     figures: Sequence[Plot],
     time_figure: Plot | None,
-    prompts: Sequence[ShownPrompt],
+    prompts: "Sequence[ShownPrompt]",
 ) -> str:
     """The whole page as HTML. Every text is escaped; only the drawn figures are trusted markup."""
     environment = Environment(
@@ -265,6 +266,8 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
             }
         )
     mapped = [run.config.perception for run in trained if run.config.objective.reads_backbone]
+    from vipo.perception.backbones import NOT_MEASURED, registered_evidence
+
     evidence = {told for config in mapped if (told := registered_evidence(config)) is not None}
     if evidence:
         checks.append(

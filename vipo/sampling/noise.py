@@ -5,28 +5,14 @@ Every draw comes from a CPU generator whose seed is a hash of a key such as
 number of processes and in any batch, before and after a resume. No global generator is read.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Key = tuple[int | str, ...]
+from vipo.sampling.keys import Key, keyed_seed
 
-
-def keyed_seed(*key: int | str) -> int:
-    """A 63-bit seed from a key of integers and strings (BLAKE2b of its canonical JSON).
-
-    Raises:
-        TypeError: a part of the key is neither an integer nor a string.
-    """
-    for part in key:
-        if isinstance(part, bool) or not isinstance(part, int | str):
-            raise TypeError(f"noise key {key!r}: part {part!r} is neither an integer nor a string")
-    text = json.dumps(key, ensure_ascii=True, separators=(",", ":"))
-    digest = hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+__all__ = ["Key", "keyed_generator", "keyed_normal", "keyed_seed"]
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
