@@ -140,7 +140,8 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         text = error.override.removeprefix("++")
         reason = _readable(str(error)).removeprefix(f"Error parsing override '{error.override}' ")
         raise ConfigError(
-            f"override {text!r} cannot be read: {reason}; write key=value, with what holds colons or brackets in quotes"
+            f"override {_cut(repr(text))} cannot be read: {_cut(reason)}; write key=value, with what holds colons or "
+            "brackets in quotes"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(str(error))) from error
@@ -150,7 +151,7 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{folder}, or an override, is nested too deeply to be read") from error
     # Hydra's plain ValueErrors and OverflowErrors name no override.
     except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{error} (overrides: {' '.join(overrides)})") from error
+        raise ConfigError(f"{error} (overrides: {_cut(' '.join(overrides))})") from error
     if not isinstance(data, dict):
         raise ConfigError("configs/config.yaml holds no mapping")
     return {str(key): value for key, value in data.items()}
@@ -218,9 +219,12 @@ def _problem(model: type[BaseModel], item: Any, prefix: str) -> str:
 
 def _shortened(value: Any) -> str:
     try:
-        text = repr(value)
+        return _cut(repr(value))
     except ValueError:
         return "a number of thousands of digits"
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… of {len(text)} characters"
 
 

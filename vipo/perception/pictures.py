@@ -48,12 +48,14 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """The files that `paths` name, folders replaced by the pictures and films directly in them, by name.
 
     Raises:
-        PerceptionError: nothing is given, or a folder holds no picture.
+        PerceptionError: nothing is given, a path holds a NUL character, or a folder holds no picture.
     """
     Image.init()
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | set(_FILMS)
     found: list[Path] = []
     for path in paths:
+        if "\0" in str(path):
+            raise PerceptionError(f"{str(path)!r}: holds a NUL character, which no path can")
         if path.is_dir():
             inside = sorted(item for item in path.iterdir() if item.suffix.lower() in readable and item.is_file())
             visible = [item for item in inside if not item.name.startswith(".")]

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.models import DistributionConfig
-from vipo.training.ranks import own_environment, own_place
+from vipo.training.ranks import drop_foreign, own_place
 from vipo.training.samples import TrainingError
 
 # What the numbers of a place in training count.
@@ -74,8 +74,8 @@ class Distribution:
         if launched > 1:
             self._store = self._join(device)
         # Precision is generator.precision, whatever `accelerate launch` puts into the environment.
-        with own_environment(place):
-            self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        drop_foreign(place)
+        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
 
     def _join(self, device: str) -> Store:

@@ -1,9 +1,8 @@
 """What the environment says of this process's place among others, and what of it is somebody else's."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vipo.training.samples import TrainingError
@@ -74,20 +73,12 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-@contextlib.contextmanager
-def own_environment(place: Place) -> Iterator[None]:
-    """The block without the variables that would make accelerate another thing than vipo's configuration asks for.
+def drop_foreign(place: Place) -> None:
+    """Take out of this process's environment what makes accelerate another thing than vipo's configuration asks for.
 
-    Of a process alone, the ranks' variables are leftovers as well. Afterwards the environment is as it was.
+    For good, because accelerate reads some of it at every call. Of a process alone, the ranks' variables go as well.
     """
-    before = dict(os.environ)
-    for name in before:
+    for name in list(os.environ):
         alone = place.size == 1 and name in _LOCAL
         if alone or name.startswith(_FOREIGN) or name in _FOREIGN_NAMES:
             del os.environ[name]
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
