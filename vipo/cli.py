@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from vipo.config.compose import (
     repository_root,
     validate_section,
 )
-from vipo.config.models import Config, PerceptionConfig
+from vipo.config.models import DEVICE, Config, PerceptionConfig
 from vipo.errors import Preempted, VipoError
 from vipo.signals import handled
 
@@ -82,9 +83,12 @@ def config(
 @app.command()
 def prepare(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Clean, deduplicate and split the prompts into results/<experiment>/prompts."""
+    from vipo.config.experiment import arms_beside
     from vipo.stages import prepare_stage
 
-    prepare_stage(_configuration(overrides, file), repository_root(), results, wait)
+    chosen = _configuration(overrides, file)
+    readers = () if file is None else arms_beside(file, chosen)[1:]
+    prepare_stage(chosen, repository_root(), results, wait, readers)
 
 
 @app.command()
@@ -181,7 +185,13 @@ InputSizes = Annotated[
 ]
 Components = Annotated[int, typer.Option(help="K, the number of principal directions.")]
 Smoothing = Annotated[float, typer.Option(help="Gaussian sigma on the patch grid; 0 turns it off.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def _check_device(name: str) -> None:
+    """Before any library is asked, to some of which a number too large is no device but an overflow."""
+    if not re.match(DEVICE, name):
+        raise ConfigError(f"--device: {name[:40]!r} is none of cpu, cuda, cuda:N (N at most 99)")
 
 
 def _perception(choices: Mapping[str, Sequence[object] | None], **shared: object) -> list[PerceptionConfig]:
@@ -220,6 +230,7 @@ def map_command(
 
     Give --backbone, --layer, --input-size or --orientation several times to compare side by side.
     """
+    _check_device(device)
     if raw not in (None, "npy", "safetensors"):
         raise ConfigError(f"--raw: {raw!r} is neither npy nor safetensors")
     choices = {
@@ -243,8 +254,8 @@ def orientation(
     input_size: InputSizes = None,
     components: Components = 3,
     smoothing: Smoothing = 1.0,
-    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes, and composites, of each kind.")] = 40,
-    seed: Annotated[int, typer.Option(min=0, help="Which scenes are drawn.")] = 0,
+    scenes: Annotated[int, typer.Option(min=1, max=10_000, help="Drawn scenes, and composites, of each kind.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Which scenes are drawn.")] = 0,
     photographs: Annotated[
         bool,
         typer.Option(
@@ -257,6 +268,7 @@ def orientation(
 
     A cell is the mean area under the ROC curve of the maps; in brackets the share of pictures below 0.5.
     """
+    _check_device(device)
     choices = {"backbone": backbone, "layer": layer, "input_size": input_size}
     configs = _perception(choices, weights=weights, components=components, smoothing=smoothing)
     from vipo.perception.photographs import composites, load_photographs, photographed
@@ -368,7 +380,7 @@ def _ask_for_another_try(number: int) -> None:
 
 
 def _leave(status: int) -> None:
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         # One of several processes would wait in its clean-up for partners that may hang.
         sys.stderr.flush()
         os._exit(status)
@@ -378,7 +390,7 @@ def _leave(status: int) -> None:
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
-    quiet = os.environ.get("RANK", "0") != "0"
+    quiet = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
     logging.basicConfig(
         level=logging.WARNING if quiet else logging.INFO,
         format="%(levelname)s %(name)s: %(message)s",

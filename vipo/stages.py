@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config
+from vipo.config.experiment import check_run
 from vipo.config.models import Config, PretrainConfig
-from vipo.prompts import check_prompts, prepare_prompts
+from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
 
@@ -47,13 +48,27 @@ def base_stage(config: PretrainConfig, root: Path, output: Path) -> None:
         train_base(config, output, output.with_name(f".{output.name}.work"))
 
 
-def prepare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
-    """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``."""
+def prepare_stage(config: Config, root: Path, results: Path, wait: float = 0, readers: Sequence[Config] = ()) -> None:
+    """Prompt source to ``prompts/{train,eval}.jsonl`` and ``manifest.json``; nothing where a run could not use them.
+
+    Args:
+        config: of any run.
+        root, results, wait: as of every stage.
+        readers: other runs that will read the prompts; what they need is checked too.
+    """
     with run_lock(experiment_folder(config, results) / "prompts", wait_seconds=wait):
-        _prepare(config, root, results)
+        _prepare(config, root, results, readers)
 
 
-def _prepare(config: Config, root: Path, results: Path) -> None:
+def _prepare(config: Config, root: Path, results: Path, readers: Sequence[Config] = ()) -> None:
+    runs = [config, *readers]
+    for run in runs:
+        check_run(run)
+
+    def accept(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+        for run in runs:
+            check_needs(run, train, held_out)
+
     folder = experiment_folder(config, results) / "prompts"
     source = root / config.prompts.source
     with record_stage(
@@ -65,7 +80,7 @@ def _prepare(config: Config, root: Path, results: Path) -> None:
         config=config.prompts_identity(),
         root=root,
     ):
-        prepare_prompts(config.prompts, root, folder)
+        prepare_prompts(config.prompts, root, folder, accept)
 
 
 def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -104,7 +119,8 @@ def _encode(config: Config, root: Path, results: Path) -> None:
 def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
     """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
     from vipo.generators.base import check_device
-    from vipo.training.launch import is_rank, launch, stop_with_launcher
+    from vipo.training.launch import launch, stop_with_launcher
+    from vipo.training.ranks import is_rank
     from vipo.training.trainer import train_run
 
     check_device(config.generator)

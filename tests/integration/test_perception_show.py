@@ -1,6 +1,10 @@
 """`vipo map`: what it reads, what it refuses, what it writes."""
 
 import json
+import os
+import struct
+import tracemalloc
+import zlib
 from typing import get_args
 
 import numpy as np
@@ -10,7 +14,7 @@ from PIL import Image
 
 from vipo.config.models import PerceptionConfig
 from vipo.demo.scenes import draw, sample_scene
-from vipo.perception import PerceptionError, show
+from vipo.perception import PerceptionError, pictures, show
 from vipo.perception.allocator import Orientation
 from vipo.perception.pictures import find_pictures, read_clip, read_image
 from vipo.perception.show import map_images, overlay
@@ -35,6 +39,14 @@ def no_model(monkeypatch):
         pytest.fail("a model was loaded")
 
     monkeypatch.setattr(show, "load_backbone", refuse)
+
+
+def png_header(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def gradient(height=6, width=9):
@@ -148,6 +160,13 @@ def test_bad_input_is_refused_before_a_model_is_loaded(scene, tmp_path):
     film.write_text("#EXTM3U\nfile:///etc/hostname")
     taken = tmp_path / "taken.jpg"
     taken.touch()
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    endless = tmp_path / "endless.png"
+    endless.symlink_to("/dev/zero")
+    # Only its header says so: nothing of it is decoded.
+    large = tmp_path / "large.png"
+    large.write_bytes(png_header(12_000, 12_000))
     for paths, output, message in (
         ([tmp_path / "absent.png"], tmp_path / "o.png", r"absent\.png: no such file"),
         ([tmp_path], tmp_path / "o.png", r"no picture or film in this folder|one file cannot take"),
@@ -162,11 +181,39 @@ def test_bad_input_is_refused_before_a_model_is_loaded(scene, tmp_path):
         ([scene], taken, r"taken\.jpg: is a file that does not end in \.png"),
         ([scene], taken / "below", "cannot be made"),
         ([], tmp_path / "o.png", "no picture given"),
+        ([pipe], tmp_path / "o.png", r"pipe\.mp4: cannot be read .*it is a pipe, a regular file is needed"),
+        ([endless], tmp_path / "o.png", r"endless\.png: cannot be read .*it is a device"),
+        ([large], tmp_path / "o.png", r"large\.png: cannot be read .*12000x12000 pixels, at most 33554432"),
+        ([tmp_path / "a\0b.png"], tmp_path / "o.png", "NUL character"),
     ):
         with pytest.raises(PerceptionError, match=message):
             map_images(paths, output, [PerceptionConfig()])
     assert not (tmp_path / "o").exists()
     assert not (tmp_path / "o.png").exists()
+
+
+def test_a_film_of_large_frames_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    write_film(tmp_path / "film.mp4", moving())
+    monkeypatch.setattr(pictures, "_MOST_PIXELS", 48 * 64 - 1)
+    with pytest.raises(PerceptionError, match=r"film\.mp4: cannot be read .*64x48 pixels, at most 3071"):
+        read_clip(tmp_path / "film.mp4")
+
+
+def test_an_animation_of_many_frames_is_refused(tmp_path, monkeypatch):
+    write_film(tmp_path / "film.mp4", moving())
+    monkeypatch.setattr(pictures, "_MOST_FRAMES", 3)
+    with pytest.raises(PerceptionError, match=r"film\.mp4: more than 3 frames"):
+        read_clip(tmp_path / "film.mp4")
+
+
+def test_a_picture_of_the_largest_size_takes_less_than_a_gigabyte(tmp_path):
+    """Traced by NumPy's and Pillow's own counts: the picture, its colours in float32, and one copy of them."""
+    Image.new("RGB", (4096, 2048)).save(tmp_path / "picture.png", compress_level=1)
+    tracemalloc.start()
+    read_image(tmp_path / "picture.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak * 4 < 2**30
 
 
 def moving(count=4, height=48, width=64):

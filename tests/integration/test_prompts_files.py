@@ -4,6 +4,7 @@ import csv
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vipo.config.compose import load_config
 from vipo.config.models import PromptsConfig
 from vipo.demo.captions import write_demo_prompts
 from vipo.demo.scenes import one_object_captions
-from vipo.prompts import Prompt, PromptError, prepare_prompts, read_prompts
+from vipo.prompts import Prompt, PromptError, prepare_prompts, read_prompts, sources
 from vipo.provenance.files import StorageError
+from vipo.stages import prepare_stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -86,18 +89,24 @@ def test_long_prompts_are_dropped_and_counted(tmp_path: Path, suffix: str) -> No
 
 
 def test_dropped_rows_are_named_by_reason(tmp_path: Path) -> None:
-    lines = [*"abcdef", "", "A ", "a", "\t", "b", "z" * 30, " B", "f"]
+    lines = [*"abcdef", "", "A ", "a", "\t", "b", "z" * 30, " B", "f", " b ", "\u200b\u3164"]
     (tmp_path / "p.txt").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     manifest, prompts = _prepare(tmp_path, "p.txt", max_characters=20)
-    assert sorted(prompt.text for prompt in prompts) == [*"abcdef"]
+    assert sorted(prompt.text for prompt in prompts) == ["A", "B", *"abcdef"]
     assert manifest["dropped"] == {
-        "blank": [7, 10],
+        "blank": [7, 10, 16],
         "too_long": [12],
         "exact_duplicate": [9, 11, 14],
-        "whitespace_or_case_duplicate": [8, 13],
+        "whitespace_duplicate": [15],
+        "case_duplicate": [],
     }
-    assert manifest["counts"]["rows"] == 14
-    assert manifest["counts"]["kept"] == 6
+    assert manifest["counts"]["rows"] == 16
+    assert manifest["counts"]["kept"] == 8
+    # The case of a text that is to be drawn is its meaning; where it is not, the first row is kept.
+    manifest, prompts = _prepare(tmp_path, "p.txt", max_characters=20, ignore_case=True)
+    assert sorted(prompt.text for prompt in prompts) == [*"abcdef"]
+    assert manifest["dropped"]["case_duplicate"] == [8, 13]
+    assert manifest["dropped"]["whitespace_duplicate"] == [15]
 
 
 def test_written_files_are_the_manifest_s_and_bit_identical_on_a_rerun(tmp_path: Path) -> None:
@@ -164,6 +173,8 @@ BAD_BYTES: list[tuple[str, bytes | None, str]] = [
     ("p.csv", b"prompt,n\na\n", r"p\.csv: line 2: has 1 fields"),
     ("p.csv", b'prompt\n"a"b\n', r"p\.csv: line 2: is not CSV"),
     ("p.csv", b"prompt,prompt\na,b\n", r"named twice in the first line: prompt, prompt"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n', r"line 2: .*a key is named twice: 'prompt'"),
+    ("p.jsonl", b'{"prompt": "a", "x": {"y": 1, "y": 2}}\n', r"line 1: .*a key is named twice: 'y', 'y'"),
     ("p.csv", b"prompt\n", r"no prompt is left of 0 rows \(it has no rows\)"),
     ("p.parquet", b"PAR1 this is not one", r"p\.parquet: is not a Parquet file"),
 ]
@@ -193,6 +204,49 @@ def test_bad_parquet_is_refused(tmp_path: Path, columns: dict[str, list[Any]], t
     pq.write_table(pa.table(columns), tmp_path / "p.parquet")
     with pytest.raises(PromptError, match=told):
         _prepare(tmp_path, "p.parquet")
+
+
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(PromptError, match=r"p\.parquet: a column is named twice: prompt, prompt"):
+        _prepare(tmp_path, "p.parquet")
+    fields = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
+    pq.write_table(pa.table({"prompt": ["a"], "fields": fields}), tmp_path / "p.parquet")
+    with pytest.raises(PromptError, match=r"p\.parquet: .*duplicate"):
+        _prepare(tmp_path, "p.parquet")
+
+
+def test_a_source_is_a_regular_file_below_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "p.txt")
+    (tmp_path / "p.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "p.csv").mkdir()
+    for name, kind in (("p.txt", "a pipe"), ("p.jsonl", "a device"), ("p.csv", "a folder")):
+        with pytest.raises(PromptError, match=f"{name}: cannot be read .*it is {kind}, a regular file is needed"):
+            _prepare(tmp_path, name)
+    with (tmp_path / "large.txt").open("wb") as stream:
+        stream.truncate(sources.MOST_BYTES + 1)
+    with pytest.raises(PromptError, match=r"large\.txt: cannot be read .*at most 536870912 \(512 MiB\)"):
+        _prepare(tmp_path, "large.txt")
+    # A small file that unpacks to any size: one text, a million times.
+    pq.write_table(pa.table({"prompt": ["x" * 1000] * 10_000}), tmp_path / "small.parquet")
+    assert (tmp_path / "small.parquet").stat().st_size < 10_000
+    monkeypatch.setattr(sources, "MOST_BYTES", 10**6)
+    with pytest.raises(PromptError, match=r"small\.parquet: unpacks to more than 1000000 bytes"):
+        _prepare(tmp_path, "small.parquet")
+
+
+def test_prompts_that_no_run_could_use_are_not_written(tmp_path: Path) -> None:
+    _jsonl(tmp_path / "p.jsonl", TEXTS)
+    overrides = [f"prompts.source={tmp_path}/p.jsonl", "evaluation.rewards=[]", "training.micro_batch=4"]
+    overrides += ["training.prompts_per_update=1"]
+    config = load_config(["experiment=demo", "prompts.eval_share=0.5", *overrides])
+    oracle = load_config(["experiment=demo", "prompts.eval_share=0.5", *overrides, "arm=oracle"])
+    with pytest.raises(PromptError, match=r"objective\.map 'oracle' needs scene metadata"):
+        prepare_stage(config, tmp_path, tmp_path / "results", readers=[oracle])
+    assert not (tmp_path / "results/demo/prompts/manifest.json").exists()
+    prepare_stage(config, tmp_path, tmp_path / "results")
+    assert (tmp_path / "results/demo/prompts/manifest.json").is_file()
 
 
 def test_a_null_prompt_counts_as_blank(tmp_path: Path) -> None:

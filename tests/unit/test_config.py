@@ -1,7 +1,9 @@
 """Configuration: composition, validation and the messages a user reads."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -22,7 +24,9 @@ from vipo.config.compose import (
     validate_config,
     write_if_changed,
 )
+from vipo.config.experiment import arms_beside, check_run, check_runs
 from vipo.config.models import Config, config_hash
+from vipo.config.resolved import read_mapping
 
 DEMO = "experiment=demo"
 ARMS = ("base", "grpo", "vipo", "uniform", "inverted")
@@ -292,8 +296,11 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["experiment.arms.vipo.seeds=[0,0]"], ["experiment.arms.vipo.seeds", "[0, 0]"]),
         (["experiment.name=../x"], ["experiment.name", "'../x'", "lower-case"]),
         # Impossible combinations.
-        (["training.micro_batch=3"], ["training", "micro_batch 3", "8 samples"]),
-        (["training.optimizer_steps_per_update=3"], ["training", "group_size 8", "optimizer_steps_per_update 3"]),
+        (["training.micro_batch=3"], ["training", "micro_batch 3", "8 samples", "may be 1, 2, 4, 8"]),
+        (
+            ["training.optimizer_steps_per_update=3"],
+            ["training", "group_size 8", "optimizer_steps_per_update 3", "may be 1, 2, 4, 8"],
+        ),
         (
             ["training.trained_transitions=10"],
             ["training.trained_transitions 10", "9 transitions", "sampling.steps 10"],
@@ -318,7 +325,39 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["sampling.window={size: 4, move: slid}"], ["sampling.window.move", "'slide'", "'slid'"]),
         (["training.best_of=6"], ["training", "best_of 6", "multiple of 4"]),
         (["training.best_of=12"], ["training", "best_of 12", "at most group_size 8"]),
-        (["training.best_of=4"], ["training", "micro_batch 8", "4 samples", "best_of"]),
+        (["training.best_of=4"], ["training", "micro_batch 8", "4 samples", "best_of", "may be 1, 2, 4"]),
+        # Of an arm that is not the chosen one, too; in mappings, tuples, and sections that may be null.
+        (["experiment.arms.uniform.typo=1"], ["experiment.arms.uniform.typo", "allowed: base, overrides, seeds"]),
+        (["sampling.window={size: 4, strid: 1}"], ["sampling.window.strid", "'stride'", "every, move, size, start"]),
+        # Numbers that no machine ends with, and no format holds.
+        (["training.updates=1e400"], ["training.updates", "integer", "inf"]),
+        (["sampling.eta=1e300"], ["sampling.eta", "less than or equal to 100"]),
+        (["distribution.timeout_seconds=1e300"], ["distribution.timeout_seconds", "1e+300"]),
+        (["perception.smoothing=1e9"], ["perception.smoothing", "less than or equal to 100"]),
+        (["generator.device=cuda:99999999999"], ["generator.device", "'cuda:99999999999'"]),
+        (["training.group_size=1000000000000"], ["training.group_size", "1000000000000"]),
+        (["evaluation.steps=9223372036854775808"], ["evaluation.steps", "less than or equal to 1000"]),
+        (["pretrain.steps=9223372036854775808"], ["pretrain.steps", "less than or equal to"]),
+        (["pretrain.steps=100000000"], ["pretrain", "steps 100000000 * batch_size 48 is 4800000000 samples"]),
+        (["training.prompts_per_update=16384"], ["training", "prompts_per_update 16384 * group_size 8", "65536"]),
+        (["training.updates=1000000000"], ["training.updates * ", "160000000000 evaluations of the network"]),
+        (
+            ["evaluation.prompts=1000000"],
+            ["evaluation: prompts 1000000 * samples_per_prompt 2 is 2000000 samples"],
+        ),
+        (["evaluation.prompts=400000", "evaluation.steps=1000"], ["evaluation.prompts * ", "for 5 sets of weights"]),
+        (["generator.frames=16384", "generator.height=1024"], ["generator", "1073741824 pixels"]),
+        (["seed=" + "9" * 5000], ["4300 digits", "… of"]),
+        (["experiment.title=" + "[" * 2000 + "]" * 2000], ["nested too deeply"]),
+        # Paths that no file can have.
+        (['generator.path="a\0b"'], ["generator.path", "NUL character"]),
+        (["perception.weights=" + "x" * 300], ["perception.weights", "longer than a path can be"]),
+        # Names that become folders, and words of a scheduler's command line.
+        (["arm=../x"], ["arm '../x' must be lower-case letters"]),
+        (["experiment.arms.uniform.base=../x"], ["experiment.arms.uniform.base", "arm '../x' must be"]),
+        (["experiment.name=" + "x" * 101], ["experiment.name", "at most 100"]),
+        (["cluster.train.partition='a; b'"], ["cluster.train.partition", "'a; b'"]),
+        (["evaluation.rewards=[redness,redness]"], ["evaluation.rewards", "named twice: redness, redness"]),
         # Unknown choices.
         (["arm=nope"], ["arm/nope", *ARMS]),
         (["generator=nope"], ["generator/nope", "demo", "flux_dev"]),
@@ -330,6 +369,48 @@ def test_bad_values_are_named(overrides: list[str], told: list[str]) -> None:
         load_config([DEMO, *overrides])
     for words in told:
         assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["../x", "a b\nc", "", "Upper", ".5", "x" * 101])
+def test_an_arm_s_name_can_name_a_folder(demo: Config, name: str) -> None:
+    data = demo.model_dump(mode="json")
+    data["experiment"]["arms"][name] = {}
+    with pytest.raises(ConfigError, match=r"^experiment\.arms: arm .* must be lower-case letters"):
+        validate_config(data)
+
+
+def test_every_number_has_both_bounds() -> None:
+    """So that none starts what never ends, and none overflows where it is used."""
+    unbounded = []
+
+    def visit(node: Any, where: str) -> None:
+        if isinstance(node, dict):
+            if node.get("type") in ("integer", "number"):
+                named = {key.lower() for key in node}
+                if any(not named & {end, f"exclusive{end}"} for end in ("minimum", "maximum")):
+                    unbounded.append(where)
+            for key, value in node.items():
+                visit(value, f"{where}.{key}")
+        elif isinstance(node, list):
+            for value in node:
+                visit(value, where)
+
+    visit(Config.model_json_schema(), "")
+    assert unbounded == []
+
+
+def test_trained_rewards_are_evaluated_without_being_named_again(demo: Config) -> None:
+    """After those that are named, so that a list which holds them all is the one that is used."""
+    named = ("object_redness", "redness", "scene_shape", "scene_background", "scene")
+    assert demo.evaluation.rewards == named
+    terms = "reward.terms=[{name: redness}, {name: scene}]"
+    assert load_config([DEMO, terms, "evaluation.rewards=[scene_shape, redness]"]).evaluation.rewards == (
+        "scene_shape",
+        "redness",
+        "scene",
+    )
+    assert load_config([DEMO, "evaluation.rewards=[]"]).evaluation.rewards == ("object_redness",)
 
 
 def test_unknown_and_absent_experiment_list_the_known_ones() -> None:
@@ -368,25 +449,60 @@ def test_resolved_yaml_round_trips(tmp_path: Path, arm: str) -> None:
     assert dump_config(load_config_file(path)) == path.read_text()
 
 
-@settings(max_examples=30)
-@given(
-    title=st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=30).filter(
-        lambda t: "${" not in t
+ANY_TEXT = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=30),
+    # What YAML, Hydra and Python read as something else than text.
+    st.text("0123456789eE+-._:", max_size=8),
+    st.text("${}\\a'\"#: \n\t\r\x85\u2028\ufeff-?,[]&*!|>%@`<=~", max_size=12),
+    st.sampled_from(
+        ["${seed} dollars", "${HOME}", "\\${seed}", "???", "null", "yes", "n", "1e5", "2020-01-01", "<<", "1:30.5"]
     ),
-    rate=st.floats(min_value=1e-12, max_value=1e3),
 )
-def test_any_title_and_rate_round_trip(
-    demo: Config, tmp_path_factory: pytest.TempPathFactory, title: str, rate: float
+
+
+@settings(max_examples=60)
+@given(texts=st.tuples(ANY_TEXT, ANY_TEXT, ANY_TEXT), rate=st.floats(min_value=1e-12, max_value=1e3))
+@example(texts=("'\\${seed} dollars'", "${HOME}", "${oc.env:HOME}"), rate=1e-5)
+def test_any_text_and_rate_round_trip(
+    demo: Config, tmp_path_factory: pytest.TempPathFactory, texts: tuple[str, str, str], rate: float
 ) -> None:
-    config = _as(_as(demo, "experiment.title", title), "optimizer.learning_rate", rate)
+    data = demo.model_dump(mode="json")
+    data["experiment"]["title"], data["prompts"]["text_key"], data["generator"]["negative_prompt"] = texts
+    data["experiment"]["arms"]["vipo"]["overrides"] = list(texts)
+    data["optimizer"]["learning_rate"] = rate
+    config = validate_config(data)
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config_file(path) == config
+    assert (config.experiment.title, config.prompts.text_key) == texts[:2]
+    # Every other reader of such files reads the same, the crate's parameters too.
+    assert read_mapping(path) == config.model_dump(mode="json")
+
+
+def test_what_a_caller_escapes_is_saved_and_read_as_it_is(tmp_path: Path) -> None:
+    config = load_config([DEMO, r"experiment.title='\${seed} dollars'", r"experiment.question='\${HOME}'"])
+    assert (config.experiment.title, config.experiment.question) == ("${seed} dollars", "${HOME}")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
     assert load_config_file(path) == config
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "cannot be read"), ("a: [1", "not valid YAML"), ("- 1\n- 2\n", "no mapping"), ("seed: 1\n", "missing")],
+    [
+        (None, "cannot be read"),
+        ("a: [1", "not valid YAML"),
+        ("- 1\n- 2\n", "no mapping"),
+        ("seed: 1\n", "missing"),
+        ("[" * 2000, "nested more than 50 levels deep"),
+        ("".join(" " * depth + "a:\n" for depth in range(2000)), "nested more than 50 levels deep|larger|bytes"),
+        ("a: &a [1]\n" + "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in itertools.pairwise("abcdefgh")), "alias"),
+        ("a: 1\na: 2\n", "names 'a' twice"),
+        ("a: " + "9" * 5000, "4300 digits"),
+        ("a: b\n" * 2**16, "262144"),
+        ("seed: 1e400\n", "seed: input should be a valid integer"),
+        ("? [a]\n: 1\n", "not valid YAML"),
+    ],
 )
 def test_bad_resolved_files_are_named(tmp_path: Path, content: str | None, told: str) -> None:
     path = tmp_path / "config.yaml"
@@ -394,6 +510,56 @@ def test_bad_resolved_files_are_named(tmp_path: Path, content: str | None, told:
         path.write_text(content)
     with pytest.raises(ConfigError, match=told):
         load_config_file(path)
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a pipe"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
+        with pytest.raises(ConfigError, match=f"cannot be read .*it is {kind}, a regular file is needed"):
+            load_config_file(path)
+    with pytest.raises(ConfigError, match="NUL character"):
+        load_config_file(tmp_path / "a\0b")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `configs/` in the working directory."""
+    shutil.copytree(repository_root() / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "configs"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a: &a [1]\nb: *a\n", r"mine\.yaml: is not valid YAML: holds an alias"),
+        ("a: [1\n", "is not valid YAML"),
+        ("".join(" " * depth + "a:\n" for depth in range(600)), "nested too deeply"),
+        ("# &\na: " + "b" * 2**18, r"mine\.yaml: cannot be read .* 262144"),
+        (None, r"mine\.yaml: cannot be read .*a pipe"),
+    ],
+)
+def test_configuration_files_that_would_not_end_or_crash(project: Path, content: str | None, told: str) -> None:
+    path = project / "experiment" / "mine.yaml"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=told):
+        load_config(["experiment=mine"])
+
+
+def test_another_hydra_project_is_not_taken_for_this_one(project: Path) -> None:
+    assert repository_root() == project.parent
+    (project / "arm" / "base.yaml").unlink()
+    assert repository_root() != project.parent
+    assert load_config([DEMO]).experiment.name == "demo"
+
+
+def test_a_project_whose_files_lack_what_every_run_has(project: Path) -> None:
+    (project / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(ConfigError, match=r"experiment: missing"):
+        load_config([])
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -444,6 +610,7 @@ def test_training_identity_follows_what_decides_the_result_and_nothing_else(demo
         "seed": 5,
         "training.threads": 2,
         "prompts.eval_share": 0.5,
+        "prompts.ignore_case": True,
     }
     for key, value in changes.items():
         assert config_hash(_as(demo, key, value).training_identity()) != base, key
@@ -482,3 +649,65 @@ def test_unchanged_text_is_not_written_again(tmp_path: Path) -> None:
 def test_light_rooms_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(sum(name in sys.modules for name in ('torch', 'diffusers', 'timm')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _runs(*overrides: str) -> dict[str, Config]:
+    arms = load_config([DEMO, *overrides]).experiment.arms
+    configs = (load_config([DEMO, *overrides, f"arm={arm}"]) for arm in arms)
+    return {config.run_name: config for config in configs}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["prompts.eval_share=0"], r"prompts\.eval_share: 0 holds no prompt out"),
+        (
+            ["experiment.arms.grpo.overrides=['evaluation.steps=5']"],
+            r"run grpo-s0: its arm's overrides change section evaluation",
+        ),
+        (
+            ["experiment.arms.grpo.overrides=['reward.terms=[{name: redness}]']"],
+            r"run grpo-s0: its arm's overrides change section reward",
+        ),
+        (
+            [f"~experiment.arms.{arm}" for arm in ARMS if arm != "base"],
+            r"experiment\.arms: there is no arm but 'base'",
+        ),
+        (
+            ["distribution.processes=3"],
+            r"run grpo-s0: training\.group_size: the 1 micro-batches .* 3 processes.*processes in all may be 1$",
+        ),
+        (
+            ["distribution.processes=4"],
+            r"4 processes; change .*: training\.micro_batch may be 1, 2$",
+        ),
+        (["generator.height=128"], r"run base-s0: evaluation\.rewards: reward 'scene_shape' reads .* are 128x64"),
+        (
+            ["generator.frames=5", "evaluation.rewards=[redness]"],
+            r"run base-s0: reward\.terms: reward 'object_redness' takes pictures",
+        ),
+    ],
+)
+def test_what_would_be_found_after_training_is_found_before(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_runs(_runs(*overrides))
+
+
+def test_an_experiment_that_works_passes() -> None:
+    runs = _runs()
+    check_runs(runs)
+    check_runs(_runs("distribution.processes=2", "training.micro_batch=4"))
+    video = ["generator.frames=5", "reward.terms=[{name: redness}]", "evaluation.rewards=[redness]"]
+    check_run(load_config([DEMO, *video]))
+    with pytest.raises(ConfigError, match=r"objective\.map 'oracle' needs drawn pictures"):
+        check_run(load_config([DEMO, *video, "arm=oracle"]))
+
+
+def test_the_workflow_s_arms_lie_beside_each_other(tmp_path: Path) -> None:
+    runs = _runs()
+    for name, config in runs.items():
+        (tmp_path / f"{name}.yaml").write_text(dump_config(config))
+    (tmp_path / "grpo-s7.yaml").write_text("of another time")
+    found = arms_beside(tmp_path / "base-s0.yaml", runs["base-s0"])
+    assert {config.run_name: config for config in found} == runs
+    assert arms_beside(tmp_path / "elsewhere" / "base-s0.yaml", runs["base-s0"]) == [runs["base-s0"]]

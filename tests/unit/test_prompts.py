@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vipo.config.compose import load_config
 from vipo.config.models import PromptsConfig
 from vipo.prompts import Prompt, PromptError, clean_text, prepare_prompts, prompt_id, read_prompts
+from vipo.prompts.needs import check_needs
+from vipo.prompts.prompt import is_blank
 
 # Lone surrogates too: JSON can spell them, UTF-8 cannot.
 ANY_TEXT = st.text(st.characters(), max_size=40)
@@ -54,6 +57,34 @@ def test_cleaning_keeps_every_printed_character(words: list[str]) -> None:
 )
 def test_cleaning_examples(text: str, clean: str) -> None:
     assert clean_text(text) == clean
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \t\n",
+        "\u200b\u200d",
+        "\u2060 \ufeff",
+        "\u00ad",
+        "\u3164\u115f\uffa0",
+        "\u2800",
+        "\ufe0f",
+        "\U000e0100",
+        "\U000e0041",
+        "\u202e",
+        "\x07\ud800",
+    ],
+)
+def test_what_cannot_be_seen_is_blank(text: str) -> None:
+    assert is_blank(text)
+    assert is_blank(clean_text(text))
+    assert not is_blank(clean_text(f"{text}é"))
+
+
+@pytest.mark.parametrize("text", ["é", "\u0301", "🎨", "…", "-", "\u05e9", "❤\ufe0f", "\ue000"])
+def test_what_can_be_seen_is_not_blank(text: str) -> None:
+    assert not is_blank(text)
 
 
 @given(ANY_TEXT.map(clean_text))
@@ -99,7 +130,7 @@ def test_every_row_is_kept_once_or_counted_once(texts: list[str]) -> None:
     assert counts["rows"] == len(SEEDS) + len(texts) == counts["kept"] + len(dropped)
     assert (counts["train"], counts["eval"]) == (len(train), len(held_out))
     kept = _texts(train + held_out)
-    assert len({text.casefold() for text in kept}) == len(kept) == counts["kept"]
+    assert len(set(kept)) == len(kept) == counts["kept"]
     assert set(kept) <= {clean_text(text) for text in SEEDS + texts}
 
 
@@ -133,3 +164,46 @@ def test_an_empty_half_is_refused(texts: list[str], share: float, half: str) -> 
 
 def _texts(prompts: list[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
+
+
+def _prompts(count: int, **metadata: Any) -> list[Prompt]:
+    return [Prompt(prompt_id(f"text {number}"), f"text {number}", metadata) for number in range(count)]
+
+
+SCENE = {"objects": [{"shape": "circle"}], "background": "white"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "train", "held_out", "told"),
+    [
+        ([], _prompts(2, **SCENE), _prompts(1, **SCENE), r"eval_share 0\.25 leaves 1 prompt for eval, .* need 2"),
+        ([], _prompts(1, **SCENE), _prompts(2, **SCENE), "prompts_per_update 2 exceeds the 1 training prompts"),
+        (
+            ["arm=oracle", "evaluation.rewards=[]"],
+            [*_prompts(5, **SCENE), Prompt("0", "plain", {})],
+            _prompts(2),
+            "map 'oracle' needs scene metadata with 'objects', .*'plain' has none",
+        ),
+        (
+            ["reward.terms=[{name: scene_count}]"],
+            _prompts(2, objects=[]),
+            _prompts(2, **SCENE),
+            r"reward\.terms: reward 'scene_count' needs scene metadata with 'background'",
+        ),
+        ([], _prompts(2), _prompts(2), r"evaluation\.rewards: reward 'scene_shape' needs .*'objects', 'background'"),
+    ],
+)
+def test_prompts_that_a_run_could_not_use(
+    overrides: list[str], train: list[Prompt], held_out: list[Prompt], told: str
+) -> None:
+    with pytest.raises(PromptError, match=told):
+        check_needs(load_config(["experiment=demo", *overrides]), train, held_out)
+
+
+def test_prompts_that_a_run_can_use(caplog: pytest.LogCaptureFixture) -> None:
+    demo = load_config(["experiment=demo"])
+    check_needs(demo, _prompts(2, **SCENE), _prompts(2, **SCENE))
+    assert "evaluation.prompts 40, but 2 prompts are held out" in caplog.text
+    # Nothing of an untrained arm is trained; nothing need be held out where nothing is asked for.
+    check_needs(load_config(["experiment=demo", "arm=base"]), _prompts(1), _prompts(2, **SCENE))
+    check_needs(load_config(["experiment=demo", "prompts.eval_share=0", "evaluation.rewards=[]"]), _prompts(2), [])

@@ -4,8 +4,9 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
@@ -13,9 +14,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from vipo.config.models import ArmConfig, Config
+from vipo.config.models import ArmConfig, Config, check_arm_name
+from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
 from vipo.errors import VipoError
+from vipo.regular import read_regular
 
+# More of a refused value is not shown.
+_SHOWN = 200
 _ASSIGNMENT = re.compile(r"(\w+)(\.\w+)*=")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -26,15 +31,19 @@ class ConfigError(VipoError):
 
 
 def repository_root() -> Path:
-    """The folder that holds `configs/`: the working directory, or the checkout that this package is in.
+    """The folder that holds vipo's `configs/`: the working directory, or the checkout that this package is in.
+
+    Another Hydra project has a ``configs/config.yaml`` as well, but no ``configs/arm/base.yaml``.
 
     Raises:
-        ConfigError: neither has a `configs` folder.
+        ConfigError: neither has one.
     """
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (root / "configs" / "config.yaml").is_file():
+        if all((root / "configs" / name).is_file() for name in ("config.yaml", "arm/base.yaml")):
             return root
-    raise ConfigError(f"no configs/config.yaml in {Path.cwd()}: run vipo from a checkout of the repository")
+    raise ConfigError(
+        f"no configs/config.yaml with configs/arm/base.yaml in {Path.cwd()}: run vipo from a checkout of the repository"
+    )
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -47,6 +56,8 @@ def load_config(overrides: Sequence[str]) -> Config:
     """
     name = next((text.removeprefix("arm=") for text in reversed(overrides) if text.startswith("arm=")), None)
     rest = [text for text in overrides if not text.startswith("arm=")]
+    if name is not None:
+        _check_arm(name)
     if name is None or (repository_root() / "configs" / "arm" / f"{name}.yaml").is_file():
         file = [f"arm={name}"] if name is not None else []
         data = _compose([*file, *rest])
@@ -55,35 +66,37 @@ def load_config(overrides: Sequence[str]) -> Config:
         file = [f"arm={_arm(_compose(rest), name).base or name}"]
         data = _compose([*file, *rest])
         data["arm"] = name
-    own = _arm(data, data["arm"]).overrides
+    own = _arm(data, data.get("arm")).overrides
     if own:
-        data = _compose([*file, *own, *rest]) | {"arm": data["arm"]}
+        data = _compose([*file, *own, *rest]) | {"arm": data.get("arm")}
     return validate_config(data)
 
 
+def _check_arm(name: str) -> None:
+    try:
+        check_arm_name(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _arm(data: dict[str, Any], name: Any) -> ArmConfig:
-    arms = data["experiment"].get("arms")
+    experiment = data.get("experiment")
+    arms = experiment.get("arms") if isinstance(experiment, dict) else None
     # What is no mapping of arms is for the validation of the whole to name.
     chosen = arms.get(name) if isinstance(arms, dict) else None
     return validate_section(ArmConfig, chosen or {}, f"experiment.arms.{name}.")
 
 
 def load_config_file(path: Path) -> Config:
-    """Read a resolved configuration file as `dump_config` writes it.
+    """Read a resolved configuration file as `dump_config` writes it. It is data: nothing in it is interpolated.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or does not validate.
+        ConfigError: the file is missing, no regular file, too large, not YAML, holds aliases, or does not validate.
     """
     try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as configuration: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path}: is not valid YAML: {error}") from error
-        raise
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds no mapping of keys to values")
+        data = read_mapping(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         return validate_config(data)
     except ConfigError as error:
@@ -101,7 +114,7 @@ def validate_config(data: Any) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, complete and in a fixed order."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def write_if_changed(path: Path, text: str) -> bool:
@@ -116,6 +129,7 @@ def write_if_changed(path: Path, text: str) -> bool:
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     folder = repository_root() / "configs"
+    _check_files(folder)
     try:
         with initialize_config_dir(str(folder), version_base="1.3", job_name="vipo"):
             composed = compose("config", overrides=[_admitted(text, folder) for text in overrides])
@@ -126,16 +140,35 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         text = error.override.removeprefix("++")
         reason = _readable(str(error)).removeprefix(f"Error parsing override '{error.override}' ")
         raise ConfigError(
-            f"override {text!r} cannot be read: {reason}; write key=value, with what holds colons or brackets in quotes"
+            f"override {_cut(repr(text))} cannot be read: {_cut(reason)}; write key=value, with what holds colons or "
+            "brackets in quotes"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_readable(str(error))) from error
-    # Hydra's plain ValueErrors name no override.
-    except ValueError as error:
-        raise ConfigError(f"{error} (overrides: {' '.join(overrides)})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{folder}: a file is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{folder}, or an override, is nested too deeply to be read") from error
+    # Hydra's plain ValueErrors and OverflowErrors name no override.
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{error} (overrides: {_cut(' '.join(overrides))})") from error
     if not isinstance(data, dict):
         raise ConfigError("configs/config.yaml holds no mapping")
     return {str(key): value for key, value in data.items()}
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what Hydra would never end to read: no regular file, or copies of copies by alias."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            data = read_regular(path, MOST_BYTES)
+            # No alias without an anchor; what Hydra reads by itself, it also judges.
+            if b"&" in data:
+                from_yaml(data)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def _admitted(override: str, folder: Path) -> str:
@@ -181,17 +214,46 @@ def _problem(model: type[BaseModel], item: Any, prefix: str) -> str:
     message = message[0].lower() + message[1:]
     if item["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message} (got {item['input']!r})"
+    return f"{key}: {message} (got {_shortened(item['input'])})"
+
+
+def _shortened(value: Any) -> str:
+    try:
+        return _cut(repr(value))
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… of {len(text)} characters"
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     current: Any = model
     for part in location:
-        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
-            continue
-        field = current.model_fields.get(part)
-        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return sorted(current.model_fields)
-    return []
+        section = _section(current)
+        if section is not None:
+            field = section.model_fields.get(str(part))
+            current = None if field is None else field.annotation
+        else:
+            # A key of a mapping, or a place in a tuple: what they hold is the annotation's last argument but `...`.
+            held = [item for item in _arguments(current) if item is not Ellipsis and item is not type(None)]
+            current = held[-1] if held else None
+    section = _section(current)
+    return [] if section is None else sorted(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation (`Section`, `Section | None`) names itself, in no mapping or tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (dict, tuple, list):
+        return None
+    return next((found for item in get_args(annotation) if (found := _section(item)) is not None), None)
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    """Of ``dict[str, X]`` and ``tuple[X, ...]`` their arguments, also where None is allowed beside them."""
+    if get_origin(annotation) in (dict, tuple, list):
+        return get_args(annotation)
+    return next((found for item in get_args(annotation) if (found := _arguments(item))), ())

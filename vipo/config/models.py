@@ -7,15 +7,18 @@ count against feature width, grid sizes) are checked in the trainer's preflight.
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
+# Of an experiment or arm: what is appended to it must still name a file.
+_LONGEST_NAME = 100
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")
 
@@ -43,9 +46,53 @@ REWARDS: Mapping[str, str] = MappingProxyType(
 REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
 """What of section `evaluation` the report alone reads: it changes no sample and no score."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
+"""Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""
+
+# No number is unbounded: what no machine would ever finish, or no format holds, is refused before anything starts.
+LARGEST_INT = 2**31 - 1
+MOST_SAMPLES = 2**16
+"""Of an update: ``prompts_per_update * group_size``."""
+MOST_EVALUATED = 10**6
+"""Pictures that one set of weights is evaluated on: ``prompts * samples_per_prompt``."""
+MOST_CALLS = 10**9
+"""Evaluations of the network (of one sample at one step) of a run's training, or of an evaluation."""
+MOST_PIXELS = 2**28
+"""Of one sample, all frames together."""
+
+DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]?))?)$"
+"""Names of devices, as a pattern."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(f"{value!r} holds a NUL character, which no path can")
+    if len(value.encode()) > 4000 or any(len(part.encode()) > 255 for part in value.split("/")):
+        raise ValueError(f"{value[:40]!r}… is longer than a path can be (255 bytes a name, 4000 in all)")
+    return value
+
+
+UserPath = Annotated[str, AfterValidator(_path)]
+"""A path, or what may stand in its place."""
+
+
+def check_arm_name(name: str) -> str:
+    """Give back the name of an arm, which folders and files are named by.
+
+    Raises:
+        ValueError: it is not lower-case letters, digits and underscores, with a decimal at most at its end.
+    """
+    if _ARM.match(name) and len(name) <= _LONGEST_NAME:
+        return name
+    raise ValueError(
+        f"arm {name[:_LONGEST_NAME]!r} must be lower-case letters, digits and underscores, at most {_LONGEST_NAME}; a "
+        "decimal may end it (sigma0.5)"
+    )
 
 
 class Section(BaseModel):
@@ -61,15 +108,19 @@ class GeneratorConfig(Section):
     family: str = Field(
         "flux", description="Generator adapter: 'flux', 'sd', 'wan', or an import path 'package.module:object'."
     )
-    path: str = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
+    path: UserPath = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
     revision: str | None = Field(
         None, description="Commit of the hub repository, all 40 digits, where `path` is a hub id."
     )
-    height: PositiveInt = Field(description="Image height in pixels.")
-    width: PositiveInt = Field(description="Image width in pixels.")
-    frames: PositiveInt | None = Field(None, description="Frames of a video; null for pictures.")
-    max_sequence_length: PositiveInt = Field(512, description="Text tokens for the sequence encoder (T5 families).")
-    guidance_scale: NonNegativeFloat = Field(
+    height: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image height in pixels.")
+    width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image width in pixels.")
+    frames: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
+        None, description="Frames of a video; null for pictures."
+    )
+    max_sequence_length: Annotated[int, Field(ge=1, le=2**14)] = Field(
+        512, description="Text tokens for the sequence encoder (T5 families)."
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         3.5,
         description="Embedded guidance of guidance-distilled models ('flux'), or classifier-free guidance ('sd', "
         "'wan'), off at 1 and below.",
@@ -80,8 +131,8 @@ class GeneratorConfig(Section):
     )
     device: str = Field(
         "cpu",
-        pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="'cpu' or 'cuda'; a device that is absent is an error, never replaced.",
+        pattern=DEVICE,
+        description="'cpu', 'cuda' or 'cuda:N' (N at most 99); a device that is absent is an error, never replaced.",
     )
 
     @field_validator("family")
@@ -94,6 +145,15 @@ class GeneratorConfig(Section):
     def _commit(cls, value: str | None) -> str | None:
         return _pinned(value)
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if math.prod(self.sample_shape) > 3 * MOST_PIXELS:
+            raise ValueError(
+                f"a sample of {math.prod(self.sample_shape) // 3} pixels (height * width * frames) is more than the "
+                f"{MOST_PIXELS} that fit; lower one of them"
+            )
+        return self
+
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Of one decoded sample: ``(3, height, width)``, or ``(frames, 3, height, width)`` of a video."""
@@ -104,19 +164,25 @@ class GeneratorConfig(Section):
 class PromptsConfig(Section):
     """Where prompts come from and how they are split."""
 
-    source: str = Field(description="txt, jsonl, csv or parquet file; relative paths start at the repository root.")
+    source: UserPath = Field(
+        description="txt, jsonl, csv or parquet file of at most 512 MiB, or an import path 'package.module:object'; "
+        "relative paths start at the repository root."
+    )
     text_key: str = Field("prompt", description="Column or key that holds the prompt (jsonl, csv, parquet).")
     eval_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.2, description="Share of prompts held out, decided by each prompt's own hash."
     )
     max_characters: PositiveInt = Field(2000, description="Longer prompts are dropped and counted.")
+    ignore_case: bool = Field(
+        False, description="Drop and count a prompt that differs from an earlier one in letter case alone."
+    )
 
 
 class RewardTerm(Section):
     """One reward of the weighted sum."""
 
     name: str = Field(description="A registered reward or an import path 'package.module:object'.")
-    weight: float = Field(1.0, allow_inf_nan=False)
+    weight: float = Field(1.0, ge=-1e6, le=1e6, allow_inf_nan=False)
 
     @field_validator("name")
     @classmethod
@@ -147,7 +213,7 @@ class PerceptionConfig(Section):
         "efficientnet_lite0",
         description="'efficientnet_lite0' (packaged weights), any timm name, 'hf-hub:owner/name', or an import path.",
     )
-    weights: str | None = Field(
+    weights: UserPath | None = Field(
         None,
         description="Local weights (safetensors), or folder of a timm or transformers model; null: the package's or "
         "the hub's.",
@@ -157,10 +223,10 @@ class PerceptionConfig(Section):
         description="Commit of the hub repository of the backbone's weights, all 40 digits; null: the one that timm "
         "names, or main (the file itself is recorded with its hash).",
     )
-    layer: int | None = Field(
+    layer: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(
         None, description="Feature stage or block (negative counts from the end); null: the registry's."
     )
-    input_size: PositiveInt | None = Field(
+    input_size: Annotated[int, Field(ge=1, le=2**13)] | None = Field(
         None, description="Shorter side in pixels fed to the backbone; null: the registry's."
     )
     components: Annotated[int, Field(ge=1, le=8)] = Field(3, description="K, the number of principal directions.")
@@ -169,11 +235,13 @@ class PerceptionConfig(Section):
         description="Of the K projections. variance: each scaled to [0, 1], weighted by its explained variance; "
         "average: the mean of the raw ones, scaled once; first: the first alone.",
     )
-    smoothing: NonNegativeFloat = Field(1.0, description="Gaussian sigma on the patch grid; 0 turns it off.")
+    smoothing: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
+        1.0, description="Gaussian sigma on the patch grid; 0 turns it off."
+    )
     orientation: Literal["norm", "centre", "border", "skew", "inverted_sklearn", "none"] | None = Field(
         None, description="How the sign of each direction is fixed; null: the registry's rule for the backbone."
     )
-    exponent: PositiveFloat = Field(
+    exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
         1.0, description="M ** exponent on the min-max map: above 1 sharpens it, below 1 flattens it."
     )
     floor: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -183,7 +251,7 @@ class PerceptionConfig(Section):
         "minmax",
         description="'minmax': the paper's [0, 1]; 'mean': divided by the map's mean, so the step size does not drift.",
     )
-    temporal_smoothing: NonNegativeFloat = Field(
+    temporal_smoothing: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         0.3, description="Clips: Gaussian sigma in latent frames; 0 turns it off. Pictures do not read it."
     )
 
@@ -200,7 +268,7 @@ class WindowConfig(Section):
     move: Literal["fixed", "random", "slide"] = Field(
         "slide", description="Stays at `start`; drawn anew each update; or slides by `stride` every `every` updates."
     )
-    start: Annotated[int, Field(ge=0)] = Field(
+    start: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="First stochastic step (of a window that slides: at first)."
     )
     every: PositiveInt = Field(25, description="Updates between two moves of a window that slides.")
@@ -211,7 +279,7 @@ class SamplingConfig(Section):
     """The chain that produces training samples."""
 
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, network evaluations per sample.")
-    shift: PositiveFloat = Field(
+    shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = Field(
         3.0, description="Time shift s of the sigma schedule: s x / (1 + (s - 1) x); flow matching only."
     )
     transition: Literal["dance", "flow", "cps", "ddim"] = Field(
@@ -219,7 +287,9 @@ class SamplingConfig(Section):
         description="dance: constant-g reverse SDE (DanceGRPO, ViPO); flow: Flow-GRPO's; cps: coefficients-preserving; "
         "ddim: for noise-predicting UNets.",
     )
-    eta: PositiveFloat = Field(0.3, description="Noise scale: g (dance), a (flow), eta (cps, ddim: at most 1).")
+    eta: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = Field(
+        0.3, description="Noise scale: g (dance), a (flow), eta (cps, ddim: at most 1)."
+    )
     same_initial_noise: bool = Field(True, description="One initial noise for all samples of a group.")
     window: WindowConfig | None = Field(None, description="null: every step but the last is stochastic.")
 
@@ -322,7 +392,7 @@ class OptimizerConfig(Section):
 class LoraConfig(Section):
     """Low-rank adaptation (peft) instead of full fine-tuning."""
 
-    rank: PositiveInt = 16
+    rank: Annotated[int, Field(ge=1, le=2**13)] = 16
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1, strict=False)
 
@@ -332,7 +402,7 @@ class TrainingConfig(Section):
 
     updates: PositiveInt = 300
     prompts_per_update: PositiveInt = 8
-    group_size: Annotated[int, Field(ge=2)] = Field(
+    group_size: Annotated[int, Field(ge=2, le=LARGEST_INT)] = Field(
         12, description="G, samples per prompt; a group of 1 has no statistics."
     )
     optimizer_steps_per_update: PositiveInt = 3
@@ -360,7 +430,9 @@ class TrainingConfig(Section):
         "counts over the transition's std, and by `channels`: docs/method.md, 'On-policy check'.",
     )
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
-    threads: PositiveInt = Field(1, description="CPU threads of a process; part of the result's identity.")
+    threads: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="CPU threads of a process; part of the result's identity."
+    )
     save_at: tuple[PositiveInt, ...] = Field(
         (),
         strict=False,
@@ -376,25 +448,39 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.group_size % self.optimizer_steps_per_update:
+        samples = self.prompts_per_update * self.group_size
+        if samples > MOST_SAMPLES:
             raise ValueError(
-                f"group_size {self.group_size} is not a multiple of optimizer_steps_per_update "
-                f"{self.optimizer_steps_per_update}: every optimizer step takes the same share of every group"
+                f"prompts_per_update {self.prompts_per_update} * group_size {self.group_size} is {samples} samples an "
+                f"update, more than the {MOST_SAMPLES} that are held; lower one of them"
             )
-        pairs = 2 * self.optimizer_steps_per_update
-        if self.best_of is not None and (self.best_of % pairs or self.best_of > self.group_size):
+        steps = self.optimizer_steps_per_update
+        if self.group_size % steps:
             raise ValueError(
-                f"best_of {self.best_of} must be at most group_size {self.group_size} and a multiple of {pairs} "
+                f"group_size {self.group_size} is not a multiple of optimizer_steps_per_update {steps}: every "
+                "optimizer step takes the same share of every group; optimizer_steps_per_update may be "
+                f"{divisors(self.group_size)}"
+            )
+        if self.best_of is not None and (self.best_of % (2 * steps) or self.best_of > self.group_size):
+            raise ValueError(
+                f"best_of {self.best_of} must be at most group_size {self.group_size} and a multiple of {2 * steps} "
                 "(2 x optimizer_steps_per_update): every optimizer step takes as many of the best as of the worst"
             )
-        for name, count in (("group_size", self.group_size), ("best_of", self.best_of)):
-            per_step = self.prompts_per_update * (count or 0) // self.optimizer_steps_per_update
+        for name, per_step in self.samples_per_step().items():
             if per_step % self.micro_batch:
                 raise ValueError(
                     f"micro_batch {self.micro_batch} does not divide the {per_step} samples of an optimizer step "
-                    f"(prompts_per_update * {name} / optimizer_steps_per_update)"
+                    f"(prompts_per_update * {name} / optimizer_steps_per_update); micro_batch may be "
+                    f"{divisors(math.gcd(*self.samples_per_step().values()))}"
                 )
         return self
+
+    def samples_per_step(self) -> dict[str, int]:
+        """Samples of an optimizer step, by the field that decides it: drawn, and with `best_of` learned from."""
+        counts = {"group_size": self.group_size} | ({} if self.best_of is None else {"best_of": self.best_of})
+        return {
+            name: self.prompts_per_update * count // self.optimizer_steps_per_update for name, count in counts.items()
+        }
 
 
 class DistributionConfig(Section):
@@ -403,9 +489,11 @@ class DistributionConfig(Section):
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp", description="The network whole in every process, or its weights, gradients and AdamW state in shards."
     )
-    processes: PositiveInt = Field(1, description="Processes on each node, one a GPU.")
-    nodes: PositiveInt = 1
-    timeout_seconds: PositiveFloat = Field(1800, description="How long the processes wait for one that is missing.")
+    processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Processes on each node, one a GPU.")
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = Field(
+        1800, description="How long the processes wait for one that is missing."
+    )
 
     @property
     def world_size(self) -> int:
@@ -413,12 +501,16 @@ class DistributionConfig(Section):
         return self.processes * self.nodes
 
 
+# Handed to a scheduler's command line.
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$", max_length=_LONGEST_NAME)]
+
+
 class StageResources(Section):
     """What one job of a stage asks a cluster for, on each of its nodes."""
 
-    partition: str | None = Field(None, description="null: the cluster's default.")
-    qos: str | None = Field(None, description="Quality of service; null: the cluster's default.")
-    gpus: Annotated[int, Field(ge=0)] | None = Field(
+    partition: _Word | None = Field(None, description="null: the cluster's default.")
+    qos: _Word | None = Field(None, description="Quality of service; null: the cluster's default.")
+    gpus: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None,
         description="null: on a generator.device 'cuda' one, for train distribution.processes; else none.",
     )
@@ -432,7 +524,7 @@ class StageResources(Section):
 class ClusterConfig(Section):
     """What the jobs of `snakemake --profile slurm` ask for; outside every identity, so a change reruns nothing."""
 
-    account: str | None = Field(None, description="Charged for all jobs; null: none is named (no accounting).")
+    account: _Word | None = Field(None, description="Charged for all jobs; null: none is named (no accounting).")
     stop_seconds: Annotated[int, Field(ge=0, le=65535)] = Field(
         300,
         description="How long before its time limit a training job is told to write a checkpoint and stop: more than "
@@ -459,31 +551,45 @@ class ClusterConfig(Section):
 class EvaluationConfig(Section):
     """Held-out comparison: the same prompts and noise for every arm."""
 
-    prompts: Annotated[int, Field(ge=2)] = Field(
+    prompts: Annotated[int, Field(ge=2, le=MOST_EVALUATED)] = Field(
         40, description="Held-out prompts used (all, where fewer exist); intervals need two."
     )
     samples_per_prompt: PositiveInt = 2
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
     batch: PositiveInt = 16
     rewards: tuple[str, ...] = Field(
-        min_length=1, strict=False, description="Rewards that are reported, trained or not."
+        (), strict=False, description="Rewards that are reported; those that are trained are added by themselves."
     )
-    seed: int = Field(1234, ge=0)
-    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    seed: Seed = 1234
+    bootstrap: Annotated[int, Field(ge=100, le=10**5)] = 2000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     shown_prompts: PositiveInt = Field(6, description="Prompts shown side by side in the report.")
 
     @field_validator("rewards")
     @classmethod
     def _known_rewards(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a reward is named twice: {', '.join(value)}")
         return tuple(_registered(name, REWARDS, "reward") for name in value)
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        samples = self.prompts * self.samples_per_prompt
+        if samples > MOST_EVALUATED:
+            raise ValueError(
+                f"prompts {self.prompts} * samples_per_prompt {self.samples_per_prompt} is {samples} samples, more "
+                f"than the {MOST_EVALUATED} that are held; lower one of them"
+            )
+        return self
 
 
 class ArmConfig(Section):
     """One arm of an experiment."""
 
-    base: str | None = Field(None, description="File of configs/arm that the arm starts from; null: its own name's.")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, strict=False)
+    base: Annotated[str, AfterValidator(check_arm_name)] | None = Field(
+        None, description="File of configs/arm that the arm starts from; null: its own name's."
+    )
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, strict=False)
     overrides: tuple[str, ...] = Field((), strict=False, description="Hydra overrides that hold for this arm alone.")
 
     @field_validator("seeds")
@@ -501,8 +607,8 @@ class StudyConfig(Section):
     matched_on: str = Field(description="Score column that is held equal for it, such as change/total.")
     reference: str = Field(description="The arm that candidates are compared with.")
     candidates: tuple[str, ...] = Field(min_length=1, strict=False)
-    choose_seeds: tuple[int, ...] = Field(min_length=2, strict=False, description="Seeds that choose the candidate.")
-    confirm_seeds: tuple[int, ...] = Field(min_length=2, strict=False, description="Fresh seeds that confirm it.")
+    choose_seeds: tuple[Seed, ...] = Field(min_length=2, strict=False, description="Seeds that choose the candidate.")
+    confirm_seeds: tuple[Seed, ...] = Field(min_length=2, strict=False, description="Fresh seeds that confirm it.")
 
     @model_validator(mode="after")
     def _fresh(self) -> Self:
@@ -535,51 +641,70 @@ class ExperimentConfig(Section):
     def _with_base(cls, value: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
         if "base" not in value:
             raise ValueError(f"{list(value)} lacks 'base', the generator as it is, which every arm is compared with")
+        for name in value:
+            check_arm_name(name)
         return value
 
     @field_validator("name")
     @classmethod
     def _safe(cls, value: str) -> str:
-        if not _NAME.match(value):
-            raise ValueError(f"{value!r} must be lower-case letters, digits and underscores: it names a folder")
+        if not _NAME.match(value) or len(value) > _LONGEST_NAME:
+            raise ValueError(
+                f"{value[:_LONGEST_NAME]!r} must be lower-case letters, digits and underscores, at most "
+                f"{_LONGEST_NAME}: it names a folder"
+            )
         return value
+
+
+_Size = Annotated[int, Field(ge=1, le=2**12)]
 
 
 class PretrainConfig(Section):
     """The demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
 
-    seed: int = Field(0, ge=0)
-    threads: PositiveInt = 2
-    scenes: PositiveInt = 32000
+    seed: Seed = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    scenes: Annotated[int, Field(ge=1, le=10**6)] = 32000
     two_objects: Annotated[float, Field(ge=0, le=1)] = 0.15
-    max_sequence_length: PositiveInt = 16
-    autoencoder_width: PositiveInt = 32
-    latent_channels: PositiveInt = 8
+    max_sequence_length: _Size = 16
+    autoencoder_width: _Size = 32
+    latent_channels: _Size = 8
     latent_noise: NonNegativeFloat = 0.05
     autoencoder_steps: PositiveInt = 6000
     autoencoder_batch_size: PositiveInt = 16
     autoencoder_learning_rate: PositiveFloat = 3e-3
-    text_width: Annotated[int, Field(ge=32, multiple_of=32)] = 96
-    double_blocks: PositiveInt = 2
-    single_blocks: PositiveInt = 3
-    heads: PositiveInt = 3
-    head_width: Annotated[int, Field(ge=16, multiple_of=16)] = 64
+    text_width: Annotated[int, Field(ge=32, le=2**12, multiple_of=32)] = 96
+    double_blocks: _Size = 2
+    single_blocks: _Size = 3
+    heads: _Size = 3
+    head_width: Annotated[int, Field(ge=16, le=2**12, multiple_of=16)] = 64
     steps: PositiveInt = 9000
     batch_size: PositiveInt = 48
     learning_rate: PositiveFloat = 1.5e-3
     weight_decay: NonNegativeFloat = 0.01
-    warmup: Annotated[int, Field(ge=0)] = 300
+    warmup: Annotated[int, Field(ge=0, le=LARGEST_INT)] = 300
     average_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9995
-    shift: PositiveFloat = 2.0
-    sampling_shift: PositiveFloat = 2.0
+    shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 2.0
+    sampling_shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 2.0
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        for steps, size in (("steps", "batch_size"), ("autoencoder_steps", "autoencoder_batch_size")):
+            count = getattr(self, steps) * getattr(self, size)
+            if count > MOST_CALLS:
+                raise ValueError(
+                    f"{steps} {getattr(self, steps)} * {size} {getattr(self, size)} is {count} samples, more than the "
+                    f"{MOST_CALLS} that end in reasonable time; lower one of them"
+                )
+        return self
 
 
 class Config(Section):
     """Everything one run needs, composed from `configs/` and the overrides."""
 
     experiment: ExperimentConfig
-    arm: str
-    seed: int = Field(0, ge=0)
+    arm: Annotated[str, AfterValidator(check_arm_name)]
+    seed: Seed = 0
     generator: GeneratorConfig
     prompts: PromptsConfig
     reward: RewardConfig
@@ -595,10 +720,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not _ARM.match(self.arm):
-            raise ValueError(
-                f"arm {self.arm!r} must be lower-case letters, digits and underscores; a decimal may end it (sigma0.5)"
-            )
         window = self.sampling.window
         dense = self.sampling.steps - 1 if window is None else window.size
         if self.training.trained_transitions > dense:
@@ -610,12 +731,6 @@ class Config(Section):
         if self.objective.ratio_norm == "guard" and self.sampling.transition not in ("dance", "flow"):
             raise ValueError(
                 "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"
-            )
-        unmeasured = [term.name for term in self.reward.terms if term.name not in self.evaluation.rewards]
-        if unmeasured:
-            raise ValueError(
-                f"evaluation.rewards {list(self.evaluation.rewards)} lacks the trained reward {', '.join(unmeasured)}: "
-                "add it, the report compares arms on it"
             )
         study = self.experiment.study
         if study is not None:
@@ -629,6 +744,36 @@ class Config(Section):
         for key in ("height", "width"):
             if getattr(self.generator, key) % 2:
                 raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
+        return self
+
+    @field_validator("evaluation")
+    @classmethod
+    def _with_trained_rewards(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
+        # Arms are compared on what they were trained for. Without `reward`, which did not validate, nothing is known.
+        reward = info.data.get("reward")
+        names = () if reward is None else (term.name for term in reward.terms)
+        added = tuple(name for name in names if name not in value.rewards)
+        return value.model_copy(update={"rewards": value.rewards + added}) if added else value
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        training, evaluation = self.training, self.evaluation
+        weights = 1 + len(training.save_at)
+        for what, count in (
+            (
+                "training.updates * prompts_per_update * group_size * sampling.steps",
+                training.updates * training.prompts_per_update * training.group_size * self.sampling.steps,
+            ),
+            (
+                f"evaluation.prompts * samples_per_prompt * steps, for {weights} sets of weights,",
+                evaluation.prompts * evaluation.samples_per_prompt * evaluation.steps * weights,
+            ),
+        ):
+            if count > MOST_CALLS:
+                raise ValueError(
+                    f"{what} is {count} evaluations of the network, more than the {MOST_CALLS} that end in reasonable "
+                    "time; lower one of them"
+                )
         return self
 
     @property
@@ -693,6 +838,11 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from flattened(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number from 1 to `MOST_SAMPLES`, as text."""
+    return ", ".join(str(item) for item in range(1, number + 1) if number % item == 0)
 
 
 def _pinned(revision: str | None) -> str | None:

@@ -240,8 +240,10 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
         PerceptionError: unknown name, absent or damaged or unfitting weights, no such layer, or no such device.
     """
     target = torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise PerceptionError(f"device {str(device)!r} is absent: no CUDA device is visible; use 'cpu'")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise PerceptionError(
+            f"device {str(device)!r} is absent: {torch.cuda.device_count() or 'no'} CUDA device is visible; use 'cpu'"
+        )
     imported = _is_import_path(config.backbone)
     if config.revision is not None and (imported or config.weights is not None or config.backbone == _PACKAGED):
         raise PerceptionError(

@@ -1,6 +1,16 @@
 """Prompt sources, cleaning and splits. Imports no torch."""
 
+from vipo.prompts.needs import check_needs
 from vipo.prompts.prepare import check_prompts, prepare_prompts, read_prompts
 from vipo.prompts.prompt import Prompt, PromptError, clean_text, prompt_id
 
-__all__ = ["Prompt", "PromptError", "check_prompts", "clean_text", "prepare_prompts", "prompt_id", "read_prompts"]
+__all__ = [
+    "Prompt",
+    "PromptError",
+    "check_needs",
+    "check_prompts",
+    "clean_text",
+    "prepare_prompts",
+    "prompt_id",
+    "read_prompts",
+]

@@ -3,29 +3,33 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vipo.config.models import PromptsConfig
-from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_evaluation, prompt_id
+from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_blank, is_evaluation, prompt_id
 from vipo.prompts.sources import json_line, missing_key, read_source
 from vipo.provenance.files import atomic_file, file_sha256
 
-_REASONS = ("blank", "too_long", "exact_duplicate", "whitespace_or_case_duplicate")
+_REASONS = ("blank", "too_long", "exact_duplicate", "whitespace_duplicate", "case_duplicate")
+
+Halves = Callable[[Sequence[Prompt], Sequence[Prompt]], None]
 
 
-def prepare_prompts(config: PromptsConfig, root: Path, output: Path) -> dict[str, Any]:
+def prepare_prompts(config: PromptsConfig, root: Path, output: Path, accept: Halves | None = None) -> dict[str, Any]:
     """Clean and split a prompt source into ``train.jsonl``, ``eval.jsonl`` and ``manifest.json``.
 
-    Of duplicates the first row is kept. Prompts lie in the order of their ids, which is as good as shuffled:
-    the first n of a file are a fair sample of it. The three files replace older ones only when all are written
-    whole, the manifest last: its hashes tell whether the others belong to it.
+    Of duplicates the first row is kept; texts that differ in letter case are none unless ``config.ignore_case`` says
+    so, for the case of a text that is to be drawn is its meaning. Prompts lie in the order of their ids, which is as
+    good as shuffled: the first n of a file are a fair sample of it. The three files replace older ones only when all
+    are written whole, the manifest last: its hashes tell whether the others belong to it.
 
     Args:
         config: source, key of the prompt, share held out and length limit.
         root: folder that a relative ``config.source`` starts at.
         output: folder to write into; created where missing.
+        accept: is given both halves, train and eval, before anything is written, and raises where they will not do.
 
     Returns:
         The manifest: ``source``, ``source_sha256``, ``config``, ``counts`` (rows, kept, train, eval),
@@ -39,25 +43,28 @@ def prepare_prompts(config: PromptsConfig, root: Path, output: Path) -> dict[str
     source = read_source(config.source, config.text_key, root)
     dropped: dict[str, list[int]] = {reason: [] for reason in _REASONS}
     lines: dict[str, str] = {}
+    prompts: dict[str, Prompt] = {}
     raw_seen: set[str] = set()
     seen: set[str] = set()
     for number, row in source.rows:
         raw = _prompt_of(config, number, row)
         text = clean_text(raw)
-        key = duplicate_key(text)
-        if not text:
+        key = duplicate_key(text) if config.ignore_case else text
+        if is_blank(text):
             dropped["blank"].append(number)
         elif len(text) > config.max_characters:
             dropped["too_long"].append(number)
         elif raw in raw_seen:
             dropped["exact_duplicate"].append(number)
+        elif (identity := prompt_id(text)) in lines:
+            dropped["whitespace_duplicate"].append(number)
         elif key in seen:
-            dropped["whitespace_or_case_duplicate"].append(number)
+            dropped["case_duplicate"].append(number)
         else:
             seen.add(key)
             metadata = {name: value for name, value in row.items() if name != config.text_key}
-            identity = prompt_id(text)
             lines[identity] = json_line(config.source, number, {"id": identity, "text": text, "metadata": metadata})
+            prompts[identity] = Prompt(identity, text, metadata)
         raw_seen.add(raw)
     held_out = {identity: is_evaluation(identity, config.eval_share) for identity in sorted(lines)}
     files = {
@@ -67,6 +74,9 @@ def prepare_prompts(config: PromptsConfig, root: Path, output: Path) -> dict[str
     evaluation = sum(held_out.values())
     counts = {"rows": len(source.rows), "kept": len(lines), "train": len(lines) - evaluation, "eval": evaluation}
     _check_split(config, counts, dropped)
+    if accept is not None:
+        halves = [[prompts[identity] for identity, out in held_out.items() if out == half] for half in (False, True)]
+        accept(*halves)
     manifest = {
         "source": config.source,
         "source_sha256": source.sha256,

@@ -35,6 +35,21 @@ def clean_text(text: str) -> str:
     return unicodedata.normalize("NFC", " ".join(kept.split()))
 
 
+# Characters that leave no mark on the page though Unicode does not call them format characters or blanks: fillers,
+# joiners, variation selectors, the empty pattern of Braille and the empty note head.
+_UNSEEN = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\U0001d159\U00016fe4"
+    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, controls, format characters (zero-width ones), fillers."""
+    return all(
+        c.isspace() or c in _UNSEEN or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp") for c in text
+    )
+
+
 def duplicate_key(text: str) -> str:
     """What two cleaned texts share when they differ in letter case alone (`clean_text` evens out white space)."""
     return unicodedata.normalize("NFC", text.casefold())

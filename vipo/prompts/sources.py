@@ -16,6 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vipo.prompts.prompt import PromptError
+from vipo.regular import read_regular
+
+MOST_BYTES = 2**29
+"""Of a source: the file, and what a Parquet file unpacks to."""
+_BATCH = 256
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -43,7 +48,8 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
         root: folder that relative names start at.
 
     Raises:
-        PromptError: the source is missing, empty, not text, not of its format, or the callable failed.
+        PromptError: the source is missing, no regular file, larger than `MOST_BYTES`, empty, not text, not of its
+            format, or the callable failed.
     """
     if _IMPORT_PATH.fullmatch(name):
         return _called(name, root)
@@ -54,7 +60,7 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
             "or an import path 'package.module:object'"
         )
     try:
-        data = (root / name).read_bytes()
+        data = read_regular(root / name, MOST_BYTES)
     except OSError as error:
         raise PromptError(f"prompts.source {name}: cannot be read ({error.strerror}); give an existing file") from error
     if not data.strip():
@@ -87,7 +93,7 @@ def _jsonl_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
             yield number, {text_key: ""}
             continue
         try:
-            row = json.loads(line, parse_constant=_not_json)
+            row = json.loads(line, parse_constant=_not_json, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{name}: line {number}: is not JSON ({error}); write one JSON object a line") from error
         if not isinstance(row, dict):
@@ -97,6 +103,13 @@ def _jsonl_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
 
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON value")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key is named twice: {', '.join(repr(key) for key, _ in pairs)}")
+    return found
 
 
 def _csv_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
@@ -128,12 +141,26 @@ def _csv_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
 
 def _parquet_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
-    except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"{name}: is not a Parquet file ({error})") from error
-    if text_key not in table.column_names:
-        raise missing_key(name, text_key, table.column_names)
-    yield from enumerate(table.to_pylist(), start=1)
+        opened = pq.ParquetFile(pa.BufferReader(data))
+        columns = opened.schema_arrow.names
+        if len(set(columns)) != len(columns):
+            raise PromptError(f"{name}: a column is named twice: {', '.join(columns)}")
+        if text_key not in columns:
+            raise missing_key(name, text_key, columns)
+        yield from enumerate(_unpacked(name, opened), start=1)
+    # A struct whose fields share a name is a ValueError.
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise PromptError(f"{name}: is not a Parquet file that can be read ({error})") from error
+
+
+def _unpacked(name: str, opened: pq.ParquetFile) -> Iterator[Mapping[str, Any]]:
+    # By pieces, because a small file may unpack to any size.
+    size = 0
+    for batch in opened.iter_batches(batch_size=_BATCH):
+        size += batch.nbytes
+        if size > MOST_BYTES:
+            raise PromptError(f"{name}: unpacks to more than {MOST_BYTES} bytes; leave out columns or split it")
+        yield from batch.to_pylist()
 
 
 def missing_key(name: str, text_key: str, keys: list[str]) -> PromptError:
@@ -168,7 +195,7 @@ def json_line(name: str, number: int, value: Any) -> str:
     try:
         line = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         line.encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(
             f"{name}: row {number}: cannot be kept as JSON ({error}); change or leave out that key"
         ) from error

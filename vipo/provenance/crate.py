@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from vipo.config.models import flattened
+from vipo.config.resolved import read_mapping
 from vipo.provenance.files import atomic_file, file_sha256
 from vipo.provenance.lineage import (
     PROVENANCE,
@@ -407,10 +407,10 @@ def _read_citation(path: Path) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    data = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    if not isinstance(data, dict):
-        raise ProvenanceError(f"{path}: holds no mapping of keys to values")
-    return {str(key): value for key, value in data.items()}
+    try:
+        return read_mapping(path)
+    except ValueError as error:
+        raise ProvenanceError(str(error)) from error
 
 
 def _slug(name: str) -> str:

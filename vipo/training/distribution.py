@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.models import DistributionConfig
+from vipo.training.ranks import drop_foreign, own_place
 from vipo.training.samples import TrainingError
 
 # What the numbers of a place in training count.
@@ -47,10 +48,11 @@ class Distribution:
             device: ``generator.device``.
 
         Raises:
-            TrainingError: another number of processes was launched than is configured, each would take one GPU, or
-                they did not find each other.
+            TrainingError: another number of processes was launched than is configured, each would take one GPU and
+                there are fewer, the environment contradicts itself, or they did not find each other.
         """
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        place = own_place(os.environ)
+        launched = place.size
         if launched != config.world_size:
             raise TrainingError(
                 f"{launched} processes were launched, but distribution.processes {config.processes} x "
@@ -61,12 +63,18 @@ class Distribution:
             raise TrainingError(
                 f"generator.device {device!r}: several processes take one GPU each; set generator.device=cuda"
             )
+        if launched > 1 and device == "cuda" and place.local_rank >= torch.cuda.device_count():
+            raise TrainingError(
+                f"LOCAL_RANK {place.local_rank}: this node has {torch.cuda.device_count()} CUDA devices, and each "
+                "process takes one; lower distribution.processes, or look at CUDA_VISIBLE_DEVICES"
+            )
         self.config = config
         self._store: Store | None = None
         self._meetings = 0
         if launched > 1:
             self._store = self._join(device)
         # Precision is generator.precision, whatever `accelerate launch` puts into the environment.
+        drop_foreign(place)
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
 

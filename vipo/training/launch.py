@@ -43,11 +43,6 @@ _ENDED = "vipo/ended"
 _STOPPED = "stopped"
 
 
-def is_rank() -> bool:
-    """Whether this process was started as one of several, by this launcher or another one."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def stop_with_launcher() -> None:
     """In a rank: stop as on pre-emption when the launcher is gone, however it ended. Elsewhere: nothing."""
     if _LIFELINE not in os.environ:
@@ -78,31 +73,45 @@ def rendezvous(config: DistributionConfig, environment: Mapping[str, str]) -> di
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
     found = {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name in environment}
     if "SLURM_NODEID" in environment:
-        if int(environment.get("SLURM_STEP_NUM_NODES", environment["SLURM_NNODES"])) != config.nodes:
+        try:
+            found = _of_slurm(config, environment) | found
+        except (LookupError, ValueError) as error:
             raise TrainingError(
-                f"distribution.nodes is {config.nodes}, but this Slurm step has "
-                f"{environment.get('SLURM_STEP_NUM_NODES', environment['SLURM_NNODES'])} nodes; start it with "
-                f"srun --nodes={config.nodes} --ntasks-per-node=1"
-            )
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", config.nodes))
-        if tasks != config.nodes or environment.get("SLURM_LOCALID", "0") != "0":
-            raise TrainingError(
-                f"this Slurm step has several tasks on a node ({tasks} in all), and each would start all of the node's "
-                f"processes; start it with srun --nodes={config.nodes} --ntasks-per-node=1"
-            )
-        # A step may have fewer nodes than its job.
-        nodes = environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"])
-        names = ["scontrol", "show", "hostnames", nodes]
-        hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
-        # The same on every node, and another one for the next job.
-        port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
-        found = {"MASTER_ADDR": hosts[0], "MASTER_PORT": port, "NODE_RANK": environment["SLURM_NODEID"]} | found
+                f"the environment of this Slurm step is not whole ({error!r}); start it with srun"
+            ) from error
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise TrainingError(f"the nodes of this Slurm step cannot be told ({error}); is scontrol there?") from error
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in found]:
         raise TrainingError(
             f"distribution.nodes is {config.nodes}, and {', '.join(missing)} are not set: start one 'vipo train' on "
             "each node with these variables, or under Slurm's srun"
         )
+    for name, end in (("MASTER_PORT", 65536), ("NODE_RANK", config.nodes)):
+        if not (found[name].isascii() and found[name].isdecimal() and int(found[name][:10]) < end):
+            raise TrainingError(f"{name} {found[name][:40]!r} is no whole number below {end}; set the right one")
     return found
+
+
+def _of_slurm(config: DistributionConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    if int(environment.get("SLURM_STEP_NUM_NODES", environment["SLURM_NNODES"])) != config.nodes:
+        raise TrainingError(
+            f"distribution.nodes is {config.nodes}, but this Slurm step has "
+            f"{environment.get('SLURM_STEP_NUM_NODES', environment['SLURM_NNODES'])} nodes; start it with "
+            f"srun --nodes={config.nodes} --ntasks-per-node=1"
+        )
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", config.nodes))
+    if tasks != config.nodes or environment.get("SLURM_LOCALID", "0") != "0":
+        raise TrainingError(
+            f"this Slurm step has several tasks on a node ({tasks} in all), and each would start all of the node's "
+            f"processes; start it with srun --nodes={config.nodes} --ntasks-per-node=1"
+        )
+    # A step may have fewer nodes than its job.
+    nodes = environment.get("SLURM_STEP_NODELIST", environment["SLURM_JOB_NODELIST"])
+    names = ["scontrol", "show", "hostnames", nodes]
+    hosts = subprocess.run(names, check=True, capture_output=True, text=True).stdout.split()
+    # The same on every node, and another one for the next job.
+    port = str(20000 + int(environment["SLURM_JOB_ID"]) % 20000)
+    return {"MASTER_ADDR": hosts[0], "MASTER_PORT": port, "NODE_RANK": environment["SLURM_NODEID"]}
 
 
 class OtherNodes:
@@ -218,6 +227,8 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(handled(forward, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
         stack.callback(end)
+        # Of another launcher, whose agent would keep the store that rank 0 opens here.
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
         for local in range(config.processes):
             own = {
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
@@ -232,7 +243,7 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
             }
             # Nothing is written to standard input: its end tells a rank that this process is gone.
             ranks[first + local] = subprocess.Popen(
-                command, env={**os.environ, **meeting, **own}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
+                command, env={**outer, **meeting, **own}, stderr=subprocess.PIPE, stdin=subprocess.PIPE
             )
             # A signal that came before this rank did is its signal too.
             for number in asked:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vipo.config.compose import dump_config
+from vipo.config.experiment import check_processes
 from vipo.config.models import Config, config_hash
 from vipo.demo.scenes import object_coverage
 from vipo.determinism import deterministic_algorithms
@@ -121,6 +122,7 @@ class Trainer:
                 "arm 'base' is the generator as it is: there is nothing to train; choose another arm, or evaluate it"
             )
         deterministic_algorithms()
+        check_processes(config)
         self.config = config
         self.folder = experiment / "runs" / config.run_name
         self.prompts_path = experiment / "prompts" / "train.jsonl"
@@ -181,14 +183,7 @@ class Trainer:
             score(name, reward, blank, [self.prompts[0].text], [self.prompts[0].metadata])
 
     def _prepare_network(self) -> None:
-        config, training, processes = self.config, self.config.training, self.distribution.data_processes
-        for name, size in (("group_size", training.group_size), ("best_of", training.best_of)):
-            samples = training.prompts_per_update * (size or 0) // training.optimizer_steps_per_update
-            if (samples // training.micro_batch) % processes:
-                raise TrainingError(
-                    f"training.{name}: the {samples // training.micro_batch} micro-batches of an optimizer step do not "
-                    f"divide among {processes} processes; change training.micro_batch or distribution.processes"
-                )
+        config, training = self.config, self.config.training
         if training.gradient_checkpointing:
             self.generator.recompute_activations()
         # The generator as it was: with LoRA, the network without its adapter.

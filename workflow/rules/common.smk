@@ -14,6 +14,7 @@ from vipo.config.compose import (
     repository_root,
     write_if_changed,
 )
+from vipo.config.experiment import check_runs
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import PROVENANCE
 
@@ -35,12 +36,14 @@ def resolve_runs():
     chosen = [f"experiment={EXPERIMENT}", *OVERRIDES]
     try:
         arms = load_config(chosen).experiment.arms
-        return {
+        runs = {
             resolved.run_name: resolved
             for arm, settings in arms.items()
             for seed in settings.seeds
             for resolved in [load_config([*chosen, f"arm={arm}", f"seed={seed}"])]
         }
+        check_runs(runs)
+        return runs
     except ConfigError as error:
         raise WorkflowError(f"experiment {EXPERIMENT}: {error}") from error
 

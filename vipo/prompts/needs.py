@@ -1,0 +1,61 @@
+"""What a run needs of its prompts, as far as the prompts themselves can tell."""
+
+import logging
+from collections.abc import Sequence
+
+from vipo.config.models import SCENE_REWARDS, Config
+from vipo.prompts.prompt import Prompt, PromptError
+
+# Intervals of an evaluation resample prompts.
+LEAST_HELD_OUT = 2
+
+log = logging.getLogger(__name__)
+
+
+def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Refuse prompts that a run could not be trained or evaluated on, before anything is computed for it.
+
+    Args:
+        config: the run.
+        train, held_out: both halves of the prompts; the second may be empty where ``prompts.eval_share`` is 0.
+
+    Raises:
+        PromptError: too few prompts for an update or for the evaluation's intervals, or prompts without the metadata
+            that a reward or the oracle map reads.
+    """
+    source, training, evaluation = config.prompts.source, config.training, config.evaluation
+    if not config.is_base and len(train) < training.prompts_per_update:
+        raise PromptError(
+            f"{source}: training.prompts_per_update {training.prompts_per_update} exceeds the {len(train)} training "
+            "prompts; lower it or add prompts"
+        )
+    if config.prompts.eval_share and len(held_out) < LEAST_HELD_OUT:
+        raise PromptError(
+            f"{source}: prompts.eval_share {config.prompts.eval_share} leaves {len(held_out)} prompt for eval, the "
+            f"evaluation's intervals need {LEAST_HELD_OUT}; raise it or add prompts"
+        )
+    if 0 < len(held_out) < evaluation.prompts:
+        log.warning(
+            "evaluation.prompts %d, but %d prompts are held out: all of these are used",
+            evaluation.prompts,
+            len(held_out),
+        )
+    if config.objective.map == "oracle" and not config.is_base:
+        _need("objective.map 'oracle'", ("objects",), source, train)
+    scene = ("objects", "background")
+    for term in config.reward.terms:
+        if term.name in SCENE_REWARDS and not config.is_base:
+            _need(f"reward.terms: reward {term.name!r}", scene, source, train)
+    for name in evaluation.rewards:
+        if name in SCENE_REWARDS:
+            _need(f"evaluation.rewards: reward {name!r}", scene, source, held_out)
+
+
+def _need(what: str, keys: Sequence[str], source: str, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        missing = [key for key in keys if key not in prompt.metadata]
+        if missing:
+            raise PromptError(
+                f"{source}: {what} needs scene metadata with {', '.join(map(repr, missing))}, as in data/prompts; "
+                f"{prompt.text[:80]!r} has none"
+            )
