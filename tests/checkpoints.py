@@ -1,6 +1,7 @@
 """Random checkpoints of each generator family in the smallest size, in the stock pipelines' own layout."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -127,3 +130,11 @@ def write_stable_diffusion(folder: Path) -> Path:
 def edit_json(path: Path, **changes: object) -> None:
     """Set keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of the one safetensors file in a folder."""
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})

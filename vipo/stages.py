@@ -137,7 +137,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
                 # Whoever held the lock may just have made it.
                 if not path.is_file():
                     make(config, root, results)
-    _check_shared(config, experiment, "train")
+    _check_shared(config, root, experiment, "train")
     if config.distribution.world_size == 1 or is_rank():
         stop_with_launcher()
         train_run(config, root, experiment, wait)
@@ -160,7 +160,7 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    _check_shared(config, experiment, "eval")
+    _check_shared(config, root, experiment, "eval")
     remedy = "Lower evaluation.batch, or raise cluster.evaluate.memory_mb"
     with (
         memory_errors(f"evaluation of {config.run_name}", remedy),
@@ -169,14 +169,17 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -
         evaluate_run(config, root, experiment)
 
 
-def _check_shared(config: Config, experiment: Path, split: str) -> None:
+def _check_shared(config: Config, root: Path, experiment: Path, split: str) -> None:
     # All runs read the same prompts and embeddings, so a run refuses other ones instead of replacing them.
-    from vipo.generators.embeddings import check_embeddings
+    from vipo.generators.embeddings import check_embeddings, encoder_hashes
 
     prompts = experiment / "prompts"
     check_prompts(prompts, config.prompts)
     check_embeddings(
-        experiment / "embeddings" / f"{split}.safetensors", prompts / f"{split}.jsonl", config.embeddings_identity()
+        experiment / "embeddings" / f"{split}.safetensors",
+        prompts / f"{split}.jsonl",
+        config.embeddings_identity(),
+        encoder_hashes(config.generator, root),
     )
 
 

@@ -70,6 +70,7 @@ def sample_held_out(
         config.sampling,
         generator.prediction,
         generator.alphas_cumprod,
+        generator.timesteps,
         device=device,
         steps=config.evaluation.steps,
     )
@@ -79,7 +80,7 @@ def sample_held_out(
         keys: list[Key] = [(config.evaluation.seed, "evaluation", sample.prompt.id, sample.number) for sample in chunk]
         noise = keyed_normal(keys, generator.latent_shape, device)
         conditioning = stack_conditioning(embeddings, [sample.prompt.id for sample in chunk])
-        images.append(generator.decode(sample_ode(generator, conditioning, chain, noise)).cpu())
+        images.append(generator.pictures(sample_ode(generator, conditioning, chain, noise)).cpu())
     return (torch.cat(images) * 255).round() / 255
 
 
@@ -125,7 +126,9 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             raise EvaluationError(f"{prompts_path}: no prompt is held out; raise prompts.eval_share")
         prompts = list({sample.prompt.id: sample.prompt for sample in samples}.values())
         generator = load_generator(config.generator, root)
-        embeddings = load_embeddings(embeddings_path, prompts, config.generator.device)
+        embeddings = load_embeddings(
+            embeddings_path, prompts, config.generator.device, generator.conditioning_widths(config.generator, root)
+        )
         structuring.preflight((config.generator.height, config.generator.width))
         rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
         blank = torch.zeros(1, *config.generator.sample_shape, device=config.generator.device)

@@ -1,8 +1,10 @@
 """What a generator adapter is, and how one is found."""
 
+import contextlib
 import importlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
+
+log = logging.getLogger(__name__)
 
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
@@ -21,6 +25,30 @@ NEGATIVE = "negative_"
 
 class GeneratorError(VipoError):
     """A generator cannot be loaded or called; the message names the folder or key and the fix."""
+
+
+@contextlib.contextmanager
+def adapter_errors(adapter: type, call: str) -> Iterator[None]:
+    """Around a call of an adapter, which may be anyone's code.
+
+    Args:
+        adapter: its class, for the message.
+        call: what is called.
+
+    Raises:
+        GeneratorError: the adapter raised something that is none of vipo's own errors, or tried to end the process.
+    """
+    try:
+        yield
+    except VipoError:
+        raise
+    except (Exception, SystemExit) as error:
+        log.debug("%s.%s", adapter.__qualname__, call, exc_info=True)
+        told = " ".join(str(error).split())
+        raise GeneratorError(
+            f"generator adapter {adapter.__module__}:{adapter.__qualname__}: {call} raised "
+            f"{type(error).__name__}{': ' if told else ''}{told}"
+        ) from error
 
 
 class Generator(ABC):
@@ -38,6 +66,10 @@ class Generator(ABC):
             variance-preserving diffusion.
         alphas_cumprod: of a noise-predicting family, the share of signal variance at each training timestep,
             ``(timesteps,)`` float32 on the CPU; None for flow matching.
+        timesteps: of a noise-predicting family, the training timesteps ``(T,)`` int64 that the checkpoint's scheduler
+            visits in T steps, from noise to data; None: "leading" spacing with offset 1.
+        flow_shift: of flow matching, the time shift that the checkpoint's scheduler applies at this size; None where
+            it is not known.
     """
 
     config: GeneratorConfig
@@ -47,6 +79,8 @@ class Generator(ABC):
     frame_groups: tuple[range, ...] | None = None
     frame_rate: ClassVar[int | None] = None
     alphas_cumprod: Tensor | None = None
+    timesteps: Callable[[int], Tensor] | None = None
+    flow_shift: float | None = None
     network_folder: ClassVar[str]
     prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
 
@@ -55,6 +89,19 @@ class Generator(ABC):
         """Height and width of the latents in positions."""
         height, width = self.latent_shape[-2:]
         return height, width
+
+    @classmethod  # noqa: B027 (an adapter need not refuse anything)
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        """Refuse what the adapter does not hold by the checkpoint's small files, before any weights are read.
+
+        Raises:
+            GeneratorError: the checkpoint is a variant that the adapter does not hold, or an option has no effect.
+        """
+
+    @classmethod
+    def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
+        """The last dimension that the network takes of each conditioning tensor, by name, as far as it is known."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -90,18 +137,38 @@ class Generator(ABC):
             Like `latents`, float32.
 
         Raises:
-            ValueError: `latents` or the network's output has another shape.
+            ValueError: `latents` has another shape.
+            GeneratorError: the adapter raised, or its prediction has another shape.
         """
         expected = (len(time), *self.latent_shape)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected shape {expected} (B, *latent_shape), got {tuple(latents.shape)}")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with (
+            adapter_errors(type(self), "predict"),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"),
+        ):
             prediction = self._predict(latents, time, conditioning)
-        if prediction.shape != latents.shape:
-            raise ValueError(
-                f"prediction: expected shape {tuple(latents.shape)} of latents, got {tuple(prediction.shape)}"
-            )
+        if not isinstance(prediction, Tensor) or prediction.shape != latents.shape:
+            raise self._misshapen("prediction", tuple(latents.shape), prediction)
         return prediction.float()
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """`decode`, checked.
+
+        Raises:
+            GeneratorError: the adapter raised, or gave something else than ``(B, *config.sample_shape)``.
+        """
+        with adapter_errors(type(self), "decode"):
+            decoded = self.decode(latents)
+        expected = (len(latents), *self.config.sample_shape)
+        if not isinstance(decoded, Tensor) or tuple(decoded.shape) != expected:
+            raise self._misshapen("decode", expected, decoded)
+        return decoded
+
+    def _misshapen(self, call: str, expected: tuple[int, ...], got: object) -> GeneratorError:
+        what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"a {type(got).__name__}"
+        adapter = f"{type(self).__module__}:{type(self).__qualname__}"
+        return GeneratorError(f"generator adapter {adapter}: {call}: expected shape {expected}, got {what}")
 
     @abstractmethod
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -171,8 +238,12 @@ def resolve_class(config: GeneratorConfig) -> type[Generator]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise GeneratorError(f"generator.family {config.family!r} cannot be imported: {error}") from error
+    # Whatever the module does when it is imported.
+    except (Exception, SystemExit) as error:
+        raise GeneratorError(
+            f"generator.family {config.family!r} cannot be imported: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Generator)):
         raise GeneratorError(f"generator.family {config.family!r} is no subclass of vipo.generators.Generator")
     return found
@@ -182,10 +253,12 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
     """Load the configured generator on its device.
 
     Raises:
-        GeneratorError: the checkpoint cannot be loaded, or the device is absent.
+        GeneratorError: the checkpoint cannot be loaded, or the device is absent; whatever the adapter raises.
     """
     check_device(config)
-    return resolve_class(config).load(config, root)
+    adapter = resolve_class(config)
+    with adapter_errors(adapter, "load"):
+        return adapter.load(config, root)
 
 
 def check_device(config: GeneratorConfig) -> None:

@@ -1,8 +1,10 @@
 """FLUX-class generators (`FluxTransformer2DModel`): packed latents, embedded guidance, sigma as time."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -10,8 +12,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from vipo.config.models import GeneratorConfig
-from vipo.generators.base import Conditioning, checkpoint_location
-from vipo.generators.pipeline import PipelineGenerator, load_part, load_tokenizer
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.schedules import flow_shift
+from vipo.generators.texts import load_text_encoder
+
+log = logging.getLogger(__name__)
+
+_LONGEST = 512
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -40,6 +48,10 @@ class FluxGenerator(PipelineGenerator):
 
     pipeline_class: ClassVar[Any] = FluxPipeline
     network_class: ClassVar[Any] = FluxTransformer2DModel
+    guides: ClassVar[bool] = False
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"encoder_hidden_states": "joint_attention_dim", "pooled_projections": "pooled_projection_dim"}
+    )
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
@@ -48,16 +60,63 @@ class FluxGenerator(PipelineGenerator):
         self.check_size(2 * scale)
         self.latent_shape = (network.config.in_channels // 4, config.height // scale, config.width // scale)
         self._image_ids = image_ids(self.latent_shape[1], self.latent_shape[2], self.device)
+        if not self._embeds_guidance and config.guidance_scale:
+            log.warning(
+                "generator.guidance_scale %s has no effect: this network embeds no guidance (guidance_embeds); set it "
+                "to 0",
+                config.guidance_scale,
+            )
+
+    @classmethod
+    def load(cls, config: GeneratorConfig, root: Path) -> Self:
+        generator = super().load(config, root)
+        _, height, width = generator.latent_shape
+        location = checkpoint_location(config, root)
+        generator.flow_shift = flow_shift(location, config, (height // 2) * (width // 2))
+        return generator
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        super().check(config, root)
+        # What it refuses does not depend on the number of tokens.
+        flow_shift(checkpoint_location(config, root), config, tokens=1)
+        if config.max_sequence_length > _LONGEST:
+            raise GeneratorError(
+                f"generator.max_sequence_length {config.max_sequence_length} is above {_LONGEST}, FLUX's limit"
+            )
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        taken, made = network.in_channels, network.out_channels or network.in_channels
+        if taken != made:
+            raise GeneratorError(
+                f"{location}/transformer: in_channels {taken} and out_channels {made}, as in FLUX Fill, Control and "
+                "Depth, which take a picture as well; give a text-to-image checkpoint"
+            )
+        if network.patch_size != 1:
+            raise GeneratorError(f"{location}/transformer: patch_size {network.patch_size}; FLUX.1 has 1")
+        if taken != 4 * vae.latent_channels:
+            raise GeneratorError(
+                f"{location}/vae: latent_channels {vae.latent_channels}, but the transformer's in_channels {taken} "
+                f"stand for {taken / 4:g} (2 x 2 latent pixels a token); give the autoencoder that belongs to it"
+            )
 
     @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location = checkpoint_location(config, root)
         device = torch.device(config.device)
-        clip_tokenizer = load_tokenizer(CLIPTokenizer, location, "tokenizer", config)
-        t5_tokenizer = load_tokenizer(T5TokenizerFast, location, "tokenizer_2", config)
-        clip = load_part(CLIPTextModel.from_pretrained, location, "text_encoder", config).to(device).eval()
-        t5 = load_part(T5EncoderModel.from_pretrained, location, "text_encoder_2", config).to(device).eval()
+        clip_tokenizer, clip = load_text_encoder(
+            config, location, (CLIPTokenizer, "tokenizer"), (CLIPTextModel, "text_encoder"), texts
+        )
+        t5_tokenizer, t5 = load_text_encoder(
+            config,
+            location,
+            (T5TokenizerFast, "tokenizer_2"),
+            (T5EncoderModel, "text_encoder_2"),
+            texts,
+            config.max_sequence_length,
+        )
         encoded = []
         for text in texts:
             padded: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}

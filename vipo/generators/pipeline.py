@@ -1,28 +1,28 @@
 """What generators share whose checkpoint is a diffusers pipeline: loading, guidance, LoRA, and what is saved."""
 
-import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vipo.config.models import GeneratorConfig, LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
+from vipo.generators.lora import LORA_FILE, check_file, check_targets
+from vipo.generators.parts import load_part, model_index, part_class, part_settings
 from vipo.sampling.noise import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
     {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 )
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class PipelineGenerator(Generator):
@@ -36,6 +36,8 @@ class PipelineGenerator(Generator):
         pipeline_class: the stock pipeline, which writes LoRA weights the way it reads them.
         network_class: of the trained network.
         autoencoders: autoencoder classes by name.
+        guides: whether the family is guided away from `negative_prompt`.
+        widths: of each conditioning tensor, the setting of the network that names its last dimension.
     """
 
     network: Any
@@ -44,6 +46,8 @@ class PipelineGenerator(Generator):
     network_class: ClassVar[Any]
     network_folder: ClassVar[str] = "transformer"
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
+    guides: ClassVar[bool] = True
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         """Take loaded parts.
@@ -61,17 +65,69 @@ class PipelineGenerator(Generator):
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
+        cls.check(config, root)
         location = checkpoint_location(config, root)
         index = model_index(location, config.revision)
-        cls.check_index(location, index)
-        named = {cls.network_class.__name__: cls.network_class}
         parts = [
-            load_part(_part_class(location, index, part, known).from_pretrained, location, part, config)
-            for part, known in ((cls.network_folder, named), ("vae", cls.autoencoders))
+            load_part(kind.from_pretrained, location, part, config)
+            for part, kind in cls._part_classes(location, index).items()
         ]
         # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
         parts[0].register_to_config(_name_or_path=config.path)
         return cls(config, *parts)
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        location = checkpoint_location(config, root)
+        index = model_index(location, config.revision)
+        if (kind := index.get("_class_name", cls.pipeline_class.__name__)) != cls.pipeline_class.__name__:
+            raise GeneratorError(
+                f"{location}/model_index.json: _class_name {kind!r}; family {config.family!r} holds "
+                f"{cls.pipeline_class.__name__}: give such a checkpoint, or another generator.family"
+            )
+        cls.check_index(location, index)
+        network, vae = (
+            part_settings(kind, location, part, config) for part, kind in cls._part_classes(location, index).items()
+        )
+        cls.check_parts(location, network, vae)
+        if not cls.guides and config.negative_prompt:
+            raise GeneratorError(
+                f"generator.negative_prompt: family {config.family!r} has no classifier-free guidance, so it would "
+                "have no effect; leave it empty"
+            )
+        if cls.guides and config.negative_prompt and config.guidance_scale <= 1:
+            log.warning(
+                "generator.negative_prompt has no effect: generator.guidance_scale %s is not above 1, which turns "
+                "classifier-free guidance off",
+                config.guidance_scale,
+            )
+
+    @classmethod
+    def _part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:
+        named = {cls.network_class.__name__: cls.network_class}
+        return {
+            part: part_class(location, index, part, known)
+            for part, known in ((cls.network_folder, named), ("vae", cls.autoencoders))
+        }
+
+    @classmethod
+    def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
+        settings = part_settings(cls.network_class, checkpoint_location(config, root), cls.network_folder, config)
+        found = {name: getattr(settings, key) for name, key in cls.widths.items()}
+        # Of a UNet it may be one a block.
+        return {name: width for name, width in found.items() if isinstance(width, int)}
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        """Refuse a network that needs more than the adapter gives it, or an autoencoder that does not fit it.
+
+        Args:
+            location: folder or hub id, for the message.
+            network, vae: settings of both, as their ``config.json`` and their classes' defaults have them.
+
+        Raises:
+            GeneratorError: naming the setting.
+        """
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
@@ -129,6 +185,7 @@ class PipelineGenerator(Generator):
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
+        check_targets(self.network, config.targets)
         # peft draws the initial A matrices from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "lora"))
@@ -168,76 +225,37 @@ class PipelineGenerator(Generator):
             network.save_pretrained(folder / self.network_folder, safe_serialization=True)
 
     def load_network(self, folder: Path) -> None:
+        if getattr(self.network, "peft_config", None):
+            self.network.unload_lora()
+        if not (folder / LORA_FILE).is_file():
+            remedy = "train the run again"
+            loaded = load_part(
+                self.network_class.from_pretrained, folder, self.network_folder, self.config, remedy=remedy
+            )
+            self.network = loaded.to(self.device).requires_grad_(False).eval()
+            return
         try:
-            if getattr(self.network, "peft_config", None):
-                self.network.unload_lora()
-            if (folder / "pytorch_lora_weights.safetensors").is_file():
-                self.network.load_lora_adapter(folder, prefix=self.network_folder, use_safetensors=True)
-            else:
-                loaded = self.network_class.from_pretrained(folder, subfolder=self.network_folder, use_safetensors=True)
-                self.network = loaded.to(self.device).requires_grad_(False).eval()
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-            raise GeneratorError(f"{folder}: trained weights cannot be loaded: {error}") from error
+            check_file(folder / LORA_FILE, self.network, self.network_folder)
+            self.network.load_lora_adapter(folder, prefix=self.network_folder, use_safetensors=True)
+        except GeneratorError:
+            raise
+        except Exception as error:
+            raise GeneratorError(f"{folder}: trained weights cannot be loaded: {error}; train the run again") from error
 
 
-def model_index(location: Path | str, revision: str | None) -> dict[str, Any]:
-    """Content of a checkpoint's ``model_index.json``.
+def refuse_settings(location: Path | str, part: str, settings: Any, keys: Mapping[str, str]) -> None:
+    """Refuse a part that has one of some settings.
 
-    Raises:
-        GeneratorError: it cannot be read.
-    """
-    try:
-        path = (
-            location / "model_index.json"
-            if isinstance(location, Path)
-            else Path(hf_hub_download(location, "model_index.json", revision=revision))
-        )
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GeneratorError(f"{location}: model_index.json cannot be read: {error}") from error
-    if not isinstance(index, dict):
-        raise GeneratorError(f"{location}: model_index.json holds no mapping")
-    return index
-
-
-def load_part(
-    loader: Callable[..., T], location: Path | str, part: str, config: GeneratorConfig, *, weights: bool = True
-) -> T:
-    """One part of a checkpoint by its class's `from_pretrained`; weights only from safetensors, and in fp32: AdamW on
-    bf16 weights rounds small updates away.
+    Args:
+        location, part: for the message.
+        settings: of the part.
+        keys: what a setting makes the network ask for, by its name.
 
     Raises:
-        GeneratorError: the part is missing or damaged.
+        GeneratorError: naming the first that is set.
     """
-    options = {"use_safetensors": True, "torch_dtype": torch.float32} if weights else {}
-    try:
-        return loader(location, subfolder=part, revision=config.revision, **options)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise GeneratorError(
-            f"{location}/{part}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "if a file is missing or damaged, copy or download generator.path again"
-        ) from error
-
-
-def load_tokenizer(kind: Any, location: Path | str, part: str, config: GeneratorConfig) -> Any:
-    """A tokenizer of a checkpoint.
-
-    Raises:
-        GeneratorError: it is missing, damaged or without a vocabulary.
-    """
-    tokenizer = load_part(kind.from_pretrained, location, part, config, weights=False)
-    # transformers makes an empty tokenizer of a folder without a vocabulary: all prompts would read alike.
-    if tokenizer("a").input_ids == tokenizer("b").input_ids:
-        raise GeneratorError(
-            f"{location}/{part}: has no vocabulary (tokenizer.json, or the files it stands for); "
-            "copy or download generator.path again"
-        )
-    return tokenizer
-
-
-def _part_class(location: Path | str, index: Mapping[str, Any], part: str, known: Mapping[str, Any]) -> Any:
-    entry = index.get(part)
-    name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "none"
-    if name not in known:
-        raise GeneratorError(f"{location}/model_index.json: {part} class {name!r} is not one of {', '.join(known)}")
-    return known[name]
+    for key, needs in keys.items():
+        if (value := getattr(settings, key, None)) not in (None, False):
+            raise GeneratorError(
+                f"{location}/{part}: {key} {value!r}: its network {needs}, which vipo does not give it"
+            )

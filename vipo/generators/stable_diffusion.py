@@ -1,17 +1,35 @@
 """Stable Diffusion 1.x (`UNet2DConditionModel`): classifier-free guidance, noise prediction over training timesteps."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vipo.config.models import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
-from vipo.generators.pipeline import PipelineGenerator, load_part, load_tokenizer
+from vipo.generators.parts import model_index
+from vipo.generators.pipeline import PipelineGenerator, refuse_settings
+from vipo.generators.schedules import noise_schedule
+from vipo.generators.texts import load_text_encoder
+
+log = logging.getLogger(__name__)
+
+_NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "time_cond_proj_dim": "takes the guidance scale as an embedding (LCM)",
+        "class_embed_type": "takes a class or another embedding beside the prompt",
+        "num_class_embeds": "takes a class beside the prompt",
+        "addition_embed_type": "takes sizes, a second text embedding or a picture beside the prompt (SDXL, Kandinsky)",
+        "encoder_hid_dim_type": "projects another encoder's output (IP-Adapter, Kandinsky, DeepFloyd)",
+        "encoder_hid_dim": "projects another encoder's output (DeepFloyd)",
+    }
+)
 
 
 class StableDiffusionGenerator(PipelineGenerator):
@@ -21,40 +39,66 @@ class StableDiffusionGenerator(PipelineGenerator):
     network_class: ClassVar[Any] = UNet2DConditionModel
     network_folder: ClassVar[str] = "unet"
     prediction: ClassVar[Literal["velocity", "noise"]] = "noise"
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType({"encoder_hidden_states": "cross_attention_dim"})
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
-        channels = network.config.in_channels
-        if channels != network.config.out_channels:
-            raise GeneratorError(
-                f"{config.path}: the network takes {channels} channels and predicts {network.config.out_channels}, as "
-                "in inpainting checkpoints; give a text-to-image one"
-            )
         scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self.check_size(scale)
-        self.latent_shape = (channels, config.height // scale, config.width // scale)
+        self.latent_shape = (network.config.in_channels, config.height // scale, config.width // scale)
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
-        location = checkpoint_location(config, root)
-        scheduler = load_part(DDIMScheduler.from_pretrained, location, "scheduler", config, weights=False)
-        if (kind := scheduler.config.prediction_type) != "epsilon":
-            raise GeneratorError(
-                f"{location}/scheduler: prediction_type {kind!r}; vipo trains networks that predict noise ('epsilon')"
-            )
         generator = super().load(config, root)
-        generator.alphas_cumprod = scheduler.alphas_cumprod
+        generator.alphas_cumprod, generator.timesteps = cls._schedule(config, root)
         return generator
+
+    @classmethod
+    def _schedule(cls, config: GeneratorConfig, root: Path) -> tuple[Tensor, Callable[[int], Tensor]]:
+        location = checkpoint_location(config, root)
+        return noise_schedule(location, model_index(location, config.revision), config)
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        super().check(config, root)
+        cls._schedule(config, root)
+        default = GeneratorConfig.model_fields["max_sequence_length"].default
+        if config.max_sequence_length != default:
+            log.warning(
+                "generator.max_sequence_length %d has no effect on family %r: its tokenizer has a limit of its own",
+                config.max_sequence_length,
+                config.family,
+            )
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        refuse_settings(location, "unet", network, _NEEDS)
+        taken, made = network.in_channels, network.out_channels
+        if taken != made:
+            raise GeneratorError(
+                f"{location}/unet: in_channels {taken} and out_channels {made}, as in inpainting and image-editing "
+                "checkpoints; give a text-to-image one"
+            )
+        if taken != vae.latent_channels:
+            raise GeneratorError(
+                f"{location}/vae: latent_channels {vae.latent_channels}, but the network's in_channels are {taken}; "
+                "give the autoencoder that belongs to it"
+            )
 
     @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location = checkpoint_location(config, root)
-        tokenizer = load_tokenizer(CLIPTokenizer, location, "tokenizer", config)
-        encoder = load_part(CLIPTextModel.from_pretrained, location, "text_encoder", config)
+        tokenizer, encoder = load_text_encoder(
+            config,
+            location,
+            (CLIPTokenizer, "tokenizer"),
+            (CLIPTextModel, "text_encoder"),
+            [*texts, config.negative_prompt],
+        )
         pipeline = StableDiffusionPipeline(
             vae=None,
-            text_encoder=encoder.to(config.device).eval(),
+            text_encoder=encoder,
             tokenizer=tokenizer,
             unet=None,
             scheduler=None,

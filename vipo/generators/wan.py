@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -12,7 +12,17 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.models import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
-from vipo.generators.pipeline import PipelineGenerator, load_part, load_tokenizer
+from vipo.generators.pipeline import PipelineGenerator, refuse_settings
+from vipo.generators.schedules import flow_shift
+from vipo.generators.texts import load_text_encoder
+
+_NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "image_dim": "takes the embedding of a picture (image-to-video)",
+        "added_kv_proj_dim": "attends to a picture (image-to-video)",
+        "pos_embed_seq_len": "takes the embeddings of a first and a last picture",
+    }
+)
 
 
 class WanGenerator(PipelineGenerator):
@@ -22,15 +32,11 @@ class WanGenerator(PipelineGenerator):
     pipeline_class: ClassVar[Any] = WanPipeline
     network_class: ClassVar[Any] = WanTransformer3DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLWan": AutoencoderKLWan})
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType({"encoder_hidden_states": "text_dim"})
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
         settings, channels = vae.config, network.config.in_channels
-        if channels != settings.z_dim:
-            raise GeneratorError(
-                f"{config.path}: the transformer takes {channels} channels and the autoencoder has {settings.z_dim}, "
-                "as in image-to-video checkpoints; give a text-to-video one"
-            )
         space, factor = settings.scale_factor_spatial, settings.scale_factor_temporal
         self.check_size(space * network.config.patch_size[1])
         frames = config.sample_shape[0]
@@ -42,6 +48,32 @@ class WanGenerator(PipelineGenerator):
             torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
             for values in (settings.latents_mean, settings.latents_std)
         )
+
+    @classmethod
+    def load(cls, config: GeneratorConfig, root: Path) -> Self:
+        generator = super().load(config, root)
+        generator.flow_shift = flow_shift(checkpoint_location(config, root), config)
+        return generator
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        super().check(config, root)
+        flow_shift(checkpoint_location(config, root), config)
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        refuse_settings(location, "transformer", network, _NEEDS)
+        taken, made = network.in_channels, network.out_channels or network.in_channels
+        if taken != made:
+            raise GeneratorError(
+                f"{location}/transformer: in_channels {taken} and out_channels {made}, as in image-to-video "
+                "checkpoints; give a text-to-video one"
+            )
+        if taken != vae.z_dim:
+            raise GeneratorError(
+                f"{location}/vae: z_dim {vae.z_dim}, but the transformer's in_channels are {taken}; give the "
+                "autoencoder that belongs to it"
+            )
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
@@ -58,9 +90,15 @@ class WanGenerator(PipelineGenerator):
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location = checkpoint_location(config, root)
-        tokenizer = load_tokenizer(T5TokenizerFast, location, "tokenizer", config)
-        encoder = load_part(UMT5EncoderModel.from_pretrained, location, "text_encoder", config)
-        pipeline = WanPipeline(tokenizer, encoder.to(config.device).eval(), vae=None, scheduler=None)
+        tokenizer, encoder = load_text_encoder(
+            config,
+            location,
+            (T5TokenizerFast, "tokenizer"),
+            (UMT5EncoderModel, "text_encoder"),
+            [*texts, config.negative_prompt],
+            config.max_sequence_length,
+        )
+        pipeline = WanPipeline(tokenizer, encoder, vae=None, scheduler=None)
 
         def encode(text: str) -> Tensor:
             positive, _ = pipeline.encode_prompt(

@@ -23,7 +23,7 @@ from vipo.config.models import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location
-from vipo.generators.pipeline import model_index
+from vipo.generators.parts import model_index
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
 from vipo.provenance.lineage import PROVENANCE, absolute_path
 from vipo.reporting.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card

@@ -1,5 +1,6 @@
 """The sampling chain as a Markov chain: levels, network times, and one step of it, stochastic or not."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,9 @@ from vipo.errors import VipoError
 from vipo.sampling.noise import keyed_generator
 from vipo.sampling.schedule import sigma_schedule
 from vipo.sampling.transitions import cps_transition, dance_transition, ddim_transition, euler_step, flow_transition
+
+# Of the training timesteps; ten steps of "leading" spacing start above it.
+_PURE_NOISE = 0.9
 
 Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
@@ -68,6 +72,7 @@ def sampling_chain(
     config: SamplingConfig,
     prediction: Literal["velocity", "noise"],
     alphas_cumprod: Tensor | None = None,
+    timesteps: Callable[[int], Tensor] | None = None,
     *,
     device: torch.device | str = "cpu",
     steps: int | None = None,
@@ -78,6 +83,8 @@ def sampling_chain(
         config: section `sampling`.
         prediction: what the generator predicts.
         alphas_cumprod: ``(1000,)``, of a noise-predicting generator's training schedule.
+        timesteps: of a noise-predicting generator, the ``(T,)`` timesteps that T steps visit; None: "leading" spacing
+            with offset 1, as Stable Diffusion 1.5 and DDPO sample.
         device: where the chain runs.
         steps: T where it is not `config.steps` (evaluation).
 
@@ -97,10 +104,13 @@ def sampling_chain(
             )
         if count > len(alphas_cumprod):
             raise ChainError(f"sampling.steps: {count} exceeds the {len(alphas_cumprod)} training timesteps")
-        # "Leading" spacing with offset 1, as Stable Diffusion 1.5 and DDPO sample; every training timestep leaves none.
-        spacing = len(alphas_cumprod) // count
-        offset = min(1, len(alphas_cumprod) - 1 - (count - 1) * spacing)
-        times = torch.arange(count - 1, -1, -1) * spacing + offset
+        times = _leading(count, len(alphas_cumprod)) if timesteps is None else timesteps(count)
+        falls = times.shape == (count,) and bool((times.diff() < 0).all())
+        if not falls or not 0 <= int(times[-1]) <= int(times[0]) < len(alphas_cumprod):
+            raise ChainError(
+                f"generator: its timesteps of {count} steps do not fall from one to the next between "
+                f"{len(alphas_cumprod) - 1} and 0: {times.flatten()[:3].tolist()}..."
+            )
         levels = torch.cat([alphas_cumprod.cpu()[times].float(), torch.ones(1)])
         return Chain(times.float().to(device), levels.to(device), ddim_transition, config.eta, prediction)
     levels = sigma_schedule(count, config.shift)
@@ -111,6 +121,42 @@ def sampling_chain(
     }
     levels = levels.to(device)
     return Chain(levels[:-1], levels, transitions[config.transition], config.eta, prediction)
+
+
+def _leading(count: int, training: int) -> Tensor:
+    spacing = training // count
+    # As many steps as training timesteps leave no offset.
+    offset = min(1, training - 1 - (count - 1) * spacing)
+    return torch.arange(count - 1, -1, -1) * spacing + offset
+
+
+def chain_remarks(chain: Chain, config: SamplingConfig, flow_shift: float | None, training: int | None) -> list[str]:
+    """In what the chain is not the one that the checkpoint was made for, for the log.
+
+    Args:
+        chain: made of `config`.
+        config: section `sampling`.
+        flow_shift: `Generator.flow_shift`.
+        training: of a noise-predicting generator, the number of its training timesteps.
+    """
+    if chain.prediction == "velocity":
+        if flow_shift is None or math.isclose(flow_shift, config.shift, rel_tol=1e-3):
+            return []
+        return [
+            f"sampling.shift {config.shift:g} is not the checkpoint's: its scheduler shifts by {flow_shift:.4g} at "
+            "this size. Set it to that unless another one is meant"
+        ]
+    remarks = []
+    first = int(chain.times[0])
+    if training is not None and first < _PURE_NOISE * training:
+        remarks.append(
+            f"sampling: {chain.steps} steps start at timestep {first} of {training}, where the network expects "
+            f"{float(chain.levels[0]) ** 0.5:.0%} of the picture, but from pure noise; take more steps, or "
+            "timestep_spacing 'trailing' in the checkpoint's scheduler"
+        )
+    if config.shift != SamplingConfig.model_fields["shift"].default:
+        remarks.append(f"sampling.shift {config.shift:g} has no effect on a generator that predicts noise")
+    return remarks
 
 
 def stochastic_steps(window: WindowConfig | None, available: int, seed: int, update: int) -> range:

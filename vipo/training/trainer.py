@@ -48,7 +48,7 @@ from vipo.provenance import code_identity, record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
 from vipo.provenance.lineage import PROVENANCE
 from vipo.rewards import RewardError, load_reward, score
-from vipo.sampling.chain import sampling_chain, stochastic_steps
+from vipo.sampling.chain import Chain, chain_remarks, sampling_chain, stochastic_steps
 from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import TransitionBatch, policy_transition, rollout
 from vipo.sampling.transitions import position_kl, position_log_prob
@@ -137,15 +137,14 @@ class Trainer:
         self.weight_inputs = {
             f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))
         }
-        self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device)
+        widths = self.generator.conditioning_widths(config.generator, root)
+        self.embeddings = load_embeddings(self.embeddings_path, self.prompts, self.device, widths)
         self.rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
         self.structuring = self._load_structuring(root)
         if self.structuring is not None and self.structuring.backbone.source is not None:
             self.weight_inputs["perception"] = self.structuring.backbone.source
         self._try_rewards()
-        self.chain = sampling_chain(
-            config.sampling, self.generator.prediction, self.generator.alphas_cumprod, device=self.device
-        )
+        self.chain = self._load_chain()
         self._prepare_network()
         self._check_resources()
         self.timer = Timer(self.device)
@@ -154,6 +153,19 @@ class Trainer:
         self.code = code_identity() if self.distribution.is_main else _UNKNOWN_CODE
         #: Of the main process: each code that made updates so far, in order.
         self.made_by: list[dict[str, Any]] = []
+
+    def _load_chain(self) -> Chain:
+        generator, sampling = self.generator, self.config.sampling
+        schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
+        chain = sampling_chain(sampling, *schedule, device=self.device)
+        # What only the evaluation would refuse, before all training.
+        sampling_chain(sampling, *schedule, steps=self.config.evaluation.steps)
+        training = None if generator.alphas_cumprod is None else len(generator.alphas_cumprod)
+        for remark in (
+            chain_remarks(chain, sampling, generator.flow_shift, training) if self.distribution.is_main else ()
+        ):
+            log.warning("%s", remark)
+        return chain
 
     def _load_structuring(self, root: Path) -> PerceptualStructuring | None:
         if self.config.objective.map == "oracle":
@@ -298,7 +310,7 @@ class Trainer:
             rows = tuple(range(start, start + len(chunk)))
             batches.append(MicroBatch(rows, conditioning, trajectory, transitions[start : start + size]))
             with self.timer("decode"):
-                images.append(self.generator.decode(trajectory.clean))
+                images.append(self.generator.pictures(trajectory.clean))
         return batches, images
 
     def _score(self, samples: list[Sample], batches: list[MicroBatch], images: list[Tensor]) -> dict[str, Tensor]:

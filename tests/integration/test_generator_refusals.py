@@ -1,0 +1,326 @@
+"""What a checkpoint, its parts and its scheduler hold that an adapter does not: refused by name, before it is used."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_json, edit_tensors
+from diffusers import DDIMScheduler, PNDMScheduler
+from torch import Tensor
+
+from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
+from vipo.generators import Generator, GeneratorError, load_generator
+from vipo.generators.base import resolve_class
+from vipo.generators.schedules import flow_shift, noise_schedule
+from vipo.sampling.chain import chain_remarks, sampling_chain
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = {
+    "flux": ("text_encoder", "text_encoder_2", "transformer", "vae"),
+    "sd": ("text_encoder", "unet", "vae"),
+    "wan": ("text_encoder", "transformer", "vae"),
+}
+
+
+@pytest.fixture
+def folders(tiny_generator: Path, tiny_wan: Path, tiny_stable_diffusion: Path) -> dict[str, Path]:
+    return {"flux": tiny_generator, "wan": tiny_wan, "sd": tiny_stable_diffusion}
+
+
+def _config(family: str, path: Path, **changes: object) -> GeneratorConfig:
+    values: dict[str, object] = {
+        "family": family,
+        "path": str(path),
+        "height": 32,
+        "width": 32,
+        "frames": 5 if family == "wan" else None,
+        "max_sequence_length": 512 if family == "sd" else 16,
+        "guidance_scale": 0.0 if family == "flux" else 4.0,
+    }
+    return GeneratorConfig.model_validate(values | changes)
+
+
+def _load(family: str, folder: Path) -> Generator:
+    return load_generator(_config(family, folder), ROOT)
+
+
+def _encode(config: GeneratorConfig, root: Path) -> list[dict[str, Tensor]]:
+    return resolve_class(config).encode_prompts(config, root, ["a fox"])
+
+
+def _faulty(tensors: dict[str, Tensor]) -> list[str]:
+    """One tensor missing, one extra, one of another shape, one of integers, one not finite; their names."""
+    missing, misshapen, whole, broken = sorted(tensors)[:4]
+    del tensors[missing]
+    tensors["lora_A.weight"] = torch.ones(2)
+    tensors[misshapen] = torch.ones(3, 5)
+    tensors[whole] = torch.zeros(tensors[whole].shape, dtype=torch.int32)
+    tensors[broken] = torch.full_like(tensors[broken], float("nan"))
+    return [
+        f"missing: {missing}",
+        "extra: lora_A.weight",
+        f"of another shape: {misshapen} (3, 5) instead of",
+        f"not of floating point: {whole} (I32)",
+        f"not finite: {broken}",
+    ]
+
+
+@pytest.mark.parametrize(("family", "part"), [(family, part) for family, parts in PARTS.items() for part in parts])
+def test_a_tensor_that_a_part_lacks_or_does_not_take_is_named(
+    family: str, part: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[family], tmp_path / "checkpoint")
+    faults: list[str] = []
+    edit_tensors(folder / part, lambda tensors: faults.extend(_faulty(tensors)))
+    read = _encode if part.startswith("text") else load_generator
+    with pytest.raises(GeneratorError) as told:
+        read(_config(family, folder), ROOT)
+    assert f"/{part}: does not hold what" in str(told.value)
+    for fault in faults:
+        assert fault in str(told.value)
+
+
+def test_names_and_counters_of_older_files_are_read(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    """Stable Diffusion 1.5's own files: a prefix, the positions, and the autoencoder's attention by its old names."""
+    folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
+    expected = _encode(_config("sd", folder), ROOT)
+
+    def older(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"text_model.{name}"] = tensors.pop(name)
+        tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+
+    edit_tensors(folder / "text_encoder", older)
+    [found] = _encode(_config("sd", folder), ROOT)
+    assert all(torch.equal(found[name], value) for name, value in expected[0].items())
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def attention(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".attentions." in name]:
+            for new, before in old.items():
+                if f".{new}." in name:
+                    tensors[name.replace(f".{new}.", f".{before}.")] = tensors.pop(name)
+
+    edit_tensors(folder / "vae", attention)
+    assert _load("sd", folder).latent_shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_that_are_there_as_a_variant_only_are_read(
+    variant: str, tiny_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
+    for part in PARTS["sd"]:
+        [file] = (folder / part).glob("*.safetensors")
+        file.rename(file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
+    found, expected = _load("sd", folder).network, _load("sd", tiny_stable_diffusion).network
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    _encode(_config("sd", folder), ROOT)
+    [file] = (folder / "unet").glob("*.safetensors")
+    for other in ("other", "another"):
+        file.with_name(f"diffusion_pytorch_model.{other}.safetensors").write_bytes(file.read_bytes())
+    if variant == "fp16":
+        _load("sd", folder)
+    else:
+        with pytest.raises(GeneratorError, match=r"unet: its weights are there only as the variants another, non_ema"):
+            _load("sd", folder)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd", "wan"])
+def test_trained_weights_with_another_tensor_are_refused(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    generator = _load(family, folders[family])
+    generator.save_network(tmp_path / "whole")
+    edit_tensors(tmp_path / "whole" / generator.network_folder, _faulty)
+    with pytest.raises(GeneratorError, match=r"missing: .*extra: lora_A\.weight.*train the run again"):
+        generator.load_network(tmp_path / "whole")
+
+
+def _drop(tensors: dict[str, Tensor]) -> None:
+    del tensors[next(name for name in sorted(tensors) if ".lora_B." in name)]
+
+
+def _add(tensors: dict[str, Tensor]) -> None:
+    tensors["transformer.nowhere.lora_A.weight"] = torch.ones(2, 2)
+
+
+def _stray(tensors: dict[str, Tensor]) -> None:
+    tensors["alpha"] = torch.ones(1)
+
+
+def _reshape(tensors: dict[str, Tensor]) -> None:
+    tensors[next(name for name in sorted(tensors) if ".lora_A." in name)] = torch.ones(2, 3)
+
+
+def _round(tensors: dict[str, Tensor]) -> None:
+    name = min(tensors)
+    tensors[name] = tensors[name].to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop, r"missing: transformer\..*\.lora_B\.weight"),
+        (_add, r"extra: transformer\.nowhere\.lora_A\.weight"),
+        (_stray, "extra: alpha"),
+        (_reshape, r"of another shape: transformer\..*lora_A\.weight \(2, 3\)"),
+        (_round, r"not of floating point: transformer\..* \(I32\)"),
+        (lambda tensors: tensors.clear(), "missing: every one"),
+    ],
+)
+def test_lora_weights_with_another_tensor_are_refused(
+    change: Callable[[dict[str, Tensor]], object], message: str, tiny_generator: Path, tmp_path: Path
+) -> None:
+    generator = _load("flux", tiny_generator)
+    generator.add_lora(LoraConfig(rank=2), seed=0)
+    tmp_path.joinpath("weights").mkdir()
+    generator.save_network(tmp_path / "weights")
+    generator.load_network(tmp_path / "weights")
+    edit_tensors(tmp_path / "weights", change)
+    with pytest.raises(GeneratorError, match=message):
+        generator.load_network(tmp_path / "weights")
+
+
+def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None:
+    generator = _load("flux", tiny_generator)
+    with pytest.raises(GeneratorError, match=r"targets: 'to_qq' matches no module of Flux.*did you mean 'to_q'"):
+        generator.add_lora(LoraConfig(targets=("to_k", "to_qq")), seed=0)
+    with pytest.raises(GeneratorError, match=r"targets: 'to_out\.1x' matches no module"):
+        generator.add_lora(LoraConfig(targets=("to_out.0", "to_out.1x")), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "changes", "message"),
+    [
+        ("sd", "unet/config.json", {"time_cond_proj_dim": 32}, "unet: time_cond_proj_dim 32: .*LCM"),
+        ("sd", "unet/config.json", {"class_embed_type": "timestep"}, "unet: class_embed_type 'timestep'"),
+        ("sd", "unet/config.json", {"num_class_embeds": 3}, "unet: num_class_embeds 3"),
+        ("sd", "unet/config.json", {"addition_embed_type": "text_time"}, "unet: addition_embed_type 'text_time'.*SDXL"),
+        ("sd", "unet/config.json", {"encoder_hid_dim_type": "ip_image_proj"}, "unet: encoder_hid_dim_type"),
+        ("sd", "unet/config.json", {"in_channels": 9}, "unet: in_channels 9 and out_channels 4, as in inpainting"),
+        ("sd", "vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the network's in_channels"),
+        ("sd", "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline'; family"),
+        ("flux", "model_index.json", {"_class_name": "FluxKontextPipeline"}, "_class_name 'FluxKontextPipeline'"),
+        ("flux", "transformer/config.json", {"in_channels": 384, "out_channels": 64}, "in_channels 384 .*FLUX Fill"),
+        ("flux", "transformer/config.json", {"patch_size": 2}, "transformer: patch_size 2"),
+        ("flux", "vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the transformer's"),
+        ("flux", "scheduler/scheduler_config.json", {"shift_terminal": 0.02}, "shift_terminal 0.02 replaces"),
+        ("flux", "scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas True replaces"),
+        ("flux", "scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "num_train_timesteps 500"),
+        ("wan", "model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "'WanImageToVideoPipeline'"),
+        ("wan", "transformer/config.json", {"image_dim": 1280}, "transformer: image_dim 1280: .*image-to-video"),
+        ("wan", "transformer/config.json", {"added_kv_proj_dim": 24}, "transformer: added_kv_proj_dim 24"),
+        ("wan", "transformer/config.json", {"pos_embed_seq_len": 514}, "transformer: pos_embed_seq_len 514"),
+        ("wan", "transformer/config.json", {"in_channels": 36}, "in_channels 36 and out_channels 16, as in image-to"),
+        ("wan", "vae/config.json", {"z_dim": 48}, "vae: z_dim 48, but the transformer's in_channels are 16"),
+        (
+            "wan",
+            "scheduler/scheduler_config.json",
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "epsilon"},
+            "prediction_type 'epsilon'",
+        ),
+        (
+            "wan",
+            "scheduler/scheduler_config.json",
+            {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+            "use_flow_sigmas is not set",
+        ),
+        ("wan", "scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
+        ("wan", "scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
+        ("sd", "scheduler/scheduler_config.json", {"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not"),
+        ("sd", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ("sd", "scheduler/scheduler_config.json", {"thresholding": True}, "thresholding True is not held"),
+    ],
+)
+def test_what_needs_more_than_it_gets_is_named_before_weights_are_read(
+    family: str, file: str, changes: dict[str, object], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[family], tmp_path / "changed", ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(folder / file, **changes)
+    with pytest.raises(GeneratorError, match=message):
+        _load(family, folder)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_timesteps_are_the_stock_schedulers(
+    spacing: str, offset: int, tiny_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_stable_diffusion / "scheduler", folder / "scheduler")
+    edit_json(folder / "scheduler/scheduler_config.json", timestep_spacing=spacing, steps_offset=offset)
+    config = _config("sd", folder)
+    for name, kind in (("DDIMScheduler", DDIMScheduler), ("PNDMScheduler", PNDMScheduler)):
+        edit_json(folder / "scheduler/scheduler_config.json", _class_name=name, skip_prk_steps=True)
+        alphas, timesteps = noise_schedule(folder, {"scheduler": ["diffusers", name]}, config)
+        stock = kind.from_pretrained(folder, subfolder="scheduler")
+        for steps in (*range(2, 60), 100, 333, 500, 999, 1000):
+            sampling = SamplingConfig(steps=steps, transition="ddim")
+            if spacing == "leading" and offset == 1 and steps in (500 * 2, 333 * 3 + 1):
+                with pytest.raises(
+                    GeneratorError, match=r"timestep_spacing 'leading' with steps_offset 1 makes of 1000"
+                ):
+                    sampling_chain(sampling, "noise", alphas, timesteps)
+                continue
+            chain = sampling_chain(sampling, "noise", alphas, timesteps)
+            stock.set_timesteps(steps)
+            assert chain.times.tolist() == list(dict.fromkeys(stock.timesteps.tolist())), (name, steps)
+            torch.testing.assert_close(chain.levels[:-1], stock.alphas_cumprod[chain.times.long()], atol=0, rtol=0)
+
+
+def test_a_scheduler_that_visits_other_timesteps_is_named(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny_stable_diffusion / "scheduler", folder / "scheduler")
+    config, index = _config("sd", folder), {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    _, timesteps = noise_schedule(folder, index, config)
+    assert timesteps(4).tolist() == [751, 501, 251, 1]
+    edit_json(folder / "scheduler/scheduler_config.json", use_karras_sigmas=True)
+    _, timesteps = noise_schedule(folder, index, config)
+    with pytest.raises(GeneratorError, match=r"'EulerDiscreteScheduler' with use_karras_sigmas visits other timesteps"):
+        timesteps(4)
+    with pytest.raises(GeneratorError, match=r"scheduler class 'Nothing' is none of diffusers'"):
+        noise_schedule(folder, {"scheduler": ["diffusers", "Nothing"]}, config)
+
+
+def test_the_generator_gives_its_checkpoints_timesteps(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
+    edit_json(folder / "scheduler/scheduler_config.json", timestep_spacing="trailing")
+    generator = _load("sd", folder)
+    assert generator.timesteps is not None
+    assert generator.timesteps(4).tolist() == [999, 749, 499, 249]
+
+
+def test_a_shift_that_is_not_the_checkpoints_is_told(tiny_generator: Path, tiny_wan: Path, tmp_path: Path) -> None:
+    def told(shift: float, given: float | None) -> list[str]:
+        sampling = SamplingConfig(shift=shift)
+        return chain_remarks(sampling_chain(sampling, "velocity"), sampling, given, None)
+
+    assert _load("wan", tiny_wan).flow_shift == 3.0
+    own = _load("flux", tiny_generator).flow_shift
+    assert own == json.loads((tiny_generator / "scheduler/scheduler_config.json").read_text())["shift"]
+    assert told(3.0, 3.0) == told(3.0, None) == []
+    assert told(3.0, 5.0)[0].startswith("sampling.shift 3 is not the checkpoint's: its scheduler shifts by 5 ")
+    folder = tmp_path / "scheduler"
+    shutil.copytree(tiny_generator / "scheduler", folder)
+    edit_json(folder / "scheduler_config.json", use_dynamic_shifting=True)
+    # exp(0.5) at 256 tokens and exp(1.15) at 4096, as in the stock pipeline.
+    config = _config("flux", tmp_path)
+    assert flow_shift(tmp_path, config, 256) == pytest.approx(1.6487, abs=1e-4)
+    assert flow_shift(tmp_path, config, 4096) == pytest.approx(3.1582, abs=1e-4)
+    edit_json(folder / "scheduler_config.json", use_dynamic_shifting=False, _class_name="UniPCMultistepScheduler")
+    edit_json(folder / "scheduler_config.json", use_flow_sigmas=True, flow_shift=5.0)
+    assert flow_shift(tmp_path, config) == 5.0
+
+
+def test_a_chain_that_starts_far_from_noise_is_told(tiny_stable_diffusion: Path) -> None:
+    generator = _load("sd", tiny_stable_diffusion)
+    told = {}
+    for steps, shift in ((4, 3.0), (10, 3.0), (10, 2.0)):
+        sampling = SamplingConfig(transition="ddim", steps=steps, shift=shift)
+        chain = sampling_chain(sampling, "noise", generator.alphas_cumprod, generator.timesteps)
+        told[steps, shift] = chain_remarks(chain, sampling, None, 1000)
+    assert told[10, 3.0] == []
+    assert "4 steps start at timestep 751 of 1000" in told[4, 3.0][0]
+    assert told[10, 2.0] == ["sampling.shift 2 has no effect on a generator that predicts noise"]

@@ -1,0 +1,212 @@
+"""The parts of a diffusers checkpoint: found, read whole, and refused where a tensor is not what its class takes."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+
+from vipo.config.models import GeneratorConfig
+from vipo.generators.base import GeneratorError
+
+AGAIN = "if a file is missing or damaged, copy or download generator.path again"
+
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(\.(?P<before>\w+))?(-\d+-of-\d+)?(\.(?P<after>\w+))?\.safetensors\Z"
+)
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_NAMED = 3
+
+T = TypeVar("T")
+
+
+def model_index(location: Path | str, revision: str | None) -> dict[str, Any]:
+    """Content of a checkpoint's ``model_index.json``.
+
+    Raises:
+        GeneratorError: it cannot be read.
+    """
+    try:
+        index = json.loads((snapshot(location, revision) / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GeneratorError(f"{location}: model_index.json cannot be read: {error}") from error
+    if not isinstance(index, dict):
+        raise GeneratorError(f"{location}: model_index.json holds no mapping")
+    return index
+
+
+def snapshot(location: Path | str, revision: str | None) -> Path:
+    """The local folder of a checkpoint; of a hub id the cache's, with those of its files that were fetched."""
+    if isinstance(location, Path):
+        return location
+    return Path(hf_hub_download(location, "model_index.json", revision=revision)).parent
+
+
+def part_class(location: Path | str, index: Mapping[str, Any], part: str, known: Mapping[str, Any]) -> Any:
+    """The class that the index names for a part, of those that an adapter knows.
+
+    Raises:
+        GeneratorError: it is another.
+    """
+    entry = index.get(part)
+    name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "none"
+    if name not in known:
+        raise GeneratorError(f"{location}/model_index.json: {part} class {name!r} is not one of {', '.join(known)}")
+    return known[name]
+
+
+def part_settings(kind: Any, location: Path | str, part: str, config: GeneratorConfig) -> SimpleNamespace:
+    """A part's ``config.json`` with the class's defaults for what it leaves out, before any weights are read.
+
+    Args:
+        kind: a diffusers class.
+
+    Raises:
+        GeneratorError: the file is missing or damaged.
+    """
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return SimpleNamespace(**{**defaults, **load_part(kind.load_config, location, part, config, weights=False)})
+
+
+def load_part(
+    loader: Callable[..., T],
+    location: Path | str,
+    part: str,
+    config: GeneratorConfig,
+    *,
+    weights: bool = True,
+    remedy: str = AGAIN,
+) -> T:
+    """One part of a checkpoint by its class's `from_pretrained`; weights only from safetensors, and in fp32: AdamW on
+    bf16 weights rounds small updates away.
+
+    A part that is there only as a variant (``*.fp16.safetensors``) is read from it.
+
+    Args:
+        loader: ``from_pretrained`` of the part's class.
+        location: folder or hub id.
+        part: subfolder.
+        config: section `generator`.
+        weights: whether the part has any.
+        remedy: what to do, for the message.
+
+    Raises:
+        GeneratorError: the part is missing or damaged, or a tensor is missing, extra, of another shape, not of
+            floating point, or not finite.
+    """
+    options: dict[str, Any] = {}
+    if weights:
+        options = {
+            "use_safetensors": True,
+            "torch_dtype": torch.float32,
+            "output_loading_info": True,
+            # Told below, by name: the libraries fill such a tensor at random, or leave it without storage.
+            "ignore_mismatched_sizes": True,
+        }
+        if (variant := _variant(location, part)) is not None:
+            options["variant"] = variant
+    try:
+        loaded: Any = loader(location, subfolder=part, revision=config.revision, **options)
+    except Exception as error:
+        only = (
+            ""
+            if isinstance(location, Path)
+            else " (where the repository has *.fp16.safetensors only, download it and name its folder)"
+        )
+        raise GeneratorError(
+            f"{location}/{part}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}); "
+            f"{remedy}{only}"
+        ) from error
+    if not weights:
+        part_without_weights: T = loaded
+        return part_without_weights
+    model, told = loaded
+    files = _weight_files(snapshot(location, config.revision) / part)[options.get("variant")]
+    if faults := _faults(model, told, files):
+        raise GeneratorError(f"{location}/{part}: does not hold what {type(model).__name__} takes: {faults}; {remedy}")
+    found: T = model
+    return found
+
+
+def _weight_files(folder: Path) -> dict[str | None, list[Path]]:
+    """A part's safetensors files by their variant; None: the plain ones."""
+    found: dict[str | None, list[Path]] = {None: []}
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := _WEIGHTS.match(path.name):
+            found.setdefault(match["before"] or match["after"], []).append(path)
+    return found
+
+
+def _variant(location: Path | str, part: str) -> str | None:
+    if not isinstance(location, Path):
+        return None
+    files = _weight_files(location / part)
+    variants = sorted(name for name in files if name is not None)
+    if files[None] or not variants:
+        return None
+    if len(variants) > 1 and "fp16" not in variants:
+        raise GeneratorError(
+            f"{location}/{part}: its weights are there only as the variants {', '.join(variants)}; "
+            "keep the one that is meant, without the variant in its name"
+        )
+    return "fp16" if "fp16" in variants else variants[0]
+
+
+def _faults(model: Any, told: Mapping[str, Any], files: Sequence[Path]) -> str:
+    stored = stored_dtypes(files)
+    # Old files hold the positions of a text encoder, which are no weights.
+    counters = {name.split(".")[-1] for name, value in model.named_buffers() if not value.is_floating_point()}
+    kinds = {
+        "missing": told["missing_keys"],
+        "extra": told["unexpected_keys"],
+        "of another shape": (
+            f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in told["mismatched_keys"]
+        ),
+        "not of floating point": not_floating(stored, counters),
+        "not finite": (
+            name
+            for name, value in model.named_parameters()
+            if not value.is_meta and value.is_floating_point() and not bool(value.isfinite().all())
+        ),
+        "unreadable": told.get("error_msgs", ()),
+    }
+    return "; ".join(f"{kind}: {_listed(names)}" for kind, found in kinds.items() if (names := sorted(found)))
+
+
+def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
+    """Type of each tensor as safetensors files store it, such as ``F32`` or ``I64``."""
+    stored = {}
+    for path in files:
+        with safe_open(path, framework="pt") as stream:
+            stored.update({name: stream.get_slice(name).get_dtype() for name in stream.keys()})  # noqa: SIM118
+    return stored
+
+
+def not_floating(stored: Mapping[str, str], but: Iterable[str] = ()) -> list[str]:
+    """Tensors of another type than floating point, each with its type.
+
+    Args:
+        stored: as `stored_dtypes` gives it.
+        but: last parts of names that may have one.
+    """
+    allowed = frozenset(but)
+    return [
+        f"{name} ({kind})"
+        for name, kind in stored.items()
+        if kind not in _FLOATS and name.split(".")[-1] not in allowed
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

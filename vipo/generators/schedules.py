@@ -1,0 +1,133 @@
+"""What a checkpoint's scheduler says of times and noise levels, and which of its settings are not held."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+from vipo.config.models import GeneratorConfig
+from vipo.generators.base import GeneratorError
+from vipo.generators.parts import load_part
+
+# Each replaces the levels between noise and data by others.
+_OTHER_LEVELS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "invert_sigmas",
+    "shift_terminal",
+)
+
+
+def noise_schedule(
+    location: Path | str, index: Mapping[str, Any], config: GeneratorConfig
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """Of a noise-predicting checkpoint: its cumulative alphas and the timesteps of a chain.
+
+    Args:
+        location: folder or hub id.
+        index: content of ``model_index.json``.
+        config: section `generator`.
+
+    Returns:
+        ``(timesteps,)`` float32, and a function from the number of steps T to ``(T,)`` int64, from noise to data: the
+        stock scheduler's own, or a `GeneratorError`.
+
+    Raises:
+        GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
+    """
+    place = f"{location}/scheduler/scheduler_config.json"
+    entry = index.get("scheduler")
+    name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "none"
+    kind: Any = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise GeneratorError(f"{location}/model_index.json: scheduler class {name!r} is none of diffusers'")
+    ddim, stock = (
+        load_part(each.from_pretrained, location, "scheduler", config, weights=False) for each in (DDIMScheduler, kind)
+    )
+    settings = ddim.config
+    if settings.prediction_type != "epsilon":
+        raise GeneratorError(
+            f"{place}: prediction_type {settings.prediction_type!r}; vipo trains networks that predict noise "
+            "('epsilon')"
+        )
+    if settings.timestep_spacing not in ("leading", "trailing", "linspace"):
+        raise GeneratorError(
+            f"{place}: timestep_spacing {settings.timestep_spacing!r} is not 'leading', 'trailing' or 'linspace'"
+        )
+    for key in ("thresholding", "rescale_betas_zero_snr"):
+        if settings[key]:
+            raise GeneratorError(f"{place}: {key} {settings[key]!r} is not held; set it to false")
+
+    def timesteps(steps: int) -> Tensor:
+        try:
+            ddim.set_timesteps(steps)
+            stock.set_timesteps(steps)
+        except Exception as error:
+            raise GeneratorError(f"{place}: {name} has no chain of {steps} steps: {error}") from error
+        # PNDM visits one of them twice.
+        found, visited = ddim.timesteps.tolist(), list(dict.fromkeys(stock.timesteps.tolist()))
+        if found != visited:
+            keys = [key for key in _OTHER_LEVELS if stock.config.get(key)]
+            raise GeneratorError(
+                f"{place}: _class_name {name!r}{' with ' + ', '.join(keys) if keys else ''} visits other timesteps in "
+                f"{steps} steps than DDIM, by which vipo samples (first {visited[:3]} and {found[:3]}); name "
+                "'DDIMScheduler' there and in model_index.json"
+            )
+        falls = all(a > b for a, b in itertools.pairwise(found))
+        if len(found) != steps or not falls or not 0 <= found[-1] <= found[0] < len(ddim.alphas_cumprod):
+            raise GeneratorError(
+                f"{place}: timestep_spacing {settings.timestep_spacing!r} with steps_offset {settings.steps_offset} "
+                f"makes of {steps} steps the timesteps {found[0]} to {found[-1]}, outside 0 to "
+                f"{len(ddim.alphas_cumprod) - 1} or not {steps} different ones; take fewer steps"
+            )
+        return torch.tensor(found)
+
+    return ddim.alphas_cumprod, timesteps
+
+
+def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None = None) -> float:
+    """The time shift s of ``s x / (1 + (s - 1) x)`` that a flow-matching checkpoint's scheduler applies.
+
+    Args:
+        location: folder or hub id.
+        config: section `generator`.
+        tokens: of one picture in the network, where the family's pipeline shifts by their number.
+
+    Raises:
+        GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
+    """
+    place = f"{location}/scheduler/scheduler_config.json"
+    settings: Mapping[str, Any] = load_part(
+        FlowMatchEulerDiscreteScheduler.load_config, location, "scheduler", config, weights=False
+    )
+    if not str(settings.get("_class_name")).startswith("FlowMatch"):
+        if settings.get("prediction_type", "flow_prediction") != "flow_prediction":
+            raise GeneratorError(
+                f"{place}: prediction_type {settings['prediction_type']!r}; this family predicts velocities "
+                "('flow_prediction')"
+            )
+        if not settings.get("use_flow_sigmas"):
+            raise GeneratorError(f"{place}: use_flow_sigmas is not set, so its levels are not flow matching's")
+    for key in _OTHER_LEVELS:
+        if settings.get(key):
+            raise GeneratorError(
+                f"{place}: {key} {settings[key]!r} replaces the levels of the chain, which vipo does not hold; unset it"
+            )
+    if (count := settings.get("num_train_timesteps", 1000)) != 1000:
+        raise GeneratorError(f"{place}: num_train_timesteps {count}; the family's network is called with 1000 sigma")
+    if not settings.get("use_dynamic_shifting"):
+        return float(settings.get("flow_shift", settings.get("shift", 1.0)))
+    if tokens is None:
+        raise GeneratorError(f"{place}: use_dynamic_shifting is set, which this family's pipeline does not hold")
+    fewest, most = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
+    low, high = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
+    moved = low + (tokens - fewest) * (high - low) / (most - fewest)
+    return float(moved) if settings.get("time_shift_type") == "linear" else math.exp(moved)

@@ -1,0 +1,130 @@
+"""Tokenizers and text encoders: loaded together, and what of a prompt they do not read is told."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from vipo.config.models import GeneratorConfig
+from vipo.generators.base import GeneratorError
+from vipo.generators.parts import load_part, snapshot
+
+log = logging.getLogger(__name__)
+
+_SHOWN_CHARACTERS = 80
+
+
+def load_text_encoder(
+    config: GeneratorConfig,
+    location: Path | str,
+    tokenizer: tuple[Any, str],
+    encoder: tuple[Any, str],
+    texts: Sequence[str],
+    limit: int | None = None,
+) -> tuple[Any, Any]:
+    """A tokenizer and the text encoder that reads its tokens, which is in eval mode, on the device.
+
+    Warns of prompts whose end the encoder does not see, and of a normalizer that transformers leaves out.
+
+    Args:
+        config: section `generator`.
+        location: folder or hub id.
+        tokenizer: class and subfolder.
+        encoder: class and subfolder.
+        texts: the prompts.
+        limit: tokens that are read of each; None: the tokenizer's own limit.
+
+    Raises:
+        GeneratorError: a part is missing or damaged, a token has no row in the encoder, or the limit is beyond the
+            encoder's positions.
+    """
+    words = load_tokenizer(tokenizer[0], location, tokenizer[1], config)
+    place = f"{location}/{tokenizer[1]}"
+    model = load_part(encoder[0].from_pretrained, location, encoder[1], config)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if without := sorted((row, token) for token, row in words.get_vocab().items() if row >= rows):
+        raise GeneratorError(
+            f"{place}: {len(without)} tokens have no row in {encoder[1]} ({rows} rows), first {without[0][1]!r} (row "
+            f"{without[0][0]}); give the tokenizer that belongs to it, or resize the encoder's embeddings"
+        )
+    tokens = words.model_max_length if limit is None else limit
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        key = "model_max_length of tokenizer_config.json" if limit is None else "generator.max_sequence_length"
+        raise GeneratorError(f"{place}: {key} {tokens} exceeds the {positions} positions of {encoder[1]}; lower it")
+    _warn_of_the_normalizer(snapshot(location, config.revision) / tokenizer[1], words, texts)
+    lengths = [len(ids) for ids in words(list(texts)).input_ids] if texts else []
+    if cut := [row for row, length in enumerate(lengths) if length > tokens]:
+        remedy = "" if limit is None else ", or raise generator.max_sequence_length"
+        log.warning(
+            "%s reads %d tokens: the end of %d of %d prompts is cut off, first of %s (%d tokens); shorten them%s",
+            place,
+            tokens,
+            len(cut),
+            len(texts),
+            shown(texts[cut[0]]),
+            lengths[cut[0]],
+            remedy,
+        )
+    found: nn.Module = model.to(config.device).eval()
+    return words, found
+
+
+def load_tokenizer(kind: Any, location: Path | str, part: str, config: GeneratorConfig) -> Any:
+    """A tokenizer of a checkpoint.
+
+    Raises:
+        GeneratorError: it is missing, damaged or without a vocabulary.
+    """
+    tokenizer = load_part(kind.from_pretrained, location, part, config, weights=False)
+    # transformers makes an empty tokenizer of a folder without a vocabulary: all prompts would read alike.
+    if tokenizer("a").input_ids == tokenizer("b").input_ids:
+        raise GeneratorError(
+            f"{location}/{part}: has no vocabulary (tokenizer.json, or the files it stands for); "
+            "copy or download generator.path again"
+        )
+    return tokenizer
+
+
+def shown(text: str) -> str:
+    """A prompt as a message shows it: quoted, control characters escaped, its start only."""
+    return ascii(text) if len(text) <= _SHOWN_CHARACTERS else ascii(text[:_SHOWN_CHARACTERS]) + "..."
+
+
+def _warn_of_the_normalizer(folder: Path, tokenizer: Any, texts: Sequence[str]) -> None:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    written, used = Tokenizer.from_file(str(file)).normalizer, tokenizer.backend_tokenizer.normalizer
+    if _rules(written) == _rules(used):
+        return
+    changed = [text for text in texts if _normalized(written, text) != _normalized(used, text)]
+    log.warning(
+        "%s: transformers reads prompts with normalizer %s instead of the file's %s: %d of %d prompts read differently"
+        "%s; if they should not, write the file as `save_pretrained` of the tokenizer does",
+        file,
+        _name(used),
+        _name(written),
+        len(changed),
+        len(texts),
+        f", first {shown(changed[0])}" if changed else "",
+    )
+
+
+def _rules(normalizer: Any) -> Any:
+    return None if normalizer is None else json.loads(normalizer.__getstate__())
+
+
+def _normalized(normalizer: Any, text: str) -> str:
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+def _name(normalizer: Any) -> str:
+    rules = _rules(normalizer)
+    if rules is None:
+        return "none"
+    return "+".join(part["type"] for part in rules.get("normalizers", [rules]))
