@@ -1,6 +1,6 @@
 """What a generator adapter is, and how one is found."""
 
-import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
+from vipo.foreign import guarded_class, resolve
 
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
@@ -162,20 +163,32 @@ def causal_frame_groups(frames: int, factor: int = 4) -> tuple[range, ...]:
 
 
 def resolve_class(config: GeneratorConfig) -> type[Generator]:
-    """The adapter class of `config.family`.
+    """The adapter class of `config.family`; one that an import path names runs inside `vipo.foreign.foreign`.
 
     Raises:
         GeneratorError: the import path does not lead to a `Generator`.
     """
-    path = FAMILIES.get(config.family, config.family)
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise GeneratorError(f"generator.family {config.family!r} cannot be imported: {error}") from error
+    what = f"generator.family {config.family!r}"
+    if config.family in FAMILIES:
+        family: type[Generator] = pkgutil.resolve_name(FAMILIES[config.family])
+        return family
+    found = resolve(config.family, GeneratorError, what)
     if not (isinstance(found, type) and issubclass(found, Generator)):
-        raise GeneratorError(f"generator.family {config.family!r} is no subclass of vipo.generators.Generator")
-    return found
+        raise GeneratorError(f"{what} is no subclass of vipo.generators.Generator")
+    return guarded_class(found, GeneratorError, what, config.family, _CALLED)
+
+
+#: What is called from outside of an adapter.
+_CALLED = (
+    "load",
+    "encode_prompts",
+    "predict",
+    "decode",
+    "add_lora",
+    "recompute_activations",
+    "save_network",
+    "load_network",
+)
 
 
 def load_generator(config: GeneratorConfig, root: Path) -> Generator:

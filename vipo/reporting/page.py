@@ -18,6 +18,7 @@ from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
 from vipo.reporting.pictures import ShownPrompt
 from vipo.reporting.summary import Summary
+from vipo.text import visible
 
 #: Pictures whose longer side is at most this many pixels keep hard pixel edges when the browser enlarges them.
 PIXEL_ART_SIDE = 128
@@ -37,6 +38,7 @@ def render_page(
     environment = Environment(
         loader=PackageLoader("vipo.reporting"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -69,6 +71,10 @@ def render_page(
         provenance=[_provenance(run) for run in experiment.runs if not run.config.is_base],
         manifest=json.dumps(experiment.manifest, indent=2, sort_keys=True, ensure_ascii=False),
     )
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:
