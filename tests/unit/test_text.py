@@ -2,9 +2,11 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
+from vipo.audit.examination import Examination
 from vipo.text import Formatter, message, one_line, shortened, visible
 
 
@@ -50,3 +52,11 @@ def test_log_records_cannot_forge_another_one() -> None:
     lines = Formatter("%(message)s").format(record).splitlines()
     assert all(line.startswith("  ") for line in lines[1:])
     assert lines[-1] == "  ValueError: \\x1b]0;title\\x07"
+
+
+def test_a_file_s_name_cannot_forge_a_verdict(tmp_path: Path) -> None:
+    examination = Examination(tmp_path, tmp_path)
+    examination.remark("notes\nresults/demo: reproducible\x1b[A", "unknown file", "a\nb", "c\nd")
+    [finding] = examination.findings
+    assert finding.artifact == "notes\\nresults/demo: reproducible\\x1b[A"
+    assert (finding.message, finding.advice) == ("a\\nb", "c\\nd")

@@ -18,7 +18,7 @@ from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
 from vipo.reporting.pictures import ShownPrompt
 from vipo.reporting.summary import Summary
-from vipo.text import visible
+from vipo.text import one_line
 
 #: Pictures whose longer side is at most this many pixels keep hard pixel edges when the browser enlarges them.
 PIXEL_ART_SIDE = 128
@@ -38,12 +38,11 @@ def render_page(
     environment = Environment(
         loader=PackageLoader("vipo.reporting"),
         autoescape=True,
-        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": _signed, "number": _number, "words": _against}
+    environment.filters |= {"signed": _signed, "number": _number, "words": _against, "one_line": one_line}
     configs = [run.config for run in experiment.runs]
     size = max(configs[0].generator.width, configs[0].generator.height)
     return environment.get_template("report.html.j2").render(
@@ -71,10 +70,6 @@ def render_page(
         provenance=[_provenance(run) for run in experiment.runs if not run.config.is_base],
         manifest=json.dumps(experiment.manifest, indent=2, sort_keys=True, ensure_ascii=False),
     )
-
-
-def _shown(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:

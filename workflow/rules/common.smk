@@ -14,8 +14,11 @@ from vipo.config.compose import (
     repository_root,
     write_if_changed,
 )
+from vipo.errors import VipoError
+from vipo.imports import check_imports
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import PROVENANCE
+from vipo.text import message
 
 ROOT = repository_root()
 EXPERIMENT = str(config.get("experiment", "demo"))
@@ -72,6 +75,13 @@ for run, resolved in RUNS.items():
     write_if_changed(
         Path(EXPERIMENT_DIR, "configs", f"{run}.yaml"), dump_config(resolved)
     )
+
+
+try:
+    for resolved in RUNS.values():
+        check_imports(resolved)
+except VipoError as error:
+    raise WorkflowError(f"experiment {EXPERIMENT}: {message(str(error))}") from error
 
 
 wildcard_constraints:
