@@ -9,10 +9,12 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperGroup
 
 from vipo.config.compose import (
     ConfigError,
@@ -23,10 +25,57 @@ from vipo.config.compose import (
     validate_section,
 )
 from vipo.config.models import DEVICE, Config, PerceptionConfig
-from vipo.errors import Preempted, VipoError
+from vipo.errors import InternalError, Interrupted, Preempted, VipoError
+from vipo.failures import keep_traceback, where
+from vipo.imports import check_imports
 from vipo.signals import handled
+from vipo.text import Formatter, message, one_line, visible
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Place:
+    """What a failing command's traceback is put beside."""
+
+    results: Path | None = None
+
+
+class _Commands(TyperGroup):
+    """Every end of a command that is neither its own nor an error of ours becomes one."""
+
+    def invoke(self, ctx: Any) -> Any:
+        ctx.obj = place = _Place()
+        try:
+            return super().invoke(ctx)
+        except (OSError, typer.Exit, typer.Abort):
+            raise
+        except typer.TyperException as error:
+            # An argument as it was typed.
+            error.message = one_line(str(error.message))
+            raise
+        except VipoError as error:
+            if error.foreign:
+                log.warning("the traceback is in %s", keep_traceback(error, place.results))
+            raise
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted; start the same command again, and it goes on where it can") from error
+        except BaseException as error:
+            # Status 0 is for a command that has done its work: SystemExit has not.
+            path = keep_traceback(error, place.results)
+            raise InternalError(
+                f"internal: {type(error).__name__}: {one_line(str(error), 300)} ({where(error)}); this is a fault of "
+                f"vipo, please report it with {path}"
+            ) from error
+
+
+def _noted(ctx: typer.Context, results: Path) -> Path:
+    ctx.obj.results = results
+    return results
+
 
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -44,7 +93,9 @@ Overrides = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="A resolved configuration file, instead of overrides.")
 ]
-Results = Annotated[Path, typer.Option("--results", help="Folder that holds all experiments' results.")]
+Results = Annotated[
+    Path, typer.Option("--results", callback=_noted, help="Folder that holds all experiments' results.")
+]
 Wait = Annotated[
     float,
     typer.Option(
@@ -68,6 +119,17 @@ def _configuration(overrides: list[str] | None, file: Path | None) -> Config:
     return load_config_file(file)
 
 
+def _checked(overrides: list[str] | None, file: Path | None) -> Config:
+    """The configuration of a stage that runs what it names: import paths are tried."""
+    config = _configuration(overrides, file)
+    check_imports(config)
+    return config
+
+
+def _say(text: object) -> None:
+    typer.echo(visible(str(text)))
+
+
 @app.command()
 def config(
     overrides: Overrides = None,
@@ -77,7 +139,7 @@ def config(
     if schema:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))
     else:
-        typer.echo(dump_config(load_config(overrides or [])), nl=False)
+        typer.echo(dump_config(_checked(overrides, None)), nl=False)
 
 
 @app.command()
@@ -86,7 +148,7 @@ def prepare(overrides: Overrides = None, file: ConfigFile = None, results: Resul
     from vipo.config.experiment import arms_beside
     from vipo.stages import prepare_stage
 
-    chosen = _configuration(overrides, file)
+    chosen = _checked(overrides, file)
     readers = () if file is None else arms_beside(file, chosen)[1:]
     prepare_stage(chosen, repository_root(), results, wait, readers)
 
@@ -96,7 +158,7 @@ def encode(overrides: Overrides = None, file: ConfigFile = None, results: Result
     """Encode the prepared prompts with the generator's text encoders."""
     from vipo.stages import encode_stage
 
-    encode_stage(_configuration(overrides, file), repository_root(), results, wait)
+    encode_stage(_checked(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
@@ -109,7 +171,7 @@ def train(overrides: Overrides = None, file: ConfigFile = None, results: Results
     with handled(_ask_for_another_try, signal.SIGTERM, signal.SIGUSR1):
         from vipo.stages import train_stage
 
-        train_stage(_configuration(overrides, file), repository_root(), results, wait)
+        train_stage(_checked(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
@@ -117,7 +179,7 @@ def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Resu
     """Sample the held-out prompts with one run's weights and score them with all rewards."""
     from vipo.stages import evaluate_stage
 
-    evaluate_stage(_configuration(overrides, file), repository_root(), results, wait)
+    evaluate_stage(_checked(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
@@ -127,7 +189,7 @@ def summarize(
     """Compare the experiment's runs in numbers, tables and figures: the report's data."""
     from vipo.stages import summarize_stage
 
-    typer.echo(summarize_stage(_configuration(overrides, file), repository_root(), results, wait))
+    _say(summarize_stage(_configuration(overrides, file), repository_root(), results, wait))
 
 
 @app.command()
@@ -135,7 +197,7 @@ def report(overrides: Overrides = None, file: ConfigFile = None, results: Result
     """Build the experiment's HTML report from all its runs (and its numbers first, where they are missing)."""
     from vipo.stages import report_stage
 
-    typer.echo(report_stage(_configuration(overrides, file), repository_root(), results, wait))
+    _say(report_stage(_configuration(overrides, file), repository_root(), results, wait))
 
 
 @app.command()
@@ -148,7 +210,7 @@ def study(
     from vipo.stages import study_stage
 
     configs = [load_config([f"experiment={name}", "arm=base"]) for name in experiments]
-    typer.echo(study_stage(configs, results, output))
+    _say(study_stage(configs, results, output))
 
 
 @app.command()
@@ -166,7 +228,7 @@ def crate(
     from vipo.stages import crate_stage
 
     for path in crate_stage(_configuration(overrides, file), repository_root(), results, wait, key, archive):
-        typer.echo(path)
+        _say(path)
 
 
 Backbones = Annotated[
@@ -243,7 +305,7 @@ def map_command(
     from vipo.perception.show import map_images
 
     for path in map_images(images, output, configs, device, raw):  # type: ignore[arg-type]
-        typer.echo(path)
+        _say(path)
 
 
 @app.command()
@@ -279,7 +341,7 @@ def orientation(
         taken = load_photographs(repository_root() / "data" / "masks" / "photographs.json")
         sources |= {"composite": composites(taken, scenes, seed), "photograph": photographed(taken)}
     for line in orientation_table(configs, sources, device):
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()
@@ -310,7 +372,8 @@ def diff(
     from vipo.reporting.diff import diff_runs, render_diff
 
     found = diff_runs(run_a, run_b)
-    typer.echo(json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else render_diff(found), nl=as_json)
+    shown = json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else visible(render_diff(found))
+    typer.echo(shown, nl=as_json)
 
 
 @app.command()
@@ -331,7 +394,7 @@ def export(
     """Write a folder that is ready for the Hub: weights, model card, samples, configuration, provenance."""
     from vipo.reporting.export import export_run
 
-    typer.echo(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
+    _say(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
 
 
 @app.command()
@@ -347,7 +410,7 @@ def upload(
 
     sent, kept = upload_folder(folder, url, repository_root(), read_back=read_back)
     how = "read back" if read_back else "by SHA256SUMS and size, not read back"
-    typer.echo(f"{url}: {len(sent)} files sent and read back; {len(kept)} were there ({how})")
+    _say(f"{url}: {len(sent)} files sent and read back; {len(kept)} were there ({how})")
 
 
 @app.command()
@@ -367,7 +430,7 @@ def audit(
     from vipo.audit import audit_experiment
 
     result = audit_experiment(path, repository_root(), allowed_signers=allowed_signers, rerun=rerun)
-    typer.echo(result.model_dump_json(indent=2) if as_json else result.text())
+    typer.echo(result.model_dump_json(indent=2) if as_json else visible(result.text()))
     if result.verdict == "broken":
         raise typer.Exit(1)
 
@@ -391,23 +454,25 @@ def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
     quiet = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO,
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
     for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
     except VipoError as error:
-        # Whoever read the messages may have been killed with the job; the exit status still counts.
-        with contextlib.suppress(BrokenPipeError):
-            typer.echo(f"error: {error}", err=True)
-        _leave(Preempted.STATUS if isinstance(error, Preempted) else 1)
+        _tell(str(error))
+        _leave(error.STATUS if isinstance(error, Preempted | Interrupted) else 1)
     except OSError as error:
-        typer.echo(f"error: {error}; check that the path exists, permissions and free space", err=True)
+        _tell(f"{error}; check that the path exists, permissions and free space")
         _leave(1)
+
+
+def _tell(text: str) -> None:
+    # Whoever read the messages may have been killed with the job; the exit status still counts.
+    with contextlib.suppress(BrokenPipeError):
+        typer.echo(f"error: {message(text)}", err=True)
 
 
 if __name__ == "__main__":

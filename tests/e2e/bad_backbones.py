@@ -1,5 +1,7 @@
 """Backbones that do not fit, by import path."""
 
+import sys
+
 from torch import nn
 
 from vipo.config.models import PerceptionConfig
@@ -18,3 +20,7 @@ def coarse(config: PerceptionConfig) -> Backbone:
 
 def no_backbone(config: PerceptionConfig) -> nn.Module:
     return nn.Conv2d(3, 16, 8)
+
+
+def exits(config: PerceptionConfig) -> Backbone:
+    sys.exit(0)

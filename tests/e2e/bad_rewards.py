@@ -1,6 +1,8 @@
 """Rewards that misbehave, by import path: ``bad_rewards:raises`` and so on."""
 
 import os
+import random
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +39,40 @@ def nan_sometimes(images: Tensor, prompts: Sequence[str], metadata: Sequence[Map
     """NaN for the first picture of a batch, infinity for the second."""
     values = images.mean(dim=(1, 2, 3))
     return torch.cat([torch.tensor([torch.nan, torch.inf])[: len(values)], values[2:]])
+
+
+def exits(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    sys.exit(0)
+
+
+def interrupts(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    raise KeyboardInterrupt
+
+
+class ExitsAtLoad:
+    def __init__(self, device: str) -> None:
+        sys.exit(0)
+
+
+def quiet(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Brightness."""
+    return images.mean(dim=(1, 2, 3))
+
+
+def meddles(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Brightness; changes its pictures, and everything else that the rest of the run reads."""
+    values = images.mean(dim=(1, 2, 3))
+    images.numpy()[:] *= 2
+    metadata[0].clear()  # type: ignore[attr-defined]
+    os.chdir("/")
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float64)
+    torch.autocast("cpu", torch.bfloat16).__enter__()
+    torch.set_grad_enabled(False)
+    return values
 
 
 class Unloadable:

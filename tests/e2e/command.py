@@ -20,6 +20,7 @@ class Finished:
         """Assert exit status 1 and one paragraph on stderr, no traceback, that tells all of `told`."""
         assert self.code == 1, self.err
         assert "Traceback" not in self.err
+        assert "error: internal" not in self.err, self.err
         # What comes before is log lines and progress bars.
         lines = self.err.splitlines()
         (start,) = (number for number, line in enumerate(lines) if line.startswith("error: "))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -248,6 +249,8 @@ def test_what_the_network_does_not_take(vipo: Command, overrides: list[str], res
         ("no_such_module:reward", ["'no_such_module:reward'", "No module named"]),
         ("bad_rewards:Unloadable", ["'bad_rewards:Unloadable'", "judge.safetensors"]),
         ("bad_rewards:raises", ["'bad_rewards:raises'", "RuntimeError: the judge is asleep"]),
+        ("bad_rewards:exits", ["reward 'bad_rewards:exits' raised SystemExit: 0"]),
+        ("bad_rewards:ExitsAtLoad", ["reward 'bad_rewards:ExitsAtLoad' raised SystemExit: 0"]),
         ("bad_rewards:raises_on_batches", ["'bad_rewards:raises_on_batches'", "the judge is asleep"]),
         ("bad_rewards:wrong_shape", ["'bad_rewards:wrong_shape'", "expected shape (1,)", "(1, 3)"]),
         ("bad_rewards:no_tensor", ["'bad_rewards:no_tensor'", "expected a tensor", "list"]),
@@ -278,6 +281,87 @@ def test_rewards_that_cannot_be_used(
     assert not metrics.is_file() or metrics.read_bytes() == b""
 
 
+def test_a_reward_that_meddles_changes_nothing_else(vipo: Command, overrides: list[str], results: Path) -> None:
+    """The other reward's values, the maps, the weights: as beside a reward of the same values that behaves."""
+    written = []
+    for name in ("quiet", "meddles"):
+        terms = f'reward.terms=[{{name: "bad_rewards:{name}", weight: 0.5}}, {{name: redness}}]'
+        rewards = f'evaluation.rewards=[redness, "bad_rewards:{name}"]'
+        own = results.parent / name
+        shutil.copytree(results, own)
+        arguments = [*overrides, "arm=vipo", "training.updates=1", terms, rewards, "--results", own]
+        shown = vipo("train", *arguments)
+        assert shown.code == 0, shown.err
+        run = own / "demo/runs/vipo-s0"
+        kept = [*sorted((run / "weights").rglob("*.safetensors")), run / "metrics.jsonl"]
+        written.append([path.read_bytes().replace(name.encode(), b"") for path in kept])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("key", ["prompts.source", "generator.family", "perception.backbone", "reward", "evaluation"])
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("no_such_module:thing", ["No module named 'no_such_module'", "looked in", "PYTHONPATH"]),
+        ("bad_exit:thing", ["raised SystemExit: 0"]),
+    ],
+)
+def test_import_paths_are_tried_with_the_configuration(
+    vipo: Command, tmp_path: Path, key: str, path: str, told: list[str]
+) -> None:
+    change = {
+        "reward": [f'reward.terms=[{{name: redness}}, {{name: "{path}"}}]', f'evaluation.rewards=[redness, "{path}"]'],
+        "evaluation": [f'evaluation.rewards=[object_redness, "{path}"]'],
+    }.get(key, [f'{key}="{path}"'])
+    for command in (["config"], ["prepare", "--results", tmp_path / "results"]):
+        vipo(command[0], "experiment=demo", *change, *command[1:]).refuses(path, *told)
+    assert not (tmp_path / "results/demo").exists()
+    assert "BAD_EXIT" not in os.environ
+
+
+def test_what_others_say_is_one_line_that_forges_nothing(vipo: Command, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    arguments = ["prepare", "experiment=demo", 'prompts.source="bad_sources:forges"', "--results", results]
+    shown = vipo(*arguments)
+    shown.refuses("prompts.source bad_sources:forges raised RuntimeError: gone\\nerror: forged\\n\\x1b[2Jverdict")
+    assert "\x1b" not in shown.err
+    [log] = (results / ".logs").iterdir()
+    assert "in forges" in log.read_text()
+    assert "\x1b" not in log.read_text()
+    vipo("config", "experiment=demo", "\x1b[31mkey\nerror: x=1").refuses("\\x1b[31mkey")
+    vipo("prepare", "experiment=demo", 'prompts.source="bad_sources:exits"', "--results", results).refuses(
+        "prompts.source bad_sources:exits raised SystemExit: 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (SystemExit(0), 1, "error: internal: SystemExit: 0 ("),
+        (KeyError("a\nerror: b"), 1, "error: internal: KeyError: 'a\\nerror: b' ("),
+        (GeneratorExit(), 1, "error: internal: GeneratorExit"),
+        (KeyboardInterrupt(), 130, "error: interrupted; start the same command again"),
+        (OSError("disk on fire"), 1, "error: disk on fire; check that"),
+    ],
+)
+def test_every_end_that_is_no_success_is_a_status_and_a_message(
+    vipo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, told: str
+) -> None:
+    def ends(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("vipo.stages.prepare_stage", ends)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Where the results cannot hold the traceback, the folder for temporary files does.
+    (tmp_path / "results").write_text("no folder")
+    shown = vipo("prepare", "experiment=demo", "--results", tmp_path / "results")
+    assert shown.code == code
+    assert shown.err.splitlines()[-1].startswith(told)
+    logs = list(tmp_path.rglob("*.log"))
+    assert len(logs) == ("internal" in told)
+    assert all(str(log) in shown.err and "Traceback" in log.read_text() for log in logs)
+
+
 def test_nan_for_some_samples_leaves_them_out(
     vipo: Command, overrides: list[str], results: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -304,6 +388,7 @@ def test_nan_for_some_samples_leaves_them_out(
         ("bad_backbones:narrow", ["perception.components: 3", "feature width 2", "lower it"]),
         ("bad_backbones:coarse", ["perception.components: 3", "1x1 grid", "perception.input_size"]),
         ("bad_backbones:no_backbone", ["perception.backbone", "Conv2d", "vipo.perception.Backbone"]),
+        ("bad_backbones:exits", ["perception.backbone: 'bad_backbones:exits' raised SystemExit: 0"]),
         ("bad_backbones:absent", ["perception.backbone", "cannot be imported"]),
         ("efficientnet_lite", ["perception.backbone", "is not a timm model", "efficientnet_lite0"]),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
+from omegaconf import OmegaConf
 
 from vipo.config.compose import load_config_file
 from vipo.evaluation.statistics import ScoresError, paired_difference
@@ -159,6 +160,19 @@ def test_stages_record_the_seed_of_their_intervals(built: Built, tmp_path: Path)
     for stage, place in ((summarize_stage, "report/data"), (report_stage, "report")):
         stage(config, tmp_path, tmp_path / "results")
         assert read_provenance(folder / place / "provenance.json")["seeds"] == [config.evaluation.seed]
+
+
+def test_title_and_question_cannot_turn_the_page_around(small: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small[0], tmp_path / "demo"))
+    file = folder / "evaluation" / "base-s0" / "config.yaml"
+    config = OmegaConf.load(file)
+    config.experiment.title, config.experiment.question = "one\ntwo\u202egnp", "\x1b[2J?"
+    file.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+    page = write_report(folder, small[1], tmp_path / "report").read_text(encoding="utf-8")
+    head = page[: page.index("<nav")]
+    assert head.count("one\\ntwo\\u202egnp") == 2
+    assert "\\x1b[2J?" in head
+    assert not {"\u202e", "\x1b"} & set(head)
 
 
 def test_what_the_orientation_of_the_maps_rests_on_is_told(small: Built, tmp_path: Path) -> None:

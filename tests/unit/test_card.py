@@ -15,6 +15,7 @@ from vipo.config.compose import load_config
 from vipo.evaluation.statistics import Interval
 from vipo.prompts.prompt import clean_text
 from vipo.reporting.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
+from vipo.text import visible
 
 CONFIG = load_config(["experiment=demo", "arm=vipo"])
 RECORD = {
@@ -30,6 +31,7 @@ HOSTILE = [
     "--- # heading - item 1. item > quote www.example.org a@b.c :smile: @user #12",
     "‮right to left‬ مربع كبير 🎨",
     "&lt;b&gt; &#91; \\u202e",
+    "\x1b[2Jcleared\x07",
     "key: value, 'yaml' \"too\" - [x] {y: z} !!python/object:os.system %TAG *a &b",
     "averylongwordwithoutanybreak" * 30,
 ]
@@ -82,15 +84,13 @@ def _card(prompt: str, licence: Licence = APACHE, **changes: Any) -> ModelCard:
 def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
     shown = _cell(text)
     assert shown.tags == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
-    expected = text.replace("\u202e", "\\u202e").replace("\u202c", "\\u202c")
-    assert shown.cells == [expected]
+    assert shown.cells == [visible(text)]
 
 
 @given(TEXTS)
 def test_any_text_is_shown_as_it_is(text: str) -> None:
     assert escape_markdown(escape_markdown(text)) == escape_markdown(text)
-    if not any("\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069" for c in text):
-        assert _cell(text).cells == [text]
+    assert _cell(text).cells == [visible(text)]
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)

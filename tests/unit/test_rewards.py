@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from vipo.demo.scenes import (
     BACKGROUNDS,
@@ -202,7 +202,7 @@ def test_import_paths_name_the_callable_and_classes_get_the_device() -> None:
         (f"{__name__}:absent", "cpu", "AttributeError"),
         (f"{__name__}:OnDevice", "cuda:9", "RuntimeError: no such device"),
         (f"{__name__}:NOT_CALLABLE", "cpu", "is a int, not a callable"),
-        ("../etc/passwd:x", "cpu", "ValueError"),
+        ("../etc/passwd:x", "cpu", "no import path"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(name: str, device: str, told: str) -> None:
@@ -233,6 +233,10 @@ def test_an_interrupt_is_not_an_error_of_the_reward() -> None:
         (torch.zeros(2, 1), r"expected shape \(2,\), got \(2, 1\)"),
         (torch.zeros(3), r"expected shape \(2,\), got \(3,\)"),
         (torch.tensor(1.0), r"expected shape \(2,\), got \(\)"),
+        (np.zeros(2), r"expected a tensor of shape \(2,\), got a ndarray"),
+        (torch.zeros(2, dtype=torch.complex64), r"expected a dense tensor of real numbers, got torch.complex64"),
+        (torch.zeros(2).to_sparse(), r"expected a dense tensor of real numbers, got torch.float32, torch.sparse_coo"),
+        (torch.zeros(2, device="meta"), r"expected a dense tensor of real numbers, got .* on meta"),
     ],
 )
 def test_a_wrong_result_is_refused(value: Any, told: str) -> None:
@@ -261,6 +265,23 @@ def test_results_are_float32_on_the_cpu_without_gradient(dtype: torch.dtype) -> 
     assert scores.dtype == torch.float32
     assert scores.tolist() == [1.0, 0.0]
     assert not _call(_constant(torch.ones(2, requires_grad=True))).requires_grad
+    assert _call(_constant(nn.Parameter(torch.ones(2)))).tolist() == [1.0, 1.0]
+
+
+class Logged(Tensor):
+    """Breaks whatever is done with it from outside."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.__name__ in ("masked_fill", "to"):
+            raise RuntimeError("not with me")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_subclass_of_tensor_is_taken_as_a_tensor() -> None:
+    scores = _call(_constant(torch.ones(2).as_subclass(Logged)))
+    assert type(scores) is Tensor
+    assert scores.tolist() == [1.0, 1.0]
 
 
 def test_no_graph_is_kept_while_a_reward_computes() -> None:

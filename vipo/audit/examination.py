@@ -14,6 +14,7 @@ from vipo.provenance.environment import package_sha256_at
 from vipo.provenance.files import file_sha256
 from vipo.provenance.git import MissingObject, commit_file
 from vipo.provenance.lineage import absolute_path, experiment_files
+from vipo.text import one_line
 
 #: The stage that records in a folder of the experiment, by a pattern of the folder's path.
 _STAGES = {
@@ -108,7 +109,11 @@ class Examination:
 
     def _add(self, severity: Severity, artifact: str, check: Check, message: str, advice: str) -> None:
         finding = Finding(
-            severity=severity, artifact=printable(artifact), check=check, message=printable(message), advice=advice
+            severity=severity,
+            artifact=printable(artifact),
+            check=check,
+            message=printable(message),
+            advice=printable(advice),
         )
         if finding not in self.findings:
             self.findings.append(finding)
@@ -127,8 +132,8 @@ class Examination:
 
 
 def printable(text: str) -> str:
-    """A text with names of files in it, which may be no UTF-8: those bytes in hexadecimal."""
-    return text.encode(errors="backslashreplace").decode()
+    """A text with names of files in it, which may be no UTF-8 and no names: in one line, as it can be printed."""
+    return one_line(text, limit=4000)
 
 
 def stage_of(name: str) -> tuple[str, str] | None:

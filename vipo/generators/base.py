@@ -1,10 +1,8 @@
 """What a generator adapter is, and how one is found."""
 
-import contextlib
-import importlib
-import logging
+import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,8 +11,7 @@ from torch import Tensor, nn
 
 from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
-
-log = logging.getLogger(__name__)
+from vipo.foreign import guarded_class, resolve
 
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
@@ -25,30 +22,6 @@ NEGATIVE = "negative_"
 
 class GeneratorError(VipoError):
     """A generator cannot be loaded or called; the message names the folder or key and the fix."""
-
-
-@contextlib.contextmanager
-def adapter_errors(adapter: type, call: str) -> Iterator[None]:
-    """Around a call of an adapter, which may be anyone's code.
-
-    Args:
-        adapter: its class, for the message.
-        call: what is called.
-
-    Raises:
-        GeneratorError: the adapter raised something that is none of vipo's own errors, or tried to end the process.
-    """
-    try:
-        yield
-    except VipoError:
-        raise
-    except (Exception, SystemExit) as error:
-        log.debug("%s.%s", adapter.__qualname__, call, exc_info=True)
-        told = " ".join(str(error).split())
-        raise GeneratorError(
-            f"generator adapter {adapter.__module__}:{adapter.__qualname__}: {call} raised "
-            f"{type(error).__name__}{': ' if told else ''}{told}"
-        ) from error
 
 
 class Generator(ABC):
@@ -143,10 +116,7 @@ class Generator(ABC):
         expected = (len(time), *self.latent_shape)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected shape {expected} (B, *latent_shape), got {tuple(latents.shape)}")
-        with (
-            adapter_errors(type(self), "predict"),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"),
-        ):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             prediction = self._predict(latents, time, conditioning)
         if not isinstance(prediction, Tensor) or prediction.shape != latents.shape:
             raise self._misshapen("prediction", tuple(latents.shape), prediction)
@@ -158,8 +128,7 @@ class Generator(ABC):
         Raises:
             GeneratorError: the adapter raised, or gave something else than ``(B, *config.sample_shape)``.
         """
-        with adapter_errors(type(self), "decode"):
-            decoded = self.decode(latents)
+        decoded = self.decode(latents)
         expected = (len(latents), *self.config.sample_shape)
         if not isinstance(decoded, Tensor) or tuple(decoded.shape) != expected:
             raise self._misshapen("decode", expected, decoded)
@@ -229,24 +198,34 @@ def causal_frame_groups(frames: int, factor: int = 4) -> tuple[range, ...]:
 
 
 def resolve_class(config: GeneratorConfig) -> type[Generator]:
-    """The adapter class of `config.family`.
+    """The adapter class of `config.family`; one that an import path names runs inside `vipo.foreign.foreign`.
 
     Raises:
         GeneratorError: the import path does not lead to a `Generator`.
     """
-    path = FAMILIES.get(config.family, config.family)
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    # Whatever the module does when it is imported.
-    except (Exception, SystemExit) as error:
-        raise GeneratorError(
-            f"generator.family {config.family!r} cannot be imported: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    what = f"generator.family {config.family!r}"
+    if config.family in FAMILIES:
+        family: type[Generator] = pkgutil.resolve_name(FAMILIES[config.family])
+        return family
+    found = resolve(config.family, GeneratorError, what)
     if not (isinstance(found, type) and issubclass(found, Generator)):
-        raise GeneratorError(f"generator.family {config.family!r} is no subclass of vipo.generators.Generator")
-    return found
+        raise GeneratorError(f"{what} is no subclass of vipo.generators.Generator")
+    return guarded_class(found, GeneratorError, what, config.family, _CALLED)
+
+
+#: What is called from outside of an adapter.
+_CALLED = (
+    "check",
+    "conditioning_widths",
+    "load",
+    "encode_prompts",
+    "predict",
+    "decode",
+    "add_lora",
+    "recompute_activations",
+    "save_network",
+    "load_network",
+)
 
 
 def load_generator(config: GeneratorConfig, root: Path) -> Generator:
@@ -256,9 +235,7 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
         GeneratorError: the checkpoint cannot be loaded, or the device is absent; whatever the adapter raises.
     """
     check_device(config)
-    adapter = resolve_class(config)
-    with adapter_errors(adapter, "load"):
-        return adapter.load(config, root)
+    return resolve_class(config).load(config, root)
 
 
 def check_device(config: GeneratorConfig) -> None:

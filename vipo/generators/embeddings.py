@@ -17,7 +17,6 @@ from vipo.config.models import GeneratorConfig
 from vipo.generators.base import (
     NEGATIVE,
     GeneratorError,
-    adapter_errors,
     check_device,
     checkpoint_location,
     resolve_class,
@@ -56,10 +55,9 @@ def encode_prompt_file(
     check_device(config)
     rows = read_prompts(prompts)
     adapter, encoders = resolve_class(config), encoder_hashes(config, root)
-    with adapter_errors(adapter, "encode_prompts"):
-        adapter.check(config, root)
-        encoded = adapter.encode_prompts(config, root, [prompt.text for prompt in rows])
-        widths = adapter.conditioning_widths(config, root)
+    adapter.check(config, root)
+    encoded = adapter.encode_prompts(config, root, [prompt.text for prompt in rows])
+    widths = adapter.conditioning_widths(config, root)
     if len(encoded) != len(rows):
         raise GeneratorError(f"generator.family {config.family!r}: {len(encoded)} encodings of {len(rows)} prompts")
     told = f"{config.path}: the text encoders' output"

@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import math
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from vipo.config.models import PerceptionConfig
 from vipo.errors import VipoError
+from vipo.foreign import foreign, is_import_path, resolve
 from vipo.perception import dinov2
 from vipo.perception.allocator import Orientation
 
@@ -134,9 +134,21 @@ class Backbone(nn.Module):
         self.square = square
         self.evidence = evidence
         self.source = source
+        #: Where it is others' code: what names it in the configuration.
+        self.import_path: str | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.eval()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`forward`; others' code gets a copy of the pictures and runs inside `vipo.foreign.foreign`."""
+        call = super().__call__
+        if self.import_path is None:
+            features: Tensor = call(images)
+            return features
+        with foreign(PerceptionError, _called(self.import_path), self.import_path):
+            features = call(images.clone())
+        return features
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a frozen backbone has no other."""
@@ -205,7 +217,7 @@ def registered_evidence(config: PerceptionConfig) -> str | None:
 
     None where only the loaded backbone knows: behind an import path, and for a layer counted from the end.
     """
-    if _is_import_path(config.backbone) or (config.layer or 0) < 0:
+    if is_import_path(config.backbone) or (config.layer or 0) < 0:
         return None
     defaults = _defaults(config.backbone)
     if config.orientation not in (None, defaults.orientation):
@@ -217,10 +229,6 @@ def registered_evidence(config: PerceptionConfig) -> str | None:
 def _measured(defaults: BackboneDefaults, config: PerceptionConfig, layer: int | None, input_size: int | None) -> str:
     measured = defaults.measured if config.weights is None else {}
     return measured.get((layer, input_size), NOT_MEASURED)
-
-
-def _is_import_path(name: str) -> bool:
-    return ":" in name and not name.startswith(_HUB)
 
 
 def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", root: Path | None = None) -> Backbone:
@@ -244,28 +252,45 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
         raise PerceptionError(
             f"device {str(device)!r} is absent: {torch.cuda.device_count() or 'no'} CUDA device is visible; use 'cpu'"
         )
-    imported = _is_import_path(config.backbone)
+    imported = is_import_path(config.backbone)
     if config.revision is not None and (imported or config.weights is not None or config.backbone == _PACKAGED):
         raise PerceptionError(
             f"perception.revision: {config.revision!r} names a state of a hub repository, but the weights of "
             f"{config.backbone!r} do not come from the hub; leave it null"
         )
-    backbone = _imported(config) if imported else _timm_backbone(config, root or Path())
-    return backbone.to(target)
+    return _imported(config, target) if imported else _timm_backbone(config, root or Path()).to(target)
 
 
-def _imported(config: PerceptionConfig) -> Backbone:
+def find_backbone(name: str) -> Any:
+    """The callable that an import path names, imported but not called yet.
+
+    Raises:
+        PerceptionError: there is none.
+    """
+    factory = resolve(name, PerceptionError, _called(name))
+    if not callable(factory):
+        raise PerceptionError(f"{_called(name)} is a {type(factory).__name__}; it must be a callable, {_FACTORY}")
+    return factory
+
+
+_FACTORY = "which takes the configuration and returns a vipo.perception.Backbone"
+
+
+def _called(name: str) -> str:
+    return f"perception.backbone: {name!r}"
+
+
+def _imported(config: PerceptionConfig, device: torch.device) -> Backbone:
     name = config.backbone
-    try:
-        factory = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PerceptionError(f"perception.backbone: {name!r} cannot be imported ({error})") from error
-    backbone = factory(config)
-    if not isinstance(backbone, Backbone):
-        raise PerceptionError(
-            f"perception.backbone: {name!r} gave a {type(backbone).__name__}; "
-            "it must be a callable that takes the configuration and returns a vipo.perception.Backbone"
-        )
+    factory = find_backbone(name)
+    with foreign(PerceptionError, _called(name), name):
+        backbone = factory(config)
+        if not isinstance(backbone, Backbone):
+            raise PerceptionError(
+                f"{_called(name)} gave a {type(backbone).__name__}; it must be a callable, {_FACTORY}"
+            )
+        backbone = backbone.to(device)
+    backbone.import_path = name
     return backbone
 
 

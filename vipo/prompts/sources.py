@@ -4,8 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import pkgutil
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,13 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vipo.foreign import foreign, is_import_path, resolve
 from vipo.prompts.prompt import PromptError
 from vipo.regular import read_regular
 
 MOST_BYTES = 2**29
 """Of a source: the file, and what a Parquet file unpacks to."""
 _BATCH = 256
-
-_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 Row = tuple[int, Mapping[str, Any]]
 
@@ -51,7 +48,7 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
         PromptError: the source is missing, no regular file, larger than `MOST_BYTES`, empty, not text, not of its
             format, or the callable failed.
     """
-    if _IMPORT_PATH.fullmatch(name):
+    if is_import_path(name):
         return _called(name, root)
     reader = _READERS.get(Path(name).suffix.lower())
     if reader is None:
@@ -173,17 +170,32 @@ _READERS: Mapping[str, Callable[[str, bytes, str], Iterator[Row]]] = MappingProx
 )
 
 
+def find_source(name: str) -> Callable[[Path], Any]:
+    """The callable that an import path names, imported but not called yet.
+
+    Raises:
+        PromptError: there is none.
+    """
+    found: Any = resolve(name, PromptError, f"prompts.source {name}")
+    if not callable(found):
+        raise PromptError(f"prompts.source {name}: is a {type(found).__name__}, not a callable")
+    source: Callable[[Path], Any] = found
+    return source
+
+
 def _called(name: str, root: Path) -> Source:
-    try:
-        rows = tuple(enumerate(pkgutil.resolve_name(name)(root), start=1))
-    except Exception as error:
-        raise PromptError(f"prompts.source {name}: failed with {type(error).__name__}: {error}") from error
-    digest = hashlib.sha256()
-    for number, row in rows:
-        if not isinstance(row, Mapping):
-            raise PromptError(f"{name}: row {number}: is a {type(row).__name__}; a prompt source gives mappings")
-        digest.update(json_line(name, number, dict(row)).encode())
-    return Source(rows, digest.hexdigest())
+    source, digest, rows = find_source(name), hashlib.sha256(), []
+    # The rows too are made by it, one by one, and may be mappings of its own.
+    with foreign(PromptError, f"prompts.source {name}", name):
+        for number, row in enumerate(source(root), start=1):
+            if not isinstance(row, Mapping):
+                raise PromptError(
+                    f"prompts.source {name}: row {number}: is a {type(row).__name__}; a prompt source gives mappings"
+                )
+            rows.append((number, dict(row)))
+    for number, plain in rows:
+        digest.update(json_line(name, number, plain).encode())
+    return Source(tuple(rows), digest.hexdigest())
 
 
 def json_line(name: str, number: int, value: Any) -> str:

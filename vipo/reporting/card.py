@@ -18,13 +18,12 @@ from vipo.evaluation.statistics import Better, Interval, decimals, wording
 from vipo.generators.base import resolve_class
 from vipo.provenance import package_sha256
 from vipo.reporting.summary import describe, label
+from vipo.text import visible
 
 LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*\Z")
 
 # What Markdown, HTML, and the Hub's formulas and mentions read inside a line; an underscore inside a word is none.
 _READ = re.compile(r"[!#$&*:<>@\[\\\]^`{|}~]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])|(?<=www)\.")
-# They reorder the text around them, in a table the other cells too.
-_REORDERING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 class CardError(VipoError):
@@ -175,11 +174,12 @@ def model_card(
 def escape_markdown(value: Any) -> Markup:
     """Text as Markdown that shows exactly it where it does not begin a line: character references, on one line.
 
-    Characters that reorder text are written as their escape; what is `Markup` already stays as it is.
+    Characters that reorder text, in a table the other cells too, and controls are written as their escape; what is
+    `Markup` already stays as it is.
     """
     if isinstance(value, Markup):
         return value
-    text = _REORDERING.sub(lambda found: f"\\u{ord(found[0]):04x}", " ".join(str(value).split()))
+    text = visible(" ".join(str(value).split()))
     return Markup(_READ.sub(lambda found: f"&#{ord(found[0])};", text))
 
 

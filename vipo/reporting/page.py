@@ -16,6 +16,7 @@ from vipo.provenance.files import text_lines
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
 from vipo.reporting.summary import Summary
+from vipo.text import one_line
 
 if TYPE_CHECKING:
     from vipo.reporting.pictures import ShownPrompt
@@ -42,7 +43,7 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": _signed, "number": _number, "words": _against}
+    environment.filters |= {"signed": _signed, "number": _number, "words": _against, "one_line": one_line}
     configs = [run.config for run in experiment.runs]
     size = max(configs[0].generator.width, configs[0].generator.height)
     return environment.get_template("report.html.j2").render(

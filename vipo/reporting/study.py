@@ -17,6 +17,7 @@ from vipo.provenance.files import atomic_folder
 from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure, new_row
 from vipo.reporting.inputs import Experiment, read_experiment
 from vipo.reporting.summary import label
+from vipo.text import one_line
 
 _MATCHINGS = {"updates": "equal updates", "reward": "equal reward", "change": "equal change"}
 
@@ -231,7 +232,7 @@ def _page(
     ]
     for experiment in experiments:
         name, config = experiment.config.experiment.name, experiment.config
-        lines += ["", f"## {config.experiment.title}", "", config.experiment.question, ""]
+        lines += ["", f"## {one_line(config.experiment.title)}", "", one_line(config.experiment.question), ""]
         lines += [f"![{plot.title}]({plot.name}.svg)" for plot in plots if plot.name.startswith(f"{name}-")]
         lines += ["", *_markdown(_ends_shown(tables[f"{name}-arms"]))]
         if f"{name}-gates" in tables:

@@ -249,9 +249,12 @@ class Distribution:
         """
         try:
             yield
-        except RuntimeError as error:
-            # gloo's errors have no type of their own.
-            if self._store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        except Exception as error:
+            # A plug-in's boundary wraps what is raised inside it: a sharded network gathers in the adapter's call.
+            cause: BaseException | None = error
+            while cause is not None and not _collective(cause):
+                cause = cause.__cause__
+            if self._store is None or cause is None:
                 raise
             # Whoever waited too notices at nearly the same time.
             keys = [f"failed/{rank}" for rank in range(self.processes)]
@@ -288,6 +291,11 @@ class Distribution:
         """Give the group back; nothing may be gathered any more."""
         if self.processes > 1:
             self._accelerator.end_training()
+
+
+def _collective(error: BaseException) -> bool:
+    # gloo's errors have no type of their own.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def own_rows(tensor: Tensor) -> tuple[Tensor, int, int]:

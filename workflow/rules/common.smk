@@ -15,8 +15,11 @@ from vipo.config.compose import (
     write_if_changed,
 )
 from vipo.config.experiment import check_runs
+from vipo.errors import VipoError
+from vipo.imports import check_imports
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import PROVENANCE
+from vipo.text import message
 
 ROOT = repository_root()
 EXPERIMENT = str(config.get("experiment", "demo"))
@@ -75,6 +78,13 @@ for run, resolved in RUNS.items():
     write_if_changed(
         Path(EXPERIMENT_DIR, "configs", f"{run}.yaml"), dump_config(resolved)
     )
+
+
+try:
+    for resolved in RUNS.values():
+        check_imports(resolved)
+except VipoError as error:
+    raise WorkflowError(f"experiment {EXPERIMENT}: {message(str(error))}") from error
 
 
 wildcard_constraints:
