@@ -64,6 +64,7 @@ def _prepare(config: Config, root: Path, results: Path) -> None:
         outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
         config=config.prompts_identity(),
         root=root,
+        experiment=experiment_folder(config, results),
     ):
         prepare_prompts(config.prompts, root, folder)
 
@@ -94,6 +95,7 @@ def _encode(config: Config, root: Path, results: Path) -> None:
             outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
             config=config.embeddings_identity(),
             root=root,
+            experiment=experiment,
         ),
     ):
         for split in ("train", "eval"):

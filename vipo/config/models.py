@@ -7,12 +7,13 @@ count against feature width, grid sizes) are checked in the trainer's preflight.
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
@@ -43,6 +44,19 @@ REWARDS: Mapping[str, str] = MappingProxyType(
 REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
 """What of section `evaluation` the report alone reads: it changes no sample and no score."""
 
+
+def _at_home(value: str) -> str:
+    if not value.startswith("~"):
+        return value
+    # Not Path.expanduser, which would also normalise what follows.
+    expanded = os.path.expanduser(value)  # noqa: PTH111
+    if expanded.startswith("~"):
+        raise ValueError(f"{value!r}: there is no user {value[1:].partition('/')[0]!r}; './~' names a folder '~'")
+    return expanded
+
+
+#: A path, `~` and `~user` expanded: what is saved of a configuration means the same to everybody.
+UserPath = Annotated[str, AfterValidator(_at_home)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -61,7 +75,7 @@ class GeneratorConfig(Section):
     family: str = Field(
         "flux", description="Generator adapter: 'flux', 'sd', 'wan', or an import path 'package.module:object'."
     )
-    path: str = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
+    path: UserPath = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
     revision: str | None = Field(
         None, description="Commit of the hub repository, all 40 digits, where `path` is a hub id."
     )
@@ -104,7 +118,9 @@ class GeneratorConfig(Section):
 class PromptsConfig(Section):
     """Where prompts come from and how they are split."""
 
-    source: str = Field(description="txt, jsonl, csv or parquet file; relative paths start at the repository root.")
+    source: UserPath = Field(
+        description="txt, jsonl, csv or parquet file; relative paths start at the repository root."
+    )
     text_key: str = Field("prompt", description="Column or key that holds the prompt (jsonl, csv, parquet).")
     eval_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.2, description="Share of prompts held out, decided by each prompt's own hash."
@@ -147,7 +163,7 @@ class PerceptionConfig(Section):
         "efficientnet_lite0",
         description="'efficientnet_lite0' (packaged weights), any timm name, 'hf-hub:owner/name', or an import path.",
     )
-    weights: str | None = Field(
+    weights: UserPath | None = Field(
         None,
         description="Local weights (safetensors), or folder of a timm or transformers model; null: the package's or "
         "the hub's.",
