@@ -489,6 +489,7 @@ def test_home_is_expanded_in_every_configured_path(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path))
     keys = ["generator.path", "prompts.source", "perception.weights"]
     config = load_config([DEMO, *(f"{key}=~/a b/{key}" for key in keys)])
+    assert load_config([DEMO, *(f"{key}='~/a b/{key}'" for key in keys)]) == config
     assert [config.generator.path, config.prompts.source, config.perception.weights] == [
         f"{tmp_path}/a b/{key}" for key in keys
     ]
@@ -497,10 +498,10 @@ def test_home_is_expanded_in_every_configured_path(monkeypatch: pytest.MonkeyPat
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config_file(path) == config
-    assert load_config([DEMO, "generator.path=a~b/~"]).generator.path == "a~b/~"
+    assert load_config([DEMO, "generator.path='a~b/~'"]).generator.path == "a~b/~"
     for key in keys:
         with pytest.raises(ConfigError, match=rf"{key}: '~nobody_of_that_name/x': there is no user 'nobody_of"):
-            load_config([DEMO, f"{key}=~nobody_of_that_name/x"])
+            load_config([DEMO, f"{key}='~nobody_of_that_name/x'"])
 
 
 @pytest.mark.parametrize(
