@@ -19,10 +19,16 @@ container: IMAGE
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/slurm.smk"
+include: "workflow/rules/finished.smk"
 
 
 if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
     export_image_digest(IMAGE)
+
+
+onstart:
+    check_cluster()
+    keep_finished_results()
 
 
 localrules:

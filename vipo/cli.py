@@ -107,6 +107,7 @@ Wait = Annotated[
 ]
 
 _RESULTS = Path("results")
+_HOME = re.compile(r"(--[\w-]+=|-\w)?(~|~[\w.-]*/.*)", re.DOTALL)
 # From the section, whose module is light: the type behind it would import torch for --help.
 _ORIENTATIONS: tuple[str, ...] = get_args(get_args(PerceptionConfig.model_fields["orientation"].annotation)[0])
 
@@ -450,6 +451,12 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
+def _expanded(argument: str) -> str:
+    # A shell leaves `--results=~/x` as it is. What has no slash is one of Hydra's deletions, but for `~` alone.
+    found = _HOME.fullmatch(argument)
+    return f"{found[1] or ''}{os.path.expanduser(found[2])}" if found else argument  # noqa: PTH111
+
+
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
@@ -460,7 +467,7 @@ def main() -> None:
     for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        app()
+        app([_expanded(argument) for argument in sys.argv[1:]])
     except VipoError as error:
         _tell(str(error))
         _leave(error.STATUS if isinstance(error, Preempted | Interrupted) else 1)

@@ -79,6 +79,7 @@ def _prepare(config: Config, root: Path, results: Path, readers: Sequence[Config
         outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
         config=config.prompts_identity(),
         root=root,
+        experiment=experiment_folder(config, results),
     ):
         prepare_prompts(config.prompts, root, folder, accept)
 
@@ -109,6 +110,7 @@ def _encode(config: Config, root: Path, results: Path) -> None:
             outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
             config=config.embeddings_identity(),
             root=root,
+            experiment=experiment,
         ),
     ):
         for split in ("train", "eval"):

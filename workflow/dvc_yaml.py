@@ -74,7 +74,9 @@ def pipeline(root: Path) -> dict[str, Any]:
         config = load_config_file(Path(file))
         # Derived from the tracked files, which are named as parameters.
         deps = [_relative(path, root) for path in job["input"] if path != file]
-        outs: list[Any] = list(job["output"])
+        # DVC would delete what does not persist before the stage starts, in its cache or not: the stages themselves
+        # replace their files whole, and set aside what another configuration made.
+        outs = [{path: {"persist": True}} for path in job["output"]]
         run = job["wildcards"].get("run")
         if run is not None:
             # Weights of earlier updates outlive a killed job, so that a resume need not make them again. Snakemake

@@ -199,10 +199,17 @@ def test_experiments_edit_the_tracked_file(project: Path) -> None:
     _run(clone, "dvc", "cache", "dir", "--local", project / ".dvc/cache")
     _run(clone, "dvc", "checkout", "--quiet")
     assert _clean(clone)
+    run = clone / "results/demo/runs/vipo-s0"
+    first = {name: (run / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
     shown = _run(clone, "dvc", "exp", "run", "--name", "slow", "-S", f"{EXPERIMENT}:optimizer.learning_rate=1e-5")
     assert "Running stage 'train-vipo-s0'" in shown
     assert "Running stage 'prepare'" not in shown
     assert "Running stage 'evaluate-base-s0'" not in shown
+    # DVC deletes none of what was finished, in its cache or not: the stages set it aside whole.
+    kept = clone / "results/demo/.superseded"
+    assert {name: next(kept.glob(f"*/runs/vipo-s0/{name}")).read_bytes() for name in first} == first
+    assert next(kept.glob("*/runs/vipo-s0/weights"))
+    assert next(kept.glob("*/evaluation/vipo-s0/scores.parquet"))
     changed = (clone / EXPERIMENT).read_text()
     assert changed.startswith("# @package _global_\n")
     config = yaml.safe_load(_run(clone, "vipo", "config", "experiment=demo", "arm=vipo"))

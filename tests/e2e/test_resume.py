@@ -123,12 +123,19 @@ def test_another_learning_rate_never_resumes(
     with caplog.at_level(logging.WARNING):
         train_stage(load_config([*tiny_overrides, "arm=grpo", "optimizer.learning_rate=1e-4"]), ROOT, results)
     assert "made by another configuration" in caplog.text
-    (aside,) = (results / "demo/runs/.superseded").iterdir()
+    (aside,) = (results / "demo/.superseded").glob("*/runs/grpo-s0")
     assert _artifacts(aside) == first
     assert _artifacts(run)["metrics.jsonl"] != first["metrics.jsonl"]
     fresh = shutil.copytree(prepared, tmp_path / "fresh")
     train_stage(load_config([*tiny_overrides, "arm=grpo", "optimizer.learning_rate=1e-4"]), ROOT, fresh)
     assert _artifacts(run) == _artifacts(fresh / "demo/runs/grpo-s0")
+
+    # Finished, and copied without its checkpoints: what it was made with nobody knows, so it is kept all the same.
+    second = _artifacts(run)
+    shutil.rmtree(run / "checkpoints")
+    train_stage(load_config([*tiny_overrides, "arm=grpo"]), ROOT, results)
+    assert _artifacts(run) == first
+    assert second in [_artifacts(aside) for aside in (results / "demo/.superseded").glob("*/runs/grpo-s0")]
 
 
 def test_truncated_newest_checkpoint_is_named_and_passed_over(

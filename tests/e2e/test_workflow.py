@@ -4,14 +4,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from vipo.config.compose import repository_root
+from vipo.provenance.lineage import experiment_files
 
 ROOT = repository_root()
 pytestmark = pytest.mark.xdist_group("workflow")
@@ -60,16 +64,33 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: list[str]) -> None:
-    overrides = [*(text for text in tiny_overrides if not text.startswith("experiment=")), *ARMS]
+@pytest.fixture
+def overrides(project: Path, tiny_overrides: list[str], tiny_generator: Path) -> list[str]:
+    """Three small runs on a generator that a test may change."""
+    if not (project / "generator").is_dir():
+        shutil.copytree(tiny_generator, project / "generator")
+    kept = [text for text in tiny_overrides if not text.startswith(("experiment=", "generator.path="))]
+    return [*kept, "generator.path=generator", *ARMS]
+
+
+@pytest.fixture
+def finished(project: Path, overrides: list[str]) -> Path:
+    """The experiment's results, made once for all tests of this file."""
+    if not (project / "results/demo/ro-crate-metadata.json").is_file():
+        result = _snakemake(project, overrides)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return project / "results/demo"
+
+
+def test_dag_runs_once_and_reruns_what_changed(
+    project: Path, overrides: list[str], request: pytest.FixtureRequest
+) -> None:
     runs = ["base-s0", "grpo-s0", "vipo-s0"]
     trained, stages = runs[1:], {"prepare", "encode", *REPORTS}
     everything = stages | {f"evaluate {run}" for run in runs} | {f"train {run}" for run in trained}
     assert _planned(project, overrides) == everything
 
-    result = _snakemake(project, overrides)
-    assert result.returncode == 0, result.stdout + result.stderr
-    experiment = project / "results/demo"
+    experiment: Path = request.getfixturevalue("finished")
     page = (experiment / "report/index.html").read_text()
     assert "Redder objects" in page
     assert (experiment / "ro-crate-metadata.json").is_file()
@@ -79,7 +100,8 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     base = scores[scores["run"] == "base-s0"]
     assert float(base["change/total"].abs().max()) == 0
     assert {path.name for path in project.iterdir()} <= {
-        "configs", "workflow", "data", "Snakefile", "requirements.lock", "CITATION.cff", "results", ".snakemake"
+        "configs", "workflow", "data", "generator", "Snakefile", "requirements.lock", "CITATION.cff", "results",
+        ".snakemake",
     }  # fmt: skip
 
     # A finished experiment: nothing to do, whatever comment is added to a configuration.
@@ -100,6 +122,110 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     assert _planned(project, [*overrides, *moved]) == set()
     eta = _planned(project, [*overrides, "sampling.eta=0.5"])
     assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), *REPORTS}
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """All files but those that Snakemake and locks leave, and logs."""
+    return {
+        name: path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not re.search(r"/\.|^(logs|\.)", name := path.relative_to(folder).as_posix())
+    }
+
+
+def _edit(file: Path, old: bytes, new: bytes) -> None:
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+
+
+ROW = "data/prompts/colourless.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("changed", "more", "told"),
+    [
+        ("row", (), (f"prompts: changed since: {ROW}\n", "embeddings: ", "runs: grpo-s0, vipo-s0", "base-s0, ")),
+        ("generator", (), ("embeddings: changed since: generator/vae/config.json\n", "runs: grpo-s0, vipo-s0\n")),
+        ("arm", (), ("runs: grpo-s0 (its configuration changed)\n", "evaluation: grpo-s0\n")),
+        (None, ("--forcerun", "encode"), ("embeddings: forced\n", "runs: grpo-s0, vipo-s0", "evaluation: base-s0")),
+    ],
+    ids=["a prompt's row", "the generator", "one arm's configuration", "--forcerun"],
+)
+def test_finished_results_are_not_replaced_unasked(
+    project: Path,
+    overrides: list[str],
+    finished: Path,
+    changed: str | None,
+    more: tuple[str, ...],
+    told: tuple[str, ...],
+) -> None:
+    before = _bytes(finished)
+    kept = {project / name: (project / name).read_bytes() for name in (ROW, "generator/vae/config.json")}
+    times = {path: path.stat() for path in kept}
+    if changed == "row":
+        _edit(project / ROW, b"{", b'{"note": "mended", ')
+    elif changed == "generator":
+        _edit(project / "generator/vae/config.json", b"{", b"{ ")
+    elif changed == "arm":
+        overrides = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
+    try:
+        result = _snakemake(project, overrides, *more)
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+            os.utime(path, ns=(times[path].st_atime_ns, times[path].st_mtime_ns))
+    shown = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "nothing was touched" in shown
+    assert all(text in shown for text in (*told, "experiment.name=NAME", "set_aside=true"))
+    assert _bytes(finished) == before
+    assert not (finished / ".superseded").exists()
+
+
+def _stopped(project: Path, overrides: list[str], when: Callable[[], bool], number: int, *config: str) -> None:
+    """Start snakemake, and send it a signal as soon as `when` holds."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = ["snakemake", "--profile", "workflow/profiles/local", "--config", "experiment=demo", *config]
+    process = subprocess.Popen(
+        [*command, f"overrides={json.dumps(overrides)}"],
+        cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not when():
+        assert process.poll() is None, "snakemake ended before it could be stopped"
+        time.sleep(0.05)
+    # As a terminal does, and a scheduler that has lost its patience: to everything that it started.
+    os.killpg(process.pid, number)
+    process.wait()
+
+
+def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrides: list[str], finished: Path) -> None:
+    """And stays so, while the rerun is interrupted, killed and taken up again by the same command without consent."""
+    before = _bytes(finished)
+    changed = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
+    run, evaluation = finished / "runs/grpo-s0", finished / "evaluation/grpo-s0"
+    training = (run / "checkpoints/000001").is_dir
+
+    def restarted() -> bool:
+        return (finished / ".superseded").is_dir() and training()
+
+    _stopped(project, changed, restarted, signal.SIGINT, "set_aside=true")
+    assert not (run / "weights").exists()
+    assert any((run / "checkpoints").iterdir())
+    _stopped(project, changed, (evaluation / ".lock-holder.json").is_file, signal.SIGKILL)
+    for arguments in (["--unlock"], []):
+        result = _snakemake(project, changed, *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+    (aside,) = (finished / ".superseded").iterdir()
+    places = r"(runs|evaluation)/grpo-s0/|report/(data/|index|time|prov)|crate/|ro-crate"
+    assert _bytes(aside) == {name: content for name, content in before.items() if re.match(places, name)}
+    after = _bytes(finished)
+    same = [name for name in after if not re.match(rf"{places}|configs/", name)]
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert after["runs/grpo-s0/metrics.jsonl"] != before["runs/grpo-s0/metrics.jsonl"]
+    assert _planned(project, changed) == set()
+    # The set that was moved is no part of the experiment.
+    assert not any("superseded" in name for name in experiment_files(finished))
 
 
 def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_overrides: list[str]) -> None:

@@ -364,10 +364,19 @@ def test_a_crate_that_was_unpacked_elsewhere_keeps_its_signature(signed: Path, t
     with inside(root):
         result = audit_module.audit_experiment(tmp_path / "unpacked", root, allowed_signers=signers)
     assert [anchor.by for anchor in result.anchors] == ["ada"]
-    assert _findings(result, "broken") == {}
-    told = "bytes: its content is not here: no run can resume from it"
     folders = [f"runs/{run}-s0/checkpoints/00000{update}" for run in ("grpo", "vipo") for update in (1, 2)]
-    assert _findings(result, "remark") == {folder: [told] for folder in folders}
+    assert result.checked.outside == tuple(folders)
+    # Whole as what it is: what a crate never holds is told and is no finding.
+    assert _findings(result, "remark") == {}
+    assert result.verdict == "reproducible"
+    assert "\noutside of a crate by design: the content of 4 checkpoints (runs/grpo-s0/" in result.text()
+    # One that has lost the content of some of its checkpoints is no crate that was unpacked.
+    held = tmp_path / "unpacked" / folders[0]
+    (held / "state.json").write_text("{}")
+    with inside(root):
+        result = audit_module.audit_experiment(tmp_path / "unpacked", root, allowed_signers=signers)
+    assert set(_findings(result, "remark")) == set(folders[1:])
+    (held / "state.json").unlink()
     (tmp_path / "unpacked" / "logs" / "report.log").write_text("")
     with inside(root):
         result = audit_module.audit_experiment(tmp_path / "unpacked", root, allowed_signers=signers)

@@ -140,11 +140,21 @@ def test_outputs_can_be_listed_afterwards(root: Path) -> None:
     assert record["container_digest"] is None
 
 
-def test_failure_leaves_no_record_and_removes_the_old_one(root: Path) -> None:
+def test_a_record_outlives_a_failure_where_its_outputs_do(root: Path) -> None:
     with _stage(root) as folder:
         pass
+    record = (folder / "provenance.json").read_bytes()
     with pytest.raises(RuntimeError, match="stopped"), _stage(root):
         raise RuntimeError("stopped")
+    assert (folder / "provenance.json").read_bytes() == record
+
+    def stopped_while_writing() -> None:
+        with _stage(root):
+            (folder / "metrics.jsonl").write_text("{}\n{}\n")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stopped_while_writing()
     assert not list(folder.glob("*provenance*"))
 
 

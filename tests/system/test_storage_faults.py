@@ -1,15 +1,21 @@
 """Full and read-only disks: small tmpfs mounts and read-only bind mounts, so root is needed, and its absence fails."""
 
+import contextlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vipo.config.compose import repository_root
+from vipo.provenance.files import StorageError, atomic_file
+from vipo.provenance.locks import run_lock
+from vipo.provenance.superseded import set_aside
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.root
@@ -94,9 +100,9 @@ def _artifacts(results: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
-def _fill(folder: Path) -> None:
+def _fill(folder: Path, pages_left: int = 0) -> None:
     disk = os.statvfs(folder)
-    (folder / "filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+    (folder / "filler").write_bytes(bytes((disk.f_bavail - pages_left) * disk.f_frsize))
 
 
 def test_full_disk_during_a_checkpoint_and_the_same_bytes_after_it_is_freed(
@@ -195,21 +201,142 @@ def test_full_disk_in_the_other_stages(
     assert vipo("evaluate", *overrides, "--results", disk)[0] == 0
 
 
-def test_read_only_results(
-    mount: Mount, vipo: Callable[..., tuple[int, str]], prepared: Path, overrides: list[str], tmp_path: Path
-) -> None:
-    results = shutil.copytree(prepared, tmp_path / "results")
+@pytest.fixture
+def arguments(overrides: list[str]) -> list[str]:
+    """The base and one trained run, evaluated with a reward that fills the disk where it is told to."""
     arms = [f"~experiment.arms.{arm}" for arm in ("vipo", "uniform", "inverted")] + ["experiment.arms.grpo.seeds=[0]"]
-    evaluated = ["evaluation.rewards=[redness,'bad_rewards:FillsDisk']"]
-    arguments = [*overrides, *arms, *evaluated]
-    for command in (["train"], ["evaluate"], ["evaluate", "arm=base"], ["report"]):
-        code, shown = vipo(command[0], *arguments, *command[1:], "--results", results)
+    return [*overrides, *arms, "evaluation.rewards=[redness,'bad_rewards:FillsDisk']"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs a finished experiment puts its own, for all others."""
+    return tmp_path_factory.mktemp("finished") / "results"
+
+
+@pytest.fixture
+def results(
+    finished: Path, vipo: Callable[..., tuple[int, str]], prepared: Path, arguments: list[str], tmp_path: Path
+) -> Path:
+    """A copy of the finished experiment, to the crate."""
+    if not finished.exists():
+        shutil.copytree(prepared, finished)
+        for stage, *more in (["train"], ["evaluate"], ["evaluate", "arm=base"], ["report"], ["crate"]):
+            code, shown = vipo(stage, *arguments, *more, "--results", finished)
+            assert code == 0, shown
+    return Path(shutil.copytree(finished, tmp_path / "results"))
+
+
+def test_full_disk_where_results_are_shown_and_handed_over(
+    mount: Mount, vipo: Callable[..., tuple[int, str]], results: Path, arguments: list[str]
+) -> None:
+    """Summary, page, crate, archive and hand-over: refused by name, and what was there is there, byte by byte."""
+    disk = mount("16m")
+    shutil.copytree(results / "demo", disk / "demo")
+    signature = disk / "demo/ro-crate-metadata.json.sig"
+    signature.write_text("an earlier crate's")
+    before = _files(disk)
+    export = ("export", disk / "demo/runs/grpo-s0", "--license", "mit")
+    commands = {
+        "report/data": ("summarize", *arguments, "--results", disk),
+        "report": ("report", *arguments, "--results", disk),
+        "crate": ("crate", *arguments, "--results", disk, "--zip"),
+        "export/grpo-s0": export,
+    }
+    # Full at once, and full in the middle of what is written.
+    for (target, command), pages in itertools.product(commands.items(), (0, 4)):
+        (disk / "filler").unlink(missing_ok=True)
+        _fill(disk, pages)
+        _refused(vipo(*command), target if pages else str(disk), "No space left on device", "free disk space")
+        left = _files(disk)
+        del left["filler"]
+        left = {name: content for name, content in left.items() if not Path(name).name.startswith(".lock")}
+        assert left == {name: content for name, content in before.items() if not Path(name).name.startswith(".lock")}
+    (disk / "filler").unlink()
+    for command in commands.values():
+        code, shown = vipo(*command)
         assert code == 0, shown
+    assert not signature.exists()
+    assert (disk / "demo.crate.zip").is_file()
+
+
+def test_read_only_results(
+    mount: Mount, vipo: Callable[..., tuple[int, str]], results: Path, arguments: list[str], tmp_path: Path
+) -> None:
     before = _files(results)
     readonly = mount(results)
-    for stage in ("prepare", "encode", "train", "evaluate", "report", "crate"):
+    for stage in ("prepare", "encode", "train", "evaluate", "summarize", "report", "crate"):
         _refused(vipo(stage, *arguments, "--results", readonly), str(readonly), "Read-only file system")
     _refused(vipo("train", *arguments, "experiment.name=other", "--results", readonly), "Read-only", str(readonly))
     # Before hours of training, not after them.
     _refused(vipo("base", "experiment=demo", "--output", readonly / "base"), "base", "Read-only", "choose another")
+    run = readonly / "demo/runs/grpo-s0"
+    _refused(vipo("export", run, "--license", "mit"), "export/grpo-s0", "Read-only", "choose another folder")
+    # What only reads them works.
+    for command in (("audit", readonly / "demo"), ("diff", readonly / "demo/runs/base-s0", run)):
+        code, shown = vipo(*command)
+        assert code == 0, shown
+    assert vipo("export", run, "--license", "mit", "--output", tmp_path / "exported")[0] == 0
     assert _files(results) == before
+
+
+@contextlib.contextmanager
+def _as_user(user: int, group: int, umask: int) -> Iterator[None]:
+    """The block as another user would run it."""
+    groups, mask = os.getgroups(), os.umask(umask)
+    os.setgroups([group])
+    os.setegid(group)
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+        os.umask(mask)
+
+
+ADA, BOB, GROUP = 61001, 61002, 61100
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users reach, which those of pytest are not."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_two_users_share_results(umask: int, shared: Path) -> None:
+    """With umask 002 in a folder of their group they do; with 022 the second is told whose file is in the way."""
+    folder = shared / "results"
+    folder.mkdir()
+    os.chown(folder, ADA, GROUP)
+    folder.chmod(0o2775)
+    with _as_user(ADA, GROUP, umask):
+        (folder / "prompts").mkdir()
+        with run_lock(folder / "prompts"), atomic_file(folder / "prompts" / "manifest.json") as path:
+            path.write_text("Ada's")
+        (folder / "prompts" / ".manifest.json.partial").write_text("cut off")
+    if umask == 0o002:
+        with _as_user(BOB, GROUP, umask):
+            with run_lock(folder / "prompts"), atomic_file(folder / "prompts" / "manifest.json") as path:
+                path.write_text("Bob's")
+            aside = set_aside(folder, [folder / "prompts"])
+        with _as_user(ADA, GROUP, umask):
+            assert (aside / "prompts/manifest.json").read_text() == "Bob's"
+            set_aside(folder, [aside])
+        return
+    with _as_user(BOB, GROUP, umask), pytest.raises(StorageError) as told, run_lock(folder / "prompts"):
+        pytest.fail("locked")
+    assert str(told.value).startswith(f"{folder}/prompts of user {ADA}: cannot be locked")
+    assert "Permission denied" in str(told.value)
+    (folder / "prompts").chmod(0o2775)
+    with _as_user(BOB, GROUP, umask), pytest.raises(StorageError) as told, run_lock(folder / "prompts"):
+        pytest.fail("locked")
+    assert str(told.value).startswith(f"{folder}/prompts/.lock: user {ADA} made it and you may not write it")
+    # To read them needs no right to write.
+    with _as_user(BOB, GROUP, umask):
+        assert (folder / "prompts/manifest.json").read_text() == "Ada's"

@@ -131,5 +131,8 @@ def test_a_module_that_cannot_be_imported_is_named(code: str, tmp_path: Path, mo
     (tmp_path / "faulty_adapter.py").write_text(code + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "faulty_adapter", raising=False)
-    with pytest.raises(GeneratorError, match=r"generator\.family 'faulty_adapter:Adapter' (raised (SystemExit|ZeroDivisionError|SyntaxError)|is no)"):
+    with pytest.raises(
+        GeneratorError,
+        match=r"generator\.family 'faulty_adapter:Adapter' (raised (SystemExit|ZeroDivisionError|SyntaxError)|is no)",
+    ):
         resolve_class(_config("faulty_adapter:Adapter"))

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from vipo.cli import _expanded
 from vipo.config.compose import (
     ConfigError,
     dump_config,
@@ -711,3 +712,44 @@ def test_the_workflow_s_arms_lie_beside_each_other(tmp_path: Path) -> None:
     found = arms_beside(tmp_path / "base-s0.yaml", runs["base-s0"])
     assert {config.run_name: config for config in found} == runs
     assert arms_beside(tmp_path / "elsewhere" / "base-s0.yaml", runs["base-s0"]) == [runs["base-s0"]]
+
+
+def test_home_is_expanded_in_every_configured_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ["generator.path", "prompts.source", "perception.weights"]
+    config = load_config([DEMO, *(f"{key}=~/a b/{key}" for key in keys)])
+    assert load_config([DEMO, *(f"{key}='~/a b/{key}'" for key in keys)]) == config
+    assert [config.generator.path, config.prompts.source, config.perception.weights] == [
+        f"{tmp_path}/a b/{key}" for key in keys
+    ]
+    # What is saved means the same to another user.
+    monkeypatch.setenv("HOME", "/elsewhere")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config_file(path) == config
+    assert load_config([DEMO, "generator.path='a~b/~'"]).generator.path == "a~b/~"
+    for key in keys:
+        with pytest.raises(ConfigError, match=rf"{key}: '~nobody_of_that_name/x': there is no user 'nobody_of"):
+            load_config([DEMO, f"{key}='~nobody_of_that_name/x'"])
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("~", "/home/me"),
+        ("~/x y", "/home/me/x y"),
+        ("--results=~/x", "/home/me/x"),
+        ("-o~/x", "/home/me/x"),
+        ("~experiment.arms.uniform", None),
+        ("~perception.weights=~/x", None),
+        ("generator.path=~/x", None),
+        ("s3://bucket/~/x", None),
+        ("--sign=id_~/x", None),
+    ],
+)
+def test_home_is_expanded_in_arguments_and_hydras_deletions_are_not(
+    monkeypatch: pytest.MonkeyPatch, given: str, taken: str | None
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    expected = given if taken is None else given[: given.index("~")] + taken
+    assert _expanded(given) == expected

@@ -36,6 +36,7 @@ def check_crate(examination: Examination, allowed_signers: Path | None) -> Ancho
     with examination.guarded(METADATA, "bytes"):
         graph = json.loads((examination.folder / METADATA).read_text(encoding="utf-8"))["@graph"]
         named = {unquote(entity["@id"]): entity for entity in graph if "File" in entity["@type"]}
+    examination.described |= named.keys()
     for name, entity in named.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             examination.broken(METADATA, "bytes", f"names {name}, which is not in the experiment", _CRATE_AGAIN)

@@ -73,6 +73,7 @@ def audit_experiment(
             configurations=configurations,
             numbers=examination.numbers,
             unanchored=tuple(printable(name) for name in examination.files if not examination.is_anchored(name)),
+            outside=tuple(map(printable, examination.outside)),
             reran=rerun,
         ),
         findings=tuple(examination.findings),

@@ -54,6 +54,10 @@ class Examination:
         self.reported: Config | None = None
         #: Files and folders whose bytes an anchor fixes.
         self.anchored: set[str] = set()
+        #: Files that the crate's metadata names.
+        self.described: set[str] = set()
+        #: Checkpoints whose content a crate does not hold by design.
+        self.outside: list[str] = []
         self.numbers = 0
         self._hashes: dict[Path, str] = {}
         self._commits: dict[str, Mapping[str, str | None]] = {}

@@ -48,6 +48,9 @@ class Checked(_Model):
         description="Files that no anchor fixes; they are checked against each other alone, so that whoever changes "
         "all of them is not noticed."
     )
+    outside: tuple[str, ...] = Field(
+        description="Checkpoints that a crate names by their manifest and does not hold: by design, and no finding."
+    )
     reran: str | None = Field(description="Folder of the stage that was run again.")
 
 
@@ -79,6 +82,11 @@ class Audit(_Model):
             f"{counts.configurations} configurations, {counts.numbers} numbers computed again"
             + (f", {counts.reran} run again" if counts.reran else "")
         )
+        if counts.outside:
+            lines.append(
+                f"outside of a crate by design: the content of {len(counts.outside)} checkpoints "
+                f"({counts.outside[0]}{', …' if len(counts.outside) > 1 else ''}), which only a resume reads"
+            )
         for severity in ("broken", "remark"):
             for artifacts, group in _grouped(finding for finding in self.findings if finding.severity == severity):
                 lines += ["", f"{severity.upper()}  {artifacts}"]

@@ -11,7 +11,14 @@ from vipo.audit.examination import CHECKPOINT, VOLATILE, Examination, short, sta
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import package_sha256, versions
 from vipo.provenance.git import MissingObject, commit_file, find_repository, has_commit, is_whole
-from vipo.provenance.lineage import CHECKOUT_DIFF, DIFF, PROVENANCE, ProvenanceError, entry_files, read_provenance
+from vipo.provenance.lineage import (
+    CHECKOUT_DIFF,
+    DIFF,
+    PROVENANCE,
+    entry_files,
+    read_provenance,
+    recorded_prefix,
+)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: What every record names.
@@ -81,7 +88,7 @@ def check_lineage(examination: Examination) -> None:
     for folder, record in examination.records.items():
         name = f"{folder}/{PROVENANCE}"
         with examination.guarded(name, "lineage"):
-            prefix = _prefix(record, folder)
+            prefix = recorded_prefix(record, folder)
             for recorded in record["outputs"]:
                 for path, file in entry_files(recorded).items():
                     output = path.removeprefix(prefix)
@@ -92,7 +99,7 @@ def check_lineage(examination: Examination) -> None:
                     _check_output(examination, output, file["sha256"])
     for folder, record in examination.records.items():
         with examination.guarded(f"{folder}/{PROVENANCE}", "lineage"):
-            prefix = _prefix(record, folder)
+            prefix = recorded_prefix(record, folder)
             for recorded in record["inputs"]:
                 for path, file in entry_files(recorded).items():
                     if path.startswith(prefix):
@@ -101,15 +108,6 @@ def check_lineage(examination: Examination) -> None:
                         _check_root(examination, folder, record, path, file["sha256"])
     _check_unknown(examination, written)
     _check_checkpoints(examination)
-
-
-def _prefix(record: Mapping[str, Any], folder: str) -> str:
-    """Where the experiment's folder was when the stage was recorded: its outputs lie in a folder of a known place."""
-    first = next(iter(record["outputs"]), {"path": ""})["path"]
-    prefix, place, _ = f"{first}/".rpartition(f"{folder}/")
-    if not place:
-        raise ProvenanceError(f"names {first or 'no file'} as output, which is not in {folder}")
-    return prefix
 
 
 def _check_output(examination: Examination, name: str, sha256: str) -> None:
@@ -179,14 +177,19 @@ def _check_unknown(examination: Examination, written: Mapping[str, str]) -> None
 
 def _check_checkpoints(examination: Examination) -> None:
     found = [match for name in examination.files if (match := CHECKPOINT.fullmatch(name))]
+    # A crate names checkpoints by their manifests and holds the content of none.
+    unpacked = all(match[2] == "manifest.json" for match in found)
     for folder in dict.fromkeys(match[1] for match in found):
         with examination.guarded(folder, "bytes"):
             hashes = json.loads((examination.folder / folder / "manifest.json").read_text("utf-8"))
             files = {match[2] for match in found if match[1] == folder} - {"manifest.json"}
+            if not files and unpacked and f"{folder}/manifest.json" in examination.described:
+                examination.outside.append(folder)
+                continue
             if not files:
                 examination.remark(
                     folder, "bytes", "its content is not here: no run can resume from it",
-                    "nothing, if this is a crate that was unpacked: it names checkpoints and holds none",
+                    "restore it; or delete its folder, the results do not need it",
                 )  # fmt: skip
                 continue
             for name in sorted(files | hashes.keys()):

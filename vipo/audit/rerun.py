@@ -9,6 +9,7 @@ from vipo.config.models import Config
 from vipo.errors import Preempted, VipoError
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import ProvenanceError, experiment_files
+from vipo.provenance.superseded import SUPERSEDED
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, summarize_stage, train_stage
 
 _RUN: Mapping[str, Callable[[Config, Path, Path], object]] = {
@@ -62,7 +63,7 @@ def _link_inputs(examination: Examination, folder: str, experiment: Path) -> Non
     """Everything of the experiment but what lies beside the stage's own folder."""
     experiment.mkdir(parents=True)
     for source in examination.folder.iterdir():
-        if source.is_dir() and source.name != folder.partition("/")[0]:
+        if source.is_dir() and source.name not in (folder.partition("/")[0], SUPERSEDED):
             (experiment / source.name).symlink_to(source)
 
 

@@ -22,6 +22,7 @@ from vipo.regular import read_regular
 # More of a refused value is not shown.
 _SHOWN = 200
 _ASSIGNMENT = re.compile(r"(\w+)(\.\w+)*=")
+_AT_HOME = re.compile(r"(\+{0,2}[\w.]+=)(~[\w.-]*/[^'\"]*)")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -174,6 +175,9 @@ def _check_files(folder: Path) -> None:
 def _admitted(override: str, folder: Path) -> str:
     # Defaults live in the models, so a key that no YAML file names is still a valid one: `++` lets it in,
     # and validation, which knows all keys, judges it. The choice of a group's file stays as it is.
+    if home := _AT_HOME.fullmatch(override):
+        # No word of Hydra's grammar begins with `~`.
+        override = f"{home[1]}'{home[2]}'"
     assignment = _ASSIGNMENT.match(override)
     chooses_file = assignment and not assignment[2] and (folder / assignment[1]).is_dir()
     return f"++{override}" if assignment and not chooses_file else override

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -69,16 +70,26 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
+def _at_home(value: str) -> str:
+    if not value.startswith("~"):
+        return value
+    # Not Path.expanduser, which would also normalise what follows.
+    expanded = os.path.expanduser(value)  # noqa: PTH111
+    if expanded.startswith("~"):
+        raise ValueError(f"{value!r}: there is no user {value[1:].partition('/')[0]!r}; './~' names a folder '~'")
+    return expanded
+
+
 def _path(value: str) -> str:
     if "\0" in value:
         raise ValueError(f"{value!r} holds a NUL character, which no path can")
     if len(value.encode()) > 4000 or any(len(part.encode()) > 255 for part in value.split("/")):
         raise ValueError(f"{value[:40]!r}… is longer than a path can be (255 bytes a name, 4000 in all)")
-    return value
+    return _at_home(value)
 
 
 UserPath = Annotated[str, AfterValidator(_path)]
-"""A path, or what may stand in its place."""
+"""A path, or what may stand in its place; `~` and `~user` expanded: what is saved means the same to everybody."""
 
 
 def check_arm_name(name: str) -> str:

@@ -120,6 +120,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         config=config.evaluation_identity(),
         seeds=[config.seed, config.evaluation.seed],
         root=root,
+        experiment=experiment,
     ):
         samples = held_out_samples(read_prompts(prompts_path), config)
         if not samples:

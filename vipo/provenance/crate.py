@@ -31,6 +31,7 @@ from vipo.provenance.lineage import (
     absolute_path,
     entry_files,
     experiment_files,
+    located,
     read_provenance,
     verify_outputs,
 )
@@ -100,7 +101,7 @@ def write_crate(experiment_dir: Path, root: Path) -> Path:
         raise ProvenanceError(
             "results are not as their stages wrote them; run these stages again:\n" + "\n".join(problems)
         )
-    records = {path: read_provenance(path) for path in paths}
+    records = {path: located(read_provenance(path), path.parent, root) for path in paths}
     copies = {
         path.relative_to(root).as_posix(): path.read_bytes() for pattern in _COPIED for path in root.glob(pattern)
     }
@@ -116,9 +117,10 @@ def write_crate(experiment_dir: Path, root: Path) -> Path:
     for path, record in records.items():
         writer.add_stage(path.parent, record)
     text = writer.finish()
-    (experiment_dir / SIGNATURE).unlink(missing_ok=True)
     with atomic_file(experiment_dir / METADATA) as temporary:
         temporary.write_text(text, encoding="utf-8")
+        # Written, so that a full disk leaves the earlier crate and its signature; renamed after this.
+        (experiment_dir / SIGNATURE).unlink(missing_ok=True)
     return experiment_dir / METADATA
 
 

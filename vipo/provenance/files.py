@@ -54,6 +54,11 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def replaced_path(target: Path) -> Path:
+    """Where what was `target` waits until its successor is complete."""
+    return target.with_name(f".{target.name}.replaced")
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that replaces it, flushed to the disk, when the block succeeds.
@@ -87,6 +92,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     with named_write_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            # Left by a process that was killed, perhaps another user's: whoever may write the folder may replace it.
+            temporary.unlink(missing_ok=True)
             yield temporary
             fsync_path(temporary)
             temporary.replace(target)
@@ -99,7 +106,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 def _replace_folder(target: Path, replacement: Path) -> None:
     # A folder that is not empty cannot be renamed over, so the old one steps aside and comes back if it must.
-    discarded = target.with_name(f".{target.name}.replaced")
+    discarded = replaced_path(target)
     shutil.rmtree(discarded, ignore_errors=True)
     if target.exists():
         target.rename(discarded)

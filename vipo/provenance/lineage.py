@@ -29,9 +29,12 @@ from vipo.provenance.environment import (
     package_sha256,
     versions,
 )
-from vipo.provenance.files import atomic_file, file_sha256
+from vipo.provenance.files import atomic_file, file_sha256, replaced_path
+from vipo.provenance.superseded import is_finished, set_aside
 
 PROVENANCE, DIFF, CHECKOUT_DIFF = "provenance.json", "provenance.diff", "provenance.checkout.diff"
+#: How deep below the experiment's folder that of a stage lies.
+_DEPTH: Mapping[str, int] = {"prepare": 1, "encode": 1, "train": 2, "evaluate": 2, "summarize": 2, "report": 1}
 #: In the environment of a launcher's ranks: the command that it was given, as JSON.
 COMMAND = "VIPO_COMMAND"
 
@@ -39,7 +42,8 @@ _TIMESTAMP = r"(.*/)?\.snakemake_timestamp"
 _OF_TOOLS = re.compile(_TIMESTAMP)
 #: What tools, locks and interrupted writes leave in an experiment, where they do, and runs that were set aside.
 _OF_TOOLS_AND_LOCKS = re.compile(
-    rf"{_TIMESTAMP}|runs/\.superseded/.*"
+    # Below runs/ an earlier vipo set runs aside.
+    rf"{_TIMESTAMP}|(runs/)?\.superseded/.*"
     r"|((prompts|embeddings|configs|logs|crate|export|report(/data)?|(runs|evaluation)(/[^/]+(/(checkpoints|updates))?)?)/)?"
     r"\.(gitignore|lock|lock-holder\.json|[^/]+\.(partial|replaced)(/.*)?)"
 )
@@ -61,6 +65,7 @@ def record_stage(
     config: Mapping[str, Any] | None,
     seeds: Sequence[int] = (),
     root: Path,
+    experiment: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Write ``<folder>/provenance.json`` when the block succeeds, and nothing when it fails.
 
@@ -68,7 +73,7 @@ def record_stage(
     configurations and data are of another repository, ``<folder>/provenance.checkout.diff`` does so for that one.
 
     Inputs and code are hashed before the block (what it read), outputs after it. An earlier success's
-    record is removed first, so that a record always belongs to the outputs beside it.
+    record is removed before the block, so that a record always belongs to the outputs beside it.
 
     Args:
         stage: name of the stage (DESIGN section 2).
@@ -78,6 +83,8 @@ def record_stage(
         config: what of the configuration decides the stage's result (JSON-serialisable); it is recorded with its hash.
         seeds: seeds of the stage's random draws.
         root: repository root; paths inside it are recorded relative to it.
+        experiment: ``results/<experiment>``, where finished results that another configuration or other inputs made
+            are set aside before the block; None where the block itself keeps what was there.
 
     Yields:
         What else the record shall name, by key: empty, for the block to fill.
@@ -87,18 +94,15 @@ def record_stage(
         StorageError: the record cannot be written.
     """
     target = folder / PROVENANCE
+    earlier = None
     if target.is_file():
         try:
-            other = read_provenance(target)["stage"]
+            earlier = read_provenance(target)
         except ProvenanceError as error:
             # Running the stage again is what mends a damaged record.
             log.warning("%s", error)
-            other = stage
-        if other != stage:
+        if earlier is not None and (other := earlier["stage"]) != stage:
             raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
-    target.unlink(missing_ok=True)
-    for name in (DIFF, CHECKOUT_DIFF):
-        (folder / name).unlink(missing_ok=True)
     # Now, not after the inputs are hashed: the hash is that of the diff which is kept.
     git, diff = code_state()
     checkout, checkout_diff = checkout_state(root) or (git, b"")
@@ -123,16 +127,54 @@ def record_stage(
         "versions": versions(),
         "started": _now(),
     }
-    yield facts
+    if experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record, folder, root):
+        aside = set_aside(experiment, [folder])
+        log.warning("%s: another configuration or other inputs made it; it is set aside in %s", folder, aside)
+    with _without_record(folder, earlier, root):
+        yield facts
+        _finish(stage, folder, outputs, record, facts, {DIFF: diff, CHECKOUT_DIFF: checkout_diff}, root)
+
+
+@contextlib.contextmanager
+def _without_record(folder: Path, earlier: Mapping[str, Any] | None, root: Path) -> Iterator[None]:
+    """Take an earlier record away; it comes back where the block fails and its outputs are still as it says."""
+    kept = {
+        path: replaced_path(path) for name in (DIFF, CHECKOUT_DIFF, PROVENANCE) if (path := folder / name).is_file()
+    }
+    for path, aside in kept.items():
+        path.rename(aside)
+    try:
+        yield
+    except BaseException:
+        entries = [] if earlier is None else located(earlier, folder, root)["outputs"]
+        if entries and not any(True for entry in entries for _ in _differences(entry, root)):
+            for path, aside in kept.items():
+                if aside.is_file():
+                    aside.rename(path)
+        raise
+    finally:
+        for aside in kept.values():
+            aside.unlink(missing_ok=True)
+
+
+def _finish(
+    stage: str,
+    folder: Path,
+    outputs: Callable[[], Sequence[Path]] | Sequence[Path],
+    record: dict[str, Any],
+    facts: Mapping[str, Any],
+    diffs: Mapping[str, bytes],
+    root: Path,
+) -> None:
     written = outputs() if callable(outputs) else outputs
     record["ended"] = _now()
     record["outputs"] = [_entry(path, root, f"output of stage '{stage}' does not exist") for path in written]
-    for name, content in ((DIFF, diff), (CHECKOUT_DIFF, checkout_diff)):
+    for name, content in diffs.items():
         if content:
             with atomic_file(folder / name) as path:
                 path.write_bytes(content)
-    with atomic_file(target) as path:
-        path.write_text(json.dumps(record | facts, indent=1, sort_keys=True) + "\n")
+    with atomic_file(folder / PROVENANCE) as path:
+        path.write_text(json.dumps(record | dict(facts), indent=1, sort_keys=True) + "\n")
 
 
 def command_line() -> list[str]:
@@ -169,7 +211,48 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
     Raises:
         ProvenanceError: `provenance` is missing or is no such record.
     """
-    return [problem for entry in read_provenance(provenance)["outputs"] for problem in _differences(entry, root)]
+    record = located(read_provenance(provenance), provenance.parent, root)
+    return [problem for entry in record["outputs"] for problem in _differences(entry, root)]
+
+
+def located(record: Mapping[str, Any], folder: Path, root: Path) -> Mapping[str, Any]:
+    """A stage's record with the paths of its experiment as they are now: results may have been copied or moved.
+
+    Args:
+        record: of `record_stage`.
+        folder: where it lies. A record that is of no experiment's stage (a generator's), or whose outputs lie in no
+            folder of that name, is left as it is.
+        root: the repository root that relative paths start at.
+    """
+    depth = _DEPTH.get(record["stage"], 0)
+    parts = absolute_path(folder).parts
+    try:
+        then = recorded_prefix(record, "/".join(parts[len(parts) - depth :])) if depth else ""
+    except ProvenanceError:
+        return record
+    experiment = Path(*parts[: len(parts) - depth])
+    now = "" if experiment == absolute_path(root) else f"{_recorded_path(experiment, root)}/"
+    if not depth or then == now:
+        return record
+
+    def moved(entry: Mapping[str, Any]) -> dict[str, Any]:
+        path = entry["path"]
+        return {**entry, "path": now + path.removeprefix(then) if path.startswith(then) else path}
+
+    return {**record, **{part: [moved(entry) for entry in record[part]] for part in ("inputs", "outputs")}}
+
+
+def recorded_prefix(record: Mapping[str, Any], place: str) -> str:
+    """Where the experiment's folder was when a stage was recorded; its outputs lie in `place` of it.
+
+    Raises:
+        ProvenanceError: the first output does not.
+    """
+    first = next(iter(record["outputs"]), {"path": ""})["path"]
+    prefix, found, _ = f"{first}/".rpartition(f"{place}/")
+    if not found:
+        raise ProvenanceError(f"names {first or 'no file'} as output, which is not in {place}")
+    return prefix
 
 
 def files_below(folder: Path) -> list[str]:
@@ -226,6 +309,17 @@ def _entry(path: Path, root: Path, missing: str) -> dict[str, Any]:
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "files": files,
     }
+
+
+def _same_work(earlier: Mapping[str, Any] | None, record: Mapping[str, Any], folder: Path, root: Path) -> bool:
+    """Whether a record names the configuration and the inputs of another; what came without one may be anything."""
+    if earlier is None or earlier.get("config_sha256") != record["config_sha256"]:
+        return False
+    before, now = (
+        [(entry["path"], entry["sha256"]) for entry in inputs]
+        for inputs in (located(earlier, folder, root)["inputs"], record["inputs"])
+    )
+    return before == now
 
 
 def _file_entry(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import pwd
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -59,9 +60,7 @@ def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
                 f"{folder}: its file system keeps no locks ({error}); mount it with them (Lustre: option flock; NFS: "
                 "without nolock), or choose another folder"
             ) from error
-        raise StorageError(
-            f"{folder}: cannot be locked ({error}); make it writable or choose another folder"
-        ) from error
+        raise StorageError(_refused(folder, error)) from error
     try:
         with atomic_file(holder) as path:
             since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -72,10 +71,32 @@ def run_lock(folder: Path, *, wait_seconds: float = 0) -> Iterator[None]:
         lock.release()
 
 
+def _refused(folder: Path, error: OSError) -> str:
+    lock = folder / _LOCK
+    if isinstance(error, PermissionError) and lock.exists() and os.access(folder, os.W_OK, effective_ids=True):
+        return (
+            f"{lock}: user {_name(lock.stat().st_uid)} made it and you may not write it; among several users, let "
+            "their group write ('chmod -R g+rwX', and umask 002 for all), or choose another results folder"
+        )
+    owner = (
+        f" of user {_name(folder.stat().st_uid)}"
+        if folder.exists() and not os.access(folder, os.W_OK, effective_ids=True)
+        else ""
+    )
+    return f"{folder}{owner}: cannot be locked ({error}); make it writable or choose another folder"
+
+
+def _name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
 def _described(holder: Path) -> str:
-    # Between taking the lock and naming its holder there is an instant without a name.
+    # Between taking the lock and naming its holder there is an instant without a name; another user's may be hidden.
     try:
         entry = json.loads(holder.read_text())
-    except FileNotFoundError:
+        return f" (process {entry['pid']} on {entry['host']} since {entry['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f" (process {entry['pid']} on {entry['host']} since {entry['since']})"

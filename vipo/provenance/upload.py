@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vipo.errors import VipoError
 from vipo.provenance.files import file_sha256, text_lines
-from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, read_provenance
+from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, located, read_provenance
 
 MANIFEST = "SHA256SUMS"
 
@@ -112,7 +112,8 @@ def _store(url: str) -> tuple[Any, str]:
 def _check_recorded(folder: Path, hashes: Mapping[str, str], root: Path) -> None:
     top = absolute_path(folder)
     for record in (name for name in hashes if Path(name).name == PROVENANCE):
-        for entry in read_provenance(folder / record)["outputs"]:
+        place = (folder / record).parent
+        for entry in located(read_provenance(folder / record), place, root)["outputs"]:
             for recorded, file in entry_files(entry).items():
                 path = absolute_path(root / recorded)
                 if not path.is_relative_to(top):

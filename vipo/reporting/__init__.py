@@ -1,5 +1,6 @@
 """The report: the numbers that compare an experiment's runs, and one self-contained HTML page that shows them."""
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -70,12 +71,13 @@ def build_report(experiment_dir: Path, runs: Sequence[str], config: Config, outp
     if not _agree(json.loads(data.read_text()), json.loads(json.dumps(summary.as_json()))):
         raise ReportError(f"{data}: was made from other results; run 'vipo summarize' again")
     files = _page_files(experiment, summary, draw_figures(summary))
-    for name in TIMES:
+    # All are written before the first one is renamed into place. The stack unwinds backwards: the page last, for it is
+    # what tells that the report is there.
+    with contextlib.ExitStack() as stack:
+        for name in sorted(files, key=lambda name: name != "index.html"):
+            stack.enter_context(atomic_file(output / name)).write_text(files[name], encoding="utf-8")
+    for name in set(TIMES) - files.keys():
         (output / name).unlink(missing_ok=True)
-    # The page last: it is what tells that the report is there.
-    for name, text in files.items():
-        with atomic_file(output / name) as path:
-            path.write_text(text, encoding="utf-8")
     return output / "index.html"
 
 

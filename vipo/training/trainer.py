@@ -13,7 +13,6 @@ import math
 import resource
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from vipo.prompts import read_prompts
 from vipo.provenance import code_identity, record_stage, run_lock
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
 from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.superseded import is_finished, set_aside
 from vipo.rewards import RewardError, load_reward, score
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain, stochastic_steps
 from vipo.sampling.noise import Key, keyed_generator
@@ -596,25 +596,18 @@ class Trainer:
     def set_aside_other(self) -> None:
         """Move a run of another configuration or other inputs out of the folder, so that a fresh one can start."""
         newest = load_newest(self._checkpoints)
-        if newest is None or newest.state["identity"] == self.identity():
+        if newest is not None and newest.state["identity"] == self.identity():
             return
-        superseded = self.folder.parent / ".superseded"
-        superseded.mkdir(exist_ok=True)
-        name = f"{self.folder.name}-{newest.state['identity'][:12]}"
-        aside = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=superseded))
-        # What a workflow deleted before it started this process; then the checkpoints last, because they are what
-        # tells a process that was killed in between that there is something to set aside.
-        for text, file in ((newest.state["metrics"], "metrics.jsonl"), (newest.state["config"], "config.yaml")):
-            if not (self.folder / file).is_file():
-                (self.folder / file).write_text(text, encoding="utf-8")
-        children = [child for child in self.folder.iterdir() if not child.name.startswith(".lock")]
-        for child in sorted(children, key=lambda path: path == self._checkpoints):
-            shutil.move(child, aside / child.name)
-        log.warning(
-            "%s was made by another configuration or other inputs: set aside as %s, a fresh run starts",
-            self.folder,
-            aside,
-        )
+        if newest is not None:
+            # What a workflow deleted before it started this process.
+            for text, file in ((newest.state["metrics"], "metrics.jsonl"), (newest.state["config"], "config.yaml")):
+                if not (self.folder / file).is_file():
+                    (self.folder / file).write_text(text, encoding="utf-8")
+        elif not is_finished(self.folder, "train"):
+            return
+        aside = set_aside(self.folder.parents[1], [self.folder])
+        why = "came without checkpoints" if newest is None else "was made by another configuration or other inputs"
+        log.warning("%s %s: set aside in %s, a fresh run starts", self.folder, why, aside)
 
     def _resumable(self) -> Checkpoint | None:
         newest = load_newest(self._checkpoints)
@@ -713,10 +706,8 @@ class Trainer:
                 )
             if main:
                 if newest is None:
-                    # Weights stand for a finished run of this configuration: another one's, which came without its
-                    # checkpoints, must not outlive the start of this one.
-                    for name in ("weights", "updates"):
-                        shutil.rmtree(self.folder / name, ignore_errors=True)
+                    # Kept weights of a run that was cut off before its first checkpoint are not this one's.
+                    shutil.rmtree(self.folder / "updates", ignore_errors=True)
                 # An output of every run, whether or not training.save_at fills it.
                 (self.folder / "updates").mkdir(exist_ok=True)
             if newest is not None:

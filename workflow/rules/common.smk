@@ -74,10 +74,21 @@ for run, resolved in RUNS.items():
 TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
 
+# What stood there before, for a start that is refused.
+EARLIER = {}
 for run, resolved in RUNS.items():
-    write_if_changed(
-        Path(EXPERIMENT_DIR, "configs", f"{run}.yaml"), dump_config(resolved)
-    )
+    file = Path(EXPERIMENT_DIR, "configs", f"{run}.yaml")
+    EARLIER[file] = file.read_bytes() if file.is_file() else None
+    write_if_changed(file, dump_config(resolved))
+
+
+def restore_configurations():
+    """Put the configurations back that were there before this file was read."""
+    for file, content in EARLIER.items():
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
 
 
 try:
@@ -101,11 +112,16 @@ def identity(run, stage):
     return json.dumps(getattr(RUNS[run], f"{stage}_identity")(), sort_keys=True)
 
 
+def as_input(path):
+    """A file as rules name it: relative where it is in the repository, so that a checkout can be moved."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def generator_files():
     """The files of a local generator, but for the record of its making; none for a hub id, whose revision pins it."""
     folder = ROOT / RUNS[FIRST].generator.path
     return sorted(
-        str(path)
+        as_input(path)
         for kind in ("safetensors", "json")
         for path in folder.rglob(f"*.{kind}")
         if path != folder / PROVENANCE
@@ -120,9 +136,9 @@ def backbone_files(run):
         []
         if path is None
         else (
-            [str(path)]
+            [as_input(path)]
             if path.is_file()
-            else sorted(map(str, path.rglob("*.safetensors")))
+            else sorted(map(as_input, path.rglob("*.safetensors")))
         )
     )
 
@@ -130,7 +146,7 @@ def backbone_files(run):
 def prompt_files():
     """The prompt source where it is a file; a callable source has none."""
     source = ROOT / RUNS[FIRST].prompts.source
-    return [str(source)] if source.is_file() else []
+    return [as_input(source)] if source.is_file() else []
 
 
 def finished_run(wildcards):

@@ -65,7 +65,8 @@ def requeue_preempted_jobs():
     executor.query_job_status = query_and_requeue
 
 
-onstart:
+def check_cluster():
+    """Where jobs go to Slurm: refuse what does not get there, and an earlier snakemake's jobs."""
     if workflow.executor_plugin.name == "slurm":
         # Snakemake hands them to its jobs through two shells.
         if quoted := [text for text in OVERRIDES if re.search(r"[\"'\\$`]", text)]:
@@ -74,9 +75,7 @@ onstart:
                 "$ and `, or into a file of configs/experiment"
             )
         if left := jobs_left_behind():
-            listed = ", ".join(
-                f"{job} ({comment})" for job, comment in left.items()
-            )
+            listed = ", ".join(f"{job} ({comment})" for job, comment in left.items())
             raise WorkflowError(
                 f"Slurm jobs of an earlier snakemake still work on experiment {EXPERIMENT}: {listed}. Wait until they "
                 f"have ended, or stop them with 'scancel {' '.join(left)}' (training keeps its checkpoint), then start "
