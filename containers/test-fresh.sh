@@ -38,10 +38,11 @@ if [ -n "${SSL_CERT_FILE:-}" ]; then
   cp "$SSL_CERT_FILE" "$root/authorities.pem"
   handed+=(SSL_CERT_FILE=/authorities.pem PIP_CERT=/authorities.pem)
 fi
-newcomer() { env -i "${handed[@]}" chroot --userspec=newcomer "$root" bash -c "cd ~/vipo && $1"; }
+chroot=$(command -v chroot)
+newcomer() { env -i "${handed[@]}" "$chroot" --userspec=newcomer "$root" bash -c "cd ~/vipo && $1"; }
 install() {
   env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive \
-    chroot "$root" apt-get install --quiet --yes --no-install-recommends "$@" >>"$work/apt.log" || { tail "$work/apt.log"; exit 1; }
+    "$chroot" "$root" apt-get install --quiet --yes --no-install-recommends "$@" >>"$work/apt.log" || { tail "$work/apt.log"; exit 1; }
 }
 chroot "$root" apt-get update --quiet >"$work/apt.log"
 git clone --quiet . "$root/home/newcomer/vipo"
