@@ -64,7 +64,8 @@ newcomer 'make env'
 newcomer 'du --summarize --human-readable --total .venv .uv ~/.cache'
 
 step "vipo --help"
-newcomer '.venv/bin/vipo --help' | head -n 3
+newcomer '.venv/bin/vipo --help' >"$work/help"
+grep -q 'Visual Preference Policy Optimization' "$work/help"
 
 step "a tiny experiment"
 overrides=(

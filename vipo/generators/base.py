@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
+from vipo.generators.loading import without_loading_bars
 
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
@@ -178,6 +179,7 @@ def resolve_class(config: GeneratorConfig) -> type[Generator]:
     return found
 
 
+@without_loading_bars()
 def load_generator(config: GeneratorConfig, root: Path) -> Generator:
     """Load the configured generator on its device.
 

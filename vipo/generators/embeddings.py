@@ -12,12 +12,14 @@ from torch import Tensor
 
 from vipo.config.models import GeneratorConfig
 from vipo.generators.base import NEGATIVE, GeneratorError, check_device, resolve_class
+from vipo.generators.loading import without_loading_bars
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance.files import atomic_file, file_sha256
 
 _ORIGIN = "origin"
 
 
+@without_loading_bars()
 def encode_prompt_file(
     config: GeneratorConfig, root: Path, prompts: Path, output: Path, identity: Mapping[str, Any]
 ) -> None:
