@@ -2,6 +2,7 @@
 # `make test-fresh`: the newest commit on a fresh Debian or Ubuntu, made here with debootstrap, that holds nothing but the
 # packages which the README's apt-get line names: make env, vipo --help, a tiny experiment, as an ordinary user.
 # Needs root, debootstrap, 12 GB of disk and the network. SUITE: bookworm (default), trixie, noble, … MIRROR: its mirror.
+# SCRIPT: debootstrap's script where it knows the suite not yet (gutsy for any Ubuntu, which needs ubuntu-keyring as well).
 # SSL_CERT_FILE and the proxy variables are handed on.
 set -euo pipefail
 cd "$(git -C "$(dirname "$0")" rev-parse --show-toplevel)"
@@ -19,7 +20,7 @@ trap clean EXIT
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
 step "fresh $suite"
-debootstrap --variant=minbase "$suite" "$root" ${MIRROR:-} >"$work/debootstrap.log" || { tail "$work/debootstrap.log"; exit 1; }
+debootstrap --variant=minbase "$suite" "$root" ${MIRROR:-} ${SCRIPT:-} >"$work/debootstrap.log" || { tail "$work/debootstrap.log"; exit 1; }
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 case $suite in
   # Python's older and newer versions are in this part of Ubuntu's archive, which every installed Ubuntu reads.

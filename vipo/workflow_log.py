@@ -29,6 +29,7 @@ _KEPT = "finished jobs stay, training goes on from its newest checkpoint"
 _NO_JOBS = ("all", "total")
 
 
+_REPEATED = "Exiting because a job execution failed."
 _NO_NEWS = ("Building DAG of jobs...", "Assuming unrestricted shared filesystem usage.")
 
 
@@ -151,6 +152,8 @@ class WorkflowLog(logging.Handler):
                 self._finish(told["job_id"])
             case "job_error":
                 self._fail(told["jobid"], told)
+            case None if record.getMessage().startswith(_REPEATED):
+                pass
             case None if record.levelno > logging.INFO or not record.pathname.startswith(self._library):
                 self._erase()
                 self._own.handle(record)
@@ -208,8 +211,12 @@ class WorkflowLog(logging.Handler):
     def _end(self) -> None:
         self._erase()
         failed = [] if self._interrupted else list(self._failed.values())
+        told: dict[str, list[_Job]] = {}
         for job in failed:
-            self._write(f"{job.name} failed; its log: {job.log}\n{read_error(job.log) or 'error: its log is empty'}")
+            told.setdefault(read_error(job.log) or "error: the log is empty", []).append(job)
+        for error, jobs in told.items():
+            names, logs = ", ".join(job.name for job in jobs), " ".join(str(job.log) for job in jobs)
+            self._write(f"{names} failed; log: {logs}\n{error}")
         for text in self._errors:
             self._write(f"error: {text}")
         if self._interrupted:

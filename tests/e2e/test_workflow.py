@@ -69,7 +69,16 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
 
     result = _snakemake(project, overrides)
     assert result.returncode == 0, result.stdout + result.stderr
+    # A line a job, then that it is done; what stages and Snakemake say is in the logs.
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("  ", "Using profile "))]
+    assert [line.split("]")[0] for line in lines[:-1]] == [f"[{number}/10" for number in range(1, 11)], result.stderr
+    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward 0\.\d+ -> 0\.\d+", result.stderr, re.MULTILINE)
+    assert lines[-1].startswith("10 jobs done in ")
     experiment = project / "results/demo"
+    logs = {path.stem: path.read_text() for path in (experiment / "logs").iterdir()}
+    assert "vipo-s0: samples: 100%" in logs["evaluate-vipo-s0"]
+    assert "24/24" in logs["evaluate-vipo-s0"]
+    assert not [name for name, text in logs.items() if "Loading " in text]
     page = (experiment / "report/index.html").read_text()
     assert "Redder objects" in page
     assert (experiment / "ro-crate-metadata.json").is_file()
@@ -113,4 +122,5 @@ def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_over
 def test_wrong_key_stops_before_anything_runs(project: Path, tiny_overrides: list[str]) -> None:
     result = _snakemake(project, ["training.updtes=3"], "--dry-run")
     assert result.returncode != 0
-    assert "training.updtes: unknown key; did you mean 'updates'?" in result.stdout + result.stderr
+    assert "error: experiment demo: training.updtes: unknown key; did you mean 'updates'?" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("to go on: mend that, then snakemake --profile ")
