@@ -236,6 +236,7 @@ class WorkflowLog(logging.Handler):
 
     def _leave(self, number: int, _frame: FrameType | None) -> None:
         self._closed = True
+        self._hear_interrupts_again()
         self._write("\nstopped while the workflow was being read; nothing was started\nto go on: " + self._again)
         raise SystemExit(128 + number)
 

@@ -94,7 +94,7 @@ def test_a_python_without_venv(machine: Machine) -> None:
 def test_the_first_fitting_interpreter_is_taken(machine: Machine, tmp_path: Path) -> None:
     old, newer = PYTHON.format(version="3.10", venv=0), PYTHON.format(version="3.12", venv=1)
     assert _advice(machine(python3=old, python3_12=newer)) == ["python3.12-venv"]
-    assert machine("--python").stdout == f"{tmp_path}/bin/python3.12\n"
+    assert machine("--python", python3=old).stdout == f"{tmp_path}/bin/python3.12\n"
     chosen = machine(environment={"PYTHON": "python3"}, python3=old)
     assert "PYTHON=python3 is none" in chosen.stderr
     assert "python3 is 3.10" in chosen.stderr

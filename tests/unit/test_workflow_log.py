@@ -14,6 +14,8 @@ from vipo.tracking.progress import progress_bar
 from vipo.workflow_log import Standing, WorkflowLog, read_error, read_standing
 
 AGAIN = "make demo"
+# Where the handler in whose place the log is comes from, as Snakemake's own messages do.
+LIBRARY = str(Path(logging.__file__).parent / "x.py")
 
 
 class Terminal:
@@ -107,7 +109,7 @@ def test_a_stages_error_stands_once_and_last(terminal: Terminal) -> None:
     terminal.fail(1, "train")
     terminal.fail(2, "train")
     terminal.say("error", "WorkflowError:\nAt least one job did not complete successfully.", exception="WorkflowError")
-    terminal.say(None, "Exiting because a job execution failed. Look above", level=logging.ERROR)
+    terminal.say(None, "Exiting because a job execution failed. Look above", level=logging.ERROR, path=LIBRARY)
     lines = terminal.end()
     assert lines == [
         "train grpo-s0 failed after 30 s",
@@ -152,7 +154,7 @@ def test_interrupts(terminal: Terminal) -> None:
     # Snakemake's from its first job on.
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-    terminal.say(None, "Terminating processes on user request, this might take some time.")
+    terminal.say(None, "Terminating processes on user request, this might take some time.", path=LIBRARY)
     terminal.fail(1, "train")
     first, last = terminal.end()
     assert first == "stopped on request"
@@ -170,9 +172,8 @@ def test_an_interrupt_while_the_workflow_is_read_is_two_lines(terminal: Terminal
 
 def test_others_messages_are_shown_and_snakemakes_own_are_not(terminal: Terminal) -> None:
     terminal.begin(train=1)
-    library = str(Path(logging.__file__).parent / "x.py")
-    terminal.say(None, "Select jobs to execute...", path=library)
-    terminal.say(None, "a warning", level=logging.WARNING, path=library)
+    terminal.say(None, "Select jobs to execute...", path=LIBRARY)
+    terminal.say(None, "a warning", level=logging.WARNING, path=LIBRARY)
     terminal.say(None, "Slurm job 7 was pre-empted and is queued again.")
     assert terminal.stream.getvalue().splitlines() == ["a warning", "Slurm job 7 was pre-empted and is queued again."]
 
