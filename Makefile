@@ -10,27 +10,32 @@ EXPERIMENT ?= demo
 # One thread a process, as the configuration says; test workers and jobs run side by side.
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
+# make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
+export PYTHON
 
 .PHONY: help env demo gpu study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
-  sif test-image lock clean
+  sif test-image test-fresh lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-env: $(VENV)/.complete  ## .venv from the hash-locked requirements (about 6 GB with PyTorch's CUDA build)
+env: $(VENV)/.complete  ## .venv from the hash-locked requirements (about 6.5 GB with PyTorch's CUDA build)
 
-$(abspath .uv)/bin/uv:
-	python3 -m venv .uv
-	.uv/bin/python -m pip install --quiet uv
-
-$(VENV)/.complete: requirements.lock pyproject.toml | $(UV)
-	[ -x $(BIN)/python ] || $(UV) venv --quiet --python '>=3.11,<3.14' $(VENV)
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+# Looks first at all that is needed, and says in one message what is missing.
+$(VENV)/.complete: requirements.lock pyproject.toml
+	@UV=$(UV) workflow/preflight.sh
+	@$(MAKE) --no-print-directory $(UV)
+	[ -x $(BIN)/python ] || $(UV) venv --clear --python "$$(workflow/preflight.sh --python)" $(VENV)
+	$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(abspath .uv)/bin/uv:
+	"$$(workflow/preflight.sh --python)" -m venv .uv
+	.uv/bin/python -m pip install --disable-pip-version-check --require-hashes --requirement containers/installer.lock
+
 demo: env  ## the whole experiment on CPU: base, GRPO, ViPO, controls, evaluation, report
-	snakemake --profile workflow/profiles/local --config experiment=$(EXPERIMENT)
+	VIPO_AGAIN='$(strip make $@ $(MAKEOVERRIDES))' snakemake --profile local --config experiment=$(EXPERIMENT)
 	@echo "report: file://$(abspath results/$(EXPERIMENT)/report/index.html)"
 	@if [ -n "$${DISPLAY:-}" ]; then python -m webbrowser "file://$(abspath results/$(EXPERIMENT)/report/index.html)" || true; fi
 
@@ -87,6 +92,9 @@ sif:  ## the same image for Apptainer, containers/vipo.sif, which `snakemake --s
 
 test-image: env  ## build twice on a Debian base made here, run an experiment and the tests inside (root, buildah, debootstrap)
 	containers/test.sh
+
+test-fresh:  ## make env and a tiny experiment on a Debian that holds the README's packages alone (root, debootstrap, network)
+	containers/test-fresh.sh
 
 lock: | $(UV)  ## resolve requirements.lock again
 	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \

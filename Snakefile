@@ -7,7 +7,11 @@ Every configuration is composed and validated while this file is read, so a wron
 from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
+from vipo.workflow_log import show_plainly
+
 min_version("9.5")
+if workflow.is_main_process:
+    show_plainly(workflow.output_settings)
 
 
 IMAGE = "containers/vipo.sif"

@@ -169,6 +169,16 @@ def test_after_snakemake_dvc_has_nothing_to_do(project: Path) -> None:
     assert not [name for name in files if any(part in name for part in VOLATILE)]
 
 
+def test_a_dry_run_without_results_ends_at_the_second_stage(project: Path) -> None:
+    """As docs/reproducibility.md says: DVC looks for files that its dry run has not made."""
+    clone = _clone(project, "dry")
+    # Before the first lock.
+    _run(clone, "git", "checkout", "--quiet", "HEAD~1")
+    shown = _run(clone, "dvc", "repro", "--dry", code=255)
+    assert "Running stage 'prepare'" in shown
+    assert "results/demo/prompts/eval.jsonl" in shown
+
+
 def test_dvc_lock_alone_makes_no_run_dirty(project: Path) -> None:
     lock = project / "dvc.lock"
     text = lock.read_text()

@@ -79,7 +79,12 @@ def finished(project: Path, overrides: list[str]) -> Path:
     if not (project / "results/demo/ro-crate-metadata.json").is_file():
         result = _snakemake(project, overrides)
         assert result.returncode == 0, result.stdout + result.stderr
+        _first_log(project).write_text(result.stderr)
     return project / "results/demo"
+
+
+def _first_log(project: Path) -> Path:
+    return project.parent / "first-run.log"
 
 
 def test_dag_runs_once_and_reruns_what_changed(
@@ -91,6 +96,16 @@ def test_dag_runs_once_and_reruns_what_changed(
     assert _planned(project, overrides) == everything
 
     experiment: Path = request.getfixturevalue("finished")
+    told = _first_log(project).read_text()
+    # A line a job, then that it is done; what stages and Snakemake say is in the logs.
+    lines = [line for line in told.splitlines() if not line.startswith(("  ", "Using profile "))]
+    assert [line.split("]")[0] for line in lines[:-1]] == [f"[{number}/10" for number in range(1, 11)], told
+    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward 0\.\d+ -> 0\.\d+", told, re.MULTILINE)
+    assert lines[-1].startswith("10 jobs done in ")
+    logs = {path.stem: path.read_text() for path in (experiment / "logs").iterdir()}
+    assert "vipo-s0: samples: 100%" in logs["evaluate-vipo-s0"]
+    assert "24/24" in logs["evaluate-vipo-s0"]
+    assert not [name for name, text in logs.items() if "Loading " in text]
     page = (experiment / "report/index.html").read_text()
     assert "Redder objects" in page
     assert (experiment / "ro-crate-metadata.json").is_file()
@@ -239,4 +254,5 @@ def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_over
 def test_wrong_key_stops_before_anything_runs(project: Path, tiny_overrides: list[str]) -> None:
     result = _snakemake(project, ["training.updtes=3"], "--dry-run")
     assert result.returncode != 0
-    assert "training.updtes: unknown key; did you mean 'updates'?" in result.stdout + result.stderr
+    assert "error: experiment demo: training.updtes: unknown key; did you mean 'updates'?" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("to go on: mend that, then snakemake --profile ")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slurm
 
 ROOT = repository_root()
 UPDATES = 16
-# A limit against hangs, not a measure.
+# Of every wait its own limit, against hangs: no measure.
 SECONDS = 3600
 
 SLURM_CONF = """\
@@ -53,6 +53,8 @@ MpiDefault=none
 ReturnToService=2
 # Long enough for the test to look back at every job.
 MinJobAge=3600
+# A job that can start does: the defaults gather jobs for seconds and look at waiting ones every half minute.
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
@@ -67,11 +69,11 @@ PartitionName=cancelled Nodes=node2 PreemptMode=CANCEL
 PartitionName=urgent Nodes=node[1-2] PriorityTier=2
 """
 
-# Snakemake that asks Slurm every two seconds: the executor asks less and less often, and stages here are short.
+# Snakemake that asks Slurm every second: the executor asks less and less often, and stages here are short.
 SNAKEMAKE = """\
 import snakemake_executor_plugin_slurm as slurm
 from snakemake.cli import main
-slurm.Executor.next_seconds_between_status_checks = property(lambda self: 2, lambda self, seconds: None)
+slurm.Executor.next_seconds_between_status_checks = property(lambda self: 1, lambda self, seconds: None)
 main()
 """
 
@@ -84,10 +86,10 @@ while :; do sleep 0.1; done
 """
 
 
-def _eventually(told: str, holds: Callable[[], object], seconds: float = 900) -> None:
-    end = time.monotonic() + seconds
+def _eventually(told: str, holds: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
     while not holds():
-        assert time.monotonic() < end, f"not within {seconds} s: {told}"
+        assert time.monotonic() < end, f"not within {SECONDS} s: {told}"
         time.sleep(0.2)
 
 
@@ -132,10 +134,10 @@ class Cluster:
 
 
 @contextmanager
-def _daemon(*command: str | Path, environment: dict[str, str]) -> Iterator[None]:
+def _daemon(*command: str | Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL) as process:
         try:
-            yield
+            yield process
         finally:
             process.terminate()
 
@@ -171,21 +173,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     ]
     daemons = [munged, ["slurmctld", "-D"], ["slurmd", "-D", "-N", "node1"], ["slurmd", "-D", "-N", "node2"]]
     with ExitStack() as stack:
+        running: list[subprocess.Popen[bytes]] = []
+
+        def alive() -> bool:
+            for daemon in running:
+                assert daemon.poll() is None, f"{daemon.args} ended with status {daemon.returncode}; logs: {folder}"
+            return True
+
         for daemon in daemons:
-            stack.enter_context(_daemon(*daemon, environment=environment))
+            running.append(stack.enter_context(_daemon(*daemon, environment=environment)))
             if daemon is munged:
-                _eventually("munge answers", (folder / "munge.socket").exists, 10)
+                _eventually("munge answers", lambda: alive() and (folder / "munge.socket").exists())
         made = Cluster(environment)
         ready = ["sinfo", "-h", "-N", "-p", "cpu", "-o", "%T"]
         _eventually(
             "both nodes are idle",
-            lambda: subprocess.run(ready, env=environment, capture_output=True).stdout == b"idle\nidle\n",
-            30,
+            lambda: alive() and subprocess.run(ready, env=environment, capture_output=True).stdout == b"idle\nidle\n",
         )
         yield made
         if left := [job.id for job in made.queue()]:
             made.ask("scancel", *left)
-            _eventually("every job has ended", lambda: not made.queue(), 60)
+            _eventually("every job has ended", lambda: not made.queue())
 
 
 @pytest.fixture
@@ -263,7 +271,15 @@ class Workflow:
     def finished(self, *arguments: str) -> int:
         """The exit status of a snakemake that ends by itself."""
         with self.started(*arguments) as process:
-            return process.wait(SECONDS)
+            return self.ended(process)
+
+    def ended(self, snakemake: subprocess.Popen[bytes]) -> int:
+        """The exit status of the newest snakemake, once it has ended."""
+        try:
+            return snakemake.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            queue = [(job.comment, job.state) for job in self.cluster.queue()]
+            raise AssertionError(f"snakemake has not ended within {SECONDS} s; queue: {queue}; {self.shown}") from None
 
     @property
     def shown(self) -> str:
@@ -272,7 +288,7 @@ class Workflow:
 
     def hold_training(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
         """The job that trains, standing still after more than `after` updates."""
-        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None, SECONDS)
+        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None)
         self.hold.touch()
         assert snakemake.poll() is None, self.shown
         (job,) = self.cluster.queue("rule_train")
@@ -306,7 +322,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     # Stopped with all its processes, it keeps its last update.
     cluster.ask("scancel", *(known.id for known in cluster.queue()))
     workflow.hold.unlink()
-    _eventually("the cancelled job has ended", lambda: not cluster.queue(), 60)
+    _eventually("the cancelled job has ended", lambda: not cluster.queue())
     assert "stopped by SIGTERM after update" in workflow.log
     done = int(list_checkpoints(workflow.run / "checkpoints")[0].name)
     assert 1 <= done < UPDATES - 2
@@ -317,7 +333,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
         job = workflow.hold_training(third, done)
         cluster.ask("scancel", "--signal=TERM", job.id)
         workflow.hold.unlink()
-        assert third.wait(SECONDS) == 0, workflow.shown
+        assert workflow.ended(third) == 0, workflow.shown
     assert (project / "results/demo/report/index.html").is_file()
     assert (project / "results/demo/ro-crate-metadata.json").is_file()
 
@@ -349,7 +365,7 @@ def test_two_nodes_train_one_run_and_stop_together(
         assert "NodeList=node[1-2]" in asked
         cluster.ask("scancel", "--signal=TERM", job.id)
         workflow.hold.unlink()
-        assert snakemake.wait(SECONDS) == 0, workflow.shown
+        assert workflow.ended(snakemake) == 0, workflow.shown
     assert [known.state for known in cluster.jobs("rule_train")[earlier:]] == ["FAILED", "COMPLETED"]
     assert "resumed after update" in workflow.log
     # Two processes of one node sum in the same order.
@@ -398,7 +414,7 @@ def test_preempted_jobs_go_on_and_use_up_no_retry(cluster: Cluster, project: Pat
         for job in cluster.queue("rule_prepare"):
             cluster.ask("scontrol", "update", f"JobId={job.id}", "StartTime=now")
         for workflow, snakemake in runs:
-            assert snakemake.wait(SECONDS) == 0, workflow.shown
+            assert workflow.ended(snakemake) == 0, workflow.shown
             assert "was pre-empted and is queued again" in workflow.shown
         assert states() == ["COMPLETED", "COMPLETED"]
     calls = [json.loads(line) for line in log.read_text().splitlines()]

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from vipo.config.compose import dump_config, load_config_file
 from vipo.config.models import Config
@@ -34,6 +35,7 @@ from vipo.rewards import Reward, load_reward, score
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
+from vipo.tracking.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +64,16 @@ def held_out_samples(prompts: Sequence[Prompt], config: Config) -> list[HeldOut]
 
 
 def sample_held_out(
-    generator: Generator, samples: Sequence[HeldOut], embeddings: dict[str, dict[str, Tensor]], config: Config
+    generator: Generator,
+    samples: Sequence[HeldOut],
+    embeddings: dict[str, dict[str, Tensor]],
+    config: Config,
+    progress: "tqdm[Any] | None" = None,
 ) -> Tensor:
-    """Images ``(N, 3, H, W)`` or videos ``(N, T, 3, H, W)`` in [0, 1], quantised to 8 bits as they are stored."""
+    """Images ``(N, 3, H, W)`` or videos ``(N, T, 3, H, W)`` in [0, 1], quantised to 8 bits as they are stored.
+
+    `progress` is a bar over samples.
+    """
     device = config.generator.device
     chain = sampling_chain(
         config.sampling,
@@ -81,6 +90,8 @@ def sample_held_out(
         noise = keyed_normal(keys, generator.latent_shape, device)
         conditioning = stack_conditioning(embeddings, [sample.prompt.id for sample in chunk])
         images.append(generator.pictures(sample_ode(generator, conditioning, chain, noise)).cpu())
+        if progress is not None:
+            progress.update(len(chunk))
     return (torch.cat(images) * 255).round() / 255
 
 
@@ -135,12 +146,14 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         blank = torch.zeros(1, *config.generator.sample_shape, device=config.generator.device)
         for name, reward in rewards.items():
             score(name, reward, blank, [prompts[0].text], [prompts[0].metadata])
-        base = sample_held_out(generator, samples, embeddings, config)
-        pictures = {0: base} if config.is_base else {}
-        for number, folder in weights.items():
-            generator.load_network(folder)
-            pictures[number] = sample_held_out(generator, samples, embeddings, config)
-            log.info("%s: update %d sampled, %d pictures", config.run_name, number, len(samples))
+        total = len(samples) * (1 + len(weights))
+        with progress_bar(total=total, description=f"{config.run_name}: samples", unit="sample") as progress:
+            base = sample_held_out(generator, samples, embeddings, config, progress)
+            pictures = {0: base} if config.is_base else {}
+            for number, folder in weights.items():
+                generator.load_network(folder)
+                pictures[number] = sample_held_out(generator, samples, embeddings, config, progress)
+        log.info("%s: scoring %d samples of updates %s", config.run_name, len(samples), ", ".join(map(str, pictures)))
         scores = score_pictures(pictures, base, samples, rewards, config)
         final = max(pictures)
         size, groups, device = generator.grid, generator.frame_groups, config.generator.device

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
 from vipo.foreign import guarded_class, resolve
+from vipo.generators.loading import without_loading_bars
 
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
@@ -228,6 +229,7 @@ _CALLED = (
 )
 
 
+@without_loading_bars()
 def load_generator(config: GeneratorConfig, root: Path) -> Generator:
     """Load the configured generator on its device.
 

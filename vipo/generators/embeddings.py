@@ -14,13 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.models import GeneratorConfig
-from vipo.generators.base import (
-    NEGATIVE,
-    GeneratorError,
-    check_device,
-    checkpoint_location,
-    resolve_class,
-)
+from vipo.generators.base import NEGATIVE, GeneratorError, check_device, checkpoint_location, resolve_class
+from vipo.generators.loading import without_loading_bars
 from vipo.generators.texts import shown
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance.files import atomic_file, file_sha256
@@ -31,6 +26,7 @@ _ORIGIN = "origin"
 _ENCODERS = ("text_encoder", "tokenizer")
 
 
+@without_loading_bars()
 def encode_prompt_file(
     config: GeneratorConfig, root: Path, prompts: Path, output: Path, identity: Mapping[str, Any]
 ) -> None:

@@ -8,6 +8,7 @@ micro-batches of the rollout are those of the update: the same network calls, he
 
 import contextlib
 import copy
+import json
 import logging
 import math
 import resource
@@ -733,16 +734,19 @@ class Trainer:
                     )
                 )
                 done = saved = start
+                first = None if newest is None else json.loads(newest.state["metrics"].splitlines()[0])["reward/mean"]
                 try:
                     for number in range(start + 1, training.updates + 1):
                         with self.timer("total"), memory_errors(f"update {number}", _UPDATE_REMEDY):
                             metrics = self.update(number)
+                        if first is None:
+                            first = metrics["reward/mean"]
                         if tracker is not None:
                             tracker.log(number, metrics, self._timing())
                             if self.code["package_sha256"] not in self.packages():
                                 self.made_by.append(self.code)
                         progress.set_postfix(
-                            reward=f"{metrics['reward/mean']:.4f}",
+                            reward=f"{first:.3f} -> {metrics['reward/mean']:.3f}",
                             ratio=f"{metrics['log_ratio/max_before_first_step']:.1e}",
                             clip=f"{metrics['clip/share']:.2f}",
                             grad=f"{metrics['grad/norm']:.2f}",

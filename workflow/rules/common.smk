@@ -15,6 +15,7 @@ from vipo.config.compose import (
     write_if_changed,
 )
 from vipo.config.experiment import check_runs
+from vipo.config.workflow import read_workflow_config
 from vipo.errors import VipoError
 from vipo.imports import check_imports
 from vipo.provenance.files import file_sha256
@@ -22,16 +23,15 @@ from vipo.provenance.lineage import PROVENANCE
 from vipo.text import message
 
 ROOT = repository_root()
-EXPERIMENT = str(config.get("experiment", "demo"))
-OVERRIDES = [str(item) for item in config.get("overrides", [])]
+try:
+    EXPERIMENT, OVERRIDES = read_workflow_config(config)
+except ConfigError as error:
+    raise WorkflowError(str(error)) from error
 
 # What all stages' shells share. A stage waits for another process that writes the same files, such as a predecessor on
-# its last checkpoint. A scheduler's signal reaches every process of a job: shell and tee outlive the stage, which needs
-# them while it writes its checkpoint.
-shell.prefix(
-    "set -euo pipefail; export VIPO_WAIT=1200; "
-    "trap : TERM USR1; tee() {{ trap '' TERM USR1; exec tee \"$@\"; }}; "
-)
+# its last checkpoint. A scheduler's signal reaches every process of a job: the shell outlives the stage, which writes
+# its checkpoint meanwhile.
+shell.prefix("set -euo pipefail; export VIPO_WAIT=1200; trap : TERM USR1; ")
 
 
 def resolve_runs():

@@ -13,7 +13,7 @@ rule prepare:
     params:
         identity=identity(FIRST, "prompts"),
     shell:
-        "vipo prepare --config {input.config} 2>&1 | tee {log}"
+        "vipo prepare --config {input.config} > {log} 2>&1"
 
 
 rule encode:
@@ -33,4 +33,4 @@ rule encode:
     params:
         identity=identity(FIRST, "embeddings"),
     shell:
-        "vipo encode --config {input.config} 2>&1 | tee {log}"
+        "vipo encode --config {input.config} > {log} 2>&1"

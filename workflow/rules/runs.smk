@@ -18,7 +18,7 @@ rule train:
     params:
         identity=lambda wildcards: identity(wildcards.run, "training"),
     shell:
-        "{resources.launch}vipo train --config {input.config} 2>&1 | tee {log}"
+        "{resources.launch}vipo train --config {input.config} > {log} 2>&1"
 
 
 rule evaluate:
@@ -44,4 +44,4 @@ rule evaluate:
     params:
         identity=lambda wildcards: identity(wildcards.run, "evaluation"),
     shell:
-        "vipo evaluate --config {input.config} 2>&1 | tee {log}"
+        "vipo evaluate --config {input.config} > {log} 2>&1"

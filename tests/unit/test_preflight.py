@@ -1,0 +1,138 @@
+"""`make env` looks first at all it needs: on faked machines, one message each, with what to install."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vipo.config.compose import repository_root
+
+ROOT = repository_root()
+TOOLS = ("sh", "sed", "awk", "du", "dirname", "basename", "head", "grep")
+PYTHON = """case "$2" in *version_info*) echo {version} ;; *ensurepip*) exit {venv} ;; esac"""
+
+Machine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """Runs the script on a machine whose programs are the named ones: name -> shell code."""
+    checkout, programs = tmp_path / "checkout", tmp_path / "bin"
+    (checkout / "workflow").mkdir(parents=True)
+    shutil.copy(ROOT / "workflow/preflight.sh", checkout / "workflow")
+    shutil.copy(ROOT / "requirements.lock", checkout)
+    programs.mkdir()
+    for name in TOOLS:
+        (programs / name).symlink_to(shutil.which(name) or "")
+
+    def run(*arguments: str, environment: dict[str, str] | None = None, **code: str | None) -> object:
+        usual = {
+            "python3": PYTHON.format(version="3.12", venv=0),
+            "git": "exit 0",
+            "uname": 'case "$1" in -m) echo x86_64 ;; *) echo Linux ;; esac',
+            "getconf": "echo glibc 2.36",
+            "df": "echo header; echo /dev/sda 100000000 1 50000000 1% /",
+        }
+        for name, text in (
+            usual | {name.replace("_", "-").replace("3-", "3."): text for name, text in code.items()}
+        ).items():
+            if text is not None:
+                (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+                (programs / name).chmod(0o755)
+        return subprocess.run(
+            [programs / "sh", checkout / "workflow/preflight.sh", *arguments],
+            env={"PATH": str(programs), "HOME": str(tmp_path)} | (environment or {}),
+            text=True,
+            capture_output=True,
+        )
+
+    return run  # type: ignore[return-value]
+
+
+def _advice(result: "subprocess.CompletedProcess[str]") -> list[str]:
+    assert result.returncode == 1
+    assert result.stderr.count("error: ") == 1
+    assert "nothing was made or downloaded" in result.stderr.splitlines()[-1]
+    line = re.search(
+        r"^on Debian or Ubuntu: sudo apt-get update && sudo apt-get install --yes (.*)$", result.stderr, re.M
+    )
+    return line[1].split() if line else []
+
+
+def test_nothing_is_said_where_nothing_is_missing(machine: Machine, tmp_path: Path) -> None:
+    result = machine()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert machine("--python").stdout == f"{tmp_path}/bin/python3\n"
+
+
+def test_all_that_is_missing_is_one_message(machine: Machine) -> None:
+    result = machine(
+        python3=None, git=None, df="echo header; echo /dev/sda 9 1 2097152 1% /", getconf="exit 1",
+        uname='case "$1" in -m) echo armv7l ;; *) echo Linux ;; esac',
+    )  # fmt: skip
+    assert _advice(result) == ["python3", "python3-venv", "git"]
+    for told in ("no python3 here", "git", "9 GB of free disk", "2 GB are free", "armv7l", "another libc"):
+        assert told in result.stderr
+
+
+def test_the_readme_names_what_the_script_looks_for(machine: Machine) -> None:
+    asked = re.findall(r"^sudo apt-get .*install --yes (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert len(asked) == 1
+    assert set(asked[0].split()) == {*_advice(machine(python3=None, git=None)), "make"}
+
+
+def test_a_python_without_venv(machine: Machine) -> None:
+    assert _advice(machine(python3=PYTHON.format(version="3.11", venv=1))) == ["python3-venv"]
+    # An installed uv makes the environment without it.
+    assert machine(environment={"UV": "/bin/sh"}).returncode == 0
+
+
+def test_the_first_fitting_interpreter_is_taken(machine: Machine, tmp_path: Path) -> None:
+    old, newer = PYTHON.format(version="3.10", venv=0), PYTHON.format(version="3.12", venv=1)
+    assert _advice(machine(python3=old, python3_12=newer)) == ["python3.12-venv"]
+    assert machine("--python", python3=old).stdout == f"{tmp_path}/bin/python3.12\n"
+    chosen = machine(environment={"PYTHON": "python3"}, python3=old)
+    assert "PYTHON=python3 is none" in chosen.stderr
+    assert "python3 is 3.10" in chosen.stderr
+
+
+@pytest.mark.parametrize(
+    ("apt", "offered"),
+    [
+        # Ubuntu 22.04: another version beside its own.
+        ('case "$2" in python3) echo Version: 3.10.6 ;; python3.11-venv) ;; *) exit 1 ;; esac', "python3.11"),
+        # A release that has none.
+        ('case "$2" in python3) echo Version: 3.14.2 ;; *) exit 1 ;; esac', ""),
+    ],
+)  # fmt: skip
+def test_a_python_of_another_version(machine: Machine, apt: str, offered: str) -> None:
+    result = machine(python3=PYTHON.format(version="3.10", venv=0), apt_cache=apt)
+    assert _advice(result) == ([offered, f"{offered}-venv"] if offered else [])
+    assert "python3 is 3.10" in result.stderr
+    assert ("make env PYTHON=" in result.stderr) is (not offered)
+
+
+def test_a_driver_older_than_the_locks_cuda_is_told_and_stops_nothing(machine: Machine) -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    cuda = re.search(r"^nvidia-cuda-runtime==(\d+)\.", lock, re.M)
+    assert cuda is not None
+    result = machine(nvidia_smi="echo 470.82.01")
+    assert result.returncode == 0
+    assert f"driver here is 470.82.01, and PyTorch in requirements.lock is built for CUDA {cuda[1]}" in result.stderr
+    assert machine(nvidia_smi="echo 999.1").stderr == ""
+    # No device answers.
+    assert machine(nvidia_smi="echo NVIDIA-SMI has failed; exit 9").stderr == ""
+
+
+def test_make_env_begins_with_it() -> None:
+    tried = subprocess.run(
+        ["make", "--dry-run", "--assume-new=requirements.lock", "env"], cwd=ROOT, text=True, capture_output=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+    )  # fmt: skip
+    assert "workflow/preflight.sh" in tried.stdout.splitlines()[0]
+    # uv shows how far it is.
+    assert "--quiet" not in tried.stdout
