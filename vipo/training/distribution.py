@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.models import DistributionConfig
-from vipo.training.samples import TrainingError
+from vipo.training.errors import TrainingError
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
