@@ -50,7 +50,7 @@ def finished_weights(config: Config, root: Path, experiment: Path) -> Path | Non
         if not all(is_unchanged(entry, root) for entry in (*outputs, *inputs)):
             return None
     # A record that was edited into something else: training again mends it.
-    except (ProvenanceError, KeyError, TypeError, ValueError, AttributeError):
+    except (ProvenanceError, LookupError, TypeError, ValueError, AttributeError):
         return None
     kept = [folder / "weights", *(folder / "updates" / f"{update:06d}" for update in config.training.save_at)]
     return kept[0] if all(path.is_dir() for path in kept) else None
