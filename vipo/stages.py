@@ -5,6 +5,7 @@ seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in t
 other's, from the newest checkpoint if it trains, and ends with the same bytes.
 """
 
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from vipo.config.models import Config, PretrainConfig
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
+
+log = logging.getLogger(__name__)
 
 
 def experiment_folder(config: Config, results: Path) -> Path:
@@ -119,7 +122,30 @@ def _encode(config: Config, root: Path, results: Path) -> None:
 
 
 def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
-    """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing."""
+    """One run into ``runs/<arm>-s<seed>``; prompts and embeddings first where they are missing.
+
+    Says what it reads before it loads it, and where the weights are and what comes next when it has them. Of a run that
+    is finished nothing is loaded, and nothing is written.
+    """
+    from vipo.training.finished import finished_weights, next_command
+
+    experiment = experiment_folder(config, results)
+    if (weights := finished_weights(config, root, experiment)) is not None:
+        log.info("%s: is finished, nothing is left to do; its weights are in %s", config.run_name, weights)
+        log.info("next: %s", next_command(config, results))
+        return
+    rewards = ", ".join(term.name for term in config.reward.terms)
+    backbone = f", backbone {config.perception.backbone}" if config.objective.reads_backbone else ""
+    log.info(
+        "%s: loading generator %s (%s), rewards %s%s",
+        config.run_name, config.generator.path, config.generator.family, rewards, backbone,
+    )  # fmt: skip
+    _train(config, root, results, wait)
+    log.info("%s: its weights are in %s", config.run_name, experiment / "runs" / config.run_name / "weights")
+    log.info("next: %s", next_command(config, results))
+
+
+def _train(config: Config, root: Path, results: Path, wait: float) -> None:
     from vipo.generators.base import check_device
     from vipo.training.launch import launch, stop_with_launcher
     from vipo.training.ranks import is_rank

@@ -149,6 +149,8 @@ def test_truncated_newest_checkpoint_is_named_and_passed_over(
     newest, before = list_checkpoints(run / "checkpoints")
     tensors = newest / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
+    # As if it were not finished: a run that is reads no checkpoint.
+    (run / "provenance.json").unlink()
     with caplog.at_level(logging.INFO):
         train_stage(config, ROOT, results)
     assert str(tensors) in caplog.text

@@ -14,7 +14,7 @@ from vipo.demo import scenes
 from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.generators.flux import FluxGenerator
-from vipo.provenance import read_provenance, record_stage, verify_outputs
+from vipo.provenance import file_sha256, read_provenance, record_stage, verify_outputs
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
@@ -66,8 +66,10 @@ def test_ships_with_its_recipe_within_its_size() -> None:
     assert max(row["psnr"] for row in log if row["part"] == "autoencoder") > 28
 
 
-def test_rebuild_is_reproducible_and_resumable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small budget, once undisturbed and once killed half way: the same bytes."""
+def test_rebuild_is_reproducible_and_resumable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small budget, once undisturbed and once killed half way, its newest state damaged since: the same bytes."""
     config = PretrainConfig(**TINY_PRETRAIN)
     monkeypatch.setattr(pretrain, "_CHECKPOINT_EVERY", 5)
     pretrain.train_base(config, tmp_path / "whole", tmp_path / "whole-work")
@@ -87,7 +89,13 @@ def test_rebuild_is_reproducible_and_resumable(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(Killed):
         pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
     assert not (tmp_path / "resumed" / "model_index.json").exists()
+    (newest,) = (tmp_path / "work").glob("*/denoiser/000010")
+    (newest / "state.json").write_text('{"log": 3}')
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["state.json"] = file_sha256(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
     pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
+    assert "checkpoint 10: damaged (its state's 'log' is int, not list)" in caplog.text
     for path in (tmp_path / "whole").rglob("*"):
         if path.is_file():
             other = tmp_path / "resumed" / path.relative_to(tmp_path / "whole")

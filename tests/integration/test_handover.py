@@ -17,14 +17,16 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import OTHER_FAMILY
 
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import compare_arms
+from vipo.generators import GeneratorError
 from vipo.generators.flux import pack_latents
-from vipo.provenance import read_provenance
+from vipo.provenance import file_sha256, read_provenance
 from vipo.reporting.export import export_run
 from vipo.sampling.noise import keyed_normal
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, train_stage
@@ -407,3 +409,17 @@ def test_a_base_of_the_hub(demo: Path, base: Path, tmp_path: Path, monkeypatch: 
         assert names["pipeline"].transformer is not None
     assert f"revision='{revision}'" in (folder / "README.md").read_text()
     _refused(run, tmp_path / "other", "trained on 'acme/tiny'", base_model="acme/else")
+
+
+def test_weights_without_numbers_are_not_handed_over(copied: Path, tmp_path: Path) -> None:
+    """Although every record says that they are what the training wrote."""
+    path = copied / "runs/vipo-s0/weights/transformer/diffusion_pytorch_model.safetensors"
+    before = file_sha256(path)
+    tensors = load_file(path)
+    tensors[max(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    for record in copied.rglob("provenance.json"):
+        record.write_text(record.read_text().replace(before, file_sha256(path)))
+    with pytest.raises(GeneratorError, match="holds values that are not finite"):
+        export_run(copied / "runs/vipo-s0", tmp_path / "out", ROOT)
+    assert not (tmp_path / "out").exists()

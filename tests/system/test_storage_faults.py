@@ -265,7 +265,10 @@ def test_read_only_results(
 ) -> None:
     before = _files(results)
     readonly = mount(results)
-    for stage in ("prepare", "encode", "train", "evaluate", "summarize", "report", "crate"):
+    # A finished run needs no writing to say so.
+    code, shown = vipo("train", *arguments, "--results", readonly)
+    assert (code, "is finished, nothing is left to do" in shown) == (0, True), shown
+    for stage in ("prepare", "encode", "evaluate", "summarize", "report", "crate"):
         _refused(vipo(stage, *arguments, "--results", readonly), str(readonly), "Read-only file system")
     _refused(vipo("train", *arguments, "experiment.name=other", "--results", readonly), "Read-only", str(readonly))
     # Before hours of training, not after them.

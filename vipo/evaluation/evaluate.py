@@ -27,6 +27,7 @@ from vipo.evaluation.summary import summarize
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
+from vipo.generators.finite import check_finite
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
@@ -202,6 +203,7 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
 
     Raises:
         EvaluationError: the run is incomplete, damaged, or was trained with another configuration.
+        GeneratorError: its weights are not finite.
     """
     kept = {number: run / "updates" / f"{number:06d}" for number in config.training.save_at}
     kept[config.training.updates] = run / "weights"
@@ -218,6 +220,8 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
         )
     if missing := [str(folder) for folder in kept.values() if not folder.is_dir()]:
         raise EvaluationError(f"{', '.join(missing)}: kept weights are missing; train {config.run_name} again")
+    for folder in kept.values():
+        check_finite(folder)
     return kept
 
 
@@ -231,12 +235,18 @@ def score_pictures(
     """One row per update and sample: identifiers, every reward, and the change against the base.
 
     Raises:
-        EvaluationError: a reward is not finite.
+        EvaluationError: a picture or a reward is not finite.
     """
     texts, metadata = [s.prompt.text for s in samples], [s.prompt.metadata for s in samples]
     scene = base.ndim == 4 and all("objects" in row for row in metadata)
     tables = []
     for number, images in pictures.items():
+        if not bool(images.isfinite().all()):
+            worst = samples[int((~images.flatten(1).isfinite().all(dim=1)).nonzero()[0])]
+            raise EvaluationError(
+                f"update {number}: the picture of {worst.prompt.text!r}, sample {worst.number}, is not finite; the "
+                "generator's weights or its precision make it so, try generator.precision=fp32"
+            )
         columns: dict[str, Any] = {
             "run": config.run_name,
             "arm": config.arm,

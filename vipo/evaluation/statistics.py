@@ -6,7 +6,7 @@ sample). A mean is always taken over samples, then prompts, then seeds. Arms are
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from vipo.errors import VipoError
 from vipo.sampling.keys import keyed_seed
@@ -82,20 +82,24 @@ def paired_difference(
             than two prompts.
         ValueError: `confidence` is out of range.
     """
-    ours, theirs = _value_table(scores, column), _value_table(reference, column)
-    _require_same_pairs(ours, theirs, _arm_label(scores), _arm_label(reference))
-    values, others = _prompt_means(ours), _prompt_means(theirs)
+    ours, theirs = _sides(scores, [column]), _sides(reference, [column])
+    return _paired(ours[column], theirs[column], column, resamples, confidence, seed)
+
+
+def _paired(ours: "_Side", theirs: "_Side", column: str, resamples: int, confidence: float, seed: int) -> Interval:
+    _require_same_pairs(ours, theirs)
+    values, others = ours.means, theirs.means
     prompts = values.shape[1]
     if prompts < 2:
         raise ScoresError(f"{column}: one prompt has no spread to resample; evaluate at least 2 prompts")
-    seed_counts = [len(table) for table, rows in ((ours, scores), (theirs, reference)) if (rows["update"] > 0).any()]
+    seed_counts = [len(side.seeds) for side in (ours, theirs) if side.trained]
     fewest = min(seed_counts, default=0)
 
     rng = np.random.default_rng(keyed_seed("bootstrap", seed))
     prompt_weights = _weights(rng, prompts, resamples)
     if fewest >= MINIMUM_SEEDS:
         weights = _weights(rng, len(values), resamples)
-        other_weights = weights if ours.index.equals(theirs.index) else _weights(rng, len(others), resamples)
+        other_weights = weights if ours.seeds.equals(theirs.seeds) else _weights(rng, len(others), resamples)
         draws = _crossed(weights, values, prompt_weights) - _crossed(other_weights, others, prompt_weights)
         unit: Literal["seeds", "prompts"] = "seeds"
         units, note = fewest, f"over {fewest} seeds and {prompts} prompts"
@@ -124,13 +128,16 @@ def independent_difference(
     Raises:
         ScoresError: a pair is doubled, a value is not finite, or a side has fewer than two prompts.
     """
-    sides = [_prompt_means(_value_table(rows, column)).mean(axis=0) for rows in (scores, reference)]
+    sides = [_sides(rows, [column])[column].means.mean(axis=0) for rows in (scores, reference)]
     if min(map(len, sides)) < 2:
         raise ScoresError(f"{column}: one prompt has no spread; evaluate at least 2 prompts")
     estimate = float(sides[0].mean() - sides[1].mean())
     note = "not paired, conditional on these seeds"
     if all(np.ptp(values) == 0 for values in sides):
         return Interval(estimate, estimate, estimate, "prompts", note)
+    # Loading it takes a second, which only this comparison needs.
+    from scipy import stats
+
     limits = stats.ttest_ind(*sides, equal_var=False).confidence_interval(confidence)
     return Interval(estimate, float(limits.low), float(limits.high), "prompts", note)
 
@@ -143,8 +150,8 @@ def tail_probability(confidence: float, units: int) -> float:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} must lie in (0, 1)")
-    student = stats.t.ppf((1 - confidence) / 2, units - 1)
-    return float(stats.norm.cdf(math.sqrt(units / (units - 1)) * student))
+    student = special.stdtrit(units - 1, (1 - confidence) / 2)
+    return float(special.ndtr(math.sqrt(units / (units - 1)) * student))
 
 
 def compare_arms(
@@ -174,17 +181,23 @@ def compare_arms(
         ScoresError: as `paired_difference`.
     """
     rows: list[dict[str, Any]] = []
+    # One reference serves many arms.
+    known: dict[tuple[str, Any], Mapping[str, _Side]] = {}
     for (arm, update, final), ours in _trained(scores).groupby(["arm", "update", "final"], sort=False):
+        sides = _sides(ours, columns)
         for reference in (name for name in references if name != arm):
             theirs = scores[scores["arm"] == reference]
+            place = None
             if (theirs["update"] > 0).any():
+                place = "final" if final else update
                 theirs = theirs[theirs["final"]] if final else theirs[theirs["update"] == update]
             if theirs.empty:
                 continue
+            if (reference, place) not in known:
+                known[reference, place] = _sides(theirs, columns)
+            others = known[reference, place]
             for column in columns:
-                interval = paired_difference(
-                    ours, theirs, column, resamples=resamples, confidence=confidence, seed=seed
-                )
+                interval = _paired(sides[column], others[column], column, resamples, confidence, seed)
                 rows.append(
                     {
                         "arm": arm,
@@ -192,7 +205,7 @@ def compare_arms(
                         "final": final,
                         "column": column,
                         "seeds": ours["seed"].nunique(),
-                        "mean": mean_score(ours, column),
+                        "mean": float(sides[column].means.mean()),
                         "reference": reference,
                         "difference": interval.estimate,
                         "low": interval.low,
@@ -211,7 +224,16 @@ def mean_score(scores: pd.DataFrame, column: str) -> float:
     Raises:
         ScoresError: a pair is doubled, a seed lacks pairs of another, or a value is not finite.
     """
-    return float(_prompt_means(_value_table(scores, column)).mean())
+    return mean_scores(scores, [column])[column]
+
+
+def mean_scores(scores: pd.DataFrame, columns: Sequence[str]) -> dict[str, float]:
+    """`mean_score` of several columns, by column.
+
+    Raises:
+        ScoresError: as `mean_score`.
+    """
+    return {column: float(side.means.mean()) for column, side in _sides(scores, columns).items()}
 
 
 def evaluation_curves(scores: pd.DataFrame, columns: Sequence[str], *, per_seed: bool = False) -> pd.DataFrame:
@@ -231,14 +253,14 @@ def evaluation_curves(scores: pd.DataFrame, columns: Sequence[str], *, per_seed:
     base = scores[scores["update"] == 0]
     if base.empty:
         raise ScoresError("scores hold no row of the untrained base (update 0): every curve starts there")
-    start = {column: mean_score(base, column) for column in columns}
+    start = mean_scores(base, columns)
     keys = ["arm", "seed"] if per_seed else ["arm"]
     rows: list[dict[str, Any]] = []
     for key, curve in _trained(scores).groupby(keys, sort=False):
         identity = dict(zip(keys, key, strict=True))
         rows.append({**identity, "update": 0, **start})
         for update, point in curve.groupby("update", sort=True):
-            rows.append({**identity, "update": update, **{column: mean_score(point, column) for column in columns}})
+            rows.append({**identity, "update": update, **mean_scores(point, columns)})
     return pd.DataFrame(rows, columns=[*keys, "update", *columns])
 
 
@@ -297,6 +319,8 @@ def seed_interval(differences: Sequence[float], confidence: float = 0.95) -> Int
         raise ScoresError(f"an interval over seeds needs at least two finite differences, got {list(differences)}")
     mean, half = float(values.mean()), 0.0
     if values.std() > 0:
+        from scipy import stats
+
         half = float(stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1))
     return Interval(mean, mean - half, mean + half, "seeds", f"over {len(values)} seeds, on these prompts")
 
@@ -366,39 +390,66 @@ def _arm_label(scores: pd.DataFrame) -> str:
     return "/".join(map(str, scores["arm"].unique())) if "arm" in scores else "the arm"
 
 
-def _value_table(scores: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Rows: seeds; columns: (prompt_id, sample), sorted; every cell is known and finite."""
+@dataclass(frozen=True)
+class _Side:
+    """One column of one arm at one update.
+
+    Attributes:
+        label: of the arm, for messages.
+        trained: whether it is of an update after the base.
+        seeds: sorted.
+        pairs: (prompt_id, sample), sorted; every one is known for every seed, and finite.
+        means: ``(seeds, prompts)``, over samples.
+    """
+
+    label: str
+    trained: bool
+    seeds: pd.Index
+    pairs: pd.Index
+    means: NDArray[np.float64]
+
+
+def _sides(scores: pd.DataFrame, columns: Sequence[str]) -> dict[str, _Side]:
     label = _arm_label(scores)
-    keys = ["seed", "prompt_id", "sample"]
-    missing = [name for name in (*keys, "update", column) if name not in scores]
+    keys, wanted = ["seed", "prompt_id", "sample"], ", ".join(columns)
+    missing = [name for name in (*keys, "update", *columns) if name not in scores]
     if missing:
         raise ScoresError(
             f"scores of {label}: no column {', '.join(map(repr, missing))}; there are {list(scores.columns)}"
         )
     if scores.empty:
-        raise ScoresError(f"scores of {label}: no rows to compare in {column}")
+        raise ScoresError(f"scores of {label}: no rows to compare in {wanted}")
     doubled = scores[scores.duplicated(keys, keep=False)]
     if len(doubled):
         raise ScoresError(f"scores of {label}: several rows for {_named(doubled[keys])}; select one update of one arm")
-    broken = scores[~np.isfinite(scores[column].to_numpy(dtype=np.float64))]
-    if len(broken):
-        raise ScoresError(f"scores of {label}: {column} is not finite for {_named(broken[keys])}")
-    table = scores.pivot(index="seed", columns=["prompt_id", "sample"], values=column)
-    table = table.sort_index(axis=0).sort_index(axis=1)
-    gaps = np.argwhere(table.isna().to_numpy())
-    if len(gaps):
-        absent = pd.DataFrame([(table.index[row], *table.columns[column]) for row, column in gaps], columns=keys)
-        raise ScoresError(f"scores of {label}: no row for {_named(absent)}, which other seeds have")
-    return table
+    for column in columns:
+        broken = scores[~np.isfinite(scores[column].to_numpy(dtype=np.float64))]
+        if len(broken):
+            raise ScoresError(f"scores of {label}: {column} is not finite for {_named(broken[keys])}")
+    # All columns at once: a pivot's time is the same for one.
+    wide = scores.pivot(index="seed", columns=["prompt_id", "sample"], values=list(dict.fromkeys(columns)))
+    wide = wide.sort_index(axis=0).sort_index(axis=1)
+    pairs = wide[columns[0]].columns if len(columns) else wide.columns
+    if len(columns):
+        gaps = np.argwhere(wide[columns[0]].isna().to_numpy())
+        if len(gaps):
+            absent = pd.DataFrame([(wide.index[row], *pairs[place]) for row, place in gaps], columns=keys)
+            raise ScoresError(f"scores of {label}: no row for {_named(absent)}, which other seeds have")
+    means = wide.T.groupby(level=[0, "prompt_id"], sort=True).mean()
+    trained = bool((scores["update"] > 0).any())
+    return {
+        column: _Side(label, trained, wide.index, pairs, means.loc[column].T.to_numpy(dtype=np.float64))
+        for column in columns
+    }
 
 
-def _require_same_pairs(ours: pd.DataFrame, theirs: pd.DataFrame, label: str, other: str) -> None:
-    for have, want, name in ((ours, theirs, label), (theirs, ours, other)):
-        absent = want.columns.difference(have.columns)
+def _require_same_pairs(ours: _Side, theirs: _Side) -> None:
+    for have, want in ((ours, theirs), (theirs, ours)):
+        absent = want.pairs.difference(have.pairs)
         if len(absent):
             raise ScoresError(
-                f"scores of {name}: no row for {_named(absent.to_frame(index=False))}, so {label} and {other} cannot "
-                "be paired; evaluate both on the same prompts and samples"
+                f"scores of {have.label}: no row for {_named(absent.to_frame(index=False))}, so {ours.label} and "
+                f"{theirs.label} cannot be paired; evaluate both on the same prompts and samples"
             )
 
 
@@ -409,12 +460,6 @@ def _named(pairs: pd.DataFrame) -> str:
     ]
     more = len(pairs) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-def _prompt_means(table: pd.DataFrame) -> NDArray[np.float64]:
-    """``(seeds, prompts)``: means over samples."""
-    means = table.T.groupby(level="prompt_id", sort=True).mean().T
-    return means.to_numpy(dtype=np.float64)
 
 
 def _weights(rng: np.random.Generator, units: int, resamples: int) -> NDArray[np.float64]:

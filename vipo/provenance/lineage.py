@@ -282,6 +282,11 @@ def _walk(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def is_unchanged(entry: Mapping[str, Any], root: Path) -> bool:
+    """Whether a recorded input or output is there, byte for byte, with nothing added to its folder."""
+    return next(_differences(entry, root), None) is None
+
+
 def entry_files(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The files of a recorded input or output: path (as recorded) to ``bytes`` and ``sha256``."""
     if "files" not in entry:

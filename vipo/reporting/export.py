@@ -23,6 +23,7 @@ from vipo.config.models import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location
+from vipo.generators.finite import check_finite
 from vipo.generators.parts import model_index
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
 from vipo.provenance.lineage import PROVENANCE, absolute_path
@@ -74,7 +75,7 @@ def export_run(
         ExportError: the run or the base is not trained, not evaluated, not recorded here or not as recorded, the
             licence is not known, the base changed since, or `output` is in use.
         ReportError, ConfigError, ProvenanceError: no run is there, or its files are damaged.
-        GeneratorError: the base cannot be found.
+        GeneratorError: the base cannot be found, or the weights are not finite.
         StorageError: the disk refused a write.
     """
     run = read_run(path)
@@ -141,6 +142,7 @@ def _checked(run: RunRecords, root: Path) -> RunRecords:
     problems += [f"{name}: changed since {run.name} was trained on it" for name in _changed_parts(training, root)]
     if problems:
         raise ExportError("not as recorded, so nothing is handed over:\n" + "\n".join(problems))
+    check_finite(run.folder / "weights")
     return reference
 
 

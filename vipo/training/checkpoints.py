@@ -9,13 +9,13 @@ file a process, each naming the rows that it holds: any other number of processe
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _ROWS = "rows"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 class CheckpointError(StorageError):
@@ -56,6 +58,7 @@ class StoredTensors(Mapping[str, Tensor]):
         """
         self._files, self._prefix = files, prefix
         self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
+        self._shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         total: dict[str, int] = {}
         for file in files:
             with safe_open(file, "pt") as stored:
@@ -63,6 +66,13 @@ class StoredTensors(Mapping[str, Tensor]):
                 for name in filter(lambda name: name.startswith(prefix), stored.keys()):
                     start, stop, total[name] = rows.get(name, (0, 0, 0))
                     self._pieces.setdefault(name, []).append((start, stop, file))
+                    part = stored.get_slice(name)
+                    shape = tuple(part.get_shape())
+                    if name in rows and shape[0] != stop - start:
+                        raise CheckpointError(f"{file}: does not hold the rows of {name!r} that it says it holds")
+                    whole = (total[name], *shape[1:]) if name in rows else shape
+                    if self._shapes.setdefault(name, (part.get_dtype(), whole)) != (part.get_dtype(), whole):
+                        raise CheckpointError(f"{file}: the pieces of {name!r} do not fit together")
         for name, pieces in self._pieces.items():
             pieces.sort()
             starts, stops = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
@@ -85,6 +95,10 @@ class StoredTensors(Mapping[str, Tensor]):
             return self.rows(name, 0, pieces[-1][1])
         with safe_open(pieces[0][2], "pt") as stored:
             return stored.get_tensor(self._prefix + name)
+
+    def described(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type, as safetensors calls it, and shape of a whole tensor, which is not read."""
+        return self._shapes[self._prefix + name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` (the one after the last) of a tensor."""
@@ -189,18 +203,23 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Verify one checkpoint folder and read its state; its tensors are read when they are asked for.
 
     Raises:
-        CheckpointError: a file is missing or its bytes are not those that were written.
+        CheckpointError: a file is missing, its bytes are not those that were written, or it is no such file.
     """
     try:
         hashes = dict(json.loads((folder / _MANIFEST).read_text()))
         for name, written in hashes.items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{folder / _MANIFEST}: damaged (names {name!r}, which is no file beside it)")
             found = file_sha256(folder / name)
             if found != written:
                 raise CheckpointError(f"{folder / name}: damaged (SHA-256 {found[:12]}…, written {written[:12]}…)")
         del hashes[_STATE]
         state = json.loads((folder / _STATE).read_text())
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{folder / _STATE}: damaged (holds no JSON object)")
         return Checkpoint(int(folder.name), StoredTensors([folder / name for name in sorted(hashes)]), state)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    # A pickle or half a header is safetensors' own error; JSON that is nested too deep, Python's.
+    except (OSError, KeyError, IndexError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
 
@@ -211,14 +230,88 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted((path for path in root.iterdir() if path.name.isdigit()), key=lambda p: int(p.name), reverse=True)
 
 
-def load_newest(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint under `root`; damaged ones are named in the log and passed over."""
-    for folder in list_checkpoints(root):
+def load_newest(root: Path, check: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
+    """The newest complete checkpoint under `root`; damaged ones are named in the log and passed over.
+
+    Args:
+        root: folder of all checkpoints.
+        check: raises `CheckpointError` for one whose content cannot be gone on from, although its bytes are those of
+            its manifest.
+    """
+    folders = list_checkpoints(root)
+    for folder in folders:
         try:
-            return load_checkpoint(folder)
+            found = load_checkpoint(folder)
+            if check is not None:
+                check(found)
         except CheckpointError as error:
-            log.warning("%s; the checkpoint before it is used", error)
+            last = folder == folders[-1]
+            log.warning("%s; %s", error, "there is none before it" if last else "the checkpoint before it is used")
+        else:
+            return found
     return None
+
+
+def check_state(checkpoint: Checkpoint, kinds: Mapping[str, type]) -> None:
+    """Check that entries of the state are there and of a type.
+
+    Raises:
+        CheckpointError: one is not; the message names it.
+    """
+    for key, kind in kinds.items():
+        found = checkpoint.state.get(key)
+        if not isinstance(found, kind):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.update}: damaged (its state's {key!r} is {type(found).__name__}, "
+                f"not {kind.__name__})"
+            )
+
+
+def check_tensors(stored: StoredTensors, like: Mapping[str, Tensor], what: str) -> None:
+    """Check that the tensors are those of `like` by name, type and shape, and finite.
+
+    Args:
+        stored: below their prefix.
+        like: the whole of them; of a sharded one only the shape is read.
+        what: of which checkpoint and part, for the message.
+
+    Raises:
+        CheckpointError: one is missing, too many, of another type or shape, or not finite; the message names it.
+    """
+    for names, problem in ((like.keys() - set(stored), "is missing"), (set(stored) - like.keys(), "does not belong")):
+        if names:
+            raise CheckpointError(f"{what}: damaged (tensor {min(names)!r} {problem})")
+    for name, tensor in like.items():
+        kind, shape = stored.described(name)
+        if (_KINDS.get(kind), shape) != (tensor.dtype, tuple(tensor.shape)):
+            raise CheckpointError(
+                f"{what}: damaged (tensor {name!r} is {kind} {shape}, not {tensor.dtype} {tuple(tensor.shape)})"
+            )
+        if not bool(stored[name].isfinite().all()):
+            raise CheckpointError(f"{what}: damaged (tensor {name!r} is not finite)")
+
+
+def check_optimizer(stored: StoredTensors, parameters: Sequence[Tensor], count: int | None, what: str) -> None:
+    """Check that the tensors are AdamW's state of some of `parameters`, as `optimizer_tensors` names them.
+
+    Args:
+        stored: below their prefix.
+        parameters: in the optimizer's order. One that never had a gradient has no state.
+        count: how many tensors there were; None where the checkpoint does not tell.
+        what: of which checkpoint, for the message.
+
+    Raises:
+        CheckpointError: as `check_tensors`.
+    """
+    if count is not None and count != len(stored):
+        raise CheckpointError(f"{what}: damaged ({len(stored)} tensors of the optimizer, {count} were written)")
+    step = torch.zeros(())
+    like: dict[str, Tensor] = {}
+    for index in {name.split(".", 1)[0] for name in stored}:
+        if not (index.isdecimal() and int(index) < len(parameters)):
+            raise CheckpointError(f"{what}: damaged (the optimizer has no parameter {index!r})")
+        like |= {f"{index}.step": step, **{f"{index}.{entry}": parameters[int(index)] for entry in _MOMENTS}}
+    check_tensors(stored, like, what)
 
 
 def prune_checkpoints(root: Path, newest: int, keep: int) -> None:

@@ -23,8 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.models import DistributionConfig
+from vipo.training.errors import TrainingError
 from vipo.training.ranks import drop_foreign, own_place
-from vipo.training.samples import TrainingError
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")

@@ -26,7 +26,7 @@ from vipo.config.models import DistributionConfig
 from vipo.errors import Preempted
 from vipo.provenance.lineage import COMMAND, command_line
 from vipo.signals import handled
-from vipo.training.samples import TrainingError
+from vipo.training.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store

@@ -32,6 +32,11 @@ from vipo.provenance.files import StorageError, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    check_optimizer,
+    check_state,
+    check_tensors,
     load_newest,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -245,6 +250,18 @@ def _batches(
         yield step, latents[index], texts, sigma, noise
 
 
+def _check_autoencoder(checkpoint: Checkpoint) -> None:
+    """Refuse an autoencoder that cannot be gone on with, although its bytes are those of its manifest."""
+    check_state(checkpoint, {"config": dict, "log": list})
+    what = f"checkpoint {checkpoint.update} of the autoencoder"
+    try:
+        like = AutoencoderTiny.from_config(checkpoint.state["config"]).state_dict()
+    # Whatever another configuration does to the class.
+    except Exception as error:
+        raise CheckpointError(f"{what}: damaged (its configuration: {type(error).__name__}: {error})") from error
+    check_tensors(checkpoint.tensors, like, what)
+
+
 def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     """Train the demo generator and write it to `output` in the diffusers layout.
 
@@ -264,7 +281,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     started = time.monotonic()
     pool = build_pool(config)
     clip, t5 = build_tokenizers(config, _vocabulary(pool))
-    saved_vae = load_newest(work / "autoencoder")
+    saved_vae = load_newest(work / "autoencoder", _check_autoencoder)
     if saved_vae is None:
         vae = train_autoencoder(config, pool.images, log)
         save_checkpoint(
@@ -289,7 +306,16 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     )
     average = {name: value.detach().clone() for name, value in parameters.items()}
     start = 0
-    newest = load_newest(work / "denoiser")
+
+    def check(checkpoint: Checkpoint) -> None:
+        check_state(checkpoint, {"log": list})
+        what = f"checkpoint {checkpoint.update} of the denoiser"
+        for part in ("model", "average"):
+            check_tensors(checkpoint.tensors.below(part), parameters, what)
+        moments = checkpoint.tensors.below("optimizer")
+        check_optimizer(moments, list(parameters.values()), checkpoint.state.get("optimizer_tensors"), what)
+
+    newest = load_newest(work / "denoiser", check)
     if newest is not None:
         start, log = newest.update, newest.state["log"]
         model.load_state_dict(dict(newest.tensors.below("model")), strict=False)
@@ -332,8 +358,10 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
             )
         if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
             tensors = prefixed("model", dict(parameters)) | prefixed("average", average)
-            tensors |= prefixed("optimizer", optimizer_tensors(optimizer))
-            save_checkpoint(work / "denoiser", step + 1, tensors, {"log": log})
+            moments = optimizer_tensors(optimizer)
+            tensors |= prefixed("optimizer", moments)
+            state = {"log": log, "optimizer_tensors": len(moments)}
+            save_checkpoint(work / "denoiser", step + 1, tensors, state)
             prune_checkpoints(work / "denoiser", step + 1, keep=2)
     progress.close()
     with torch.no_grad():

@@ -7,14 +7,20 @@ import torch
 from torch import Tensor
 
 from vipo.config.models import TrainingConfig
-from vipo.errors import VipoError
 from vipo.prompts import Prompt
 from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import Trajectory
+from vipo.training.errors import TrainingError
 
-
-class TrainingError(VipoError):
-    """Training cannot start or go on; the message names the cause, the place and what to change."""
+__all__ = [
+    "MicroBatch",
+    "Sample",
+    "TrainingError",
+    "arrange_samples",
+    "chosen_transitions",
+    "concatenated",
+    "update_prompts",
+]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from vipo.perception.allocator import finish
 from vipo.perception.backbones import NOT_MEASURED
 from vipo.prompts import read_prompts
 from vipo.provenance import code_identity, record_stage, run_lock
-from vipo.provenance.files import atomic_file, atomic_folder, file_sha256
+from vipo.provenance.files import atomic_file, atomic_folder, file_sha256, text_lines
 from vipo.provenance.lineage import PROVENANCE
 from vipo.provenance.superseded import is_finished, set_aside
 from vipo.rewards import RewardError, load_reward, score
@@ -58,6 +58,10 @@ from vipo.tracking import Timer, Tracker
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
     Checkpoint,
+    CheckpointError,
+    check_optimizer,
+    check_state,
+    check_tensors,
     load_newest,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -65,7 +69,7 @@ from vipo.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
-from vipo.training.distribution import Distribution
+from vipo.training.distribution import Distribution, own_rows
 from vipo.training.samples import (
     MicroBatch,
     Sample,
@@ -594,9 +598,30 @@ class Trainer:
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that cannot be gone on from, although its bytes are those of its manifest.
+
+        Of a run of another configuration the tensors may be any: it is set aside.
+        """
+        what = f"checkpoint {checkpoint.update} of {self.config.run_name}"
+        check_state(checkpoint, {"identity": str, "metrics": str, "config": str})
+        try:
+            rows = [json.loads(line) for line in text_lines(checkpoint.state["metrics"])]
+            told = [row["update"] for row in rows]
+            codes = [dict(code)["package_sha256"] for code in checkpoint.state.get("code", [_UNKNOWN_CODE])]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(f"{what}: damaged (its metrics or code: {type(error).__name__}: {error})") from error
+        if told != list(range(1, checkpoint.update + 1)) or not codes:
+            raise CheckpointError(f"{what}: damaged (its metrics are not those of updates 1 to {checkpoint.update})")
+        if checkpoint.state["identity"] == self.identity():
+            tensors, count = checkpoint.tensors, checkpoint.state.get("optimizer_tensors")
+            check_tensors(tensors.below("network"), self.trainable, what)
+            parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+            check_optimizer(tensors.below("optimizer"), parameters, count, what)
+
     def set_aside_other(self) -> None:
         """Move a run of another configuration or other inputs out of the folder, so that a fresh one can start."""
-        newest = load_newest(self._checkpoints)
+        newest = load_newest(self._checkpoints, self._check)
         if newest is not None and newest.state["identity"] == self.identity():
             return
         if newest is not None:
@@ -611,7 +636,7 @@ class Trainer:
         log.warning("%s %s: set aside in %s, a fresh run starts", self.folder, why, aside)
 
     def _resumable(self) -> Checkpoint | None:
-        newest = load_newest(self._checkpoints)
+        newest = load_newest(self._checkpoints, self._check)
         if newest is None:
             return None
         kept = [update for update in self.config.training.save_at if update <= newest.update]
@@ -632,9 +657,26 @@ class Trainer:
                 value.copy_(weights.like(name, value))
         load_optimizer_tensors(self.optimizer, checkpoint.tensors.below("optimizer"))
 
+    def _check_weights(self, number: int) -> None:
+        """Refuse to keep weights that are not finite: every later step would start from them.
+
+        Raises:
+            TrainingError: a tensor is not finite; the message names it.
+        """
+        finite = {name: own_rows(value)[0].isfinite().all() for name, value in self.trainable.items()}
+        found = [name for name, sound in finite.items() if not bool(sound)]
+        bad = [name for names in self.distribution.everyones(found) for name in names]
+        if bad:
+            raise TrainingError(
+                f"update {number}: the weights are not finite after it, first {bad[0]!r}; nothing of them was kept, "
+                "and the newest checkpoint is the last good state. A lower optimizer.learning_rate helps"
+            )
+
     def _save(self, update: int, identity: str, tracker: Tracker | None) -> None:
         with self.timer("checkpoint"):
+            self._check_weights(update)
             state = {}
+            moments = optimizer_tensors(self.optimizer)
             if tracker is not None:
                 tracker.flush()
                 # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
@@ -643,9 +685,10 @@ class Trainer:
                     "metrics": tracker.metrics,
                     "config": dump_config(self.config),
                     "code": self.made_by,
+                    "optimizer_tensors": len(moments),
                 }
             tensors = prefixed("network", dict(self.trainable))
-            tensors |= prefixed("optimizer", optimizer_tensors(self.optimizer))
+            tensors |= prefixed("optimizer", moments)
             save_checkpoint(self._checkpoints, update, tensors, state, self.distribution)
             if self.distribution.is_main:
                 prune_checkpoints(self._checkpoints, update, self.config.training.keep_checkpoints)
@@ -755,6 +798,7 @@ class Trainer:
                         progress.update()
                         done = number
                         if number in training.save_at:
+                            self._check_weights(number)
                             self._save_weights(self.folder / "updates" / f"{number:06d}")
                         if number % training.checkpoint_every == 0 or number == training.updates:
                             self._save(number, identity, tracker)
