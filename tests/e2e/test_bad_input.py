@@ -98,6 +98,10 @@ def test_a_failed_prepare_leaves_the_old_prompts_without_their_record(vipo: Comm
     source, results = tmp_path / "prompts.txt", tmp_path / "results"
     source.write_text("".join(f"a circle, number {i}\n" for i in range(40)))
     command = ["prepare", "experiment=demo", f"prompts.source={source}", "--results", results]
+    # The demo's held-out rewards read metadata that these prompts lack: known before anything is trained.
+    vipo(*command).refuses("evaluation.rewards: reward 'scene_shape'", "scene metadata", "'a circle, number")
+    assert not files(results)
+    command.append("evaluation.rewards=[redness]")
     assert vipo(*command).code == 0
     before = files(results / "demo/prompts")
     source.write_bytes(b"\0\1\2")
@@ -110,7 +114,8 @@ def test_a_prompt_of_100_kilobytes_is_dropped_and_counted(vipo: Command, tmp_pat
     source, results = tmp_path / "prompts.txt", tmp_path / "results"
     good = [f"a circle, number {i}" for i in range(40)]
     source.write_text("\n".join([*good[:20], "x" * 100_000, *good[20:]]) + "\n")
-    assert vipo("prepare", "experiment=demo", f"prompts.source={source}", "--results", results).code == 0
+    plain = [f"prompts.source={source}", "evaluation.rewards=[redness]"]
+    assert vipo("prepare", "experiment=demo", *plain, "--results", results).code == 0
     manifest = json.loads((results / "demo/prompts/manifest.json").read_text())
     assert manifest["dropped"]["too_long"] == [21]
     assert manifest["counts"]["kept"] == 40

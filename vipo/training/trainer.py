@@ -120,7 +120,7 @@ class Trainer:
             experiment: ``results/<experiment>`` with prompts and embeddings.
 
         Raises:
-            TrainingError, GeneratorError, RewardError, PerceptionError, PromptError: what cannot work.
+            ConfigError, TrainingError, GeneratorError, RewardError, PerceptionError, PromptError: what cannot work.
         """
         if config.is_base:
             raise TrainingError(
