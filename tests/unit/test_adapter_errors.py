@@ -1,6 +1,5 @@
 """An adapter is anyone's code: whatever it raises or gives back is one error that names it."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from torch import Tensor
 from vipo.config.models import GeneratorConfig
 from vipo.errors import VipoError
 from vipo.generators import Conditioning, Generator, GeneratorError, load_generator
-from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import encode_prompt_file
 from vipo.memory import OutOfMemory, memory_errors
 from vipo.prompts.prompt import prompt_id
 
-NAME = r"generator adapter test_adapter_errors:Adapter"
+NAME = "generator.family 'test_adapter_errors:Adapter'"
 
 
 class Adapter(Generator):
@@ -92,10 +90,10 @@ def test_what_an_adapter_raises_is_one_error_that_names_it(
         (KeyError("colour\nerror: all is well"), r"KeyError: 'colour\\nerror: all is well'"),
         (RuntimeError("two\n  lines"), "RuntimeError: two lines"),
         (SystemExit(0), "SystemExit: 0"),
-        (AssertionError(), "AssertionError"),
+        (AssertionError(), "AssertionError: no message"),
     ):
         monkeypatch.setattr(Adapter, "behaviour", raised)
-        with pytest.raises(GeneratorError, match=rf"^{NAME}: {call} raised {told}\Z"):
+        with pytest.raises(GeneratorError, match=rf"^{NAME} raised {told} \(in {call}\)\Z"):
             made()
     # vipo's own errors, memory that ran out and the user's interrupt stay what they are.
     monkeypatch.setattr(Adapter, "behaviour", VipoError("named already"))
@@ -122,12 +120,3 @@ def test_what_an_adapter_gives_is_checked(adapter: Adapter, tmp_path: Path, monk
         monkeypatch.setattr(Adapter, "behaviour", given)
         with pytest.raises(GeneratorError, match=told):
             made[call]()
-
-
-@pytest.mark.parametrize("code", ["raise SystemExit(0)", "1 / 0", "def", "Adapter = 3"])
-def test_a_module_that_cannot_be_imported_is_named(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "faulty_adapter.py").write_text(code + "\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "faulty_adapter", raising=False)
-    with pytest.raises(GeneratorError, match=r"generator\.family 'faulty_adapter:Adapter' (cannot be imported|is no)"):
-        resolve_class(_config("faulty_adapter:Adapter"))

@@ -28,11 +28,11 @@ class GeneratorError(VipoError):
 
 
 @contextlib.contextmanager
-def adapter_errors(adapter: type, call: str) -> Iterator[None]:
-    """Around a call of an adapter, which may be anyone's code.
+def adapter_errors(config: GeneratorConfig, call: str) -> Iterator[None]:
+    """Around a call of an adapter, whoever's code it is.
 
     Args:
-        adapter: its class, for the message.
+        config: names the adapter in the message.
         call: what is called.
 
     Raises:
@@ -43,11 +43,10 @@ def adapter_errors(adapter: type, call: str) -> Iterator[None]:
     except VipoError:
         raise
     except (Exception, SystemExit) as error:
-        log.debug("%s.%s", adapter.__qualname__, call, exc_info=True)
+        log.debug("%s", call, exc_info=True)
         told = " ".join(str(error).split())
         raise GeneratorError(
-            f"generator adapter {adapter.__module__}:{adapter.__qualname__}: {call} raised "
-            f"{type(error).__name__}{': ' if told else ''}{told}"
+            f"generator.family {config.family!r} raised {type(error).__name__}: {told or 'no message'} (in {call})"
         ) from error
 
 
@@ -144,7 +143,7 @@ class Generator(ABC):
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected shape {expected} (B, *latent_shape), got {tuple(latents.shape)}")
         with (
-            adapter_errors(type(self), "predict"),
+            adapter_errors(self.config, "predict"),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"),
         ):
             prediction = self._predict(latents, time, conditioning)
@@ -158,7 +157,7 @@ class Generator(ABC):
         Raises:
             GeneratorError: the adapter raised, or gave something else than ``(B, *config.sample_shape)``.
         """
-        with adapter_errors(type(self), "decode"):
+        with adapter_errors(self.config, "decode"):
             decoded = self.decode(latents)
         expected = (len(latents), *self.config.sample_shape)
         if not isinstance(decoded, Tensor) or tuple(decoded.shape) != expected:
@@ -167,8 +166,7 @@ class Generator(ABC):
 
     def _misshapen(self, call: str, expected: tuple[int, ...], got: object) -> GeneratorError:
         what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"a {type(got).__name__}"
-        adapter = f"{type(self).__module__}:{type(self).__qualname__}"
-        return GeneratorError(f"generator adapter {adapter}: {call}: expected shape {expected}, got {what}")
+        return GeneratorError(f"generator.family {self.config.family!r}: {call}: expected shape {expected}, got {what}")
 
     @abstractmethod
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
@@ -238,12 +236,8 @@ def resolve_class(config: GeneratorConfig) -> type[Generator]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    # Whatever the module does when it is imported.
-    except (Exception, SystemExit) as error:
-        raise GeneratorError(
-            f"generator.family {config.family!r} cannot be imported: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    except (ImportError, AttributeError) as error:
+        raise GeneratorError(f"generator.family {config.family!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Generator)):
         raise GeneratorError(f"generator.family {config.family!r} is no subclass of vipo.generators.Generator")
     return found
@@ -257,7 +251,7 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
     """
     check_device(config)
     adapter = resolve_class(config)
-    with adapter_errors(adapter, "load"):
+    with adapter_errors(config, "load"):
         return adapter.load(config, root)
 
 

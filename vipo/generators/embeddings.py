@@ -56,7 +56,7 @@ def encode_prompt_file(
     check_device(config)
     rows = read_prompts(prompts)
     adapter, encoders = resolve_class(config), encoder_hashes(config, root)
-    with adapter_errors(adapter, "encode_prompts"):
+    with adapter_errors(config, "encode_prompts"):
         adapter.check(config, root)
         encoded = adapter.encode_prompts(config, root, [prompt.text for prompt in rows])
         widths = adapter.conditioning_widths(config, root)
@@ -166,7 +166,7 @@ def _warn_of_twins(rows: Sequence[Prompt], encoded: Sequence[Mapping[str, Tensor
     for prompt, conditioning in zip(rows, encoded, strict=True):
         digest = hashlib.sha256()
         for name in sorted(conditioning):
-            digest.update(conditioning[name].contiguous().numpy().tobytes())
+            digest.update(conditioning[name].cpu().contiguous().numpy().tobytes())
         alike.setdefault(digest.hexdigest(), []).append(prompt)
     twins = [group for group in alike.values() if len(group) > 1]
     if twins:
