@@ -117,7 +117,12 @@ def test_a_run_refuses_embeddings_of_text_encoders_that_changed(tiny_generator: 
     folder = shutil.copytree(tiny_generator, tmp_path / "generator")
     source = tmp_path / "prompts.txt"
     source.write_text("".join(f"a fox and {count} owls\n" for count in range(40)))
-    overrides = [f"generator.path={folder}", f"prompts.source={source}", "training.prompts_per_update=2"]
+    overrides = [
+        f"generator.path={folder}",
+        f"prompts.source={source}",
+        "training.prompts_per_update=2",
+        "training.micro_batch=4",
+    ]
     config = load_config(["experiment=demo", "training.group_size=4", "arm=grpo", *overrides])
     results = tmp_path / "results"
     prepare_stage(config, ROOT, results)

@@ -419,6 +419,15 @@ def test_unfitting_and_damaged_weights_are_refused(weights, tmp_path):
     # timm alone would leave the missing tensor at its random start.
     with pytest.raises(PerceptionError, match=r"do not fit 'resnet10t'.*layer3\.0\.conv1\.weight"):
         load_backbone(config, root=tmp_path)
+    # Integers would be taken for floats, and one NaN makes every map NaN.
+    for broken in (torch.ones(512, dtype=torch.int64), torch.full((512,), float("nan"))):
+        save_file(
+            load_file(weights / "resnet10t.safetensors") | {"layer4.0.bn2.weight": broken}, tmp_path / "w.safetensors"
+        )
+        with pytest.raises(
+            PerceptionError, match=r"1 tensors for 'resnet10t' are not finite or .*layer4\.0\.bn2\.weight"
+        ):
+            load_backbone(config, root=tmp_path)
     whole = (weights / "resnet10t.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PerceptionError, match=r"w\.safetensors: cannot be read as safetensors"):

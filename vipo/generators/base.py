@@ -137,8 +137,7 @@ class Generator(ABC):
 
     def _misshapen(self, call: str, expected: tuple[int, ...], got: object) -> GeneratorError:
         what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"a {type(got).__name__}"
-        adapter = f"{type(self).__module__}:{type(self).__qualname__}"
-        return GeneratorError(f"generator adapter {adapter}: {call}: expected shape {expected}, got {what}")
+        return GeneratorError(f"generator.family {self.config.family!r}: {call}: expected shape {expected}, got {what}")
 
     @abstractmethod
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -160,7 +160,7 @@ def _warn_of_twins(rows: Sequence[Prompt], encoded: Sequence[Mapping[str, Tensor
     for prompt, conditioning in zip(rows, encoded, strict=True):
         digest = hashlib.sha256()
         for name in sorted(conditioning):
-            digest.update(conditioning[name].contiguous().numpy().tobytes())
+            digest.update(conditioning[name].cpu().contiguous().numpy().tobytes())
         alike.setdefault(digest.hexdigest(), []).append(prompt)
     twins = [group for group in alike.values() if len(group) > 1]
     if twins:

@@ -46,9 +46,10 @@ def noise_schedule(
     place = f"{location}/scheduler/scheduler_config.json"
     entry = index.get("scheduler")
     name = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "none"
-    kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise GeneratorError(f"{location}/model_index.json: scheduler class {name!r} is none of diffusers'")
+    kind: Any = found
     ddim, stock = (
         load_part(each.from_pretrained, location, "scheduler", config, weights=False) for each in (DDIMScheduler, kind)
     )
@@ -73,22 +74,22 @@ def noise_schedule(
         except Exception as error:
             raise GeneratorError(f"{place}: {name} has no chain of {steps} steps: {error}") from error
         # PNDM visits one of them twice.
-        found, visited = ddim.timesteps.tolist(), list(dict.fromkeys(stock.timesteps.tolist()))
-        if found != visited:
+        ours, visited = ddim.timesteps.tolist(), list(dict.fromkeys(stock.timesteps.tolist()))
+        if ours != visited:
             keys = [key for key in _OTHER_LEVELS if stock.config.get(key)]
             raise GeneratorError(
                 f"{place}: _class_name {name!r}{' with ' + ', '.join(keys) if keys else ''} visits other timesteps in "
-                f"{steps} steps than DDIM, by which vipo samples (first {visited[:3]} and {found[:3]}); name "
+                f"{steps} steps than DDIM, by which vipo samples (first {visited[:3]} and {ours[:3]}); name "
                 "'DDIMScheduler' there and in model_index.json"
             )
-        falls = all(a > b for a, b in itertools.pairwise(found))
-        if len(found) != steps or not falls or not 0 <= found[-1] <= found[0] < len(ddim.alphas_cumprod):
+        falls = all(a > b for a, b in itertools.pairwise(ours))
+        if len(ours) != steps or not falls or not 0 <= ours[-1] <= ours[0] < len(ddim.alphas_cumprod):
             raise GeneratorError(
                 f"{place}: timestep_spacing {settings.timestep_spacing!r} with steps_offset {settings.steps_offset} "
-                f"makes of {steps} steps the timesteps {found[0]} to {found[-1]}, outside 0 to "
+                f"makes of {steps} steps the timesteps {ours[0]} to {ours[-1]}, outside 0 to "
                 f"{len(ddim.alphas_cumprod) - 1} or not {steps} different ones; take fewer steps"
             )
-        return torch.tensor(found)
+        return torch.tensor(ours)
 
     return ddim.alphas_cumprod, timesteps
 

@@ -549,6 +549,18 @@ def _filled_model(
         raise PerceptionError(
             f"perception.weights: the tensors do not fit {architecture!r}: {' '.join(str(error).split())[:600]}"
         ) from error
+    # The strict loading takes integers for floats.
+    counters = {name.split(".")[-1] for name, value in model.named_buffers() if not value.is_floating_point()}
+    broken = [
+        name
+        for name, value in kept.items()
+        if name.split(".")[-1] not in counters and not (value.is_floating_point() and bool(value.isfinite().all()))
+    ]
+    if broken:
+        raise PerceptionError(
+            f"perception.weights: {len(broken)} tensors for {architecture!r} are not finite or not of floating point, "
+            f"first {broken[0]} ({kept[broken[0]].dtype}); fetch or convert them again"
+        )
     if not hasattr(model, "forward_intermediates"):
         raise PerceptionError(f"perception.backbone: {architecture!r} gives no intermediate features; choose another")
     # timm keeps the overlay, and with it a second copy of all weights.
