@@ -48,11 +48,7 @@ class _Commands(TyperGroup):
         ctx.obj = place = _Place()
         try:
             return super().invoke(ctx)
-        except (OSError, typer.Exit, typer.Abort):
-            raise
-        except typer.TyperException as error:
-            # An argument as it was typed.
-            error.message = one_line(str(error.message))
+        except (OSError, typer.Exit, typer.Abort, typer.TyperException):
             raise
         except VipoError as error:
             if error.foreign:

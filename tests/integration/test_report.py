@@ -162,19 +162,6 @@ def test_stages_record_the_seed_of_their_intervals(built: Built, tmp_path: Path)
         assert read_provenance(folder / place / "provenance.json")["seeds"] == [config.evaluation.seed]
 
 
-def test_title_and_question_cannot_turn_the_page_around(small: Built, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(small[0], tmp_path / "demo"))
-    file = folder / "evaluation" / "base-s0" / "config.yaml"
-    config = OmegaConf.load(file)
-    config.experiment.title, config.experiment.question = "one\ntwo\u202egnp", "\x1b[2J?"
-    file.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
-    page = write_report(folder, small[1], tmp_path / "report").read_text(encoding="utf-8")
-    head = page[: page.index("<nav")]
-    assert head.count("one\\ntwo\\u202egnp") == 2
-    assert "\\x1b[2J?" in head
-    assert not {"\u202e", "\x1b"} & set(head)
-
-
 def test_what_the_orientation_of_the_maps_rests_on_is_told(small: Built, tmp_path: Path) -> None:
     page = (small[0] / "report" / "index.html").read_text()
     assert re.search(r'aria-label="holds"></span><span>That the rule of orientation .*: measured: AUC \.978', page)
@@ -182,8 +169,20 @@ def test_what_the_orientation_of_the_maps_rests_on_is_told(small: Built, tmp_pat
     shutil.copytree(small[0], folder)
     file = folder / "evaluation" / "vipo-s0" / "config.yaml"
     file.write_text(file.read_text().replace("input_size: 96", "input_size: 64"))
+    _write_hostile_title(folder / "evaluation" / "base-s0" / "config.yaml")
     page = write_report(folder, small[1], tmp_path / "report").read_text()
     assert re.search(r'aria-label="attention"></span><span>That the rule of orientation .*: not measured here\.', page)
+    # Title and question cannot turn the page around.
+    head = page[: page.index("<nav")]
+    assert head.count("one\\ntwo\\u202egnp") == 2
+    assert "\\x1b[2J?" in head
+    assert not {"\u202e", "\x1b"} & set(head)
+
+
+def _write_hostile_title(file: Path) -> None:
+    config = OmegaConf.load(file)
+    config.experiment.title, config.experiment.question = "one\ntwo\u202egnp", "\x1b[2J?"
+    file.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
 
 
 def test_a_page_is_not_made_of_other_results_than_its_numbers(small: Built, tmp_path: Path) -> None:

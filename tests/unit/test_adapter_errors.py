@@ -1,5 +1,6 @@
 """An adapter is anyone's code: whatever it raises or gives back is one error that names it."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from vipo.config.models import GeneratorConfig
 from vipo.errors import VipoError
 from vipo.generators import Conditioning, Generator, GeneratorError, load_generator
+from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import encode_prompt_file
 from vipo.memory import OutOfMemory, memory_errors
 from vipo.prompts.prompt import prompt_id

@@ -113,7 +113,7 @@ def meddle() -> None:
     torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     torch.autograd.set_detect_anomaly(True, False)
     torch.autocast("cpu", torch.float16).__enter__()
     torch.set_grad_enabled(not torch.is_grad_enabled())
@@ -225,7 +225,8 @@ def spoil(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str
 
 
 def test_a_reward_writes_into_copies() -> None:
-    images, prompts, metadata = IMAGES.clone(), ["a", "b"], [{"objects": ["one"]}, {"objects": []}]
+    images, prompts = IMAGES.clone(), ["a", "b"]
+    metadata: list[dict[str, Any]] = [{"objects": ["one"]}, {"objects": []}]
     first = score("mine", spoil, images, prompts, metadata)
     torch.testing.assert_close(first, IMAGES.mean(dim=(1, 2, 3)))
     torch.testing.assert_close(images, IMAGES, rtol=0, atol=0)
@@ -290,6 +291,7 @@ def test_a_module_that_is_missing_or_fails_is_named(
 
 
 def test_a_missing_module_tells_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path / "mine"), *sys.path])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RewardError) as caught:

@@ -55,8 +55,8 @@ def _looked_in() -> str:
     here = Path.cwd()
     library = Path(sysconfig.get_path("stdlib"))
     entries = [Path(entry or here).absolute() for entry in sys.path]
-    # Where Python keeps its own modules, nobody puts theirs.
-    shown = [entry for entry in entries if entry not in (library, library / "lib-dynload") and entry.suffix != ".zip"]
+    # Where Python keeps its own modules, nobody puts theirs; and some entries are no folders.
+    shown = [entry for entry in entries if entry not in (library, library / "lib-dynload") and entry.is_dir()]
     told = f"looked in {', '.join(dict.fromkeys(map(str, shown))) or 'no folder'}"
     outside = "" if here in entries else f" (not in the working directory {here})"
     return f"{told}{outside}; install it, or put its folder on PYTHONPATH"

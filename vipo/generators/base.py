@@ -210,22 +210,9 @@ def resolve_class(config: GeneratorConfig) -> type[Generator]:
     found = resolve(config.family, GeneratorError, what)
     if not (isinstance(found, type) and issubclass(found, Generator)):
         raise GeneratorError(f"{what} is no subclass of vipo.generators.Generator")
-    return guarded_class(found, GeneratorError, what, config.family, _CALLED)
-
-
-#: What is called from outside of an adapter.
-_CALLED = (
-    "check",
-    "conditioning_widths",
-    "load",
-    "encode_prompts",
-    "predict",
-    "decode",
-    "add_lora",
-    "recompute_activations",
-    "save_network",
-    "load_network",
-)
+    called = [name for name, value in vars(Generator).items() if name[0] != "_" and not isinstance(value, property)]
+    methods = [name for name in called if callable(getattr(Generator, name))]
+    return guarded_class(found, GeneratorError, what, config.family, methods)
 
 
 @without_loading_bars()

@@ -178,7 +178,7 @@ def find_source(name: str) -> Callable[[Path], Any]:
     """
     found: Any = resolve(name, PromptError, f"prompts.source {name}")
     if not callable(found):
-        raise PromptError(f"prompts.source {name}: is a {type(found).__name__}, not a callable")
+        raise PromptError(f"prompts.source {name}: a {type(found).__name__} is not callable")
     source: Callable[[Path], Any] = found
     return source
 
