@@ -6,8 +6,8 @@ The reference is written here as the paper's steps read: Pillow for the input, o
 SciPy's smoothing. Both see the same 16 pictures of 512x512 and the same ViT-S/14 (DINOv2's shape, random weights: they
 cost what trained ones cost). Each repetition times both in turn, so that other work on the machine meets both.
 
-The last row is the module's share of the training steps of `--experiment`, over `--updates` of them, measured inside
-its `Trainer`.
+The last row is the module's share of the training steps of `--experiment`, over `--updates` of them, measured where
+the update calls it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from vipo.perception import Backbone, PerceptualStructuring
 from vipo.perception.backbones import _TimmFeatures
 from vipo.sampling.noise import keyed_generator
 from vipo.stages import encode_stage, prepare_stage
-from vipo.training.trainer import Trainer
+from vipo.training.setup import set_up
+from vipo.training.update import update
 
 PICTURES = 16
 GRID = (64, 64)
@@ -153,20 +155,21 @@ def share_of_training(experiment: str, updates: int, device: str, threads: int) 
         results = Path(folder)
         prepare_stage(config, root, results)
         encode_stage(config, root, results)
-        trainer = Trainer(config, root, results / config.experiment.name)
-        structuring: Any = trainer.structuring
+        setup = set_up(config, root, results / config.experiment.name)
+        structuring: Any = setup.structuring
 
         def timed(*arguments: Any, **named: Any) -> Any:
             found: list[Any] = []
-            seconds.append(seconds_of(lambda: found.append(structuring(*arguments, **named)), trainer.device))
+            seconds.append(seconds_of(lambda: found.append(structuring(*arguments, **named)), setup.device))
             return found[0]
 
-        trainer.structuring = timed  # type: ignore[assignment]
-        trainer.update(1)
+        wrapped: Any = timed
+        setup = replace(setup, structuring=wrapped)
+        update(setup, 1)
         shares, totals, parts = [], [], []
         for number in range(2, updates + 2):
             seconds.clear()
-            totals.append(seconds_of(lambda number=number: trainer.update(number), trainer.device))  # type: ignore[misc]
+            totals.append(seconds_of(lambda number=number: update(setup, number), setup.device))  # type: ignore[misc]
             parts.append(sum(seconds))
             shares.append(parts[-1] / totals[-1])
     return {"update_seconds": spread(totals), "module_seconds": spread(parts), "module_share": spread(shares)}

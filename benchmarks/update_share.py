@@ -22,7 +22,8 @@ from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.stages import encode_stage, prepare_stage
-from vipo.training.trainer import Trainer
+from vipo.training.setup import Setup, set_up
+from vipo.training.update import update
 
 
 class NetworkClock:
@@ -48,28 +49,28 @@ class NetworkClock:
         return timed
 
 
-def instrument(trainer: Trainer, clock: NetworkClock) -> None:
-    """Time every network of `trainer`: calls of the modules, and backward passes as a whole."""
-    network: Any = trainer.generator.network
+def instrument(setup: Setup, clock: NetworkClock) -> None:
+    """Time every network of `setup`: calls of the modules, and backward passes as a whole."""
+    network: Any = setup.generator.network
     network.forward = clock.wrap(network.forward)
-    vae: Any = trainer.generator.vae  # type: ignore[attr-defined]
+    vae: Any = setup.generator.vae  # type: ignore[attr-defined]
     vae.decode = clock.wrap(vae.decode)
-    if trainer.structuring is not None:
-        backbone: Any = trainer.structuring.backbone
+    if setup.structuring is not None:
+        backbone: Any = setup.structuring.backbone
         backbone.forward = clock.wrap(backbone.forward)
-    for name, reward in trainer.rewards.items():
-        trainer.rewards[name] = clock.wrap(reward)
+    for name, reward in setup.rewards.items():
+        setup.rewards[name] = clock.wrap(reward)
 
 
-def floor_seconds(trainer: Trainer) -> float:
+def floor_seconds(setup: Setup) -> float:
     """Seconds of the generator's unavoidable passes of one update."""
-    training, sampling = trainer.config.training, trainer.config.sampling
-    generator, size = trainer.generator, training.micro_batch
-    first = next(iter(trainer.embeddings.values()))
+    training, sampling = setup.config.training, setup.config.sampling
+    generator, size = setup.generator, training.micro_batch
+    first = next(iter(setup.embeddings.values()))
     conditioning = {name: value.expand(size, *value.shape).contiguous() for name, value in first.items()}
     latents, sigma = (
-        torch.zeros(size, *generator.latent_shape, device=trainer.device),
-        torch.full((size,), 0.5, device=trainer.device),
+        torch.zeros(size, *generator.latent_shape, device=setup.device),
+        torch.full((size,), 0.5, device=setup.device),
     )
     batches = training.prompts_per_update * training.group_size // size
     start = time.perf_counter()
@@ -78,7 +79,7 @@ def floor_seconds(trainer: Trainer) -> float:
             generator.predict(latents, sigma, conditioning)
     for _ in range(batches * training.trained_transitions * training.epochs):
         generator.predict(latents, sigma, conditioning).sum().backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    setup.optimizer.zero_grad(set_to_none=True)
     return time.perf_counter() - start
 
 
@@ -93,12 +94,12 @@ def main() -> None:
         results = Path(folder)
         prepare_stage(config, root, results)
         encode_stage(config, root, results)
-        trainer = Trainer(config, root, results / config.experiment.name)
-        trainer.update(1)
-        trainer.timer.pop()
-        floors = [floor_seconds(trainer) for _ in range(2)]
+        setup = set_up(config, root, results / config.experiment.name)
+        update(setup, 1)
+        setup.timer.pop()
+        floors = [floor_seconds(setup) for _ in range(2)]
         clock = NetworkClock()
-        instrument(trainer, clock)
+        instrument(setup, clock)
         backward = Tensor.backward
         Tensor.backward = clock.wrap(backward)  # type: ignore[method-assign]
         rows = []
@@ -106,12 +107,12 @@ def main() -> None:
             for number in range(2, arguments.updates + 2):
                 clock.seconds = 0.0
                 start = time.perf_counter()
-                trainer.update(number)
+                update(setup, number)
                 total = time.perf_counter() - start
-                rows.append((total, clock.seconds, trainer.timer.pop()))
+                rows.append((total, clock.seconds, setup.timer.pop()))
         finally:
             Tensor.backward = backward  # type: ignore[method-assign]
-        floors += [floor_seconds(trainer) for _ in range(2)]
+        floors += [floor_seconds(setup) for _ in range(2)]
     total = statistics.median(row[0] for row in rows)
     floor = statistics.median(floors)
     parts = {name: statistics.median(row[2][name] for row in rows) for name in rows[0][2]}

@@ -149,7 +149,7 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
     from vipo.generators.base import check_device
     from vipo.training.launch import launch, stop_with_launcher
     from vipo.training.ranks import is_rank
-    from vipo.training.trainer import train_run
+    from vipo.training.run import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)

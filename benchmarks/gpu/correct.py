@@ -25,7 +25,8 @@ from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import Trajectory, policy_transition, rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
-from vipo.training.trainer import Trainer
+from vipo.training.setup import Setup, set_up
+from vipo.training.update import update
 
 _SMALL = (
     "experiment=demo",
@@ -72,12 +73,12 @@ def _family_overrides(family: str, folder: Path) -> list[str]:
     return [*overrides, "generator.frames=9"] if family == "wan" else [*overrides, "sampling.transition=ddim"]
 
 
-def _trainer(folder: Path, overrides: Sequence[str]) -> Trainer:
+def _setup(folder: Path, overrides: Sequence[str]) -> Setup:
     config, root = load_config([*_SMALL, *overrides]), repository_root()
     folder.mkdir()
     prepare_stage(config, root, folder)
     encode_stage(config, root, folder)
-    return Trainer(config, root, folder / config.experiment.name)
+    return set_up(config, root, folder / config.experiment.name)
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:
@@ -85,16 +86,16 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def _computed(trainer: Trainer, given: Trajectory | None = None) -> dict[str, Tensor]:
+def _computed(setup: Setup, given: Trajectory | None = None) -> dict[str, Tensor]:
     """A prediction, a chain, its pictures and its log-probabilities; of the chain `given` where there is one."""
-    generator, chain = trainer.generator, trainer.chain
-    ids = list(trainer.embeddings)[:2]
-    conditioning = stack_conditioning(trainer.embeddings, ids)
-    noise = keyed_normal([(0, "noise", i) for i in ids], generator.latent_shape, trainer.device)
+    generator, chain = setup.generator, setup.chain
+    ids = list(setup.embeddings)[:2]
+    conditioning = stack_conditioning(setup.embeddings, ids)
+    noise = keyed_normal([(0, "noise", i) for i in ids], generator.latent_shape, setup.device)
     initial: list[Key] = [(0, "initial", i) for i in ids]
     path = rollout(generator, conditioning, chain, range(len(chain.trainable)), initial, [(0, "step", i) for i in ids])
-    seen = path if given is None else Trajectory(*(getattr(given, n).to(trainer.device) for n in given.__dict__))
-    steps = torch.tensor([0, 1], device=trainer.device)
+    seen = path if given is None else Trajectory(*(getattr(given, n).to(setup.device) for n in given.__dict__))
+    steps = torch.tensor([0, 1], device=setup.device)
     moved = policy_transition(generator, conditioning, seen, steps, chain)
     return {
         "prediction": generator.predict(noise, chain.times[1].expand(2), conditioning),
@@ -111,28 +112,28 @@ def measure_agreement(record: Record, device: str, families: Sequence[str] = ("d
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             own = _family_overrides(family, folder)
-            reference = _trainer(folder / "cpu", [*own, "generator.device=cpu"])
-            found = _trainer(folder / "device", [*own, f"generator.device={device}"])
+            reference = _setup(folder / "cpu", [*own, "generator.device=cpu"])
+            found = _setup(folder / "device", [*own, f"generator.device={device}"])
             expected = _computed(reference)
             path = Trajectory(*(expected[f"_{name}"] for name in Trajectory.__dataclass_fields__))
             computed = _computed(found, path)
             for key in ("prediction", "rollout", "pictures", "log_prob"):
                 record.put(f"{family}.{key}.difference", _largest(computed[key], expected[key]))
-            metrics = [trainer.update(1) for trainer in (reference, found)]
+            metrics = [update(setup, 1) for setup in (reference, found)]
             record.put(f"{family}.update.largest_weight_difference", _weight_difference(found, reference))
             shared = [key for key in metrics[0] if key.startswith(("reward/", "map/", "grad/", "loss"))]
             record.put(
                 f"{family}.update.metric_differences", {key: abs(metrics[0][key] - metrics[1][key]) for key in shared}
             )
             record.put(f"{family}.fp32.max_log_ratio", metrics[1]["log_ratio/max_before_first_step"])
-            half = _trainer(
+            half = _setup(
                 folder / "bf16",
                 [*own, f"generator.device={device}", "generator.precision=bf16", "training.log_ratio_tolerance=1e9"],
             )
-            record.put(f"{family}.bf16.max_log_ratio", half.update(1)["log_ratio/max_before_first_step"])
+            record.put(f"{family}.bf16.max_log_ratio", update(half, 1)["log_ratio/max_before_first_step"])
 
 
-def _weight_difference(found: Trainer, expected: Trainer) -> float:
+def _weight_difference(found: Setup, expected: Setup) -> float:
     pairs = ((value, expected.trainable[name]) for name, value in found.trainable.items())
     return max(_largest(*pair) for pair in pairs)
 
@@ -209,9 +210,9 @@ def measure_waits(record: Record, device: str) -> None:
                 "training.optimizer_steps_per_update=1",
                 f"training.micro_batch={8 // batches}",
             ]
-            trainer = _trainer(Path(name) / str(batches), overrides)
-            trainer.update(1)
+            setup = _setup(Path(name) / str(batches), overrides)
+            update(setup, 1)
             with HostReads() as reads:
-                trainer.update(2)
+                update(setup, 2)
             record.put(f"host_waits.{batches}_micro_batches", sum(reads.lines.values()))
             record.put(f"host_waits.{batches}_micro_batches.lines", dict(reads.lines.most_common()))

@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from vipo.sampling.rollout import policy_transition, rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
 from vipo.tracking import Timer
-from vipo.training.trainer import Trainer
+from vipo.training.setup import Setup, set_up
+from vipo.training.update import update
 
 GIB = 2**30
 
@@ -78,26 +80,26 @@ def measure_family(record: Record, size: Size, device: str, matmul_tflops: float
         prepare_stage(config, root, folder)
         encode_stage(config, root, folder)
         start = time.perf_counter()
-        trainer = Trainer(config, root, folder / config.experiment.name)
+        setup = set_up(config, root, folder / config.experiment.name)
         record.put("set_up_seconds", round(time.perf_counter() - start, 2))
-        _measure(record, trainer, matmul_tflops)
+        _measure(record, setup, matmul_tflops)
 
 
-def _measure(record: Record, trainer: Trainer, matmul_tflops: float | None) -> None:
-    config, device = trainer.config, trainer.device
+def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
+    config, device = setup.config, setup.device
     counts = {
-        "parameters": sum(value.numel() for value in trainer.generator.network.parameters()),
-        "trained_parameters": sum(value.numel() for value in trainer.trainable.values()),
+        "parameters": sum(value.numel() for value in setup.generator.network.parameters()),
+        "trained_parameters": sum(value.numel() for value in setup.trainable.values()),
     }
     record.put("parameters", counts)
     if device.type == "cuda":
         record.put("memory_gib.resident", round(torch.cuda.memory_allocated(device) / GIB, 2))
     timer = MemoryTimer(device)
-    trainer.timer = timer
-    record.put("warm_up_seconds", round(seconds_of(lambda: trainer.update(1), device), 2))
+    setup = replace(setup, timer=timer)
+    record.put("warm_up_seconds", round(seconds_of(lambda: update(setup, 1), device), 2))
     timer.pop()
     metrics: dict[str, float] = {}
-    total = seconds_of(lambda: metrics.update(trainer.update(2)), device)
+    total = seconds_of(lambda: metrics.update(update(setup, 2)), device)
     record.put("update_seconds", round(total, 3))
     parts = timer.pop()
     for part, seconds in parts.items():
@@ -110,91 +112,89 @@ def _measure(record: Record, trainer: Trainer, matmul_tflops: float | None) -> N
     record.put("map_share", round(parts["time/map"] / total, 5))
     record.put("max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
 
-    floor = seconds_of(lambda: network_calls(trainer), device)
+    floor = seconds_of(lambda: network_calls(setup), device)
     around = sum(parts[f"time/{part}"] for part in ("decode", "reward", "map"))
     record.put("floor_seconds.network", round(floor, 3))
     record.put("update_over_network_floor", round(total / floor, 4))
     record.put("update_over_floor_with_decode_reward_map", round(total / (floor + around), 4))
-    flops = counted_flops(trainer)
+    flops = counted_flops(setup)
     record.put("network_pflop_per_update", round(flops / 1e15, 4))
     record.put("achieved_tflops", round(flops / total / 1e12, 2))
     if matmul_tflops is not None:
         record.put("achieved_over_matmul", round(flops / total / 1e12 / matmul_tflops, 4))
 
-    scalar = trainer.config.objective.model_copy(update={"map": "none", "ratio": "sample"})
-    structuring, trainer.structuring = trainer.structuring, None
-    trainer.config = config.model_copy(update={"objective": scalar})
-    record.put("scalar_baseline_seconds", round(seconds_of(lambda: trainer.update(3), device), 3))
+    scalar = config.objective.model_copy(update={"map": "none", "ratio": "sample"})
+    plain = replace(setup, structuring=None, config=config.model_copy(update={"objective": scalar}))
+    record.put("scalar_baseline_seconds", round(seconds_of(lambda: update(plain, 3), device), 3))
     timer.pop()
-    trainer.config, trainer.structuring = config, structuring
-    record.put("plain_loop_seconds", round(seconds_of(lambda: plain_update(trainer), device), 3))
+    record.put("plain_loop_seconds", round(seconds_of(lambda: plain_update(setup), device), 3))
 
 
-def _inputs(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    count = trainer.config.training.micro_batch
-    conditioning = stack_conditioning(trainer.embeddings, [next(iter(trainer.embeddings))] * count)
-    latents = keyed_normal([(0, "floor", i) for i in range(count)], trainer.generator.latent_shape, trainer.device)
-    return conditioning, latents, trainer.chain.times[1].expand(count)
+def _inputs(setup: Setup) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    count = setup.config.training.micro_batch
+    conditioning = stack_conditioning(setup.embeddings, [next(iter(setup.embeddings))] * count)
+    latents = keyed_normal([(0, "floor", i) for i in range(count)], setup.generator.latent_shape, setup.device)
+    return conditioning, latents, setup.chain.times[1].expand(count)
 
 
-def network_calls(trainer: Trainer) -> None:
+def network_calls(setup: Setup) -> None:
     """The unavoidable passes of one update in its own micro-batches, with nothing around them."""
-    training, sampling = trainer.config.training, trainer.config.sampling
-    conditioning, latents, time_ = _inputs(trainer)
+    training, sampling = setup.config.training, setup.config.sampling
+    conditioning, latents, time_ = _inputs(setup)
     batches = training.prompts_per_update * training.group_size // training.micro_batch
     with torch.no_grad():
         for _ in range(batches * sampling.steps):
-            trainer.generator.predict(latents, time_, conditioning)
+            setup.generator.predict(latents, time_, conditioning)
     for _ in range(batches * training.trained_transitions):
-        trainer.generator.predict(latents, time_, conditioning).sum().backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
+        setup.generator.predict(latents, time_, conditioning).sum().backward()
+    setup.optimizer.zero_grad(set_to_none=True)
 
 
-def counted_flops(trainer: Trainer) -> float:
+def counted_flops(setup: Setup) -> float:
     """Floating point operations of the network in one update, counted on one call of each kind."""
-    training, sampling = trainer.config.training, trainer.config.sampling
-    conditioning, latents, time_ = _inputs(trainer)
+    training, sampling = setup.config.training, setup.config.sampling
+    conditioning, latents, time_ = _inputs(setup)
     batches = training.prompts_per_update * training.group_size // training.micro_batch
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        trainer.generator.predict(latents, time_, conditioning)
+        setup.generator.predict(latents, time_, conditioning)
     with FlopCounterMode(display=False) as learned:
-        trainer.generator.predict(latents, time_, conditioning).sum().backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
+        setup.generator.predict(latents, time_, conditioning).sum().backward()
+    setup.optimizer.zero_grad(set_to_none=True)
     return batches * (
         sampling.steps * forward.get_total_flops() + training.trained_transitions * learned.get_total_flops()
     )
 
 
-def plain_update(trainer: Trainer) -> None:
+def plain_update(setup: Setup) -> None:
     """One update as the published loops are written: one sample at a time, maps by scikit-learn and SciPy a picture."""
-    config, generator, chain = trainer.config, trainer.generator, trainer.chain
-    prompt = next(iter(trainer.embeddings))
-    conditioning = stack_conditioning(trainer.embeddings, [prompt])
+    config, generator, chain = setup.config, setup.generator, setup.chain
+    prompt = next(iter(setup.embeddings))
+    conditioning = stack_conditioning(setup.embeddings, [prompt])
     stochastic = range(len(chain.trainable))
     found = []
     for i in range(config.training.group_size):
         path = rollout(generator, conditioning, chain, stochastic, [(0, "initial", prompt)], [(0, "plain", prompt, i)])
         pictures = generator.decode(path.clean)[0]
         reward = float((pictures[..., 0, :, :] - pictures[..., 1:, :, :].mean(dim=-3)).mean())
-        found.append((path, reward, torch.from_numpy(_plain_map(trainer, pictures)).to(trainer.device)))
+        found.append((path, reward, torch.from_numpy(_plain_map(setup, pictures)).to(setup.device)))
     rewards = np.array([reward for _, reward, _ in found])
     advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
     transitions = config.training.trained_transitions
     for (path, _, weights), advantage in zip(found, advantages, strict=True):
         for step in range(transitions):
-            index = torch.tensor([step], device=trainer.device)
+            index = torch.tensor([step], device=setup.device)
             moved = policy_transition(generator, conditioning, path, index, chain)
             new, old = (position_log_prob(moved.value, mean, moved.std) for mean in (moved.mean, moved.old_mean))
             loss = -((new - old).exp() * float(advantage) * weights).mean()
             (loss / (transitions * len(found))).backward()
-    torch.nn.utils.clip_grad_norm_(trainer.trainable.values(), 1.0)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    torch.nn.utils.clip_grad_norm_(setup.trainable.values(), 1.0)
+    setup.optimizer.step()
+    setup.optimizer.zero_grad(set_to_none=True)
 
 
-def _plain_map(trainer: Trainer, pictures: Tensor) -> np.ndarray:
-    assert trainer.structuring is not None
-    backbone, (height, width) = trainer.structuring.backbone, trainer.generator.grid
+def _plain_map(setup: Setup, pictures: Tensor) -> np.ndarray:
+    assert setup.structuring is not None
+    backbone, (height, width) = setup.structuring.backbone, setup.generator.grid
     maps = []
     for picture in pictures.unsqueeze(0) if pictures.ndim == 3 else pictures:
         cells = backbone(picture[None])[0].cpu().numpy()
@@ -208,7 +208,7 @@ def _plain_map(trainer: Trainer, pictures: Tensor) -> np.ndarray:
         latent = torch.nn.functional.interpolate(smooth, size=(height, width), mode="bilinear", antialias=True)[0, 0]
         maps.append((latent - latent.min()) / (latent.max() - latent.min() + 1e-8))
     stacked = torch.stack(maps).float()
-    groups = trainer.generator.frame_groups
+    groups = setup.generator.frame_groups
     if groups is None:
         return stacked[0].numpy()
     return torch.stack([stacked[list(group)].mean(dim=0) for group in groups]).numpy()

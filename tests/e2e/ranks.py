@@ -28,36 +28,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def parts_of_an_update(trainer: Any, number: int) -> dict[str, Tensor]:
+def parts_of_an_update(setup: Any, number: int) -> dict[str, Tensor]:
     """Latents of all samples, their advantages, and each optimizer step's gradients, as update `number` has them."""
     found: dict[str, Tensor] = {}
-    learn, step = trainer._learn, trainer.optimizer.step
+    from vipo.training import update as room
 
-    def seen_learn(batches: Any, advantages: Tensor, samples: Any, update: int) -> Any:
+    learn, step = room.learn, setup.optimizer.step
+
+    def seen_learn(setup: Any, batches: Any, advantages: Tensor, samples: Any, number: int) -> Any:
         rows = torch.tensor([row for batch in batches for row in batch.rows])
-        latents = trainer._in_order(torch.cat([batch.trajectory.latents for batch in batches]), batches)
-        found["latents"] = latents if trainer.distribution.processes > 1 else latents[rows.argsort()]
+        latents = room.in_order(setup, torch.cat([batch.trajectory.latents for batch in batches]), batches)
+        found["latents"] = latents if setup.distribution.processes > 1 else latents[rows.argsort()]
         found["advantages"] = advantages
-        return learn(batches, advantages, samples, update)
+        return learn(setup, batches, advantages, samples, number)
 
     def seen_step() -> None:
-        count = sum(name.startswith("gradient/") for name in found) // len(trainer.trainable)
-        for name, value in trainer.trainable.items():
+        count = sum(name.startswith("gradient/") for name in found) // len(setup.trainable)
+        for name, value in setup.trainable.items():
             whole = value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad
             found[f"gradient/{count}/{name}"] = whole.clone()
         step()
 
-    trainer._learn, trainer.optimizer.step = seen_learn, seen_step
-    metrics = trainer.update(number)
+    room.learn, setup.optimizer.step = seen_learn, seen_step
+    metrics = room.update(setup, number)
     found["threads"] = torch.tensor(torch.get_num_threads())
     return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
 
 def hang(call: int) -> None:
     """Let this process hang in its `call`-th call of learning."""
-    from vipo.training import trainer
+    from vipo.training import learn
 
-    sound, calls = trainer.policy_transition, iter(range(1, 10_000))
+    sound, calls = learn.policy_transition, iter(range(1, 10_000))
 
     def hanging(*arguments: Any) -> Any:
         if next(calls) == call:
@@ -65,7 +67,7 @@ def hang(call: int) -> None:
             os._exit(9)
         return sound(*arguments)
 
-    trainer.policy_transition = hanging
+    learn.policy_transition = hanging
 
 
 def fill_disk(call: int) -> None:
@@ -87,22 +89,24 @@ def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -
     """What one rank does; its exit status."""
     from vipo.config.compose import repository_root
     from vipo.errors import Preempted
-    from vipo.training.trainer import Trainer, train_run
+    from vipo.training.run import train, train_run
+    from vipo.training.setup import set_up
+    from vipo.training.state import run_identity
 
     try:
         if memory is not None:
-            trainer = Trainer(config, repository_root(), experiment)
+            setup = set_up(config, repository_root(), experiment)
             most = psutil.Process().memory_info().vms + memory * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            trainer.run()
+            train(setup, run_identity(setup))
         elif parts is None:
             train_run(config, repository_root(), experiment)
         else:
-            trainer = Trainer(config, repository_root(), experiment)
-            found = parts_of_an_update(trainer, 1)
-            if trainer.distribution.is_main:
+            setup = set_up(config, repository_root(), experiment)
+            found = parts_of_an_update(setup, 1)
+            if setup.distribution.is_main:
                 save_file({name: value.contiguous() for name, value in found.items()}, parts)
-            trainer.distribution.leave()
+            setup.distribution.leave()
     except Preempted:
         return 75
     except Exception:
@@ -149,7 +153,7 @@ def main() -> None:
     import timm  # noqa: F401
 
     import vipo.generators.flux
-    import vipo.training.trainer  # noqa: F401
+    import vipo.training.run  # noqa: F401
 
     for job in json.loads(sys.argv[1]):
         job["results"] = Path(job["results"])

@@ -16,7 +16,9 @@ from vipo.config.compose import load_config, repository_root
 from vipo.provenance.locks import run_lock
 from vipo.stages import train_stage
 from vipo.training.checkpoints import list_checkpoints
-from vipo.training.trainer import Trainer
+from vipo.training.setup import set_up
+from vipo.training.state import run_identity
+from vipo.training.update import update
 
 VIPO = str(Path(sys.executable).with_name("vipo"))
 ROOT = repository_root()
@@ -188,8 +190,8 @@ def test_arms_differ_only_where_they_should(prepared: Path, tiny_overrides: list
     """Same seed, same first rollout: the first update's reward is the same for every arm."""
     first = {}
     for arm in ("grpo", "vipo", "uniform", "inverted"):
-        trainer = Trainer(load_config([*tiny_overrides, f"arm={arm}"]), ROOT, prepared / "demo")
-        first[arm] = trainer.update(1)
+        setup = set_up(load_config([*tiny_overrides, f"arm={arm}"]), ROOT, prepared / "demo")
+        first[arm] = update(setup, 1)
     assert len({metrics["reward/mean"] for metrics in first.values()}) == 1
     assert all(metrics["log_ratio/max_before_first_step"] < 1e-5 for metrics in first.values())
     assert first["uniform"]["map/mean"] == 1
@@ -203,12 +205,12 @@ def test_identity_covers_the_generators_bytes(
     """Other weights at the same path are another run, even where the embeddings are the same."""
     generator = shutil.copytree(tiny_generator, tmp_path / "generator")
     config = load_config([*tiny_overrides, "arm=grpo", f"generator.path={generator}"])
-    before = Trainer(config, ROOT, prepared / "demo").identity()
+    before = run_identity(set_up(config, ROOT, prepared / "demo"))
     (generator / "README.md").write_text("A comment.")
     (generator / "provenance.json").write_text("{}")
-    assert Trainer(config, ROOT, prepared / "demo").identity() == before
+    assert run_identity(set_up(config, ROOT, prepared / "demo")) == before
     weights = generator / "transformer/diffusion_pytorch_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert Trainer(config, ROOT, prepared / "demo").identity() != before
+    assert run_identity(set_up(config, ROOT, prepared / "demo")) != before

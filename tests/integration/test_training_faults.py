@@ -16,8 +16,11 @@ from vipo.memory import OutOfMemory, memory_errors
 from vipo.rewards import RewardError
 from vipo.stages import encode_stage, evaluate_stage, train_stage
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
+from vipo.training.learn import log_ratio_of
+from vipo.training.run import train_run
 from vipo.training.samples import TrainingError
-from vipo.training.trainer import Trainer, train_run
+from vipo.training.setup import Setup, set_up
+from vipo.training.update import update
 
 ROOT = repository_root()
 RUN = "demo/runs/vipo-s0"
@@ -25,13 +28,13 @@ RUN = "demo/runs/vipo-s0"
 
 def _poison(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """From its `call`-th call on, log rho is not a number for the second sample of a micro-batch."""
-    sound, calls = Trainer._log_ratio, iter(range(1, 10_000))
+    calls = iter(range(1, 10_000))
 
-    def poisoned(self: Trainer, moved: Any) -> Tensor:
-        value = sound(self, moved)
+    def poisoned(setup: Setup, moved: Any) -> Tensor:
+        value = log_ratio_of(setup, moved)
         return value * torch.tensor([1.0, torch.nan])[:, None, None] if next(calls) >= call else value
 
-    monkeypatch.setattr(Trainer, "_log_ratio", poisoned)
+    monkeypatch.setattr("vipo.training.learn.log_ratio_of", poisoned)
 
 
 def test_nan_stops_with_the_last_good_checkpoint_and_says_which_batch(
@@ -39,17 +42,17 @@ def test_nan_stops_with_the_last_good_checkpoint_and_says_which_batch(
 ) -> None:
     whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
     config = load_config([*tiny_overrides, "arm=vipo", "training.micro_batch=2"])
-    counted = Trainer(config, ROOT, prepared / "demo")
+    counted = set_up(config, ROOT, prepared / "demo")
     calls = 0
-    sound = counted._log_ratio
 
-    def count(moved: Any) -> Tensor:
+    def count(setup: Setup, moved: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return sound(moved)
+        return log_ratio_of(setup, moved)
 
-    counted._log_ratio = count  # type: ignore[method-assign]
-    counted.update(1)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("vipo.training.learn.log_ratio_of", count)
+        update(counted, 1)
     assert calls % 4 == 0
     with pytest.MonkeyPatch.context() as patched:
         # In the third update's last optimizer step, at its very last call.
@@ -74,12 +77,12 @@ def test_nan_stops_with_the_last_good_checkpoint_and_says_which_batch(
 def test_nan_before_the_first_step_names_the_sample(
     prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(load_config([*tiny_overrides, "arm=vipo", "training.micro_batch=2"]), ROOT, prepared / "demo")
-    before = {name: value.detach().clone() for name, value in trainer.trainable.items()}
+    setup = set_up(load_config([*tiny_overrides, "arm=vipo", "training.micro_batch=2"]), ROOT, prepared / "demo")
+    before = {name: value.detach().clone() for name, value in setup.trainable.items()}
     _poison(monkeypatch, 1)
     with pytest.raises(TrainingError, match=r"update 1: log rho is not finite at .* of transition \d, sample 1 of '"):
-        trainer.update(1)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.trainable.items())
+        update(setup, 1)
+    assert all(torch.equal(value, before[name]) for name, value in setup.trainable.items())
 
 
 def test_memory_that_runs_out_names_the_settings_that_lower_it(
@@ -110,13 +113,13 @@ def test_memory_that_runs_out_elsewhere_names_the_settings_of_that_place(
         torch.empty(2**50)
 
     with monkeypatch.context() as patched:
-        patched.setattr("vipo.training.trainer.load_generator", too_much)
+        patched.setattr("vipo.training.setup.load_generator", too_much)
         with pytest.raises(OutOfMemory, match=r"vipo-s0, outside of its updates: .*training\.lora.*strategy=fsdp"):
             train_stage(config, ROOT, results)
     train_stage(config, ROOT, results)
     (results / RUN / "provenance.json").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("vipo.training.trainer.load_optimizer_tensors", too_much)
+        patched.setattr("vipo.training.setup.load_optimizer_tensors", too_much)
         with pytest.raises(OutOfMemory, match=r"vipo-s0, outside of its updates: .*training\.lora.*strategy=fsdp"):
             train_stage(config, ROOT, results)
     with monkeypatch.context() as patched:

@@ -1,9 +1,10 @@
-"""The trainer's options on the tiny generator: each one trains, does what it says, and resumes to the same bytes."""
+"""The setup's options on the tiny generator: each one trains, does what it says, and resumes to the same bytes."""
 
 import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,18 +21,28 @@ from vipo.objectives import best_and_worst
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.rollout import TransitionBatch, policy_transition
-from vipo.training import trainer as trainer_module
+from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
+from vipo.training.consistency import check_consistency
+from vipo.training.learn import kl_to_reference, learn
+from vipo.training.run import train_run
 from vipo.training.samples import MicroBatch, Sample, TrainingError, arrange_samples, update_prompts
-from vipo.training.trainer import Trainer, train_run
+from vipo.training.setup import Setup, set_up
+from vipo.training.state import run_identity
+from vipo.training.update import roll_out, update
 
 ROOT = repository_root()
 LORA = "training.lora={rank: 2, alpha: 2.0}"
 MANY = ["training.group_size=8", "training.best_of=4"]
 
 
-def _trainer(results: Path, overrides: list[str], *more: str) -> Trainer:
-    return Trainer(load_config([*overrides, *more]), ROOT, results / "demo")
+def _setup(results: Path, overrides: list[str], *more: str) -> Setup:
+    return set_up(load_config([*overrides, *more]), ROOT, results / "demo")
+
+
+def _train(results: Path, overrides: list[str]) -> None:
+    setup = _setup(results, overrides)
+    run_module.train(setup, run_identity(setup))
 
 
 COMBINATIONS: dict[str, list[str]] = {
@@ -52,11 +63,11 @@ COMBINATIONS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> None:
-    trainer = _trainer(prepared, tiny_overrides, *COMBINATIONS[name])
-    before = {key: value.detach().clone() for key, value in trainer.trainable.items()}
-    objective, training = trainer.config.objective, trainer.config.training
+    setup = _setup(prepared, tiny_overrides, *COMBINATIONS[name])
+    before = {key: value.detach().clone() for key, value in setup.trainable.items()}
+    objective, training = setup.config.objective, setup.config.training
     for number in (1, 2):
-        metrics = trainer.update(number)
+        metrics = update(setup, number)
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["log_ratio/max_before_first_step"] <= training.log_ratio_tolerance
         assert metrics["log_ratio/rms_before_first_step"] <= metrics["log_ratio/max_before_first_step"]
@@ -67,19 +78,19 @@ def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> 
         assert ("map/mean" in metrics) == (objective.map != "none")
         assert (objective.clip.side == "none") <= (metrics["clip/share"] == 0)
         trained = {int(key.removeprefix("clip/share_t")) for key in metrics if key.startswith("clip/share_t")}
-        window = trainer.config.sampling.window
+        window = setup.config.sampling.window
         assert trained <= set(stochastic_steps(window, 3, 0, number))
         if window is not None or training.transition_choice != "per_sample":
             assert len(trained) == 2
-    assert any(not torch.equal(before[key], value) for key, value in trainer.trainable.items())
+    assert any(not torch.equal(before[key], value) for key, value in setup.trainable.items())
 
 
 def test_an_orientation_that_was_not_measured_is_told_once(
     prepared: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _trainer(prepared, tiny_overrides, "arm=vipo")
+    _setup(prepared, tiny_overrides, "arm=vipo")
     assert "not measured" not in caplog.text
-    _trainer(prepared, tiny_overrides, "arm=vipo", "perception.input_size=64")
+    _setup(prepared, tiny_overrides, "arm=vipo", "perception.input_size=64")
     assert caplog.text.count("whether 'norm' finds the object with 'efficientnet_lite0'") == 1
     assert "vipo orientation" in caplog.text
 
@@ -87,7 +98,7 @@ def test_an_orientation_that_was_not_measured_is_told_once(
 def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_overrides: list[str]) -> None:
     first = {}
     for arm in ("vipo", "mean_map", "group_map", "shuffled", "oracle", "inverted", "vipo_mean"):
-        first[arm] = _trainer(prepared, tiny_overrides, f"arm={arm}").update(1)
+        first[arm] = _setup(prepared, tiny_overrides, f"arm={arm}").update(1)
     assert len({metrics["reward/mean"] for metrics in first.values()}) == 1
     assert all(math.isfinite(value) for metrics in first.values() for value in metrics.values())
     for arm in ("mean_map", "group_map", "shuffled"):
@@ -102,40 +113,37 @@ def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_o
 # ---- KL to the generator as it was ----------------------------------------------------------------
 
 
-def _one_transition(trainer: Trainer) -> tuple[MicroBatch, Tensor]:
-    training = trainer.config.training
-    prompts = update_prompts(trainer.prompts, trainer.config.seed, 1, training.prompts_per_update)
-    samples = arrange_samples(prompts, training.group_size, training.optimizer_steps_per_update)
-    batch = trainer._rollout(samples, 1)[0][0]
+def _one_transition(setup: Setup) -> tuple[MicroBatch, Tensor]:
+    batch = roll_out(setup, 1)[0].batches[0]
     return batch, batch.steps[:, 0]
 
 
-def _kl(trainer: Trainer, batch: MicroBatch, steps: Tensor) -> tuple[Tensor, TransitionBatch]:
-    moved = policy_transition(trainer.generator, batch.conditioning, batch.trajectory, steps, trainer.chain)
-    return trainer._kl(moved, batch, steps), moved
+def _kl(setup: Setup, batch: MicroBatch, steps: Tensor) -> tuple[Tensor, TransitionBatch]:
+    moved = policy_transition(setup.generator, batch.conditioning, batch.trajectory, steps, setup.chain)
+    return kl_to_reference(setup, moved, batch, steps), moved
 
 
 @pytest.mark.parametrize("lora", [[], [LORA]], ids=["full", "lora"])
 def test_kl_is_to_the_generator_as_it_was(prepared: Path, tiny_overrides: list[str], lora: list[str]) -> None:
-    trainer = _trainer(prepared, tiny_overrides, "arm=vipo", "objective.kl_weight=0.1", *lora)
-    untouched = _trainer(prepared, tiny_overrides, "arm=vipo").generator
-    batch, steps = _one_transition(trainer)
-    assert float(_kl(trainer, batch, steps)[0].detach()) == 0
-    trainer.update(1)
-    kl, moved = _kl(trainer, batch, steps)
+    setup = _setup(prepared, tiny_overrides, "arm=vipo", "objective.kl_weight=0.1", *lora)
+    untouched = _setup(prepared, tiny_overrides, "arm=vipo").generator
+    batch, steps = _one_transition(setup)
+    assert float(_kl(setup, batch, steps)[0].detach()) == 0
+    update(setup, 1)
+    kl, moved = _kl(setup, batch, steps)
     with torch.no_grad():
-        prediction = untouched.predict(moved.latents, trainer.chain.times[steps], batch.conditioning)
-        mean = trainer.chain.gaussian(moved.latents, prediction, steps)[0]
+        prediction = untouched.predict(moved.latents, setup.chain.times[steps], batch.conditioning)
+        mean = setup.chain.gaussian(moved.latents, prediction, steps)[0]
         expected = torch.distributions.kl_divergence(
             torch.distributions.Normal(moved.mean, moved.std), torch.distributions.Normal(mean, moved.std)
         ).mean()
     assert float(kl.detach()) > 0
     torch.testing.assert_close(kl.detach(), expected)
     # The policy is back in place and as trainable as before.
-    assert all(value.requires_grad for value in trainer.trainable.values())
-    assert {n for n, v in trainer.generator.network.named_parameters() if v.requires_grad} == set(trainer.trainable)
+    assert all(value.requires_grad for value in setup.trainable.values())
+    assert {n for n, v in setup.generator.network.named_parameters() if v.requires_grad} == set(setup.trainable)
     # Along its own gradient the divergence changes as finite differences say: it flows through the network's mean.
-    values = list(trainer.trainable.values())
+    values = list(setup.trainable.values())
     gradients = torch.autograd.grad(kl, values)
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     assert float(norm) > 0
@@ -144,7 +152,7 @@ def test_kl_is_to_the_generator_as_it_was(prepared: Path, tiny_overrides: list[s
         with torch.no_grad():
             for value, gradient in zip(values, gradients, strict=True):
                 value += sign * sizes * gradient / norm
-            found.append(float(_kl(trainer, batch, steps)[0].detach()))
+            found.append(float(_kl(setup, batch, steps)[0].detach()))
             for value, gradient in zip(values, gradients, strict=True):
                 value -= sign * sizes * gradient / norm
     assert (found[0] - found[1]) / (2 * sizes) == pytest.approx(float(norm), rel=0.05)
@@ -155,8 +163,8 @@ def test_kl_enters_the_loss_by_its_weight(prepared: Path, tiny_overrides: list[s
     """Before the first step the divergence and its gradient are 0: two runs part after the second alone."""
     runs = {}
     for weight in (0.0, 1e6):
-        trainer = _trainer(prepared, tiny_overrides, "arm=vipo", f"objective.kl_weight={weight}", *lora)
-        runs[weight] = trainer.update(1)
+        setup = _setup(prepared, tiny_overrides, "arm=vipo", f"objective.kl_weight={weight}", *lora)
+        runs[weight] = update(setup, 1)
     assert runs[1e6]["log_ratio/rms_position"] == runs[0.0]["log_ratio/rms_position"]
     assert runs[1e6]["kl"] > 0
     assert runs[1e6]["loss"] - runs[0.0]["loss"] == pytest.approx(1e6 * runs[1e6]["kl"], rel=1e-3)
@@ -168,16 +176,17 @@ def test_kl_enters_the_loss_by_its_weight(prepared: Path, tiny_overrides: list[s
 def test_best_of_learns_from_the_best_and_the_worst(
     prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = _trainer(prepared, tiny_overrides, "arm=grpo", *MANY)
+    setup = _setup(prepared, tiny_overrides, "arm=grpo", *MANY)
     seen: dict[str, Any] = {}
-    learn = trainer._learn
 
-    def spy(batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int) -> dict[str, float]:
+    def spy(
+        setup: Setup, batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int
+    ) -> dict[str, float]:
         seen.update(batches=batches, advantages=advantages, samples=samples)
-        return learn(batches, advantages, samples, number)
+        return learn(setup, batches, advantages, samples, number)
 
-    monkeypatch.setattr(trainer, "_learn", spy)
-    trainer.update(1)
+    monkeypatch.setattr("vipo.training.update.learn", spy)
+    update(setup, 1)
     rows = [row for batch in seen["batches"] for row in batch.rows]
     assert len(rows) == len(set(rows)) == 8
     groups = torch.tensor([sample.group for sample in seen["samples"]])
@@ -203,20 +212,19 @@ def test_a_resume_ends_with_the_same_bytes(
 ) -> None:
     overrides = [*tiny_overrides, *RESUMED[name], "training.save_at=[]", "training.updates=3"]
     whole, cut = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "cut")
-    _trainer(whole, overrides).run()
-    stopped = _trainer(cut, overrides)
-    update = stopped.update
+    _train(whole, overrides)
 
-    def asked(number: int) -> dict[str, float]:
-        metrics = update(number)
-        stopped.stop_signal = signal.SIGTERM
+    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
+        metrics = update(setup, number, stop)
+        os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 
-    monkeypatch.setattr(stopped, "update", asked)
-    with pytest.raises(Preempted):
-        stopped.run()
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "update", asked)
+        with pytest.raises(Preempted):
+            _train(cut, overrides)
     assert (cut / "demo/runs/vipo-s0/metrics.jsonl").read_text().count("\n") == 1
-    _trainer(cut, overrides).run()
+    _train(cut, overrides)
     kept = [
         {
             str(path.relative_to(results)): path.read_bytes()
@@ -237,24 +245,24 @@ def test_every_code_that_made_updates_is_recorded(
     folder = results / "demo" / "runs" / "grpo-s0"
     first, second = ({"package_sha256": digit * 64, "commit": digit * 40, "dirty": False} for digit in "12")
     stop_after = 0
-    update = Trainer.update
 
-    def asked(self: Trainer, number: int) -> dict[str, float]:
-        metrics = update(self, number)
-        self.stop_signal = signal.SIGTERM if number == stop_after < 4 else None
+    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
+        metrics = update(setup, number, stop)
+        if number == stop_after < 4:
+            os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 
     def train(code: dict[str, Any], until: int) -> dict[str, Any]:
         nonlocal stop_after
         stop_after = until
-        monkeypatch.setattr(trainer_module, "code_identity", lambda: code)
+        monkeypatch.setattr(run_module, "code_identity", lambda: code)
         with pytest.raises(Preempted) if until < 4 else contextlib.nullcontext():
             train_run(config, ROOT, results / "demo")
         if until < 4:
             return load_checkpoint(folder / "checkpoints" / f"{until:06d}").state
         return read_provenance(folder / "provenance.json")
 
-    monkeypatch.setattr(Trainer, "update", asked)
+    monkeypatch.setattr(run_module, "update", asked)
     assert train(first, 1)["code"] == [first]
     assert train(first, 2)["code"] == [first]
     assert train(second, 3)["code"] == [first, second]
@@ -279,18 +287,18 @@ def test_every_code_that_made_updates_is_recorded(
 # ---- policy consistency ----------------------------------------------------------------------------
 
 
-def _dropout(trainer: Trainer) -> None:
-    network: Any = trainer.generator.network
+def _dropout(setup: Setup) -> None:
+    network: Any = setup.generator.network
     network.proj_out = nn.Sequential(network.proj_out, nn.Dropout(0.1).train())
 
 
-def _other_weights(trainer: Trainer) -> None:
+def _other_weights(setup: Setup) -> None:
     with torch.no_grad():
-        trainer.trainable["proj_out.bias"][0] += 1e-2
+        setup.trainable["proj_out.bias"][0] += 1e-2
 
 
-def _other_precision(trainer: Trainer) -> None:
-    trainer.generator.config = trainer.generator.config.model_copy(update={"precision": "bf16"})
+def _other_precision(setup: Setup) -> None:
+    setup.generator.config = setup.generator.config.model_copy(update={"precision": "bf16"})
 
 
 @pytest.mark.parametrize("broken", [_dropout, _other_weights, _other_precision])
@@ -299,34 +307,33 @@ def test_another_network_in_the_update_is_an_error(
     prepared: Path,
     tiny_overrides: list[str],
     monkeypatch: pytest.MonkeyPatch,
-    broken: Callable[[Trainer], None],
+    broken: Callable[[Setup], None],
     arm: str,
 ) -> None:
-    trainer = _trainer(prepared, tiny_overrides, f"arm={arm}")
-    weights = {name: value.detach().clone() for name, value in trainer.trainable.items()}
-    sample = trainer._rollout
+    setup = _setup(prepared, tiny_overrides, f"arm={arm}")
+    weights = {name: value.detach().clone() for name, value in setup.trainable.items()}
 
-    def then_break(samples: list[Sample], number: int) -> Any:
-        result = sample(samples, number)
-        broken(trainer)
+    def then_break(*arguments: Any) -> Any:
+        result = roll_out(*arguments)
+        broken(setup)
         return result
 
-    monkeypatch.setattr(trainer, "_rollout", then_break)
+    monkeypatch.setattr("vipo.training.update.roll_out", then_break)
     told = (
         r"update 1: max \|log rho\| before the first optimizer step is \S+, above training.log_ratio_tolerance 1e-05, "
         r"at \(\d+, \d+\) of transition [012], sample \d of '.*'. .* a dropout or norm layer in training mode, another "
         r"dtype or autocast.*over the transition's std, .* objective.channels .*\(here 'mean'\): docs/method.md"
     )
     with torch.random.fork_rng(devices=[]), pytest.raises(TrainingError, match=told):
-        trainer.update(1)
+        update(setup, 1)
     # It stopped before anything was learned.
-    assert broken is _other_weights or all(torch.equal(weights[n], v) for n, v in trainer.trainable.items())
+    assert broken is _other_weights or all(torch.equal(weights[n], v) for n, v in setup.trainable.items())
 
 
 def test_the_error_names_the_position(prepared: Path, tiny_overrides: list[str]) -> None:
-    trainer = _trainer(prepared, tiny_overrides, "arm=vipo")
-    batch, _ = _one_transition(trainer)
-    prompts = update_prompts(trainer.prompts, trainer.config.seed, 1, 2)
+    setup = _setup(prepared, tiny_overrides, "arm=vipo")
+    batch, _ = _one_transition(setup)
+    prompts = update_prompts(setup.prompts, setup.config.seed, 1, 2)
     samples = arrange_samples(prompts, 4, 2)
     for shape, place in (((4, 5, 6), (3, 2)), ((4, 2, 5, 6), (1, 3, 2))):
         log_ratio = torch.zeros(shape)
@@ -334,22 +341,22 @@ def test_the_error_names_the_position(prepared: Path, tiny_overrides: list[str])
         log_ratio[0][place] = 0.125
         steps = torch.tensor([0, 1, 2, 0])
         with pytest.raises(TrainingError) as caught:
-            trainer._check_consistency(log_ratio, batch, steps, samples, 7)
+            check_consistency(setup.config, log_ratio, batch, steps, samples, 7)
         sample = samples[batch.rows[2]]
         told = f"is 0.25, above training.log_ratio_tolerance 1e-05, at {place} of transition 2, sample {sample.index}"
         assert told in str(caught.value)
         assert repr(sample.prompt.text) in str(caught.value)
         log_ratio[2][place] = torch.nan
         with pytest.raises(TrainingError, match=r"update 7: log rho is not finite at .* of transition 2, sample"):
-            trainer._check_consistency(log_ratio, batch, steps, samples, 7)
-    assert trainer._check_consistency(torch.full((4, 5, 6), 1e-6), batch, steps, samples, 7) == pytest.approx(1e-6)
+            check_consistency(setup.config, log_ratio, batch, steps, samples, 7)
+    assert check_consistency(setup.config, torch.full((4, 5, 6), 1e-6), batch, steps, samples, 7) == pytest.approx(1e-6)
 
 
 def test_what_a_run_was_loaded_with_stays(prepared: Path, tiny_overrides: list[str]) -> None:
     """The reference is a copy of its own: steps on the policy leave its bytes alone."""
-    trainer = _trainer(prepared, tiny_overrides, "arm=flow_grpo")
-    assert trainer.reference is not None
-    before = copy.deepcopy(trainer.reference.state_dict())
-    trainer.update(1)
-    assert all(torch.equal(before[name], value) for name, value in trainer.reference.state_dict().items())
-    assert not any(value.requires_grad for value in trainer.reference.parameters())
+    setup = _setup(prepared, tiny_overrides, "arm=flow_grpo")
+    assert setup.reference is not None
+    before = copy.deepcopy(setup.reference.state_dict())
+    update(setup, 1)
+    assert all(torch.equal(before[name], value) for name, value in setup.reference.state_dict().items())
+    assert not any(value.requires_grad for value in setup.reference.parameters())

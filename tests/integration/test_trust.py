@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from vipo.config.compose import load_config, load_config_file, repository_root
 from vipo.config.models import Config
 from vipo.generators import GeneratorError
 from vipo.stages import evaluate_stage, train_stage
-from vipo.training import trainer as trainer_module
+from vipo.training import run as run_module
 from vipo.training.checkpoints import list_checkpoints
 from vipo.training.errors import TrainingError
 from vipo.training.finished import finished_weights, next_command
-from vipo.training.trainer import Trainer
+from vipo.training.setup import Setup, set_up
+from vipo.training.state import resume, run_identity
+from vipo.training.update import update
 
 ROOT = repository_root()
 RUN = "demo/runs/vipo-s0"
@@ -138,21 +141,21 @@ DAMAGES: Mapping[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.fixture(scope="module")
-def trainer(trained: Path, config: Config) -> Trainer:
+def setup(trained: Path, config: Config) -> Setup:
     """Loaded once; the tests let it look into other folders."""
-    return Trainer(config, ROOT, trained / "demo")
+    return set_up(config, ROOT, trained / "demo")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_of_damaged_content_is_named_and_the_one_before_is_used(
-    results: Path, trainer: Trainer, caplog: pytest.LogCaptureFixture, damage: str
+    results: Path, setup: Setup, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    trainer.folder = results / RUN
+    setup = replace(setup, experiment=results / "demo")
     change, told = DAMAGES[damage]
     (newest, before, *_) = list_checkpoints(results / RUN / "checkpoints")
     change(newest)
     _resealed(newest)
-    found = trainer._resumable()
+    found = resume(setup, run_identity(setup))
     assert found is not None
     assert found.update == int(before.name) == 3
     assert told in caplog.text
@@ -176,16 +179,15 @@ def test_weights_that_are_not_finite_are_not_kept(
     prepared: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = Path(shutil.copytree(prepared, tmp_path / "results"))
-    original = Trainer.update
 
-    def poisoned(self: Trainer, number: int) -> dict[str, float]:
-        metrics = original(self, number)
+    def poisoned(setup: Setup, number: int, stop: Any) -> dict[str, float]:
+        metrics = update(setup, number, stop)
         if number == 2:
             with torch.no_grad():
-                next(iter(self.trainable.values())).view(-1)[0] = math.inf
+                next(iter(setup.trainable.values())).view(-1)[0] = math.inf
         return metrics
 
-    monkeypatch.setattr(Trainer, "update", poisoned)
+    monkeypatch.setattr(run_module, "update", poisoned)
     with pytest.raises(TrainingError, match=r"update 2: the weights are not finite after it, first '.*last good state"):
         train_stage(config, ROOT, results)
     assert [path.name for path in list_checkpoints(results / RUN / "checkpoints")] == ["000001"]
@@ -218,7 +220,7 @@ def test_a_finished_run_says_so_and_loads_nothing(
     results: Path, config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
-    monkeypatch.setattr(trainer_module, "Trainer", None)
+    monkeypatch.setattr(run_module, "set_up", None)
     with caplog.at_level(logging.INFO):
         train_stage(config, ROOT, results)
     assert f"vipo-s0: is finished, nothing is left to do; its weights are in {results / RUN / 'weights'}" in caplog.text

@@ -1,7 +1,7 @@
 """The validated configuration. Every number that decides a result is a field here.
 
 Fields are frozen and unknown keys are refused. Values that need a model to be checked (component
-count against feature width, grid sizes) are checked in the trainer's preflight.
+count against feature width, grid sizes) are checked when a run is set up.
 """
 
 import difflib

@@ -1,1 +1,1 @@
-"""The trainer, its checkpoints, and the flow-matching pre-training of the demo generator."""
+"""Training: the loop, an update as plain functions, checkpoints, and the pre-training of the demo generator."""

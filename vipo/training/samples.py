@@ -19,6 +19,7 @@ __all__ = [
     "arrange_samples",
     "chosen_transitions",
     "concatenated",
+    "named",
     "update_prompts",
 ]
 
@@ -30,6 +31,11 @@ class Sample:
     prompt: Prompt
     group: int
     index: int
+
+
+def named(sample: Sample) -> str:
+    """A sample as messages tell it."""
+    return f"{sample.index} of {sample.prompt.text!r}"
 
 
 @dataclass(frozen=True)

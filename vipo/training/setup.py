@@ -1,0 +1,232 @@
+"""Everything that a run loads and checks before its first computation."""
+
+import copy
+import logging
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vipo.config.experiment import check_processes
+from vipo.config.models import Config
+from vipo.determinism import deterministic_algorithms
+from vipo.generators import Generator, load_generator
+from vipo.generators.base import checkpoint_inputs
+from vipo.generators.embeddings import load_embeddings
+from vipo.perception import PerceptualStructuring, load_backbone
+from vipo.perception.backbones import NOT_MEASURED
+from vipo.prompts import Prompt, read_prompts
+from vipo.rewards import Reward, load_reward, score
+from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
+from vipo.tracking import Timer
+from vipo.training.distribution import Distribution
+from vipo.training.errors import TrainingError
+from vipo.training.samples import update_prompts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, loaded.
+
+    Attributes:
+        config: the run.
+        experiment: ``results/<experiment>``.
+        distribution: the processes of the run.
+        prompts: of the training split.
+        generator: the policy; its network is wrapped by `distribution`.
+        reference: the network as it was, for the KL divergence of full fine-tuning; with LoRA it is the policy without
+            its adapter, and None here.
+        embeddings: conditioning by prompt id.
+        rewards: by the name of their term.
+        structuring: makes the backbone's maps; None where the arm reads no backbone.
+        chain: noise levels and transition.
+        trainable: parameters that are trained, by name; of a sharded network this process's shards.
+        optimizer: of those.
+        weight_inputs: folders and files that weights were read from, by what they are.
+        timer: seconds by part.
+    """
+
+    config: Config
+    experiment: Path
+    distribution: Distribution
+    prompts: list[Prompt]
+    generator: Generator
+    reference: nn.Module | None
+    embeddings: dict[str, dict[str, Tensor]]
+    rewards: dict[str, Reward]
+    structuring: PerceptualStructuring | None
+    chain: Chain
+    trainable: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    weight_inputs: dict[str, Path]
+    timer: Timer = field(repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.distribution.device
+
+    @property
+    def folder(self) -> Path:
+        """``results/<experiment>/runs/<arm>-s<seed>``."""
+        return self.experiment / "runs" / self.config.run_name
+
+
+def prompts_path(experiment: Path) -> Path:
+    """Where the training split of an experiment is."""
+    return experiment / "prompts" / "train.jsonl"
+
+
+def embeddings_path(experiment: Path) -> Path:
+    """Where its embeddings are."""
+    return experiment / "embeddings" / "train.safetensors"
+
+
+def set_up(config: Config, root: Path, experiment: Path) -> Setup:
+    """Load a run and check it.
+
+    Args:
+        config: the run.
+        root: repository root, for relative paths.
+        experiment: ``results/<experiment>`` with prompts and embeddings.
+
+    Raises:
+        ConfigError, TrainingError, GeneratorError, RewardError, PerceptionError, PromptError: what cannot work.
+    """
+    if config.is_base:
+        raise TrainingError(
+            "arm 'base' is the generator as it is: there is nothing to train; choose another arm, or evaluate it"
+        )
+    deterministic_algorithms()
+    check_processes(config)
+    distribution = Distribution(config.distribution, config.generator.device)
+    # After accelerate, which on several CPU processes takes the number of threads from the machine.
+    torch.set_num_threads(config.training.threads)
+    device = distribution.device
+    prompts = read_prompts(prompts_path(experiment))
+    update_prompts(prompts, config.seed, 1, config.training.prompts_per_update)
+    generator = load_generator(config.generator, root)
+    weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
+    widths = generator.conditioning_widths(config.generator, root)
+    embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
+    rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
+    structuring = _load_structuring(config, root, generator, prompts, distribution)
+    if structuring is not None and structuring.backbone.source is not None:
+        weight_inputs["perception"] = structuring.backbone.source
+    _try_rewards(config, rewards, prompts[0], device)
+    chain = _load_chain(config, generator, distribution)
+    reference = _prepare_network(config, generator, distribution)
+    network = distribution.unwrap(generator.network)
+    trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trainable.values(),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
+    )
+    setup = Setup(
+        config,
+        experiment,
+        distribution,
+        prompts,
+        generator,
+        reference,
+        embeddings,
+        rewards,
+        structuring,
+        chain,
+        trainable,
+        optimizer,
+        weight_inputs,
+        Timer(device),
+    )
+    _check_resources(setup)
+    return setup
+
+
+def _load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
+    sampling, schedule = config.sampling, (generator.prediction, generator.alphas_cumprod, generator.timesteps)
+    chain = sampling_chain(sampling, *schedule, device=distribution.device)
+    # What only the evaluation would refuse, before all training.
+    sampling_chain(sampling, *schedule, steps=config.evaluation.steps)
+    levels = None if generator.alphas_cumprod is None else len(generator.alphas_cumprod)
+    for remark in chain_remarks(chain, sampling, generator.flow_shift, levels) if distribution.is_main else ():
+        log.warning("%s", remark)
+    return chain
+
+
+def _load_structuring(
+    config: Config, root: Path, generator: Generator, prompts: list[Prompt], distribution: Distribution
+) -> PerceptualStructuring | None:
+    if config.objective.map == "oracle":
+        without = [prompt.text for prompt in prompts if "objects" not in prompt.metadata]
+        if without or generator.frame_groups is not None:
+            lacks = f"{without[0]!r} has none" if without else "this generator makes videos"
+            raise TrainingError(
+                f"objective.map 'oracle' needs drawn pictures and prompts with scene metadata ('objects'): {lacks}"
+            )
+    if not config.objective.reads_backbone:
+        return None
+    backbone = load_backbone(config.perception, config.generator.device, root)
+    structuring = PerceptualStructuring(backbone, config.perception)
+    structuring.preflight((config.generator.height, config.generator.width))
+    if structuring.evidence == NOT_MEASURED and distribution.is_main:
+        log.warning(
+            "perception.orientation: whether %r finds the object with %r at this layer and size was not measured "
+            "here; look at `vipo map` of pictures of your kind, or measure it with `vipo orientation`",
+            structuring.orientation,
+            config.perception.backbone,
+        )
+    return structuring
+
+
+def _try_rewards(config: Config, rewards: dict[str, Reward], prompt: Prompt, device: torch.device) -> None:
+    blank = torch.zeros(1, *config.generator.sample_shape, device=device)
+    for name, reward in rewards.items():
+        score(name, reward, blank, [prompt.text], [prompt.metadata])
+
+
+def _prepare_network(config: Config, generator: Generator, distribution: Distribution) -> nn.Module | None:
+    """Make the generator's network the policy that is trained; gives the reference where one is kept beside it."""
+    training = config.training
+    if training.gradient_checkpointing:
+        generator.recompute_activations()
+    # The generator as it was: with LoRA, the network without its adapter.
+    copied = config.objective.kl_weight > 0 and training.lora is None
+    reference = copy.deepcopy(generator.network) if copied else None
+    if training.lora is None:
+        generator.network.requires_grad_(True)
+    else:
+        generator.add_lora(training.lora, config.seed)
+    precision = config.generator.precision
+    generator.network = distribution.wrap(generator.network, precision)
+    return None if reference is None else distribution.wrap(reference, precision)
+
+
+def _check_resources(setup: Setup) -> None:
+    config, folder = setup.config, setup.folder
+    count = sum(value.numel() for value in setup.trainable.values())
+    needed = 4 * count * (3 * config.training.keep_checkpoints + 3 + 1 + len(config.training.save_at))
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TrainingError(
+            f"{folder}: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} MiB are needed; "
+            "free space or lower training.keep_checkpoints"
+        )
+    if setup.device.type == "cuda":
+        total = torch.cuda.get_device_properties(setup.device).total_memory
+        frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())
+        shards = setup.distribution.processes if config.distribution.strategy == "fsdp" else 1
+        state = (16 * count + 4 * frozen) / shards
+        if state > total:
+            raise TrainingError(
+                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference of "
+                f"objective.kl_weight, need {state / 2**30:.0f} GiB in each process, the device has "
+                f"{total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp on more devices"
+            )
