@@ -46,7 +46,7 @@ def adapter_errors(config: GeneratorConfig, call: str) -> Iterator[None]:
         log.debug("%s", call, exc_info=True)
         told = " ".join(str(error).split())
         raise GeneratorError(
-            f"generator.family {config.family!r} raised {type(error).__name__}: {told or 'no message'} (in {call})"
+            f"generator.family {config.family!r} raised {type(error).__name__}: {told or f'no message, in {call}'}"
         ) from error
 
 
