@@ -309,8 +309,9 @@ def test_a_reward_that_meddles_changes_nothing_else(vipo: Command, overrides: li
     ],
 )
 def test_import_paths_are_tried_with_the_configuration(
-    vipo: Command, tmp_path: Path, key: str, path: str, told: list[str]
+    vipo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str, told: list[str]
 ) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     change = {
         "reward": [f'reward.terms=[{{name: redness}}, {{name: "{path}"}}]', f'evaluation.rewards=[redness, "{path}"]'],
         "evaluation": [f'evaluation.rewards=[object_redness, "{path}"]'],
