@@ -72,7 +72,7 @@ def test_dag_runs_once_and_reruns_what_changed(project: Path, tiny_overrides: li
     # A line a job, then that it is done; what stages and Snakemake say is in the logs.
     lines = [line for line in result.stderr.splitlines() if not line.startswith(("  ", "Using profile "))]
     assert [line.split("]")[0] for line in lines[:-1]] == [f"[{number}/10" for number in range(1, 11)], result.stderr
-    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward 0\.\d+ -> 0\.\d+", result.stderr, re.MULTILINE)
+    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward -?\d\.\d+ -> -?\d\.\d+", result.stderr, re.MULTILINE)
     assert lines[-1].startswith("10 jobs done in ")
     experiment = project / "results/demo"
     logs = {path.stem: path.read_text() for path in (experiment / "logs").iterdir()}
