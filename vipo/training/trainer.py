@@ -789,7 +789,8 @@ class Trainer:
                             if self.code["package_sha256"] not in self.packages():
                                 self.made_by.append(self.code)
                         progress.set_postfix(
-                            reward=f"{first:.3f} -> {metrics['reward/mean']:.3f}",
+                            # First, so that what a narrow log cuts off is something else.
+                            {"reward": f"{first:.3f} -> {metrics['reward/mean']:.3f}"},
                             ratio=f"{metrics['log_ratio/max_before_first_step']:.1e}",
                             clip=f"{metrics['clip/share']:.2f}",
                             grad=f"{metrics['grad/norm']:.2f}",
