@@ -34,8 +34,11 @@ $(abspath .uv)/bin/uv:
 	"$$(workflow/preflight.sh --python)" -m venv .uv
 	.uv/bin/python -m pip install --disable-pip-version-check --require-hashes --requirement containers/installer.lock
 
+# What a stopped workflow says how to go on with: outside of make, nobody has its PATH.
+demo study dvc-import: export VIPO_AGAIN = $(strip make $@ $(MAKEOVERRIDES))
+
 demo: env  ## the whole experiment on CPU: base, GRPO, ViPO, controls, evaluation, report
-	VIPO_AGAIN='$(strip make $@ $(MAKEOVERRIDES))' snakemake --profile local --config experiment=$(EXPERIMENT)
+	snakemake --profile local --config experiment=$(EXPERIMENT)
 	@echo "report: file://$(abspath results/$(EXPERIMENT)/report/index.html)"
 	@if [ -n "$${DISPLAY:-}" ]; then python -m webbrowser "file://$(abspath results/$(EXPERIMENT)/report/index.html)" || true; fi
 

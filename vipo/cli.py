@@ -462,6 +462,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
     for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Python's own way to standard error shows a warning's text as it is.
+    logging.captureWarnings(True)
     try:
         app([_expanded(argument) for argument in sys.argv[1:]])
     except VipoError as error:
@@ -470,6 +472,8 @@ def main() -> None:
     except OSError as error:
         _tell(f"{error}; check that the path exists, permissions and free space")
         _leave(1)
+    finally:
+        logging.captureWarnings(False)
 
 
 def _tell(text: str) -> None:

@@ -48,7 +48,7 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's lines, safe to print."""
-        return indented(super().format(record))
+        return indented(super().format(record).rstrip())
 
 
 def _escape(sign: str) -> str:

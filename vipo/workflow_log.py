@@ -20,7 +20,8 @@ from statistics import fmean
 from types import FrameType
 from typing import Any
 
-_BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:?]+)[^\]]*\]")
+# What is wider than the log is cut off at the end.
+_BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:?]+)[^\]\n]*")
 _REWARD = re.compile(r"reward=([^,\]]+)")
 _ORIGIN = re.compile(r'^\w+(?: in rule \w+)? in file "[^"]*", line \d+:\n')
 _STAGE_FAILED = re.compile(r"\bCalledProcessError\b|^WorkflowError:?\s*At least one job did not complete")

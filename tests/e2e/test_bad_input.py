@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import pytest
 
 from vipo.config.compose import repository_root
 from vipo.prompts.prompt import clean_text
+from vipo.text import Formatter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -312,8 +314,9 @@ def test_a_reward_that_meddles_changes_nothing_else(vipo: Command, overrides: li
     ],
 )
 def test_import_paths_are_tried_with_the_configuration(
-    vipo: Command, tmp_path: Path, key: str, path: str, told: list[str]
+    vipo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str, told: list[str]
 ) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     change = {
         "reward": [f'reward.terms=[{{name: redness}}, {{name: "{path}"}}]', f'evaluation.rewards=[redness, "{path}"]'],
         "evaluation": [f'evaluation.rewards=[object_redness, "{path}"]'],
@@ -337,6 +340,17 @@ def test_what_others_say_is_one_line_that_forges_nothing(vipo: Command, tmp_path
     vipo("prepare", "experiment=demo", 'prompts.source="bad_sources:exits"', "--results", results).refuses(
         "prompts.source bad_sources:exits raised SystemExit: 0"
     )
+
+
+def test_warnings_are_records_of_the_log(
+    vipo: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vipo.stages.prepare_stage", lambda *_: warnings.warn("gone\nerror: \x1b[2J", stacklevel=1))
+    assert vipo("prepare", "experiment=demo").code == 0
+    [record] = [record for record in caplog.records if record.name == "py.warnings"]
+    shown = Formatter("%(levelname)s %(message)s").format(record).splitlines()
+    assert shown[1] == "  error: \\x1b[2J"
+    assert all(line.startswith("  ") for line in shown[1:])
 
 
 @pytest.mark.parametrize(

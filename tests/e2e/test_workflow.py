@@ -100,7 +100,7 @@ def test_dag_runs_once_and_reruns_what_changed(
     # A line a job, then that it is done; what stages and Snakemake say is in the logs.
     lines = [line for line in told.splitlines() if not line.startswith(("  ", "Using profile "))]
     assert [line.split("]")[0] for line in lines[:-1]] == [f"[{number}/10" for number in range(1, 11)], told
-    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward 0\.\d+ -> 0\.\d+", told, re.MULTILINE)
+    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward -?\d\.\d+ -> -?\d\.\d+", told, re.MULTILINE)
     assert lines[-1].startswith("10 jobs done in ")
     logs = {path.stem: path.read_text() for path in (experiment / "logs").iterdir()}
     assert "vipo-s0: samples: 100%" in logs["evaluate-vipo-s0"]

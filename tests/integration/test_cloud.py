@@ -143,7 +143,7 @@ def test_the_commands_of_the_cluster_page_exist(tmp_path: Path, monkeypatch: pyt
             assert config.distribution.processes == (8 if values else 1)
             assert parsed.executor == ("slurm" if parsed.profile == ["slurm"] else None)
         else:
-            assert name in {"git", "make", "source", "sinfo"}
+            assert name in {"git", "make", "source", "sinfo", "export"}
             continue
         told[name] += 1
     assert told == {"cp": 1, "vipo": 2, "snakemake": 6}

@@ -185,9 +185,9 @@ def test_lora_weights_with_another_tensor_are_refused(
 
 def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None:
     generator = _load("flux", tiny_generator)
-    with pytest.raises(GeneratorError, match=r"targets: 'to_qq' matches no module of Flux.*did you mean 'to_q'"):
+    with pytest.raises(GeneratorError, match=r"targets \['to_qq'\]: matches no module of Flux.*did you mean 'to_q'"):
         generator.add_lora(LoraConfig(targets=("to_k", "to_qq")), seed=0)
-    with pytest.raises(GeneratorError, match=r"targets: 'to_out\.1x' matches no module"):
+    with pytest.raises(GeneratorError, match=r"targets \['to_out\.1x'\]: matches no module"):
         generator.add_lora(LoraConfig(targets=("to_out.0", "to_out.1x")), seed=0)
 
 

@@ -65,14 +65,14 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def _bar(monkeypatch: pytest.MonkeyPatch, done: int, total: int, reward: str = "") -> str:
+def _bar(monkeypatch: pytest.MonkeyPatch, done: int, total: int, reward: str = "", **rest: str) -> str:
     """What a stage's own progress bar writes into its log."""
     stream = io.StringIO()
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", stream)
         with progress_bar(total=total, description="grpo-s0", unit="update") as bar:
             if reward:
-                bar.set_postfix(ratio="1e-7", reward=reward, refresh=False)
+                bar.set_postfix({"reward": reward}, ratio="1e-7", **rest, refresh=False)
             bar.update(done)
             bar.refresh()
     return stream.getvalue()
@@ -193,3 +193,10 @@ def test_a_log_without_bars_or_errors(tmp_path: Path) -> None:
     assert read_error(log).splitlines() == [f"line {number}" for number in range(25, 40)]
     log.write_text("x: 0%| | 0/4 [00:00<?, ?update/s]\nx: 50%|## | 2/4 [00:10<00:10,  5.00s/update, reward=0.1 -> 0.2]")
     assert read_standing(log) == Standing(2, 4, "00:10", "0.1 -> 0.2")
+
+
+def test_a_bar_that_is_wider_than_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log").write_text(_bar(monkeypatch, 1500, 3000, "-10.655 -> -12.582", grad="1" * 40))
+    standing = read_standing(tmp_path / "log")
+    assert standing is not None
+    assert (standing.done, standing.total, standing.reward) == (1500, 3000, "-10.655 -> -12.582")

@@ -1,4 +1,4 @@
-"""What a user gives the workflow with ``snakemake --config``: the experiment and its overrides."""
+"""What a user gives the workflow with ``snakemake --config``: the experiment, its overrides, and a word of consent."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from vipo.config.compose import ConfigError
 
-_KEYS = ("experiment", "overrides")
+_KEYS = ("experiment", "overrides", "set_aside")
 _CLOSES = {"[": "]", "{": "}", "(": ")"}
 
 

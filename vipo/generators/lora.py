@@ -28,7 +28,7 @@ def check_targets(network: Any, targets: Sequence[str]) -> None:
             ends = sorted({".".join(name.split(".")[-(target.count(".") + 1) :]) for name in names})
             close = difflib.get_close_matches(target, ends, n=3)
             raise GeneratorError(
-                f"training.lora.targets: {target!r} matches no module of {type(network).__name__}"
+                f"training.lora.targets {[target]}: matches no module of {type(network).__name__}"
                 + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
             )
 

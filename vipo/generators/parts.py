@@ -21,7 +21,8 @@ _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(\.(?P<before>\w+))?(-\d+-of-\d+)?(\.(?P<after>\w+))?\.safetensors\Z"
 )
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_NAMED = 3
+_NAMED = 2
+_LONGEST_CAUSE = 300
 
 T = TypeVar("T")
 
@@ -123,10 +124,8 @@ def load_part(
             if isinstance(location, Path)
             else " (where the repository has *.fp16.safetensors only, download it and name its folder)"
         )
-        raise GeneratorError(
-            f"{location}/{part}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())}); "
-            f"{remedy}{only}"
-        ) from error
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
+        raise GeneratorError(f"{location}/{part}: cannot be loaded ({cause}); {remedy}{only}") from error
     if not weights:
         part_without_weights: T = loaded
         return part_without_weights

@@ -119,7 +119,8 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
                     if code["package_sha256"] not in packages(made_by):
                         made_by.append(code)
                 progress.set_postfix(
-                    reward=f"{first:.3f} -> {metrics['reward/mean']:.3f}",
+                    # First, so that what a narrow log cuts off is something else.
+                    {"reward": f"{first:.3f} -> {metrics['reward/mean']:.3f}"},
                     ratio=f"{metrics['log_ratio/max_before_first_step']:.1e}",
                     clip=f"{metrics['clip/share']:.2f}",
                     grad=f"{metrics['grad/norm']:.2f}",
