@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from vipo.errors import VipoError
-from vipo.sampling.keys import keyed_seed
+from vipo.keys import keyed_seed
 
 #: Fewer seeds than this cannot carry an interval over seeds.
 MINIMUM_SEEDS = 5

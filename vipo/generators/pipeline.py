@@ -16,7 +16,7 @@ from vipo.config.models import GeneratorConfig, LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
 from vipo.generators.lora import LORA_FILE, check_file, check_targets
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
-from vipo.sampling.noise import keyed_seed
+from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
     {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vipo.sampling.keys import Key, keyed_seed
+from vipo.keys import Key, keyed_seed
 
 __all__ = ["Key", "keyed_generator", "keyed_normal", "keyed_seed"]
 

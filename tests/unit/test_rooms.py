@@ -1,0 +1,48 @@
+"""The house: imports between its rooms point one way, and what is at the bottom knows nothing of what is above."""
+
+import ast
+import graphlib
+from collections import defaultdict
+
+from vipo.config.compose import repository_root
+
+PACKAGE = repository_root() / "vipo"
+
+
+def _rooms() -> dict[str, set[str]]:
+    """Of each room or file of the package, the others that it imports."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            parts = (name.split(".") for name in names)
+            found[room] |= {other[1] for other in parts if other[0] == "vipo" and len(other) > 1 and other[1] != room}
+    return found
+
+
+def test_imports_between_rooms_point_one_way() -> None:
+    rooms = _rooms()
+    order = list(graphlib.TopologicalSorter(rooms).static_order())
+    assert len(order) > 15
+    assert {"training", "generators"} <= rooms.keys()
+
+
+def test_the_lower_rooms_know_nothing_of_the_upper_ones() -> None:
+    rooms = _rooms()
+    above = {"sampling", "training", "evaluation", "reporting", "audit", "stages", "cli"}
+    for room in ("config", "generators", "objectives", "perception", "prompts", "provenance", "rewards"):
+        assert not rooms[room] & above, room
+
+
+def test_no_file_of_training_is_too_long_to_read() -> None:
+    lengths = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines())
+        for path in (PACKAGE / "training").iterdir()
+        if path.suffix == ".py"
+    }
+    loop = {
+        name: lengths[name] for name in ("run.py", "update.py", "learn.py", "setup.py", "consistency.py", "state.py")
+    }
+    assert max(loop.values()) <= 300, loop
