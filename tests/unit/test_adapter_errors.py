@@ -87,7 +87,7 @@ def test_what_an_adapter_raises_is_one_error_that_names_it(
     made = _calls(adapter, tmp_path)[call]
     for raised, told in (
         (KeyError("colour\nerror: all is well"), r"KeyError: 'colour\\nerror: all is well'"),
-        (RuntimeError("two\n  lines"), "RuntimeError: two lines"),
+        (RuntimeError("two\n  lines"), r"RuntimeError: two\b.*lines"),
         (SystemExit(0), "SystemExit: 0"),
     ):
         monkeypatch.setattr(Adapter, "behaviour", raised)
