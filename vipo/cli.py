@@ -66,7 +66,7 @@ class _Commands(TyperGroup):
 
 
 def _noted(ctx: typer.Context, results: Path) -> Path:
-    ctx.obj.results = results
+    ctx.ensure_object(_Place).results = results
     return results
 
 

@@ -56,6 +56,10 @@ class RandomWeights(PipelineGenerator):
     autoencoder_class: ClassVar[Any]
 
     @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        """Nothing: the layout is what `write_layout` makes."""
+
+    @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
         folder = root / config.path
         index = json.loads((folder / "model_index.json").read_text())

@@ -59,7 +59,7 @@ def measure_family(record: Record, size: Size, device: str, matmul_tflops: float
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         layout = write_layout(folder / "generator", size.parts, size.dtype)
-        (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(8)))
+        (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
         overrides = [
             "experiment=demo",
             "arm=vipo",

@@ -96,7 +96,7 @@ def test_prompt_files_that_cannot_be_used(
     assert not files(tmp_path / "results")
 
 
-def test_a_failed_prepare_leaves_the_old_prompts_without_their_record(vipo: Command, tmp_path: Path) -> None:
+def test_a_failed_prepare_leaves_the_old_prompts_as_they_were(vipo: Command, tmp_path: Path) -> None:
     source, results = tmp_path / "prompts.txt", tmp_path / "results"
     source.write_text("".join(f"a circle, number {i}\n" for i in range(40)))
     command = ["prepare", "experiment=demo", f"prompts.source={source}", "--results", results]
@@ -108,8 +108,8 @@ def test_a_failed_prepare_leaves_the_old_prompts_without_their_record(vipo: Comm
     before = files(results / "demo/prompts")
     source.write_bytes(b"\0\1\2")
     vipo(*command).refuses("prompts.txt", "binary")
-    after = files(results / "demo/prompts")
-    assert after == {name: content for name, content in before.items() if name != "provenance.json"}
+    assert files(results / "demo/prompts") == before
+    assert not list((results / "demo/.superseded").iterdir())
 
 
 def test_a_prompt_of_100_kilobytes_is_dropped_and_counted(vipo: Command, tmp_path: Path) -> None:
@@ -530,6 +530,8 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results: Path) -> None:
     assert vipo("train", *overrides, "--results", results).code == 0
+    # With its record, it would be told as finished, which needs no lock.
+    (results / RUN / "provenance.json").unlink()
     before = files(results / RUN)
     with held(results / RUN) as holder:
         vipo("train", *overrides, "--results", results).refuses(RUN, f"process {holder.pid}", "wait for it or stop it")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -328,7 +329,8 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     scores.write_bytes(content)
 
     shown = _make(clone, "dvc-import")
-    assert "Finished jobid" in shown
+    assert re.search(r"^\[1/2\] report: ", shown, re.MULTILINE)
+    assert "2 jobs done in " in shown
     assert not (clone / "results/demo/runs/vipo-s0/provenance.json").exists()
     page = (clone / "results/demo/report/index.html").read_text()
     assert "Not recorded here: vipo-s0." in page

@@ -120,6 +120,8 @@ def test_a_run_refuses_embeddings_of_text_encoders_that_changed(tiny_generator: 
     overrides = [
         f"generator.path={folder}",
         f"prompts.source={source}",
+        "reward=redness",
+        "evaluation.rewards=[redness]",
         "training.prompts_per_update=2",
         "training.micro_batch=4",
     ]

@@ -98,7 +98,7 @@ def test_an_orientation_that_was_not_measured_is_told_once(
 def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_overrides: list[str]) -> None:
     first = {}
     for arm in ("vipo", "mean_map", "group_map", "shuffled", "oracle", "inverted", "vipo_mean"):
-        first[arm] = _setup(prepared, tiny_overrides, f"arm={arm}").update(1)
+        first[arm] = update(_setup(prepared, tiny_overrides, f"arm={arm}"), 1)
     assert len({metrics["reward/mean"] for metrics in first.values()}) == 1
     assert all(math.isfinite(value) for metrics in first.values() for value in metrics.values())
     for arm in ("mean_map", "group_map", "shuffled"):

@@ -30,7 +30,7 @@ from vipo.provenance.environment import (
     versions,
 )
 from vipo.provenance.files import atomic_file, file_sha256, replaced_path
-from vipo.provenance.superseded import is_finished, set_aside
+from vipo.provenance.superseded import bring_back, is_finished, set_aside
 
 PROVENANCE, DIFF, CHECKOUT_DIFF = "provenance.json", "provenance.diff", "provenance.checkout.diff"
 #: How deep below the experiment's folder that of a stage lies.
@@ -127,12 +127,27 @@ def record_stage(
         "versions": versions(),
         "started": _now(),
     }
-    if experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record, folder, root):
-        aside = set_aside(experiment, [folder])
-        log.warning("%s: another configuration or other inputs made it; it is set aside in %s", folder, aside)
-    with _without_record(folder, earlier, root):
+    other = experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record, folder, root)
+    with _made_way(experiment if other else None, folder), _without_record(folder, earlier, root):
         yield facts
         _finish(stage, folder, outputs, record, facts, {DIFF: diff, CHECKOUT_DIFF: checkout_diff}, root)
+
+
+@contextlib.contextmanager
+def _made_way(experiment: Path | None, folder: Path) -> Iterator[None]:
+    """Set aside what is in `folder`; it comes back where the block fails before it has written anything there."""
+    if experiment is None:
+        yield
+        return
+    aside = set_aside(experiment, [folder])
+    log.warning("%s: another configuration or other inputs made it; it is set aside in %s", folder, aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if bring_back(aside, experiment, folder):
+            log.warning("%s: nothing came in its place; it is back from %s", folder, aside)
+        raise
 
 
 @contextlib.contextmanager

@@ -145,6 +145,22 @@ def set_aside(experiment: Path, paths: Sequence[Path]) -> Path:
     return aside
 
 
+def bring_back(aside: Path, experiment: Path, folder: Path) -> bool:
+    """Undo a `set_aside` of `folder` alone, unless something has been written in its place since; True if undone.
+
+    Raises:
+        StorageError: the disk refused a move.
+    """
+    if any(not child.name.startswith(".") for child in folder.iterdir()):
+        return False
+    with named_write_errors(folder):
+        held = aside / folder.relative_to(experiment)
+        for child in sorted(held.iterdir(), key=_lateness):
+            shutil.move(child, folder / child.name)
+        shutil.rmtree(aside)
+    return True
+
+
 def _lateness(child: Path) -> tuple[bool, bool, str]:
     marks = {mark for _, mark in _RESULTS.values()}
     return child.name == "checkpoints", child.name in marks, child.name
