@@ -223,10 +223,15 @@ class WorkflowLog(logging.Handler):
         if self._interrupted:
             self._write("stopped on request")
         if self._locked:
-            unlock = shlex.join(["snakemake", "--unlock", *sys.argv[1:]])
+            # Outside of make, nobody has its PATH.
+            program = os.path.relpath(sys.argv[0]) if "VIPO_AGAIN" in os.environ else "snakemake"
+            unlock = shlex.join([program, "--unlock", *sys.argv[1:]])
             self._write(f"to go on: where no other snakemake works in this folder, {unlock}; then {self._again}")
         elif self._interrupted:
             self._write(f"to go on: {self._again} ({_KEPT})")
+        elif self._errors and self._errors[-1].rpartition("\n")[2].startswith("to go on "):
+            # The error has said so itself.
+            pass
         elif failed or (self._errors and self._began is not None):
             self._write(f"to go on: mend that, then {self._again} ({_KEPT})")
         elif self._errors:

@@ -145,7 +145,22 @@ def test_the_lock_of_a_killed_snakemake(terminal: Terminal, monkeypatch: pytest.
     terminal.say("error", text, level=logging.ERROR, exception="LockException")
     error, how = terminal.end()
     assert error == "error: Directory cannot be locked. Please"
-    assert how.endswith("snakemake --unlock --profile local --config 'overrides=[a=1, b=2]'; then make demo")
+    assert how.endswith(", snakemake --unlock --profile local --config 'overrides=[a=1, b=2]'; then make demo")
+
+
+def test_what_make_started_is_unlocked_without_its_path(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / ".venv/bin/snakemake"), "--profile", "local"])
+    monkeypatch.setenv("VIPO_AGAIN", AGAIN)
+    terminal.say("error", "LockException:\nError: locked", level=logging.ERROR, exception="LockException")
+    assert terminal.end()[-1].endswith(", .venv/bin/snakemake --unlock --profile local; then make demo")
+
+
+def test_an_error_that_says_how_to_go_on_has_the_last_word(terminal: Terminal) -> None:
+    terminal.begin(train=1)
+    how = "to go on under this name: make demo SET_ASIDE=true"
+    told = f"results/demo: finished results would be replaced:\n  runs: grpo-s0\n{how}"
+    terminal.say("error", told, level=logging.ERROR, exception="WorkflowError")
+    assert terminal.end()[-1] == how
 
 
 def test_interrupts(terminal: Terminal) -> None:
