@@ -176,6 +176,19 @@ def test_interrupts(terminal: Terminal) -> None:
     assert last.startswith("to go on: make demo (")
 
 
+def test_a_workflow_that_is_asked_to_stop_does_not_end_as_if_it_were_done(terminal: Terminal) -> None:
+    terminal.begin(train=2)
+    terminal.start(1, "train", "grpo-s0")
+    for _ in range(2):
+        terminal.say(None, "Will exit after finishing currently running jobs (scheduler).", path=LIBRARY)
+    terminal.finish(1)
+    first, done, stopped, last = terminal.end()
+    assert first.startswith("asked to stop: no other job starts")
+    assert done.startswith("[1/2] train grpo-s0: ")
+    assert stopped == "stopped on request"
+    assert last.startswith("to go on: make demo (finished jobs stay")
+
+
 def test_an_interrupt_while_the_workflow_is_read_is_two_lines(terminal: Terminal) -> None:
     with pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGINT)
