@@ -117,9 +117,10 @@ class WorkflowLog(logging.Handler):
         self._locked = self._interrupted = self._asked = self._closed = False
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._interrupt = signal.getsignal(signal.SIGINT)
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if _in_main_thread():
-            signal.signal(signal.SIGINT, self._leave)
+            for number in self._before:
+                signal.signal(number, self._leave)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, or keep it for the end."""
@@ -251,8 +252,10 @@ class WorkflowLog(logging.Handler):
         raise SystemExit(128 + number)
 
     def _hear_interrupts_again(self) -> None:
-        if _in_main_thread() and signal.getsignal(signal.SIGINT) == self._leave:
-            signal.signal(signal.SIGINT, self._interrupt)
+        for number, before in self._before.items():
+            # Snakemake may have set its own meanwhile.
+            if _in_main_thread() and signal.getsignal(number) == self._leave:
+                signal.signal(number, before)
 
     def _tick(self) -> None:
         while not self._over.wait(1 if self._terminal else 30):

@@ -63,6 +63,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     yield made
     made.log.close()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def _bar(monkeypatch: pytest.MonkeyPatch, done: int, total: int, reward: str = "", **rest: str) -> str:
@@ -189,10 +190,11 @@ def test_a_workflow_that_is_asked_to_stop_does_not_end_as_if_it_were_done(termin
     assert last.startswith("to go on: make demo (finished jobs stay")
 
 
-def test_an_interrupt_while_the_workflow_is_read_is_two_lines(terminal: Terminal) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_the_workflow_is_read_is_two_lines(terminal: Terminal, number: int, status: int) -> None:
     with pytest.raises(SystemExit) as ended:
-        signal.raise_signal(signal.SIGINT)
-    assert ended.value.code == 130
+        signal.raise_signal(number)
+    assert ended.value.code == status
     assert terminal.end() == [
         "", "stopped while the workflow was being read; nothing was started", "to go on: make demo"
     ]  # fmt: skip
