@@ -37,15 +37,18 @@ $(abspath .uv)/bin/uv:
 # What a stopped workflow says how to go on with: outside of make, nobody has its PATH.
 demo study dvc-import: export VIPO_AGAIN = $(strip make $@ $(MAKEOVERRIDES))
 
+# make demo SET_ASIDE=true: finished results that would be replaced are set aside; without it, nothing starts.
+CONSENT = $(if $(SET_ASIDE),set_aside=$(SET_ASIDE))
+
 demo: env  ## the whole experiment on CPU: base, GRPO, ViPO, controls, evaluation, report
-	snakemake --profile local --config experiment=$(EXPERIMENT)
+	snakemake --profile local --config experiment=$(EXPERIMENT) $(CONSENT)
 	@echo "report: file://$(abspath results/$(EXPERIMENT)/report/index.html)"
 	@if [ -n "$${DISPLAY:-}" ]; then python -m webbrowser "file://$(abspath results/$(EXPERIMENT)/report/index.html)" || true; fi
 
 STUDY := credit credit_clip credit_global credit_scene
 
 study: env  ## the study behind docs/method.md: does the map direct credit? (a few hours on two cores; resumable)
-	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment; done
+	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment $(CONSENT); done
 	vipo study $(STUDY) -o docs/study
 
 gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md

@@ -47,7 +47,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         ctx.obj = place = _Place()
         try:
-            return super().invoke(ctx)
+            # Where training does not listen itself, nothing is lost.
+            with handled(_ask_for_another_try, signal.SIGTERM, signal.SIGUSR1):
+                return super().invoke(ctx)
         except (OSError, typer.Exit, typer.Abort, typer.TyperException):
             raise
         except VipoError as error:
@@ -164,11 +166,9 @@ def train(overrides: Overrides = None, file: ConfigFile = None, results: Results
 
     Prompts and embeddings are made first where the results folder lacks them.
     """
-    # Where training does not listen itself, nothing is lost.
-    with handled(_ask_for_another_try, signal.SIGTERM, signal.SIGUSR1):
-        from vipo.stages import train_stage
+    from vipo.stages import train_stage
 
-        train_stage(_checked(overrides, file), repository_root(), results, wait)
+    train_stage(_checked(overrides, file), repository_root(), results, wait)
 
 
 @app.command()
@@ -434,7 +434,7 @@ def audit(
 
 def _ask_for_another_try(number: int) -> None:
     name = signal.Signals(number).name
-    os.write(2, f"error: stopped by {name} outside of training; start the same command again\n".encode())
+    os.write(2, f"error: stopped by {name}; start the same command again, and it goes on where it can\n".encode())
     # No exception: a library that is being imported might take it for its own.
     os._exit(Preempted.STATUS)
 

@@ -114,12 +114,13 @@ class WorkflowLog(logging.Handler):
         self._took: dict[str, list[float]] = {}
         self._lanes = self._done = self._total = self._drawn = 0
         self._errors: list[str] = []
-        self._locked = self._interrupted = self._closed = False
+        self._locked = self._interrupted = self._asked = self._closed = False
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._interrupt = signal.getsignal(signal.SIGINT)
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if _in_main_thread():
-            signal.signal(signal.SIGINT, self._leave)
+            for number in self._before:
+                signal.signal(number, self._leave)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, or keep it for the end."""
@@ -134,6 +135,10 @@ class WorkflowLog(logging.Handler):
             self._hear_interrupts_again()
         if record.getMessage().startswith("Terminating processes on user request"):
             self._interrupted = True
+        if record.getMessage().startswith("Will exit after finishing") and not self._asked:
+            # SIGTERM.
+            self._asked = True
+            self._say("asked to stop: no other job starts, those that run are waited for (Ctrl-C stops them)")
         if self._quiet or self._began is None:
             if record.getMessage() not in _NO_NEWS:
                 self._own.handle(record)
@@ -220,13 +225,18 @@ class WorkflowLog(logging.Handler):
             self._write(f"{names} failed; log: {logs}\n{error}")
         for text in self._errors:
             self._write(f"error: {text}")
-        if self._interrupted:
+        if self._interrupted or self._asked:
             self._write("stopped on request")
         if self._locked:
-            unlock = shlex.join(["snakemake", "--unlock", *sys.argv[1:]])
+            # Outside of make, nobody has its PATH.
+            program = os.path.relpath(sys.argv[0]) if "VIPO_AGAIN" in os.environ else "snakemake"
+            unlock = shlex.join([program, "--unlock", *sys.argv[1:]])
             self._write(f"to go on: where no other snakemake works in this folder, {unlock}; then {self._again}")
-        elif self._interrupted:
+        elif self._interrupted or (self._asked and not failed):
             self._write(f"to go on: {self._again} ({_KEPT})")
+        elif self._errors and self._errors[-1].rpartition("\n")[2].startswith("to go on "):
+            # The error has said so itself.
+            pass
         elif failed or (self._errors and self._began is not None):
             self._write(f"to go on: mend that, then {self._again} ({_KEPT})")
         elif self._errors:
@@ -242,8 +252,10 @@ class WorkflowLog(logging.Handler):
         raise SystemExit(128 + number)
 
     def _hear_interrupts_again(self) -> None:
-        if _in_main_thread() and signal.getsignal(signal.SIGINT) == self._leave:
-            signal.signal(signal.SIGINT, self._interrupt)
+        for number, before in self._before.items():
+            # Snakemake may have set its own meanwhile.
+            if _in_main_thread() and signal.getsignal(number) == self._leave:
+                signal.signal(number, before)
 
     def _tick(self) -> None:
         while not self._over.wait(1 if self._terminal else 30):

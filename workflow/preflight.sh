@@ -86,9 +86,10 @@ if ! [ -e .venv/.complete ]; then
   cache=$(existing "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/}/.cache}/uv}")
   for folder in . "$cache"; do
     [ "$folder" = . ] || [ "$(disk_of .)" != "$(disk_of "$cache")" ] || continue
-    # What an interrupted try has there already.
-    kept=$( (du -sk .venv "$cache" 2>/dev/null || true) | awk '{ if ($1 > most) most = $1 } END { print int(most / 1048576) }')
     free=$(free_gb "$folder")
+    [ "$free" -lt "$needed" ] || continue
+    # What an interrupted try has there already; a large cache takes minutes to count.
+    kept=$( (du -sk .venv "$cache" 2>/dev/null || true) | awk '{ if ($1 > most) most = $1 } END { print int(most / 1048576) }')
     if [ $((free + kept)) -lt "$needed" ]; then
       miss "$needed GB of free disk in $(cd "$folder" && pwd): $free GB are free"
     fi

@@ -222,7 +222,7 @@ class _Launched:
         return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
 
     def ended(self) -> tuple[int, str]:
-        return self.process.wait(timeout=120), self.errors.read_text()
+        return self.process.wait(timeout=900), self.errors.read_text()
 
 
 def _beside_the_run(results: Path) -> dict[str, bytes]:

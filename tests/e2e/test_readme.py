@@ -13,6 +13,7 @@ from vipo.config.compose import load_config, repository_root
 
 ROOT = repository_root()
 README = (ROOT / "README.md").read_text()
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^vipo .*$", README, re.MULTILINE)]
 
 
@@ -41,6 +42,8 @@ def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert picture.width > 320
 
 
-def test_files_that_it_names_exist() -> None:
-    for target in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("page", [*PAGES, *sorted(path.name for path in (ROOT / "docs").glob("*.md"))])
+def test_files_that_a_page_names_exist(page: str) -> None:
+    path = ROOT / page if page in PAGES else ROOT / "docs" / page
+    for target in re.findall(r"\]\((?!\w+:)([\w./-]+)[)#]", path.read_text()):
+        assert (path.parent / target).exists(), target

@@ -97,22 +97,28 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
 
 
-def test_a_signal_before_training_asks_for_another_try_too(
-    prepared: Path, tiny_overrides: list[str], tmp_path: Path
+@pytest.mark.parametrize(("stage", "folder"), [("train", "runs/grpo-s0"), ("prepare", "prompts")])
+def test_a_signal_outside_of_training_asks_for_another_try_too(
+    prepared: Path, tiny_overrides: list[str], stage: str, folder: str, tmp_path: Path
 ) -> None:
-    """While the run waits for another process that writes it, as while it loads: exit 75, and nothing is written."""
+    """While a stage waits for another process that writes its folder, as while it loads: 75, nothing is written."""
     results = shutil.copytree(prepared, tmp_path / "results")
-    run = results / "demo/runs/grpo-s0"
-    command = [VIPO, "train", *tiny_overrides, "arm=grpo", "--results", str(results), "--wait", "600"]
-    with run_lock(run):
+    command = [VIPO, stage, *tiny_overrides, "arm=grpo", "--results", str(results), "--wait", "600"]
+
+    def written() -> dict[str, bytes]:
+        found = (path for path in (results / "demo" / folder).iterdir() if not path.name.startswith(".lock"))
+        return {path.name: path.read_bytes() for path in found}
+
+    with run_lock(results / "demo" / folder):
+        before = written()
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
         said = iter(process.stderr.readline, "")
         assert any("another process writes it" in line for line in said)
         process.send_signal(signal.SIGTERM)
-        assert "error: stopped by SIGTERM outside of training" in process.communicate()[1]
+        assert "error: stopped by SIGTERM; start the same command again" in process.communicate()[1]
     assert process.returncode == 75
-    assert [path.name for path in run.iterdir() if not path.name.startswith(".lock")] == []
+    assert written() == before
 
 
 def test_another_learning_rate_never_resumes(
@@ -172,6 +178,14 @@ def test_outputs_that_a_workflow_deleted_come_back(prepared: Path, tiny_override
         (run / name).unlink()
     train_stage(config, ROOT, results)
     assert _artifacts(run) == whole
+    # Kept weights that are gone cannot be made again from a later checkpoint: what is finished beside them stays.
+    shutil.rmtree(run / "updates/000002")
+    train_stage(config, ROOT, results)
+    assert _artifacts(run) == whole
+    (aside,) = (results / "demo/.superseded").glob("*/runs/grpo-s0")
+    left = _artifacts(aside)
+    assert left == {name: content for name, content in whole.items() if name in left}
+    assert {name.split("/")[0] for name in whole.keys() - left.keys()} == {"updates"}
 
 
 def test_same_result_whatever_the_checkpoint_rhythm(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -193,7 +193,11 @@ def test_finished_results_are_not_replaced_unasked(
     shown = result.stdout + result.stderr
     assert result.returncode != 0
     assert "nothing was touched" in shown
-    assert all(text in shown for text in (*told, "experiment.name=NAME", "set_aside=true"))
+    assert all(text in shown for text in (*told, "experiment.name=NAME"))
+    # The last word is the command to type, whole.
+    assert re.fullmatch(
+        r"to go on under this name: snakemake .* --config set_aside=true experiment=demo .*", shown.splitlines()[-1]
+    )
     assert _bytes(finished) == before
     assert not (finished / ".superseded").exists()
 

@@ -15,6 +15,7 @@ from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.generators.flux import FluxGenerator
 from vipo.provenance import file_sha256, read_provenance, record_stage, verify_outputs
+from vipo.provenance.files import StorageError
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
@@ -101,6 +102,12 @@ def test_rebuild_is_reproducible_and_resumable(
             other = tmp_path / "resumed" / path.relative_to(tmp_path / "whole")
             assert other.read_bytes() == path.read_bytes(), path.name
     FluxPipeline.from_pretrained(tmp_path / "resumed")
+    # An hour's work makes way for nothing else.
+    other = config.model_copy(update={"seed": 1})
+    for folder, held in ((tmp_path / "resumed", "a generator of other settings"), (tmp_path, "something else")):
+        with pytest.raises(StorageError, match=f"holds {held}.*choose another folder with --output"):
+            pretrain.train_base(other, folder, tmp_path / "work")
+    assert (tmp_path / "resumed" / "model_index.json").is_file()
 
 
 def test_its_record_is_no_part_of_it(tmp_path: Path) -> None:

@@ -175,6 +175,13 @@ def test_study_page(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
     build_study(studied, tmp_path / "study")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
+    # Its folder is replaced as a whole: what is no study's would be lost.
+    (tmp_path / "study/notes.txt").write_text("mine")
+    for output, held in ((tmp_path / "study", "'notes.txt', which no study made"), (folder, "'evaluation'")):
+        names = sorted(output.rglob("*"))
+        with pytest.raises(StudyError, match=held):
+            build_study(studied, output)
+        assert sorted(output.rglob("*")) == names
 
 
 def test_the_page_links_to_nothing_that_the_study_would_not_write_again(tmp_path: Path) -> None:

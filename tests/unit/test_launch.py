@@ -258,7 +258,7 @@ launch({command!r}, DistributionConfig(nodes=2))
         )
         for node in range(2)
     ]
-    said = [node.communicate(timeout=300)[1] for node in nodes]
+    said = [node.communicate(timeout=900)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], said
     causes = [re.findall(told, text) for text in said]
     assert causes[0] == causes[1] != []

@@ -1,5 +1,6 @@
 """Finished results make way whole, asked for; what only shows them makes way unasked."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_what_was_cut_off_is_no_finished_result(experiment: Path) -> None:
     planned = [PlannedJob("evaluate", "vipo-s0", incomplete=True), PlannedJob("train", "grpo-s0")]
     assert _way(experiment, *planned) == set()
     assert (experiment / "evaluation/vipo-s0/scores.parquet").is_file()
+
+
+def test_what_was_finished_without_the_workflow_is_asked_for_once_its_configuration_is_another(
+    experiment: Path,
+) -> None:
+    """A killed workflow's stage may live on, or be finished by hand: the workflow knows nothing of its end."""
+    record = experiment / "runs/vipo-s0/provenance.json"
+    same, other = (PlannedJob("train", "vipo-s0", "forced", True, json.dumps({"eta": eta})) for eta in (0.3, 0.5))
+    assert _way(experiment, other) == set()
+    record.write_text(json.dumps({"config": {"eta": 0.3}}))
+    assert _way(experiment, same) == set()
+    with pytest.raises(WouldReplace, match="runs: vipo-s0"):
+        _way(experiment, other)
+    assert "runs/vipo-s0/weights/a.safetensors" in _way(experiment, other, consent=True)
 
 
 def test_report_and_crate_make_way_unasked(experiment: Path) -> None:

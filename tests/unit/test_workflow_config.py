@@ -20,10 +20,10 @@ def _handed(text: str) -> Any:
 @pytest.mark.parametrize(
     ("written", "meant"),
     [
-        ("[training.updates=8,seed=1]", ["training.updates=8", "seed=1"]),
-        ("[training.save_at=[2,4],seed=1]", ["training.save_at=[2,4]", "seed=1"]),
+        ("[training.updates=8,eta=1]", ["training.updates=8", "eta=1"]),
+        ("[training.save_at=[2,4],eta=1]", ["training.save_at=[2,4]", "eta=1"]),
         ("[reward.terms=[{name: a, weight: 2}], x=[[1,2]]]", ["reward.terms=[{name: a, weight: 2}]", "x=[[1,2]]"]),
-        ('["training.save_at=[2,4]","seed=1"]', ["training.save_at=[2,4]", "seed=1"]),
+        ('["training.save_at=[2,4]","eta=1"]', ["training.save_at=[2,4]", "eta=1"]),
         ('["training.save_at=[2,4]",training.lora={rank: 4}]', ["training.save_at=[2,4]", "training.lora={rank: 4}"]),
         ("[prompts.source='a,b.txt',x=[]]", ["prompts.source='a,b.txt'", "x=[]"]),
         ("training.updates=8", ["training.updates=8"]),
@@ -50,6 +50,8 @@ def test_the_demo_without_overrides_is_the_default() -> None:
         ({"overrides": [{"reward": 1}]}, "is no text key=value"),
         ({"overrides": {"seed": 1}}, "is no list"),
         ({"overrides": 8}, "is no list"),
+        ({"overrides": "[training.updates=8,seed=1]"}, "'seed=1': has no effect.*experiment.arms.ARM.seeds"),
+        ({"overrides": ["+arm=vipo"]}, "'\\+arm=vipo': has no effect"),
     ],
 )
 def test_anything_else_is_refused_by_name(given: dict[str, Any], told: str) -> None:

@@ -63,6 +63,7 @@ def terminal(tmp_path: Path) -> Iterator[Terminal]:
     yield made
     made.log.close()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def _bar(monkeypatch: pytest.MonkeyPatch, done: int, total: int, reward: str = "", **rest: str) -> str:
@@ -145,7 +146,22 @@ def test_the_lock_of_a_killed_snakemake(terminal: Terminal, monkeypatch: pytest.
     terminal.say("error", text, level=logging.ERROR, exception="LockException")
     error, how = terminal.end()
     assert error == "error: Directory cannot be locked. Please"
-    assert how.endswith("snakemake --unlock --profile local --config 'overrides=[a=1, b=2]'; then make demo")
+    assert how.endswith(", snakemake --unlock --profile local --config 'overrides=[a=1, b=2]'; then make demo")
+
+
+def test_what_make_started_is_unlocked_without_its_path(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / ".venv/bin/snakemake"), "--profile", "local"])
+    monkeypatch.setenv("VIPO_AGAIN", AGAIN)
+    terminal.say("error", "LockException:\nError: locked", level=logging.ERROR, exception="LockException")
+    assert terminal.end()[-1].endswith(", .venv/bin/snakemake --unlock --profile local; then make demo")
+
+
+def test_an_error_that_says_how_to_go_on_has_the_last_word(terminal: Terminal) -> None:
+    terminal.begin(train=1)
+    how = "to go on under this name: make demo SET_ASIDE=true"
+    told = f"results/demo: finished results would be replaced:\n  runs: grpo-s0\n{how}"
+    terminal.say("error", told, level=logging.ERROR, exception="WorkflowError")
+    assert terminal.end()[-1] == how
 
 
 def test_interrupts(terminal: Terminal) -> None:
@@ -161,10 +177,24 @@ def test_interrupts(terminal: Terminal) -> None:
     assert last.startswith("to go on: make demo (")
 
 
-def test_an_interrupt_while_the_workflow_is_read_is_two_lines(terminal: Terminal) -> None:
+def test_a_workflow_that_is_asked_to_stop_does_not_end_as_if_it_were_done(terminal: Terminal) -> None:
+    terminal.begin(train=2)
+    terminal.start(1, "train", "grpo-s0")
+    for _ in range(2):
+        terminal.say(None, "Will exit after finishing currently running jobs (scheduler).", path=LIBRARY)
+    terminal.finish(1)
+    first, done, stopped, last = terminal.end()
+    assert first.startswith("asked to stop: no other job starts")
+    assert done.startswith("[1/2] train grpo-s0: ")
+    assert stopped == "stopped on request"
+    assert last.startswith("to go on: make demo (finished jobs stay")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_the_workflow_is_read_is_two_lines(terminal: Terminal, number: int, status: int) -> None:
     with pytest.raises(SystemExit) as ended:
-        signal.raise_signal(signal.SIGINT)
-    assert ended.value.code == 130
+        signal.raise_signal(number)
+    assert ended.value.code == status
     assert terminal.end() == [
         "", "stopped while the workflow was being read; nothing was started", "to go on: make demo"
     ]  # fmt: skip

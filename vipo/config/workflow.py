@@ -7,6 +7,8 @@ from typing import Any
 from vipo.config.compose import ConfigError
 
 _KEYS = ("experiment", "overrides", "set_aside")
+# What the workflow says itself of every run.
+_OF_A_RUN = ("arm", "seed")
 _CLOSES = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -17,7 +19,7 @@ def read_workflow_config(given: Mapping[str, Any]) -> tuple[str, list[str]]:
     the brackets within, and Snakemake hands it over as it was written.
 
     Raises:
-        ConfigError: another key, overrides that are no list, or one of them that is no text.
+        ConfigError: another key, overrides that are no list, or one of them that is no text or has no effect.
     """
     for key in given:
         if key not in _KEYS:
@@ -33,6 +35,11 @@ def read_workflow_config(given: Mapping[str, Any]) -> tuple[str, list[str]]:
         if not isinstance(item, str):
             raise ConfigError(
                 f"--config overrides: {item!r} is no text key=value; put it in quotes: overrides='[\"key=value\"]'"
+            )
+        if item.partition("=")[0].strip().lstrip("+") in _OF_A_RUN:
+            raise ConfigError(
+                f"--config overrides: {item!r}: has no effect, for the workflow runs every arm and seed of the "
+                "experiment; choose them with experiment.arms.ARM.seeds=[...] and '~experiment.arms.ARM'"
             )
     return str(given.get("experiment", "demo")), list(found or ())
 

@@ -6,6 +6,7 @@ Snakemake deletes the declared outputs of a job before the job starts. What that
 
 import contextlib
 import itertools
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,13 +47,16 @@ class PlannedJob:
         stage: name of the stage.
         run: ``<arm>-s<seed>``; None where the stage serves all runs.
         cause: why it is planned; empty where it follows from other jobs.
-        incomplete: whether an earlier try of this job was cut off: what it left is no finished result.
+        incomplete: whether the workflow saw no end of an earlier try of this job: what that left is no finished result,
+            unless it was finished without the workflow, by a configuration that is another one now.
+        identity: what of the configuration decides its results, as JSON; None where nothing does.
     """
 
     stage: str
     run: str | None = None
     cause: str = ""
     incomplete: bool = False
+    identity: str | None = None
 
     @property
     def folder(self) -> str:
@@ -66,7 +70,9 @@ def finished_among(experiment: Path, planned: Iterable[PlannedJob]) -> list[Plan
     found = [
         job
         for job in planned
-        if job.stage in _RESULTS and not job.incomplete and is_finished(experiment / job.folder, job.stage)
+        if job.stage in _RESULTS
+        and is_finished(experiment / job.folder, job.stage)
+        and not (job.incomplete and _cut_off(experiment / job.folder, job.identity))
     ]
     return sorted(found, key=lambda job: (list(_RESULTS).index(job.stage), job.run or ""))
 
@@ -74,6 +80,15 @@ def finished_among(experiment: Path, planned: Iterable[PlannedJob]) -> list[Plan
 def is_finished(folder: Path, stage: str) -> bool:
     """Whether `folder` holds finished results of a stage; False for a stage that only shows results."""
     return stage in _RESULTS and (folder / _RESULTS[stage][1]).exists()
+
+
+def _cut_off(folder: Path, identity: str | None) -> bool:
+    """Whether what an unfinished job left lacks the record of its end, or is what the next try would make as well."""
+    try:
+        config = json.loads((folder / "provenance.json").read_text())["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+    return identity is None or config == json.loads(identity)
 
 
 def make_way(experiment: Path, planned: Sequence[PlannedJob], *, consent: bool, how: str) -> Path | None:
@@ -194,7 +209,7 @@ def _question(experiment: Path, at_stake: Sequence[PlannedJob], how: str) -> str
             f"{experiment}: finished results would be replaced, so nothing was started and nothing was touched:",
             *lines,
             "To keep them where they are, give what is new a name of its own: overrides='[..., experiment.name=NAME]'.",
-            f"To go on under this name: {how}, which moves them whole into {experiment / SUPERSEDED}.",
+            f"to go on under this name: {how} (which moves them whole into {experiment / SUPERSEDED})",
         ]
     )
 

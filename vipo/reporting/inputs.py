@@ -132,9 +132,12 @@ def _read_run(folder: Path, name: str, report: Config) -> Run:
     except ConfigError as error:
         raise ReportError(f"{error}; evaluate {name} first") from error
     if config.run_name != name:
-        raise ReportError(f"{path}: describes run {config.run_name}, not {name}")
+        raise ReportError(f"{path}: describes run {config.run_name}, not {name}; a run's folder keeps its name")
     if config.experiment.name != report.experiment.name:
-        raise ReportError(f"{path}: is of experiment {config.experiment.name}, not of {report.experiment.name}")
+        raise ReportError(
+            f"{path}: is of experiment {config.experiment.name}, not of {report.experiment.name}; an experiment's "
+            f"folder keeps its name: move it to .../{config.experiment.name} and give what is above it as --results"
+        )
     evaluation = {key: getattr(report.evaluation, key) for key in REPORTED}
     sections = {"experiment": report.experiment, "evaluation": config.evaluation.model_copy(update=evaluation)}
     if config.is_base:

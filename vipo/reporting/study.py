@@ -19,6 +19,8 @@ from vipo.reporting.inputs import Experiment, read_experiment
 from vipo.reporting.summary import label
 from vipo.text import one_line
 
+_DECISION, _PAGE = "decision.json", "README.md"
+_MADE = (".csv", ".svg", _DECISION, _PAGE)
 _MATCHINGS = {"updates": "equal updates", "reward": "equal reward", "change": "equal change"}
 
 
@@ -32,15 +34,16 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str], Config]], output: P
     Args:
         folders: ``results/<experiment>``, its runs and a configuration of it, for each experiment. The first one's
             section `study` fixes the decision; those whose arms differ in the clip alone make the clip study.
-        output: folder that is replaced as a whole.
+        output: folder that is replaced as a whole: a new one, an empty one, or an earlier study's.
 
     Returns:
         The page.
 
     Raises:
-        StudyError: the first experiment has no section `study`.
+        StudyError: the first experiment has no section `study`, or `output` holds something else than a study.
         ReportError, ScoresError: results are missing or cannot be compared.
     """
+    _check_replaceable(output)
     experiments = [read_experiment(folder, runs, config) for folder, runs, config in folders]
     config = experiments[0].config
     study = config.experiment.study
@@ -82,9 +85,20 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str], Config]], output: P
         for plot in plots:
             (folder / f"{plot.name}.svg").write_text(plot.standalone(), encoding="utf-8")
         text = json.dumps({**study.model_dump(mode="json"), **decision.as_json()}, indent=1, allow_nan=False)
-        (folder / "decision.json").write_text(text + "\n")
-        (folder / "README.md").write_text(_page(experiments, references, tables, plots, text), encoding="utf-8")
-    return output / "README.md"
+        (folder / _DECISION).write_text(text + "\n")
+        (folder / _PAGE).write_text(_page(experiments, references, tables, plots, text), encoding="utf-8")
+    return output / _PAGE
+
+
+def _check_replaceable(output: Path) -> None:
+    """Nothing but an earlier study makes way for one."""
+    held = sorted(output.iterdir()) if output.is_dir() else [output] if output.exists() else []
+    others = [path for path in held if not (path.is_file() and path.name.endswith(_MADE))]
+    if held and (others or not (output / _DECISION).is_file()):
+        named = f"{one_line(others[0].name, 80)!r}, which no study made" if others else "no earlier study"
+        raise StudyError(
+            f"{output}: holds {named}, and a study replaces its folder as a whole; choose another one with --output"
+        )
 
 
 def _ends(experiment: Experiment) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from vipo.config.models import PretrainConfig, config_hash
 from vipo.demo import scenes
 from vipo.generators.flux import image_ids, pack_latents
-from vipo.provenance.files import StorageError, check_writable
+from vipo.provenance.files import StorageError, atomic_file, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
@@ -48,6 +48,7 @@ from vipo.training.checkpoints import (
 log_to = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY = 500
+_CONFIG = "training_config.json"
 _LOG_EVERY = 50
 
 
@@ -262,6 +263,19 @@ def _check_autoencoder(checkpoint: Checkpoint) -> None:
     check_tensors(checkpoint.tensors, like, what)
 
 
+def _check_replaceable(config: PretrainConfig, output: Path) -> None:
+    """Nothing but an earlier try of the same generator makes way for it."""
+    if not output.is_dir() or not any(not path.name.startswith(".") for path in output.iterdir()):
+        return
+    try:
+        found = json.loads((output / _CONFIG).read_text())
+    except (OSError, ValueError):
+        found = None
+    if found != json.loads(json.dumps(config.model_dump())):
+        held = "something else than a generator built here" if found is None else "a generator of other settings"
+        raise StorageError(f"{output}: holds {held}, which would be replaced; choose another folder with --output")
+
+
 def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     """Train the demo generator and write it to `output` in the diffusers layout.
 
@@ -271,8 +285,9 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         work: folder for resumable state, one subfolder a configuration; a run that was killed goes on from there.
 
     Raises:
-        StorageError: a folder cannot be written.
+        StorageError: a folder cannot be written, or `output` holds something else than this generator.
     """
+    _check_replaceable(config, output)
     work = work / config_hash(config.model_dump())[:12]
     for folder in (output, work):
         check_writable(folder)
@@ -381,8 +396,10 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     try:
         # diffusers writes it last: a folder without it is no pipeline, so nothing half-written is taken for one.
         (output / "model_index.json").unlink(missing_ok=True)
+        # Tells first of all whose the files are.
+        with atomic_file(output / _CONFIG) as path:
+            path.write_text(json.dumps(config.model_dump(), indent=1) + "\n")
         (output / "training.jsonl").write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in log))
-        (output / "training_config.json").write_text(json.dumps(config.model_dump(), indent=1) + "\n")
         pipeline.save_pretrained(output, safe_serialization=True)
         # diffusers derives this entry on every load and warns when it finds it in the file.
         vae_config = json.loads((output / "vae" / "config.json").read_text())

@@ -84,11 +84,19 @@ def _check(setup: Setup, identity: str, checkpoint: Checkpoint) -> None:
 
 
 def set_aside_other(setup: Setup, identity: str) -> None:
-    """Move a run of another configuration or other inputs out of the folder, so that a fresh one can start."""
+    """Move a run that cannot be gone on from out of the folder, so that a fresh one can start beside it.
+
+    It is of another configuration or other inputs, or finished and without its checkpoints or a part of its weights.
+    """
     newest, folder = _newest(setup, identity), setup.folder
-    if newest is not None and newest.state["identity"] == identity:
-        return
+    why = "came without checkpoints"
     if newest is not None:
+        lost = _lost(setup, newest)
+        why = f"lacks the kept weights of update {lost}"
+        if newest.state["identity"] != identity:
+            why = "was made by another configuration or other inputs"
+        elif not (lost and is_finished(folder, "train")):
+            return
         # What a workflow deleted before it started this process.
         for text, file in ((newest.state["metrics"], "metrics.jsonl"), (newest.state["config"], "config.yaml")):
             if not (folder / file).is_file():
@@ -96,7 +104,6 @@ def set_aside_other(setup: Setup, identity: str) -> None:
     elif not is_finished(folder, "train"):
         return
     aside = set_aside(setup.experiment, [folder])
-    why = "came without checkpoints" if newest is None else "was made by another configuration or other inputs"
     log.warning("%s %s: set aside in %s, a fresh run starts", folder, why, aside)
 
 
@@ -132,16 +139,16 @@ def _resumable(setup: Setup, identity: str) -> Checkpoint | None:
     newest = _newest(setup, identity)
     if newest is None:
         return None
-    kept = [update for update in setup.config.training.save_at if update <= newest.update]
-    lost = [update for update in kept if not (setup.folder / "updates" / f"{update:06d}").is_dir()]
-    if lost:
-        log.warning(
-            "%s: the kept weights of update %s are gone; the run starts again",
-            setup.folder,
-            ", ".join(map(str, lost)),
-        )
+    if lost := _lost(setup, newest):
+        log.warning("%s: the kept weights of update %s are gone; the run starts again", setup.folder, lost)
         return None
     return newest
+
+
+def _lost(setup: Setup, newest: Checkpoint) -> str:
+    """Updates whose weights were kept and are not there, although the run got further; "" for none."""
+    kept = [update for update in setup.config.training.save_at if update <= newest.update]
+    return ", ".join(str(update) for update in kept if not (setup.folder / "updates" / f"{update:06d}").is_dir())
 
 
 def _begin(setup: Setup, newest: Checkpoint | None) -> None:

@@ -1,5 +1,8 @@
 """Snakemake deletes a job's outputs before it starts the job: finished results make way first, or nothing starts."""
 
+import shlex
+import sys
+
 from vipo.errors import VipoError
 from vipo.provenance.superseded import PlannedJob, make_way
 
@@ -11,6 +14,21 @@ if SET_ASIDE is None:
     raise WorkflowError(
         f"--config set_aside={config['set_aside']}: is neither true nor false"
     )
+
+
+def consenting_command():
+    """What to type to agree: what was typed, with the word of consent where it belongs."""
+    if again := os.environ.get("VIPO_AGAIN"):
+        return f"{again} SET_ASIDE=true"
+    given = sys.argv[1:]
+    place = next(
+        (n for n, word in enumerate(given, 1) if word in ("--config", "-C")), None
+    )
+    if place is None:
+        given += ["--config", "set_aside=true"]
+    else:
+        given.insert(place, "set_aside=true")
+    return shlex.join(["snakemake", *given])
 
 
 def planned_jobs():
@@ -34,6 +52,7 @@ def planned_jobs():
             run=job.wildcards_dict.get("run"),
             cause=", ".join(told for holds, told in causes if holds),
             incomplete=bool(cut_off),
+            identity=job.params.get("identity"),
         )
 
 
@@ -41,10 +60,10 @@ def keep_finished_results():
     """Set finished results aside, or stop, as it was agreed; `--touch` deletes nothing."""
     if workflow.touch:
         return
-    how = "the same command with set_aside=true after --config"
     folder = Path(EXPERIMENT_DIR)
+    planned = list(planned_jobs())
     try:
-        aside = make_way(folder, list(planned_jobs()), consent=SET_ASIDE, how=how)
+        aside = make_way(folder, planned, consent=SET_ASIDE, how=consenting_command())
     except VipoError as error:
         restore_configurations()
         raise WorkflowError(str(error)) from None
