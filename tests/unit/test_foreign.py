@@ -5,6 +5,7 @@ import gc
 import io
 import locale
 import logging
+import logging.config
 import os
 import random
 import signal
@@ -106,6 +107,9 @@ def meddle() -> None:
     torch.set_default_device("meta")
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("medium")
+    os.umask(0o777)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    logging.config.dictConfig({"version": 1})
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.deterministic = True
@@ -114,6 +118,7 @@ def meddle() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
     torch.autograd.set_detect_anomaly(True, False)
     torch.autocast("cpu", torch.float16).__enter__()
     torch.set_grad_enabled(not torch.is_grad_enabled())
@@ -140,6 +145,29 @@ def test_every_setting_is_put_back(fails: bool) -> None:
     # Caches of what was cast, and the depth at which they are cleared.
     assert torch.autocast_increment_nesting() == 1
     torch.autocast_decrement_nesting()
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_get_fp32_precision_getter"), reason="this torch has one interface alone")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    ],
+)
+def test_a_precision_of_float32_is_put_back_whichever_interface_wrote_it(change: Callable[[], None]) -> None:
+    """After a mixture of both interfaces torch refuses to be read by the older one."""
+    before = SETTINGS["torch's precision of float32"].read()
+    for _ in range(2):
+        with foreign(RewardError, "reward 'mine'", f"{__name__}:x"):
+            change()
+            assert SETTINGS["torch's precision of float32"].read() != before
+        assert SETTINGS["torch's precision of float32"].read() == before
+        assert torch.get_float32_matmul_precision() == before[0]
+        assert torch.backends.cudnn.allow_tf32 == before[1]
+    vars(sys.modules[__name__]).pop("__vipo_own__")
 
 
 class Watching(torch.overrides.TorchFunctionMode):
