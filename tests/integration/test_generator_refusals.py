@@ -201,6 +201,7 @@ def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None
         ("sd", "unet/config.json", {"encoder_hid_dim_type": "ip_image_proj"}, "unet: encoder_hid_dim_type"),
         ("sd", "unet/config.json", {"in_channels": 9}, "unet: in_channels 9 and out_channels 4, as in inpainting"),
         ("sd", "vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the network's in_channels"),
+        ("sd", "vae/config.json", {"out_channels": 1}, "vae: out_channels 1: it makes no pictures of red"),
         ("sd", "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline'; family"),
         ("flux", "model_index.json", {"_class_name": "FluxKontextPipeline"}, "_class_name 'FluxKontextPipeline'"),
         ("flux", "transformer/config.json", {"in_channels": 384, "out_channels": 64}, "in_channels 384 .*FLUX Fill"),
@@ -215,6 +216,7 @@ def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None
         ("wan", "transformer/config.json", {"pos_embed_seq_len": 514}, "transformer: pos_embed_seq_len 514"),
         ("wan", "transformer/config.json", {"in_channels": 36}, "in_channels 36 and out_channels 16, as in image-to"),
         ("wan", "vae/config.json", {"z_dim": 48}, "vae: z_dim 48, but the transformer's in_channels are 16"),
+        ("wan", "vae/config.json", {"out_channels": 12}, "vae: out_channels 12: it makes no pictures of red"),
         (
             "wan",
             "scheduler/scheduler_config.json",

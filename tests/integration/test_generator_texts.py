@@ -224,10 +224,12 @@ def test_options_without_effect_are_told(
     load_generator(_config("flux", tiny_generator, guidance_scale=3.5), ROOT)
     load_generator(_config("wan", tiny_wan, guidance_scale=1.0, negative_prompt="blurry"), ROOT)
     load_generator(_config("sd", tiny_stable_diffusion, max_sequence_length=77), ROOT)
+    load_generator(_config("wan", tiny_wan, revision="0" * 40), ROOT)
     assert [text.split(" has no effect")[0] for text in _warnings(caplog)] == [
         "generator.guidance_scale 3.5",
         "generator.negative_prompt",
         "generator.max_sequence_length 77",
+        f"generator.revision {'0' * 40}",
     ]
     caplog.clear()
     load_generator(_config("flux", tiny_generator), ROOT)

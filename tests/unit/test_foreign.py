@@ -25,7 +25,7 @@ from vipo.config.models import GeneratorConfig, PerceptionConfig
 from vipo.errors import Preempted, VipoError
 from vipo.foreign import foreign, resolve
 from vipo.foreign.settings import SETTINGS
-from vipo.generators.base import Generator, GeneratorError, resolve_class
+from vipo.generators.base import Generator, GeneratorError, load_generator, resolve_class
 from vipo.perception import Backbone, PerceptionError, load_backbone
 from vipo.prompts import PromptError
 from vipo.prompts.sources import read_source
@@ -378,6 +378,11 @@ class Adapter(Generator):
 
     def __init__(self, config: GeneratorConfig) -> None:
         self.config, self.device, self.network = config, torch.device("cpu"), nn.Linear(1, 1)
+        self.timesteps = self.visited
+
+    def visited(self, steps: int) -> Any:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        return list(range(steps - 1, -1, -1)) if steps < 10 else 1 / 0
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> "Adapter":
@@ -393,11 +398,16 @@ class Adapter(Generator):
         assert torch.is_autocast_enabled("cpu") is (self.config.precision == "bf16")
         if len(time) == 3:
             raise RuntimeError("three are too many")
+        if len(time) == 4:
+            latents[0].mul_(2)
+        if len(time) == 5:
+            conditioning["weight"].data.add_(1)
+            conditioning["weight"].detach().zero_()
         return self.decode(latents) * conditioning["weight"]
 
     def decode(self, latents: Tensor) -> Tensor:
         torch.set_num_threads(torch.get_num_threads() + 1)
-        return latents
+        return latents.zero_() if len(latents) == 6 else latents
 
     def add_lora(self, config: Any, seed: int) -> None:
         raise GeneratorError("training.lora: this family takes none")
@@ -425,8 +435,22 @@ def test_an_adapter_of_others_runs_behind_the_boundary(tmp_path: Path) -> None:
         (lambda: found.encode_prompts(config, tmp_path, ["a"]), "SystemExit: 0"),
         (lambda: generator.predict(torch.ones(3, 4, 2, 2), torch.ones(3), conditioning), "RuntimeError: three are too"),
         (lambda: generator.predict(torch.ones(2, 4, 2, 1), torch.ones(2), conditioning), "ValueError: latents: expect"),
+        (lambda: load_generator(config, tmp_path).timesteps(10), "ZeroDivisionError"),
         (lambda: generator.add_lora(None, 0), "GeneratorError: training.lora: this family takes none"),
         (lambda: generator.save_network(tmp_path), "OSError: disk on fire"),
     ):
         with pytest.raises(GeneratorError, match=named + told):
             call()
+    assert load_generator(config, tmp_path).timesteps(3).tolist() == [2, 1, 0]
+    assert torch.get_num_threads() == threads
+
+
+def test_an_adapter_that_writes_into_what_it_is_given_is_named(tmp_path: Path) -> None:
+    """The stored trajectory would be another one than the network saw, or every later prompt's embedding."""
+    config = GeneratorConfig(family=f"{__name__}:Adapter", path="x", height=8, width=8, precision="bf16")
+    generator = load_generator(config, tmp_path)
+    for batch, told in ((4, "prediction writes into the latents"), (5, "prediction writes into the weight")):
+        with pytest.raises(GeneratorError, match=told):
+            generator.predict(torch.ones(batch, 4, 2, 2), torch.ones(batch), {"weight": torch.ones(1)})
+    with pytest.raises(GeneratorError, match="decode writes into the latents"):
+        generator.pictures(torch.ones(6, 4, 2, 2))
