@@ -122,6 +122,7 @@ def test_a_run_refuses_embeddings_of_text_encoders_that_changed(tiny_generator: 
         f"prompts.source={source}",
         "training.prompts_per_update=2",
         "training.micro_batch=4",
+        "evaluation.rewards=[]",
     ]
     config = load_config(["experiment=demo", "training.group_size=4", "arm=grpo", *overrides])
     results = tmp_path / "results"
