@@ -9,13 +9,18 @@ import pytest
 import torch
 from checkpoints import edit_json, edit_tensors
 from diffusers import DDIMScheduler, PNDMScheduler
+from safetensors.torch import load_file
 from torch import Tensor
 
+from vipo.config.compose import load_config
 from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
+from vipo.generators.lora import LORA_FILE, check_adapted
 from vipo.generators.schedules import flow_shift, noise_schedule
 from vipo.sampling.chain import chain_remarks, sampling_chain
+from vipo.training.distribution import Distribution
+from vipo.training.setup import load_chain
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
@@ -183,6 +188,25 @@ def test_lora_weights_with_another_tensor_are_refused(
         generator.load_network(tmp_path / "weights")
 
 
+def test_lora_weights_without_a_module_that_was_trained_are_refused(tiny_generator: Path, tmp_path: Path) -> None:
+    generator, lora = _load("flux", tiny_generator), LoraConfig(rank=2)
+    generator.add_lora(lora, seed=0)
+    tmp_path.joinpath("weights").mkdir()
+    generator.save_network(tmp_path / "weights")
+    generator.load_network(tmp_path / "weights")
+    check_adapted(generator.network, lora.targets, tmp_path)
+    [first] = {min(load_file(tmp_path / "weights" / LORA_FILE)).partition(".lora_")[0]}
+
+    def lose(tensors: dict[str, Tensor]) -> None:
+        for side in "AB":
+            del tensors[f"{first}.lora_{side}.weight"]
+
+    edit_tensors(tmp_path / "weights", lose)
+    generator.load_network(tmp_path / "weights")
+    with pytest.raises(GeneratorError, match=f"missing: {first.removeprefix('transformer.')}.lora_A.weight"):
+        check_adapted(generator.network, lora.targets, tmp_path)
+
+
 def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None:
     generator = _load("flux", tiny_generator)
     with pytest.raises(GeneratorError, match=r"targets \['to_qq'\]: matches no module of Flux.*did you mean 'to_q'"):
@@ -201,6 +225,7 @@ def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None
         ("sd", "unet/config.json", {"encoder_hid_dim_type": "ip_image_proj"}, "unet: encoder_hid_dim_type"),
         ("sd", "unet/config.json", {"in_channels": 9}, "unet: in_channels 9 and out_channels 4, as in inpainting"),
         ("sd", "vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the network's in_channels"),
+        ("sd", "vae/config.json", {"out_channels": 1}, "vae: out_channels 1: it makes no pictures of red"),
         ("sd", "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline'; family"),
         ("flux", "model_index.json", {"_class_name": "FluxKontextPipeline"}, "_class_name 'FluxKontextPipeline'"),
         ("flux", "transformer/config.json", {"in_channels": 384, "out_channels": 64}, "in_channels 384 .*FLUX Fill"),
@@ -209,12 +234,27 @@ def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None
         ("flux", "scheduler/scheduler_config.json", {"shift_terminal": 0.02}, "shift_terminal 0.02 replaces"),
         ("flux", "scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas True replaces"),
         ("flux", "scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "num_train_timesteps 500"),
+        (
+            "flux",
+            "transformer/config.json",
+            {"in_channels": None, "out_channels": None},
+            "transformer's in_channels None",
+        ),
+        ("flux", "scheduler/scheduler_config.json", {"shift": None}, "its shift cannot be read"),
+        ("flux", "scheduler/scheduler_config.json", {"shift": -1.0}, "its shift is -1, a time shift is above 0"),
+        (
+            "flux",
+            "scheduler/scheduler_config.json",
+            {"use_dynamic_shifting": True, "max_image_seq_len": 256},
+            r"its shift cannot be read \(ZeroDivisionError",
+        ),
         ("wan", "model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "'WanImageToVideoPipeline'"),
         ("wan", "transformer/config.json", {"image_dim": 1280}, "transformer: image_dim 1280: .*image-to-video"),
         ("wan", "transformer/config.json", {"added_kv_proj_dim": 24}, "transformer: added_kv_proj_dim 24"),
         ("wan", "transformer/config.json", {"pos_embed_seq_len": 514}, "transformer: pos_embed_seq_len 514"),
         ("wan", "transformer/config.json", {"in_channels": 36}, "in_channels 36 and out_channels 16, as in image-to"),
         ("wan", "vae/config.json", {"z_dim": 48}, "vae: z_dim 48, but the transformer's in_channels are 16"),
+        ("wan", "vae/config.json", {"out_channels": 12}, "vae: out_channels 12: it makes no pictures of red"),
         (
             "wan",
             "scheduler/scheduler_config.json",
@@ -324,3 +364,19 @@ def test_a_chain_that_starts_far_from_noise_is_told(tiny_stable_diffusion: Path)
     assert told[10, 3.0] == []
     assert "4 steps start at timestep 751 of 1000" in told[4, 3.0][0]
     assert told[10, 2.0] == ["sampling.shift 2 has no effect on a generator that predicts noise"]
+
+
+def test_an_evaluation_that_starts_far_from_noise_is_told_before_training(
+    tiny_stable_diffusion: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(["experiment=demo", "sampling.transition=ddim", "sampling.shift=2", "evaluation.steps=4"])
+    generator, alone = _load("sd", tiny_stable_diffusion), Distribution(config.distribution, "cpu")
+    assert load_chain(config, generator, alone).steps == config.sampling.steps
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "sampling.shift 2 has no effect on a generator that predicts noise",
+        "sampling: 4 steps start at timestep 751 of 1000",
+    ]
+    with pytest.raises(GeneratorError, match=r"steps_offset 1 makes of 1000 steps"):
+        load_chain(
+            load_config(["experiment=demo", "sampling.transition=ddim", "evaluation.steps=1000"]), generator, alone
+        )

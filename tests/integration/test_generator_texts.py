@@ -124,6 +124,7 @@ def test_a_run_refuses_embeddings_of_text_encoders_that_changed(tiny_generator: 
         "evaluation.rewards=[redness]",
         "training.prompts_per_update=2",
         "training.micro_batch=4",
+        "evaluation.rewards=[]",
     ]
     config = load_config(["experiment=demo", "training.group_size=4", "arm=grpo", *overrides])
     results = tmp_path / "results"
@@ -226,10 +227,12 @@ def test_options_without_effect_are_told(
     load_generator(_config("flux", tiny_generator, guidance_scale=3.5), ROOT)
     load_generator(_config("wan", tiny_wan, guidance_scale=1.0, negative_prompt="blurry"), ROOT)
     load_generator(_config("sd", tiny_stable_diffusion, max_sequence_length=77), ROOT)
+    load_generator(_config("wan", tiny_wan, revision="0" * 40), ROOT)
     assert [text.split(" has no effect")[0] for text in _warnings(caplog)] == [
         "generator.guidance_scale 3.5",
         "generator.negative_prompt",
         "generator.max_sequence_length 77",
+        f"generator.revision {'0' * 40}",
     ]
     caplog.clear()
     load_generator(_config("flux", tiny_generator), ROOT)

@@ -5,6 +5,7 @@ import gc
 import io
 import locale
 import logging
+import logging.config
 import os
 import random
 import signal
@@ -24,7 +25,7 @@ from vipo.config.models import GeneratorConfig, PerceptionConfig
 from vipo.errors import Preempted, VipoError
 from vipo.foreign import foreign, resolve
 from vipo.foreign.settings import SETTINGS
-from vipo.generators.base import Generator, GeneratorError, resolve_class
+from vipo.generators.base import Generator, GeneratorError, load_generator, resolve_class
 from vipo.perception import Backbone, PerceptionError, load_backbone
 from vipo.prompts import PromptError
 from vipo.prompts.sources import read_source
@@ -106,6 +107,9 @@ def meddle() -> None:
     torch.set_default_device("meta")
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("medium")
+    os.umask(0o777)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    logging.config.dictConfig({"version": 1})
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.deterministic = True
@@ -114,6 +118,7 @@ def meddle() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
     torch.autograd.set_detect_anomaly(True, False)
     torch.autocast("cpu", torch.float16).__enter__()
     torch.set_grad_enabled(not torch.is_grad_enabled())
@@ -140,6 +145,29 @@ def test_every_setting_is_put_back(fails: bool) -> None:
     # Caches of what was cast, and the depth at which they are cleared.
     assert torch.autocast_increment_nesting() == 1
     torch.autocast_decrement_nesting()
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_get_fp32_precision_getter"), reason="this torch has one interface alone")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: setattr(getattr(torch.backends.mkldnn, "matmul"), "fp32_precision", "bf16"),  # noqa: B009
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: setattr(getattr(torch.backends.cudnn, "conv"), "fp32_precision", "ieee"),  # noqa: B009
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    ],
+)
+def test_a_precision_of_float32_is_put_back_whichever_interface_wrote_it(change: Callable[[], None]) -> None:
+    """After a mixture of both interfaces torch refuses to be read by the older one."""
+    before = SETTINGS["torch's precision of float32"].read()
+    for _ in range(2):
+        with foreign(RewardError, "reward 'mine'", f"{__name__}:x"):
+            change()
+            assert SETTINGS["torch's precision of float32"].read() != before
+        assert SETTINGS["torch's precision of float32"].read() == before
+        assert torch.get_float32_matmul_precision() == before[0]
+        assert torch.backends.cudnn.allow_tf32 == before[1]
+    vars(sys.modules[__name__]).pop("__vipo_own__")
 
 
 class Watching(torch.overrides.TorchFunctionMode):
@@ -350,6 +378,11 @@ class Adapter(Generator):
 
     def __init__(self, config: GeneratorConfig) -> None:
         self.config, self.device, self.network = config, torch.device("cpu"), nn.Linear(1, 1)
+        self.timesteps = self.visited
+
+    def visited(self, steps: int) -> Any:
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        return list(range(steps - 1, -1, -1)) if steps < 10 else 1 / 0
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> "Adapter":
@@ -365,11 +398,16 @@ class Adapter(Generator):
         assert torch.is_autocast_enabled("cpu") is (self.config.precision == "bf16")
         if len(time) == 3:
             raise RuntimeError("three are too many")
+        if len(time) == 4:
+            latents[0].mul_(2)
+        if len(time) == 5:
+            conditioning["weight"].data.add_(1)
+            conditioning["weight"].detach().zero_()
         return self.decode(latents) * conditioning["weight"]
 
     def decode(self, latents: Tensor) -> Tensor:
         torch.set_num_threads(torch.get_num_threads() + 1)
-        return latents
+        return latents.zero_() if len(latents) == 6 else latents
 
     def add_lora(self, config: Any, seed: int) -> None:
         raise GeneratorError("training.lora: this family takes none")
@@ -392,13 +430,29 @@ def test_an_adapter_of_others_runs_behind_the_boundary(tmp_path: Path) -> None:
     generator.predict(torch.ones(2, 4, 2, 2), torch.ones(2), conditioning)
     assert torch.is_grad_enabled()
     assert torch.get_num_threads() == threads
+    visited = load_generator(config, tmp_path).timesteps
+    assert visited is not None
     named = rf"generator.family '{__name__}:Adapter' raised "
     for call, told in (
         (lambda: found.encode_prompts(config, tmp_path, ["a"]), "SystemExit: 0"),
         (lambda: generator.predict(torch.ones(3, 4, 2, 2), torch.ones(3), conditioning), "RuntimeError: three are too"),
         (lambda: generator.predict(torch.ones(2, 4, 2, 1), torch.ones(2), conditioning), "ValueError: latents: expect"),
+        (lambda: visited(10), "ZeroDivisionError"),
         (lambda: generator.add_lora(None, 0), "GeneratorError: training.lora: this family takes none"),
         (lambda: generator.save_network(tmp_path), "OSError: disk on fire"),
     ):
         with pytest.raises(GeneratorError, match=named + told):
             call()
+    assert visited(3).tolist() == [2, 1, 0]
+    assert torch.get_num_threads() == threads
+
+
+def test_an_adapter_that_writes_into_what_it_is_given_is_named(tmp_path: Path) -> None:
+    """The stored trajectory would be another one than the network saw, or every later prompt's embedding."""
+    config = GeneratorConfig(family=f"{__name__}:Adapter", path="x", height=8, width=8, precision="bf16")
+    generator = load_generator(config, tmp_path)
+    for batch, told in ((4, "prediction writes into the latents"), (5, "prediction writes into the weight")):
+        with pytest.raises(GeneratorError, match=told):
+            generator.predict(torch.ones(batch, 4, 2, 2), torch.ones(batch), {"weight": torch.ones(1)})
+    with pytest.raises(GeneratorError, match="decode writes into the latents"):
+        generator.pictures(torch.ones(6, 4, 2, 2))

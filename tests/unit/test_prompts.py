@@ -69,6 +69,7 @@ def test_cleaning_examples(text: str, clean: str) -> None:
         "\u00ad",
         "\u3164\u115f\uffa0",
         "\u2800",
+        "\u2065\ufff3\U000e0080",
         "\ufe0f",
         "\U000e0100",
         "\U000e0041",
@@ -186,9 +187,13 @@ SCENE = {"objects": [{"shape": "circle"}], "background": "white"}
         ),
         (
             ["reward.terms=[{name: scene_count}]"],
-            _prompts(2, objects=[]),
+            _prompts(2, objects=SCENE["objects"]),
             _prompts(2, **SCENE),
             r"reward\.terms: reward 'scene_count' needs scene metadata with 'background'",
+        ),
+        *(
+            ([], _prompts(2, **SCENE), _prompts(2, **SCENE | {"objects": objects}), "a list of mappings with a 'shape'")
+            for objects in ([], "circle", [{"color": "red"}], [{"shape": "circle"}, "square"])
         ),
         ([], _prompts(2), _prompts(2), r"evaluation\.rewards: reward 'scene_shape' needs .*'objects', 'background'"),
     ],

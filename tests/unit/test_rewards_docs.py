@@ -54,5 +54,5 @@ def test_prompt_source_example_is_prepared(examples: Path) -> None:
 
 
 def test_the_page_lists_every_registered_reward() -> None:
-    table = PAGE.split("### Rewards that ship")[1].split("## A prompt source")[0]
+    table = PAGE.split("### Rewards that ship")[1].split("## ")[0]
     assert set(re.findall(r"`(\w+)`", table)) == set(REWARDS)

@@ -28,6 +28,7 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.finite import check_finite
+from vipo.generators.lora import check_adapted
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
@@ -153,6 +154,8 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             pictures = {0: base} if config.is_base else {}
             for number, folder in weights.items():
                 generator.load_network(folder)
+                if config.training.lora is not None:
+                    check_adapted(generator.network, config.training.lora.targets, folder)
                 pictures[number] = sample_held_out(generator, samples, embeddings, config, progress)
         log.info("%s: scoring %d samples of updates %s", config.run_name, len(samples), ", ".join(map(str, pictures)))
         scores = score_pictures(pictures, base, samples, rewards, config)

@@ -68,17 +68,41 @@ def _write_streams(wanted: tuple[Any, Any]) -> None:
     sys.stdout, sys.stderr = wanted
 
 
+def _loggers() -> list[logging.Logger]:
+    """The root and vipo's own: `logging.config` switches off every logger that it is not told of."""
+    named = logging.getLogger().manager.loggerDict.items()
+    own = [logger for name, logger in sorted(named) if name.partition(".")[0] == "vipo"]
+    return [logging.getLogger(), *(logger for logger in own if isinstance(logger, logging.Logger))]
+
+
 def _read_logging() -> tuple[Any, ...]:
-    root = logging.getLogger()
-    return root.level, tuple(root.handlers), root.disabled, root.manager.disable
+    told = (
+        (found.name, found.level, tuple(found.handlers), tuple(found.filters), found.disabled, found.propagate)
+        for found in _loggers()
+    )
+    return logging.getLogger().manager.disable, *told
 
 
 def _write_logging(wanted: tuple[Any, ...]) -> None:
-    root = logging.getLogger()
-    root.setLevel(wanted[0])
-    root.handlers[:] = wanted[1]
-    root.disabled = wanted[2]
-    logging.disable(wanted[3])
+    below, *told = wanted
+    logging.disable(below)
+    for name, level, handlers, filters, disabled, propagate in told:
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers[:], logger.filters[:] = handlers, filters
+        logger.disabled, logger.propagate = disabled, propagate
+
+
+def _umask() -> int:
+    # os.umask alone cannot read it without setting it, for other threads too.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("Umask:")[2].split()[0], 8)
+
+
+def _write_alarm(rings: bool) -> None:
+    # One that rang before rings on, or cannot be wound up again. With its handler gone, one that is new would end vipo.
+    if not rings:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _write_warnings(wanted: tuple[Any, ...]) -> None:
@@ -155,6 +179,30 @@ def _write_autocast(wanted: tuple[Any, ...]) -> None:
         torch.set_autocast_dtype(kind, dtype)
 
 
+def _matrix_flag(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    # The older interface cannot be read any more once the newer one has been written.
+    except RuntimeError:
+        return None
+
+
+def _precisions() -> tuple[Any, ...]:
+    flags = tuple(_matrix_flag(read) for read in _PRECISION_FLAGS)
+    return (*flags, *(torch._C._get_fp32_precision_getter(*pair) for pair in _PRECISIONS))
+
+
+def _write_precisions(wanted: tuple[Any, ...]) -> None:
+    matrix, convolution, *exact = wanted
+    # The older interface writes some of the newer one's: first, so that they end as they were.
+    if matrix is not None:
+        torch.set_float32_matmul_precision(matrix)
+    if convolution is not None:
+        torch.backends.cudnn.allow_tf32 = convolution
+    for pair, value in zip(_PRECISIONS, exact, strict=True):
+        torch._C._set_fp32_precision_setter(*pair, value)
+
+
 def _kernels() -> tuple[bool, ...]:
     cuda = torch.backends.cuda
     return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
@@ -178,11 +226,22 @@ def _main_thread(setting: Setting) -> Setting:
 
 
 _BACKENDS = torch.backends
+_PRECISION_FLAGS = (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32)
+# From the general to the particular, which the general one overwrites; torch before 2.9 has none.
+_PRECISIONS = tuple(
+    pair
+    for pair in (
+        ("generic", "all"),
+        *((backend, kind) for kind in ("all", "conv", "rnn", "matmul") for backend in ("mkldnn", "cuda")),
+    )
+    if hasattr(torch._C, "_get_fp32_precision_getter")
+)
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {
         "the environment": Setting(lambda: dict(os.environ), _write_environment),
         "the working directory": Setting(_working_directory, os.chdir),
+        "the mode of new files": Setting(_umask, os.umask),
         "sys.path": Setting(lambda: tuple(sys.path), lambda value: sys.path.__setitem__(slice(None), value)),
         "sys.argv": Setting(lambda: tuple(sys.argv), lambda value: sys.argv.__setitem__(slice(None), value), own=False),
         "the standard streams": Setting(
@@ -201,6 +260,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "signal handlers": _main_thread(
             Setting(lambda: tuple(signal.getsignal(number) for number in _SIGNALS), _write_signals, own=False)
         ),
+        "the alarm": Setting(lambda: signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0), _write_alarm, own=False),
         "Python's random numbers": Setting(random.getstate, random.setstate),
         "numpy's random numbers": Setting(_numpy_state, _write_numpy_state),
         "numpy's floating-point errors": Setting(np.geterr, lambda value: np.seterr(**value)),
@@ -213,18 +273,18 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "torch's default dtype": Setting(torch.get_default_dtype, torch.set_default_dtype),
         "torch's default device": Setting(_default_device, torch.set_default_device),
         "torch's denormals": Setting(_flushes_denormals, torch.set_flush_denormal),
-        "torch's matrix precision": Setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        "torch's precision of float32": Setting(_precisions, _write_precisions),
         "torch's attention kernels": Setting(_kernels, _write_kernels),
         "cudnn.enabled": _attribute(_BACKENDS.cudnn, "enabled"),
         "cudnn.benchmark": _attribute(_BACKENDS.cudnn, "benchmark"),
         "cudnn.deterministic": _attribute(_BACKENDS.cudnn, "deterministic"),
-        "cudnn.allow_tf32": _attribute(_BACKENDS.cudnn, "allow_tf32"),
         "cuda.matmul.allow_fp16_reduced_precision_reduction": _attribute(
             _BACKENDS.cuda.matmul, "allow_fp16_reduced_precision_reduction"
         ),
         "cuda.matmul.allow_bf16_reduced_precision_reduction": _attribute(
             _BACKENDS.cuda.matmul, "allow_bf16_reduced_precision_reduction"
         ),
+        "mkldnn.deterministic": _attribute(_BACKENDS.mkldnn, "deterministic"),
         "mkldnn.enabled": _attribute(_BACKENDS.mkldnn, "enabled"),
         "opt_einsum.enabled": _attribute(_BACKENDS.opt_einsum, "enabled"),
         "opt_einsum.strategy": _attribute(_BACKENDS.opt_einsum, "strategy"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
 from vipo.errors import VipoError
-from vipo.foreign import guarded_class, resolve
+from vipo.foreign import foreign, guarded_class, resolve
 from vipo.generators.loading import without_loading_bars
 
 Conditioning = Mapping[str, Tensor]
@@ -112,13 +112,16 @@ class Generator(ABC):
 
         Raises:
             ValueError: `latents` has another shape.
-            GeneratorError: the adapter raised, or its prediction has another shape.
+            GeneratorError: the adapter raised, its prediction has another shape, or it wrote into what it was given.
         """
         expected = (len(time), *self.latent_shape)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected shape {expected} (B, *latent_shape), got {tuple(latents.shape)}")
+        given = {"latents": latents, "time": time, **conditioning}
+        written = {name: value._version for name, value in given.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             prediction = self._predict(latents, time, conditioning)
+        self._check_unwritten("prediction", given, written)
         if not isinstance(prediction, Tensor) or prediction.shape != latents.shape:
             raise self._misshapen("prediction", tuple(latents.shape), prediction)
         return prediction.float()
@@ -127,13 +130,25 @@ class Generator(ABC):
         """`decode`, checked.
 
         Raises:
-            GeneratorError: the adapter raised, or gave something else than ``(B, *config.sample_shape)``.
+            GeneratorError: the adapter raised, gave something else than ``(B, *config.sample_shape)``, or wrote into
+                its latents.
         """
+        written = latents._version
         decoded = self.decode(latents)
+        self._check_unwritten("decode", {"latents": latents}, {"latents": written})
         expected = (len(latents), *self.config.sample_shape)
         if not isinstance(decoded, Tensor) or tuple(decoded.shape) != expected:
             raise self._misshapen("decode", expected, decoded)
         return decoded
+
+    def _check_unwritten(self, call: str, given: Mapping[str, Tensor], before: Mapping[str, int]) -> None:
+        # The update calls the network again on the very states that the rollout keeps.
+        changed = [name for name, value in given.items() if value._version != before[name]]
+        if changed:
+            raise GeneratorError(
+                f"generator.family {self.config.family!r}: {call} writes into the {', '.join(changed)} that it is "
+                "given, which the update reads again; let it work on a copy (clone())"
+            )
 
     def _misshapen(self, call: str, expected: tuple[int, ...], got: object) -> GeneratorError:
         what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"a {type(got).__name__}"
@@ -223,7 +238,18 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
         GeneratorError: the checkpoint cannot be loaded, or the device is absent; whatever the adapter raises.
     """
     check_device(config)
-    return resolve_class(config).load(config, root)
+    generator = resolve_class(config).load(config, root)
+    if config.family not in FAMILIES and generator.timesteps is not None:
+        generator.timesteps = _guarded_timesteps(generator.timesteps, config)
+    return generator
+
+
+def _guarded_timesteps(own: Callable[[int], Tensor], config: GeneratorConfig) -> Callable[[int], Tensor]:
+    def timesteps(steps: int) -> Tensor:
+        with foreign(GeneratorError, f"generator.family {config.family!r}", config.family):
+            return torch.as_tensor(own(steps))
+
+    return timesteps
 
 
 def check_device(config: GeneratorConfig) -> None:

@@ -98,7 +98,7 @@ class FluxGenerator(PipelineGenerator):
         if taken != 4 * vae.latent_channels:
             raise GeneratorError(
                 f"{location}/vae: latent_channels {vae.latent_channels}, but the transformer's in_channels {taken} "
-                f"stand for {taken / 4:g} (2 x 2 latent pixels a token); give the autoencoder that belongs to it"
+                "stand for a quarter of them (2 x 2 latent pixels a token); give the autoencoder that belongs to it"
             )
 
     @classmethod

@@ -24,13 +24,35 @@ def check_targets(network: Any, targets: Sequence[str]) -> None:
     """
     names = [name for name, _ in network.named_modules() if name]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(_names(target, name) for name in names):
             ends = sorted({".".join(name.split(".")[-(target.count(".") + 1) :]) for name in names})
             close = difflib.get_close_matches(target, ends, n=3)
             raise GeneratorError(
                 f"training.lora.targets {[target]}: matches no module of {type(network).__name__}"
                 + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
             )
+
+
+def check_adapted(network: Any, targets: Sequence[str], folder: Path) -> None:
+    """Refuse trained LoRA weights without a module that training adapted: the file alone does not tell.
+
+    Args:
+        network: with the weights loaded; one without peft's layers is not looked at.
+        targets: of the training.
+        folder: where the weights are, for the message.
+
+    Raises:
+        GeneratorError: naming the first such module.
+    """
+    if not getattr(network, "peft_config", None):
+        return
+    for name, module in network.named_modules():
+        if any(_names(target, name) for target in targets) and not hasattr(module, "lora_A"):
+            raise _fault(folder, "missing", f"{name}.lora_A.weight and {name}.lora_B.weight")
+
+
+def _names(target: str, module: str) -> bool:
+    return module == target or module.endswith(f".{target}")
 
 
 def check_file(file: Path, network: Any, prefix: str) -> None:

@@ -90,6 +90,15 @@ class PipelineGenerator(Generator):
             part_settings(kind, location, part, config) for part, kind in cls._part_classes(location, index).items()
         )
         cls.check_parts(location, network, vae)
+        made = getattr(vae, "out_channels", 3)
+        if made != 3 * (getattr(vae, "patch_size", None) or 1) ** 2:
+            raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
+        if isinstance(location, Path) and config.revision is not None:
+            log.warning(
+                "generator.revision %s has no effect: generator.path %s is a folder here, which is read as it is",
+                config.revision,
+                config.path,
+            )
         if not cls.guides and config.negative_prompt:
             raise GeneratorError(
                 f"generator.negative_prompt: family {config.family!r} has no classifier-free guidance, so it would "

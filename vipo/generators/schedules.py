@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vipo.config.models import GeneratorConfig
 from vipo.generators.base import GeneratorError
-from vipo.generators.parts import load_part
+from vipo.generators.parts import AGAIN, load_part
 
 # Each replaces the levels between noise and data by others.
 _OTHER_LEVELS = (
@@ -124,11 +124,21 @@ def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None
             )
     if (count := settings.get("num_train_timesteps", 1000)) != 1000:
         raise GeneratorError(f"{place}: num_train_timesteps {count}; the family's network is called with 1000 sigma")
-    if not settings.get("use_dynamic_shifting"):
-        return float(settings.get("flow_shift", settings.get("shift", 1.0)))
-    if tokens is None:
+    dynamic = bool(settings.get("use_dynamic_shifting"))
+    if dynamic and tokens is None:
         raise GeneratorError(f"{place}: use_dynamic_shifting is set, which this family's pipeline does not hold")
+    try:
+        found = _moved(settings, tokens) if dynamic else float(settings.get("flow_shift", settings.get("shift", 1.0)))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise GeneratorError(f"{place}: its shift cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
+    # Of dynamic shifting the checks ask for a number of tokens that is not the real one.
+    if not dynamic and not 0 < found < math.inf:
+        raise GeneratorError(f"{place}: its shift is {found:g}, a time shift is above 0 and finite; {AGAIN}")
+    return found
+
+
+def _moved(settings: Mapping[str, Any], tokens: int | None) -> float:
     fewest, most = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
     low, high = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
-    moved = low + (tokens - fewest) * (high - low) / (most - fewest)
+    moved = low + ((tokens or 0) - fewest) * (high - low) / (most - fewest)
     return float(moved) if settings.get("time_shift_type") == "linear" else math.exp(moved)

@@ -1,7 +1,8 @@
 """What a run needs of its prompts, as far as the prompts themselves can tell."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vipo.config.models import SCENE_REWARDS, Config
 from vipo.prompts.prompt import Prompt, PromptError
@@ -42,13 +43,33 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
         )
     if config.objective.map == "oracle" and not config.is_base:
         _need("objective.map 'oracle'", ("objects",), source, train)
-    scene = ("objects", "background")
     for term in config.reward.terms:
         if term.name in SCENE_REWARDS and not config.is_base:
-            _need(f"reward.terms: reward {term.name!r}", scene, source, train)
+            _need_scenes(f"reward.terms: reward {term.name!r}", source, train)
     for name in evaluation.rewards:
         if name in SCENE_REWARDS:
-            _need(f"evaluation.rewards: reward {name!r}", scene, source, held_out)
+            _need_scenes(f"evaluation.rewards: reward {name!r}", source, held_out)
+
+
+def is_scene(metadata: Mapping[str, Any]) -> bool:
+    """Whether a prompt's metadata is what the scene rewards read: a background, and objects that have a shape each."""
+    objects = metadata.get("objects")
+    return (
+        "background" in metadata
+        and isinstance(objects, list)
+        and len(objects) > 0
+        and all(isinstance(item, Mapping) and "shape" in item for item in objects)
+    )
+
+
+def _need_scenes(what: str, source: str, prompts: Sequence[Prompt]) -> None:
+    _need(what, ("objects", "background"), source, prompts)
+    for prompt in prompts:
+        if not is_scene(prompt.metadata):
+            raise PromptError(
+                f"{source}: {what} needs scene metadata whose 'objects' are a list of mappings with a 'shape', as in "
+                f"data/prompts; that of {prompt.text[:80]!r} is not"
+            )
 
 
 def _need(what: str, keys: Sequence[str], source: str, prompts: Sequence[Prompt]) -> None:

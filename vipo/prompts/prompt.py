@@ -36,10 +36,11 @@ def clean_text(text: str) -> str:
 
 
 # Characters that leave no mark on the page though Unicode does not call them format characters or blanks: fillers,
-# joiners, variation selectors, the empty pattern of Braille and the empty note head.
+# joiners, variation selectors, the empty pattern of Braille and the empty note head; and what Unicode keeps for more of
+# them (Default_Ignorable_Code_Point).
 _UNSEEN = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\U0001d159\U00016fe4"
-    + "".join(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
+    + "".join(map(chr, (0x2065, *range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000))))
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vipo.demo.scenes import check, read_scenes
+from vipo.prompts.needs import is_scene
 from vipo.rewards.registry import RewardError
 
 
@@ -41,19 +42,9 @@ def _claims(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[dict[
     if images.ndim != 4:
         raise RewardError(f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}; use 'redness'")
     for number, claim in enumerate(metadata):
-        if not _is_scene(claim):
+        if not is_scene(claim):
             raise RewardError(
                 f"metadata of sample {number} holds no scene (keys: {', '.join(map(str, claim)) or 'none'}); this "
                 "reward needs scene metadata: 'objects', each with a 'shape', and 'background', as in data/prompts"
             )
     return [check(seen, claim) for seen, claim in zip(read_scenes(images), metadata, strict=True)]
-
-
-def _is_scene(claim: Mapping[str, Any]) -> bool:
-    objects = claim.get("objects")
-    return (
-        "background" in claim
-        and isinstance(objects, list)
-        and len(objects) > 0
-        and all(isinstance(item, Mapping) and "shape" in item for item in objects)
-    )

@@ -194,6 +194,8 @@ def _train_recorded(setup: Setup, root: Path, wait: float) -> None:
 
     with run_lock(folder, wait_seconds=wait):
         setup.distribution.meet(wait)
+        # Now, as the record does: the code on disk may be another one when the run ends.
+        ours = packages([code_identity()])
         identity = run_identity(setup)
         set_aside_other(setup, identity)
         read = [prompts_path(setup.experiment), embeddings_path(setup.experiment), *setup.weight_inputs.values()]
@@ -208,6 +210,6 @@ def _train_recorded(setup: Setup, root: Path, wait: float) -> None:
         ) as facts:
             made_by = train(setup, identity)
             # In the usual case one code made them all, that of the record.
-            if packages(made_by) != packages([code_identity()]):
+            if packages(made_by) != ours:
                 facts["updates_made_by"] = made_by
             setup.distribution.leave()

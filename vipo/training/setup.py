@@ -1,6 +1,7 @@
 """Everything that a run loads and checks before its first computation."""
 
 import copy
+import itertools
 import logging
 import shutil
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     if structuring is not None and structuring.backbone.source is not None:
         weight_inputs["perception"] = structuring.backbone.source
     _try_rewards(config, rewards, prompts[0], device)
-    chain = _load_chain(config, generator, distribution)
+    chain = load_chain(config, generator, distribution)
     reference = _prepare_network(config, generator, distribution)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
@@ -149,13 +150,19 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     return setup
 
 
-def _load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
+def load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
+    """The chain of training samples; tells in what it, or the evaluation's, is not the checkpoint's.
+
+    Raises:
+        ChainError, GeneratorError: one of both does not fit the generator.
+    """
     sampling, schedule = config.sampling, (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(sampling, *schedule, device=distribution.device)
     # What only the evaluation would refuse, before all training.
-    sampling_chain(sampling, *schedule, steps=config.evaluation.steps)
+    evaluated = sampling_chain(sampling, *schedule, steps=config.evaluation.steps)
     levels = None if generator.alphas_cumprod is None else len(generator.alphas_cumprod)
-    for remark in chain_remarks(chain, sampling, generator.flow_shift, levels) if distribution.is_main else ():
+    told = (chain_remarks(each, sampling, generator.flow_shift, levels) for each in (chain, evaluated))
+    for remark in dict.fromkeys(itertools.chain(*told)) if distribution.is_main else ():
         log.warning("%s", remark)
     return chain
 

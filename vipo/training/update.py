@@ -93,9 +93,11 @@ def update(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lam
     advantages = scalar.values.to(setup.device)
     if credit.weights is not None and setup.config.objective.map_on == "advantage":
         advantages = allocate_advantages(advantages, credit.weights)
-    batches = select_samples(setup, rollouts, scalar.values)
+    batches, samples = select_samples(setup, rollouts, scalar.values), rollouts.samples
+    # With best_of, the trajectories that nothing is learned from.
+    del rollouts
     with setup.timer("learn"):
-        return metrics | learn(setup, batches, advantages, rollouts.samples, number)
+        return metrics | learn(setup, batches, advantages, samples, number)
 
 
 def roll_out(
