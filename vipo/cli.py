@@ -41,6 +41,11 @@ class _Place:
     results: Path | None = None
 
 
+def _kept(error: BaseException, place: _Place) -> str:
+    path = keep_traceback(error, place.results)
+    return "lost: no folder can be written" if path is None else f"in {path}"
+
+
 class _Commands(TyperGroup):
     """Every end of a command that is neither its own nor an error of ours becomes one."""
 
@@ -52,16 +57,15 @@ class _Commands(TyperGroup):
             raise
         except VipoError as error:
             if error.foreign:
-                log.warning("the traceback is in %s", keep_traceback(error, place.results))
+                log.warning("the traceback is %s", _kept(error, place))
             raise
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; start the same command again, and it goes on where it can") from error
         except BaseException as error:
             # Status 0 is for a command that has done its work: SystemExit has not.
-            path = keep_traceback(error, place.results)
             raise InternalError(
                 f"internal: {type(error).__name__}: {one_line(str(error), 300)} ({where(error)}); this is a fault of "
-                f"vipo, please report it with {path}"
+                f"vipo, please report it with the traceback, which is {_kept(error, place)}"
             ) from error
 
 
@@ -147,6 +151,8 @@ def prepare(overrides: Overrides = None, file: ConfigFile = None, results: Resul
 
     chosen = _checked(overrides, file)
     readers = () if file is None else arms_beside(file, chosen)[1:]
+    for reader in readers:
+        check_imports(reader)
     prepare_stage(chosen, repository_root(), results, wait, readers)
 
 
@@ -427,7 +433,7 @@ def audit(
     from vipo.audit import audit_experiment
 
     result = audit_experiment(path, repository_root(), allowed_signers=allowed_signers, rerun=rerun)
-    typer.echo(result.model_dump_json(indent=2) if as_json else visible(result.text()))
+    typer.echo(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else visible(result.text()))
     if result.verdict == "broken":
         raise typer.Exit(1)
 

@@ -35,7 +35,7 @@ def model_index(location: Path | str, revision: str | None) -> dict[str, Any]:
     """
     try:
         index = json.loads((snapshot(location, revision) / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GeneratorError(f"{location}: model_index.json cannot be read: {error}") from error
     if not isinstance(index, dict):
         raise GeneratorError(f"{location}: model_index.json holds no mapping")
