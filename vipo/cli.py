@@ -30,6 +30,7 @@ from vipo.failures import keep_traceback, where
 from vipo.imports import check_imports
 from vipo.signals import handled
 from vipo.text import Formatter, message, one_line, visible
+from vipo.training.ranks import is_rank
 
 log = logging.getLogger(__name__)
 
@@ -446,7 +447,7 @@ def _ask_for_another_try(number: int) -> None:
 
 
 def _leave(status: int) -> None:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_rank():
         # One of several processes would wait in its clean-up for partners that may hang.
         sys.stderr.flush()
         os._exit(status)
@@ -462,7 +463,7 @@ def _expanded(argument: str) -> str:
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
-    quiet = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    quiet = is_rank() and os.environ["RANK"] != "0"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
