@@ -30,6 +30,7 @@ from vipo.failures import keep_traceback, where
 from vipo.imports import check_imports
 from vipo.signals import handled
 from vipo.text import Formatter, message, one_line, visible
+from vipo.training.ranks import is_rank
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ class _Place:
     """What a failing command's traceback is put beside."""
 
     results: Path | None = None
+
+
+def _kept(error: BaseException, place: _Place) -> str:
+    path = keep_traceback(error, place.results)
+    return "lost: no folder can be written" if path is None else f"in {path}"
 
 
 class _Commands(TyperGroup):
@@ -54,16 +60,15 @@ class _Commands(TyperGroup):
             raise
         except VipoError as error:
             if error.foreign:
-                log.warning("the traceback is in %s", keep_traceback(error, place.results))
+                log.warning("the traceback is %s", _kept(error, place))
             raise
         except KeyboardInterrupt as error:
             raise Interrupted("interrupted; start the same command again, and it goes on where it can") from error
         except BaseException as error:
             # Status 0 is for a command that has done its work: SystemExit has not.
-            path = keep_traceback(error, place.results)
             raise InternalError(
                 f"internal: {type(error).__name__}: {one_line(str(error), 300)} ({where(error)}); this is a fault of "
-                f"vipo, please report it with {path}"
+                f"vipo, please report it with the traceback, which is {_kept(error, place)}"
             ) from error
 
 
@@ -149,6 +154,8 @@ def prepare(overrides: Overrides = None, file: ConfigFile = None, results: Resul
 
     chosen = _checked(overrides, file)
     readers = () if file is None else arms_beside(file, chosen)[1:]
+    for reader in readers:
+        check_imports(reader)
     prepare_stage(chosen, repository_root(), results, wait, readers)
 
 
@@ -427,7 +434,7 @@ def audit(
     from vipo.audit import audit_experiment
 
     result = audit_experiment(path, repository_root(), allowed_signers=allowed_signers, rerun=rerun)
-    typer.echo(result.model_dump_json(indent=2) if as_json else visible(result.text()))
+    typer.echo(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else visible(result.text()))
     if result.verdict == "broken":
         raise typer.Exit(1)
 
@@ -440,7 +447,7 @@ def _ask_for_another_try(number: int) -> None:
 
 
 def _leave(status: int) -> None:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_rank():
         # One of several processes would wait in its clean-up for partners that may hang.
         sys.stderr.flush()
         os._exit(status)
@@ -456,7 +463,7 @@ def _expanded(argument: str) -> str:
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
     # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
-    quiet = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    quiet = is_rank() and os.environ["RANK"] != "0"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])

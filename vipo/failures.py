@@ -1,5 +1,6 @@
 """Where the traceback of an exception goes that nobody foresaw: a file, for it is its author's, not the user's."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from vipo.text import visible
 
 
-def keep_traceback(error: BaseException, results: Path | None) -> Path:
+def keep_traceback(error: BaseException, results: Path | None) -> Path | None:
     """Write a traceback, with the command that ended so, into a new file of ``<results>/.logs``.
 
     Args:
@@ -19,19 +20,19 @@ def keep_traceback(error: BaseException, results: Path | None) -> Path:
             temporary files.
 
     Returns:
-        The file.
+        The file; None where neither folder can be written, so that what went wrong is told all the same.
     """
     command = next((word for word in sys.argv[1:] if word.isalpha()), "vipo")
     told = visible("".join(traceback.format_exception(error)))
     content = f"{' '.join(sys.argv)!a}\n\n{told}"
     name = f"{command}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+    # A full disk, or a folder of another user: the next one may do.
     if results is not None:
-        try:
+        with contextlib.suppress(OSError):
             return _written(results / ".logs" / name, content)
-        except OSError:
-            # A full disk or a folder of another user; the other one may do.
-            pass
-    return _written(Path(tempfile.mkdtemp(prefix="vipo-")) / name, content)
+    with contextlib.suppress(OSError):
+        return _written(Path(tempfile.mkdtemp(prefix="vipo-")) / name, content)
+    return None
 
 
 def where(error: BaseException) -> str:

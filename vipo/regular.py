@@ -33,7 +33,7 @@ def open_regular(path: Path, most: int) -> BinaryIO:
             raise OSError(errno.EINVAL, f"it is {kind}, a regular file is needed", str(path))
         if found.st_size > most:
             raise OSError(
-                errno.EFBIG, f"it has {found.st_size} bytes, at most {most} ({most >> 20} MiB) are read", str(path)
+                errno.EFBIG, f"it has {found.st_size} bytes, at most {most} ({most / 2**20:g} MiB) are read", str(path)
             )
         return os.fdopen(descriptor, "rb")
     except BaseException:
@@ -46,5 +46,5 @@ def read_regular(path: Path, most: int) -> bytes:
     with open_regular(path, most) as stream:
         data = stream.read(most + 1)
     if len(data) > most:
-        raise OSError(errno.EFBIG, f"it grows beyond {most} bytes ({most >> 20} MiB) while it is read", str(path))
+        raise OSError(errno.EFBIG, f"it grows beyond {most} bytes ({most / 2**20:g} MiB) while it is read", str(path))
     return data

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pytest
 
-from vipo.config.compose import repository_root
+from vipo.config.compose import dump_config, load_config, repository_root
 from vipo.prompts.prompt import clean_text
 from vipo.text import Formatter
 
@@ -325,6 +325,16 @@ def test_import_paths_are_tried_with_the_configuration(
         vipo(command[0], "experiment=demo", *change, *command[1:]).refuses(path, *told)
     assert not (tmp_path / "results/demo").exists()
     assert "BAD_EXIT" not in os.environ
+
+
+def test_the_import_paths_of_every_arm_are_tried_before_prompts_are_prepared(vipo: Command, tmp_path: Path) -> None:
+    base, other = load_config(["experiment=demo", "arm=base"]), load_config(["experiment=demo", "arm=vipo"])
+    broken = other.perception.model_copy(update={"backbone": "no_such_module:thing"})
+    for config in (base, other.model_copy(update={"perception": broken})):
+        (tmp_path / f"{config.run_name}.yaml").write_text(dump_config(config))
+    results = tmp_path / "results"
+    vipo("prepare", "--config", tmp_path / "base-s0.yaml", "--results", results).refuses("no_such_module", "looked in")
+    assert not (results / "demo").exists()
 
 
 def test_what_others_say_is_one_line_that_forges_nothing(vipo: Command, tmp_path: Path) -> None:

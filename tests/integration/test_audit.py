@@ -304,6 +304,18 @@ def test_names_that_are_no_text_and_files_that_cannot_be_read_are_told(
     assert "notes-\\udcff" in result.text()
 
 
+def test_pipes_and_devices_are_told_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "demo/prompts").mkdir(parents=True)
+    (tmp_path / "demo/prompts/manifest.json").write_text("{}")
+    os.mkfifo(tmp_path / "demo/prompts/train.jsonl")
+    (tmp_path / "demo/export").mkdir()
+    (tmp_path / "demo/export/zero").symlink_to("/dev/zero")
+    result = audit_module.audit_experiment(tmp_path / "demo", tmp_path)
+    assert result.verdict == "broken"
+    assert [finding.artifact for finding in result.findings] == ["export/zero", "prompts/train.jsonl"]
+    assert "no regular file" in result.findings[0].message
+
+
 @pytest.mark.usefixtures("without_numbers")
 def test_a_shallow_clone_cannot_tell_whether_the_commit_exists(locked: Path, tmp_path: Path) -> None:
     git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{locked}", "clone")

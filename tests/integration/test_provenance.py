@@ -209,7 +209,19 @@ def test_outputs_verify_in_a_repository_that_moved(root: Path) -> None:
     assert verify_outputs(moved / folder.relative_to(root) / "provenance.json", moved) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"stage": "train"}', "\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"stage": "train"}',
+        '{"stage": 3, "inputs": [], "outputs": []}',
+        '{"stage": "train", "inputs": {"path": "a"}, "outputs": []}',
+        '{"stage": "train", "inputs": [], "outputs": [{"path": null}]}',
+        "\0",
+    ],
+)
 def test_a_record_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "provenance.json"
     path.write_text(text)

@@ -292,8 +292,12 @@ def test_another_configuration_or_generator_is_not_finished(
     other = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 1.0})})
     assert finished_weights(other, ROOT, results / "demo") is None
     monkeypatch.setenv("RANK", "0")
+    # A leftover of something else.
+    assert finished_weights(config, ROOT, results / "demo") is not None
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert finished_weights(config, ROOT, results / "demo") is None
     monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
     generator = Path(config.generator.path)
     weights = generator / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()

@@ -28,6 +28,7 @@ from vipo.config.compose import (
 from vipo.config.experiment import arms_beside, check_run, check_runs
 from vipo.config.models import Config, config_hash
 from vipo.config.resolved import read_mapping
+from vipo.text import visible
 
 DEMO = "experiment=demo"
 ARMS = ("base", "grpo", "vipo", "uniform", "inverted")
@@ -503,6 +504,9 @@ def test_what_a_caller_escapes_is_saved_and_read_as_it_is(tmp_path: Path) -> Non
         ("a: b\n" * 2**16, "262144"),
         ("seed: 1e400\n", "seed: input should be a valid integer"),
         ("? [a]\n: 1\n", "not valid YAML"),
+        ("a: !!bool maybe\n", r"holds no bool that can be read .*line 1, column 4"),
+        ("a: !!timestamp soon\n", r"holds no timestamp that can be read"),
+        ('"a\\nerror: \\e[2J": 1\n', r"a\\nerror: \\x1b\[2J: unknown key"),
     ],
 )
 def test_bad_resolved_files_are_named(tmp_path: Path, content: str | None, told: str) -> None:
@@ -511,6 +515,24 @@ def test_bad_resolved_files_are_named(tmp_path: Path, content: str | None, told:
         path.write_text(content)
     with pytest.raises(ConfigError, match=told):
         load_config_file(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("experiment.title", "a\ud800"), ("generator.path", "\udcff"), ("evaluation.rewards", ["redness", "a\udfff"])],
+)
+def test_half_a_surrogate_is_refused_before_a_file_is_to_hold_it(demo: Config, key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: .*half a surrogate"):
+        _as(demo, key, value)
+
+
+def test_saved_text_moves_no_terminal_and_reads_back(demo: Config, tmp_path: Path) -> None:
+    title = "a\x1b[2J\u202eb\x9bc\u2028 \\x1b 'd'\n\t\x7f"
+    config = demo.model_copy(update={"experiment": demo.experiment.model_copy(update={"title": title})})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert visible(dump_config(config)) == dump_config(config)
+    assert load_config_file(path) == config
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
@@ -537,6 +559,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("a: [1\n", "is not valid YAML"),
         ("".join(" " * depth + "a:\n" for depth in range(600)), "nested too deeply"),
         ("# &\na: " + "b" * 2**18, r"mine\.yaml: cannot be read .* 262144"),
+        ("a: !!bool maybe\n", r"mine\.yaml: is not valid YAML: holds no bool"),
         (None, r"mine\.yaml: cannot be read .*a pipe"),
     ],
 )

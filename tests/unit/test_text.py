@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vipo.audit.examination import Examination
+from vipo.audit.findings import Audit, Checked
 from vipo.text import Formatter, message, one_line, shortened, visible
 
 
@@ -56,6 +57,9 @@ def test_log_records_cannot_forge_another_one() -> None:
 
 def test_a_file_s_name_cannot_forge_a_verdict(tmp_path: Path) -> None:
     examination = Examination(tmp_path, tmp_path)
+    nothing = Checked(files=0, bytes=0, stages=0, configurations=0, numbers=0, unanchored=(), outside=(), reran=None)
+    named = Audit(path="a\nb: reproducible", verdict="broken", anchors=(), checked=nothing, findings=())
+    assert named.text().startswith("a\\nb: reproducible: broken\n")
     examination.remark("notes\nresults/demo: reproducible\x1b[A", "unknown file", "a\nb", "c\nd")
     [finding] = examination.findings
     assert finding.artifact == "notes\\nresults/demo: reproducible\\x1b[A"

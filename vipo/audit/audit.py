@@ -4,8 +4,8 @@ from pathlib import Path
 
 from vipo.audit.anchors import check_crate, check_exports, check_lock
 from vipo.audit.configurations import check_configurations
-from vipo.audit.examination import Examination, printable
-from vipo.audit.findings import Audit, Checked
+from vipo.audit.examination import Examination, irregular_files, printable
+from vipo.audit.findings import Anchor, Audit, Checked
 from vipo.audit.lineage import check_code, check_lineage, read_records
 from vipo.audit.numbers import check_numbers
 from vipo.audit.rerun import rerun_stage
@@ -40,18 +40,15 @@ def audit_experiment(
     examination = Examination(folder, root)
     if not examination.stages():
         raise AuditError(f"{folder}: holds no results of a stage; name an experiment's folder, such as results/demo")
-    anchors = [check_crate(examination, allowed_signers)]
-    lock, locked = check_lock(examination)
-    anchors.append(lock)
-    check_exports(examination)
-    read_records(examination, locked)
-    configurations = check_configurations(examination, locked)
-    check_lineage(examination)
-    check_code(examination)
-    check_numbers(examination)
-    if rerun is not None:
-        rerun_stage(examination, rerun)
-    if not any(anchors):
+    # Whoever reads one waits without end, or until the memory is full.
+    special = irregular_files(examination.folder)
+    for name in special:
+        examination.broken(
+            name, "unknown file", "is no regular file but a pipe, a socket or a device; nothing else was examined",
+            "delete it, or restore the file that it stands for, and audit again",
+        )  # fmt: skip
+    anchors, configurations = ([], 0) if special else _examine(examination, allowed_signers, rerun)
+    if not special and not any(anchors):
         examination.remark(
             folder.as_posix(), "anchor",
             "consistent, not anchored: whoever changed a result and the hashes beside it would not be noticed"
@@ -74,7 +71,24 @@ def audit_experiment(
             numbers=examination.numbers,
             unanchored=tuple(printable(name) for name in examination.files if not examination.is_anchored(name)),
             outside=tuple(map(printable, examination.outside)),
-            reran=rerun,
+            reran=None if special else rerun,
         ),
         findings=tuple(examination.findings),
     )
+
+
+def _examine(
+    examination: Examination, allowed_signers: Path | None, rerun: str | None
+) -> tuple[list[Anchor | None], int]:
+    """All checks, in their order: the anchors, and how many configurations there were."""
+    crate = check_crate(examination, allowed_signers)
+    lock, locked = check_lock(examination)
+    check_exports(examination)
+    read_records(examination, locked)
+    configurations = check_configurations(examination, locked)
+    check_lineage(examination)
+    check_code(examination)
+    check_numbers(examination)
+    if rerun is not None:
+        rerun_stage(examination, rerun)
+    return [crate, lock], configurations

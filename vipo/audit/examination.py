@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vipo.errors import VipoError
 from vipo.provenance.environment import package_sha256_at
 from vipo.provenance.files import file_sha256
 from vipo.provenance.git import MissingObject, commit_file
-from vipo.provenance.lineage import absolute_path, experiment_files
+from vipo.provenance.lineage import absolute_path, experiment_files, files_below
 from vipo.text import one_line
 
 #: The stage that records in a folder of the experiment, by a pattern of the folder's path.
@@ -138,6 +139,18 @@ class Examination:
 def printable(text: str) -> str:
     """A text with names of files in it, which may be no UTF-8 and no names: in one line, as it can be printed."""
     return one_line(text, limit=4000)
+
+
+def irregular_files(folder: Path) -> list[str]:
+    """Pipes, sockets and devices below a folder, also those that links lead to, relative to it, sorted."""
+    found = []
+    for name in files_below(folder):
+        # What a link that leads nowhere is, the checks tell.
+        with contextlib.suppress(OSError):
+            mode = (folder / name).stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                found.append(name)
+    return found
 
 
 def stage_of(name: str) -> tuple[str, str] | None:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vipo.text import one_line
+
 Severity = Literal["broken", "remark"]
 Verdict = Literal["reproducible", "with remarks", "broken"]
 
@@ -66,7 +68,7 @@ class Audit(_Model):
 
     def text(self) -> str:
         """The verdict and every finding in words, findings grouped by artifact, what is broken first."""
-        lines = [f"{self.path}: {self.verdict}"]
+        lines = [f"{one_line(self.path)}: {self.verdict}"]
         for anchor in self.anchors:
             where = f"dvc.lock of commit {anchor.by[:12]}" if anchor.kind == "dvc.lock" else f"signed by {anchor.by}"
             lines.append(f"anchored: {where}, {anchor.covers} files and folders")

@@ -18,6 +18,7 @@ from vipo.config.models import ArmConfig, Config, check_arm_name
 from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
 from vipo.errors import VipoError
 from vipo.regular import read_regular
+from vipo.text import one_line
 
 # More of a refused value is not shown.
 _SHOWN = 200
@@ -163,8 +164,8 @@ def _check_files(folder: Path) -> None:
     for path in sorted(folder.rglob("*.yaml")):
         try:
             data = read_regular(path, MOST_BYTES)
-            # No alias without an anchor; what Hydra reads by itself, it also judges.
-            if b"&" in data:
+            # No alias without an anchor, and no text called a number without a tag; the rest Hydra judges.
+            if b"&" in data or b"!!" in data:
                 from_yaml(data)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
@@ -206,7 +207,7 @@ def validate_section(model: type[Model], data: Any, prefix: str = "") -> Model:
 
 
 def _problem(model: type[BaseModel], item: Any, prefix: str) -> str:
-    key = prefix + ".".join(str(part) for part in item["loc"])
+    key = one_line(prefix + ".".join(str(part) for part in item["loc"]), _SHOWN)
     if item["type"] == "extra_forbidden":
         known = _keys_at(model, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

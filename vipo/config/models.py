@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
 # Of an experiment or arm: what is appended to it must still name a file.
@@ -111,6 +112,15 @@ class Section(BaseModel):
 
     # A tuple field lifts `strict` for itself alone: YAML and JSON have lists only.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _writable(cls, value: Any) -> Any:
+        # Half a surrogate reads from YAML and JSON, and is found to be no text when the first file is written.
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and _SURROGATE.search(text):
+                raise ValueError(f"{text[:_LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
+        return value
 
 
 class GeneratorConfig(Section):

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from vipo.regular import read_regular
+from vipo.text import shortened, visible
 
 MOST_BYTES = 2**18
 _MOST_LEVELS = 50
@@ -19,7 +20,6 @@ _FLOAT = "tag:yaml.org,2002:float"
 _STRING = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
 # To YAML 1.1, 1e-5 is text for want of a point, and 1.5e5 for want of a sign; to Hydra both are numbers.
 _NUMBER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
-_LINE_ENDS = ("\x85", "\u2028", "\u2029")
 
 
 class _Writer(yaml.SafeDumper):
@@ -40,6 +40,16 @@ class _Reader(yaml.SafeLoader):
         self.levels -= 1
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # What a file calls a number, a date or a truth value need not be one; PyYAML's readers fail in their own way.
+        except (ValueError, KeyError, AttributeError, OverflowError) as error:
+            what = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"holds no {what} that can be read ({shortened(str(error), 80)})", node.start_mark
+            ) from error
+
     def _refused(self, why: str) -> yaml.YAMLError:
         return yaml.composer.ComposerError(None, None, why, self.get_mark())
 
@@ -55,8 +65,8 @@ class _Reader(yaml.SafeLoader):
 
 
 def _text(writer: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # PyYAML's single quotes lose a line's end that is not a newline.
-    style = '"' if any(end in value for end in _LINE_ENDS) else "'" if _looks_like_a_value(value) else None
+    # PyYAML's single quotes lose a line's end that is not a newline, and double ones alone know escapes.
+    style = '"' if visible(value) != value else "'" if _looks_like_a_value(value) else None
     return writer.represent_scalar(_STRING, value, style=style)
 
 
@@ -80,7 +90,9 @@ _Reader.yaml_implicit_resolvers = {
 
 def to_yaml(data: Any) -> str:
     """Plain data (mappings, lists, text, numbers, null) as YAML, in its order."""
-    return str(yaml.dump(data, Dumper=_Writer, default_flow_style=False, allow_unicode=True, sort_keys=False))
+    text = yaml.dump(data, Dumper=_Writer, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    # What a terminal obeys stands in double quotes, where YAML reads the same escapes.
+    return visible(str(text))
 
 
 def from_yaml(text: str | bytes) -> Any:

@@ -104,8 +104,8 @@ def check_embeddings(path: Path, prompts: Path, identity: Mapping[str, Any], enc
     """
     try:
         with safe_open(path, framework="pt") as stream:
-            found = json.loads((stream.metadata() or {}).get(_ORIGIN, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+            found = dict(json.loads((stream.metadata() or {}).get(_ORIGIN, "{}")))
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise GeneratorError(f"{path}: embeddings cannot be read ({error}); run the encode stage again") from error
     wanted = _origin(prompts, identity, encoders)
     if found.get("config") != wanted["config"]:

@@ -388,7 +388,7 @@ def _metadata(architecture: str) -> dict[str, Any]:
 def _folder_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration ({error})") from error
     if not isinstance(content, dict):
         raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration (no mapping)")

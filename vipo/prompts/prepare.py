@@ -104,7 +104,7 @@ def check_prompts(folder: Path, config: PromptsConfig) -> None:
     try:
         manifest = json.loads(path.read_text())
         made, files = manifest["config"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PromptError(f"{path}: cannot be read ({error}); run 'vipo prepare' first") from error
     wanted = config.model_dump(mode="json")
     if made != wanted:

@@ -46,7 +46,8 @@ def parse_lock(text: bytes) -> list[LockedStage]:
             )
             for name, stage in (lock["stages"] or {}).items()
         ]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+    # A few kilobytes of brackets are nested deeper than Python's parser goes.
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ProvenanceError(f"{LOCK}: is not of schema 2.0 ({type(error).__name__}: {error})") from error
 
 

@@ -225,8 +225,9 @@ class _Objects:
             header = self._read(name, "commit").split(b"\n\n", 1)[0].decode(errors="replace").split("\n")
             named = [line.partition(" ") for line in header]
             # Only these come first; a signature or a message may hold such a line later.
-            (tree,) = (value for key, _, value in named[:1] if key == "tree")
-            parents = []
+            (key, _, tree), parents = named[0], []
+            if key != "tree":
+                raise ForgedObject(f"git: the commit {name} names no tree")
             for key, _, value in named[1:]:
                 if key != "parent":
                     break

@@ -206,11 +206,18 @@ def read_provenance(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ProvenanceError(f"{path}: cannot be read ({error}); run its stage again") from error
-    if not isinstance(record, dict) or not {"stage", "inputs", "outputs"} <= record.keys():
+    if not (isinstance(record, dict) and isinstance(record.get("stage"), str) and _lists_files(record)):
         raise ProvenanceError(f"{path}: is not a provenance record; run its stage again")
     return record
+
+
+def _lists_files(record: Mapping[str, Any]) -> bool:
+    lists = [record.get(part) for part in ("inputs", "outputs")]
+    return all(isinstance(entries, list) for entries in lists) and all(
+        isinstance(entry, dict) and isinstance(entry.get("path"), str) for entries in lists for entry in entries or ()
+    )
 
 
 def verify_outputs(provenance: Path, root: Path) -> list[str]:

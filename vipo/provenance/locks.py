@@ -98,5 +98,5 @@ def _described(holder: Path) -> str:
     try:
         entry = json.loads(holder.read_text())
         return f" (process {entry['pid']} on {entry['host']} since {entry['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""

@@ -216,7 +216,7 @@ def _licence(base: _Base, chosen: str | None) -> Licence:
     card = base.folder / "README.md"
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ExportError(f"{card}: its metadata cannot be read ({' '.join(str(error).split())}); mend it") from error
     stated, name, link = ((data or {}).get(key) for key in ("license", "license_name", "license_link"))
     if not isinstance(stated, str) or stated == "unknown" or (stated == "other" and not name):

@@ -165,7 +165,7 @@ def _read_text(path: Path) -> str:
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path}: is not JSON ({error}); run the stage that writes it again") from error
     if not isinstance(value, dict):
         raise ReportError(f"{path}: holds no JSON object; run the stage that writes it again")
@@ -182,7 +182,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     for number, line in enumerate(text_lines(_read_text(path)), start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ReportError(f"{path}, line {number}: is not JSON ({error}); train the run again") from error
         if not isinstance(row, dict) or not isinstance(row.get("update"), int):
             raise ReportError(f"{path}, line {number}: has no whole number 'update'; train the run again")

@@ -97,7 +97,7 @@ def _read_map(path: Path, name: str) -> tuple[Tensor, list[list[int]] | None]:
         with safe_open(path, framework="pt") as file:
             spans = (file.metadata() or {}).get("frame_groups")
             return file.get_tensor(name), None if spans is None else json.loads(spans)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ReportError(f"{path}: map {name} cannot be read ({error}); evaluate the run again") from error
 
 

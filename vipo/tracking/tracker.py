@@ -174,7 +174,7 @@ def _number(line: bytes) -> int | None:
         return None
     try:
         number = json.loads(line)["update"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return number if isinstance(number, int) else None
 

@@ -1,6 +1,5 @@
 """Whether a run is finished, told from its record and the bytes beside it. Imports nothing that trains."""
 
-import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from vipo.provenance.lineage import (
     is_unchanged,
     read_provenance,
 )
+from vipo.training.ranks import is_rank
 
 
 def finished_weights(config: Config, root: Path, experiment: Path) -> Path | None:
@@ -31,7 +31,7 @@ def finished_weights(config: Config, root: Path, experiment: Path) -> Path | Non
     run = f"runs/{config.run_name}"
     folder = experiment / run
     # Ranks decide together, and not here.
-    if "RANK" in os.environ or config.is_base or not (folder / PROVENANCE).is_file():
+    if is_rank() or config.is_base or not (folder / PROVENANCE).is_file():
         return None
     try:
         record = read_provenance(folder / PROVENANCE)

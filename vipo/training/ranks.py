@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vipo.training.samples import TrainingError
+from vipo.training.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
