@@ -306,7 +306,7 @@ def map_command(
         "orientation": _ORIENTATIONS if orientation == ["all"] else orientation,
     }
     configs = _perception(choices, weights=weights, components=components, smoothing=smoothing)
-    from vipo.perception.show import map_images
+    from vipo.maps.show import map_images
 
     for path in map_images(images, output, configs, device, raw):  # type: ignore[arg-type]
         _say(path)
@@ -337,8 +337,8 @@ def orientation(
     _check_device(device)
     choices = {"backbone": backbone, "layer": layer, "input_size": input_size}
     configs = _perception(choices, weights=weights, components=components, smoothing=smoothing)
-    from vipo.perception.photographs import composites, load_photographs, photographed
-    from vipo.perception.scoring import drawn_scenes, orientation_table
+    from vipo.maps.photographs import composites, load_photographs, photographed
+    from vipo.maps.scoring import drawn_scenes, orientation_table
 
     sources = {"drawn": drawn_scenes(scenes, seed)}
     if photographs:
@@ -373,7 +373,7 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="JSON with full hashes instead of tables.")] = False,
 ) -> None:
     """Show what differs between two runs (configuration, code, environment, data) and what came of it."""
-    from vipo.reporting.diff import diff_runs, render_diff
+    from vipo.handover.diff import diff_runs, render_diff
 
     found = diff_runs(run_a, run_b)
     shown = json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else visible(render_diff(found))
@@ -396,7 +396,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a folder that is ready for the Hub: weights, model card, samples, configuration, provenance."""
-    from vipo.reporting.export import export_run
+    from vipo.handover.export import export_run
 
     _say(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
 

@@ -26,8 +26,8 @@ from vipo.errors import VipoError
 from vipo.evaluation.statistics import compare_arms
 from vipo.generators import GeneratorError
 from vipo.generators.flux import pack_latents
+from vipo.handover.export import export_run
 from vipo.provenance import file_sha256, read_provenance
-from vipo.reporting.export import export_run
 from vipo.sampling.noise import keyed_normal
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, train_stage
 

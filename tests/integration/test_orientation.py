@@ -8,10 +8,11 @@ from typing import get_args
 import pytest
 import torch
 
-from vipo.perception import PerceptionError, photographs
+from vipo.maps import photographs
+from vipo.maps.photographs import COMPOSITE_SIZE, composites, load_photographs, photographed
+from vipo.maps.scoring import Kind, drawn_scenes
+from vipo.perception import PerceptionError
 from vipo.perception.allocator import Orientation
-from vipo.perception.photographs import COMPOSITE_SIZE, composites, load_photographs, photographed
-from vipo.perception.scoring import Kind, drawn_scenes
 
 pytest_plugins = ["command"]
 OUTLINES = Path(__file__).parents[2] / "data" / "masks" / "photographs.json"

@@ -8,8 +8,8 @@ import torch
 
 from vipo.config.models import PerceptionConfig
 from vipo.demo.scenes import draw, object_mask, sample_scene
+from vipo.maps.scoring import score_orientations
 from vipo.perception import PerceptualStructuring, load_backbone
-from vipo.perception.scoring import score_orientations
 
 
 def test_the_example_is_a_backbone(tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from PIL import Image
 
 from vipo.config.models import PerceptionConfig
 from vipo.demo.scenes import draw, sample_scene
-from vipo.perception import PerceptionError, pictures, show
+from vipo.maps import pictures, show
+from vipo.maps.pictures import find_pictures, read_clip, read_image
+from vipo.maps.show import map_images, overlay
+from vipo.perception import PerceptionError
 from vipo.perception.allocator import Orientation
-from vipo.perception.pictures import find_pictures, read_clip, read_image
-from vipo.perception.show import map_images, overlay
 
 pytest_plugins = ["command"]
 

@@ -13,8 +13,8 @@ from markdown_it import MarkdownIt
 
 from vipo.config.compose import load_config
 from vipo.evaluation.statistics import Interval
+from vipo.handover.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
 from vipo.prompts.prompt import clean_text
-from vipo.reporting.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
 from vipo.text import visible
 
 CONFIG = load_config(["experiment=demo", "arm=vipo"])

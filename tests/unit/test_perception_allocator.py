@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
 from vipo.errors import VipoError
+from vipo.maps.scoring import area_under_curve
 from vipo.perception.allocator import (
     _jacobi,
     _subspace_iteration,
@@ -21,7 +22,6 @@ from vipo.perception.allocator import (
     principal_components,
     smooth,
 )
-from vipo.perception.scoring import area_under_curve
 from vipo.sampling.noise import keyed_generator
 
 RULES = ("norm", "centre", "border", "skew")

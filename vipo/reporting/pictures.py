@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vipo.perception.show import overlay
+from vipo.maps.show import overlay
 from vipo.reporting.inputs import Experiment, ReportError, Run
 
 #: Larger pictures are reduced to this longer side in pixels: the page carries all of them.

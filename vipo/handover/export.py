@@ -25,9 +25,9 @@ from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location
 from vipo.generators.finite import check_finite
 from vipo.generators.parts import model_index
+from vipo.handover.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
 from vipo.provenance.lineage import PROVENANCE, absolute_path
-from vipo.reporting.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
 

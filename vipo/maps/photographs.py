@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from vipo.maps.pictures import read_image
+from vipo.maps.scoring import Kind, Scored
 from vipo.perception.backbones import PerceptionError
-from vipo.perception.pictures import read_image
-from vipo.perception.scoring import Kind, Scored
 
 COMPOSITE_SIZE = 256
 """Height and width of composites in pixels."""

@@ -133,7 +133,7 @@ def model_card(
     base = hub_id or config.generator.path
     data = _metadata(config, scores, samples, licence, counts, hub_id)
     environment = Environment(
-        loader=PackageLoader("vipo.reporting"),
+        loader=PackageLoader("vipo.handover"),
         finalize=escape_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,0 +1,1 @@
+"""What shows and measures allocation maps: overlays, pictures and clips, photographs and scenes with true masks."""
