@@ -133,7 +133,7 @@ def test_dag_runs_once_and_reruns_what_changed(
     # How often checkpoints are written changes no result; what a run trains on does not touch the base.
     assert _planned(project, [*overrides, "training.keep_checkpoints=3"]) == set()
     # Nor where the jobs run.
-    moved = ["cluster.train.partition=long", "cluster.account=chem", "distribution.nodes=2", "distribution.processes=4"]
+    moved = ["cluster.train.partition=long", "cluster.account=chem", "distribution.timeout_seconds=99"]
     assert _planned(project, [*overrides, *moved]) == set()
     eta = _planned(project, [*overrides, "sampling.eta=0.5"])
     assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), *REPORTS}
