@@ -11,7 +11,7 @@ EXPERIMENT ?= demo
 export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
-export PYTHON
+export PYTHON TORCH
 
 .PHONY: help env demo gpu study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
   sif test-image test-fresh lock clean

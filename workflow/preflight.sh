@@ -1,7 +1,7 @@
 #!/bin/sh
 # What `make env` needs, looked at before anything is made or downloaded: workflow/preflight.sh [--python]
 # Ends with status 1 and one message that lists all that is missing. --python: print the interpreter to use instead.
-# PYTHON: an interpreter of your choice. UV: where uv is or will be. DISK_GB: what the environment takes.
+# PYTHON: an interpreter of your choice. TORCH: refused, there is no other build. UV: where uv is or will be. DISK_GB: what the environment takes.
 set -eu
 LC_ALL=C
 export LC_ALL
@@ -30,6 +30,9 @@ if [ "${1:-}" = --python ]; then
   exit
 fi
 
+if [ -n "${TORCH:-}" ]; then
+  miss "TORCH=$TORCH: there is one build of PyTorch to choose; PyPI has no CPU-only one for Linux: leave TORCH out"
+fi
 if [ -z "$python" ]; then
   what="Python 3.11, 3.12 or 3.13: ${PYTHON:+PYTHON=$PYTHON is none;}${seen:- no python3 here;}"
   offered= usual=

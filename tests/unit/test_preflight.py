@@ -69,6 +69,12 @@ def test_nothing_is_said_where_nothing_is_missing(machine: Machine, tmp_path: Pa
     assert machine("--python").stdout == f"{tmp_path}/bin/python3\n"
 
 
+def test_a_build_of_pytorch_that_does_not_exist_is_no_choice(machine: Machine) -> None:
+    result = machine(environment={"TORCH": "cpu"})
+    assert _advice(result) == []
+    assert "TORCH=cpu: there is one build of PyTorch to choose; PyPI has no CPU-only one" in result.stderr
+
+
 def test_all_that_is_missing_is_one_message(machine: Machine) -> None:
     result = machine(
         python3=None, git=None, df="echo header; echo /dev/sda 9 1 2097152 1% /", getconf="exit 1",

@@ -210,6 +210,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         for name, written in hashes.items():
             if Path(name).name != name:
                 raise CheckpointError(f"{folder / _MANIFEST}: damaged (names {name!r}, which is no file beside it)")
+            # Reading a pipe would wait without end.
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: damaged (it is missing, or no regular file)")
             found = file_sha256(folder / name)
             if found != written:
                 raise CheckpointError(f"{folder / name}: damaged (SHA-256 {found[:12]}…, written {written[:12]}…)")
