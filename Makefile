@@ -77,7 +77,7 @@ types: env
 	mypy
 
 unit: env
-	pytest -n 2 --dist loadgroup -m 'not browser and not root and not slurm' --durations 15
+	pytest -n 2 --dist loadscope -m 'not browser and not root and not slurm' --durations 15
 
 test-browser: env  ## the report in a real browser (needs Debian's chromium and chromium-driver)
 	pytest -m browser tests/system

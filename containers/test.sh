@@ -78,6 +78,6 @@ assert (record["container_digest"], record["git"]["commit"]) == (digest, commit)
 PYTHON
 
 step "unprivileged tests in the image"
-inside pytest -n "$(nproc)" --dist loadgroup -m 'not browser and not root and not slurm'
+inside pytest -n "$(nproc)" --dist loadscope -m 'not browser and not root and not slurm'
 
 step "passed: $digest"

@@ -19,6 +19,31 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+# Tests that share a fixture that is dear to make: one worker runs them all. Files, or the beginnings of names.
+WORKER_GROUPS = {
+    "tests/e2e/test_apptainer.py": "workflow",
+    "tests/e2e/test_workflow.py": "workflow",
+    "tests/e2e/test_dvc.py": "dvc",
+    "tests/integration/test_audit.py": "audit",
+    "tests/integration/test_copied_results.py": "audit",
+    "tests/integration/test_tampering.py": "audit",
+    "tests/integration/test_crate.py::test_it_passes_the_required_checks": "audit",
+    "tests/integration/test_git.py::test_a_replaced_lock_anchors_nothing": "audit",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Groups of tests by name: xdist's own are marks, which it passes on by a name that pytest 9.2 does not read."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((group for start, group in WORKER_GROUPS.items() if nodeid.startswith(start)), nodeid)
+
+    return Grouped(config, log)
+
+
 @pytest.fixture(scope="session")
 def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder made by `vipo base`'s own code at a tiny budget, once for all workers."""

@@ -138,14 +138,18 @@ def _weight_difference(found: Setup, expected: Setup) -> float:
     return max(_largest(*pair) for pair in pairs)
 
 
-def measure_bytes(record: Record, device: str) -> None:
-    """The same run twice, and once more killed in the middle and started again: what differs of what it wrote."""
+def measure_bytes(record: Record, device: str, runs: Sequence[str] = ("first", "second", "killed")) -> None:
+    """The same run twice, and once more killed in the middle and started again: what differs of what it wrote.
+
+    Args:
+        runs: which of them; the others are compared with the first.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = [*_SMALL, f"generator.device={device}"]
         config, root = load_config(overrides), repository_root()
         commands = {}
-        for run in ("first", "second", "killed"):
+        for run in runs:
             prepare_stage(config, root, folder / run)
             encode_stage(config, root, folder / run)
             commands[run] = [sys.executable, "-m", "vipo.cli", "train", *overrides, "--results", str(folder / run)]
@@ -156,14 +160,14 @@ def measure_bytes(record: Record, device: str) -> None:
         started["killed"].send_signal(signal.SIGKILL)
         record.put("killed_while_running", started["killed"].wait() == -signal.SIGKILL)
         started["resumed"] = _start(commands["killed"], folder / "resumed.log")
-        for run in ("first", "second", "resumed"):
+        for run in (*(run for run in runs if run != "killed"), "resumed"):
             if started[run].wait():
                 log = (folder / f"{run}.log").read_text(errors="replace")
                 raise RuntimeError(f"{run} ended with status {started[run].returncode}:\n{log[-3000:]}")
         record.put("resumed", "resumed after update" in (folder / "resumed.log").read_text())
-        written = {run: _written(folder / run) for run in ("first", "second", "killed")}
+        written = {run: _written(folder / run) for run in runs}
         record.put("files", len(written["first"]))
-        for run in ("second", "killed"):
+        for run in runs[1:]:
             differing = sorted(path for path in written["first"] | written[run] if _differs(path, written, run))
             record.put(f"differing_files.{'again' if run == 'second' else 'killed_and_resumed'}", differing)
 

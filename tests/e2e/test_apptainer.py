@@ -19,7 +19,6 @@ from vipo.config.compose import repository_root
 from vipo.provenance import read_provenance
 
 ROOT = repository_root()
-pytestmark = pytest.mark.xdist_group("workflow")
 
 
 @pytest.fixture

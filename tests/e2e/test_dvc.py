@@ -21,7 +21,6 @@ from vipo.config.compose import repository_root
 from vipo.provenance import git_state
 
 ROOT = repository_root()
-pytestmark = pytest.mark.xdist_group("dvc")
 
 CHECKOUT = (
     "configs", "workflow", "data", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitignore",

@@ -18,7 +18,6 @@ from vipo.config.compose import repository_root
 from vipo.provenance.lineage import experiment_files
 
 ROOT = repository_root()
-pytestmark = pytest.mark.xdist_group("workflow")
 
 ARMS = [
     "~experiment.arms.uniform",

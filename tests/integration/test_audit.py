@@ -26,8 +26,6 @@ from vipo.provenance.crate import write_crate, zip_crate
 from vipo.provenance.dvc import dvc_md5, parse_lock
 from vipo.stages import prepare_stage
 
-pytestmark = pytest.mark.xdist_group("audit")
-
 
 @pytest.fixture
 def without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,6 @@ from vipo.provenance import verify_outputs
 from vipo.provenance.upload import UploadError, upload_folder
 from vipo.reporting.runs import read_run
 
-pytestmark = pytest.mark.xdist_group("audit")
-
 Vipo = Callable[..., str]
 
 

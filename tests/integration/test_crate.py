@@ -374,7 +374,6 @@ def offline_validator(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple
     return validate
 
 
-@pytest.mark.xdist_group("audit")
 def test_it_passes_the_required_checks_of_the_workflow_run_crate_profile(
     signed: Path, tmp_path: Path, offline_validator: Callable[[Path], tuple[int, list[str]]]
 ) -> None:

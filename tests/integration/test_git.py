@@ -329,7 +329,6 @@ def test_files_that_were_added_but_not_committed_are_told(root: Path) -> None:
 # ---- an audit ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xdist_group("audit")
 def test_a_replaced_lock_anchors_nothing(locked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed result, its lock, and a repository that shows that lock in place of the committed one."""
     monkeypatch.setattr("vipo.audit.audit.check_numbers", lambda examination: None)

@@ -36,12 +36,13 @@ def test_the_cpu_agrees_with_itself_and_its_waits_are_counted(tmp_path: Path) ->
 
 
 def test_a_killed_run_leaves_the_same_bytes(tmp_path: Path) -> None:
-    measure_bytes(Record(tmp_path / "figures"), "cpu")
+    # That a run has the same bytes twice, other tests show.
+    measure_bytes(Record(tmp_path / "figures"), "cpu", ("first", "killed"))
     figures = read_figures(tmp_path / "figures")
     assert figures["killed_while_running"]
     assert figures["resumed"]
     assert figures["files"] > 2
-    assert figures["differing_files.again"] == figures["differing_files.killed_and_resumed"] == []
+    assert figures["differing_files.killed_and_resumed"] == []
 
 
 def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

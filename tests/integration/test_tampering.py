@@ -22,8 +22,6 @@ from vipo.audit import audit as audit_module
 from vipo.config.compose import repository_root
 from vipo.provenance import sign_file
 
-pytestmark = pytest.mark.xdist_group("audit")
-
 #: Changes an experiment's folder and returns the files that were tampered with.
 Tampering = Callable[[Path], list[str]]
 

@@ -119,7 +119,7 @@ def test_memory_that_runs_out_elsewhere_names_the_settings_of_that_place(
     train_stage(config, ROOT, results)
     (results / RUN / "provenance.json").unlink()
     with monkeypatch.context() as patched:
-        patched.setattr("vipo.training.setup.load_optimizer_tensors", too_much)
+        patched.setattr("vipo.training.state.load_optimizer_tensors", too_much)
         with pytest.raises(OutOfMemory, match=r"vipo-s0, outside of its updates: .*training\.lora.*strategy=fsdp"):
             train_stage(config, ROOT, results)
     with monkeypatch.context() as patched:
