@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import shutil
 import subprocess
@@ -261,13 +262,19 @@ def test_full_disk_where_results_are_shown_and_handed_over(
 
 
 def test_read_only_results(
-    mount: Mount, vipo: Callable[..., tuple[int, str]], results: Path, arguments: list[str], tmp_path: Path
+    mount: Mount,
+    vipo: Callable[..., tuple[int, str]],
+    results: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = _files(results)
     readonly = mount(results)
     # A finished run needs no writing to say so.
-    code, shown = vipo("train", *arguments, "--results", readonly)
-    assert (code, "is finished, nothing is left to do" in shown) == (0, True), shown
+    with caplog.at_level(logging.INFO, logger="vipo"):
+        code, shown = vipo("train", *arguments, "--results", readonly)
+    assert (code, "is finished, nothing is left to do" in caplog.text) == (0, True), shown
     for stage in ("prepare", "encode", "evaluate", "summarize", "report", "crate"):
         _refused(vipo(stage, *arguments, "--results", readonly), str(readonly), "Read-only file system")
     _refused(vipo("train", *arguments, "experiment.name=other", "--results", readonly), "Read-only", str(readonly))
