@@ -58,7 +58,8 @@ def machine_facts() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    facts["commit"] = git.stdout.strip() or None
+    # A copy without its repository is told its commit, as a container is.
+    facts["commit"] = git.stdout.strip() or os.environ.get("VIPO_GIT_COMMIT")
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
