@@ -31,7 +31,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.perception import Backbone, PerceptualStructuring
 from vipo.perception.backbones import _TimmFeatures
 from vipo.sampling.noise import keyed_generator

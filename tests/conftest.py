@@ -47,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 @pytest.fixture(scope="session")
 def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder made by `vipo base`'s own code at a tiny budget, once for all workers."""
-    from vipo.config.models import PretrainConfig
+    from vipo.config.pretrain import PretrainConfig
     from vipo.training.pretrain import train_base
 
     shared = tmp_path_factory.getbasetemp()

@@ -24,7 +24,9 @@ from vipo.config.compose import (
     repository_root,
     validate_section,
 )
-from vipo.config.models import DEVICE, Config, PerceptionConfig
+from vipo.config.perception import PerceptionConfig
+from vipo.config.run import Config
+from vipo.config.section import DEVICE
 from vipo.errors import InternalError, Interrupted, Preempted, VipoError
 from vipo.failures import keep_traceback, where
 from vipo.imports import check_imports

@@ -1,6 +1,6 @@
 """Import paths of a configuration, tried before anything is computed."""
 
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.foreign import is_import_path
 
 

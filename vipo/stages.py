@@ -13,7 +13,8 @@ from pathlib import Path
 
 from vipo.config.compose import dump_config
 from vipo.config.experiment import check_run
-from vipo.config.models import Config, PretrainConfig
+from vipo.config.pretrain import PretrainConfig
+from vipo.config.run import Config
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE

@@ -17,7 +17,7 @@ from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from vipo.config.compose import load_config_file, repository_root
-from vipo.config.models import Config
+from vipo.config.run import Config
 
 EXPERIMENT = "demo"
 TARGET = "dvc.yaml"

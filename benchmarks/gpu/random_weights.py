@@ -14,7 +14,8 @@ import timm
 import torch
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig, PerceptionConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.generators.base import NEGATIVE
 from vipo.generators.flux import FluxGenerator
 from vipo.generators.pipeline import PipelineGenerator

@@ -4,7 +4,7 @@ import sys
 
 from torch import nn
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.perception import Backbone
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from vipo.config.compose import repository_root
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.provenance import read_provenance
 from vipo.provenance.locks import run_lock
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint

@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from tiny import TINY_PRETRAIN
 
 from vipo.config.compose import load_config, repository_root
-from vipo.config.models import PretrainConfig
+from vipo.config.pretrain import PretrainConfig
 from vipo.demo import scenes
 from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning

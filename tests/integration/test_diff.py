@@ -11,7 +11,7 @@ import pytest
 from report_fixture import build_experiment
 
 from vipo.config.compose import load_config_file
-from vipo.config.models import config_hash
+from vipo.config.values import config_hash
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import independent_difference, paired_difference
 from vipo.handover.diff import RunDiff, diff_runs, render_diff

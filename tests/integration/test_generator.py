@@ -8,7 +8,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.sampling import SamplingConfig
+from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.flux import FluxGenerator, image_ids, pack_latents, unpack_latents
 from vipo.sampling.chain import Chain, sampling_chain

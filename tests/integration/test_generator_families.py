@@ -12,7 +12,9 @@ from checkpoints import edit_json
 from diffusers import StableDiffusionPipeline, WanPipeline
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.sampling import SamplingConfig
+from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import encode_prompt_file, load_embeddings, stack_conditioning

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vipo.config.compose import load_config
-from vipo.config.models import GeneratorConfig, LoraConfig, SamplingConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.sampling import SamplingConfig
+from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
 from vipo.generators.lora import LORA_FILE, check_adapted

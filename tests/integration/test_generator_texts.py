@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
 from vipo.config.compose import load_config
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import check_embeddings, encode_prompt_file, encoder_hashes, load_embeddings

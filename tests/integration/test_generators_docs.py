@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from omegaconf import OmegaConf
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators import load_generator
 from vipo.generators.base import resolve_class
 from vipo.sampling.chain import Chain

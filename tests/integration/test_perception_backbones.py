@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, resize
 
 from vipo.config.compose import load_config
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.maps.scoring import drawn_scenes, score_orientations
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
 from vipo.perception.backbones import _packaged_weights, registered_evidence

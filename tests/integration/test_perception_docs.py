@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.demo.scenes import draw, object_mask, sample_scene
 from vipo.maps.scoring import score_orientations
 from vipo.perception import PerceptualStructuring, load_backbone

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.demo.scenes import draw, sample_scene
 from vipo.maps import pictures, show
 from vipo.maps.pictures import find_pictures, read_clip, read_image

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vipo.config.compose import load_config
-from vipo.config.models import PromptsConfig
+from vipo.config.prompts import PromptsConfig
 from vipo.demo.captions import write_demo_prompts
 from vipo.demo.scenes import one_object_captions
 from vipo.prompts import Prompt, PromptError, prepare_prompts, read_prompts, sources

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import vipo
-from vipo.config.models import config_hash
+from vipo.config.values import config_hash
 from vipo.provenance import (
     ProvenanceError,
     RunLocked,

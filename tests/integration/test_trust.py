@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vipo.config.compose import load_config, load_config_file, repository_root
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.generators import GeneratorError
 from vipo.stages import evaluate_stage, train_stage
 from vipo.training import run as run_module

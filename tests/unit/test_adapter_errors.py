@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.errors import VipoError
 from vipo.generators import Conditioning, Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class

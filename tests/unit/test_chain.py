@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vipo.config.models import SamplingConfig, WindowConfig
+from vipo.config.sampling import SamplingConfig, WindowConfig
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain, ChainError, sampling_chain, stochastic_steps
 from vipo.sampling.noise import keyed_normal

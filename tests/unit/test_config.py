@@ -26,8 +26,9 @@ from vipo.config.compose import (
     write_if_changed,
 )
 from vipo.config.experiment import arms_beside, check_run, check_runs
-from vipo.config.models import Config, config_hash
 from vipo.config.resolved import read_mapping
+from vipo.config.run import Config
+from vipo.config.values import config_hash
 from vipo.text import visible
 
 DEMO = "experiment=demo"

@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vipo.config.models import GeneratorConfig, PerceptionConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.errors import Preempted, VipoError
 from vipo.foreign import foreign, resolve
 from vipo.foreign.settings import SETTINGS

@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import vipo
 from vipo.config.compose import repository_root
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.errors import Preempted
 from vipo.training.launch import OtherNodes, launch, rendezvous
 from vipo.training.samples import TrainingError
@@ -244,7 +244,7 @@ store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, rank == 0, time
 time.sleep(600) if rank == 0 else sys.exit({status})
 """)
     launcher = f"""
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.training.launch import launch
 launch({command!r}, DistributionConfig(nodes=2))
 """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.training.distribution import Distribution
 from vipo.training.samples import TrainingError
 

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.generators.base import causal_frame_groups
 from vipo.perception import Backbone, PerceptualStructuring, consecutive_correlation
 from vipo.perception.temporal import average_groups, follow_components, smooth_in_time

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vipo.config.compose import load_config
-from vipo.config.models import PromptsConfig
+from vipo.config.prompts import PromptsConfig
 from vipo.prompts import Prompt, PromptError, clean_text, prepare_prompts, prompt_id, read_prompts
 from vipo.prompts.needs import check_needs
 from vipo.prompts.prompt import is_blank

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.training.distribution import Distribution
 from vipo.training.launch import rendezvous
 from vipo.training.ranks import Place, drop_foreign, is_rank, own_place

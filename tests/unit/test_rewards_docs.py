@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vipo.config.models import PromptsConfig, RewardConfig
+from vipo.config.prompts import PromptsConfig
+from vipo.config.reward import RewardConfig
 from vipo.prompts import prepare_prompts, read_prompts
 from vipo.rewards import REWARDS, load_reward, score
 

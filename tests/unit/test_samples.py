@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vipo.config.models import TrainingConfig
+from vipo.config.training import TrainingConfig
 from vipo.objectives import best_and_worst
 from vipo.prompts import Prompt
 from vipo.sampling.rollout import Trajectory

@@ -7,7 +7,8 @@ from typing import Any
 
 from vipo.audit.examination import Examination
 from vipo.config.compose import load_config, load_config_file
-from vipo.config.models import Config, config_hash
+from vipo.config.run import Config
+from vipo.config.values import config_hash
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import package_sha256
 from vipo.provenance.lineage import PROVENANCE

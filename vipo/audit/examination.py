@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vipo.audit.findings import Check, Finding, Severity
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.provenance.environment import package_sha256_at
 from vipo.provenance.files import file_sha256

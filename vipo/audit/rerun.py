@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vipo.audit.examination import VOLATILE, Examination
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.errors import Preempted, VipoError
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import ProvenanceError, experiment_files

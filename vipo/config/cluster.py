@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from vipo.config.models import Config
+from vipo.config.run import Config
 
 Stage = Literal["prepare", "encode", "train", "evaluate", "report", "crate"]
 

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from vipo.config.models import ArmConfig, Config, check_arm_name
+from vipo.config.arms import ArmConfig, check_arm_name
 from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
+from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.regular import read_regular
 from vipo.text import one_line

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vipo.config.compose import ConfigError, load_config_file
-from vipo.config.models import SCENE_REWARDS, Config, divisors
+from vipo.config.registries import SCENE_REWARDS
+from vipo.config.run import Config
+from vipo.config.values import divisors
 
 # What a report compares arms on.
 _SHARED = ("reward", "evaluation")

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vipo.config.compose import dump_config, load_config_file
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.demo.scenes import foreground
 from vipo.determinism import deterministic_algorithms
 from vipo.errors import VipoError

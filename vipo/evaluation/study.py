@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vipo.config.models import StudyConfig
+from vipo.config.arms import StudyConfig
 from vipo.evaluation.statistics import Interval, ScoresError, matched_arms, seed_interval
 
 #: Change of a pixel on the base picture's object over the sum of that and a background pixel's: 0.5 is an even change.

@@ -9,7 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from vipo.config.models import FAMILIES, GeneratorConfig, LoraConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.registries import FAMILIES
+from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.foreign import foreign, guarded_class, resolve
 from vipo.generators.loading import without_loading_bars

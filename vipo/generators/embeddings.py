@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, GeneratorError, check_device, checkpoint_location, resolve_class
 from vipo.generators.loading import without_loading_bars
 from vipo.generators.texts import shown

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
 
 AGAIN = "if a file is missing or damaged, copy or download generator.path again"

@@ -12,7 +12,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig, LoraConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
 from vipo.generators.lora import LORA_FILE, check_file, check_targets
 from vipo.generators.parts import load_part, model_index, part_class, part_settings

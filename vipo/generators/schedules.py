@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
 from vipo.generators.parts import AGAIN, load_part
 

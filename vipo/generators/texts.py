@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import nn
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
 from vipo.generators.parts import load_part, snapshot
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
-from vipo.config.models import GeneratorConfig
+from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator, refuse_settings
 from vipo.generators.schedules import flow_shift

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from vipo.config.models import Config, flattened
+from vipo.config.run import Config
+from vipo.config.values import flattened
 from vipo.evaluation.statistics import (
     Better,
     decimals,

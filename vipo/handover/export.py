@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from vipo.config.compose import dump_config
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location

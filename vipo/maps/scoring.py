@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.demo.scenes import Scene, draw, object_mask, sample_scene
 from vipo.maps.pictures import map_size
 from vipo.perception.allocator import Orientation, allocate, is_blind

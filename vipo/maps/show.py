@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.maps.pictures import Clip, find_pictures, map_size, read_clip
 from vipo.perception.allocator import minmax, orientation_scores, principal_components, resize
 from vipo.perception.backbones import PerceptionError, load_backbone

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vipo.config.models import PerceptionConfig
+from vipo.config.perception import PerceptionConfig
 from vipo.errors import VipoError
 from vipo.foreign import foreign, is_import_path, resolve
 from vipo.perception import dinov2

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vipo.config.models import SCENE_REWARDS, Config
+from vipo.config.registries import SCENE_REWARDS
+from vipo.config.run import Config
 from vipo.prompts.prompt import Prompt, PromptError
 
 # Intervals of an evaluation resample prompts.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vipo.config.models import PromptsConfig
+from vipo.config.prompts import PromptsConfig
 from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_blank, is_evaluation, prompt_id
 from vipo.prompts.sources import json_line, missing_key, read_source
 from vipo.provenance.files import atomic_file, file_sha256

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vipo.config.models import flattened
 from vipo.config.resolved import read_mapping
+from vipo.config.values import flattened
 from vipo.provenance.files import atomic_file, file_sha256
 from vipo.provenance.lineage import (
     PROVENANCE,

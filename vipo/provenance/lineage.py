@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vipo.config.models import config_hash
+from vipo.config.values import config_hash
 from vipo.errors import VipoError
 from vipo.provenance.environment import (
     checkout_state,

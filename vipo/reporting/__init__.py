@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.reporting.figures import Plot, draw_figures, draw_time
 from vipo.reporting.inputs import Experiment, ReportError, read_experiment

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from vipo.config.compose import ConfigError, load_config_file
-from vipo.config.models import REPORTED, Config
+from vipo.config.evaluation import REPORTED
+from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.provenance.files import text_lines
 

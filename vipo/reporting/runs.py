@@ -8,7 +8,9 @@ from typing import Any
 import pandas as pd
 
 from vipo.config.compose import load_config_file
-from vipo.config.models import Config, EvaluationConfig, config_hash
+from vipo.config.evaluation import EvaluationConfig
+from vipo.config.run import Config
+from vipo.config.values import config_hash
 from vipo.evaluation.statistics import Better, Interval, paired_difference
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, read_provenance

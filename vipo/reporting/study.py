@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from vipo.config.models import Config, config_hash
+from vipo.config.run import Config
+from vipo.config.values import config_hash
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import evaluation_curves
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from vipo.config.models import Config, ObjectiveConfig
+from vipo.config.objective import ObjectiveConfig
+from vipo.config.run import Config
 from vipo.evaluation.statistics import (
     MINIMUM_SEEDS,
     Better,

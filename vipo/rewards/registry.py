@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vipo.config.models import REWARDS
+from vipo.config.registries import REWARDS
 from vipo.errors import VipoError
 from vipo.foreign import foreign, resolve
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vipo.config.models import SamplingConfig, WindowConfig
+from vipo.config.sampling import SamplingConfig, WindowConfig
 from vipo.errors import VipoError
 from vipo.sampling.noise import keyed_generator
 from vipo.sampling.schedule import sigma_schedule

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.training.errors import TrainingError
 from vipo.training.samples import MicroBatch, Sample, named
 

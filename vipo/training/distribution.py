@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.training.errors import TrainingError
 from vipo.training.ranks import drop_foreign, own_place
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vipo.config.models import Config, config_hash
+from vipo.config.run import Config
+from vipo.config.values import config_hash
 from vipo.provenance.lineage import (
     PROVENANCE,
     ProvenanceError,

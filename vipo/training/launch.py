@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vipo.config.models import DistributionConfig
+from vipo.config.training import DistributionConfig
 from vipo.errors import Preempted
 from vipo.provenance.lineage import COMMAND, command_line
 from vipo.signals import handled

@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from vipo.config.models import PretrainConfig, config_hash
+from vipo.config.pretrain import PretrainConfig
+from vipo.config.values import config_hash
 from vipo.demo import scenes
 from vipo.generators.flux import image_ids, pack_latents
 from vipo.provenance.files import StorageError, atomic_file, check_writable

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.errors import Preempted
 from vipo.memory import memory_errors
 from vipo.provenance import code_identity, record_stage, run_lock

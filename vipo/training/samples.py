@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vipo.config.models import TrainingConfig
+from vipo.config.training import TrainingConfig
 from vipo.prompts import Prompt
 from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import Trajectory

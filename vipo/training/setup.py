@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
-from vipo.config.models import Config
+from vipo.config.run import Config
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vipo.config.compose import dump_config
-from vipo.config.models import config_hash
+from vipo.config.values import config_hash
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256, text_lines
 from vipo.provenance.lineage import PROVENANCE
 from vipo.provenance.superseded import is_finished, set_aside

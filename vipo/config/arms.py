@@ -1,0 +1,98 @@
+"""Section `experiment`: its arms, and the study that it belongs to."""
+
+import re
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from vipo.config.section import LONGEST_NAME, Section, Seed
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
+_ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
+
+
+def check_arm_name(name: str) -> str:
+    """Give back the name of an arm, which folders and files are named by.
+
+    Raises:
+        ValueError: it is not lower-case letters, digits and underscores, with a decimal at most at its end.
+    """
+    if _ARM.match(name) and len(name) <= LONGEST_NAME:
+        return name
+    raise ValueError(
+        f"arm {name[:LONGEST_NAME]!r} must be lower-case letters, digits and underscores, at most {LONGEST_NAME}; a "
+        "decimal may end it (sigma0.5)"
+    )
+
+
+class ArmConfig(Section):
+    """One arm of an experiment."""
+
+    base: Annotated[str, AfterValidator(check_arm_name)] | None = Field(
+        None, description="File of configs/arm that the arm starts from; null: its own name's."
+    )
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, strict=False)
+    overrides: tuple[str, ...] = Field((), strict=False, description="Hydra overrides that hold for this arm alone.")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a seed is named twice: {list(value)}")
+        return value
+
+
+class StudyConfig(Section):
+    """What a study decides, fixed before it runs: which candidate may replace the reference, by one metric."""
+
+    metric: str = Field(description="Score column that decides, such as reward/object_redness.")
+    matched_on: str = Field(description="Score column that is held equal for it, such as change/total.")
+    reference: str = Field(description="The arm that candidates are compared with.")
+    candidates: tuple[str, ...] = Field(min_length=1, strict=False)
+    choose_seeds: tuple[Seed, ...] = Field(min_length=2, strict=False, description="Seeds that choose the candidate.")
+    confirm_seeds: tuple[Seed, ...] = Field(min_length=2, strict=False, description="Fresh seeds that confirm it.")
+
+    @model_validator(mode="after")
+    def _fresh(self) -> Self:
+        if shared := set(self.choose_seeds) & set(self.confirm_seeds):
+            raise ValueError(f"confirm_seeds must be fresh: {sorted(shared)} also chose")
+        return self
+
+
+class ExperimentConfig(Section):
+    """The unit of science: arms x seeds on one generator, prompt set and reward."""
+
+    name: str
+    title: str
+    question: str = Field(description="What the experiment asks, in a sentence for the report.")
+    arms: dict[str, ArmConfig] = Field(min_length=1)
+    study: StudyConfig | None = Field(None, description="The decision that the experiment was run for, if any.")
+
+    @model_validator(mode="after")
+    def _study_has_its_runs(self) -> Self:
+        if self.study is not None:
+            seeds = {*self.study.choose_seeds, *self.study.confirm_seeds}
+            for name in (self.study.reference, *self.study.candidates):
+                absent = seeds - set(self.arms[name].seeds if name in self.arms else ())
+                if absent:
+                    raise ValueError(f"study: arm {name!r} lacks the seeds {sorted(absent)}")
+        return self
+
+    @field_validator("arms")
+    @classmethod
+    def _with_base(cls, value: dict[str, ArmConfig]) -> dict[str, ArmConfig]:
+        if "base" not in value:
+            raise ValueError(f"{list(value)} lacks 'base', the generator as it is, which every arm is compared with")
+        for name in value:
+            check_arm_name(name)
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, value: str) -> str:
+        if not _NAME.match(value) or len(value) > LONGEST_NAME:
+            raise ValueError(
+                f"{value[:LONGEST_NAME]!r} must be lower-case letters, digits and underscores, at most "
+                f"{LONGEST_NAME}: it names a folder"
+            )
+        return value

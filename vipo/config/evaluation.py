@@ -1,0 +1,46 @@
+"""Section `evaluation`."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from vipo.config.registries import REWARDS, registered
+from vipo.config.section import MOST_EVALUATED, PositiveInt, Section, Seed
+
+REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
+"""What of section `evaluation` the report alone reads: it changes no sample and no score."""
+
+
+class EvaluationConfig(Section):
+    """Held-out comparison: the same prompts and noise for every arm."""
+
+    prompts: Annotated[int, Field(ge=2, le=MOST_EVALUATED)] = Field(
+        40, description="Held-out prompts used (all, where fewer exist); intervals need two."
+    )
+    samples_per_prompt: PositiveInt = 2
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
+    batch: PositiveInt = 16
+    rewards: tuple[str, ...] = Field(
+        (), strict=False, description="Rewards that are reported; those that are trained are added by themselves."
+    )
+    seed: Seed = 1234
+    bootstrap: Annotated[int, Field(ge=100, le=10**5)] = 2000
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    shown_prompts: PositiveInt = Field(6, description="Prompts shown side by side in the report.")
+
+    @field_validator("rewards")
+    @classmethod
+    def _known_rewards(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"a reward is named twice: {', '.join(value)}")
+        return tuple(registered(name, REWARDS, "reward") for name in value)
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        samples = self.prompts * self.samples_per_prompt
+        if samples > MOST_EVALUATED:
+            raise ValueError(
+                f"prompts {self.prompts} * samples_per_prompt {self.samples_per_prompt} is {samples} samples, more "
+                f"than the {MOST_EVALUATED} that are held; lower one of them"
+            )
+        return self

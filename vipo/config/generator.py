@@ -1,0 +1,68 @@
+"""Section `generator`."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from vipo.config.registries import FAMILIES, pinned, registered
+from vipo.config.section import DEVICE, MOST_PIXELS, Section, UserPath
+
+
+class GeneratorConfig(Section):
+    """Which generator is post-trained and how it is called."""
+
+    family: str = Field(
+        "flux", description="Generator adapter: 'flux', 'sd', 'wan', or an import path 'package.module:object'."
+    )
+    path: UserPath = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
+    revision: str | None = Field(
+        None, description="Commit of the hub repository, all 40 digits, where `path` is a hub id."
+    )
+    height: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image height in pixels.")
+    width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image width in pixels.")
+    frames: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
+        None, description="Frames of a video; null for pictures."
+    )
+    max_sequence_length: Annotated[int, Field(ge=1, le=2**14)] = Field(
+        512, description="Text tokens for the sequence encoder (T5 families)."
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+        3.5,
+        description="Embedded guidance of guidance-distilled models ('flux'), or classifier-free guidance ('sd', "
+        "'wan'), off at 1 and below.",
+    )
+    negative_prompt: str = Field("", description="The prompt that classifier-free guidance leads away from.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
+    )
+    device: str = Field(
+        "cpu",
+        pattern=DEVICE,
+        description="'cpu', 'cuda' or 'cuda:N' (N at most 99); a device that is absent is an error, never replaced.",
+    )
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        return registered(value, FAMILIES, "generator family")
+
+    @field_validator("revision")
+    @classmethod
+    def _commit(cls, value: str | None) -> str | None:
+        return pinned(value)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if math.prod(self.sample_shape) > 3 * MOST_PIXELS:
+            raise ValueError(
+                f"a sample of {math.prod(self.sample_shape) // 3} pixels (height * width * frames) is more than the "
+                f"{MOST_PIXELS} that fit; lower one of them"
+            )
+        return self
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one decoded sample: ``(3, height, width)``, or ``(frames, 3, height, width)`` of a video."""
+        picture = (3, self.height, self.width)
+        return picture if self.frames is None else (self.frames, *picture)

@@ -1,0 +1,49 @@
+"""Section `pretrain`."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from vipo.config.section import LARGEST_INT, MOST_CALLS, NonNegativeFloat, PositiveFloat, PositiveInt, Section, Seed
+
+_Size = Annotated[int, Field(ge=1, le=2**12)]
+
+
+class PretrainConfig(Section):
+    """The demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
+
+    seed: Seed = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    scenes: Annotated[int, Field(ge=1, le=10**6)] = 32000
+    two_objects: Annotated[float, Field(ge=0, le=1)] = 0.15
+    max_sequence_length: _Size = 16
+    autoencoder_width: _Size = 32
+    latent_channels: _Size = 8
+    latent_noise: NonNegativeFloat = 0.05
+    autoencoder_steps: PositiveInt = 6000
+    autoencoder_batch_size: PositiveInt = 16
+    autoencoder_learning_rate: PositiveFloat = 3e-3
+    text_width: Annotated[int, Field(ge=32, le=2**12, multiple_of=32)] = 96
+    double_blocks: _Size = 2
+    single_blocks: _Size = 3
+    heads: _Size = 3
+    head_width: Annotated[int, Field(ge=16, le=2**12, multiple_of=16)] = 64
+    steps: PositiveInt = 9000
+    batch_size: PositiveInt = 48
+    learning_rate: PositiveFloat = 1.5e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: Annotated[int, Field(ge=0, le=LARGEST_INT)] = 300
+    average_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9995
+    shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 2.0
+    sampling_shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = 2.0
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        for steps, size in (("steps", "batch_size"), ("autoencoder_steps", "autoencoder_batch_size")):
+            count = getattr(self, steps) * getattr(self, size)
+            if count > MOST_CALLS:
+                raise ValueError(
+                    f"{steps} {getattr(self, steps)} * {size} {getattr(self, size)} is {count} samples, more than the "
+                    f"{MOST_CALLS} that end in reasonable time; lower one of them"
+                )
+        return self

@@ -1,0 +1,63 @@
+"""Parts by name: a mistyped one is found before anything heavy is imported."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from vipo.foreign import is_import_path
+
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
+
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "flux": "vipo.generators.flux:FluxGenerator",
+        "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
+        "wan": "vipo.generators.wan:WanGenerator",
+    }
+)
+"""Generator adapters by name: one line each; an import path needs none."""
+
+REWARDS: Mapping[str, str] = MappingProxyType(
+    {
+        "redness": "vipo.rewards.redness:redness",
+        "object_redness": "vipo.rewards.object_redness:object_redness",
+        "scene": "vipo.rewards.scene:scene",
+        "scene_shape": "vipo.rewards.scene:scene_shape",
+        "scene_background": "vipo.rewards.scene:scene_background",
+        "scene_count": "vipo.rewards.scene:scene_count",
+    }
+)
+"""Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
+
+SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
+"""Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""
+
+
+def pinned(revision: str | None) -> str | None:
+    """Give back the revision of a hub repository: None, or a whole commit hash.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if revision is None or _COMMIT.match(revision):
+        return revision
+    raise ValueError(
+        f"{revision!r} is no whole commit hash; a branch, a tag or a part of a hash may come to mean other weights. "
+        "huggingface_hub.HfApi().model_info('OWNER/NAME').sha is the newest one's 40 hexadecimal digits"
+    )
+
+
+def registered(value: str, known: Iterable[str], what: str) -> str:
+    """Give back the name of a part: a known one, or an import path.
+
+    Raises:
+        ValueError: it is neither; `what` says in the message what it should name.
+    """
+    if value in known or is_import_path(value):
+        return value
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(
+        f"{value!r} is not a {what}: {hint}choose one of {', '.join(known)}, or an import path 'package.module:object'"
+    )

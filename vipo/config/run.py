@@ -1,0 +1,144 @@
+"""The configuration of one run: all sections, what holds between them, and what each stage depends on."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+
+from vipo.config.arms import ExperimentConfig, check_arm_name
+from vipo.config.evaluation import REPORTED, EvaluationConfig
+from vipo.config.generator import GeneratorConfig
+from vipo.config.objective import ObjectiveConfig
+from vipo.config.perception import PerceptionConfig
+from vipo.config.pretrain import PretrainConfig
+from vipo.config.prompts import PromptsConfig
+from vipo.config.resources import ClusterConfig
+from vipo.config.reward import RewardConfig
+from vipo.config.sampling import SamplingConfig
+from vipo.config.section import MOST_CALLS, Section, Seed
+from vipo.config.training import DistributionConfig, OptimizerConfig, TrainingConfig
+
+
+class Config(Section):
+    """Everything one run needs, composed from `configs/` and the overrides."""
+
+    experiment: ExperimentConfig
+    arm: Annotated[str, AfterValidator(check_arm_name)]
+    seed: Seed = 0
+    generator: GeneratorConfig
+    prompts: PromptsConfig
+    reward: RewardConfig
+    perception: PerceptionConfig
+    sampling: SamplingConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    distribution: DistributionConfig = DistributionConfig()
+    evaluation: EvaluationConfig
+    cluster: ClusterConfig = ClusterConfig()
+    pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        window = self.sampling.window
+        dense = self.sampling.steps - 1 if window is None else window.size
+        if self.training.trained_transitions > dense:
+            raise ValueError(
+                f"training.trained_transitions {self.training.trained_transitions} exceeds the {dense} transitions "
+                f"with a density of sampling.steps {self.sampling.steps} (the last step is deterministic"
+                f"{'' if window is None else ', and so is all outside sampling.window'})"
+            )
+        if self.objective.ratio_norm == "guard" and self.sampling.transition not in ("dance", "flow"):
+            raise ValueError(
+                "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"
+            )
+        study = self.experiment.study
+        if study is not None:
+            changes = {f"change/{part}" for part in ("total", "foreground", "background")}
+            known = {f"reward/{name}" for name in self.evaluation.rewards} | changes
+            for key, value in (("metric", study.metric), ("matched_on", study.matched_on)):
+                if value not in known:
+                    raise ValueError(
+                        f"experiment.study.{key} {value!r} is not measured; one of {', '.join(sorted(known))}"
+                    )
+        for key in ("height", "width"):
+            if getattr(self.generator, key) % 2:
+                raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
+        return self
+
+    @field_validator("evaluation")
+    @classmethod
+    def _with_trained_rewards(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
+        # Arms are compared on what they were trained for. Without `reward`, which did not validate, nothing is known.
+        reward = info.data.get("reward")
+        names = () if reward is None else (term.name for term in reward.terms)
+        added = tuple(name for name in names if name not in value.rewards)
+        return value.model_copy(update={"rewards": value.rewards + added}) if added else value
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        training, evaluation = self.training, self.evaluation
+        weights = 1 + len(training.save_at)
+        for what, count in (
+            (
+                "training.updates * prompts_per_update * group_size * sampling.steps",
+                training.updates * training.prompts_per_update * training.group_size * self.sampling.steps,
+            ),
+            (
+                f"evaluation.prompts * samples_per_prompt * steps, for {weights} sets of weights,",
+                evaluation.prompts * evaluation.samples_per_prompt * evaluation.steps * weights,
+            ),
+        ):
+            if count > MOST_CALLS:
+                raise ValueError(
+                    f"{what} is {count} evaluations of the network, more than the {MOST_CALLS} that end in reasonable "
+                    "time; lower one of them"
+                )
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """Folder name of the run: ``<arm>-s<seed>``."""
+        return f"{self.arm}-s{self.seed}"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this arm is the untrained generator."""
+        return self.arm == "base"
+
+    def training_identity(self) -> dict[str, Any]:
+        """The sections that decide a training run's result; a checkpoint belongs to exactly one such value.
+
+        Checkpoint frequency and how many are kept change nothing in the result and are left out, and so are the
+        processes: a run goes on with another number of them.
+        """
+        data = self.model_dump(mode="json", exclude={"experiment", "distribution", "evaluation", "cluster", "pretrain"})
+        for volatile in ("checkpoint_every", "keep_checkpoints"):
+            del data["training"][volatile]
+        return data
+
+    def prompts_identity(self) -> dict[str, Any]:
+        """What decides the prepared prompts."""
+        return self.prompts.model_dump(mode="json")
+
+    def embeddings_identity(self) -> dict[str, Any]:
+        """What decides the embeddings, beside the prompts."""
+        generator = self.generator.model_dump(
+            mode="json", include={"family", "path", "revision", "device", "max_sequence_length", "negative_prompt"}
+        )
+        return {**generator, "threads": self.training.threads}
+
+    def evaluation_identity(self) -> dict[str, Any]:
+        """What decides an evaluation's samples and scores, beside the trained weights."""
+        kept = {} if self.is_base else self.training.model_dump(mode="json", include={"updates", "save_at"})
+        return {
+            "generator": self.generator.model_dump(mode="json"),
+            "perception": self.perception.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
+            "shift": self.sampling.shift,
+            "threads": self.training.threads,
+            "kept": kept,
+        }
+
+    def report_identity(self) -> dict[str, Any]:
+        """What the report reads beside the results."""
+        return self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})

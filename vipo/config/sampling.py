@@ -1,0 +1,53 @@
+"""Section `sampling`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vipo.config.section import PositiveInt, Section
+
+
+class WindowConfig(Section):
+    """Steps that draw noise and are trained; all others follow the ODE (MixGRPO, Flow-GRPO-Fast)."""
+
+    size: PositiveInt = Field(description="Stochastic steps of an update, shared by all its samples.")
+    move: Literal["fixed", "random", "slide"] = Field(
+        "slide", description="Stays at `start`; drawn anew each update; or slides by `stride` every `every` updates."
+    )
+    start: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0, description="First stochastic step (of a window that slides: at first)."
+    )
+    every: PositiveInt = Field(25, description="Updates between two moves of a window that slides.")
+    stride: PositiveInt = Field(1, description="Steps of one move; after the last place it starts again.")
+
+
+class SamplingConfig(Section):
+    """The chain that produces training samples."""
+
+    steps: Annotated[int, Field(ge=2, le=1000)] = Field(10, description="T, network evaluations per sample.")
+    shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] = Field(
+        3.0, description="Time shift s of the sigma schedule: s x / (1 + (s - 1) x); flow matching only."
+    )
+    transition: Literal["dance", "flow", "cps", "ddim"] = Field(
+        "dance",
+        description="dance: constant-g reverse SDE (DanceGRPO, ViPO); flow: Flow-GRPO's; cps: coefficients-preserving; "
+        "ddim: for noise-predicting UNets.",
+    )
+    eta: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = Field(
+        0.3, description="Noise scale: g (dance), a (flow), eta (cps, ddim: at most 1)."
+    )
+    same_initial_noise: bool = Field(True, description="One initial noise for all samples of a group.")
+    window: WindowConfig | None = Field(None, description="null: every step but the last is stochastic.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.transition in ("cps", "ddim") and self.eta > 1:
+            raise ValueError(f"eta {self.eta} exceeds 1, the most that transition {self.transition!r} takes")
+        if self.window is not None:
+            start = 0 if self.window.move == "random" else self.window.start
+            if start + self.window.size > self.steps - 1:
+                raise ValueError(
+                    f"window: start {start} + size {self.window.size} exceeds the {self.steps - 1} steps "
+                    f"with a density of steps {self.steps} (the last step is deterministic)"
+                )
+        return self

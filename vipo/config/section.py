@@ -1,0 +1,76 @@
+"""What every section of the configuration is made of: types with bounds, and the base that refuses unknown keys.
+
+Every number that decides a result is a field of a section. Values that need a model to be checked (component count
+against feature width, grid sizes) are checked when a run is set up.
+"""
+
+import os
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# Of an experiment or arm: what is appended to it must still name a file.
+LONGEST_NAME = 100
+
+# No number is unbounded: what no machine would ever finish, or no format holds, is refused before anything starts.
+LARGEST_INT = 2**31 - 1
+MOST_SAMPLES = 2**16
+"""Of an update: ``prompts_per_update * group_size``."""
+
+MOST_EVALUATED = 10**6
+"""Pictures that one set of weights is evaluated on: ``prompts * samples_per_prompt``."""
+
+MOST_CALLS = 10**9
+"""Evaluations of the network (of one sample at one step) of a run's training, or of an evaluation."""
+
+MOST_PIXELS = 2**28
+"""Of one sample, all frames together."""
+
+DEVICE = r"^(cpu|cuda(:(0|[1-9][0-9]?))?)$"
+"""Names of devices, as a pattern."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+def _at_home(value: str) -> str:
+    if not value.startswith("~"):
+        return value
+    # Not Path.expanduser, which would also normalise what follows.
+    expanded = os.path.expanduser(value)  # noqa: PTH111
+    if expanded.startswith("~"):
+        raise ValueError(f"{value!r}: there is no user {value[1:].partition('/')[0]!r}; './~' names a folder '~'")
+    return expanded
+
+
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(f"{value!r} holds a NUL character, which no path can")
+    if len(value.encode()) > 4000 or any(len(part.encode()) > 255 for part in value.split("/")):
+        raise ValueError(f"{value[:40]!r}… is longer than a path can be (255 bytes a name, 4000 in all)")
+    return _at_home(value)
+
+
+UserPath = Annotated[str, AfterValidator(_path)]
+"""A path, or what may stand in its place; `~` and `~user` expanded: what is saved means the same to everybody."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are immutable and never coerced from text."""
+
+    # A tuple field lifts `strict` for itself alone: YAML and JSON have lists only.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _writable(cls, value: Any) -> Any:
+        # Half a surrogate reads from YAML and JSON, and is found to be no text when the first file is written.
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and _SURROGATE.search(text):
+                raise ValueError(f"{text[:LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
+        return value
