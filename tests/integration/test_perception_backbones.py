@@ -20,7 +20,8 @@ from vipo.config.compose import load_config
 from vipo.config.perception import PerceptionConfig
 from vipo.maps.scoring import drawn_scenes, score_orientations
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
-from vipo.perception.backbones import _packaged_weights, registered_evidence
+from vipo.perception.backbones import registered_evidence
+from vipo.perception.weights import packaged_weights
 from vipo.sampling.noise import keyed_generator
 
 
@@ -48,7 +49,7 @@ def weights(tmp_path_factory):
 
 def test_packaged_weights_fill_timm_strictly_and_mean_what_they_should(photographs):
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    state = _packaged_weights()
+    state = packaged_weights()
     assert len(state) == 296
     model.load_state_dict(state, strict=True)
     flower = F.interpolate(photographs[1], size=(224, 224), mode="bicubic", antialias=True)
@@ -65,7 +66,7 @@ def test_features_are_those_of_the_network_stage(photographs, options, stage, si
     backbone = load_backbone(PerceptionConfig(**options))
     seen = {}
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(_packaged_weights(), strict=True)
+    model.load_state_dict(packaged_weights(), strict=True)
     model.blocks[stage].register_forward_hook(lambda module, inputs, output: seen.update(stage=output))
     picture = F.interpolate(photographs[0], size=size, mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
@@ -336,7 +337,7 @@ def test_evidence_is_for_the_measured_settings_only(packaged, tmp_path):
     assert load_backbone(PerceptionConfig(layer=-1)).evidence == packaged.evidence
     for other in ({"input_size": 128}, {"layer": 2}):
         assert load_backbone(PerceptionConfig(**other)).evidence == "not measured here"
-    save_file({key: value.contiguous() for key, value in _packaged_weights().items()}, tmp_path / "other.safetensors")
+    save_file({key: value.contiguous() for key, value in packaged_weights().items()}, tmp_path / "other.safetensors")
     assert load_backbone(PerceptionConfig(weights="other.safetensors"), root=tmp_path).evidence == "not measured here"
 
 

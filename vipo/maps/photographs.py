@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vipo.maps.pictures import read_image
 from vipo.maps.scoring import Kind, Scored
-from vipo.perception.backbones import PerceptionError
+from vipo.perception.errors import PerceptionError
 
 COMPOSITE_SIZE = 256
 """Height and width of composites in pixels."""

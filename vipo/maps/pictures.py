@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-from vipo.perception.backbones import PerceptionError
+from vipo.perception.errors import PerceptionError
 from vipo.regular import open_regular
 
 # FFmpeg's demuxer by suffix: left to guess, it would follow a playlist's references to other files.

@@ -7,7 +7,8 @@ from vipo.perception.allocator import (
     orient,
     principal_components,
 )
-from vipo.perception.backbones import Backbone, PerceptionError, load_backbone
+from vipo.perception.backbones import Backbone, load_backbone
+from vipo.perception.errors import PerceptionError
 from vipo.perception.structuring import PerceptualStructuring
 from vipo.perception.temporal import consecutive_correlation
 

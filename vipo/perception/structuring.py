@@ -18,7 +18,8 @@ from vipo.perception.allocator import (
     orientation_scores,
     principal_components,
 )
-from vipo.perception.backbones import CHOSEN, Backbone, PerceptionError
+from vipo.perception.backbones import CHOSEN, Backbone
+from vipo.perception.errors import PerceptionError
 from vipo.perception.temporal import average_groups, follow_components, smooth_in_time
 
 # Frames in the backbone at once: what a clip needs in memory does not grow with its length.
