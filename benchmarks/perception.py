@@ -1,6 +1,6 @@
 """Time and memory of the Perceptual Structuring Module against a reference that takes one picture at a time.
 
-    python benchmarks/perception.py --pixels 224 518
+    python -m benchmarks.perception --pixels 224 518
 
 The reference is written here as the paper's steps read: Pillow for the input, one picture a call, scikit-learn's PCA,
 SciPy's smoothing. Both see the same 16 pictures of 512x512 and the same ViT-S/14 (DINOv2's shape, random weights: they
@@ -15,7 +15,6 @@ import json
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.perception import PerceptionConfig
 from vipo.perception import Backbone, PerceptualStructuring
@@ -41,17 +41,6 @@ from vipo.training.update import update
 
 PICTURES = 16
 GRID = (64, 64)
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a call takes until its results are there."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Where an update's time goes: the share outside the networks, and the network-only floor of the same run.
 
-    python benchmarks/update_share.py experiment=demo arm=vipo --updates 5
+    python -m benchmarks.update_share experiment=demo arm=vipo --updates 5
 
 Networks: the generator (forward and backward), the decoder, the backbone and the reward models; all else (noise,
 transitions, log-probabilities, advantages, the maps beyond the backbone, optimizer, bookkeeping) is the overhead. The

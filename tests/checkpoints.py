@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from vipo.config.generator import GeneratorConfig
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -138,3 +140,17 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def generator_config(family: str, path: Path, **changes: object) -> GeneratorConfig:
+    """Of a tiny checkpoint of a family, with `changes`."""
+    values: dict[str, object] = {
+        "family": family,
+        "path": str(path),
+        "height": 32,
+        "width": 32,
+        "frames": 5 if family == "wan" else None,
+        "max_sequence_length": 512 if family == "sd" else 16,
+        "guidance_scale": 0.0 if family == "flux" else 4.0,
+    }
+    return GeneratorConfig.model_validate(values | changes)

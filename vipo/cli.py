@@ -1,20 +1,16 @@
 """Commands; nothing else. Heavy libraries are imported inside the commands that need them."""
 
-import contextlib
 import itertools
 import json
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
-from typer.core import TyperGroup
 
 from vipo.config.compose import (
     ConfigError,
@@ -27,60 +23,20 @@ from vipo.config.compose import (
 from vipo.config.perception import PerceptionConfig
 from vipo.config.run import Config
 from vipo.config.section import DEVICE
-from vipo.errors import InternalError, Interrupted, Preempted, VipoError
-from vipo.failures import keep_traceback, where
+from vipo.ending import Commands, Place, end_plainly
 from vipo.imports import check_imports
-from vipo.signals import handled
-from vipo.text import Formatter, message, one_line, visible
-from vipo.training.ranks import is_rank
+from vipo.text import visible
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Place:
-    """What a failing command's traceback is put beside."""
-
-    results: Path | None = None
-
-
-def _kept(error: BaseException, place: _Place) -> str:
-    path = keep_traceback(error, place.results)
-    return "lost: no folder can be written" if path is None else f"in {path}"
-
-
-class _Commands(TyperGroup):
-    """Every end of a command that is neither its own nor an error of ours becomes one."""
-
-    def invoke(self, ctx: Any) -> Any:
-        ctx.obj = place = _Place()
-        try:
-            # Where training does not listen itself, nothing is lost.
-            with handled(_ask_for_another_try, signal.SIGTERM, signal.SIGUSR1):
-                return super().invoke(ctx)
-        except (OSError, typer.Exit, typer.Abort, typer.TyperException):
-            raise
-        except VipoError as error:
-            if error.foreign:
-                log.warning("the traceback is %s", _kept(error, place))
-            raise
-        except KeyboardInterrupt as error:
-            raise Interrupted("interrupted; start the same command again, and it goes on where it can") from error
-        except BaseException as error:
-            # Status 0 is for a command that has done its work: SystemExit has not.
-            raise InternalError(
-                f"internal: {type(error).__name__}: {one_line(str(error), 300)} ({where(error)}); this is a fault of "
-                f"vipo, please report it with the traceback, which is {_kept(error, place)}"
-            ) from error
-
-
 def _noted(ctx: typer.Context, results: Path) -> Path:
-    ctx.ensure_object(_Place).results = results
+    ctx.ensure_object(Place).results = results
     return results
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -441,21 +397,6 @@ def audit(
         raise typer.Exit(1)
 
 
-def _ask_for_another_try(number: int) -> None:
-    name = signal.Signals(number).name
-    os.write(2, f"error: stopped by {name}; start the same command again, and it goes on where it can\n".encode())
-    # No exception: a library that is being imported might take it for its own.
-    os._exit(Preempted.STATUS)
-
-
-def _leave(status: int) -> None:
-    if is_rank():
-        # One of several processes would wait in its clean-up for partners that may hang.
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 def _expanded(argument: str) -> str:
     # A shell leaves `--results=~/x` as it is. What has no slash is one of Hydra's deletions, but for `~` alone.
     found = _HOME.fullmatch(argument)
@@ -464,31 +405,7 @@ def _expanded(argument: str) -> str:
 
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
-    # Of several processes of a run, one tells how it goes; the others tell what goes wrong.
-    quiet = is_rank() and os.environ["RANK"] != "0"
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Python's own way to standard error shows a warning's text as it is.
-    logging.captureWarnings(True)
-    try:
-        app([_expanded(argument) for argument in sys.argv[1:]])
-    except VipoError as error:
-        _tell(str(error))
-        _leave(error.STATUS if isinstance(error, Preempted | Interrupted) else 1)
-    except OSError as error:
-        _tell(f"{error}; check that the path exists, permissions and free space")
-        _leave(1)
-    finally:
-        logging.captureWarnings(False)
-
-
-def _tell(text: str) -> None:
-    # Whoever read the messages may have been killed with the job; the exit status still counts.
-    with contextlib.suppress(BrokenPipeError):
-        typer.echo(f"error: {message(text)}", err=True)
+    end_plainly(lambda: app([_expanded(argument) for argument in sys.argv[1:]]))
 
 
 if __name__ == "__main__":

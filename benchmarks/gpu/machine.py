@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.record import Record, seconds_of
+from benchmarks.gpu.record import Record
+from benchmarks.timing import seconds_of
 
 
 def _products(left: Tensor, right: Tensor, product: Tensor, times: int) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.random_weights import write_layout
-from benchmarks.gpu.record import Record, seconds_of
+from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Size
+from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.generators.embeddings import stack_conditioning
 from vipo.sampling.noise import keyed_normal

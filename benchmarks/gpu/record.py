@@ -1,13 +1,9 @@
-"""How a step measures, and its figures, which are on disk as soon as they are known: whatever ends it, they stay."""
+"""Figures of a step, on disk as soon as they are known: whatever ends it, they stay."""
 
 import json
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 class Record:
@@ -39,14 +35,3 @@ def read_figures(path: Path) -> dict[str, Any]:
             continue
         figures[row["key"]] = row["value"]
     return figures
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the results of `call` are there."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

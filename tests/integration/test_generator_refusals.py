@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_json, edit_tensors
+from checkpoints import edit_json, edit_tensors, generator_config
 from diffusers import DDIMScheduler, PNDMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,21 +37,8 @@ def folders(tiny_generator: Path, tiny_wan: Path, tiny_stable_diffusion: Path) -
     return {"flux": tiny_generator, "wan": tiny_wan, "sd": tiny_stable_diffusion}
 
 
-def _config(family: str, path: Path, **changes: object) -> GeneratorConfig:
-    values: dict[str, object] = {
-        "family": family,
-        "path": str(path),
-        "height": 32,
-        "width": 32,
-        "frames": 5 if family == "wan" else None,
-        "max_sequence_length": 512 if family == "sd" else 16,
-        "guidance_scale": 0.0 if family == "flux" else 4.0,
-    }
-    return GeneratorConfig.model_validate(values | changes)
-
-
 def _load(family: str, folder: Path) -> Generator:
-    return load_generator(_config(family, folder), ROOT)
+    return load_generator(generator_config(family, folder), ROOT)
 
 
 def _encode(config: GeneratorConfig, root: Path) -> list[dict[str, Tensor]]:
@@ -84,7 +71,7 @@ def test_a_tensor_that_a_part_lacks_or_does_not_take_is_named(
     edit_tensors(folder / part, lambda tensors: faults.extend(_faulty(tensors)))
     read = _encode if part.startswith("text") else load_generator
     with pytest.raises(GeneratorError) as told:
-        read(_config(family, folder), ROOT)
+        read(generator_config(family, folder), ROOT)
     assert f"/{part}: does not hold what" in str(told.value)
     for fault in faults:
         assert fault in str(told.value)
@@ -93,7 +80,7 @@ def test_a_tensor_that_a_part_lacks_or_does_not_take_is_named(
 def test_names_and_counters_of_older_files_are_read(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
     """Stable Diffusion 1.5's own files: a prefix, the positions, and the autoencoder's attention by its old names."""
     folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
-    expected = _encode(_config("sd", folder), ROOT)
+    expected = _encode(generator_config("sd", folder), ROOT)
 
     def older(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -101,7 +88,7 @@ def test_names_and_counters_of_older_files_are_read(tiny_stable_diffusion: Path,
         tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
 
     edit_tensors(folder / "text_encoder", older)
-    [found] = _encode(_config("sd", folder), ROOT)
+    [found] = _encode(generator_config("sd", folder), ROOT)
     assert all(torch.equal(found[name], value) for name, value in expected[0].items())
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -125,7 +112,7 @@ def test_weights_that_are_there_as_a_variant_only_are_read(
         file.rename(file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
     found, expected = _load("sd", folder).network, _load("sd", tiny_stable_diffusion).network
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
-    _encode(_config("sd", folder), ROOT)
+    _encode(generator_config("sd", folder), ROOT)
     [file] = (folder / "unet").glob("*.safetensors")
     for other in ("other", "another"):
         file.with_name(f"diffusion_pytorch_model.{other}.safetensors").write_bytes(file.read_bytes())
@@ -293,7 +280,7 @@ def test_timesteps_are_the_stock_schedulers(
     folder = tmp_path / "sd"
     shutil.copytree(tiny_stable_diffusion / "scheduler", folder / "scheduler")
     edit_json(folder / "scheduler/scheduler_config.json", timestep_spacing=spacing, steps_offset=offset)
-    config = _config("sd", folder)
+    config = generator_config("sd", folder)
     for name, kind in (("DDIMScheduler", DDIMScheduler), ("PNDMScheduler", PNDMScheduler)):
         edit_json(folder / "scheduler/scheduler_config.json", _class_name=name, skip_prk_steps=True)
         alphas, timesteps = noise_schedule(folder, {"scheduler": ["diffusers", name]}, config)
@@ -315,7 +302,7 @@ def test_timesteps_are_the_stock_schedulers(
 def test_a_scheduler_that_visits_other_timesteps_is_named(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sd"
     shutil.copytree(tiny_stable_diffusion / "scheduler", folder / "scheduler")
-    config, index = _config("sd", folder), {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    config, index = generator_config("sd", folder), {"scheduler": ["diffusers", "EulerDiscreteScheduler"]}
     _, timesteps = noise_schedule(folder, index, config)
     assert timesteps(4).tolist() == [751, 501, 251, 1]
     edit_json(folder / "scheduler/scheduler_config.json", use_karras_sigmas=True)
@@ -348,7 +335,7 @@ def test_a_shift_that_is_not_the_checkpoints_is_told(tiny_generator: Path, tiny_
     shutil.copytree(tiny_generator / "scheduler", folder)
     edit_json(folder / "scheduler_config.json", use_dynamic_shifting=True)
     # exp(0.5) at 256 tokens and exp(1.15) at 4096, as in the stock pipeline.
-    config = _config("flux", tmp_path)
+    config = generator_config("flux", tmp_path)
     assert flow_shift(tmp_path, config, 256) == pytest.approx(1.6487, abs=1e-4)
     assert flow_shift(tmp_path, config, 4096) == pytest.approx(3.1582, abs=1e-4)
     edit_json(folder / "scheduler_config.json", use_dynamic_shifting=False, _class_name="UniPCMultistepScheduler")
@@ -380,5 +367,7 @@ def test_an_evaluation_that_starts_far_from_noise_is_told_before_training(
     ]
     with pytest.raises(GeneratorError, match=r"steps_offset 1 makes of 1000 steps"):
         load_chain(
-            load_config(["experiment=demo", "sampling.transition=ddim", "evaluation.steps=1000"]), generator, alone
+            load_config(["experiment=demo", "sampling.transition=ddim", "evaluation.steps=1000"]),
+            generator,
+            alone,
         )

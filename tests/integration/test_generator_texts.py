@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_json, edit_tensors
+from checkpoints import edit_json, edit_tensors, generator_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
@@ -24,19 +24,6 @@ from vipo.stages import encode_stage, evaluate_stage, prepare_stage, train_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = {"family": "any"}
-
-
-def _config(family: str, path: Path, **changes: object) -> GeneratorConfig:
-    values: dict[str, object] = {
-        "family": family,
-        "path": str(path),
-        "height": 32,
-        "width": 32,
-        "frames": 5 if family == "wan" else None,
-        "max_sequence_length": 512 if family == "sd" else 16,
-        "guidance_scale": 0.0 if family == "flux" else 4.0,
-    }
-    return GeneratorConfig.model_validate(values | changes)
 
 
 def _encode(config: GeneratorConfig, folder: Path, *texts: str) -> tuple[Path, Path, list[Prompt]]:
@@ -66,7 +53,7 @@ def test_embeddings_of_other_text_encoders_are_refused(
 ) -> None:
     original = {"flux": tiny_generator, "wan": tiny_wan, "sd": tiny_stable_diffusion}[family]
     folder = shutil.copytree(original, tmp_path / "checkpoint")
-    config = _config(family, folder)
+    config = generator_config(family, folder)
     output, source, _ = _encode(config, tmp_path, "a fox")
     check_embeddings(output, source, IDENTITY, encoder_hashes(config, ROOT))
     # Only what encodes counts.
@@ -83,7 +70,7 @@ def test_embeddings_of_other_text_encoders_are_refused(
 
 
 def test_embeddings_that_name_no_encoder_or_do_not_fit_are_refused(tiny_wan: Path, tmp_path: Path) -> None:
-    config = _config("wan", tiny_wan)
+    config = generator_config("wan", tiny_wan)
     output, source, prompts = _encode(config, tmp_path, "a fox", "two owls")
     widths = resolve_class(config).conditioning_widths(config, ROOT)
     assert widths == {"encoder_hidden_states": 32}
@@ -146,7 +133,7 @@ def test_encoders_of_another_width_than_the_networks_are_refused(tiny_stable_dif
     folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
     edit_json(folder / "unet/config.json", cross_attention_dim=768)
     with pytest.raises(GeneratorError, match=r"encoder_hidden_states: width 32, but the network .* takes 768"):
-        _encode(_config("sd", folder), tmp_path, "a fox")
+        _encode(generator_config("sd", folder), tmp_path, "a fox")
 
 
 @pytest.mark.parametrize(("family", "limit"), [("sd", 16), ("wan", 16), ("flux", 16)])
@@ -161,7 +148,7 @@ def test_prompts_that_are_cut_off_are_counted_and_named(
 ) -> None:
     folder = {"flux": tiny_generator, "wan": tiny_wan, "sd": tiny_stable_diffusion}[family]
     start = "red " * limit
-    _encode(_config(family, folder), tmp_path, "a fox", start + "circle", start + "square")
+    _encode(generator_config(family, folder), tmp_path, "a fox", start + "circle", start + "square")
     told = _warnings(caplog)
     cut = [text for text in told if "is cut off" in text]
     assert any(f"/tokenizer reads {limit} tokens: the end of 2 of " in text for text in cut) or family == "flux"
@@ -170,7 +157,7 @@ def test_prompts_that_are_cut_off_are_counted_and_named(
     if family != "flux":
         assert any("2 prompts are encoded exactly as another one" in text for text in told)
     caplog.clear()
-    _encode(_config(family, folder), tmp_path, "a fox")
+    _encode(generator_config(family, folder), tmp_path, "a fox")
     assert _warnings(caplog) == []
 
 
@@ -187,14 +174,14 @@ def test_a_token_without_a_row_in_the_encoder_is_named(
     folder = shutil.copytree({"flux": tiny_generator, "sd": tiny_stable_diffusion}[family], tmp_path / "checkpoint")
     _add_token(folder / "tokenizer")
     with pytest.raises(GeneratorError, match=r"tokenizer: 1 tokens have no row in text_encoder .*first '<mine>'"):
-        _encode(_config(family, folder), tmp_path, "a fox")
+        _encode(generator_config(family, folder), tmp_path, "a fox")
 
 
 def test_more_tokens_than_the_encoder_has_positions_are_refused(tiny_stable_diffusion: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
     edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=77)
     with pytest.raises(GeneratorError, match=r"model_max_length of tokenizer_config\.json 77 exceeds the 16 positions"):
-        _encode(_config("sd", folder), tmp_path, "a fox")
+        _encode(generator_config("sd", folder), tmp_path, "a fox")
 
 
 @pytest.mark.parametrize(("part", "prompt", "count"), [("tokenizer", "a  fox", 1), ("tokenizer", "a fox", 0)])
@@ -206,7 +193,7 @@ def test_a_normalizer_that_transformers_leaves_out_is_told(
     tokens = Tokenizer.from_file(str(file))
     tokens.normalizer = normalizers.Sequence([normalizers.Replace("  ", " "), normalizers.NFKC()])
     tokens.save(str(file))
-    _encode(_config("wan", folder), tmp_path, prompt)
+    _encode(generator_config("wan", folder), tmp_path, prompt)
     [told] = _warnings(caplog)
     # The negative prompt is one of them.
     assert "normalizer none instead of the file's Replace+NFKC" in told
@@ -220,14 +207,14 @@ def test_options_without_effect_are_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(GeneratorError, match=r"generator\.negative_prompt: family 'flux' has no classifier-free"):
-        load_generator(_config("flux", tiny_generator, negative_prompt="blurry"), ROOT)
+        load_generator(generator_config("flux", tiny_generator, negative_prompt="blurry"), ROOT)
     with pytest.raises(GeneratorError, match=r"generator\.max_sequence_length 513 is above 512"):
-        load_generator(_config("flux", tiny_generator, max_sequence_length=513), ROOT)
+        load_generator(generator_config("flux", tiny_generator, max_sequence_length=513), ROOT)
     caplog.set_level(logging.WARNING)
-    load_generator(_config("flux", tiny_generator, guidance_scale=3.5), ROOT)
-    load_generator(_config("wan", tiny_wan, guidance_scale=1.0, negative_prompt="blurry"), ROOT)
-    load_generator(_config("sd", tiny_stable_diffusion, max_sequence_length=77), ROOT)
-    load_generator(_config("wan", tiny_wan, revision="0" * 40), ROOT)
+    load_generator(generator_config("flux", tiny_generator, guidance_scale=3.5), ROOT)
+    load_generator(generator_config("wan", tiny_wan, guidance_scale=1.0, negative_prompt="blurry"), ROOT)
+    load_generator(generator_config("sd", tiny_stable_diffusion, max_sequence_length=77), ROOT)
+    load_generator(generator_config("wan", tiny_wan, revision="0" * 40), ROOT)
     assert [text.split(" has no effect")[0] for text in _warnings(caplog)] == [
         "generator.guidance_scale 3.5",
         "generator.negative_prompt",
@@ -235,6 +222,6 @@ def test_options_without_effect_are_told(
         f"generator.revision {'0' * 40}",
     ]
     caplog.clear()
-    load_generator(_config("flux", tiny_generator), ROOT)
-    load_generator(_config("wan", tiny_wan, negative_prompt="blurry"), ROOT)
+    load_generator(generator_config("flux", tiny_generator), ROOT)
+    load_generator(generator_config("wan", tiny_wan, negative_prompt="blurry"), ROOT)
     assert _warnings(caplog) == []
