@@ -80,12 +80,10 @@ class RandomWeights(PipelineGenerator):
         generator = torch.Generator().manual_seed(0)
         shapes = cls.embedding_shapes(settings, config.max_sequence_length)
         negative = {NEGATIVE + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        guided = negative if cls.guided_by_negative else {}
+        guided = negative if cls.guides else {}
         return [
             {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | guided for _ in texts
         ]
-
-    guided_by_negative: ClassVar[bool]
 
     @classmethod
     def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
@@ -97,7 +95,6 @@ class RandomFlux(RandomWeights, FluxGenerator):
     """FLUX.1."""
 
     autoencoder_class: ClassVar[Any] = "AutoencoderKL"
-    guided_by_negative: ClassVar[bool] = False
 
     @classmethod
     def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
@@ -111,7 +108,6 @@ class RandomWan(RandomWeights, WanGenerator):
     """Wan 2.1."""
 
     autoencoder_class: ClassVar[Any] = "AutoencoderKLWan"
-    guided_by_negative: ClassVar[bool] = True
 
     @classmethod
     def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
