@@ -127,8 +127,8 @@ def record_stage(
         "versions": versions(),
         "started": _now(),
     }
-    other = experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record, folder, root)
-    with _made_way(experiment if other else None, folder), _without_record(folder, earlier, root):
+    replaces = experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record, folder, root)
+    with _made_way(experiment if replaces else None, folder), _without_record(folder, earlier, root):
         yield facts
         _finish(stage, folder, outputs, record, facts, {DIFF: diff, CHECKOUT_DIFF: checkout_diff}, root)
 
