@@ -7,14 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from vipo.evaluation.matched import evaluation_curves, matched_reward
 from vipo.evaluation.statistics import (
     Interval,
     ScoresError,
     compare_arms,
     decimals,
-    evaluation_curves,
     independent_difference,
-    matched_reward,
     mean_score,
     paired_difference,
     tail_probability,

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from vipo.config.arms import StudyConfig
-from vipo.evaluation.statistics import Interval, ScoresError, matched_arms, seed_interval
+from vipo.evaluation.matched import matched_arms
+from vipo.evaluation.statistics import Interval, ScoresError, seed_interval
 
 #: Change of a pixel on the base picture's object over the sum of that and a background pixel's: 0.5 is an even change.
 SELECTIVITY = "change/selectivity"

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.errors import VipoError
-from vipo.evaluation.statistics import evaluation_curves
+from vipo.evaluation.matched import evaluation_curves
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.provenance.files import atomic_folder
 from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure, new_row

@@ -9,17 +9,8 @@ import pandas as pd
 
 from vipo.config.objective import ObjectiveConfig
 from vipo.config.run import Config
-from vipo.evaluation.statistics import (
-    MINIMUM_SEEDS,
-    Better,
-    Interval,
-    compare_arms,
-    decimals,
-    evaluation_curves,
-    matched_reward,
-    mean_score,
-    wording,
-)
+from vipo.evaluation.matched import evaluation_curves, matched_reward
+from vipo.evaluation.statistics import MINIMUM_SEEDS, Better, Interval, compare_arms, decimals, mean_score, wording
 from vipo.reporting.inputs import Experiment
 
 #: Training metrics that are drawn over updates, with their captions.
