@@ -1,5 +1,6 @@
 """Several gloo processes: noise, advantages and gradients as of one, exact resume on any number of them, faults."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -222,8 +223,21 @@ class _Launched:
             time.sleep(0.02)
 
     def ranks(self) -> dict[int, psutil.Process]:
-        children = psutil.Process(self.process.pid).children()
-        return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+        """The children that have a rank; the launcher also starts short programs, which may end while they are read."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                environment = child.environ()
+                if "RANK" in environment:
+                    found[int(environment["RANK"])] = child
+        return found
+
+    def started(self) -> dict[int, psutil.Process]:
+        """Both ranks, as soon as they are there."""
+        while len(self.ranks()) < 2:
+            assert self.process.poll() is None, self.errors.read_text()
+            time.sleep(0.02)
+        return self.ranks()
 
     def ended(self) -> tuple[int, str]:
         return self.process.wait(timeout=900), self.errors.read_text()
@@ -245,9 +259,7 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     chosen = [*overrides, "training.updates=400", "training.checkpoint_every=1", "training.save_at=[]"]
 
     launched = _Launched(results, chosen, tmp_path / "asked.txt")
-    while len(launched.ranks()) < 2:
-        time.sleep(0.02)
-    launched.ranks()[1].terminate()
+    launched.started()[1].terminate()
     status, text = launched.ended()
     assert status == 75, text
     assert "all ranks have stopped" in text
