@@ -145,6 +145,26 @@ def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Resu
 
 
 @app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder results/<experiment>/runs/<arm>-s<seed>, trained.")],
+    prompts: Annotated[list[str], typer.Argument(help="Prompts, each in quotes.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .png file; default: <arm>-s<seed>.png here.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="Pictures a prompt.")] = 4,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the noise; default: evaluation's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Of the sampler; default: evaluation's.")] = None,
+) -> None:
+    """Draw prompts with the base and with a run's trained weights, from the same noise, into one picture."""
+    target = Path(f"{run.resolve().name}.png") if output is None else output
+    if target.suffix.lower() != ".png":
+        raise ConfigError(f"--output {target}: must end in .png")
+    from vipo.evaluation.side_by_side import draw_side_by_side
+
+    _say(draw_side_by_side(run, prompts, target, repository_root(), samples=samples, seed=seed, steps=steps))
+
+
+@app.command()
 def summarize(
     overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0
 ) -> None:

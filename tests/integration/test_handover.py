@@ -23,6 +23,7 @@ from tiny import OTHER_FAMILY
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import VipoError
+from vipo.evaluation.side_by_side import side_by_side
 from vipo.evaluation.statistics import compare_arms
 from vipo.generators import GeneratorError
 from vipo.generators.flux import pack_latents
@@ -89,6 +90,50 @@ def demo(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     _train([*overrides, "arm=vipo", "seed=1", LORA], results)
     evaluate_stage(load_config([*overrides, "arm=base"]), ROOT, results)
     return results / "demo"
+
+
+@pytest.mark.parametrize("run", ["vipo-s0", "vipo-s1"])
+def test_a_held_out_prompt_is_drawn_as_it_was_evaluated(run: str, demo: Path, tmp_path: Path) -> None:
+    """`vipo sample`, for all weights and LoRA: base above, trained below, the very pixels of the evaluation's files."""
+    scores = pd.read_parquet(demo / "evaluation" / run / "scores.parquet")
+    text, unseen = scores["prompt"].iloc[0], "a quokka on a raft " * 12
+    identity, count = scores["prompt_id"].iloc[0], scores["sample"].nunique()
+    output = tmp_path / "drawn.png"
+    command = ["sample", str(demo / "runs" / run), unseen, f" {text}\n", text, "--samples", str(count)]
+    app([*command, "--output", str(output)], standalone_mode=False)
+    sheet = torch.from_numpy(np.array(Image.open(output)))
+    side = 192
+    assert sheet.shape == (2 * (20 + 2 * (side + 8) + 8) + 8, 72 + count * (side + 8) + 8, 3)
+    for row, (drawn_by, update) in enumerate((("base-s0", 0), (run, 1))):
+        for number in range(count):
+            file = demo / "evaluation" / drawn_by / "samples" / f"u{update}-{identity}-{number}.png"
+            stored = torch.from_numpy(np.array(Image.open(file)))
+            top, left = 8 + (20 + 2 * (side + 8) + 8) + 20 + row * (side + 8), 72 + 8 + number * (side + 8)
+            scale = side // stored.shape[0]
+            assert torch.equal(sheet[top : top + side : scale, left : left + side : scale], stored), (row, number)
+    assert int(sheet[8:28].min()) < 100, "the prompt's text"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["runs/vipo-s7", "a fox"], "runs/vipo-s7/config.yaml"),
+        (["runs/vipo-s0", " \u200b "], "a prompt is blank"),
+        (["runs/vipo-s0", "a fox", "--output", "fox.jpg"], "must end in .png"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_are_refused(arguments: list[str], told: str, demo: Path) -> None:
+    with pytest.raises(VipoError, match=re.escape(told)):
+        app(["sample", str(demo / arguments[0]), *arguments[1:]], standalone_mode=False)
+
+
+def test_clips_are_drawn_frame_by_frame() -> None:
+    clips = torch.rand(2, 2, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    sheet = side_by_side(["a fox"], ("base", "vipo-s0"), clips)
+    scale, height, width = 48, 192, 288
+    assert sheet.shape == (3, 3, 8 + 20 + 2 * (height + 8) + 8, 72 + 2 * (width + 8) + 8)
+    cell = sheet[1, :, 28 + height + 8 :, 80 + width + 8 :][:, :height:scale, :width:scale]
+    assert torch.equal((cell * 255).round(), (clips[1, 1, 1] * 255).round())
 
 
 @pytest.fixture

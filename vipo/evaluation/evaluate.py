@@ -186,19 +186,21 @@ def save_sample(image: Tensor, path: Path, frame_rate: int | None = None) -> Non
 
     Args:
         image: in [0, 1], multiples of 1/255: the file is lossless.
-        path: with suffix ``.png``.
+        path: of the file, whatever its suffix.
         frame_rate: of a video, frames per second.
     """
     pixels = (image * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
     if image.ndim == 3:
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path, format="PNG")
         return
     first, *others = (Image.fromarray(frame) for frame in pixels)
     # Pillow merges equal neighbours of equal blending into one long frame. Over and source are the same without
     # transparency, so that alternating them keeps every frame.
     blend = [number % 2 for number in range(len(pixels))]
     duration = 1000 / (frame_rate or 1)
-    first.save(path, save_all=True, append_images=others, duration=[duration] * len(pixels), blend=blend, loop=0)
+    first.save(
+        path, format="PNG", save_all=True, append_images=others, duration=[duration] * len(pixels), blend=blend, loop=0
+    )
 
 
 def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:

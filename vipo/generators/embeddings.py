@@ -27,6 +27,31 @@ _ENCODERS = ("text_encoder", "tokenizer")
 
 
 @without_loading_bars()
+def encode_prompts(config: GeneratorConfig, root: Path, prompts: Sequence[Prompt]) -> dict[str, dict[str, Tensor]]:
+    """Conditioning by prompt id, as `load_embeddings` gives it, without a file; prompts encoded alike are warned of.
+
+    Args:
+        config: the generator whose text encoders are run.
+        root: repository root, for relative paths.
+        prompts: at least one.
+
+    Raises:
+        GeneratorError: the device is absent, the generator's text encoders cannot be loaded, or they make other
+            tensors than its network takes.
+    """
+    check_device(config)
+    adapter = resolve_class(config)
+    adapter.check(config, root)
+    encoded = adapter.encode_prompts(config, root, [prompt.text for prompt in prompts])
+    if len(encoded) != len(prompts):
+        raise GeneratorError(f"generator.family {config.family!r}: {len(encoded)} encodings of {len(prompts)} prompts")
+    found = {prompt.id: row for prompt, row in zip(prompts, encoded, strict=True)}
+    widths = adapter.conditioning_widths(config, root)
+    _check_conditioning(f"{config.path}: the text encoders' output", found, widths)
+    _warn_of_twins(prompts, encoded)
+    return found
+
+
 def encode_prompt_file(
     config: GeneratorConfig, root: Path, prompts: Path, output: Path, identity: Mapping[str, Any]
 ) -> None:
@@ -48,20 +73,11 @@ def encode_prompt_file(
             tensors than its network takes.
         PromptError: the prompt file is missing or damaged.
     """
-    check_device(config)
-    rows = read_prompts(prompts)
-    adapter, encoders = resolve_class(config), encoder_hashes(config, root)
-    adapter.check(config, root)
-    encoded = adapter.encode_prompts(config, root, [prompt.text for prompt in rows])
-    widths = adapter.conditioning_widths(config, root)
-    if len(encoded) != len(rows):
-        raise GeneratorError(f"generator.family {config.family!r}: {len(encoded)} encodings of {len(rows)} prompts")
-    told = f"{config.path}: the text encoders' output"
-    _check_conditioning(told, {prompt.id: row for prompt, row in zip(rows, encoded, strict=True)}, widths)
-    _warn_of_twins(rows, encoded)
+    # Before they are run: a change meanwhile does not go unnoticed.
+    encoders = encoder_hashes(config, root)
     tensors = {
-        name if name.startswith(NEGATIVE) else f"{prompt.id}/{name}": value.contiguous()
-        for prompt, conditioning in zip(rows, encoded, strict=True)
+        name if name.startswith(NEGATIVE) else f"{owner}/{name}": value.contiguous()
+        for owner, conditioning in encode_prompts(config, root, read_prompts(prompts)).items()
         for name, value in conditioning.items()
     }
     with atomic_file(output) as temporary:
