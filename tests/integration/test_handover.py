@@ -377,6 +377,8 @@ def test_the_commands_of_the_documentation(
             assert json.loads(shown)["training"]["same_weights"] is False
         elif command.startswith("diff"):
             assert "## Evaluation: held-out scores" in shown
+        elif command.startswith("sample"):
+            assert Image.open(shown.strip()).format == "PNG"
         else:
             assert ModelCard.load(Path(shown.strip()) / "README.md").data.license
     shutil.rmtree(demo / "export", ignore_errors=True)
