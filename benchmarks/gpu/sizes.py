@@ -53,7 +53,12 @@ def _update(transitions: int, micro_batch: int) -> tuple[str, ...]:
     )
 
 
-_LORA = ("training.lora={rank: 16, alpha: 16}", "training.gradient_checkpointing=true", "generator.precision=bf16")
+_LORA = (
+    "training.lora={rank: 16, alpha: 16}",
+    "training.gradient_checkpointing=true",
+    "generator.precision=bf16",
+    "generator.weights=bf16",
+)
 _DINO = f"perception.backbone='{_HERE}:dinov2_large'"
 
 REAL: Mapping[str, Size] = MappingProxyType(

@@ -156,6 +156,44 @@ def test_a_prediction_is_the_same_with_and_without_gradients(
 
 
 @FAMILIES
+def test_frozen_weights_in_bf16_predict_the_same_bits_under_lora(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Autocast rounds them at every call in any case; the adapter stays fp32, when it is made and when it is loaded."""
+    found, made_at_first = [], []
+    for weights in ("bf16", "fp32"):
+        config = _config(family, folders[family], precision="bf16", weights=weights)
+        generator = load_generator(config, ROOT)
+        generator.add_lora(LoraConfig(rank=2, alpha=4.0), seed=0)
+        adapter = {n: v for n, v in generator.network.named_parameters() if ".lora_" in n}
+        assert adapter
+        held = {v.dtype for n, v in generator.network.named_parameters() if v.ndim == 2 and n not in adapter}
+        assert (torch.bfloat16 in held) == (weights == "bf16")
+        assert {value.dtype for value in adapter.values()} == {torch.float32}
+        made_at_first.append({name: value.detach().clone() for name, value in adapter.items()})
+        if weights == "bf16":
+            with torch.no_grad():
+                for number, value in enumerate(adapter.values()):
+                    value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(number)) / 10)
+            generator.save_network(tmp_path)
+        other = load_generator(config, ROOT)
+        other.load_network(tmp_path)
+        for made in (generator, other) if weights == "bf16" else (other,):
+            with torch.no_grad():
+                found.append(made.predict(_noise(made), torch.full((2,), 0.7), _conditioning(config)))
+    before = load_generator(_config(family, folders[family], precision="bf16"), ROOT)
+    with torch.no_grad():
+        assert not torch.equal(
+            before.predict(_noise(before), torch.full((2,), 0.7), _conditioning(before.config)), found[0]
+        )
+    # Loaded, the scale is in B.
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=0)
+    assert torch.equal(found[1], found[2])
+    bf16, fp32 = made_at_first
+    assert all(torch.equal(value, fp32[name].bfloat16().float()) for name, value in bf16.items())
+
+
+@FAMILIES
 def test_full_weights_load_into_the_stock_pipeline(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     config = _config(family, folders[family])
     generator = load_generator(config, ROOT)

@@ -57,6 +57,7 @@ COMBINATIONS: dict[str, list[str]] = {
     "reward_map-batch-best_of": ["arm=reward_map", "objective.std=batch", *MANY],
     "paper": ["arm=vipo_paper", "training.transition_choice=shared", "training.epochs=2"],
     "bf16": ["arm=vipo", "generator.precision=bf16", *MANY],
+    "bf16-weights": ["arm=vipo", "generator.precision=bf16", "generator.weights=bf16", LORA, *MANY],
     "no-clip-first": ["arm=uniform", "objective.clip.side=none", "training.transition_choice=first"],
 }
 

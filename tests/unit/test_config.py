@@ -349,6 +349,17 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
             ["evaluation: prompts 1000000 * samples_per_prompt 2 is 2000000 samples"],
         ),
         (["evaluation.prompts=400000", "evaluation.steps=1000"], ["evaluation.prompts * ", "for 5 sets of weights"]),
+        (["generator.weights=bf16"], ["generator", "weights bf16 needs precision bf16"]),
+        (["generator.weights=bf16", "generator.precision=bf16"], ["weights bf16 needs training.lora"]),
+        (
+            [
+                "generator.weights=bf16",
+                "generator.precision=bf16",
+                "training.lora={}",
+                "distribution={strategy: fsdp, processes: 2}",
+            ],
+            ["weights bf16 and distribution.strategy fsdp"],
+        ),
         (["generator.frames=16384", "generator.height=1024"], ["generator", "1073741824 pixels"]),
         (["seed=" + "9" * 5000], ["4300 digits", "… of"]),
         (["experiment.title=" + "[" * 2000 + "]" * 2000], ["nested too deeply"]),

@@ -36,6 +36,11 @@ class GeneratorConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
     )
+    weights: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="In what the network's frozen weights are held, under training.lora. bf16 halves them; needs "
+        "precision bf16, which computes with them in bf16 in either case. What is trained is fp32.",
+    )
     device: str = Field(
         "cpu",
         pattern=DEVICE,
@@ -51,6 +56,14 @@ class GeneratorConfig(Section):
     @classmethod
     def _commit(cls, value: str | None) -> str | None:
         return pinned(value)
+
+    @model_validator(mode="after")
+    def _computed_as_held(self) -> Self:
+        if self.weights == "bf16" and self.precision != "bf16":
+            raise ValueError(
+                "weights bf16 needs precision bf16: in fp32 the network would compute with weights that were rounded"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

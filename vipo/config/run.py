@@ -65,6 +65,21 @@ class Config(Section):
                 raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
         return self
 
+    @model_validator(mode="after")
+    def _trains_in_fp32(self) -> Self:
+        if self.generator.weights == "bf16" and not self.is_base:
+            if self.training.lora is None:
+                raise ValueError(
+                    "generator.weights bf16 needs training.lora: AdamW on bf16 weights rounds small updates away; set "
+                    "training.lora={} or generator.weights=fp32"
+                )
+            if self.distribution.strategy == "fsdp":
+                raise ValueError(
+                    "generator.weights bf16 and distribution.strategy fsdp: shards hold one precision; set "
+                    "generator.weights=fp32 (gathered in bf16), or distribution.strategy=ddp"
+                )
+        return self
+
     @field_validator("evaluation")
     @classmethod
     def _with_trained_rewards(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:

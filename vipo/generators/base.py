@@ -237,10 +237,15 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
     """Load the configured generator on its device.
 
     Raises:
-        GeneratorError: the checkpoint cannot be loaded, or the device is absent; whatever the adapter raises.
+        GeneratorError: the checkpoint cannot be loaded, the device is absent, or the adapter does not hold weights as
+            `config.weights` says; whatever the adapter raises.
     """
     check_device(config)
     generator = resolve_class(config).load(config, root)
+    if config.weights == "bf16" and all(value.dtype != torch.bfloat16 for value in generator.network.parameters()):
+        raise GeneratorError(
+            f"generator.weights bf16: family {config.family!r} holds its weights in fp32; set generator.weights=fp32"
+        )
     if config.family not in FAMILIES and generator.timesteps is not None:
         generator.timesteps = _guarded_timesteps(generator.timesteps, config)
     return generator

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from peft import LoraConfig as PeftLoraConfig
-from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig
@@ -75,6 +77,8 @@ class PipelineGenerator(Generator):
         ]
         # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
         parts[0].register_to_config(_name_or_path=config.path)
+        if config.weights == "bf16":
+            hold_in_bf16(parts[0])
         return cls(config, *parts)
 
     @classmethod
@@ -210,6 +214,14 @@ class PipelineGenerator(Generator):
                 )
             except ValueError as error:
                 raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
+        self._adapter_in_fp32()
+
+    def _adapter_in_fp32(self) -> None:
+        # peft gives an adapter the type of the weights beside it.
+        for module in self.network.modules():
+            if isinstance(module, LoraLayer):
+                module.lora_A.float()
+                module.lora_B.float()
 
     def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         if getattr(self.network, "peft_config", None):
@@ -247,10 +259,27 @@ class PipelineGenerator(Generator):
         try:
             check_file(folder / LORA_FILE, self.network, self.network_folder)
             self.network.load_lora_adapter(folder, prefix=self.network_folder, use_safetensors=True)
+            if self.config.weights == "bf16":
+                self._adapter_in_fp32()
+                stored = load_file(folder / LORA_FILE, device=str(self.device))
+                layers = {name.removeprefix(f"{self.network_folder}."): value for name, value in stored.items()}
+                (name,) = self.network.peft_config
+                set_peft_model_state_dict(self.network, layers, name)
         except GeneratorError:
             raise
         except Exception as error:
             raise GeneratorError(f"{folder}: trained weights cannot be loaded: {error}; train the run again") from error
+
+
+def hold_in_bf16(network: nn.Module) -> None:
+    """Round in place the weights that autocast would round at every call: those of linear layers and convolutions.
+
+    Norms, embeddings and whatever else a network adds or multiplies by stay fp32, so that its predictions under
+    autocast keep their bits. A layer at a time: main memory never holds both copies.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            module.to(torch.bfloat16)
 
 
 def refuse_settings(location: Path | str, part: str, settings: Any, keys: Mapping[str, str]) -> None:
