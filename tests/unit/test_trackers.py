@@ -9,21 +9,27 @@ import signal
 import socket
 import struct
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vipo.config.compose import ConfigError, load_config
+from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.registries import TRACKERS
 from vipo.config.run import Config
+from vipo.config.tracking import TrackingConfig
 from vipo.imports import check_imports
 from vipo.tracking.rows import Rows, TrackingError
 from vipo.tracking.tracker import Row, TrackedRun
 from vipo.tracking.trackers import Trackers, check_tracker, sheet_path
 
+ROOT = repository_root()
+PAGE, README = (ROOT / "docs" / "tracking.md").read_text(), (ROOT / "README.md").read_text()
 MODULE = f"{__name__}:"
 
 
@@ -158,42 +164,66 @@ def test_a_library_changes_nothing_of_the_process(tmp_path: Path, name: str) -> 
     before = process()
     _run(tmp_path, _config(name), 0, 2, 1.0)
     assert process() == before
-    assert any((tmp_path / "trackers" / name).iterdir())
+    made = [path for path in (tmp_path / "trackers" / name).rglob("*") if not path.is_dir()]
+    assert made
+    assert not [path for path in made if path.is_symlink()]
 
 
-class Board:
-    """A third party's tracker, in as many lines as the documentation shows."""
+@pytest.fixture
+def notes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The import path of the page's example."""
+    ((name, code),) = re.findall(r"Save this as `(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, re.DOTALL)
+    folder = tmp_path_factory.mktemp("example")
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    return f"{name}:Notes"
 
+
+def test_the_pages_example_shows_the_resumed_run_alone(notes: str, tmp_path: Path) -> None:
+    section = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0])["tracking"]
+    assert notes in TrackingConfig(**section).trackers
+    check_imports(_config(notes))
+    _killed_and_resumed(tmp_path, notes)
+    text = (tmp_path / "trackers" / "my_trackers.Notes" / "notes.txt").read_text()
+    assert text == "1 -1.000\n2 -1.000 000002.png\n3 -1.000\n4 2.000 000004.png\n5 2.000\n6 2.000 000006.png\n"
+
+
+def test_the_pages_commands_are_the_viewers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow.cli
+    import wandb.cli.cli
+    from tensorboard import default, program
+
+    board = program.TensorBoard(plugins=default.get_plugins())
+    (shown,) = set(re.findall(r"tensorboard --logdir \S*\w", PAGE + README))
+    board.configure(argv=shown.split())
+    assert board.flags.logdir == "results/demo/runs"
+    monkeypatch.chdir(tmp_path)
+    for group, pattern in ((wandb.cli.cli.cli, r"`wandb (sync \S+)`"), (mlflow.cli.cli, r" mlflow (ui \S+ \S+)`")):
+        command, *arguments = re.findall(pattern, PAGE)[0].split()
+        Path(arguments[-1]).mkdir(parents=True)
+        found = group.get_command(None, command)
+        assert found.make_context(command, arguments).params
+
+
+def test_the_page_lists_every_tracker_that_ships() -> None:
+    table = PAGE.split("## Trackers that ship")[1].split("\n- ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == set(TRACKERS)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for name in TRACKERS if f"vipo[{name}]" in table} <= extras.keys()
+
+
+class Failing:
     def __init__(self, run: TrackedRun) -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        self.path = run.folder / "board.txt"
-        self.path.write_text("".join(self.line(row) for row in run.history))
+        pass
 
-    def line(self, row: Row) -> str:
-        return f"{row.update} {row.values['reward/mean']} {','.join(row.pictures)}\n"
-
-    def log(self, row: Row) -> None:
-        with self.path.open("a") as stream:
-            stream.write(self.line(row))
-
-    def close(self) -> None:
-        with self.path.open("a") as stream:
-            stream.write("end\n")
-
-
-def test_a_tracker_by_import_path(tmp_path: Path) -> None:
-    _killed_and_resumed(tmp_path, f"{MODULE}Board")
-    text = (tmp_path / "trackers" / f"{__name__}.Board" / "board.txt").read_text()
-    assert text == "1 -1.0 \n2 -1.0 samples\n3 -1.0 \n4 2.0 samples\n5 2.0 \n6 2.0 samples\nend\n"
-
-
-class Failing(Board):
     def log(self, row: Row) -> None:
         random.seed(0)
         os.environ["CHANGED"] = "1"
         if row.update == 2:
             raise ConnectionError("the network is down")
-        super().log(row)
+
+    def close(self) -> None:
+        raise AssertionError("it was left out before")
 
 
 class Refusing:

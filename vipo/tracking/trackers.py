@@ -112,7 +112,7 @@ def _checked(made: Any) -> Tracker:
     for method in ("log", "close"):
         if not callable(getattr(made, method, None)):
             raise TrackingError(f"gives {type(made).__name__}, which has no method {method!r}")
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _path(name: str) -> str:

@@ -47,6 +47,10 @@ class WeightsAndBiases:
                 x_save_requirements=False,
             ),
         )
+        # To its service's own log, by a path that a copy of the run does not have.
+        for path in run.folder.rglob("*"):
+            if path.is_symlink():
+                path.unlink()
         for row in run.history:
             self.log(row)
 

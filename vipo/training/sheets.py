@@ -48,7 +48,7 @@ def _draw(path: Path, rollouts: Rollouts, pictures: list[Tensor], weights: Tenso
     sheet = sample_sheet(groups)
     try:
         with atomic_file(path) as partial:
-            sheet.save(partial, format="PNG")
+            sheet.save(partial, format="PNG", compress_level=1)
     except StorageError as error:
         log.warning("%s The run goes on without this sheet.", error)
 
