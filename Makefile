@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
 export PYTHON TORCH
 
-.PHONY: help env demo gpu study dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
+.PHONY: help env demo gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
   sif test-image test-fresh lock clean
 
 help:  ## this list
@@ -53,6 +53,9 @@ study: env  ## the study behind docs/method.md: does the map direct credit? (a f
 
 gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md
 	benchmarks/gpu/run.sh
+
+schemas: env  ## configs/schema again, after a change of a configuration section
+	vipo config --schemas configs/schema
 
 dvc-yaml: env  ## dvc.yaml again, after a change of the rules or of what configs/experiment/demo.yaml is composed of
 	python workflow/dvc_yaml.py

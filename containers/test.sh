@@ -62,7 +62,7 @@ git archive HEAD | tar -x -C "$work/here"
 # Everything but what tells of time, machine and place.
 deterministic() {
   (cd "$1/demo" && find prompts embeddings runs evaluation -type f \
-    ! -path '*/tb/*' ! -path '*/checkpoints/*' ! -path '*/.*' ! -name provenance.json ! -name timing.jsonl \
+    ! -path '*/tb/*' ! -path '*/sheets/*' ! -path '*/trackers/*' ! -path '*/checkpoints/*' ! -path '*/.*' ! -name provenance.json ! -name timing.jsonl \
     -exec sha256sum {} +) | sort -k 2
 }
 diff <(deterministic "$work/results") <(deterministic "$work/here/results")

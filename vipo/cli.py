@@ -96,9 +96,17 @@ def _say(text: object) -> None:
 def config(
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a configuration instead.")] = False,
+    schemas: Annotated[
+        Path | None, typer.Option("--schemas", help="Write what editors check files of configs/ by into this folder.")
+    ] = None,
 ) -> None:
     """Print the resolved, validated configuration as YAML."""
-    if schema:
+    if schemas is not None:
+        from vipo.config.schemas import write_editor_schemas
+
+        for path in write_editor_schemas(schemas):
+            _say(path)
+    elif schema:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))
     else:
         typer.echo(dump_config(_checked(overrides, None)), nl=False)

@@ -5,9 +5,9 @@ from vipo.foreign import is_import_path
 
 
 def check_imports(config: Config) -> None:
-    """Import what a configuration names by import path: prompt source, generator, backbone, rewards.
+    """Import what a configuration names by import path: prompt source, generator, backbone, rewards, trackers.
 
-    Registered names need no trial, and nothing is imported for them.
+    Registered names need no trial, and nothing is imported for them; of trackers, whether their package is there.
 
     Raises:
         VipoError: of the part's own kind; one cannot be imported, or is not what it should be.
@@ -29,3 +29,8 @@ def check_imports(config: Config) -> None:
             from vipo.rewards import find_reward
 
             find_reward(name)
+    if config.tracking.trackers:
+        from vipo.tracking.trackers import check_tracker
+
+        for name in config.tracking.trackers:
+            check_tracker(name)

@@ -24,7 +24,7 @@ from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import policy_transition, rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
-from vipo.tracking import Timer
+from vipo.tracking.timer import Timer
 from vipo.training.setup import Setup, set_up
 from vipo.training.update import update
 

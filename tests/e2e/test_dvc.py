@@ -32,7 +32,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "training": {"updates": 2, "group_size": 4, "micro_batch": 4, "trained_transitions": 2, "save_at": [1, 6]},
     "evaluation": {"prompts": 4, "samples_per_prompt": 1, "steps": 2, "bootstrap": 100},
 }
-VOLATILE = ("provenance.json", "timing.jsonl", "tb", "checkpoints", "index.html", "ro-crate-metadata.json", "logs")
+VOLATILE = (
+    *("provenance.json", "timing.jsonl", "tb", "sheets", "trackers", "checkpoints"),
+    *("index.html", "ro-crate-metadata.json", "logs"),
+)
 
 
 def _run(project: Path, *command: str | Path, code: int = 0) -> str:

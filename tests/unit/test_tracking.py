@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vipo.tracking import Timer, Tracker, TrackingError
+from vipo.tracking.rows import Rows, TrackingError
+from vipo.tracking.timer import Timer
 
 
 def _metrics(update: int) -> dict[str, float]:
@@ -18,9 +18,9 @@ def _metrics(update: int) -> dict[str, float]:
 
 
 def _run(folder: Path, start: int, stop: int) -> None:
-    with Tracker(folder, start) as tracker:
+    with Rows(folder, start) as rows:
         for update in range(start + 1, stop + 1):
-            tracker.log(update, _metrics(update), {"time/rollout": update * 0.25})
+            rows.log(update, _metrics(update), {"time/rollout": update * 0.25})
 
 
 def test_rows_are_sorted_and_exact(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_rows_that_the_checkpoint_has_seen_must_be_there(tmp_path: Path) -> None
     damaged = "".join([*lines[:2], "x" + lines[2][1:], *lines[3:]])
     path.write_text(damaged)
     with pytest.raises(TrackingError, match=r"metrics\.jsonl: readable up to update 2, .* has done 4"):
-        Tracker(tmp_path, 4)
+        Rows(tmp_path, 4)
     assert path.read_text() == damaged
 
 
@@ -71,7 +71,7 @@ def test_a_last_row_without_its_end_is_no_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(TrackingError, match="readable up to update 1,"):
-        Tracker(tmp_path, 2)
+        Rows(tmp_path, 2)
 
 
 def test_lost_times_stop_nothing(tmp_path: Path) -> None:
@@ -83,72 +83,65 @@ def test_lost_times_stop_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_named_and_nothing_written(tmp_path: Path, value: float) -> None:
-    with Tracker(tmp_path, 0) as tracker:
+    with Rows(tmp_path, 0) as rows:
         with pytest.raises(ValueError, match=r"'reward/mean' is .* at update 1"):
-            tracker.log(1, {"grad/norm": 1.0, "reward/mean": value}, {})
+            rows.log(1, {"grad/norm": 1.0, "reward/mean": value}, {})
         with pytest.raises(ValueError, match="'time/learn' is"):
-            tracker.log(1, {"grad/norm": 1.0}, {"time/learn": value})
-        tracker.log(1, {"grad/norm": 1.0}, {})
+            rows.log(1, {"grad/norm": 1.0}, {"time/learn": value})
+        rows.log(1, {"grad/norm": 1.0}, {})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"grad/norm": 1.0, "update": 1}\n'
 
 
 @pytest.mark.parametrize("update", [-1, 0, 2])
 def test_rows_have_no_gaps(tmp_path: Path, update: int) -> None:
-    with Tracker(tmp_path, 0) as tracker, pytest.raises(ValueError, match=f"update {update} does not follow update 0"):
-        tracker.log(update, {}, {})
+    with Rows(tmp_path, 0) as rows, pytest.raises(ValueError, match=f"update {update} does not follow update 0"):
+        rows.log(update, {}, {})
 
 
 def test_a_value_cannot_replace_the_row_number(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 0) as tracker, pytest.raises(ValueError, match="'update' numbers the row"):
-        tracker.log(1, {"update": 3.0}, {})
+    with Rows(tmp_path, 0) as rows, pytest.raises(ValueError, match="'update' numbers the row"):
+        rows.log(1, {"update": 3.0}, {})
 
 
 def test_a_refused_write_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with Tracker(tmp_path, 0) as tracker, monkeypatch.context() as patch:
+    with Rows(tmp_path, 0) as rows, monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(TrackingError, match=r"No space left on device.*free disk space"):
-            tracker.flush()
+            rows.flush()
 
 
 def test_rows_are_visible_before_flush(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 0) as tracker:
-        tracker.log(1, _metrics(1), {})
+    with Rows(tmp_path, 0) as rows:
+        rows.log(1, _metrics(1), {})
         assert json.loads((tmp_path / "metrics.jsonl").read_text())["update"] == 1
 
 
 def test_metrics_outlive_their_file(tmp_path: Path) -> None:
     """A workflow deletes the outputs of a job that it takes for dead; the job's last checkpoint needs them."""
     _run(tmp_path, 0, 3)
-    with Tracker(tmp_path, 2) as tracker:
+    with Rows(tmp_path, 2) as rows:
         for update in (3, 4):
-            tracker.log(update, _metrics(update), {})
+            rows.log(update, _metrics(update), {})
         whole = (tmp_path / "metrics.jsonl").read_text()
         (tmp_path / "metrics.jsonl").unlink()
-        tracker.flush()
-        assert tracker.metrics == whole
+        rows.flush()
+        assert rows.metrics == whole
     assert whole.count("\n") == 4
 
 
-def test_tensorboard_shows_the_resumed_run_alone(tmp_path: Path) -> None:
-    with Tracker(tmp_path, 0) as tracker:
-        for update in range(1, 6):
-            tracker.log(update, {"reward/mean": -1.0}, {})
-    with Tracker(tmp_path, 3) as tracker:
-        for update in range(4, 7):
-            tracker.log(update, {"reward/mean": 2.0}, {"time/rollout": 1.0})
-    board = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("reward/mean")] == [
-        (1, -1.0),
-        (2, -1.0),
-        (3, -1.0),
-        (4, 2.0),
-        (5, 2.0),
-        (6, 2.0),
-    ]
-    assert [event.step for event in board.Scalars("time/rollout")] == [4, 5, 6]
+def test_history_is_what_the_checkpoint_has_seen_and_times_that_are_left(tmp_path: Path) -> None:
+    _run(tmp_path, 0, 4)
+    timing = tmp_path / "timing.jsonl"
+    timing.write_text("".join(timing.read_text().splitlines(keepends=True)[:2]))
+    with Rows(tmp_path, 3) as rows:
+        assert rows.history() == [
+            {**_metrics(1), "time/rollout": 0.25},
+            {**_metrics(2), "time/rollout": 0.5},
+            _metrics(3),
+        ]
 
 
 def test_timer_adds_up_by_part_and_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,15 @@ REWARDS: Mapping[str, str] = MappingProxyType(
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
 
+TRACKERS: Mapping[str, str] = MappingProxyType(
+    {
+        "tensorboard": "vipo.tracking.tensorboard:TensorBoard",
+        "wandb": "vipo.tracking.wandb:WeightsAndBiases",
+        "mlflow": "vipo.tracking.mlflow:MLflow",
+    }
+)
+"""Trackers by name, each with the import path of what makes it; one line each, an import path needs none."""
+
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
 """Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""
 

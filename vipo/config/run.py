@@ -15,6 +15,7 @@ from vipo.config.resources import ClusterConfig
 from vipo.config.reward import RewardConfig
 from vipo.config.sampling import SamplingConfig
 from vipo.config.section import MOST_CALLS, Section, Seed
+from vipo.config.tracking import TrackingConfig
 from vipo.config.training import DistributionConfig, OptimizerConfig, TrainingConfig
 
 
@@ -35,6 +36,7 @@ class Config(Section):
     distribution: DistributionConfig = DistributionConfig()
     evaluation: EvaluationConfig
     cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 
     @model_validator(mode="after")
@@ -123,10 +125,12 @@ class Config(Section):
     def training_identity(self) -> dict[str, Any]:
         """The sections that decide a training run's result; a checkpoint belongs to exactly one such value.
 
-        Checkpoint frequency and how many are kept change nothing in the result and are left out, and so are the
-        processes: a run goes on with another number of them.
+        Checkpoint frequency and how many are kept change nothing in the result and are left out, and so are trackers
+        and the processes: a run goes on with others of them.
         """
-        data = self.model_dump(mode="json", exclude={"experiment", "distribution", "evaluation", "cluster", "pretrain"})
+        data = self.model_dump(
+            mode="json", exclude={"experiment", "distribution", "evaluation", "cluster", "tracking", "pretrain"}
+        )
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
         return data

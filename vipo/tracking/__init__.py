@@ -1,10 +1,5 @@
-"""What a run reports while it trains: JSON lines always, TensorBoard beside.
+"""What a run reports while it trains: rows of numbers always, and trackers, which are plug-ins.
 
-``metrics.jsonl`` holds deterministic values only and is part of the equality contract; ``timing.jsonl`` and
-``tb/`` (times, memory) are volatile.
+``metrics.jsonl`` holds deterministic values only and is part of the equality contract; ``timing.jsonl``, ``sheets/``
+and what trackers write (``tb/``, ``trackers/``) are volatile. Libraries are imported where a tracker is made.
 """
-
-from vipo.tracking.timer import Timer
-from vipo.tracking.tracker import Tracker, TrackingError
-
-__all__ = ["Timer", "Tracker", "TrackingError"]

@@ -14,9 +14,11 @@ from vipo.errors import Preempted
 from vipo.memory import memory_errors
 from vipo.provenance import code_identity, record_stage, run_lock
 from vipo.signals import handled
-from vipo.tracking import Tracker
 from vipo.tracking.progress import progress_bar
+from vipo.tracking.rows import Rows
+from vipo.tracking.trackers import Trackers
 from vipo.training.setup import Setup, embeddings_path, prompts_path, set_up
+from vipo.training.sheets import sheet_of
 from vipo.training.state import (
     UNKNOWN_CODE,
     check_weights,
@@ -90,7 +92,10 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
         # A checkpoint of an earlier format does not tell.
         made_by = [] if newest is None else list(newest.state.get("code", [UNKNOWN_CODE]))
         first = None if newest is None else json.loads(newest.state["metrics"].splitlines()[0])["reward/mean"]
-        tracker = stack.enter_context(Tracker(setup.folder, done)) if main else None
+        rows = stack.enter_context(Rows(setup.folder, done)) if main else None
+        trackers = None
+        if rows is not None:
+            trackers = stack.enter_context(Trackers(setup.config, setup.folder, rows.history()))
         progress = stack.enter_context(
             progress_bar(
                 total=training.updates,
@@ -103,19 +108,22 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
 
         def save() -> None:
             state = {}
-            if tracker is not None:
-                tracker.flush()
+            if rows is not None:
+                rows.flush()
                 # The metrics travel with the checkpoint: a workflow that deletes a killed job's outputs loses nothing.
-                state = {"identity": identity, "metrics": tracker.metrics, "code": made_by}
+                state = {"identity": identity, "metrics": rows.metrics, "code": made_by}
             save_state(setup, done, state)
 
         try:
             for number in range(done + 1, training.updates + 1):
                 with setup.timer("total"), memory_errors(f"update {number}", _UPDATE_REMEDY):
-                    metrics = update(setup, number, stop.if_asked)
+                    metrics = update(setup, number, stop.if_asked, sheet_of(setup, number))
                 done, first = number, metrics["reward/mean"] if first is None else first
-                if tracker is not None:
-                    tracker.log(number, metrics, _timing(setup))
+                if rows is not None and trackers is not None:
+                    timing = _timing(setup)
+                    rows.log(number, metrics, timing)
+                    with setup.timer("track"):
+                        trackers.log(number, metrics | timing)
                     if code["package_sha256"] not in packages(made_by):
                         made_by.append(code)
                 progress.set_postfix(
@@ -149,7 +157,9 @@ def packages(made_by: list[dict[str, Any]]) -> list[str | None]:
 
 def _timing(setup: Setup) -> dict[str, float]:
     parts = setup.timer.pop()
-    inside = sum(seconds for name, seconds in parts.items() if name not in ("time/total", "time/checkpoint"))
+    # The last two are of what followed the update before.
+    outside = ("time/total", "time/checkpoint", "time/track")
+    inside = sum(seconds for name, seconds in parts.items() if name not in outside)
     if setup.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(setup.device)
     else:

@@ -21,7 +21,7 @@ from vipo.perception.backbones import NOT_MEASURED
 from vipo.prompts import Prompt, read_prompts
 from vipo.rewards import Reward, load_reward, score
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
-from vipo.tracking import Timer
+from vipo.tracking.timer import Timer
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.samples import update_prompts

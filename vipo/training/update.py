@@ -65,13 +65,23 @@ class Credit:
     metrics: dict[str, float]
 
 
-def update(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lambda finished: None) -> dict[str, float]:
+Show = Callable[[Rollouts, list[Tensor], Tensor | None], None]
+"""Shows an update's samples to people: this process's pictures by batch, and the weights of all its samples."""
+
+
+def update(
+    setup: Setup,
+    number: int,
+    stop_if_asked: Callable[[int], None] = lambda finished: None,
+    show: Show | None = None,
+) -> dict[str, float]:
     """One update of the policy.
 
     Args:
         setup: the run.
         number: which update, from 1; with the seed it keys every draw.
         stop_if_asked: called between micro-batches with the number of the last finished update; may raise.
+        show: called before the pictures are let go of; changes nothing.
 
     Returns:
         The update's metrics: deterministic values only.
@@ -86,6 +96,9 @@ def update(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lam
         rewards = score_samples(setup, rollouts, pictures)
     with setup.timer("map"):
         credit = assign_credit(setup, rollouts, pictures, number)
+    if show is not None:
+        with setup.timer("sheet"):
+            show(rollouts, pictures, credit.weights)
     # The pictures of an update are many, and learning is where memory peaks.
     del pictures
     scalar = form_advantages(setup, rollouts, rewards, credit, number)
