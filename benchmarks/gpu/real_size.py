@@ -19,9 +19,12 @@ from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Size
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
+from vipo.config.credit import CreditConfig
+from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
+from vipo.objectives import load_objective
 from vipo.sampling.noise import keyed_normal
-from vipo.sampling.rollout import policy_transition, rollout
+from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
 from vipo.tracking.timer import Timer
@@ -124,8 +127,9 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     if matmul_tflops is not None:
         record.put("achieved_over_matmul", round(flops / total / 1e12 / matmul_tflops, 4))
 
-    scalar = config.objective.model_copy(update={"map": "none", "ratio": "sample"})
-    plain = replace(setup, structuring=None, config=config.model_copy(update={"objective": scalar}))
+    scalar = config.objective.model_copy(update={"ratio": "sample"})
+    plain_config = config.model_copy(update={"objective": scalar, "credit": CreditConfig(sources=())})
+    plain = replace(setup, sources={}, objective=load_objective(scalar), config=plain_config)
     record.put("scalar_baseline_seconds", round(seconds_of(lambda: update(plain, 3), device), 3))
     timer.pop()
     record.put("plain_loop_seconds", round(seconds_of(lambda: plain_update(setup), device), 3))
@@ -184,8 +188,10 @@ def plain_update(setup: Setup) -> None:
     for (path, _, weights), advantage in zip(found, advantages, strict=True):
         for step in range(transitions):
             index = torch.tensor([step], device=setup.device)
-            moved = policy_transition(generator, conditioning, path, index, chain)
-            new, old = (position_log_prob(moved.value, mean, moved.std) for mean in (moved.mean, moved.old_mean))
+            latents, value, old_mean = path.at(index)
+            prediction = generator.predict(latents, chain.times[index], conditioning)
+            mean, std = chain.gaussian(latents, prediction, index)
+            new, old = (position_log_prob(value, each, std) for each in (mean, old_mean))
             loss = -((new - old).exp() * float(advantage) * weights).mean()
             (loss / (transitions * len(found))).backward()
     torch.nn.utils.clip_grad_norm_(setup.trainable.values(), 1.0)
@@ -194,8 +200,9 @@ def plain_update(setup: Setup) -> None:
 
 
 def _plain_map(setup: Setup, pictures: Tensor) -> np.ndarray:
-    assert setup.structuring is not None
-    backbone, (height, width) = setup.structuring.backbone, setup.generator.grid
+    source = setup.sources["backbone"]
+    assert isinstance(source, BackboneCredit)
+    backbone, (height, width) = source.structuring.backbone, setup.generator.grid
     maps = []
     for picture in pictures.unsqueeze(0) if pictures.ndim == 3 else pictures:
         cells = backbone(picture[None])[0].cpu().numpy()

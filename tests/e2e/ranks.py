@@ -35,12 +35,13 @@ def parts_of_an_update(setup: Any, number: int) -> dict[str, Tensor]:
 
     learn, step = room.learn, setup.optimizer.step
 
-    def seen_learn(setup: Any, batches: Any, advantages: Tensor, samples: Any, number: int) -> Any:
+    def seen_learn(setup: Any, lesson: Any) -> Any:
+        batches = lesson.batches
         rows = torch.tensor([row for batch in batches for row in batch.rows])
         latents = room.in_order(setup, torch.cat([batch.trajectory.latents for batch in batches]), batches)
         found["latents"] = latents if setup.distribution.processes > 1 else latents[rows.argsort()]
-        found["advantages"] = advantages
-        return learn(setup, batches, advantages, samples, number)
+        found["advantages"] = lesson.advantages
+        return learn(setup, lesson)
 
     def seen_step() -> None:
         count = sum(name.startswith("gradient/") for name in found) // len(setup.trainable)
@@ -59,7 +60,7 @@ def hang(call: int) -> None:
     """Let this process hang in its `call`-th call of learning."""
     from vipo.training import learn
 
-    sound, calls = learn.policy_transition, iter(range(1, 10_000))
+    sound, calls = learn.outcome_of, iter(range(1, 10_000))
 
     def hanging(*arguments: Any) -> Any:
         if next(calls) == call:
@@ -67,7 +68,7 @@ def hang(call: int) -> None:
             os._exit(9)
         return sound(*arguments)
 
-    learn.policy_transition = hanging
+    learn.outcome_of = hanging
 
 
 def fill_disk(call: int) -> None:
@@ -89,7 +90,8 @@ def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -
     """What one rank does; its exit status."""
     from vipo.config.compose import repository_root
     from vipo.errors import Preempted
-    from vipo.training.run import train, train_run
+    from vipo.training.recorded import train_run
+    from vipo.training.run import train
     from vipo.training.setup import set_up
     from vipo.training.state import run_identity
 
@@ -153,7 +155,7 @@ def main() -> None:
     import timm  # noqa: F401
 
     import vipo.generators.flux
-    import vipo.training.run  # noqa: F401
+    import vipo.training.recorded  # noqa: F401
 
     for job in json.loads(sys.argv[1]):
         job["results"] = Path(job["results"])

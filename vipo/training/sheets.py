@@ -27,14 +27,13 @@ def sheet_of(setup: Setup, number: int) -> Show | None:
     return functools.partial(_draw, sheet_path(setup.folder, number))
 
 
-def _draw(path: Path, rollouts: Rollouts, pictures: list[Tensor], weights: Tensor | None) -> None:
+def _draw(path: Path, rollouts: Rollouts, weights: Tensor | None) -> None:
     """Of the first prompts the first samples that this process drew; nothing is asked of the others."""
     from vipo.maps.sheet import ShownGroup, sample_sheet
 
     own: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
-    for batch, made in zip(rollouts.batches, pictures, strict=True):
-        for row, picture in zip(batch.rows, made, strict=True):
-            own[rollouts.samples[row].group].append((row, picture))
+    for row, picture in zip(rollouts.rows, rollouts.pictures, strict=True):
+        own[rollouts.samples[row].group].append((row, picture))
     groups = []
     for _, found in sorted(own.items())[:_GROUPS]:
         rows = sorted(found, key=lambda pair: rollouts.samples[pair[0]].index)[:_SAMPLES]
@@ -54,5 +53,8 @@ def _draw(path: Path, rollouts: Rollouts, pictures: list[Tensor], weights: Tenso
 
 
 def _still(sample: Tensor, dimensions: int) -> Tensor:
-    """Of a clip's frames or maps, the one in the middle: latent frame ``T // 2`` covers frame ``T // 2``."""
-    return sample[len(sample) // 2] if sample.ndim > dimensions else sample
+    """Of a clip's frames or maps, or of the maps of its transitions, the one in the middle: latent frame ``T // 2``
+    covers frame ``T // 2``."""
+    while sample.ndim > dimensions:
+        sample = sample[len(sample) // 2]
+    return sample
