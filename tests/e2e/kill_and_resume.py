@@ -1,6 +1,6 @@
 """Trains one run in forked children, each killed at a given moment or left to finish (used by test_resume).
 
-Forking from a process that has imported everything makes a kill cost a second instead of ten, so that many
+Forking from a process that has imported everything makes a kill cost a second instead of five, so that many
 different moments fit into a test. Prints one line per child: `killed` or `finished`.
 """
 
@@ -34,6 +34,10 @@ def main() -> None:
     A moment is null (let it finish) or ``[updates, seconds]``: kill that many seconds after ``metrics.jsonl``
     holds that many updates.
     """
+    # What a training loads, once.
+    import timm  # noqa: F401
+
+    import vipo.generators.flux  # noqa: F401
     from vipo.config.compose import load_config, repository_root
     from vipo.training.run import train_run
 
