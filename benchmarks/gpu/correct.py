@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -139,6 +138,20 @@ def _weight_difference(found: Setup, expected: Setup) -> float:
     return max(_largest(*pair) for pair in pairs)
 
 
+# `vipo train` that kills itself in the rollout of update 3: who watches it may look away until it has ended.
+_KILLED = """
+import os, signal
+from vipo.cli import main
+from vipo.training import run
+sound, batches = run.update, iter((False, True))
+def kill(finished):
+    if next(batches):
+        os.kill(os.getpid(), signal.SIGKILL)
+run.update = lambda setup, number, stop: sound(setup, number, kill if number == 3 else stop)
+main()
+"""
+
+
 def measure_bytes(record: Record, device: str, runs: Sequence[str] = ("first", "second", "killed")) -> None:
     """The same run twice, and once more killed in the middle and started again: what differs of what it wrote.
 
@@ -154,11 +167,11 @@ def measure_bytes(record: Record, device: str, runs: Sequence[str] = ("first", "
             prepare_stage(config, root, folder / run)
             encode_stage(config, root, folder / run)
             commands[run] = [sys.executable, "-m", "vipo.cli", "train", *overrides, "--results", str(folder / run)]
-        started = {run: _start(command, folder / f"{run}.log") for run, command in commands.items()}
-        checkpoints = folder / "killed" / config.experiment.name / "runs" / config.run_name / "checkpoints"
-        while started["killed"].poll() is None and not any(checkpoints.glob("0*2")):
-            time.sleep(0.01)
-        started["killed"].send_signal(signal.SIGKILL)
+        killed = [sys.executable, "-c", _KILLED, *commands["killed"][3:]]
+        started = {
+            run: _start(killed if run == "killed" else command, folder / f"{run}.log")
+            for run, command in commands.items()
+        }
         record.put("killed_while_running", started["killed"].wait() == -signal.SIGKILL)
         started["resumed"] = _start(commands["killed"], folder / "resumed.log")
         for run in (*(run for run in runs if run != "killed"), "resumed"):

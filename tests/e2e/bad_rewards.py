@@ -1,10 +1,12 @@
 """Rewards that misbehave, by import path: ``bad_rewards:raises`` and so on."""
 
+import contextlib
 import os
 import random
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,46 @@ class FillsDisk:
         return images.mean(dim=(1, 2, 3))
 
 
-class Paced:
-    """Brightness; a call takes ``PACE`` seconds and, while the file ``HOLD`` exists, does not return."""
+class Stands:
+    """Brightness; call ``STAND_AT`` takes the file ``STAND``, if it is there, and stands still until a signal comes.
+
+    So that a test knows where a run is, however long the test itself is held up. `standing` is there from then on. The
+    first call is the trial on one picture, before the first update.
+    """
 
     def __init__(self, device: str) -> None:
-        self.seconds = float(os.environ.get("PACE", "0"))
-        self.hold = Path(os.environ["HOLD"]) if "HOLD" in os.environ else None
+        self.calls, self.file = 0, Path(os.environ.get("STAND", os.devnull))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        time.sleep(self.seconds)
-        while self.hold is not None and self.hold.exists():
-            time.sleep(0.05)
+        self.calls += 1
+        if self.calls == int(os.environ.get("STAND_AT", "0")):
+            # Of several ranks one finds it; the others wait for that one.
+            with contextlib.suppress(FileNotFoundError), _noticed(signal.SIGTERM, signal.SIGUSR1) as came:
+                self.file.rename(standing(self.file))
+                while not came:
+                    time.sleep(0.05)
         return images.mean(dim=(1, 2, 3))
+
+
+def standing(file: Path) -> Path:
+    """What the file ``STAND`` is called as soon as a run stands still."""
+    return file.with_name(f"{file.name}-taken")
+
+
+@contextlib.contextmanager
+def _noticed(*numbers: int) -> Iterator[list[int]]:
+    """What comes of some signals in the block, which their handlers are told too."""
+    came: list[int] = []
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+
+    def notice(number: int, frame: Any) -> None:
+        came.append(number)
+        handlers[number](number, frame)
+
+    for number in numbers:
+        signal.signal(number, notice)
+    try:
+        yield came
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

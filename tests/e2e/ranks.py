@@ -2,11 +2,12 @@
 
     ranks.py JOBS
 
-JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n sends SIGTERM to
-the last rank alone after n updates; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an update instead,
-and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it begins;
-``hang_at`` n lets the last rank hang in the n-th call of learning for 20 s, and end then; ``full_at`` [r, n] lets the
-disk be full when rank r writes tensors for the n-th time. Prints the exit statuses of each job's ranks as a JSON line.
+JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n lets SIGTERM reach
+the last rank alone when it has made update n; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an
+update instead, and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it
+begins; ``hang_at`` n lets the last rank hang in the n-th call of learning until the first rank has ended; ``full_at``
+[r, n] lets the disk be full when rank r writes tensors for the n-th time. Prints the exit statuses of each job's ranks
+as a JSON line.
 """
 
 import errno
@@ -56,19 +57,40 @@ def parts_of_an_update(setup: Any, number: int) -> dict[str, Tensor]:
     return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
 
 
-def hang(call: int) -> None:
-    """Let this process hang in its `call`-th call of learning."""
+def hang(call: int, other: int) -> None:
+    """Let this process hang in its `call`-th call of learning, and end when the process `other` is gone."""
     from vipo.training import learn
 
     sound, calls = learn.outcome_of, iter(range(1, 10_000))
 
     def hanging(*arguments: Any) -> Any:
         if next(calls) == call:
-            time.sleep(20)
+            # The parent waits for the first rank first: what has ended is gone.
+            while psutil.pid_exists(other):
+                time.sleep(0.1)
             os._exit(9)
         return sound(*arguments)
 
     learn.outcome_of = hanging
+
+
+def signal_after(update: int, number: int, processes: list[int]) -> None:
+    """Let this process send signal `number` to `processes`, then to itself, as soon as it has made `update`.
+
+    Itself, because whoever watches it may look away for longer than all updates take.
+    """
+    from vipo.training import run
+
+    sound = run.update
+
+    def signalling(setup: Any, made: int, *rest: Any) -> Any:
+        metrics = sound(setup, made, *rest)
+        if made == update:
+            for process in (*processes, os.getpid()):
+                os.kill(process, number)
+        return metrics
+
+    run.update = signalling
 
 
 def fill_disk(call: int) -> None:
@@ -122,31 +144,29 @@ def train(world: int, results: Path, overrides: list[str], **spec: Any) -> list[
     from vipo.config.compose import load_config
 
     config = load_config([*overrides, f"distribution.processes={world}"])
-    metrics = results / "demo/runs" / config.run_name / "metrics.jsonl"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": free.getsockname()[1]}
-    children = []
+    children: list[int] = []
     for rank in range(world):
         child = os.fork()
         if child == 0:
             if world > 1:
                 group |= {"RANK": rank, "LOCAL_RANK": rank}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in group.items()}}
-            if "hang_at" in spec and rank == world - 1:
-                hang(spec["hang_at"])
+            last = rank == world - 1
+            if "hang_at" in spec and last:
+                hang(spec["hang_at"], children[0])
+            if "stop_at" in spec and last:
+                signal_after(spec["stop_at"], signal.SIGTERM, [])
+            if "kill_at" in spec and last:
+                signal_after(spec["kill_at"], signal.SIGKILL, children)
             if spec.get("full_at", [None])[0] == rank:
                 fill_disk(spec["full_at"][1])
             status = work(config, results / "demo", spec.get("parts"), spec.get("memory"))
             sys.stderr.flush()
             os._exit(status)
         children.append(child)
-    wanted = spec.get("stop_at", spec.get("kill_at"))
-    if wanted is not None:
-        while (metrics.read_bytes().count(b"\n") if metrics.is_file() else 0) < wanted:
-            time.sleep(0.002)
-        for child in children if "kill_at" in spec else children[-1:]:
-            os.kill(child, signal.SIGKILL if "kill_at" in spec else signal.SIGTERM)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
+from waits import SECONDS, eventually
 
 from vipo.config.compose import dump_config, load_config, repository_root
 from vipo.prompts.prompt import clean_text
@@ -582,16 +583,28 @@ def test_every_stage_leaves_a_locked_folder_alone(
 
 
 def test_a_stage_waits_and_then_ends_with_the_same_bytes(
-    vipo: Command, overrides: list[str], results: Path, monkeypatch: pytest.MonkeyPatch
+    vipo: Command,
+    overrides: list[str],
+    results: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert vipo("train", *overrides, "--results", results).code == 0
+    # With its record, it would be told as finished, which needs no lock.
+    (results / RUN / "provenance.json").unlink()
     before = files(results / RUN)
-    monkeypatch.setenv("VIPO_WAIT", "60")
-    with held(results / RUN) as holder:
-        assert holder.stdin is not None
-        threading.Timer(0.5, lambda: holder.communicate("\n")).start()
+    monkeypatch.setenv("VIPO_WAIT", str(SECONDS))
+    with held(results / RUN) as holder, caplog.at_level(logging.INFO, logger="vipo"):
+
+        def let_go() -> None:
+            eventually("the stage waits", lambda: "waiting for it" in caplog.text)
+            assert holder.stdin is not None
+            holder.stdin.write("\n")
+            holder.stdin.flush()
+
+        threading.Thread(target=let_go, daemon=True).start()
         assert vipo("train", *overrides, "--results", results).code == 0
-        assert holder.wait() == 0
+        assert holder.wait(SECONDS) == 0
     after = files(results / RUN)
     same = [name for name in before if name.startswith(("weights/", "updates/")) or name == "metrics.jsonl"]
     assert len(same) >= 2

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import repository_root
 from vipo.config.training import DistributionConfig
@@ -28,6 +30,9 @@ VIPO = str(Path(sys.executable).with_name("vipo"))
 RUN = "demo/runs/vipo-s0"
 # Another number than accelerate would take for two processes on this machine.
 THREADS = (psutil.cpu_count(logical=False) or 1) // 2 + 1
+# Seconds to wait for a partner, where one does not come: longer than a sound one may be held up by what else the
+# machine does. Where each loads by itself, they may be as far apart as they take for that.
+PARTNER, LOADING_PARTNER = 10, 20
 
 
 @pytest.fixture
@@ -168,7 +173,7 @@ def test_a_full_disk_and_a_damaged_file_of_a_sharded_checkpoint(
     prepared: Path, overrides: list[str], tmp_path: Path
 ) -> None:
     whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
-    chosen = [*overrides, "distribution.strategy=fsdp", "distribution.timeout_seconds=4"]
+    chosen = [*overrides, "distribution.strategy=fsdp", f"distribution.timeout_seconds={PARTNER}"]
     full: dict[str, Any] = {"world": 2, "results": disturbed, "overrides": chosen}
     # Each of both cannot write the third checkpoint.
     errors = tmp_path / "errors.txt"
@@ -193,13 +198,13 @@ def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides
     jobs: list[dict[str, Any]] = []
     for strategy in ("ddp", "fsdp"):
         results = shutil.copytree(prepared, tmp_path / strategy)
-        chosen = [*overrides, "distribution.timeout_seconds=4", f"distribution.strategy={strategy}"]
+        chosen = [*overrides, f"distribution.timeout_seconds={PARTNER}", f"distribution.strategy={strategy}"]
         # Two samples a micro-batch: of sixteen each process has two an optimizer step, with two transitions each.
         jobs.append({"world": 2, "results": results, "overrides": chosen, "hang_at": 2 * 4 + 2})
     assert _ranks(*jobs, errors=tmp_path / "errors.txt") == [[1, 9], [1, 9]]
-    told = "rank 1 did not come within distribution.timeout_seconds 4: it hangs, or its node is gone (last seen at "
+    told = f"rank 1 did not come within distribution.timeout_seconds {PARTNER}: it hangs, or its node is gone ("
     said = (tmp_path / "errors.txt").read_text()
-    assert said.count(f"TrainingError: {told}update 2, optimizer step 1, call 2)") == 2, said
+    assert said.count(f"TrainingError: {told}last seen at update 2, optimizer step 1, call 2)") == 2, said
 
 
 # ---- through the command line: the launcher and its ranks ---------------------------------------------
@@ -216,31 +221,44 @@ class _Launched:
         with errors.open("wb") as stream:
             self.process = subprocess.Popen(command, cwd=ROOT, stderr=stream)
 
+    def wait(self, told: str, holds: Callable[[], object]) -> None:
+        """Wait until something holds that these processes do."""
+        eventually(told, holds, ended(self.process, self.errors))
+
     def updated(self) -> None:
         """Wait until two updates have been made since the start."""
-        while not self.metrics.is_file() or self.metrics.read_text().count("\n") < self.start + 2:
-            assert self.process.poll() is None, self.errors.read_text()
-            time.sleep(0.02)
+
+        def made() -> bool:
+            return self.metrics.is_file() and self.metrics.read_text().count("\n") >= self.start + 2
+
+        self.wait("two updates", made)
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The children that have a rank; the launcher also starts short programs, which may end while they are read."""
         found = {}
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                environment = child.environ()
-                if "RANK" in environment:
-                    found[int(environment["RANK"])] = child
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    environment = child.environ()
+                    if "RANK" in environment:
+                        found[int(environment["RANK"])] = child
         return found
 
     def started(self) -> dict[int, psutil.Process]:
         """Both ranks, as soon as they are there."""
-        while len(self.ranks()) < 2:
-            assert self.process.poll() is None, self.errors.read_text()
-            time.sleep(0.02)
+        self.wait("two ranks", lambda: len(self.ranks()) == 2)
         return self.ranks()
 
     def ended(self) -> tuple[int, str]:
-        return self.process.wait(timeout=900), self.errors.read_text()
+        return self.process.wait(timeout=SECONDS), self.errors.read_text()
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        # Nobody may be there to reap what has lost its parent.
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _beside_the_run(results: Path) -> dict[str, bytes]:
@@ -254,7 +272,7 @@ def _error_lines(text: str) -> list[str]:
 
 def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
     """One run: a rank that is asked to stop while it loads, a rank killed, the launcher killed, a rank that hangs,
-    pre-emption; then the undisturbed bytes."""
+    pre-emption beside a second job; then the undisturbed bytes."""
     whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
     chosen = [*overrides, "training.updates=400", "training.checkpoint_every=1", "training.save_at=[]"]
 
@@ -277,20 +295,24 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     launched = _Launched(results, [*chosen, "training.checkpoint_every=400"], tmp_path / "launcher.txt")
     launched.updated()
     ranks = launched.ranks()
+    assert sorted(ranks) == [0, 1]
     launched.process.kill()
-    psutil.wait_procs(ranks.values(), timeout=60)
+    launched.process.wait()
+    eventually("both ranks have ended", lambda: all(map(_gone, ranks.values())))
     assert int(list_checkpoints(results / RUN / "checkpoints")[0].name) >= launched.start + 2
 
-    launched = _Launched(results, [*chosen, "distribution.timeout_seconds=3"], tmp_path / "hangs.txt")
+    launched = _Launched(results, [*chosen, f"distribution.timeout_seconds={LOADING_PARTNER}"], tmp_path / "hangs.txt")
     launched.updated()
     launched.ranks()[1].suspend()
     status, text = launched.ended()
     assert status == 1, text
-    assert "rank 1 did not come within distribution.timeout_seconds 3" in _error_lines(text)[0], text
+    assert f"rank 1 did not come within distribution.timeout_seconds {LOADING_PARTNER}" in _error_lines(text)[0], text
 
-    # Two jobs on one run folder: the second says who writes it, and changes nothing.
     launched = _Launched(results, chosen, tmp_path / "preempted.txt")
     launched.updated()
+    # Two jobs on one run folder: the second says who writes it, and changes nothing.
+    # The first stands still meanwhile, or it might have ended.
+    launched.ranks()[0].suspend()
     before = _beside_the_run(results)
     other = [*chosen, "distribution.processes=2", "optimizer.learning_rate=9e-4"]
     twice = subprocess.run(
@@ -299,6 +321,7 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     assert twice.returncode == 1
     assert _beside_the_run(results) == before
     assert "another process writes it (process" in _error_lines(twice.stderr)[0]
+    launched.ranks()[0].resume()
     launched.process.send_signal(signal.SIGTERM)
     status, text = launched.ended()
     assert status == 75, text
@@ -310,8 +333,6 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     # As many updates undisturbed: the same state, byte for byte, whatever happened in between.
     assert _ranks({"world": 2, "results": whole, "overrides": chosen, "stop_at": stopped.update}) == [[75, 75]]
     same = whole / RUN / "checkpoints" / newest.name
-    if not same.is_dir():
-        pytest.fail(f"the undisturbed run did not stop near update {stopped.update}")
     assert (same / "tensors.safetensors").read_bytes() == (newest / "tensors.safetensors").read_bytes()
     assert load_checkpoint(same).state == stopped.state
 
@@ -334,14 +355,13 @@ def test_the_others_wait_while_the_first_rank_waits_for_a_lock(
     prepared: Path, overrides: list[str], tmp_path: Path
 ) -> None:
     results = shutil.copytree(prepared, tmp_path / "results")
-    chosen = [*overrides, "training.updates=1", "training.save_at=[]", "distribution.timeout_seconds=3", "--wait=300"]
+    chosen = [*overrides, "training.updates=1", "training.save_at=[]"]
+    chosen += [f"distribution.timeout_seconds={LOADING_PARTNER}", f"--wait={SECONDS}"]
     with run_lock(results / RUN):
         launched = _Launched(results, chosen, tmp_path / "waited.txt")
-        while "waiting for it" not in launched.errors.read_text():
-            assert launched.process.poll() is None, launched.errors.read_text()
-            time.sleep(0.1)
+        launched.wait("the first rank waits", lambda: "waiting for it" in launched.errors.read_text())
         # Longer than the others would wait for a partner that is not known to wait.
-        time.sleep(5)
+        time.sleep(LOADING_PARTNER + 2)
     status, text = launched.ended()
     assert status == 0, text
     given = ["vipo", "train", *chosen, "distribution.processes=2", "--results", str(results)]

@@ -2,15 +2,17 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from bad_rewards import standing
+from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import load_config, repository_root
 from vipo.provenance.locks import run_lock
@@ -22,6 +24,7 @@ from vipo.training.update import update
 
 VIPO = str(Path(sys.executable).with_name("vipo"))
 ROOT = repository_root()
+HERE = Path(__file__).parent
 
 
 def _artifacts(run: Path) -> dict[str, bytes]:
@@ -32,7 +35,7 @@ def _artifacts(run: Path) -> dict[str, bytes]:
 
 
 def _train(results: Path, overrides: list[str], moments: list[list[float] | None]) -> list[str]:
-    script = Path(__file__).with_name("kill_and_resume.py")
+    script = HERE / "kill_and_resume.py"
     command = [sys.executable, str(script), str(results), json.dumps(moments), *overrides]
     finished = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
     return finished.stdout.splitlines()
@@ -70,30 +73,34 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     overrides = [
         *tiny_overrides,
         "arm=grpo",
-        "training.updates=30",
-        "training.checkpoint_every=30",
+        "training.updates=6",
+        "training.checkpoint_every=6",
         "training.save_at=[]",
+        "reward.terms=[{name: 'bad_rewards:Stands'}]",
     ]
     results = shutil.copytree(prepared, tmp_path / "results")
     run = results / "demo/runs/grpo-s0"
-    process = subprocess.Popen(
-        [VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-        assert process.poll() is None
-        time.sleep(0.02)
+    armed = tmp_path / "armed"
+    armed.touch()
+    said = tmp_path / "said"
+    # In the third update: a trial, and two micro-batches an update.
+    environment = os.environ | {"PYTHONPATH": str(HERE), "STAND": str(armed), "STAND_AT": "6"}
+    command = [VIPO, "train", *overrides, "--results", str(results)]
+    with said.open("w") as stream:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stream)
+    eventually("training stands still", standing(armed).exists, ended(process, said))
+    assert (run / "metrics.jsonl").read_text().count("\n") == 2
     process.send_signal(signal.SIGTERM)
-    message = process.communicate()[1]
+    process.wait(SECONDS)
+    message = said.read_text()
     assert process.returncode == 75, message
     assert "stopped by SIGTERM after update" in message
     (checkpoint,) = list_checkpoints(run / "checkpoints")
-    assert 2 <= int(checkpoint.name) < 30
+    assert 2 <= int(checkpoint.name) < 6
     assert not (run / "provenance.json").exists()
-    subprocess.run(
-        [VIPO, "train", *overrides, "--results", str(results)], cwd=ROOT, check=True, stderr=subprocess.DEVNULL
-    )
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
     whole = shutil.copytree(prepared, tmp_path / "whole")
-    assert _train(whole, overrides, [None]) == ["finished 0 30"]
+    assert _train(whole, overrides, [None]) == ["finished 0 6"]
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
 
 
@@ -103,7 +110,7 @@ def test_a_signal_outside_of_training_asks_for_another_try_too(
 ) -> None:
     """While a stage waits for another process that writes its folder, as while it loads: 75, nothing is written."""
     results = shutil.copytree(prepared, tmp_path / "results")
-    command = [VIPO, stage, *tiny_overrides, "arm=grpo", "--results", str(results), "--wait", "600"]
+    command = [VIPO, stage, *tiny_overrides, "arm=grpo", "--results", str(results), "--wait", str(SECONDS)]
 
     def written() -> dict[str, bytes]:
         found = (path for path in (results / "demo" / folder).iterdir() if not path.name.startswith(".lock"))
@@ -113,8 +120,10 @@ def test_a_signal_outside_of_training_asks_for_another_try_too(
         before = written()
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
-        said = iter(process.stderr.readline, "")
-        assert any("another process writes it" in line for line in said)
+        said = list[str]()
+        while not said or "another process writes it" not in said[-1]:
+            said.append(process.stderr.readline())
+            assert said[-1], f"ended before it waited for the lock: {said}"
         process.send_signal(signal.SIGTERM)
         assert "error: stopped by SIGTERM; start the same command again" in process.communicate()[1]
     assert process.returncode == 75

@@ -7,15 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from bad_rewards import standing
+from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import repository_root
 from vipo.provenance.lineage import experiment_files
+from vipo.provenance.locks import run_lock
 
 ROOT = repository_root()
 
@@ -26,14 +28,21 @@ ARMS = [
     "experiment.arms.vipo.seeds=[0]",
 ]
 
+# A training that a test may let stand still.
+REWARD = "reward.terms=[{name: 'bad_rewards:Stands'}]"
+
 REPORTS = {"summarize", "report", "crate"}
 
 
+def _environment(**more: object) -> dict[str, str]:
+    here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parent)}
+    return os.environ | here | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in more.items()}
+
+
 def _snakemake(project: Path, overrides: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     command = ["snakemake", "--profile", "workflow/profiles/local", *arguments, "--config", "experiment=demo"]
     command.append(f"overrides={json.dumps(overrides)}")
-    return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
+    return subprocess.run(command, cwd=project, env=_environment(), text=True, capture_output=True)
 
 
 def _planned(project: Path, overrides: list[str]) -> set[str]:
@@ -69,7 +78,7 @@ def overrides(project: Path, tiny_overrides: list[str], tiny_generator: Path) ->
     if not (project / "generator").is_dir():
         shutil.copytree(tiny_generator, project / "generator")
     kept = [text for text in tiny_overrides if not text.startswith(("experiment=", "generator.path="))]
-    return [*kept, "generator.path=generator", *ARMS]
+    return [*kept, "generator.path=generator", *ARMS, REWARD]
 
 
 @pytest.fixture
@@ -199,20 +208,21 @@ def test_finished_results_are_not_replaced_unasked(
     assert not (finished / ".superseded").exists()
 
 
-def _stopped(project: Path, overrides: list[str], when: Callable[[], bool], number: int, *config: str) -> None:
-    """Start snakemake, and send it a signal as soon as `when` holds."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+def _stopped(
+    project: Path, overrides: list[str], told: str, when: Callable[[], bool], number: int, *config: str, **more: object
+) -> None:
+    """Start snakemake, and send it a signal as soon as `when` holds; `more` is its environment's."""
     command = ["snakemake", "--profile", "workflow/profiles/local", "--config", "experiment=demo", *config]
-    process = subprocess.Popen(
-        [*command, f"overrides={json.dumps(overrides)}"],
-        cwd=project, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while not when():
-        assert process.poll() is None, "snakemake ended before it could be stopped"
-        time.sleep(0.05)
+    said = project.parent / "stopped.log"
+    with said.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, f"overrides={json.dumps(overrides)}"],
+            cwd=project, env=_environment(**more), stdout=stream, stderr=stream, start_new_session=True,
+        )  # fmt: skip
+    eventually(told, when, ended(process, said))
     # As a terminal does, and a scheduler that has lost its patience: to everything that it started.
     os.killpg(process.pid, number)
-    process.wait()
+    process.wait(SECONDS)
 
 
 def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrides: list[str], finished: Path) -> None:
@@ -220,15 +230,18 @@ def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrid
     before = _bytes(finished)
     changed = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
     run, evaluation = finished / "runs/grpo-s0", finished / "evaluation/grpo-s0"
-    training = (run / "checkpoints/000001").is_dir
-
-    def restarted() -> bool:
-        return (finished / ".superseded").is_dir() and training()
-
-    _stopped(project, changed, restarted, signal.SIGINT, "set_aside=true")
+    armed = project.parent / "armed"
+    armed.touch()
+    # In the second update: a trial, and two micro-batches an update.
+    stand, stands = {"STAND": armed, "STAND_AT": 4}, standing(armed).exists
+    _stopped(project, changed, "training stands still", stands, signal.SIGINT, "set_aside=true", **stand)
+    assert (finished / ".superseded").is_dir()
     assert not (run / "weights").exists()
     assert any((run / "checkpoints").iterdir())
-    _stopped(project, changed, (evaluation / ".lock-holder.json").is_file, signal.SIGKILL)
+    # Who waits for the report's lock does not come to the end before it is killed.
+    with run_lock(finished / "report"):
+        begun = (evaluation / ".lock-holder.json").is_file
+        _stopped(project, changed, "an evaluation has begun", begun, signal.SIGKILL)
     for arguments in (["--unlock"], []):
         result = _snakemake(project, changed, *arguments)
         assert result.returncode == 0, result.stdout + result.stderr

@@ -1,7 +1,9 @@
 """The script for a GPU still runs: every step in miniature on the CPU, and whatever ends a step leaves its figures."""
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,7 +53,14 @@ def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: py
     with noted.open("a") as stream:
         stream.write('{"key": "half of a li')
     assert read_figures(noted) == {"first": 1.5}
-    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 0.6, "ended by its limit"), gpu.Step("flux", 60, "no time")))
+    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 0.2, "ended by its limit"), gpu.Step("flux", 60, "no time")))
+    # A step that does not end by itself, and a clock that goes on by a quarter of a second whenever it is looked at.
+    endless = tmp_path / "endless"
+    endless.write_text("#!/bin/sh\nexec sleep 3600\n")
+    endless.chmod(0o755)
+    monkeypatch.setattr(gpu, "sys", SimpleNamespace(executable=str(endless)))
+    clock = itertools.count()
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock) / 4))
     results = gpu.run(tmp_path, "cpu", True, 5.5, ["machine", "flux"])
     assert results["steps"]["machine"]["status"].startswith("ended by its limit")
     assert results["steps"]["machine"]["figures"] == {"first": 1.5}

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from waits import SECONDS
 
 import vipo
 from vipo.config.values import config_hash
@@ -475,7 +476,7 @@ from pathlib import Path
 from vipo.provenance import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -501,12 +502,17 @@ def test_a_second_process_stops_and_a_killed_holder_frees_the_lock(tmp_path: Pat
 
 
 def test_waiting_gets_the_lock_when_the_holder_ends(tmp_path: Path) -> None:
+    asked = threading.Event()
     with _holder(tmp_path) as process:
-        later = threading.Timer(0.5, process.terminate)
-        later.start()
-        with run_lock(tmp_path, wait_seconds=30):
-            assert later.finished.is_set()
-            assert process.wait() == -signal.SIGTERM
+
+        def end() -> None:
+            asked.set()
+            process.terminate()
+
+        threading.Timer(0.5, end).start()
+        with run_lock(tmp_path, wait_seconds=SECONDS):
+            assert asked.is_set()
+            assert process.wait(SECONDS) == -signal.SIGTERM
 
 
 def test_lock_is_free_after_the_block_and_after_an_error(tmp_path: Path) -> None:

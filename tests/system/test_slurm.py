@@ -11,14 +11,15 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from bad_rewards import standing
+from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import load_config, repository_root
 from vipo.provenance import read_provenance
@@ -28,9 +29,7 @@ from vipo.training.checkpoints import list_checkpoints
 pytestmark = pytest.mark.slurm
 
 ROOT = repository_root()
-UPDATES = 16
-# Of every wait its own limit, against hangs: no measure.
-SECONDS = 3600
+UPDATES = 8
 
 SLURM_CONF = """\
 ClusterName=vipo
@@ -84,13 +83,6 @@ mkdir started || exec {vipo} "$@"
 trap 'exit 75' TERM
 while :; do sleep 0.1; done
 """
-
-
-def _eventually(told: str, holds: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not holds():
-        assert time.monotonic() < end, f"not within {SECONDS} s: {told}"
-        time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -183,17 +175,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for daemon in daemons:
             running.append(stack.enter_context(_daemon(*daemon, environment=environment)))
             if daemon is munged:
-                _eventually("munge answers", lambda: alive() and (folder / "munge.socket").exists())
+                eventually("munge answers", lambda: alive() and (folder / "munge.socket").exists())
         made = Cluster(environment)
         ready = ["sinfo", "-h", "-N", "-p", "cpu", "-o", "%T"]
-        _eventually(
+        eventually(
             "both nodes are idle",
             lambda: alive() and subprocess.run(ready, env=environment, capture_output=True).stdout == b"idle\nidle\n",
         )
         yield made
         if left := [job.id for job in made.queue()]:
             made.ask("scancel", *left)
-            _eventually("every job has ended", lambda: not made.queue())
+            eventually("every job has ended", lambda: not made.queue())
 
 
 @pytest.fixture
@@ -216,8 +208,8 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
         "~experiment.arms.uniform",
         "~experiment.arms.inverted",
         "experiment.arms.grpo.seeds=[0]",
-        "reward.terms=[{name: bad_rewards:Paced}]",
-        "evaluation.rewards=[bad_rewards:Paced]",
+        "reward.terms=[{name: bad_rewards:Stands}]",
+        "evaluation.rewards=[bad_rewards:Stands]",
         f"training.updates={UPDATES}",
         "training.micro_batch=2",
         "cluster.train.partition=gpu",
@@ -229,15 +221,20 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Workflow:
-    """``snakemake --profile slurm`` in a project folder; training stands still while the file `hold` exists."""
+    """``snakemake --profile slurm`` in a project folder; where it was told to (`arm`), the next training stands still
+    after its first updates until a signal reaches it."""
 
     cluster: Cluster
     project: Path
     overrides: list[str]
 
     @property
-    def hold(self) -> Path:
-        return self.project / "hold"
+    def armed(self) -> Path:
+        return self.project / "armed"
+
+    def arm(self) -> None:
+        standing(self.armed).unlink(missing_ok=True)
+        self.armed.touch()
 
     @property
     def run(self) -> Path:
@@ -259,7 +256,8 @@ class Workflow:
         """A snakemake that is killed when the block ends."""
         command = [sys.executable, "-c", SNAKEMAKE, "--profile", "slurm", "--latency-wait", "5", *arguments]
         command += ["--config", "experiment=demo", f"overrides={json.dumps(self.overrides)}"]
-        environment = self.cluster.environment | {"PACE": "0.1", "HOLD": str(self.hold)}
+        # After the trial and the first update's calls, four on one node and two on each of two.
+        environment = self.cluster.environment | {"STAND": str(self.armed), "STAND_AT": "6"}
         with (self.project / "shown").open("wb") as shown:
             process = subprocess.Popen(command, cwd=self.project, env=environment, stdout=shown, stderr=shown)
             try:
@@ -286,11 +284,10 @@ class Workflow:
         """What the newest snakemake printed."""
         return (self.project / "shown").read_text()
 
-    def hold_training(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
+    def standing_job(self, snakemake: subprocess.Popen[bytes], after: int) -> Job:
         """The job that trains, standing still after more than `after` updates."""
-        _eventually("a job trains", lambda: self.updates > after or snakemake.poll() is not None)
-        self.hold.touch()
-        assert snakemake.poll() is None, self.shown
+        eventually("training stands still", standing(self.armed).exists, ended(snakemake, self.project / "shown"))
+        assert self.updates > after
         (job,) = self.cluster.queue("rule_train")
         return job
 
@@ -306,8 +303,9 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
 ) -> None:
     workflow = Workflow(cluster, project, overrides)
     # Snakemake is killed while a job trains: the job goes on.
+    workflow.arm()
     with workflow.started() as first:
-        job = workflow.hold_training(first, 0)
+        job = workflow.standing_job(first, 0)
     asked = cluster.ask("scontrol", "show", "job", job.id)
     for told in ("Partition=gpu", "TresPerNode=gres:gpu:1", "TimeLimit=00:20:00", "MinMemoryNode=3000M", "NumNodes=1"):
         assert told in asked, asked
@@ -321,18 +319,17 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
 
     # Stopped with all its processes, it keeps its last update.
     cluster.ask("scancel", *(known.id for known in cluster.queue()))
-    workflow.hold.unlink()
-    _eventually("the cancelled job has ended", lambda: not cluster.queue())
+    eventually("the cancelled job has ended", lambda: not cluster.queue())
     assert "stopped by SIGTERM after update" in workflow.log
     done = int(list_checkpoints(workflow.run / "checkpoints")[0].name)
     assert 1 <= done < UPDATES - 2
     assert not (workflow.run / "provenance.json").exists()
 
     # A third snakemake goes on from there; the signal before the time limit reaches the step alone, and it tries again.
+    workflow.arm()
     with workflow.started() as third:
-        job = workflow.hold_training(third, done)
+        job = workflow.standing_job(third, done)
         cluster.ask("scancel", "--signal=TERM", job.id)
-        workflow.hold.unlink()
         assert workflow.ended(third) == 0, workflow.shown
     assert (project / "results/demo/report/index.html").is_file()
     assert (project / "results/demo/ro-crate-metadata.json").is_file()
@@ -358,13 +355,13 @@ def test_two_nodes_train_one_run_and_stop_together(
     workflow = Workflow(named, project, [*overrides, "distribution.nodes=2"])
     shutil.copytree(prepared, project / "results")
     earlier = len(cluster.jobs("rule_train"))
+    workflow.arm()
     with workflow.started("results/demo/runs/grpo-s0/metrics.jsonl") as snakemake:
-        job = workflow.hold_training(snakemake, 0)
+        job = workflow.standing_job(snakemake, 0)
         asked = cluster.ask("scontrol", "show", "job", job.id)
         assert "NumNodes=2" in asked
         assert "NodeList=node[1-2]" in asked
         cluster.ask("scancel", "--signal=TERM", job.id)
-        workflow.hold.unlink()
         assert workflow.ended(snakemake) == 0, workflow.shown
     assert [known.state for known in cluster.jobs("rule_train")[earlier:]] == ["FAILED", "COMPLETED"]
     assert "resumed after update" in workflow.log
@@ -401,14 +398,14 @@ def test_preempted_jobs_go_on_and_use_up_no_retry(cluster: Cluster, project: Pat
         def ended() -> str:
             return "".join(workflow.shown for workflow, snakemake in runs if snakemake.poll() is not None)
 
-        _eventually("both jobs run", lambda: ended() or all((folder / "started").is_dir() for folder in projects))
+        eventually("both jobs run", lambda: ended() or all((folder / "started").is_dir() for folder in projects))
         assert not ended()
         cluster.ask("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=true")
 
         def states() -> list[str]:
             return [job.state for job in cluster.jobs("rule_prepare")[earlier:]]
 
-        _eventually("both jobs are queued again", lambda: ended() or states() == ["PENDING", "PENDING"])
+        eventually("both jobs are queued again", lambda: ended() or states() == ["PENDING", "PENDING"])
         assert not ended()
         # Slurm holds back for two minutes what was requeued.
         for job in cluster.queue("rule_prepare"):

@@ -215,9 +215,11 @@ def _wait(
     while left and time.monotonic() < end:
         pieces = [said.get() for _ in range(said.qsize())]
         time.sleep(_DELAY)
+        ends = [ended.get() for _ in range(ended.qsize())]
+        # Whoever loses a partner ends with a status: of those that ended since the last look, the one that was killed
+        # is the cause, in whatever order this process came to see them.
         bad = None
-        while not ended.empty() and bad is None:
-            rank, status = ended.get()
+        for rank, status in sorted(ends, key=lambda end: end[1] >= 0):
             left.discard(rank)
             # A rank that had not begun yet is ended by the signal itself.
             if status == Preempted.STATUS or -status in (signal.SIGTERM, signal.SIGUSR1, *asked):
@@ -226,7 +228,7 @@ def _wait(
                     nodes.tell(_STOPPED)
                 stopped = True
             elif status != 0:
-                bad = (rank, status)
+                bad = bad or (rank, status)
         if nodes.told == _STOPPED and not stopped:
             _ask_to_stop(ranks.values())
             stopped = True
