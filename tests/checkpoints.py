@@ -142,6 +142,23 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def faulty(tensors: dict[str, Tensor]) -> list[str]:
+    """Make one tensor missing, one extra, one of another shape, one of integers, one not finite; gives their names."""
+    missing, misshapen, whole, broken = sorted(tensors)[:4]
+    del tensors[missing]
+    tensors["lora_A.weight"] = torch.ones(2)
+    tensors[misshapen] = torch.ones(3, 5)
+    tensors[whole] = torch.zeros(tensors[whole].shape, dtype=torch.int32)
+    tensors[broken] = torch.full_like(tensors[broken], float("nan"))
+    return [
+        f"missing: {missing}",
+        "extra: lora_A.weight",
+        f"of another shape: {misshapen} (3, 5) instead of",
+        f"not of floating point: {whole} (I32)",
+        f"not finite: {broken}",
+    ]
+
+
 def generator_config(family: str, path: Path, **changes: object) -> GeneratorConfig:
     """Of a tiny checkpoint of a family, with `changes`."""
     values: dict[str, object] = {

@@ -13,6 +13,8 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         "flux": "vipo.generators.flux:FluxGenerator",
         "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
+        "sdxl": "vipo.generators.stable_diffusion_xl:StableDiffusionXLGenerator",
+        "sd3": "vipo.generators.stable_diffusion_3:StableDiffusion3Generator",
         "wan": "vipo.generators.wan:WanGenerator",
     }
 )

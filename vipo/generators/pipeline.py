@@ -17,6 +17,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
 from vipo.generators.lora import LORA_FILE, check_file, check_targets
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
+from vipo.generators.schedules import flow_shift
 from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -38,6 +39,10 @@ class PipelineGenerator(Generator):
         network_class: of the trained network.
         autoencoders: autoencoder classes by name.
         guides: whether the family is guided away from `negative_prompt`.
+        neutral_guidance: the `guidance_scale` at which, and below, the stock pipeline guides no more.
+        token_side: where the stock pipeline shifts the noise levels by the number of tokens, how many latent pixels a
+            side a token has.
+        longest_sequence: the most text tokens that the stock pipeline reads, where it has a limit.
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
     """
 
@@ -48,6 +53,9 @@ class PipelineGenerator(Generator):
     network_folder: ClassVar[str] = "transformer"
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
     guides: ClassVar[bool] = True
+    neutral_guidance: ClassVar[float] = 1.0
+    token_side: ClassVar[int | None] = None
+    longest_sequence: ClassVar[int | None] = None
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
@@ -75,7 +83,10 @@ class PipelineGenerator(Generator):
         ]
         # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
         parts[0].register_to_config(_name_or_path=config.path)
-        return cls(config, *parts)
+        generator = cls(config, *parts)
+        if cls.prediction == "velocity":
+            generator.flow_shift = generator.checkpoint_shift(location)
+        return generator
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:
@@ -91,6 +102,9 @@ class PipelineGenerator(Generator):
             part_settings(kind, location, part, config) for part, kind in cls._part_classes(location, index).items()
         )
         cls.check_parts(location, network, vae)
+        if cls.prediction == "velocity":
+            # What it refuses does not depend on the number of tokens.
+            flow_shift(location, config, None if cls.token_side is None else 1)
         made = getattr(vae, "out_channels", 3)
         if made != 3 * (getattr(vae, "patch_size", None) or 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
@@ -105,11 +119,17 @@ class PipelineGenerator(Generator):
                 f"generator.negative_prompt: family {config.family!r} has no classifier-free guidance, so it would "
                 "have no effect; leave it empty"
             )
-        if cls.guides and config.negative_prompt and config.guidance_scale <= 1:
+        if cls.guides and config.negative_prompt and config.guidance_scale <= cls.neutral_guidance:
             log.warning(
-                "generator.negative_prompt has no effect: generator.guidance_scale %s is not above 1, which turns "
+                "generator.negative_prompt has no effect: generator.guidance_scale %s is not above %g, which turns "
                 "classifier-free guidance off",
                 config.guidance_scale,
+                cls.neutral_guidance,
+            )
+        if cls.longest_sequence is not None and config.max_sequence_length > cls.longest_sequence:
+            raise GeneratorError(
+                f"generator.max_sequence_length {config.max_sequence_length} is above {cls.longest_sequence}, the "
+                f"limit of {cls.pipeline_class.__name__}"
             )
 
     @classmethod
@@ -151,6 +171,26 @@ class PipelineGenerator(Generator):
             GeneratorError: the checkpoint is such a variant.
         """
 
+    def checkpoint_shift(self, location: Path | str) -> float | Callable[[int], float]:
+        """What `flow_shift` is, by the checkpoint's scheduler; it may be overridden."""
+        side, (height, width) = self.token_side, self.grid
+        tokens = None if side is None else (height // side) * (width // side)
+        return flow_shift(location, self.config, tokens)
+
+    def use_picture_grid(self, channels: int, patch: int = 1) -> None:
+        """Set `latent_shape` of an autoencoder for pictures.
+
+        Args:
+            channels: of the latents.
+            patch: latent pixels that the network takes together, a side.
+
+        Raises:
+            GeneratorError: height or width do not fit.
+        """
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.check_size(scale * patch)
+        self.latent_shape = (channels, self.config.height // scale, self.config.width // scale)
+
     def check_size(self, multiple: int) -> None:
         """Refuse a height or width in pixels that is no multiple.
 
@@ -170,8 +210,8 @@ class PipelineGenerator(Generator):
         time: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
-        """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): ``n + scale (p - n)`` of the negative and the
-        positive prediction. As in the stock pipelines, there is none at a scale of 1 or below.
+        """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): `combined` of the negative and the positive
+        prediction. As in the stock pipelines, there is none at `neutral_guidance` or below.
 
         Both branches share one network call, in the rollout and in the update alike: the wrapper that trains on several
         devices writes the network's buffers at every call, which a second call before the backward pass would undo.
@@ -181,11 +221,15 @@ class PipelineGenerator(Generator):
             latents, time, conditioning: as in `predict`; every name has a counterpart that begins with `NEGATIVE`.
         """
         positive = {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
-        scale = self.config.guidance_scale
-        if scale <= 1:
+        above = self.config.guidance_scale - self.neutral_guidance
+        if above <= 0:
             return call(latents, time, positive)
         both = {name: torch.cat([conditioning[NEGATIVE + name], value]) for name, value in positive.items()}
         without, wanted = call(torch.cat([latents] * 2), torch.cat([time] * 2), both).float().chunk(2)
+        return self.combined(without, wanted, 1 + above)
+
+    def combined(self, without: Tensor, wanted: Tensor, scale: float) -> Tensor:
+        """``n + scale (p - n)`` of the negative and the positive prediction, both as the network gives them."""
         return without + scale * (wanted - without)
 
     @torch.no_grad()
@@ -251,21 +295,3 @@ class PipelineGenerator(Generator):
             raise
         except Exception as error:
             raise GeneratorError(f"{folder}: trained weights cannot be loaded: {error}; train the run again") from error
-
-
-def refuse_settings(location: Path | str, part: str, settings: Any, keys: Mapping[str, str]) -> None:
-    """Refuse a part that has one of some settings.
-
-    Args:
-        location, part: for the message.
-        settings: of the part.
-        keys: what a setting makes the network ask for, by its name.
-
-    Raises:
-        GeneratorError: naming the first that is set.
-    """
-    for key, needs in keys.items():
-        if (value := getattr(settings, key, None)) not in (None, False):
-            raise GeneratorError(
-                f"{location}/{part}: {key} {value!r}: its network {needs}, which vipo does not give it"
-            )

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,29 @@ _OTHER_LEVELS = (
 )
 
 
-def noise_schedule(
-    location: Path | str, index: Mapping[str, Any], config: GeneratorConfig
-) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Of a noise-predicting checkpoint: its cumulative alphas and the timesteps of a chain.
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What a variance-preserving checkpoint was trained with.
+
+    Attributes:
+        alphas_cumprod: ``(timesteps,)`` float32.
+        timesteps: from the number of steps T to the ``(T,)`` int64 timesteps that they visit, from noise to data.
+        predicts_v: whether the network predicts ``v = sqrt(alpha) noise - sqrt(1 - alpha) x0`` (Salimans and Ho, arXiv
+            2202.00512) and not the noise.
+    """
+
+    alphas_cumprod: Tensor
+    timesteps: Callable[[int], Tensor]
+    predicts_v: bool
+
+
+def noise_schedule(location: Path | str, index: Mapping[str, Any], config: GeneratorConfig) -> NoiseSchedule:
+    """The schedule of a checkpoint that predicts noise or v; its timesteps are the stock scheduler's, or an error.
 
     Args:
         location: folder or hub id.
         index: content of ``model_index.json``.
         config: section `generator`.
-
-    Returns:
-        ``(timesteps,)`` float32, and a function from the number of steps T to ``(T,)`` int64, from noise to data: the
-        stock scheduler's own, or a `GeneratorError`.
 
     Raises:
         GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
@@ -54,10 +65,10 @@ def noise_schedule(
         load_part(each.from_pretrained, location, "scheduler", config, weights=False) for each in (DDIMScheduler, kind)
     )
     settings = ddim.config
-    if settings.prediction_type != "epsilon":
+    if settings.prediction_type not in ("epsilon", "v_prediction"):
         raise GeneratorError(
             f"{place}: prediction_type {settings.prediction_type!r}; vipo trains networks that predict noise "
-            "('epsilon')"
+            "('epsilon') or v ('v_prediction')"
         )
     if settings.timestep_spacing not in ("leading", "trailing", "linspace"):
         raise GeneratorError(
@@ -91,7 +102,7 @@ def noise_schedule(
             )
         return torch.tensor(ours)
 
-    return ddim.alphas_cumprod, timesteps
+    return NoiseSchedule(ddim.alphas_cumprod, timesteps, settings.prediction_type == "v_prediction")
 
 
 def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None = None) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
@@ -72,6 +72,13 @@ def load_text_encoder(
         )
     found: nn.Module = model.to(config.device).eval()
     return words, found
+
+
+def token_ids(tokenizer: Any, text: str, limit: int, device: str) -> Tensor:
+    """Tokens of one prompt, cut or padded to `limit`: ``(1, limit)`` int64 on `device`."""
+    padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    ids: Tensor = padded.input_ids.to(device)
+    return ids
 
 
 def load_tokenizer(kind: Any, location: Path | str, part: str, config: GeneratorConfig) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -12,9 +12,9 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
-from vipo.generators.pipeline import PipelineGenerator, refuse_settings
-from vipo.generators.schedules import flow_shift
+from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
+from vipo.generators.variants import refuse_channels, refuse_settings
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
@@ -50,30 +50,9 @@ class WanGenerator(PipelineGenerator):
         )
 
     @classmethod
-    def load(cls, config: GeneratorConfig, root: Path) -> Self:
-        generator = super().load(config, root)
-        generator.flow_shift = flow_shift(checkpoint_location(config, root), config)
-        return generator
-
-    @classmethod
-    def check(cls, config: GeneratorConfig, root: Path) -> None:
-        super().check(config, root)
-        flow_shift(checkpoint_location(config, root), config)
-
-    @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
         refuse_settings(location, "transformer", network, _NEEDS)
-        taken, made = network.in_channels, network.out_channels or network.in_channels
-        if taken != made:
-            raise GeneratorError(
-                f"{location}/transformer: in_channels {taken} and out_channels {made}, as in image-to-video "
-                "checkpoints; give a text-to-video one"
-            )
-        if taken != vae.z_dim:
-            raise GeneratorError(
-                f"{location}/vae: z_dim {vae.z_dim}, but the transformer's in_channels are {taken}; give the "
-                "autoencoder that belongs to it"
-            )
+        refuse_channels(location, "transformer", network, ("z_dim", vae.z_dim), "image-to-video checkpoints")
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:

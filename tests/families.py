@@ -1,0 +1,338 @@
+"""One row a generator family: a tiny random checkpoint of its own file layout, and what its stock pipeline is given.
+
+A new family is one row here. What is proven of each is in ``tests/integration/test_families.py``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from checkpoints import write_stable_diffusion, write_wan
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    WanPipeline,
+)
+from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
+from torch import Tensor
+
+from vipo.config.generator import GeneratorConfig
+from vipo.config.sampling import SamplingConfig
+from vipo.generators import Generator
+from vipo.generators.packing import pack_latents, unpack_latents
+from vipo.sampling.chain import Chain, sampling_chain
+from vipo.sampling.rollout import Trajectory, policy_transition
+from vipo.sampling.transitions import dance_transition, position_log_prob
+
+PROMPTS = ["a red fox runs", "two owls"]
+NEGATIVE = "blurry"
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row.
+
+    Attributes:
+        family: its name in `generator.family`.
+        write: makes the checkpoint in a folder.
+        pipeline: the stock pipeline's class.
+        parts: subfolders that hold weights; a fault in one of them is named.
+        settings: section `generator`, beside family, path, size and text length.
+        arguments: of the stock call, beside prompts, latents, size, steps and text length.
+        loading: of the stock pipeline's ``from_pretrained``.
+        packed: whether the stock pipeline's latents and predictions are tokens of 2 x 2 latent pixels.
+        unreached: matches the parameters that have no way to the prediction, so that no gradient can reach them.
+        refused: a file, keys that are set in it, and the error that names them.
+    """
+
+    family: str
+    write: Callable[[Path], Path]
+    pipeline: Any
+    parts: tuple[str, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    loading: Mapping[str, object] = field(default_factory=dict)
+    packed: bool = False
+    unreached: str = r"\Z."
+    refused: tuple[tuple[str, Mapping[str, object], str], ...] = ()
+
+    def config(self, path: Path, **changes: object) -> GeneratorConfig:
+        """Of the checkpoint at `path`."""
+        values = {"family": self.family, "path": str(path), "height": 32, "width": 48, "max_sequence_length": 12}
+        return GeneratorConfig.model_validate(values | dict(self.settings) | changes)
+
+    def stock(self, path: Path, **parts: object) -> Any:
+        """The stock pipeline of the checkpoint at `path`, with some `parts` replaced."""
+        pipeline = self.pipeline.from_pretrained(path, **self.loading, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def to_stock(self, latents: Tensor) -> Tensor:
+        """Latents as the stock pipeline has them."""
+        return pack_latents(latents) if self.packed else latents
+
+    def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `to_stock`."""
+        return unpack_latents(latents, *like.shape[-2:]) if self.packed else latents
+
+    def sample(self, pipeline: Any, config: GeneratorConfig, noise: Tensor) -> "Sampled":
+        """What the stock pipeline makes of `noise`, and what its first scheduler step is given."""
+        seen: list[tuple[Tensor, float]] = []
+        step = pipeline.scheduler.step
+
+        def record(prediction: Tensor, time: Tensor, *args: object, **options: object) -> Any:
+            seen.append((prediction.clone(), float(time)))
+            return step(prediction, time, *args, **options)
+
+        pipeline.scheduler.step = record
+        frames = {} if config.frames is None else {"num_frames": config.frames}
+        try:
+            made = pipeline(
+                PROMPTS,
+                latents=self.to_stock(noise),
+                height=config.height,
+                width=config.width,
+                num_inference_steps=STEPS,
+                output_type="pt",
+                **frames,
+                **self.arguments,
+            )
+        finally:
+            pipeline.scheduler.step = step
+        prediction, time = seen[0]
+        pictures = made.images if config.frames is None else made.frames
+        return Sampled(self.from_stock(prediction, noise), time, pictures, pipeline.scheduler)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the stock pipeline did: its first prediction, the time of it, its samples, and its scheduler."""
+
+    prediction: Tensor
+    time: float
+    pictures: Tensor
+    scheduler: Any
+
+    def chain(self, generator: Generator) -> Chain:
+        """Our chain over the stock scheduler's levels; it ends where the stock one ends."""
+        if generator.prediction == "velocity":
+            levels = self.scheduler.sigmas
+            return Chain(levels[:-1], levels, dance_transition, 0.3, "velocity")
+        chain = training_chain(generator, STEPS)
+        assert torch.equal(chain.times, self.scheduler.timesteps.float())
+        # The stock scheduler ends at the first training level; vipo's chain ends in data.
+        chain.levels[-1] = self.scheduler.final_alpha_cumprod
+        return chain
+
+    def own_prediction(self, generator: Generator, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The first prediction as our generator's, and the ``(B,)`` time that ours is called with."""
+        if generator.prediction == "velocity":
+            return self.prediction, torch.full((len(noise),), self.time / 1000)
+        found, alpha = self.prediction, self.scheduler.alphas_cumprod[int(self.time)]
+        if self.scheduler.config.prediction_type == "v_prediction":
+            found = alpha.sqrt() * found + (1 - alpha).sqrt() * noise
+        return found, torch.full((len(noise),), self.time)
+
+
+def training_chain(generator: Generator, steps: int) -> Chain:
+    """A chain with noise in it."""
+    ddim = generator.prediction == "noise"
+    sampling = SamplingConfig(steps=steps, shift=3.0, eta=0.5, transition="ddim" if ddim else "dance")
+    return sampling_chain(sampling, generator.prediction, generator.alphas_cumprod, generator.timesteps)
+
+
+def log_ratios(
+    generator: Generator, conditioning: Mapping[str, Tensor], path: Trajectory, steps: Tensor, chain: Chain
+) -> Tensor:
+    """``logp_new - logp_old`` of the transitions ``steps[b]``, with its gradient."""
+    moved = policy_transition(generator, conditioning, path, steps, chain)
+    new, old = (position_log_prob(moved.value, mean, moved.std) for mean in (moved.mean, moved.old_mean))
+    return new - old
+
+
+def loss_of(log_ratio: Tensor) -> Tensor:
+    """An objective in which every position counts, and not alike."""
+    weights = torch.linspace(-1, 2, log_ratio[0].numel()).reshape(log_ratio.shape[1:])
+    return -(log_ratio.exp() * weights).mean()
+
+
+def optimizer_of(generator: Generator) -> torch.optim.Optimizer:
+    """Of what is trained, without weight decay: what has no gradient does not move."""
+    trained = [value for value in generator.network.parameters() if value.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+
+
+_GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": NEGATIVE})
+_GUIDED_CALL = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": [NEGATIVE] * len(PROMPTS)})
+_READS = MappingProxyType({"max_sequence_length": 12})
+_SCHEDULER = "scheduler/scheduler_config.json"
+_NETWORK = "transformer/config.json"
+_INDEX = "model_index.json"
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "flux": Family(
+            "flux",
+            write_flux,
+            FluxPipeline,
+            ("text_encoder", "text_encoder_2", "transformer", "vae"),
+            {"guidance_scale": 3.5},
+            {"guidance_scale": 3.5, **_READS},
+            packed=True,
+            refused=(
+                (_INDEX, {"_class_name": "FluxKontextPipeline"}, "_class_name 'FluxKontextPipeline'"),
+                (_NETWORK, {"in_channels": 384, "out_channels": 64}, "in_channels 384 .*FLUX Fill"),
+                (_NETWORK, {"patch_size": 2}, "transformer: patch_size 2"),
+                ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the transformer's"),
+                (_SCHEDULER, {"shift_terminal": 0.02}, "shift_terminal 0.02 replaces"),
+                (_SCHEDULER, {"invert_sigmas": True}, "invert_sigmas True replaces"),
+                (_SCHEDULER, {"num_train_timesteps": 500}, "num_train_timesteps 500"),
+                (_NETWORK, {"in_channels": None, "out_channels": None}, "transformer's in_channels are None"),
+                (_SCHEDULER, {"shift": None, "use_dynamic_shifting": False}, "its shift cannot be read"),
+                (
+                    _SCHEDULER,
+                    {"shift": -1.0, "use_dynamic_shifting": False},
+                    "its shift is -1, a time shift is above 0",
+                ),
+                (
+                    _SCHEDULER,
+                    {"use_dynamic_shifting": True, "max_image_seq_len": 256},
+                    r"its shift cannot be read \(ZeroDivisionError",
+                ),
+            ),
+        ),
+        "sd": Family(
+            "sd",
+            write_stable_diffusion,
+            StableDiffusionPipeline,
+            ("text_encoder", "unet", "vae"),
+            {**_GUIDED, "max_sequence_length": 512},
+            _GUIDED_CALL,
+            refused=(
+                ("unet/config.json", {"time_cond_proj_dim": 32}, "unet: time_cond_proj_dim 32: .*LCM"),
+                ("unet/config.json", {"class_embed_type": "timestep"}, "unet: class_embed_type 'timestep'"),
+                ("unet/config.json", {"num_class_embeds": 3}, "unet: num_class_embeds 3"),
+                (
+                    "unet/config.json",
+                    {"addition_embed_type": "text_time"},
+                    "unet: addition_embed_type 'text_time'.*SDXL",
+                ),
+                ("unet/config.json", {"encoder_hid_dim_type": "ip_image_proj"}, "unet: encoder_hid_dim_type"),
+                ("unet/config.json", {"in_channels": 9}, "unet: in_channels 9 and out_channels 4, as in inpainting"),
+                ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the unet's in_channels"),
+                ("vae/config.json", {"out_channels": 1}, "vae: out_channels 1: it makes no pictures of red"),
+                (_INDEX, {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline'; family"),
+                (_SCHEDULER, {"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not"),
+                (_SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+                (_SCHEDULER, {"thresholding": True}, "thresholding True is not held"),
+                (_SCHEDULER, {"prediction_type": "sample"}, "prediction_type 'sample'"),
+            ),
+        ),
+        "wan": Family(
+            "wan",
+            write_wan,
+            WanPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "frames": 9},
+            {**_GUIDED_CALL, **_READS},
+            refused=(
+                (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
+                (_INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+                (_INDEX, {"expand_timesteps": True}, "its own timestep"),
+                (
+                    _INDEX,
+                    {"vae": ["diffusers", "AutoencoderKL"]},
+                    "vae class 'AutoencoderKL' is not one of Autoencoder",
+                ),
+                (_INDEX, {"transformer": [None, None]}, "transformer class 'None' is not one of WanTransformer3DModel"),
+                (_INDEX, {"_class_name": "WanImageToVideoPipeline"}, "'WanImageToVideoPipeline'"),
+                (_NETWORK, {"image_dim": 1280}, "transformer: image_dim 1280: .*image-to-video"),
+                (_NETWORK, {"added_kv_proj_dim": 24}, "transformer: added_kv_proj_dim 24"),
+                (_NETWORK, {"pos_embed_seq_len": 514}, "transformer: pos_embed_seq_len 514"),
+                (_NETWORK, {"in_channels": 36}, "in_channels 36 and out_channels 16, as in image-to"),
+                ("vae/config.json", {"z_dim": 48}, "vae: z_dim 48, but the transformer's in_channels are 16"),
+                ("vae/config.json", {"out_channels": 12}, "vae: out_channels 12: it makes no pictures of red"),
+                (
+                    _SCHEDULER,
+                    {"_class_name": "UniPCMultistepScheduler", "prediction_type": "epsilon"},
+                    "prediction_type 'epsilon'",
+                ),
+                (
+                    _SCHEDULER,
+                    {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+                    "use_flow_sigmas is not set",
+                ),
+                (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
+                (_SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
+            ),
+        ),
+        "sdxl": Family(
+            "sdxl",
+            write_stable_diffusion_xl,
+            StableDiffusionXLPipeline,
+            ("text_encoder", "text_encoder_2", "unet", "vae"),
+            {**_GUIDED, "max_sequence_length": 512},
+            _GUIDED_CALL,
+            refused=(
+                (
+                    "unet/config.json",
+                    {"addition_embed_type": None},
+                    "addition_embed_type None; Stable Diffusion XL",
+                ),
+                ("unet/config.json", {"time_cond_proj_dim": 32}, "unet: time_cond_proj_dim 32: .*LCM"),
+                ("unet/config.json", {"in_channels": 9}, "in_channels 9 and out_channels 4, as in inpainting"),
+                ("vae/config.json", {"latents_mean": [0.0] * 4}, "vae: latents_mean is set, as in Playground"),
+                (_INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "'StableDiffusionXLImg2ImgPipeline'"),
+                (_SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not held"),
+            ),
+        ),
+        "sdxl_v": Family(
+            "sdxl",
+            lambda folder: write_stable_diffusion_xl(folder, "v_prediction"),
+            StableDiffusionXLPipeline,
+            (),
+            {"guidance_scale": 4.0, "max_sequence_length": 512},
+            {"guidance_scale": 4.0},
+        ),
+        "sd3": Family(
+            "sd3",
+            write_stable_diffusion_3,
+            StableDiffusion3Pipeline,
+            ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
+            _GUIDED,
+            {**_GUIDED_CALL, **_READS},
+            unreached=r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)",
+            refused=(
+                (
+                    _INDEX,
+                    {"_class_name": "StableDiffusion3ControlNetPipeline"},
+                    "'StableDiffusion3ControlNetPipeline'; family",
+                ),
+                (_NETWORK, {"in_channels": 9}, "in_channels 9 and out_channels 4, as in inpainting and control"),
+                (_NETWORK, {"patch_size": 4}, "patch_size 4; Stable Diffusion 3 has 2"),
+                (
+                    "vae/config.json",
+                    {"latent_channels": 16},
+                    "latent_channels 16, but the transformer's in_channels are 4",
+                ),
+                (_SCHEDULER, {"shift_terminal": 0.02}, "shift_terminal 0.02 replaces"),
+            ),
+        ),
+        "sd3_without_t5": Family(
+            "sd3",
+            lambda folder: write_stable_diffusion_3(folder, t5=False),
+            StableDiffusion3Pipeline,
+            ("text_encoder_2",),
+            _GUIDED,
+            {**_GUIDED_CALL, **_READS},
+            {"text_encoder_3": None, "tokenizer_3": None},
+            unreached=r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)",
+        ),
+    }
+)
