@@ -3,6 +3,7 @@
 A new family is one row here. What is proven of each is in ``tests/integration/test_families.py``.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,18 @@ from typing import Any
 import torch
 from checkpoints import write_stable_diffusion, write_wan
 from diffusers import (
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     WanPipeline,
+    ZImagePipeline,
 )
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
+from qwen_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_z_image
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
@@ -47,6 +53,8 @@ class Family:
         arguments: of the stock call, beside prompts, latents, size, steps and text length.
         loading: of the stock pipeline's ``from_pretrained``.
         packed: whether the stock pipeline's latents and predictions are tokens of 2 x 2 latent pixels.
+        folded: whether its predictions are such tokens, and its latents these tokens' channels over rows and columns.
+        gives_levels: whether the stock pipeline tells the scheduler its levels before they are shifted.
         unreached: matches the parameters that have no way to the prediction, so that no gradient can reach them.
         refused: a file, keys that are set in it, and the error that names them.
     """
@@ -59,6 +67,8 @@ class Family:
     arguments: Mapping[str, object] = field(default_factory=dict)
     loading: Mapping[str, object] = field(default_factory=dict)
     packed: bool = False
+    folded: bool = False
+    gives_levels: bool = False
     unreached: str = r"\Z."
     refused: tuple[tuple[str, Mapping[str, object], str], ...] = ()
 
@@ -75,11 +85,14 @@ class Family:
 
     def to_stock(self, latents: Tensor) -> Tensor:
         """Latents as the stock pipeline has them."""
-        return pack_latents(latents) if self.packed else latents
+        if not (self.packed or self.folded):
+            return latents
+        tokens, (height, width) = pack_latents(latents), latents.shape[-2:]
+        return tokens if self.packed else tokens.mT.unflatten(2, (height // 2, width // 2))
 
     def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
-        """The inverse of `to_stock`."""
-        return unpack_latents(latents, *like.shape[-2:]) if self.packed else latents
+        """A prediction of the stock pipeline as ours."""
+        return unpack_latents(latents, *like.shape[-2:]) if self.packed or self.folded else latents
 
     def sample(self, pipeline: Any, config: GeneratorConfig, noise: Tensor) -> "Sampled":
         """What the stock pipeline makes of `noise`, and what its first scheduler step is given."""
@@ -93,15 +106,16 @@ class Family:
         pipeline.scheduler.step = record
         frames = {} if config.frames is None else {"num_frames": config.frames}
         try:
+            # Some of them write the template into the list.
             made = pipeline(
-                PROMPTS,
+                prompt=list(PROMPTS),
                 latents=self.to_stock(noise),
                 height=config.height,
                 width=config.width,
                 num_inference_steps=STEPS,
                 output_type="pt",
                 **frames,
-                **self.arguments,
+                **copy.deepcopy(dict(self.arguments)),
             )
         finally:
             pipeline.scheduler.step = step
@@ -185,12 +199,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             {"guidance_scale": 3.5},
             {"guidance_scale": 3.5, **_READS},
             packed=True,
+            gives_levels=True,
             refused=(
                 (_INDEX, {"_class_name": "FluxKontextPipeline"}, "_class_name 'FluxKontextPipeline'"),
                 (_NETWORK, {"in_channels": 384, "out_channels": 64}, "in_channels 384 .*FLUX Fill"),
                 (_NETWORK, {"patch_size": 2}, "transformer: patch_size 2"),
                 ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the transformer's"),
-                (_SCHEDULER, {"shift_terminal": 0.02}, "shift_terminal 0.02 replaces"),
                 (_SCHEDULER, {"invert_sigmas": True}, "invert_sigmas True replaces"),
                 (_SCHEDULER, {"num_train_timesteps": 500}, "num_train_timesteps 500"),
                 (_NETWORK, {"in_channels": None, "out_channels": None}, "transformer's in_channels are None"),
@@ -321,7 +335,79 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     {"latent_channels": 16},
                     "latent_channels 16, but the transformer's in_channels are 4",
                 ),
-                (_SCHEDULER, {"shift_terminal": 0.02}, "shift_terminal 0.02 replaces"),
+            ),
+        ),
+        "flux2_klein": Family(
+            "flux2_klein",
+            write_flux2_klein,
+            Flux2KleinPipeline,
+            ("text_encoder", "transformer", "vae"),
+            # The stock pipeline is guided away from the empty prompt alone.
+            {"guidance_scale": 4.0, "max_sequence_length": 60},
+            {"guidance_scale": 4.0, "max_sequence_length": 60},
+            folded=True,
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"patch_size": 2}, "patch_size 2; FLUX.2 has 1"),
+                (_NETWORK, {"out_channels": 32}, "in_channels 16 and out_channels 32, as in editing"),
+                ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_INDEX, {"_class_name": "Flux2Pipeline"}, "'Flux2Pipeline'; family 'flux2_klein' holds Flux2Klein"),
+            ),
+        ),
+        "flux2_klein_distilled": Family(
+            "flux2_klein",
+            lambda folder: write_flux2_klein(folder, distilled=True),
+            Flux2KleinPipeline,
+            (),
+            {"guidance_scale": 4.0, "max_sequence_length": 60},
+            {"guidance_scale": 4.0, "max_sequence_length": 60},
+            folded=True,
+            gives_levels=True,
+        ),
+        "flux2_dev": Family(
+            "flux2_dev",
+            write_flux2_dev,
+            Flux2Pipeline,
+            ("text_encoder", "transformer", "vae"),
+            {"guidance_scale": 2.5, "max_sequence_length": 200},
+            {"guidance_scale": 2.5, "max_sequence_length": 200},
+            folded=True,
+            gives_levels=True,
+            refused=((_INDEX, {"_class_name": "Flux2KleinPipeline"}, "'Flux2KleinPipeline'; family 'flux2_dev'"),),
+        ),
+        "qwen_image": Family(
+            "qwen_image",
+            write_qwen_image,
+            QwenImagePipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "max_sequence_length": 240},
+            {"true_cfg_scale": 4.0, "negative_prompt": [NEGATIVE] * 2, "max_sequence_length": 240},
+            packed=True,
+            unreached=r"transformer_blocks\.1\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))",
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"guidance_embeds": True}, "guidance_embeds True: its network takes the guidance scale"),
+                (_NETWORK, {"zero_cond_t": True}, "zero_cond_t True: .*Qwen-Image-Edit"),
+                (_NETWORK, {"use_layer3d_rope": True}, "use_layer3d_rope True: .*Qwen-Image-Layered"),
+                (_NETWORK, {"in_channels": 32}, "in_channels 32 and out_channels 16, as in editing"),
+                ("vae/config.json", {"z_dim": 16}, "vae: z_dim 16, but the transformer's in_channels are 16"),
+                (_INDEX, {"_class_name": "QwenImageEditPipeline"}, "'QwenImageEditPipeline'; family 'qwen_image'"),
+            ),
+        ),
+        "z_image": Family(
+            "z_image",
+            write_z_image,
+            ZImagePipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "max_sequence_length": 60, "width": 40},
+            {**_GUIDED_CALL, "max_sequence_length": 60},
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"siglip_feat_dim": 8}, "siglip_feat_dim 8: .*Z-Image Omni"),
+                (_NETWORK, {"all_patch_size": [1, 2]}, r"all_patch_size \[1, 2\], all_f_patch_size \[1\]; Z-Image"),
+                ("vae/config.json", {"latent_channels": 16}, "latent_channels 16, but the transformer's in_channels"),
+                (_INDEX, {"_class_name": "ZImageOmniPipeline"}, "'ZImageOmniPipeline'; family 'z_image'"),
+                (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
             ),
         ),
         "sd3_without_t5": Family(

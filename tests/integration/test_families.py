@@ -80,7 +80,9 @@ def test_the_shift_is_that_of_the_stock_schedulers_levels(case: Case) -> None:
     shift, levels = generator.flow_shift, scheduler.sigmas
     shift = shift(len(levels) - 1) if callable(shift) else shift
     own = sampling_chain(SamplingConfig(steps=len(levels) - 1, shift=shift), "velocity").levels
-    if scheduler.config.use_dynamic_shifting:
+    if terminal := scheduler.config.get("shift_terminal"):
+        own[:-1] = 1 - (1 - own[:-1]) * (1 - terminal) / (1 - own[-2])
+    if case.row.gives_levels:
         torch.testing.assert_close(own, levels, **EXACT)
     else:
         # Without levels of the pipeline's own, the scheduler spaces them from 1 to its smallest: its ends tell.
@@ -187,7 +189,7 @@ def test_trained_weights_load_into_the_stock_pipeline(mode: str, case: Case, tmp
     generator.save_network(tmp_path)
     chain = case.sampled.chain(generator)
     ours = generator.pictures(sample_ode(generator, case.conditioning, chain, case.noise))
-    assert float((ours - case.sampled.pictures).abs().max()) > 1e-3
+    assert float((ours - case.sampled.pictures).abs().max()) > 2e-4
     part = generator.network_folder
     if mode == "lora":
         pipeline = case.row.stock(case.folder)
@@ -227,7 +229,8 @@ def test_what_is_sharded_over_processes_is_a_block_of_the_network(case: Case) ->
     held = [module for module in network.modules() if type(module).__name__ in blocks]
     inside = sum(value.numel() for module in held for value in module.parameters())
     assert len(held) > 1
-    assert inside > 0.5 * sum(value.numel() for value in network.parameters())
+    # In miniature, what embeds the time is large.
+    assert inside > 0.1 * sum(value.numel() for value in network.parameters())
 
 
 def _encode(config: GeneratorConfig, root: Path) -> list[dict[str, Tensor]]:
@@ -245,7 +248,10 @@ def test_a_tensor_that_a_part_lacks_or_does_not_take_is_named(case: Case, tmp_pa
             read(config, ROOT)
         assert f"/{part}: does not hold what" in str(told.value)
         for fault in faults:
-            assert fault in str(told.value)
+            kind, _, name = fault.partition(": ")
+            # Some libraries know a tensor by another name than its file does.
+            assert f"{kind}: " in str(told.value)
+            assert ".".join(name.split(".")[-2:]) in str(told.value)
 
 
 def test_what_the_adapter_does_not_hold_is_named_before_weights_are_read(case: Case, tmp_path: Path) -> None:
@@ -256,6 +262,18 @@ def test_what_the_adapter_does_not_hold_is_named_before_weights_are_read(case: C
         with pytest.raises(GeneratorError, match=message):
             load_generator(case.row.config(folder), ROOT)
         (folder / file).write_text(before)
+
+
+def test_what_the_chain_and_the_network_leave_out_is_told(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    case.load()
+    told = " ".join(record.getMessage() for record in caplog.records)
+    terminal = case.sampled.scheduler.config.get("shift_terminal")
+    assert ("stretches its noise levels to end at 0.02" in told) == (terminal is not None)
+    assert ("guidance_scale 4.0 has no effect" in told) == bool(_index(case).get("is_distilled"))
+
+
+def _index(case: Case) -> dict[str, object]:
+    return dict(json.loads((case.folder / "model_index.json").read_text()))
 
 
 def test_a_size_that_does_not_fit_is_named(case: Case) -> None:

@@ -218,7 +218,7 @@ def test_the_generator_gives_its_checkpoints_timesteps(tiny_stable_diffusion: Pa
 
 
 def test_a_shift_that_is_not_the_checkpoints_is_told(tiny_generator: Path, tiny_wan: Path, tmp_path: Path) -> None:
-    def told(shift: float, given: float | None) -> list[str]:
+    def told(shift: float, given: float | Callable[[int], float] | None) -> list[str]:
         sampling = SamplingConfig(shift=shift)
         return chain_remarks(sampling_chain(sampling, "velocity"), sampling, given, None)
 
@@ -226,6 +226,9 @@ def test_a_shift_that_is_not_the_checkpoints_is_told(tiny_generator: Path, tiny_
     own = _load("flux", tiny_generator).flow_shift
     assert own == json.loads((tiny_generator / "scheduler/scheduler_config.json").read_text())["shift"]
     assert told(3.0, 3.0) == told(3.0, None) == []
+    assert told(3.0, lambda steps: 5.0 if steps == 10 else 3.0)[0].endswith(
+        "shifts by 5 at this size in 10 steps. Set it to that unless another one is meant"
+    )
     assert told(3.0, 5.0)[0].startswith("sampling.shift 3 is not the checkpoint's: its scheduler shifts by 5 ")
     folder = tmp_path / "scheduler"
     shutil.copytree(tiny_generator / "scheduler", folder)

@@ -13,6 +13,10 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         "flux": "vipo.generators.flux:FluxGenerator",
         "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
+        "flux2_dev": "vipo.generators.flux2:Flux2DevGenerator",
+        "flux2_klein": "vipo.generators.flux2:Flux2KleinGenerator",
+        "qwen_image": "vipo.generators.qwen_image:QwenImageGenerator",
+        "z_image": "vipo.generators.z_image:ZImageGenerator",
         "sdxl": "vipo.generators.stable_diffusion_xl:StableDiffusionXLGenerator",
         "sd3": "vipo.generators.stable_diffusion_3:StableDiffusion3Generator",
         "wan": "vipo.generators.wan:WanGenerator",

@@ -17,7 +17,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
 from vipo.generators.lora import LORA_FILE, check_file, check_targets
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
-from vipo.generators.schedules import flow_shift
+from vipo.generators.schedules import check_levels, flow_shift
 from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -103,10 +103,9 @@ class PipelineGenerator(Generator):
         )
         cls.check_parts(location, network, vae)
         if cls.prediction == "velocity":
-            # What it refuses does not depend on the number of tokens.
-            flow_shift(location, config, None if cls.token_side is None else 1)
-        made = getattr(vae, "out_channels", 3)
-        if made != 3 * (getattr(vae, "patch_size", None) or 1) ** 2:
+            check_levels(location, config, cls.token_side is not None)
+        made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
+        if made != 3 * (patch if isinstance(patch, int) else 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
         if isinstance(location, Path) and config.revision is not None:
             log.warning(
