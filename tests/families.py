@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from checkpoints import write_stable_diffusion, write_wan
+from checkpoints import write_stable_diffusion, write_wan, write_wan22_ti2v
 from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -284,6 +284,19 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
                 (_SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
+            ),
+        ),
+        "wan22_ti2v": Family(
+            "wan22_ti2v",
+            write_wan22_ti2v,
+            WanPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "frames": 9, "width": 64},
+            {**_GUIDED_CALL, **_READS},
+            refused=(
+                (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
+                (_INDEX, {"expand_timesteps": False}, "gives every token one timestep; set generator.family=wan"),
+                (_NETWORK, {"in_channels": 36}, "in_channels 36 and out_channels 8, as in image-to-video"),
             ),
         ),
         "sdxl": Family(
