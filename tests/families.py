@@ -17,14 +17,15 @@ from diffusers import (
     Flux2Pipeline,
     FluxPipeline,
     QwenImagePipeline,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     WanPipeline,
     ZImagePipeline,
 )
+from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
-from qwen_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_z_image
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
@@ -297,6 +298,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
                 (_INDEX, {"expand_timesteps": False}, "gives every token one timestep; set generator.family=wan"),
                 (_NETWORK, {"in_channels": 36}, "in_channels 36 and out_channels 8, as in image-to-video"),
+            ),
+        ),
+        "sana": Family(
+            "sana",
+            write_sana,
+            SanaPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "width": 64},
+            {**_GUIDED_CALL, **_READS, "use_resolution_binning": False},
+            refused=(
+                (_NETWORK, {"guidance_embeds": True}, "guidance_embeds True: .*Sprint"),
+                (_NETWORK, {"out_channels": 8}, "in_channels 4 and out_channels 8, as in checkpoints that predict"),
+                ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler"}, "use_flow_sigmas is not set"),
+                (_SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
             ),
         ),
         "sdxl": Family(

@@ -244,7 +244,13 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
         ("sd35_medium", 64),
         ("sd35_large", 64),
         ("sdxl", 128),
+        ("flux2_klein", 64),
+        ("flux2_dev", 64),
+        ("qwen_image", 64),
+        ("z_image", 64),
+        ("sana", 16),
         ("wan", (14 * 30 * 52) ** 0.5),
+        ("wan22_ti2v", (13 * 30 * 52) ** 0.5),
     ],
 )
 def test_the_gate_of_positions_has_its_range_on_the_scale_of_their_ratios(generator: str, times: float) -> None:

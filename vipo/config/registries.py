@@ -17,6 +17,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "flux2_klein": "vipo.generators.flux2:Flux2KleinGenerator",
         "qwen_image": "vipo.generators.qwen_image:QwenImageGenerator",
         "z_image": "vipo.generators.z_image:ZImageGenerator",
+        "sana": "vipo.generators.sana:SanaGenerator",
         "sdxl": "vipo.generators.stable_diffusion_xl:StableDiffusionXLGenerator",
         "sd3": "vipo.generators.stable_diffusion_3:StableDiffusion3Generator",
         "wan": "vipo.generators.wan:WanGenerator",

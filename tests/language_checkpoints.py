@@ -1,10 +1,12 @@
 """Random checkpoints of the families whose prompts a language model reads, in the smallest size."""
 
+import string
 from pathlib import Path
 
 import torch
 from checkpoints import picture_autoencoder
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -13,6 +15,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -20,6 +24,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
@@ -231,5 +238,51 @@ def write_flux2_dev(folder: Path) -> Path:
         text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
         tokenizer=pixtral_processor(),
         transformer=_flux2_network(48, guidance=True),
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_sana(folder: Path) -> Path:
+    """Sana: pictures with even sides."""
+    torch.manual_seed(0)
+    pieces = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.printable.replace(" ", ""))
+    blocks = {"block_types": "ResBlock", "block_out_channels": (8, 8), "layers_per_block": (1, 1)}
+    both = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()}
+    SanaPipeline(
+        tokenizer=GemmaTokenizer(vocab={piece: row for row, piece in enumerate(pieces)}, merges=[]),
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=112,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+            )
+        ),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            **both,
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            upsample_block_type="interpolate",
+            downsample_block_type="Conv",
+            scaling_factor=0.41407,
+        ),
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return folder
