@@ -3,7 +3,7 @@
 A new family is one row here. What is proven of each is in ``tests/integration/test_families.py``.
 """
 
-import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
+    HunyuanVideo15Pipeline,
     QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
@@ -27,16 +28,18 @@ from diffusers import (
 from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
 from torch import Tensor
+from video_checkpoints import write_hunyuan_video
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig
 from vipo.generators import Generator
+from vipo.generators.base import resolve_class
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.rollout import Trajectory, policy_transition
 from vipo.sampling.transitions import dance_transition, position_log_prob
 
-PROMPTS = ["a red fox runs", "two owls"]
+PROMPTS = ["a red fox runs", 'two "owls"']
 NEGATIVE = "blurry"
 STEPS = 3
 
@@ -51,11 +54,11 @@ class Family:
         pipeline: the stock pipeline's class.
         parts: subfolders that hold weights; a fault in one of them is named.
         settings: section `generator`, beside family, path, size and text length.
-        arguments: of the stock call, beside prompts, latents, size, steps and text length.
         loading: of the stock pipeline's ``from_pretrained``.
         packed: whether the stock pipeline's latents and predictions are tokens of 2 x 2 latent pixels.
         folded: whether its predictions are such tokens, and its latents these tokens' channels over rows and columns.
         gives_levels: whether the stock pipeline tells the scheduler its levels before they are shifted.
+        sliced: whether the stock autoencoder decodes one sample at a time only.
         unreached: matches the parameters that have no way to the prediction, so that no gradient can reach them.
         refused: a file, keys that are set in it, and the error that names them.
     """
@@ -65,11 +68,11 @@ class Family:
     pipeline: Any
     parts: tuple[str, ...]
     settings: Mapping[str, object] = field(default_factory=dict)
-    arguments: Mapping[str, object] = field(default_factory=dict)
     loading: Mapping[str, object] = field(default_factory=dict)
     packed: bool = False
     folded: bool = False
     gives_levels: bool = False
+    sliced: bool = False
     unreached: str = r"\Z."
     refused: tuple[tuple[str, Mapping[str, object], str], ...] = ()
 
@@ -82,6 +85,8 @@ class Family:
         """The stock pipeline of the checkpoint at `path`, with some `parts` replaced."""
         pipeline = self.pipeline.from_pretrained(path, **self.loading, **parts)
         pipeline.set_progress_bar_config(disable=True)
+        if self.sliced:
+            pipeline.vae.enable_slicing()
         return pipeline
 
     def to_stock(self, latents: Tensor) -> Tensor:
@@ -105,7 +110,16 @@ class Family:
             return step(prediction, time, *args, **options)
 
         pipeline.scheduler.step = record
-        frames = {} if config.frames is None else {"num_frames": config.frames}
+        settings = {
+            "num_frames": config.frames,
+            "guidance_scale": config.guidance_scale,
+            "max_sequence_length": config.max_sequence_length,
+            "negative_prompt": config.negative_prompt or None,
+            **resolve_class(config).stock_arguments(config),
+        }
+        if settings["negative_prompt"] is not None:
+            settings["negative_prompt"] = [settings["negative_prompt"]] * len(PROMPTS)
+        taken = inspect.signature(self.pipeline.__call__).parameters
         try:
             # Some of them write the template into the list.
             made = pipeline(
@@ -115,8 +129,7 @@ class Family:
                 width=config.width,
                 num_inference_steps=STEPS,
                 output_type="pt",
-                **frames,
-                **copy.deepcopy(dict(self.arguments)),
+                **{key: value for key, value in settings.items() if key in taken and value is not None},
             )
         finally:
             pipeline.scheduler.step = step
@@ -184,8 +197,6 @@ def optimizer_of(generator: Generator) -> torch.optim.Optimizer:
 
 
 _GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": NEGATIVE})
-_GUIDED_CALL = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": [NEGATIVE] * len(PROMPTS)})
-_READS = MappingProxyType({"max_sequence_length": 12})
 _SCHEDULER = "scheduler/scheduler_config.json"
 _NETWORK = "transformer/config.json"
 _INDEX = "model_index.json"
@@ -198,7 +209,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             FluxPipeline,
             ("text_encoder", "text_encoder_2", "transformer", "vae"),
             {"guidance_scale": 3.5},
-            {"guidance_scale": 3.5, **_READS},
             packed=True,
             gives_levels=True,
             refused=(
@@ -228,7 +238,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             StableDiffusionPipeline,
             ("text_encoder", "unet", "vae"),
             {**_GUIDED, "max_sequence_length": 512},
-            _GUIDED_CALL,
             refused=(
                 ("unet/config.json", {"time_cond_proj_dim": 32}, "unet: time_cond_proj_dim 32: .*LCM"),
                 ("unet/config.json", {"class_embed_type": "timestep"}, "unet: class_embed_type 'timestep'"),
@@ -255,7 +264,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             WanPipeline,
             ("text_encoder", "transformer", "vae"),
             {**_GUIDED, "frames": 9},
-            {**_GUIDED_CALL, **_READS},
             refused=(
                 (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
                 (_INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
@@ -293,7 +301,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             WanPipeline,
             ("text_encoder", "transformer", "vae"),
             {**_GUIDED, "frames": 9, "width": 64},
-            {**_GUIDED_CALL, **_READS},
             refused=(
                 (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
                 (_INDEX, {"expand_timesteps": False}, "gives every token one timestep; set generator.family=wan"),
@@ -306,7 +313,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             SanaPipeline,
             ("text_encoder", "transformer", "vae"),
             {**_GUIDED, "width": 64},
-            {**_GUIDED_CALL, **_READS, "use_resolution_binning": False},
             refused=(
                 (_NETWORK, {"guidance_embeds": True}, "guidance_embeds True: .*Sprint"),
                 (_NETWORK, {"out_channels": 8}, "in_channels 4 and out_channels 8, as in checkpoints that predict"),
@@ -315,13 +321,28 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (_SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
             ),
         ),
+        "hunyuan_video": Family(
+            "hunyuan_video",
+            write_hunyuan_video,
+            HunyuanVideo15Pipeline,
+            ("text_encoder", "text_encoder_2", "transformer", "vae"),
+            {**_GUIDED, "frames": 9, "max_sequence_length": 700},
+            gives_levels=True,
+            sliced=True,
+            unreached=r"image_embedder|transformer_blocks\.1\.(ff_context|attn\.(add_q_proj|to_add_out|norm_added_q))",
+            refused=(
+                (_NETWORK, {"use_meanflow": True}, "use_meanflow True: .*second timestep"),
+                (_NETWORK, {"in_channels": 4}, "in_channels 4 and out_channels 4; HunyuanVideo 1.5 takes"),
+                ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_INDEX, {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "'HunyuanVideo15ImageToVideoPipeline'"),
+            ),
+        ),
         "sdxl": Family(
             "sdxl",
             write_stable_diffusion_xl,
             StableDiffusionXLPipeline,
             ("text_encoder", "text_encoder_2", "unet", "vae"),
             {**_GUIDED, "max_sequence_length": 512},
-            _GUIDED_CALL,
             refused=(
                 (
                     "unet/config.json",
@@ -341,7 +362,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             StableDiffusionXLPipeline,
             (),
             {"guidance_scale": 4.0, "max_sequence_length": 512},
-            {"guidance_scale": 4.0},
         ),
         "sd3": Family(
             "sd3",
@@ -349,7 +369,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             StableDiffusion3Pipeline,
             ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
             _GUIDED,
-            {**_GUIDED_CALL, **_READS},
             unreached=r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)",
             refused=(
                 (
@@ -373,7 +392,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ("text_encoder", "transformer", "vae"),
             # The stock pipeline is guided away from the empty prompt alone.
             {"guidance_scale": 4.0, "max_sequence_length": 60},
-            {"guidance_scale": 4.0, "max_sequence_length": 60},
             folded=True,
             gives_levels=True,
             refused=(
@@ -389,7 +407,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Flux2KleinPipeline,
             (),
             {"guidance_scale": 4.0, "max_sequence_length": 60},
-            {"guidance_scale": 4.0, "max_sequence_length": 60},
             folded=True,
             gives_levels=True,
         ),
@@ -398,7 +415,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             write_flux2_dev,
             Flux2Pipeline,
             ("text_encoder", "transformer", "vae"),
-            {"guidance_scale": 2.5, "max_sequence_length": 200},
             {"guidance_scale": 2.5, "max_sequence_length": 200},
             folded=True,
             gives_levels=True,
@@ -410,7 +426,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             QwenImagePipeline,
             ("text_encoder", "transformer", "vae"),
             {**_GUIDED, "max_sequence_length": 240},
-            {"true_cfg_scale": 4.0, "negative_prompt": [NEGATIVE] * 2, "max_sequence_length": 240},
             packed=True,
             unreached=r"transformer_blocks\.1\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))",
             gives_levels=True,
@@ -429,7 +444,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ZImagePipeline,
             ("text_encoder", "transformer", "vae"),
             {**_GUIDED, "max_sequence_length": 60, "width": 40},
-            {**_GUIDED_CALL, "max_sequence_length": 60},
             gives_levels=True,
             refused=(
                 (_NETWORK, {"siglip_feat_dim": 8}, "siglip_feat_dim 8: .*Z-Image Omni"),
@@ -445,7 +459,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             StableDiffusion3Pipeline,
             ("text_encoder_2",),
             _GUIDED,
-            {**_GUIDED_CALL, **_READS},
             {"text_encoder_3": None, "tokenizer_3": None},
             unreached=r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)",
         ),

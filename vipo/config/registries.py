@@ -15,6 +15,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
         "flux2_dev": "vipo.generators.flux2:Flux2DevGenerator",
         "flux2_klein": "vipo.generators.flux2:Flux2KleinGenerator",
+        "hunyuan_video": "vipo.generators.hunyuan_video:HunyuanVideo15Generator",
         "qwen_image": "vipo.generators.qwen_image:QwenImageGenerator",
         "z_image": "vipo.generators.z_image:ZImageGenerator",
         "sana": "vipo.generators.sana:SanaGenerator",

@@ -77,6 +77,11 @@ class Generator(ABC):
         """
 
     @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        """Arguments of the stock pipeline that are not named, or not meant, as the configuration's keys."""
+        return {}
+
+    @classmethod
     def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
         """The last dimension that the network takes of each conditioning tensor, by name, as far as it is known."""
         return {}

@@ -134,6 +134,15 @@ class Flux2KleinGenerator(_Flux2Generator):
     _distilled = False
 
     @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        super().check(config, root)
+        if config.negative_prompt:
+            raise GeneratorError(
+                "generator.negative_prompt: FLUX.2 klein's stock pipeline is guided away from the empty prompt alone; "
+                "leave it empty"
+            )
+
+    @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
         generator = super().load(config, root)
         generator._distilled = bool(model_index(checkpoint_location(config, root), config.revision).get("is_distilled"))

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
@@ -35,7 +36,7 @@ class PipelineGenerator(Generator):
 
     Attributes:
         vae: the autoencoder, frozen.
-        pipeline_class: the stock pipeline, which writes LoRA weights the way it reads them.
+        pipeline_class: the stock pipeline.
         network_class: of the trained network.
         autoencoders: autoencoder classes by name.
         guides: whether the family is guided away from `negative_prompt`.
@@ -261,12 +262,13 @@ class PipelineGenerator(Generator):
             (adapter,) = self.network.peft_config.values()
             scale = adapter.lora_alpha / adapter.r
             layers = {
-                name: value * scale if ".lora_B." in name else value
+                f"{self.network_folder}.{name}": value * scale if ".lora_B." in name else value.contiguous()
                 for name, value in get_peft_model_state_dict(
                     self.network, None if state is None else dict(state)
                 ).items()
             }
-            self.pipeline_class.save_lora_weights(folder, **{f"{self.network_folder}_lora_layers": layers})
+            # As the pipelines' own `save_lora_weights` do, which not all of them have.
+            save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
         else:
             network = self.network
             if state is not None:

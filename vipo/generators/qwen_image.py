@@ -58,6 +58,15 @@ class QwenImageGenerator(PipelineGenerator):
         )
 
     @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        # Without a negative prompt, the stock pipeline is not guided.
+        return {
+            "guidance_scale": None,
+            "true_cfg_scale": config.guidance_scale,
+            "negative_prompt": config.negative_prompt,
+        }
+
+    @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, length = checkpoint_location(config, root), config.max_sequence_length

@@ -43,6 +43,10 @@ class SanaGenerator(PipelineGenerator):
         refuse_channels(location, "transformer", network, latent, "checkpoints that predict a variance as well")
 
     @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        return {"use_resolution_binning": False}
+
+    @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         length = config.max_sequence_length
