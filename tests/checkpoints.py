@@ -97,6 +97,47 @@ def write_wan(folder: Path) -> Path:
     return folder
 
 
+def write_wan22_ti2v(folder: Path) -> Path:
+    """Wan 2.2 TI2V-5B: its autoencoder takes 2 x 2 pixels as channels; sides in multiples of 32."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=8,
+            dim_mult=[1] * 4,
+            num_res_blocks=1,
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=16,
+            latents_mean=torch.randn(8, generator=generator).tolist(),
+            latents_std=(1 + torch.rand(8, generator=generator)).tolist(),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=8,
+            out_channels=8,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            rope_max_seq_len=64,
+        ),
+        expand_timesteps=True,
+    ).save_pretrained(folder)
+    return folder
+
+
 def write_stable_diffusion(folder: Path) -> Path:
     """Stable Diffusion 1.x: pictures with even sides."""
     torch.manual_seed(0)
@@ -140,6 +181,23 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def faulty(tensors: dict[str, Tensor]) -> list[str]:
+    """Make one tensor missing, one extra, one of another shape, one of integers, one not finite; gives their names."""
+    missing, misshapen, whole, broken = sorted(tensors)[:4]
+    del tensors[missing]
+    tensors["lora_A.weight"] = torch.ones(2)
+    tensors[misshapen] = torch.ones(3, 5)
+    tensors[whole] = torch.zeros(tensors[whole].shape, dtype=torch.int32)
+    tensors[broken] = torch.full_like(tensors[broken], float("nan"))
+    return [
+        f"missing: {missing}",
+        "extra: lora_A.weight",
+        f"of another shape: {misshapen} (3, 5) instead of",
+        f"not of floating point: {whole} (I32)",
+        f"not finite: {broken}",
+    ]
 
 
 def generator_config(family: str, path: Path, **changes: object) -> GeneratorConfig:

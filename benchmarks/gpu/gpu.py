@@ -23,7 +23,6 @@ from benchmarks.gpu.record import Record, read_figures
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "timm", "safetensors", "numpy")
 _NOT_WRITTEN = {
-    "SD3.5-medium, LoRA and full": "vipo has no adapter of this family yet",
     "memory against `vipo plan`": "there is no such command yet",
     "DDP and FSDP2 over NCCL, world size 1": "vipo joins a process group from two processes on",
 }
@@ -46,6 +45,8 @@ STEPS = (
     Step("waits", 45, "how often the host waits for the device"),
     Step("flux", 90, "FLUX.1-dev at its real size"),
     Step("wan", 90, "Wan 2.1 1.3 B at its real size"),
+    Step("sd3_lora", 60, "Stable Diffusion 3.5 medium at its real size, LoRA"),
+    Step("sd3_full", 60, "Stable Diffusion 3.5 medium at its real size, all weights"),
 )
 
 
@@ -83,7 +84,7 @@ def run_step(name: str, record: Record, device: str, tiny: bool, matmul_tflops: 
         from benchmarks.gpu.machine import measure_machine
 
         measure_machine(record, device, tiny)
-    elif name in ("flux", "wan"):
+    elif name in ("flux", "wan", "sd3_lora", "sd3_full"):
         from benchmarks.gpu.real_size import measure_family
         from benchmarks.gpu.sizes import REAL, TINY
 

@@ -19,10 +19,12 @@ from vipo.config.perception import PerceptionConfig
 from vipo.generators.base import NEGATIVE
 from vipo.generators.flux import FluxGenerator
 from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.stable_diffusion_3 import StableDiffusion3Generator
 from vipo.generators.wan import WanGenerator
 from vipo.perception.backbones import Backbone, _TimmFeatures
 
 _DTYPE = "dtype_of_network"
+_CLIP_TOKENS = 77
 
 
 def write_layout(folder: Path, parts: Mapping[str, Mapping[str, Any]], dtype: str) -> Path:
@@ -112,6 +114,19 @@ class RandomWan(RandomWeights, WanGenerator):
     @classmethod
     def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (length, settings["text_dim"])}
+
+
+class RandomStableDiffusion3(RandomWeights, StableDiffusion3Generator):
+    """Stable Diffusion 3 and 3.5."""
+
+    autoencoder_class: ClassVar[Any] = "AutoencoderKL"
+
+    @classmethod
+    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "pooled_projections": (settings["pooled_projection_dim"],),
+            "encoder_hidden_states": (_CLIP_TOKENS + length, settings["joint_attention_dim"]),
+        }
 
 
 def dinov2_large(config: PerceptionConfig) -> Backbone:

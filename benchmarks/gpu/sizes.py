@@ -53,13 +53,45 @@ def _update(transitions: int, micro_batch: int) -> tuple[str, ...]:
     )
 
 
-_LORA = (
-    "training.lora={rank: 16, alpha: 16}",
-    "training.gradient_checkpointing=true",
-    "generator.precision=bf16",
-    "generator.weights=bf16",
-)
+_FULL = ("training.gradient_checkpointing=true", "generator.precision=bf16")
+_LORA = ("training.lora={rank: 16, alpha: 16}", "generator.weights=bf16", *_FULL)
 _DINO = f"perception.backbone='{_HERE}:dinov2_large'"
+
+_SD35_MEDIUM = {
+    "transformer": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": list(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    "vae": {**_FLUX_AUTOENCODER, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+}
+
+
+def _sd35_medium(dtype: str, training: tuple[str, ...], setting: str) -> Size:
+    return Size(
+        family=f"{_HERE}:RandomStableDiffusion3",
+        parts=_SD35_MEDIUM,
+        dtype=dtype,
+        overrides=(
+            *_update(4, 4),
+            *training,
+            _DINO,
+            "generator.height=512",
+            "generator.width=512",
+            "generator.max_sequence_length=256",
+            "generator.guidance_scale=4.5",
+            "sampling.steps=10",
+            "sampling.shift=3",
+            "sampling.eta=0.3",
+        ),
+        setting=f"SD3.5 medium, 2.2 B, {setting}, 512 x 512, CFG, 10 steps, 4 trained, 4 samples",
+    )
+
 
 REAL: Mapping[str, Size] = MappingProxyType(
     {
@@ -110,10 +142,57 @@ REAL: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 1.3 B, LoRA 16, frozen weights bf16, 240 x 416 x 53, CFG, 16 steps, 9 trained, 4 samples",
         ),
+        "sd3_lora": _sd35_medium("bfloat16", _LORA, "LoRA 16, frozen weights bf16"),
+        "sd3_full": _sd35_medium("float32", _FULL, "all weights, fp32"),
     }
 )
 
 _SMALL_DINO = f"perception.backbone='{_HERE}:dinov2_small'"
+
+_SMALL_AUTOENCODER = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "shift_factor": 0.1,
+}
+
+
+def _small_sd3(dtype: str, training: tuple[str, ...]) -> Size:
+    return Size(
+        family=f"{_HERE}:RandomStableDiffusion3",
+        parts={
+            "transformer": {
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 32,
+                "caption_projection_dim": 32,
+                "pooled_projection_dim": 32,
+                "pos_embed_max_size": 24,
+                "dual_attention_layers": [0],
+                "qk_norm": "rms_norm",
+            },
+            "vae": _SMALL_AUTOENCODER,
+        },
+        dtype=dtype,
+        overrides=(
+            *_update(2, 4),
+            *training,
+            _SMALL_DINO,
+            "perception.input_size=56",
+            "generator.height=32",
+            "generator.width=32",
+            "generator.max_sequence_length=8",
+            "generator.guidance_scale=4",
+            "sampling.steps=3",
+        ),
+        setting="Stable Diffusion 3.5 in miniature",
+    )
+
 
 TINY: Mapping[str, Size] = MappingProxyType(
     {
@@ -131,14 +210,7 @@ TINY: Mapping[str, Size] = MappingProxyType(
                     "guidance_embeds": True,
                     "axes_dims_rope": [4, 6, 6],
                 },
-                "vae": {
-                    "block_out_channels": [8, 8],
-                    "down_block_types": ["DownEncoderBlock2D"] * 2,
-                    "up_block_types": ["UpDecoderBlock2D"] * 2,
-                    "latent_channels": 4,
-                    "norm_num_groups": 4,
-                    "shift_factor": 0.1,
-                },
+                "vae": _SMALL_AUTOENCODER,
             },
             dtype="bfloat16",
             overrides=(
@@ -182,5 +254,7 @@ TINY: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 in miniature",
         ),
+        "sd3_lora": _small_sd3("bfloat16", _LORA),
+        "sd3_full": _small_sd3("float32", _FULL),
     }
 )

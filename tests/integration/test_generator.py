@@ -12,7 +12,8 @@ from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig
 from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
-from vipo.generators.flux import FluxGenerator, image_ids, pack_latents, unpack_latents
+from vipo.generators.flux import FluxGenerator, image_ids
+from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout, sample_ode

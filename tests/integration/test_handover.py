@@ -26,7 +26,7 @@ from vipo.errors import VipoError
 from vipo.evaluation.side_by_side import side_by_side
 from vipo.evaluation.statistics import compare_arms
 from vipo.generators import GeneratorError
-from vipo.generators.flux import pack_latents
+from vipo.generators.packing import pack_latents
 from vipo.handover.export import export_run
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.noise import keyed_normal

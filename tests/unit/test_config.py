@@ -242,7 +242,23 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generator", "times"), [("demo", 13), ("flux_dev", 64), ("stable_diffusion", 64), ("wan", (14 * 30 * 52) ** 0.5)]
+    ("generator", "times"),
+    [
+        ("demo", 13),
+        ("flux_dev", 64),
+        ("stable_diffusion", 64),
+        ("sd35_medium", 64),
+        ("sd35_large", 64),
+        ("sdxl", 128),
+        ("flux2_klein", 64),
+        ("flux2_dev", 64),
+        ("qwen_image", 64),
+        ("z_image", 64),
+        ("sana", 32),
+        ("hunyuan_video", (16 * 30 * 52) ** 0.5),
+        ("wan", (14 * 30 * 52) ** 0.5),
+        ("wan22_ti2v", (13 * 30 * 52) ** 0.5),
+    ],
 )
 def test_the_gate_of_positions_has_its_range_on_the_scale_of_their_ratios(generator: str, times: float) -> None:
     """Whatever experiment composes `vipo_paper`: about sqrt(positions) times the range of a sample."""

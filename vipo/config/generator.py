@@ -13,7 +13,7 @@ class GeneratorConfig(Section):
     """Which generator is post-trained and how it is called."""
 
     family: str = Field(
-        "flux", description="Generator adapter: 'flux', 'sd', 'wan', or an import path 'package.module:object'."
+        "flux", description=f"Generator adapter: {', '.join(FAMILIES)}, or an import path 'package.module:object'."
     )
     path: UserPath = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
     revision: str | None = Field(
@@ -25,12 +25,12 @@ class GeneratorConfig(Section):
         None, description="Frames of a video; null for pictures."
     )
     max_sequence_length: Annotated[int, Field(ge=1, le=2**14)] = Field(
-        512, description="Text tokens for the sequence encoder (T5 families)."
+        512, description="Text tokens for the sequence encoder, of families that have one."
     )
     guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         3.5,
-        description="Embedded guidance of guidance-distilled models ('flux'), or classifier-free guidance ('sd', "
-        "'wan'), off at 1 and below.",
+        description="Embedded guidance of guidance-distilled models ('flux'), or classifier-free guidance, off at 1 "
+        "and below.",
     )
     negative_prompt: str = Field("", description="The prompt that classifier-free guidance leads away from.")
     precision: Literal["fp32", "bf16"] = Field(

@@ -13,7 +13,16 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         "flux": "vipo.generators.flux:FluxGenerator",
         "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
+        "flux2_dev": "vipo.generators.flux2:Flux2DevGenerator",
+        "flux2_klein": "vipo.generators.flux2:Flux2KleinGenerator",
+        "hunyuan_video": "vipo.generators.hunyuan_video:HunyuanVideo15Generator",
+        "qwen_image": "vipo.generators.qwen_image:QwenImageGenerator",
+        "z_image": "vipo.generators.z_image:ZImageGenerator",
+        "sana": "vipo.generators.sana:SanaGenerator",
+        "sdxl": "vipo.generators.stable_diffusion_xl:StableDiffusionXLGenerator",
+        "sd3": "vipo.generators.stable_diffusion_3:StableDiffusion3Generator",
         "wan": "vipo.generators.wan:WanGenerator",
+        "wan22_ti2v": "vipo.generators.wan:Wan22TextImageGenerator",
     }
 )
 """Generator adapters by name: one line each; an import path needs none."""

@@ -4,7 +4,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.foreign import foreign, guarded_class, resolve
 from vipo.generators.loading import without_loading_bars
+
+T = TypeVar("T")
 
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
@@ -44,8 +46,8 @@ class Generator(ABC):
             ``(timesteps,)`` float32 on the CPU; None for flow matching.
         timesteps: of a noise-predicting family, the training timesteps ``(T,)`` int64 that the checkpoint's scheduler
             visits in T steps, from noise to data; None: "leading" spacing with offset 1.
-        flow_shift: of flow matching, the time shift that the checkpoint's scheduler applies at this size; None where
-            it is not known.
+        flow_shift: of flow matching, the time shift that the checkpoint's scheduler applies at this size, or that by
+            the number of steps; None where it is not known.
     """
 
     config: GeneratorConfig
@@ -56,7 +58,7 @@ class Generator(ABC):
     frame_rate: ClassVar[int | None] = None
     alphas_cumprod: Tensor | None = None
     timesteps: Callable[[int], Tensor] | None = None
-    flow_shift: float | None = None
+    flow_shift: float | Callable[[int], float] | None = None
     network_folder: ClassVar[str]
     prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
 
@@ -73,6 +75,11 @@ class Generator(ABC):
         Raises:
             GeneratorError: the checkpoint is a variant that the adapter does not hold, or an option has no effect.
         """
+
+    @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        """Arguments of the stock pipeline that are not named, or not meant, as the configuration's keys."""
+        return {}
 
     @classmethod
     def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
@@ -246,17 +253,20 @@ def load_generator(config: GeneratorConfig, root: Path) -> Generator:
         raise GeneratorError(
             f"generator.weights bf16: family {config.family!r} holds its weights in fp32; set generator.weights=fp32"
         )
-    if config.family not in FAMILIES and generator.timesteps is not None:
-        generator.timesteps = _guarded_timesteps(generator.timesteps, config)
+    if config.family not in FAMILIES:
+        if (timesteps := generator.timesteps) is not None:
+            generator.timesteps = _guarded(lambda steps: torch.as_tensor(timesteps(steps)), config)
+        if callable(shift := generator.flow_shift):
+            generator.flow_shift = _guarded(lambda steps: float(shift(steps)), config)
     return generator
 
 
-def _guarded_timesteps(own: Callable[[int], Tensor], config: GeneratorConfig) -> Callable[[int], Tensor]:
-    def timesteps(steps: int) -> Tensor:
+def _guarded(own: Callable[[int], T], config: GeneratorConfig) -> Callable[[int], T]:
+    def by_steps(steps: int) -> T:
         with foreign(GeneratorError, f"generator.family {config.family!r}", config.family):
-            return torch.as_tensor(own(steps))
+            return own(steps)
 
-    return timesteps
+    return by_steps
 
 
 def check_device(config: GeneratorConfig) -> None:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
@@ -19,6 +19,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
 from vipo.generators.lora import LORA_FILE, check_file, check_targets
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
+from vipo.generators.schedules import check_levels, flow_shift
 from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -36,10 +37,14 @@ class PipelineGenerator(Generator):
 
     Attributes:
         vae: the autoencoder, frozen.
-        pipeline_class: the stock pipeline, which writes LoRA weights the way it reads them.
+        pipeline_class: the stock pipeline.
         network_class: of the trained network.
         autoencoders: autoencoder classes by name.
         guides: whether the family is guided away from `negative_prompt`.
+        neutral_guidance: the `guidance_scale` at which, and below, the stock pipeline guides no more.
+        token_side: where the stock pipeline shifts the noise levels by the number of tokens, how many latent pixels a
+            side a token has.
+        longest_sequence: the most text tokens that the stock pipeline reads, where it has a limit.
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
     """
 
@@ -50,6 +55,9 @@ class PipelineGenerator(Generator):
     network_folder: ClassVar[str] = "transformer"
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
     guides: ClassVar[bool] = True
+    neutral_guidance: ClassVar[float] = 1.0
+    token_side: ClassVar[int | None] = None
+    longest_sequence: ClassVar[int | None] = None
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
@@ -79,7 +87,10 @@ class PipelineGenerator(Generator):
         parts[0].register_to_config(_name_or_path=config.path)
         if config.weights == "bf16":
             hold_in_bf16(parts[0])
-        return cls(config, *parts)
+        generator = cls(config, *parts)
+        if cls.prediction == "velocity":
+            generator.flow_shift = generator.checkpoint_shift(location)
+        return generator
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:
@@ -95,8 +106,10 @@ class PipelineGenerator(Generator):
             part_settings(kind, location, part, config) for part, kind in cls._part_classes(location, index).items()
         )
         cls.check_parts(location, network, vae)
-        made = getattr(vae, "out_channels", 3)
-        if made != 3 * (getattr(vae, "patch_size", None) or 1) ** 2:
+        if cls.prediction == "velocity":
+            check_levels(location, config, cls.token_side is not None)
+        made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
+        if made != 3 * (patch if isinstance(patch, int) else 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
         if isinstance(location, Path) and config.revision is not None:
             log.warning(
@@ -109,11 +122,17 @@ class PipelineGenerator(Generator):
                 f"generator.negative_prompt: family {config.family!r} has no classifier-free guidance, so it would "
                 "have no effect; leave it empty"
             )
-        if cls.guides and config.negative_prompt and config.guidance_scale <= 1:
+        if cls.guides and config.negative_prompt and config.guidance_scale <= cls.neutral_guidance:
             log.warning(
-                "generator.negative_prompt has no effect: generator.guidance_scale %s is not above 1, which turns "
+                "generator.negative_prompt has no effect: generator.guidance_scale %s is not above %g, which turns "
                 "classifier-free guidance off",
                 config.guidance_scale,
+                cls.neutral_guidance,
+            )
+        if cls.longest_sequence is not None and config.max_sequence_length > cls.longest_sequence:
+            raise GeneratorError(
+                f"generator.max_sequence_length {config.max_sequence_length} is above {cls.longest_sequence}, the "
+                f"limit of {cls.pipeline_class.__name__}"
             )
 
     @classmethod
@@ -155,6 +174,26 @@ class PipelineGenerator(Generator):
             GeneratorError: the checkpoint is such a variant.
         """
 
+    def checkpoint_shift(self, location: Path | str) -> float | Callable[[int], float]:
+        """What `flow_shift` is, by the checkpoint's scheduler; it may be overridden."""
+        side, (height, width) = self.token_side, self.grid
+        tokens = None if side is None else (height // side) * (width // side)
+        return flow_shift(location, self.config, tokens)
+
+    def use_picture_grid(self, channels: int, patch: int = 1) -> None:
+        """Set `latent_shape` of an autoencoder for pictures.
+
+        Args:
+            channels: of the latents.
+            patch: latent pixels that the network takes together, a side.
+
+        Raises:
+            GeneratorError: height or width do not fit.
+        """
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.check_size(scale * patch)
+        self.latent_shape = (channels, self.config.height // scale, self.config.width // scale)
+
     def check_size(self, multiple: int) -> None:
         """Refuse a height or width in pixels that is no multiple.
 
@@ -174,8 +213,8 @@ class PipelineGenerator(Generator):
         time: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
-        """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): ``n + scale (p - n)`` of the negative and the
-        positive prediction. As in the stock pipelines, there is none at a scale of 1 or below.
+        """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): `combined` of the negative and the positive
+        prediction. As in the stock pipelines, there is none at `neutral_guidance` or below.
 
         Both branches share one network call, in the rollout and in the update alike: the wrapper that trains on several
         devices writes the network's buffers at every call, which a second call before the backward pass would undo.
@@ -185,11 +224,15 @@ class PipelineGenerator(Generator):
             latents, time, conditioning: as in `predict`; every name has a counterpart that begins with `NEGATIVE`.
         """
         positive = {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
-        scale = self.config.guidance_scale
-        if scale <= 1:
+        above = self.config.guidance_scale - self.neutral_guidance
+        if above <= 0:
             return call(latents, time, positive)
         both = {name: torch.cat([conditioning[NEGATIVE + name], value]) for name, value in positive.items()}
         without, wanted = call(torch.cat([latents] * 2), torch.cat([time] * 2), both).float().chunk(2)
+        return self.combined(without, wanted, 1 + above)
+
+    def combined(self, without: Tensor, wanted: Tensor, scale: float) -> Tensor:
+        """``n + scale (p - n)`` of the negative and the positive prediction, both as the network gives them."""
         return without + scale * (wanted - without)
 
     @torch.no_grad()
@@ -230,12 +273,13 @@ class PipelineGenerator(Generator):
             (adapter,) = self.network.peft_config.values()
             scale = adapter.lora_alpha / adapter.r
             layers = {
-                name: value * scale if ".lora_B." in name else value
+                f"{self.network_folder}.{name}": value * scale if ".lora_B." in name else value.contiguous()
                 for name, value in get_peft_model_state_dict(
                     self.network, None if state is None else dict(state)
                 ).items()
             }
-            self.pipeline_class.save_lora_weights(folder, **{f"{self.network_folder}_lora_layers": layers})
+            # As the pipelines' own `save_lora_weights` do, which not all of them have.
+            save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
         else:
             network = self.network
             if state is not None:
@@ -280,21 +324,3 @@ def hold_in_bf16(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             module.to(torch.bfloat16)
-
-
-def refuse_settings(location: Path | str, part: str, settings: Any, keys: Mapping[str, str]) -> None:
-    """Refuse a part that has one of some settings.
-
-    Args:
-        location, part: for the message.
-        settings: of the part.
-        keys: what a setting makes the network ask for, by its name.
-
-    Raises:
-        GeneratorError: naming the first that is set.
-    """
-    for key, needs in keys.items():
-        if (value := getattr(settings, key, None)) not in (None, False):
-            raise GeneratorError(
-                f"{location}/{part}: {key} {value!r}: its network {needs}, which vipo does not give it"
-            )

@@ -1,8 +1,10 @@
 """What a checkpoint's scheduler says of times and noise levels, and which of its settings are not held."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
 from vipo.generators.parts import AGAIN, load_part
 
+log = logging.getLogger(__name__)
+
 # Each replaces the levels between noise and data by others.
 _OTHER_LEVELS = (
     "use_karras_sigmas",
@@ -22,23 +26,32 @@ _OTHER_LEVELS = (
     "use_beta_sigmas",
     "use_lu_lambdas",
     "invert_sigmas",
-    "shift_terminal",
 )
 
 
-def noise_schedule(
-    location: Path | str, index: Mapping[str, Any], config: GeneratorConfig
-) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Of a noise-predicting checkpoint: its cumulative alphas and the timesteps of a chain.
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """What a variance-preserving checkpoint was trained with.
+
+    Attributes:
+        alphas_cumprod: ``(timesteps,)`` float32.
+        timesteps: from the number of steps T to the ``(T,)`` int64 timesteps that they visit, from noise to data.
+        predicts_v: whether the network predicts ``v = sqrt(alpha) noise - sqrt(1 - alpha) x0`` (Salimans and Ho, arXiv
+            2202.00512) and not the noise.
+    """
+
+    alphas_cumprod: Tensor
+    timesteps: Callable[[int], Tensor]
+    predicts_v: bool
+
+
+def noise_schedule(location: Path | str, index: Mapping[str, Any], config: GeneratorConfig) -> NoiseSchedule:
+    """The schedule of a checkpoint that predicts noise or v; its timesteps are the stock scheduler's, or an error.
 
     Args:
         location: folder or hub id.
         index: content of ``model_index.json``.
         config: section `generator`.
-
-    Returns:
-        ``(timesteps,)`` float32, and a function from the number of steps T to ``(T,)`` int64, from noise to data: the
-        stock scheduler's own, or a `GeneratorError`.
 
     Raises:
         GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
@@ -54,10 +67,10 @@ def noise_schedule(
         load_part(each.from_pretrained, location, "scheduler", config, weights=False) for each in (DDIMScheduler, kind)
     )
     settings = ddim.config
-    if settings.prediction_type != "epsilon":
+    if settings.prediction_type not in ("epsilon", "v_prediction"):
         raise GeneratorError(
             f"{place}: prediction_type {settings.prediction_type!r}; vipo trains networks that predict noise "
-            "('epsilon')"
+            "('epsilon') or v ('v_prediction')"
         )
     if settings.timestep_spacing not in ("leading", "trailing", "linspace"):
         raise GeneratorError(
@@ -91,16 +104,11 @@ def noise_schedule(
             )
         return torch.tensor(ours)
 
-    return ddim.alphas_cumprod, timesteps
+    return NoiseSchedule(ddim.alphas_cumprod, timesteps, settings.prediction_type == "v_prediction")
 
 
-def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None = None) -> float:
-    """The time shift s of ``s x / (1 + (s - 1) x)`` that a flow-matching checkpoint's scheduler applies.
-
-    Args:
-        location: folder or hub id.
-        config: section `generator`.
-        tokens: of one picture in the network, where the family's pipeline shifts by their number.
+def flow_settings(location: Path | str, config: GeneratorConfig) -> Mapping[str, Any]:
+    """Settings of a flow-matching checkpoint's scheduler.
 
     Raises:
         GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
@@ -124,6 +132,44 @@ def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None
             )
     if (count := settings.get("num_train_timesteps", 1000)) != 1000:
         raise GeneratorError(f"{place}: num_train_timesteps {count}; the family's network is called with 1000 sigma")
+    return settings
+
+
+def check_levels(location: Path | str, config: GeneratorConfig, shifts_by_tokens: bool) -> None:
+    """Refuse a flow-matching scheduler that the chain does not hold, and tell what it leaves out.
+
+    Args:
+        location: folder or hub id.
+        config: section `generator`.
+        shifts_by_tokens: whether the family's pipeline shifts by the number of tokens.
+
+    Raises:
+        GeneratorError: as `flow_shift`.
+    """
+    # What it refuses does not depend on the number of tokens.
+    flow_shift(location, config, 1 if shifts_by_tokens else None)
+    if terminal := flow_settings(location, config).get("shift_terminal"):
+        log.warning(
+            "%s: the checkpoint's scheduler stretches its noise levels to end at %g before the data; vipo's go by "
+            "sampling.shift alone",
+            location,
+            terminal,
+        )
+
+
+def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None = None) -> float:
+    """The time shift s of ``s x / (1 + (s - 1) x)`` that a flow-matching checkpoint's scheduler applies.
+
+    Args:
+        location: folder or hub id.
+        config: section `generator`.
+        tokens: of one picture in the network, where the family's pipeline shifts by their number.
+
+    Raises:
+        GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
+    """
+    place = f"{location}/scheduler/scheduler_config.json"
+    settings = flow_settings(location, config)
     dynamic = bool(settings.get("use_dynamic_shifting"))
     if dynamic and tokens is None:
         raise GeneratorError(f"{place}: use_dynamic_shifting is set, which this family's pipeline does not hold")
@@ -140,5 +186,9 @@ def flow_shift(location: Path | str, config: GeneratorConfig, tokens: int | None
 def _moved(settings: Mapping[str, Any], tokens: int | None) -> float:
     fewest, most = settings.get("base_image_seq_len", 256), settings.get("max_image_seq_len", 4096)
     low, high = settings.get("base_shift", 0.5), settings.get("max_shift", 1.15)
-    moved = low + ((tokens or 0) - fewest) * (high - low) / (most - fewest)
-    return float(moved) if settings.get("time_shift_type") == "linear" else math.exp(moved)
+    return dynamic_shift(settings, float(low + ((tokens or 0) - fewest) * (high - low) / (most - fewest)))
+
+
+def dynamic_shift(settings: Mapping[str, Any], mu: float) -> float:
+    """The time shift of a scheduler that shifts dynamically by `mu`."""
+    return mu if settings.get("time_shift_type") == "linear" else math.exp(mu)

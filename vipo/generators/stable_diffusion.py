@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x (`UNet2DConditionModel`): classifier-free guidance, noise prediction over training timesteps."""
+"""Stable Diffusion 1.x and 2.x (`UNet2DConditionModel`): classifier-free guidance, noise or v at timesteps."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
@@ -12,15 +12,16 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
 from vipo.generators.parts import model_index
-from vipo.generators.pipeline import PipelineGenerator, refuse_settings
-from vipo.generators.schedules import noise_schedule
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.schedules import NoiseSchedule, noise_schedule
 from vipo.generators.texts import load_text_encoder
+from vipo.generators.variants import refuse_channels, refuse_settings
 
 log = logging.getLogger(__name__)
 
-_NEEDS: Mapping[str, str] = MappingProxyType(
+NEEDS: Mapping[str, str] = MappingProxyType(
     {
         "time_cond_proj_dim": "takes the guidance scale as an embedding (LCM)",
         "class_embed_type": "takes a class or another embedding beside the prompt",
@@ -33,28 +34,34 @@ _NEEDS: Mapping[str, str] = MappingProxyType(
 
 
 class StableDiffusionGenerator(PipelineGenerator):
-    """Stable Diffusion 1.x, and 2.x checkpoints that predict noise."""
+    """Stable Diffusion 1.x and 2.x; where the network predicts v, the noise is computed from it.
+
+    Attributes:
+        needs: what a setting of the network asks for that the adapter does not give, by its name.
+    """
 
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     network_class: ClassVar[Any] = UNet2DConditionModel
     network_folder: ClassVar[str] = "unet"
     prediction: ClassVar[Literal["velocity", "noise"]] = "noise"
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({"encoder_hidden_states": "cross_attention_dim"})
+    needs: ClassVar[Mapping[str, str]] = NEEDS
+    _signal: Tensor | None = None
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.check_size(scale)
-        self.latent_shape = (network.config.in_channels, config.height // scale, config.width // scale)
+        self.use_picture_grid(network.config.in_channels)
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
-        generator = super().load(config, root)
-        generator.alphas_cumprod, generator.timesteps = cls._schedule(config, root)
+        generator, schedule = super().load(config, root), cls._schedule(config, root)
+        generator.alphas_cumprod, generator.timesteps = schedule.alphas_cumprod, schedule.timesteps
+        if schedule.predicts_v:
+            generator._signal = schedule.alphas_cumprod.to(generator.device)
         return generator
 
     @classmethod
-    def _schedule(cls, config: GeneratorConfig, root: Path) -> tuple[Tensor, Callable[[int], Tensor]]:
+    def _schedule(cls, config: GeneratorConfig, root: Path) -> NoiseSchedule:
         location = checkpoint_location(config, root)
         return noise_schedule(location, model_index(location, config.revision), config)
 
@@ -72,18 +79,9 @@ class StableDiffusionGenerator(PipelineGenerator):
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
-        refuse_settings(location, "unet", network, _NEEDS)
-        taken, made = network.in_channels, network.out_channels
-        if taken != made:
-            raise GeneratorError(
-                f"{location}/unet: in_channels {taken} and out_channels {made}, as in inpainting and image-editing "
-                "checkpoints; give a text-to-image one"
-            )
-        if taken != vae.latent_channels:
-            raise GeneratorError(
-                f"{location}/vae: latent_channels {vae.latent_channels}, but the network's in_channels are {taken}; "
-                "give the autoencoder that belongs to it"
-            )
+        refuse_settings(location, "unet", network, cls.needs)
+        variants = "inpainting and image-editing checkpoints"
+        refuse_channels(location, "unet", network, ("latent_channels", vae.latent_channels), variants)
 
     @classmethod
     @torch.no_grad()
@@ -117,8 +115,12 @@ class StableDiffusionGenerator(PipelineGenerator):
         return [{name: encode(text), NEGATIVE + name: negative} for text in texts]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        def call(x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
-            noise: Tensor = self.network(sample=x, timestep=timestep, return_dict=False, **given)[0]
-            return noise
+        predicted = self.guided(self._call, latents, time, conditioning)
+        if self._signal is None:
+            return predicted
+        alpha = self._signal[time.long()].view(-1, 1, 1, 1)
+        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * latents
 
-        return self.guided(call, latents, time, conditioning)
+    def _call(self, latents: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
+        predicted: Tensor = self.network(sample=latents, timestep=timestep, return_dict=False, **given)[0]
+        return predicted

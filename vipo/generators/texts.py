@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
@@ -25,6 +27,7 @@ def load_text_encoder(
     encoder: tuple[Any, str],
     texts: Sequence[str],
     limit: int | None = None,
+    template: Callable[[Any, str], str] = lambda _, text: text,
 ) -> tuple[Any, Any]:
     """A tokenizer and the text encoder that reads its tokens, which is in eval mode, on the device.
 
@@ -37,6 +40,7 @@ def load_text_encoder(
         encoder: class and subfolder.
         texts: the prompts.
         limit: tokens that are read of each; None: the tokenizer's own limit.
+        template: from the tokenizer and a prompt, the text that is read.
 
     Raises:
         GeneratorError: a part is missing or damaged, a token has no row in the encoder, or the limit is beyond the
@@ -57,7 +61,7 @@ def load_text_encoder(
         key = "model_max_length of tokenizer_config.json" if limit is None else "generator.max_sequence_length"
         raise GeneratorError(f"{place}: {key} {tokens} exceeds the {positions} positions of {encoder[1]}; lower it")
     _warn_of_the_normalizer(snapshot(location, config.revision) / tokenizer[1], words, texts)
-    lengths = [len(ids) for ids in words(list(texts)).input_ids] if texts else []
+    lengths = [len(ids) for ids in words([template(words, text) for text in texts]).input_ids] if texts else []
     if cut := [row for row, length in enumerate(lengths) if length > tokens]:
         remedy = "" if limit is None else ", or raise generator.max_sequence_length"
         log.warning(
@@ -72,6 +76,53 @@ def load_text_encoder(
         )
     found: nn.Module = model.to(config.device).eval()
     return words, found
+
+
+def as_user(text: str) -> list[dict[str, Any]]:
+    """A prompt as a conversation of one message."""
+    return [{"role": "user", "content": text}]
+
+
+def as_chat(
+    conversation: Callable[[str], list[dict[str, Any]]] = as_user, **options: object
+) -> Callable[[Any, str], str]:
+    """A `template` of `load_text_encoder`: the prompt in the tokenizer's own chat template.
+
+    Args:
+        conversation: from a prompt, its messages.
+        options: of the template.
+    """
+
+    def template(tokenizer: Any, text: str) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(conversation(text), tokenize=False, **options))
+        except Exception as error:
+            raise GeneratorError(
+                f"{tokenizer.name_or_path}: the tokenizer's chat template cannot be applied ({error}); copy or "
+                "download generator.path again"
+            ) from error
+
+    return template
+
+
+def padded(sequence: Tensor, length: int, name: str) -> dict[str, Tensor]:
+    """A prompt's sequence ``(L, D)`` as conditioning of one length for all, and which of it is the prompt.
+
+    Returns:
+        `name`, ``(length, D)`` float32 on the CPU, zeros after the prompt; ``<name>_mask``, ``(length,)``, 1 and 0.
+    """
+    rest = (0, length - len(sequence))
+    return {
+        name: functional.pad(sequence.float().cpu(), (0, 0, *rest)),
+        f"{name}_mask": functional.pad(torch.ones(len(sequence)), rest),
+    }
+
+
+def token_ids(tokenizer: Any, text: str, limit: int, device: str) -> Tensor:
+    """Tokens of one prompt, cut or padded to `limit`: ``(1, limit)`` int64 on `device`."""
+    padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    ids: Tensor = padded.input_ids.to(device)
+    return ids
 
 
 def load_tokenizer(kind: Any, location: Path | str, part: str, config: GeneratorConfig) -> Any:

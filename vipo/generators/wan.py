@@ -1,9 +1,10 @@
-"""Wan 2.1 text-to-video (`WanTransformer3DModel`): guidance by a negative prompt, 1000 sigma as time, causal frames."""
+"""Wan text-to-video (`WanTransformer3DModel`): guidance by a negative prompt, 1000 sigma as time, causal frames."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -12,9 +13,9 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
-from vipo.generators.pipeline import PipelineGenerator, refuse_settings
-from vipo.generators.schedules import flow_shift
+from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
+from vipo.generators.variants import refuse_channels, refuse_settings
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
@@ -26,8 +27,13 @@ _NEEDS: Mapping[str, str] = MappingProxyType(
 
 
 class WanGenerator(PipelineGenerator):
-    """Wan 2.1 T2V."""
+    """Wan 2.1 T2V.
 
+    Attributes:
+        times_of_tokens: whether the network takes a timestep for each token; from text alone they are all the same.
+    """
+
+    times_of_tokens: ClassVar[bool] = False
     frame_rate: ClassVar[int | None] = 16
     pipeline_class: ClassVar[Any] = WanPipeline
     network_class: ClassVar[Any] = WanTransformer3DModel
@@ -44,36 +50,17 @@ class WanGenerator(PipelineGenerator):
             raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
         self.frame_groups = causal_frame_groups(frames, factor)
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
+        patches = zip(self.latent_shape[1:], network.config.patch_size, strict=True)
+        self._tokens = math.prod(side // patch for side, patch in patches)
         self._mean, self._std = (
             torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
             for values in (settings.latents_mean, settings.latents_std)
         )
 
     @classmethod
-    def load(cls, config: GeneratorConfig, root: Path) -> Self:
-        generator = super().load(config, root)
-        generator.flow_shift = flow_shift(checkpoint_location(config, root), config)
-        return generator
-
-    @classmethod
-    def check(cls, config: GeneratorConfig, root: Path) -> None:
-        super().check(config, root)
-        flow_shift(checkpoint_location(config, root), config)
-
-    @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
         refuse_settings(location, "transformer", network, _NEEDS)
-        taken, made = network.in_channels, network.out_channels or network.in_channels
-        if taken != made:
-            raise GeneratorError(
-                f"{location}/transformer: in_channels {taken} and out_channels {made}, as in image-to-video "
-                "checkpoints; give a text-to-video one"
-            )
-        if taken != vae.z_dim:
-            raise GeneratorError(
-                f"{location}/vae: z_dim {vae.z_dim}, but the transformer's in_channels are {taken}; give the "
-                "autoencoder that belongs to it"
-            )
+        refuse_channels(location, "transformer", network, ("z_dim", vae.z_dim), "image-to-video checkpoints")
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
@@ -81,9 +68,11 @@ class WanGenerator(PipelineGenerator):
             raise GeneratorError(
                 f"{location}: has two transformers (Wan 2.2), and one would stay untrained; give a Wan 2.1 checkpoint"
             )
-        if index.get("expand_timesteps"):
+        if bool(index.get("expand_timesteps")) != cls.times_of_tokens:
+            kind = "one timestep" if cls.times_of_tokens else "its own timestep"
+            other = "wan" if cls.times_of_tokens else "wan22_ti2v"
             raise GeneratorError(
-                f"{location}: gives every token its own timestep (Wan 2.2 TI2V); give a Wan 2.1 checkpoint"
+                f"{location}/model_index.json: expand_timesteps gives every token {kind}; set generator.family={other}"
             )
 
     @classmethod
@@ -113,7 +102,10 @@ class WanGenerator(PipelineGenerator):
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
-            velocity: Tensor = self.network(hidden_states=x, timestep=1000 * sigma, return_dict=False, **given)[0]
+            timestep = 1000 * sigma
+            if self.times_of_tokens:
+                timestep = timestep[:, None].expand(-1, self._tokens)
+            velocity: Tensor = self.network(hidden_states=x, timestep=timestep, return_dict=False, **given)[0]
             return velocity
 
         return self.guided(call, latents, time, conditioning)
@@ -122,3 +114,10 @@ class WanGenerator(PipelineGenerator):
     def decode(self, latents: Tensor) -> Tensor:
         video = self.vae.decode(latents * self._std + self._mean, return_dict=False)[0].transpose(1, 2)
         return (video.float() / 2 + 0.5).clamp(0, 1)
+
+
+class Wan22TextImageGenerator(WanGenerator):
+    """Wan 2.2 TI2V-5B, from text alone: an autoencoder of 16 x 16 pixels, a timestep for each token."""
+
+    frame_rate: ClassVar[int | None] = 24
+    times_of_tokens: ClassVar[bool] = True

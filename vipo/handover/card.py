@@ -244,11 +244,12 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
         "max_sequence_length": generator.max_sequence_length,
         "negative_prompt": generator.negative_prompt or None,
         "output_type": None if generator.frames is None else "pil",
+        **resolve_class(generator).stock_arguments(generator),
     }
     taken = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
     given = "".join(f"    {key}={value!r},\n" for key, value in settings.items() if key in taken and value is not None)
     lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    video = generator.frames is not None
+    video, part = generator.frames is not None, resolve_class(generator).network_folder
     lines += ["from diffusers.utils import export_to_gif"] if video else []
     lines += ["", 'folder = "."  # where this card is: a folder, or the id on the Hub']
     if config.training.lora is None:
@@ -256,8 +257,13 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
     else:
         pinned = "" if revision is None else f", revision={revision!r}"
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({base!r}{pinned})"]
-        lines += ["pipeline.load_lora_weights(folder)"]
-    lines += [f"sample = pipeline(\n    {prompt!r},\n{given}    generator=torch.Generator().manual_seed(0),"]
+        loads = hasattr(getattr(diffusers, pipeline_class), "load_lora_weights")
+        lines += [
+            "pipeline.load_lora_weights(folder)"
+            if loads
+            else f'pipeline.{part}.load_lora_adapter(folder, prefix="{part}", use_safetensors=True)'
+        ]
+    lines += [f"sample = pipeline(\n    prompt={prompt!r},\n{given}    generator=torch.Generator().manual_seed(0),"]
     if video:
         lines += [").frames[0]", f'export_to_gif(sample, "sample.gif", fps={resolve_class(generator).frame_rate})']
     else:

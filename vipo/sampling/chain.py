@@ -130,7 +130,12 @@ def _leading(count: int, training: int) -> Tensor:
     return torch.arange(count - 1, -1, -1) * spacing + offset
 
 
-def chain_remarks(chain: Chain, config: SamplingConfig, flow_shift: float | None, training: int | None) -> list[str]:
+def chain_remarks(
+    chain: Chain,
+    config: SamplingConfig,
+    flow_shift: float | Callable[[int], float] | None,
+    training: int | None,
+) -> list[str]:
     """In what the chain is not the one that the checkpoint was made for, for the log.
 
     Args:
@@ -140,11 +145,13 @@ def chain_remarks(chain: Chain, config: SamplingConfig, flow_shift: float | None
         training: of a noise-predicting generator, the number of its training timesteps.
     """
     if chain.prediction == "velocity":
-        if flow_shift is None or math.isclose(flow_shift, config.shift, rel_tol=1e-3):
+        own = flow_shift(chain.steps) if callable(flow_shift) else flow_shift
+        if own is None or math.isclose(own, config.shift, rel_tol=1e-3):
             return []
+        steps = f" in {chain.steps} steps" if callable(flow_shift) else ""
         return [
-            f"sampling.shift {config.shift:g} is not the checkpoint's: its scheduler shifts by {flow_shift:.4g} at "
-            "this size. Set it to that unless another one is meant"
+            f"sampling.shift {config.shift:g} is not the checkpoint's: its scheduler shifts by {own:.4g} at this size"
+            f"{steps}. Set it to that unless another one is meant"
         ]
     remarks = []
     first = int(chain.times[0])

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.values import config_hash
-from vipo.generators.flux import image_ids, pack_latents
+from vipo.generators.flux import image_ids
+from vipo.generators.packing import pack_latents
 from vipo.provenance.files import StorageError, atomic_file, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar

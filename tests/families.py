@@ -1,0 +1,466 @@
+"""One row a generator family: a tiny random checkpoint of its own file layout, and what its stock pipeline is given.
+
+A new family is one row here. What is proven of each is in ``tests/integration/test_families.py``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from checkpoints import write_stable_diffusion, write_wan, write_wan22_ti2v
+from diffusers import (
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxPipeline,
+    HunyuanVideo15Pipeline,
+    QwenImagePipeline,
+    SanaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    WanPipeline,
+    ZImagePipeline,
+)
+from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
+from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
+from torch import Tensor
+from video_checkpoints import write_hunyuan_video
+
+from vipo.config.generator import GeneratorConfig
+from vipo.config.sampling import SamplingConfig
+from vipo.generators import Generator
+from vipo.generators.base import resolve_class
+from vipo.generators.packing import pack_latents, unpack_latents
+from vipo.sampling.chain import Chain, sampling_chain
+from vipo.sampling.rollout import Trajectory
+from vipo.sampling.transitions import dance_transition, position_log_prob
+
+PROMPTS = ["a red fox runs", 'two "owls"']
+NEGATIVE = "blurry"
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row.
+
+    Attributes:
+        family: its name in `generator.family`.
+        write: makes the checkpoint in a folder.
+        pipeline: the stock pipeline's class.
+        parts: subfolders that hold weights; a fault in one of them is named.
+        settings: section `generator`, beside family, path, size and text length.
+        loading: of the stock pipeline's ``from_pretrained``.
+        packed: whether the stock pipeline's latents and predictions are tokens of 2 x 2 latent pixels.
+        folded: whether its predictions are such tokens, and its latents these tokens' channels over rows and columns.
+        gives_levels: whether the stock pipeline tells the scheduler its levels before they are shifted.
+        sliced: whether the stock autoencoder decodes one sample at a time only.
+        unreached: matches the parameters that have no way to the prediction, so that no gradient can reach them.
+        refused: a file, keys that are set in it, and the error that names them.
+    """
+
+    family: str
+    write: Callable[[Path], Path]
+    pipeline: Any
+    parts: tuple[str, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    loading: Mapping[str, object] = field(default_factory=dict)
+    packed: bool = False
+    folded: bool = False
+    gives_levels: bool = False
+    sliced: bool = False
+    unreached: str = r"\Z."
+    refused: tuple[tuple[str, Mapping[str, object], str], ...] = ()
+
+    def config(self, path: Path, **changes: object) -> GeneratorConfig:
+        """Of the checkpoint at `path`."""
+        values = {"family": self.family, "path": str(path), "height": 32, "width": 48, "max_sequence_length": 12}
+        return GeneratorConfig.model_validate(values | dict(self.settings) | changes)
+
+    def stock(self, path: Path, **parts: object) -> Any:
+        """The stock pipeline of the checkpoint at `path`, with some `parts` replaced."""
+        pipeline = self.pipeline.from_pretrained(path, **self.loading, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        if self.sliced:
+            pipeline.vae.enable_slicing()
+        return pipeline
+
+    def to_stock(self, latents: Tensor) -> Tensor:
+        """Latents as the stock pipeline has them."""
+        if not (self.packed or self.folded):
+            return latents
+        tokens, (height, width) = pack_latents(latents), latents.shape[-2:]
+        return tokens if self.packed else tokens.mT.unflatten(2, (height // 2, width // 2))
+
+    def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
+        """A prediction of the stock pipeline as ours."""
+        return unpack_latents(latents, *like.shape[-2:]) if self.packed or self.folded else latents
+
+    def sample(self, pipeline: Any, config: GeneratorConfig, noise: Tensor) -> "Sampled":
+        """What the stock pipeline makes of `noise`, and what its first scheduler step is given."""
+        seen: list[tuple[Tensor, float]] = []
+        step = pipeline.scheduler.step
+
+        def record(prediction: Tensor, time: Tensor, *args: object, **options: object) -> Any:
+            seen.append((prediction.clone(), float(time)))
+            return step(prediction, time, *args, **options)
+
+        pipeline.scheduler.step = record
+        settings = {
+            "num_frames": config.frames,
+            "guidance_scale": config.guidance_scale,
+            "max_sequence_length": config.max_sequence_length,
+            "negative_prompt": config.negative_prompt or None,
+            **resolve_class(config).stock_arguments(config),
+        }
+        if settings["negative_prompt"] is not None:
+            settings["negative_prompt"] = [settings["negative_prompt"]] * len(PROMPTS)
+        taken = inspect.signature(self.pipeline.__call__).parameters
+        try:
+            # Some of them write the template into the list.
+            made = pipeline(
+                prompt=list(PROMPTS),
+                latents=self.to_stock(noise),
+                height=config.height,
+                width=config.width,
+                num_inference_steps=STEPS,
+                output_type="pt",
+                **{key: value for key, value in settings.items() if key in taken and value is not None},
+            )
+        finally:
+            pipeline.scheduler.step = step
+        prediction, time = seen[0]
+        pictures = made.images if config.frames is None else made.frames
+        return Sampled(self.from_stock(prediction, noise), time, pictures, pipeline.scheduler)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the stock pipeline did: its first prediction, the time of it, its samples, and its scheduler."""
+
+    prediction: Tensor
+    time: float
+    pictures: Tensor
+    scheduler: Any
+
+    def chain(self, generator: Generator) -> Chain:
+        """Our chain over the stock scheduler's levels; it ends where the stock one ends."""
+        if generator.prediction == "velocity":
+            levels = self.scheduler.sigmas
+            return Chain(levels[:-1], levels, dance_transition, 0.3, "velocity")
+        chain = training_chain(generator, STEPS)
+        assert torch.equal(chain.times, self.scheduler.timesteps.float())
+        # The stock scheduler ends at the first training level; vipo's chain ends in data.
+        chain.levels[-1] = self.scheduler.final_alpha_cumprod
+        return chain
+
+    def own_prediction(self, generator: Generator, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The first prediction as our generator's, and the ``(B,)`` time that ours is called with."""
+        if generator.prediction == "velocity":
+            return self.prediction, torch.full((len(noise),), self.time / 1000)
+        found, alpha = self.prediction, self.scheduler.alphas_cumprod[int(self.time)]
+        if self.scheduler.config.prediction_type == "v_prediction":
+            found = alpha.sqrt() * found + (1 - alpha).sqrt() * noise
+        return found, torch.full((len(noise),), self.time)
+
+
+def training_chain(generator: Generator, steps: int) -> Chain:
+    """A chain with noise in it."""
+    ddim = generator.prediction == "noise"
+    sampling = SamplingConfig(steps=steps, shift=3.0, eta=0.5, transition="ddim" if ddim else "dance")
+    return sampling_chain(sampling, generator.prediction, generator.alphas_cumprod, generator.timesteps)
+
+
+def log_ratios(
+    generator: Generator, conditioning: Mapping[str, Tensor], path: Trajectory, steps: Tensor, chain: Chain
+) -> Tensor:
+    """``logp_new - logp_old`` of the transitions ``steps[b]``, with its gradient."""
+    latents, drawn, old_mean = path.at(steps)
+    mean, std = chain.gaussian(latents, generator.predict(latents, chain.times[steps], conditioning), steps)
+    return position_log_prob(drawn, mean, std) - position_log_prob(drawn, old_mean, std)
+
+
+def loss_of(log_ratio: Tensor) -> Tensor:
+    """An objective in which every position counts, and not alike."""
+    weights = torch.linspace(-1, 2, log_ratio[0].numel()).reshape(log_ratio.shape[1:])
+    return -(log_ratio.exp() * weights).mean()
+
+
+def optimizer_of(generator: Generator) -> torch.optim.Optimizer:
+    """Of what is trained, without weight decay: what has no gradient does not move."""
+    trained = [value for value in generator.network.parameters() if value.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+
+
+_GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": NEGATIVE})
+_SCHEDULER = "scheduler/scheduler_config.json"
+_NETWORK = "transformer/config.json"
+_INDEX = "model_index.json"
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "flux": Family(
+            "flux",
+            write_flux,
+            FluxPipeline,
+            ("text_encoder", "text_encoder_2", "transformer", "vae"),
+            {"guidance_scale": 3.5},
+            packed=True,
+            gives_levels=True,
+            refused=(
+                (_INDEX, {"_class_name": "FluxKontextPipeline"}, "_class_name 'FluxKontextPipeline'"),
+                (_NETWORK, {"in_channels": 384, "out_channels": 64}, "in_channels 384 .*FLUX Fill"),
+                (_NETWORK, {"patch_size": 2}, "transformer: patch_size 2"),
+                ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the transformer's"),
+                (_SCHEDULER, {"invert_sigmas": True}, "invert_sigmas True replaces"),
+                (_SCHEDULER, {"num_train_timesteps": 500}, "num_train_timesteps 500"),
+                (_NETWORK, {"in_channels": None, "out_channels": None}, "transformer's in_channels are None"),
+                (_SCHEDULER, {"shift": None, "use_dynamic_shifting": False}, "its shift cannot be read"),
+                (
+                    _SCHEDULER,
+                    {"shift": -1.0, "use_dynamic_shifting": False},
+                    "its shift is -1, a time shift is above 0",
+                ),
+                (
+                    _SCHEDULER,
+                    {"use_dynamic_shifting": True, "max_image_seq_len": 256},
+                    r"its shift cannot be read \(ZeroDivisionError",
+                ),
+            ),
+        ),
+        "sd": Family(
+            "sd",
+            write_stable_diffusion,
+            StableDiffusionPipeline,
+            ("text_encoder", "unet", "vae"),
+            {**_GUIDED, "max_sequence_length": 512},
+            refused=(
+                ("unet/config.json", {"time_cond_proj_dim": 32}, "unet: time_cond_proj_dim 32: .*LCM"),
+                ("unet/config.json", {"class_embed_type": "timestep"}, "unet: class_embed_type 'timestep'"),
+                ("unet/config.json", {"num_class_embeds": 3}, "unet: num_class_embeds 3"),
+                (
+                    "unet/config.json",
+                    {"addition_embed_type": "text_time"},
+                    "unet: addition_embed_type 'text_time'.*SDXL",
+                ),
+                ("unet/config.json", {"encoder_hid_dim_type": "ip_image_proj"}, "unet: encoder_hid_dim_type"),
+                ("unet/config.json", {"in_channels": 9}, "unet: in_channels 9 and out_channels 4, as in inpainting"),
+                ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the unet's in_channels"),
+                ("vae/config.json", {"out_channels": 1}, "vae: out_channels 1: it makes no pictures of red"),
+                (_INDEX, {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline'; family"),
+                (_SCHEDULER, {"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not"),
+                (_SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+                (_SCHEDULER, {"thresholding": True}, "thresholding True is not held"),
+                (_SCHEDULER, {"prediction_type": "sample"}, "prediction_type 'sample'"),
+            ),
+        ),
+        "wan": Family(
+            "wan",
+            write_wan,
+            WanPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "frames": 9},
+            refused=(
+                (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
+                (_INDEX, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "two transformers"),
+                (_INDEX, {"expand_timesteps": True}, "its own timestep"),
+                (
+                    _INDEX,
+                    {"vae": ["diffusers", "AutoencoderKL"]},
+                    "vae class 'AutoencoderKL' is not one of Autoencoder",
+                ),
+                (_INDEX, {"transformer": [None, None]}, "transformer class 'None' is not one of WanTransformer3DModel"),
+                (_INDEX, {"_class_name": "WanImageToVideoPipeline"}, "'WanImageToVideoPipeline'"),
+                (_NETWORK, {"image_dim": 1280}, "transformer: image_dim 1280: .*image-to-video"),
+                (_NETWORK, {"added_kv_proj_dim": 24}, "transformer: added_kv_proj_dim 24"),
+                (_NETWORK, {"pos_embed_seq_len": 514}, "transformer: pos_embed_seq_len 514"),
+                (_NETWORK, {"in_channels": 36}, "in_channels 36 and out_channels 16, as in image-to"),
+                ("vae/config.json", {"z_dim": 48}, "vae: z_dim 48, but the transformer's in_channels are 16"),
+                ("vae/config.json", {"out_channels": 12}, "vae: out_channels 12: it makes no pictures of red"),
+                (
+                    _SCHEDULER,
+                    {"_class_name": "UniPCMultistepScheduler", "prediction_type": "epsilon"},
+                    "prediction_type 'epsilon'",
+                ),
+                (
+                    _SCHEDULER,
+                    {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"},
+                    "use_flow_sigmas is not set",
+                ),
+                (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
+                (_SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
+            ),
+        ),
+        "wan22_ti2v": Family(
+            "wan22_ti2v",
+            write_wan22_ti2v,
+            WanPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "frames": 9, "width": 64},
+            refused=(
+                (_INDEX, {"boundary_ratio": 0.9}, r"two transformers \(Wan 2\.2\)"),
+                (_INDEX, {"expand_timesteps": False}, "gives every token one timestep; set generator.family=wan"),
+                (_NETWORK, {"in_channels": 36}, "in_channels 36 and out_channels 8, as in image-to-video"),
+            ),
+        ),
+        "sana": Family(
+            "sana",
+            write_sana,
+            SanaPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "width": 64},
+            refused=(
+                (_NETWORK, {"guidance_embeds": True}, "guidance_embeds True: .*Sprint"),
+                (_NETWORK, {"out_channels": 8}, "in_channels 4 and out_channels 8, as in checkpoints that predict"),
+                ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler"}, "use_flow_sigmas is not set"),
+                (_SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is set"),
+            ),
+        ),
+        "hunyuan_video": Family(
+            "hunyuan_video",
+            write_hunyuan_video,
+            HunyuanVideo15Pipeline,
+            ("text_encoder", "text_encoder_2", "transformer", "vae"),
+            {**_GUIDED, "frames": 9, "max_sequence_length": 700},
+            gives_levels=True,
+            sliced=True,
+            unreached=r"image_embedder|transformer_blocks\.1\.(ff_context|attn\.(add_q_proj|to_add_out|norm_added_q))",
+            refused=(
+                (_NETWORK, {"use_meanflow": True}, "use_meanflow True: .*second timestep"),
+                (_NETWORK, {"in_channels": 4}, "in_channels 4 and out_channels 4; HunyuanVideo 1.5 takes"),
+                ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_INDEX, {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "'HunyuanVideo15ImageToVideoPipeline'"),
+            ),
+        ),
+        "sdxl": Family(
+            "sdxl",
+            write_stable_diffusion_xl,
+            StableDiffusionXLPipeline,
+            ("text_encoder", "text_encoder_2", "unet", "vae"),
+            {**_GUIDED, "max_sequence_length": 512},
+            refused=(
+                (
+                    "unet/config.json",
+                    {"addition_embed_type": None},
+                    "addition_embed_type None; Stable Diffusion XL",
+                ),
+                ("unet/config.json", {"time_cond_proj_dim": 32}, "unet: time_cond_proj_dim 32: .*LCM"),
+                ("unet/config.json", {"in_channels": 9}, "in_channels 9 and out_channels 4, as in inpainting"),
+                ("vae/config.json", {"latents_mean": [0.0] * 4}, "vae: latents_mean is set, as in Playground"),
+                (_INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "'StableDiffusionXLImg2ImgPipeline'"),
+                (_SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not held"),
+            ),
+        ),
+        "sdxl_v": Family(
+            "sdxl",
+            lambda folder: write_stable_diffusion_xl(folder, "v_prediction"),
+            StableDiffusionXLPipeline,
+            (),
+            {"guidance_scale": 4.0, "max_sequence_length": 512},
+        ),
+        "sd3": Family(
+            "sd3",
+            write_stable_diffusion_3,
+            StableDiffusion3Pipeline,
+            ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"),
+            _GUIDED,
+            unreached=r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)",
+            refused=(
+                (
+                    _INDEX,
+                    {"_class_name": "StableDiffusion3ControlNetPipeline"},
+                    "'StableDiffusion3ControlNetPipeline'; family",
+                ),
+                (_NETWORK, {"in_channels": 9}, "in_channels 9 and out_channels 4, as in inpainting and control"),
+                (_NETWORK, {"patch_size": 4}, "patch_size 4; Stable Diffusion 3 has 2"),
+                (
+                    "vae/config.json",
+                    {"latent_channels": 16},
+                    "latent_channels 16, but the transformer's in_channels are 4",
+                ),
+            ),
+        ),
+        "flux2_klein": Family(
+            "flux2_klein",
+            write_flux2_klein,
+            Flux2KleinPipeline,
+            ("text_encoder", "transformer", "vae"),
+            # The stock pipeline is guided away from the empty prompt alone.
+            {"guidance_scale": 4.0, "max_sequence_length": 60},
+            folded=True,
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"patch_size": 2}, "patch_size 2; FLUX.2 has 1"),
+                (_NETWORK, {"out_channels": 32}, "in_channels 16 and out_channels 32, as in editing"),
+                ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_INDEX, {"_class_name": "Flux2Pipeline"}, "'Flux2Pipeline'; family 'flux2_klein' holds Flux2Klein"),
+            ),
+        ),
+        "flux2_klein_distilled": Family(
+            "flux2_klein",
+            lambda folder: write_flux2_klein(folder, distilled=True),
+            Flux2KleinPipeline,
+            (),
+            {"guidance_scale": 4.0, "max_sequence_length": 60},
+            folded=True,
+            gives_levels=True,
+        ),
+        "flux2_dev": Family(
+            "flux2_dev",
+            write_flux2_dev,
+            Flux2Pipeline,
+            ("text_encoder", "transformer", "vae"),
+            {"guidance_scale": 2.5, "max_sequence_length": 200},
+            folded=True,
+            gives_levels=True,
+            refused=((_INDEX, {"_class_name": "Flux2KleinPipeline"}, "'Flux2KleinPipeline'; family 'flux2_dev'"),),
+        ),
+        "qwen_image": Family(
+            "qwen_image",
+            write_qwen_image,
+            QwenImagePipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "max_sequence_length": 240},
+            packed=True,
+            unreached=r"transformer_blocks\.1\.(txt_mlp|attn\.(add_q_proj|to_add_out|norm_added_q))",
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"guidance_embeds": True}, "guidance_embeds True: its network takes the guidance scale"),
+                (_NETWORK, {"zero_cond_t": True}, "zero_cond_t True: .*Qwen-Image-Edit"),
+                (_NETWORK, {"use_layer3d_rope": True}, "use_layer3d_rope True: .*Qwen-Image-Layered"),
+                (_NETWORK, {"in_channels": 32}, "in_channels 32 and out_channels 16, as in editing"),
+                ("vae/config.json", {"z_dim": 16}, "vae: z_dim 16, but the transformer's in_channels are 16"),
+                (_INDEX, {"_class_name": "QwenImageEditPipeline"}, "'QwenImageEditPipeline'; family 'qwen_image'"),
+            ),
+        ),
+        "z_image": Family(
+            "z_image",
+            write_z_image,
+            ZImagePipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "max_sequence_length": 60, "width": 40},
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"siglip_feat_dim": 8}, "siglip_feat_dim 8: .*Z-Image Omni"),
+                (_NETWORK, {"all_patch_size": [1, 2]}, r"all_patch_size \[1, 2\], all_f_patch_size \[1\]; Z-Image"),
+                ("vae/config.json", {"latent_channels": 16}, "latent_channels 16, but the transformer's in_channels"),
+                (_INDEX, {"_class_name": "ZImageOmniPipeline"}, "'ZImageOmniPipeline'; family 'z_image'"),
+                (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
+            ),
+        ),
+        "sd3_without_t5": Family(
+            "sd3",
+            lambda folder: write_stable_diffusion_3(folder, t5=False),
+            StableDiffusion3Pipeline,
+            ("text_encoder_2",),
+            _GUIDED,
+            {"text_encoder_3": None, "tokenizer_3": None},
+            unreached=r"transformer_blocks\.1\.attn\.(add_q_proj|norm_added_q)",
+        ),
+    }
+)

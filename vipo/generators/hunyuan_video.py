@@ -1,0 +1,100 @@
+"""HunyuanVideo 1.5 (`HunyuanVideo15Transformer3DModel`): a language model reads prompts, ByT5 quoted words."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from torch import Tensor
+from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
+
+from vipo.config.generator import GeneratorConfig
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.texts import load_text_encoder
+from vipo.generators.variants import refuse_channels, refuse_settings
+
+_NEEDS: Mapping[str, str] = MappingProxyType({"use_meanflow": "takes a second timestep (MeanFlow)"})
+_NAMES = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2")
+
+
+class HunyuanVideo15Generator(PipelineGenerator):
+    """HunyuanVideo 1.5 text-to-video."""
+
+    frame_rate: ClassVar[int | None] = 24
+    pipeline_class: ClassVar[Any] = HunyuanVideo15Pipeline
+    network_class: ClassVar[Any] = HunyuanVideo15Transformer3DModel
+    autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"AutoencoderKLHunyuanVideo15": AutoencoderKLHunyuanVideo15}
+    )
+    longest_sequence: ClassVar[int | None] = 1000
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType({_NAMES[0]: "text_embed_dim", _NAMES[2]: "text_embed_2_dim"})
+
+    def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
+        super().__init__(config, network, vae)
+        # The mask of its attention fits one video alone (diffusers 0.42).
+        self.vae.enable_slicing()
+        settings = vae.config
+        space, factor = settings.spatial_compression_ratio, settings.temporal_compression_ratio
+        self.check_size(space * network.config.patch_size)
+        frames = config.sample_shape[0]
+        if frames % factor != 1:
+            raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
+        self.frame_groups = causal_frame_groups(frames, factor)
+        channels = settings.latent_channels
+        self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
+        self._image_width = network.config.image_embed_dim
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        refuse_settings(location, "transformer", network, _NEEDS)
+        if network.in_channels != 2 * network.out_channels + 1:
+            raise GeneratorError(
+                f"{location}/transformer: in_channels {network.in_channels} and out_channels {network.out_channels}; "
+                "HunyuanVideo 1.5 takes latents, those of a first frame and a mask"
+            )
+        latents = SimpleNamespace(in_channels=network.out_channels)
+        refuse_channels(location, "transformer", latents, ("latent_channels", vae.latent_channels), "")
+
+    @classmethod
+    @torch.no_grad()
+    def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        location, device = checkpoint_location(config, root), torch.device(config.device)
+        tokenizer, encoder = load_text_encoder(
+            config, location, (Qwen2Tokenizer, "tokenizer"), (Qwen2_5_VLTextModel, "text_encoder"), texts
+        )
+        glyph_tokenizer, glyph_encoder = load_text_encoder(
+            config, location, (ByT5Tokenizer, "tokenizer_2"), (T5EncoderModel, "text_encoder_2"), ()
+        )
+
+        def encode(text: str) -> dict[str, Tensor]:
+            # The pipeline's own `encode_prompt` reads to its longest prompt; what is masked changes nothing.
+            words = HunyuanVideo15Pipeline._get_mllm_prompt_embeds(
+                encoder, tokenizer, text, device, tokenizer_max_length=config.max_sequence_length
+            )
+            glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds(glyph_tokenizer, glyph_encoder, text, device)
+            return {name: value[0].float().cpu() for name, value in zip(_NAMES, (*words, *glyphs), strict=True)}
+
+        negative = {NEGATIVE + name: value for name, value in encode(config.negative_prompt).items()}
+        return [encode(text) | negative for text in texts]
+
+    def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
+            # No first frame: its latents, its mask and its embedding are zeros.
+            velocity: Tensor = self.network(
+                hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
+                timestep=1000 * sigma,
+                image_embeds=x.new_zeros(len(x), 1, self._image_width),
+                return_dict=False,
+                **given,
+            )[0]
+            return velocity
+
+        return self.guided(call, latents, time, conditioning)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        video = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0].transpose(1, 2)
+        return (video.float() / 2 + 0.5).clamp(0, 1)

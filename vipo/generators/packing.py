@@ -1,0 +1,17 @@
+"""Latents as tokens of 2 x 2 latent pixels, as FLUX-class networks take them."""
+
+from torch import Tensor
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """``(B, C, H, W)`` to tokens ``(B, H/2 * W/2, 4 C)``: row-major 2x2 patches, features in (c, 2, 2) order."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack_latents`, to ``(B, C, height, width)`` in latent pixels."""
+    batch, _, features = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, features // 4, height, width)
