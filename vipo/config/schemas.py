@@ -61,7 +61,9 @@ def _part(node: Mapping[str, Any], definitions: Mapping[str, Any], *, composed: 
     if "$ref" in node:
         siblings = {key: value for key, value in node.items() if key != "$ref"}
         return _part({**definitions[node["$ref"].rpartition("/")[2]], **siblings}, definitions, composed=composed)
-    left_out = {"$defs", "title", "discriminator", *(("required",) if composed else ())}
+    # A section that takes any key is told from others by what it requires.
+    closed = node.get("additionalProperties") is False
+    left_out = {"$defs", "title", "discriminator", *(("required",) if composed and closed else ())}
     made = {key: value for key, value in node.items() if key not in left_out}
     # A section's defaults stand at its own keys.
     if isinstance(made.get("default"), dict):
