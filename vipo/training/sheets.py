@@ -35,13 +35,15 @@ def _draw(path: Path, rollouts: Rollouts, weights: Tensor | None) -> None:
     for row, picture in zip(rollouts.rows, rollouts.pictures, strict=True):
         own[rollouts.samples[row].group].append((row, picture))
     groups = []
-    for _, found in sorted(own.items())[:_GROUPS]:
-        rows = sorted(found, key=lambda pair: rollouts.samples[pair[0]].index)[:_SAMPLES]
+    for _, drawn in sorted(own.items())[:_GROUPS]:
+        rows = sorted(drawn, key=lambda pair: rollouts.samples[pair[0]].index)[:_SAMPLES]
+        stills = [picture[len(picture) // 2] if picture.ndim == 4 else picture for _, picture in rows]
+        maps = None if weights is None else [_still_map(weights[row], clip=picture.ndim == 4) for row, picture in rows]
         groups.append(
             ShownGroup(
                 rollouts.samples[rows[0][0]].prompt.text,
-                torch.stack([_still(picture, 3).float().cpu() for _, picture in rows]),
-                None if weights is None else torch.stack([_still(weights[row], 2).float().cpu() for row, _ in rows]),
+                torch.stack(stills).float().cpu(),
+                None if maps is None else torch.stack(maps).float().cpu(),
             )
         )
     sheet = sample_sheet(groups)
@@ -52,9 +54,10 @@ def _draw(path: Path, rollouts: Rollouts, weights: Tensor | None) -> None:
         log.warning("%s The run goes on without this sheet.", error)
 
 
-def _still(sample: Tensor, dimensions: int) -> Tensor:
-    """Of a clip's frames or maps, or of the maps of its transitions, the one in the middle: latent frame ``T // 2``
-    covers frame ``T // 2``."""
-    while sample.ndim > dimensions:
-        sample = sample[len(sample) // 2]
-    return sample
+def _still_map(weights: Tensor, *, clip: bool) -> Tensor:
+    """``(H, W)`` of a sample's weights ``([S,] [T,] H, W)``: the mean over transitions, of a clip in its middle.
+
+    Latent frame ``T // 2`` covers frame ``T // 2`` of the pictures.
+    """
+    over_transitions = weights.mean(dim=0) if weights.ndim == (4 if clip else 3) else weights
+    return over_transitions[len(over_transitions) // 2] if clip else over_transitions
