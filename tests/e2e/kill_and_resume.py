@@ -1,4 +1,4 @@
-"""Trains one run in forked children, each killed at a given moment or left to finish (used by test_resume).
+"""Trains a run in forked children, each killed at a given moment or left to finish (used by test_resume).
 
 Forking from a process that has imported everything makes a kill cost a second instead of five, so that many
 different moments fit into a test. Prints one line per child: `killed` or `finished`.
@@ -29,7 +29,7 @@ def kill_at(updates: int, seconds: float, metrics: Path) -> None:
 
 
 def main() -> None:
-    """Arguments: results folder, JSON list of moments, overrides.
+    """Arguments: JSON list of results folders, each with its list of moments; overrides.
 
     A moment is null (let it finish) or ``[updates, seconds]``: kill that many seconds after ``metrics.jsonl``
     holds that many updates.
@@ -41,19 +41,20 @@ def main() -> None:
     from vipo.config.compose import load_config, repository_root
     from vipo.training.recorded import train_run
 
-    results, moments, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-    config, root = load_config(overrides), repository_root()
-    metrics = results / "demo/runs" / config.run_name / "metrics.jsonl"
-    for moment in moments:
-        child = os.fork()
-        if child == 0:
-            if moment is not None:
-                kill_at(*moment, metrics)
-            train_run(config, root, results / "demo")
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-        print("killed" if os.WIFSIGNALED(status) else f"finished {os.waitstatus_to_exitcode(status)}", done, flush=True)
+    config, root = load_config(sys.argv[2:]), repository_root()
+    for results, moments in json.loads(sys.argv[1]):
+        metrics = Path(results, "demo/runs", config.run_name, "metrics.jsonl")
+        for moment in moments:
+            child = os.fork()
+            if child == 0:
+                if moment is not None:
+                    kill_at(*moment, metrics)
+                train_run(config, root, Path(results, "demo"))
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            how = "killed" if os.WIFSIGNALED(status) else f"finished {os.waitstatus_to_exitcode(status)}"
+            print(how, done, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def _artifacts(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def _train(results: Path, overrides: list[str], moments: list[list[float] | None]) -> list[str]:
-    script = HERE / "kill_and_resume.py"
-    command = [sys.executable, str(script), str(results), json.dumps(moments), *overrides]
+def _train(overrides: list[str], *jobs: tuple[Path, list[list[float] | None]]) -> list[str]:
+    """Train in each results folder, killed at the given moments (see kill_and_resume.py): how each try ended."""
+    command = [sys.executable, str(HERE / "kill_and_resume.py"), json.dumps(jobs, default=str), *overrides]
     finished = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
     return finished.stdout.splitlines()
 
@@ -55,14 +55,13 @@ def test_killed_anywhere_ends_identically(
     if lora:
         overrides.append("training.lora={rank: 2, alpha: 2.0}")
     whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
-    assert _train(whole, overrides, [None]) == ["finished 0 24"]
     # While loading, then at random instants of later and later updates: rollout, learning, writing, between them.
     moments, seconds = random.Random(7), 0.08
     kills: list[list[float] | None] = [[0, moments.uniform(0.1, 0.8)]]
     kills += [[updates, moments.uniform(0, seconds)] for updates in ((1, 4, 8, 11, 15, 18) if not lora else (3, 9))]
-    outcomes = _train(disturbed, overrides, [*kills, None])
+    undisturbed, *outcomes = _train(overrides, (whole, [None]), (disturbed, [*kills, None]))
     assert [text.split()[0] for text in outcomes[:-1]] == ["killed"] * len(kills)
-    assert outcomes[-1] == "finished 0 24"
+    assert undisturbed == outcomes[-1] == "finished 0 24"
     run = "demo/runs/vipo-s0"
     assert _artifacts(whole / run) == _artifacts(disturbed / run)
     assert not list((disturbed / run).rglob("*.partial"))
@@ -100,7 +99,7 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     assert not (run / "provenance.json").exists()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
     whole = shutil.copytree(prepared, tmp_path / "whole")
-    assert _train(whole, overrides, [None]) == ["finished 0 6"]
+    assert _train(overrides, (whole, [None])) == ["finished 0 6"]
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
 
 
