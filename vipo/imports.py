@@ -24,8 +24,8 @@ def check_imports(config: Config) -> None:
         from vipo.perception.backbones import find_backbone
 
         find_backbone(config.perception.backbone)
-    for name in dict.fromkeys([*(term.name for term in config.reward.terms), *config.evaluation.rewards]):
-        if is_import_path(name):
+    for reward in (*config.reward.terms, *config.evaluation.rewards):
+        if is_import_path(reward.name):
             from vipo.rewards import find_reward
 
-            find_reward(name)
+            find_reward(reward.name, reward.options)

@@ -26,9 +26,18 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "scene_shape": "vipo.rewards.scene:scene_shape",
         "scene_background": "vipo.rewards.scene:scene_background",
         "scene_count": "vipo.rewards.scene:scene_count",
+        "clipscore": "vipo.rewards.clipscore:ClipScore",
+        "pickscore": "vipo.rewards.pickscore:PickScore",
+        "hpsv2": "vipo.rewards.hpsv2:HPSv2",
+        "aesthetic": "vipo.rewards.aesthetic:Aesthetic",
+        "imagereward": "vipo.rewards.imagereward:ImageReward",
+        "ocr": "vipo.rewards.ocr:Ocr",
     }
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
+
+PICTURE_REWARDS = frozenset({"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr"})
+"""Rewards that take pictures of any size, and no videos."""
 
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
 """Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""

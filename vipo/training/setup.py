@@ -19,7 +19,7 @@ from vipo.generators.embeddings import load_embeddings
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.perception.backbones import NOT_MEASURED
 from vipo.prompts import Prompt, read_prompts
-from vipo.rewards import Reward, load_reward, score
+from vipo.rewards import Reward, load_reward, score, weight_files
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking import Timer
 from vipo.training.distribution import Distribution
@@ -42,7 +42,7 @@ class Setup:
         reference: the network as it was, for the KL divergence of full fine-tuning; with LoRA it is the policy without
             its adapter, and None here.
         embeddings: conditioning by prompt id.
-        rewards: by the name of their term.
+        rewards: by the label of their term.
         structuring: makes the backbone's maps; None where the arm reads no backbone.
         chain: noise levels and transition.
         trainable: parameters that are trained, by name; of a sharded network this process's shards.
@@ -114,7 +114,9 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
-    rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
+    rewards = {t.label: load_reward(t.name, config.generator.device, t.options) for t in config.reward.terms}
+    for label, reward in rewards.items():
+        weight_inputs |= {f"reward {label} {i}": path for i, path in enumerate(weight_files(reward))}
     structuring = _load_structuring(config, root, generator, prompts, distribution)
     if structuring is not None and structuring.backbone.source is not None:
         weight_inputs["perception"] = structuring.backbone.source

@@ -19,7 +19,7 @@ from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages, weight_maps
 from vipo.perception import AllocationMaps
 from vipo.perception.allocator import finish
-from vipo.rewards import RewardError, score
+from vipo.rewards import RewardError, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import rollout
@@ -139,13 +139,14 @@ def roll_out(
 
 
 def score_samples(setup: Setup, rollouts: Rollouts, pictures: list[Tensor]) -> dict[str, Tensor]:
-    """Each reward of all samples, ``(N,)`` on the CPU, by the name of its term."""
-    rewards = {name: torch.full((len(rollouts.samples),), torch.nan) for name in setup.rewards}
-    for batch, own_pictures in zip(rollouts.batches, pictures, strict=True):
-        own = [rollouts.samples[row] for row in batch.rows]
-        texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-        for name, reward in setup.rewards.items():
-            rewards[name][list(batch.rows)] = score(name, reward, own_pictures, texts, metadata)
+    """Each reward of all samples, ``(N,)`` on the CPU, by the label of its term."""
+    rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
+    for label, reward in setup.rewards.items():
+        with in_use(reward):
+            for batch, own_pictures in zip(rollouts.batches, pictures, strict=True):
+                own = [rollouts.samples[row] for row in batch.rows]
+                texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
+                rewards[label][list(batch.rows)] = score(label, reward, own_pictures, texts, metadata)
     rows = [row for batch in rollouts.batches for row in batch.rows]
     return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}
 
@@ -226,7 +227,7 @@ def form_advantages(
     objective = setup.config.objective
     result = group_advantages(
         rewards,
-        {term.name: term.weight for term in setup.config.reward.terms},
+        {term.label: term.weight for term in setup.config.reward.terms},
         rollouts.groups,
         objective.std_floor,
         objective.advantage_clip,
@@ -247,7 +248,7 @@ def form_advantages(
 
 def reward_metrics(setup: Setup, rewards: dict[str, Tensor], advantages: GroupAdvantages) -> dict[str, float]:
     """What is logged of an update's rewards and of its groups."""
-    weights, valid = {term.name: term.weight for term in setup.config.reward.terms}, advantages.valid
+    weights, valid = {term.label: term.weight for term in setup.config.reward.terms}, advantages.valid
     total = torch.stack([weights[name] * values.double() for name, values in rewards.items()]).sum(dim=0)[valid]
     metrics = {
         "reward/mean": float(total.mean()),
