@@ -107,5 +107,8 @@ def test_what_is_wrong_is_told_by_its_key(overrides: list[str], told: list[str])
 def test_rewards_of_pictures_are_refused_for_videos() -> None:
     video: list[Any] = ["generator.frames=5", "reward.terms=[redness]"]
     check_run(load_config([DEMO, *video, "evaluation.rewards=[]"]))
+    check_run(load_config([DEMO, "generator.frames=2", "reward=flicker", "evaluation.rewards=[]"]))
+    with pytest.raises(ConfigError, match=r"reward.terms: reward 'flicker' takes videos of two frames or more"):
+        check_run(load_config([DEMO, "reward=flicker", "evaluation.rewards=[]"]))
     with pytest.raises(ConfigError, match=r"evaluation.rewards: reward 'pickscore' takes pictures"):
         check_run(load_config([DEMO, *video, "evaluation.rewards=[pickscore]"]))

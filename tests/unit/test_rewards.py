@@ -27,8 +27,8 @@ from vipo.rewards import REWARDS, Reward, RewardError, Scored, load_reward, scor
 from vipo.rewards.registry import find_reward
 from vipo.rewards.resident import Resident, in_use
 
-# Those that need no weights.
-RULES = [name for name in REWARDS if name not in REWARD_OPTIONS]
+# Those that need no weights, of pictures.
+RULES = [name for name in REWARDS if name not in (*REWARD_OPTIONS, "flicker")]
 
 
 def _score(name: str, images: Tensor, metadata: Sequence[Mapping[str, Any]] | None = None) -> Tensor:

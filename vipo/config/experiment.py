@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vipo.config.compose import ConfigError, load_config_file
-from vipo.config.registries import PICTURE_REWARDS, SCENE_REWARDS
+from vipo.config.registries import CLIP_REWARDS, PICTURE_REWARDS, SCENE_REWARDS
 from vipo.config.run import Config
 from vipo.config.values import divisors
 
@@ -108,6 +108,8 @@ def check_pictures(config: Config) -> None:
     for key, name in named:
         if name in PICTURE_REWARDS and video:
             raise ConfigError(f"{key}: reward {name!r} takes pictures, generator.frames asks for videos")
+        if name in CLIP_REWARDS and (generator.frames or 1) < 2:
+            raise ConfigError(f"{key}: reward {name!r} takes videos of two frames or more; generator.frames makes them")
         if name in SCENE_REWARDS and (video or (generator.height, generator.width) != (64, 64)):
             made = "videos" if video else f"{generator.height}x{generator.width}"
             raise ConfigError(

@@ -32,12 +32,17 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "aesthetic": "vipo.rewards.aesthetic:Aesthetic",
         "imagereward": "vipo.rewards.imagereward:ImageReward",
         "ocr": "vipo.rewards.ocr:Ocr",
+        "flicker": "vipo.rewards.flicker:flicker",
+        "motion": "vipo.rewards.motion:Motion",
     }
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
 
 PICTURE_REWARDS = frozenset({"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr"})
 """Rewards that take pictures of any size, and no videos."""
+
+CLIP_REWARDS = frozenset({"flicker", "motion"})
+"""Rewards that take videos, and no pictures."""
 
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
 """Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""

@@ -13,19 +13,24 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Residency = Literal["keep", "offload", "free"]
 
 
-class ModelOptions(Section):
+class NetworkOptions(Section):
     """What every reward with a network takes."""
 
-    path: UserPath = Field(description="Weights: a file, a folder, or a hub id.")
-    revision: str | None = Field(
-        None, description="Commit of the hub repository, all 40 digits; null: its newest state."
-    )
+    path: UserPath = Field(description="Weights: a file; of those that a hub has, also a folder or a hub id.")
     dtype: Precision = Field("fp32", description="Type of the weights and of what the network computes.")
     batch: Annotated[int, Field(ge=1, le=2**16)] = Field(16, description="Pictures that go through at once, at most.")
     resident: Residency = Field(
         "keep",
         description="Where the network is between its uses. keep: on the device; offload: in the CPU's memory; free: "
         "nowhere, its files are read again for the next one.",
+    )
+
+
+class ModelOptions(NetworkOptions):
+    """What those take whose weights a hub has."""
+
+    revision: str | None = Field(
+        None, description="Commit of the hub repository, all 40 digits; null: its newest state."
     )
 
     @field_validator("revision", "tokenizer_revision", check_fields=False)
@@ -84,6 +89,12 @@ class ImageRewardOptions(_OtherTokenizer):
     tokenizer: UserPath = "google-bert/bert-base-uncased"
 
 
+class MotionOptions(NetworkOptions):
+    """Of `motion`."""
+
+    path: UserPath = "weights/raft_large_C_T_SKHT_V2-ff5fadd5.pth"
+
+
 class OcrOptions(Section):
     """Of `ocr`."""
 
@@ -107,6 +118,7 @@ REWARD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "aesthetic": AestheticOptions,
         "imagereward": ImageRewardOptions,
         "ocr": OcrOptions,
+        "motion": MotionOptions,
     }
 )
 """Those of a registered reward, checked without its code being imported. A reward that is not here takes none."""
