@@ -32,13 +32,16 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "aesthetic": "vipo.rewards.aesthetic:Aesthetic",
         "imagereward": "vipo.rewards.imagereward:ImageReward",
         "ocr": "vipo.rewards.ocr:Ocr",
+        "geneval": "vipo.rewards.geneval:GenEval",
         "flicker": "vipo.rewards.flicker:flicker",
         "motion": "vipo.rewards.motion:Motion",
     }
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
 
-PICTURE_REWARDS = frozenset({"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr"})
+PICTURE_REWARDS = frozenset(
+    {"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr", "geneval"}
+)
 """Rewards that take pictures of any size, and no videos."""
 
 CLIP_REWARDS = frozenset({"flicker", "motion"})

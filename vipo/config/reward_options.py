@@ -33,7 +33,7 @@ class ModelOptions(NetworkOptions):
         None, description="Commit of the hub repository, all 40 digits; null: its newest state."
     )
 
-    @field_validator("revision", "tokenizer_revision", check_fields=False)
+    @field_validator("revision", "tokenizer_revision", "detector_revision", check_fields=False)
     @classmethod
     def _commit(cls, value: str | None) -> str | None:
         return pinned(value)
@@ -95,6 +95,19 @@ class MotionOptions(NetworkOptions):
     path: UserPath = "weights/raft_large_C_T_SKHT_V2-ff5fadd5.pth"
 
 
+class GenEvalOptions(ModelOptions):
+    """Of `geneval`: `path` is the CLIP that tells colours."""
+
+    path: UserPath = "openai/clip-vit-large-patch14"
+    detector: UserPath = Field("facebook/mask2former-swin-small-coco-instance", description="Folder or hub id.")
+    detector_revision: str | None = Field(None, description="Commit of the detector's hub repository.")
+    threshold: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="Objects less sure do not count.")
+    counting_threshold: Annotated[float, Field(ge=0, le=1)] = Field(0.9, description="Of the tag counting.")
+    score: Literal["strict", "claims"] = Field(
+        "strict", description="strict: 1 where all claims hold; claims: the share of those that do."
+    )
+
+
 class OcrOptions(Section):
     """Of `ocr`."""
 
@@ -118,6 +131,7 @@ REWARD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "aesthetic": AestheticOptions,
         "imagereward": ImageRewardOptions,
         "ocr": OcrOptions,
+        "geneval": GenEvalOptions,
         "motion": MotionOptions,
     }
 )

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vipo.config.reward_options import AestheticOptions
-from vipo.rewards.clip import ClipReward, clip_network
+from vipo.rewards.clip import OnClip, clip_network
 from vipo.rewards.errors import RewardError
 from vipo.rewards.linear_head import linear_head
 from vipo.rewards.pixels import need_pictures
 from vipo.rewards.weights import local_path, read_tensors
 
 
-class Aesthetic(ClipReward):
+class Aesthetic(OnClip):
     """The head's value of CLIP ViT-L/14's unit vector, about 1 to 10.
 
     Source: improved-aesthetic-predictor (Schuhmann), head ``sac+logos+ava1-l14-linearMSE``.

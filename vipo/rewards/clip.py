@@ -19,10 +19,8 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
-class ClipReward:
-    """What all rewards on CLIP share; each says how pictures are prepared and what the cosine becomes.
-
-    Calling it keeps the gradient to the pictures; `vipo.rewards.score` takes none.
+class OnClip:
+    """What all rewards on CLIP share: the network, and pictures and texts as unit vectors.
 
     Args:
         device: where the network computes.
@@ -48,17 +46,6 @@ class ClipReward:
             *self._tokenizer_files(),
         ]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Scores ``(B,)`` float32 of pictures ``(B, 3, H, W)`` in [0, 1]."""
-        need_pictures(images)
-        with self.resident as network:
-            # The samples of a group share their text.
-            unique = list(dict.fromkeys(prompts))
-            vectors = torch.cat([self._embed_texts(network, part) for part in _parts(unique, self._batch)])
-            texts = vectors[[unique.index(prompt) for prompt in prompts]]
-            pictures = torch.cat([self.embed(network, part) for part in images.split(self._batch)])
-            return self._scored((pictures * texts).sum(dim=1), network)
-
     def embed(self, network: Any, images: Tensor) -> Tensor:
         """Unit vectors ``(B, d)`` float32 of pictures ``(B, 3, H, W)`` in [0, 1]."""
         size = network.config.vision_config.image_size
@@ -67,28 +54,8 @@ class ClipReward:
             features = network.get_image_features(pixel_values=pixels).pooler_output
         return F.normalize(features.float(), dim=1)
 
-    def _pixels(self, images: Tensor, size: int) -> Tensor:
-        return clip_pixels(images, size, nearest=True)
-
-    def _text(self, prompt: str) -> str:
-        return prompt
-
-    def _scored(self, cosine: Tensor, network: Any) -> Tensor:
-        return cosine
-
-    def _find(self, options: ModelOptions) -> Path:
-        return located_clip(options)
-
-    def _find_tokenizer(self, options: ModelOptions) -> Path:
-        return folder_of(self._place)
-
-    def _tokenizer_files(self) -> list[Path]:
-        return [path for name in TOKENIZER for path in sorted(self._tokenizer_place.glob(name))]
-
-    def _load(self) -> Any:
-        return clip_network(self._place, self._dtype)
-
-    def _embed_texts(self, network: Any, prompts: Sequence[str]) -> Tensor:
+    def embed_texts(self, network: Any, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors ``(B, d)`` float32 of texts, cut to what the network takes."""
         if self._tokenizer is None:
             from transformers import CLIPTokenizer
 
@@ -111,6 +78,45 @@ class ClipReward:
             ids = tokens.input_ids.to(network.device)
             features = network.get_text_features(input_ids=ids).pooler_output
         return F.normalize(features.float(), dim=1)
+
+    def _pixels(self, images: Tensor, size: int) -> Tensor:
+        return clip_pixels(images, size, nearest=True)
+
+    def _text(self, prompt: str) -> str:
+        return prompt
+
+    def _find(self, options: ModelOptions) -> Path:
+        return located_clip(options)
+
+    def _find_tokenizer(self, options: ModelOptions) -> Path:
+        return folder_of(self._place)
+
+    def _tokenizer_files(self) -> list[Path]:
+        return [path for name in TOKENIZER for path in sorted(self._tokenizer_place.glob(name))]
+
+    def _load(self) -> Any:
+        return clip_network(self._place, self._dtype)
+
+
+class ClipReward(OnClip):
+    """A cosine of picture and text; each reward says how pictures are prepared and what the cosine becomes.
+
+    Calling it keeps the gradient to the pictures; `vipo.rewards.score` takes none.
+    """
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Scores ``(B,)`` float32 of pictures ``(B, 3, H, W)`` in [0, 1]."""
+        need_pictures(images)
+        with self.resident as network:
+            # The samples of a group share their text.
+            unique = list(dict.fromkeys(prompts))
+            vectors = torch.cat([self.embed_texts(network, part) for part in _parts(unique, self._batch)])
+            texts = vectors[[unique.index(prompt) for prompt in prompts]]
+            pictures = torch.cat([self.embed(network, part) for part in images.split(self._batch)])
+            return self._scored((pictures * texts).sum(dim=1), network)
+
+    def _scored(self, cosine: Tensor, network: Any) -> Tensor:
+        return cosine
 
 
 def located_clip(options: ModelOptions) -> Path:
