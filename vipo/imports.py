@@ -35,11 +35,11 @@ def check_imports(config: Config) -> None:
         from vipo.objectives import load_objective
 
         load_objective(config.objective)
-    for name in dict.fromkeys([*(term.name for term in config.reward.terms), *config.evaluation.rewards]):
-        if is_import_path(name):
+    for reward in (*config.reward.terms, *config.evaluation.rewards):
+        if is_import_path(reward.name):
             from vipo.rewards import find_reward
 
-            find_reward(name)
+            find_reward(reward.name, reward.options)
     if config.tracking.trackers:
         from vipo.tracking.trackers import check_tracker
 

@@ -135,7 +135,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
         log.info("%s: is finished, nothing is left to do; its weights are in %s", config.run_name, weights)
         log.info("next: %s", next_command(config, results))
         return
-    rewards = ", ".join(term.name for term in config.reward.terms)
+    rewards = ", ".join(term.title for term in config.reward.terms)
     backbone = f", backbone {config.perception.backbone}" if config.credit.reads_backbone else ""
     log.info(
         "%s: loading generator %s (%s), rewards %s%s",

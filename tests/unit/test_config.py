@@ -297,7 +297,10 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["training.group_sizes=4"], ["training.group_sizes", "unknown key", "'group_size'", "micro_batch"]),
         (["trainin.updates=3"], ["trainin", "unknown key", "'training'", "evaluation"]),
         (["sed=3"], ["sed", "unknown key", "'seed'", "evaluation"]),
-        (["reward.terms=[{name: redness, wieght: 2}]"], ["reward.terms.0.wieght", "'weight'", "allowed: name, weight"]),
+        (
+            ["reward.terms=[{name: redness, wieght: 2}]"],
+            ["reward.terms.0.wieght", "'weight'", "allowed: label, name, options, weight"],
+        ),
         (["training.lora={rank: 4, alhpa: 3}"], ["training.lora.alhpa", "'alpha'", "allowed: alpha, rank, targets"]),
         (["experiment.arms.vipo.seed=[3]"], ["experiment.arms.vipo.seed", "'seeds'", "overrides"]),
         # Wrong types: nothing is coerced.
@@ -463,14 +466,13 @@ def test_every_number_has_both_bounds() -> None:
 def test_trained_rewards_are_evaluated_without_being_named_again(demo: Config) -> None:
     """After those that are named, so that a list which holds them all is the one that is used."""
     named = ("object_redness", "redness", "scene_shape", "scene_background", "scene")
-    assert demo.evaluation.rewards == named
+    assert tuple(reward.name for reward in demo.evaluation.rewards) == named
     terms = "reward.terms=[{name: redness}, {name: scene}]"
-    assert load_config([DEMO, terms, "evaluation.rewards=[scene_shape, redness]"]).evaluation.rewards == (
-        "scene_shape",
-        "redness",
-        "scene",
-    )
-    assert load_config([DEMO, "evaluation.rewards=[]"]).evaluation.rewards == ("object_redness",)
+    more = load_config([DEMO, terms, "evaluation.rewards=[scene_shape, redness]"]).evaluation
+    assert [reward.label for reward in more.rewards] == ["scene_shape", "redness", "scene"]
+    assert [reward.label for reward in load_config([DEMO, "evaluation.rewards=[]"]).evaluation.rewards] == [
+        "object_redness"
+    ]
 
 
 def test_unknown_and_absent_experiment_list_the_known_ones() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from torch import Tensor, nn
 
+from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.demo.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -21,7 +23,12 @@ from vipo.demo.scenes import (
     sample_scene,
     scene_metadata,
 )
-from vipo.rewards import REWARDS, Reward, RewardError, load_reward, score
+from vipo.rewards import REWARDS, Reward, RewardError, Scored, load_reward, score, score_where
+from vipo.rewards.registry import find_reward
+from vipo.rewards.resident import Resident, in_use
+
+# Those that need no weights, of pictures.
+RULES = [name for name in REWARDS if name not in (*REWARD_OPTIONS, "flicker")]
 
 
 def _score(name: str, images: Tensor, metadata: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
@@ -128,7 +135,7 @@ def test_scene_rewards_name_the_wrong_picture_size() -> None:
         _score("scene", torch.zeros(1, 3, 32, 32), [scene_metadata(_scene(), CaptionParts())])
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", RULES)
 def test_rewards_score_each_sample_by_itself(name: str) -> None:
     rng = np.random.default_rng(5)
     scenes = [sample_scene(rng) for _ in range(5)]
@@ -175,7 +182,7 @@ def _call(reward: Reward) -> Tensor:
     return score("mine", reward, IMAGES, ["a", "b"], [{}, {}])
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", RULES)
 def test_every_registered_reward_loads(name: str) -> None:
     assert callable(load_reward(name))
 
@@ -215,6 +222,158 @@ def test_a_raising_reward_is_an_error_that_names_it_and_its_cause() -> None:
     with pytest.raises(RewardError, match="reward 'mine' raised KeyError: 'weights'") as caught:
         _call(_raising)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+class Scaled:
+    """Takes arguments by a model of its own."""
+
+    class Options(BaseModel, extra="forbid"):
+        factor: float = 1.0
+        file: str | None = None
+
+    def __init__(self, device: str, options: Options) -> None:
+        self.device, self.options = device, options
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        return self.options.factor * images.mean(dim=(1, 2, 3))
+
+
+class Broken:
+    Options = {"factor": 1.0}  # noqa: RUF012
+
+
+def test_an_import_path_s_own_options_are_checked_and_given() -> None:
+    name = f"{__name__}:Scaled"
+    reward = load_reward(name, "cpu", {"factor": 3})
+    assert _call(reward).tolist() == [0.75, 0.75]
+    assert _call(load_reward(name)).tolist() == [0.25, 0.25]
+    for options, told in (
+        ({"facter": 3}, r"options.facter: unknown key; did you mean 'factor'\? allowed: factor, file"),
+        ({"factor": "much"}, r"options.factor: .*valid number"),
+    ):
+        with pytest.raises(RewardError, match=rf"reward '{name}': {told}"):
+            find_reward(name, options)
+    with pytest.raises(RewardError, match=r"options: factor: it takes none; a class that does has an attribute Opt"):
+        find_reward(f"{__name__}:_raising", {"factor": 1})
+    with pytest.raises(RewardError, match="its Options must be a pydantic model"):
+        find_reward(f"{__name__}:Broken", {"factor": 1})
+
+
+@pytest.mark.parametrize("name", REWARD_OPTIONS)
+def test_a_registered_reward_takes_what_the_configuration_checks(name: str) -> None:
+    found, _ = find_reward(name)
+    assert found.Options is REWARD_OPTIONS[name]
+
+
+# --- Where
+
+
+def _where(value: Any, images: Tensor = IMAGES) -> Tensor:
+    found = score_where("mine", lambda *_: Scored(torch.zeros(2), value), images, ["a", "b"], [{}, {}])
+    assert found.where is not None
+    return found.where
+
+
+def test_where_is_carried_through_on_any_grid() -> None:
+    value = torch.tensor([[[0.0, 2.0]], [[1.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    found = _where(value)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert found.tolist() == value.tolist()
+    assert _where(torch.ones(2, 3, 1, 1), torch.zeros(2, 3, 3, 4, 4)).shape == (2, 3, 1, 1)
+    assert score_where("mine", _constant(torch.zeros(2)), IMAGES, ["a", "b"], [{}, {}]).where is None
+    assert _call(lambda *_: Scored(torch.ones(2), value)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([[1.0]], "expected a tensor, got a list"),
+        (torch.ones(2, 4), r"expected shape \(2, h, w\), got \(2, 4\)"),
+        (torch.ones(3, 4, 4), r"expected shape \(2, h, w\), got \(3, 4, 4\)"),
+        (torch.ones(2, 5, 4, 4), r"expected shape \(2, h, w\), got \(2, 5, 4, 4\)"),
+        (torch.ones(2, 0, 4), r"expected shape \(2, h, w\), got \(2, 0, 4\)"),
+        (torch.full((2, 4, 4), -0.1), "below 0"),
+        (torch.full((2, 4, 4), float("nan")), "not finite"),
+        (torch.full((2, 4, 4), float("inf")), "not finite"),
+        (torch.ones(2, 4, 4, dtype=torch.complex64), "dense tensor of real numbers"),
+    ],
+)
+def test_a_wrong_where_is_refused(value: Any, told: str) -> None:
+    with pytest.raises(RewardError, match=rf"reward 'mine'.*{told}"):
+        _where(value)
+
+
+def test_of_a_picture_that_is_not_finite_nothing_is_told() -> None:
+    images = IMAGES.clone()
+    images[1, 0, 0, 0] = float("nan")
+    assert _where(torch.full((2, 1, 1), float("nan")).index_fill(0, torch.tensor([0]), 3.0), images).tolist() == [
+        [[3.0]],
+        [[0.0]],
+    ]
+
+
+def test_object_redness_tells_the_object_s_pixels() -> None:
+    scene = _scene(x=-12.0)
+    found = score_where("object_redness", load_reward("object_redness"), _pictures(scene), ["a"], [{}])
+    assert found.where is not None
+    mask = torch.from_numpy(object_mask(scene.objects[0]))
+    assert found.where.shape == (1, 64, 64)
+    assert found.where[0][mask > 0.99].min() == 1
+    assert found.where[0][mask == 0].max() == 0
+
+
+# --- Networks and where they are
+
+
+class Moving(nn.Module):
+    """Keeps where it was sent to."""
+
+    def __init__(self, moves: list[str]) -> None:
+        super().__init__()
+        self.moves = moves
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def to(self, *places: Any, **_: Any) -> "Moving":
+        self.moves.append(str(places[0]))
+        return self
+
+
+@pytest.mark.parametrize(
+    ("policy", "moves"),
+    [
+        ("keep", ["read", "cuda:1", "cuda:1"]),
+        ("offload", ["read", "cuda:1", "cpu", "cuda:1", "cpu"]),
+        ("free", ["read", "cuda:1", "read", "cuda:1"]),
+    ],
+)
+def test_a_network_is_where_its_policy_says(policy: Any, moves: list[str]) -> None:
+    log: list[str] = []
+
+    def load() -> Moving:
+        log.append("read")
+        return Moving(log)
+
+    reward: Any = type("Holder", (), {})()
+    reward.resident = Resident(load, "cuda:1", policy)
+    assert log == []
+    for _ in range(2):
+        # Uses inside a use move nothing.
+        with in_use(reward) as network, reward.resident as again:
+            assert again is network
+            assert not network.training
+            assert not network.weight.requires_grad
+    assert log == moves
+    with in_use(_raising) as nothing:
+        assert nothing is None
+
+
+def test_an_error_ends_a_use() -> None:
+    log: list[str] = []
+    resident = Resident(lambda: Moving(log), "cuda:1", "offload")
+    with pytest.raises(KeyError), resident:
+        raise KeyError
+    assert log == ["cuda:1", "cpu"]
 
 
 def test_an_interrupt_is_not_an_error_of_the_reward() -> None:
@@ -308,7 +467,7 @@ def test_redness_takes_videos_and_the_others_say_that_they_do_not() -> None:
     found = score("redness", load_reward("redness"), videos, ["", ""], [{}, {}])
     frames = [score("redness", load_reward("redness"), videos[:, t], ["", ""], [{}, {}]) for t in range(5)]
     torch.testing.assert_close(found, torch.stack(frames).mean(dim=0))
-    for name in REWARDS:
+    for name in RULES:
         if name != "redness":
             with pytest.raises(RewardError, match=rf"reward '{name}' raised .*not videos of shape \(2, 5, 3, 64, 64\)"):
                 score(name, load_reward(name), videos, ["", ""], [{}, {}])

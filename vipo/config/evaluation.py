@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vipo.config.registries import REWARDS, registered
+from vipo.config.reward import RewardSpec, check_labels
 from vipo.config.section import MOST_EVALUATED, PositiveInt, Section, Seed
 
 REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
@@ -20,8 +20,11 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 2
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
     batch: PositiveInt = 16
-    rewards: tuple[str, ...] = Field(
-        (), strict=False, description="Rewards that are reported; those that are trained are added by themselves."
+    rewards: tuple[RewardSpec, ...] = Field(
+        (),
+        strict=False,
+        description="Rewards that are reported: names, labels of trained terms, or name, label and options. Those that "
+        "are trained are added by themselves.",
     )
     seed: Seed = 1234
     bootstrap: Annotated[int, Field(ge=100, le=10**5)] = 2000
@@ -30,10 +33,9 @@ class EvaluationConfig(Section):
 
     @field_validator("rewards")
     @classmethod
-    def _known_rewards(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError(f"a reward is named twice: {', '.join(value)}")
-        return tuple(registered(name, REWARDS, "reward") for name in value)
+    def _distinct(cls, value: tuple[RewardSpec, ...]) -> tuple[RewardSpec, ...]:
+        check_labels(value)
+        return value
 
     @model_validator(mode="after")
     def _ends(self) -> Self:

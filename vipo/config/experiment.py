@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vipo.config.compose import ConfigError, load_config_file
-from vipo.config.registries import SCENE_REWARDS
+from vipo.config.registries import CLIP_REWARDS, PICTURE_REWARDS, SCENE_REWARDS
 from vipo.config.run import Config
 from vipo.config.values import divisors
 
@@ -103,11 +103,13 @@ def check_pictures(config: Config) -> None:
         raise ConfigError("credit.sources: 'oracle' needs drawn pictures; generator.frames asks for videos")
     named: Sequence[tuple[str, str]] = [
         *(("reward.terms", term.name) for term in config.reward.terms),
-        *(("evaluation.rewards", name) for name in config.evaluation.rewards),
+        *(("evaluation.rewards", reward.name) for reward in config.evaluation.rewards),
     ]
     for key, name in named:
-        if name == "object_redness" and video:
+        if name in PICTURE_REWARDS and video:
             raise ConfigError(f"{key}: reward {name!r} takes pictures, generator.frames asks for videos")
+        if name in CLIP_REWARDS and (generator.frames or 1) < 2:
+            raise ConfigError(f"{key}: reward {name!r} takes videos of two frames or more; generator.frames makes them")
         if name in SCENE_REWARDS and (video or (generator.height, generator.width) != (64, 64)):
             made = "videos" if video else f"{generator.height}x{generator.width}"
             raise ConfigError(

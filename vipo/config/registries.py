@@ -35,6 +35,15 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "scene_shape": "vipo.rewards.scene:scene_shape",
         "scene_background": "vipo.rewards.scene:scene_background",
         "scene_count": "vipo.rewards.scene:scene_count",
+        "clipscore": "vipo.rewards.clipscore:ClipScore",
+        "pickscore": "vipo.rewards.pickscore:PickScore",
+        "hpsv2": "vipo.rewards.hpsv2:HPSv2",
+        "aesthetic": "vipo.rewards.aesthetic:Aesthetic",
+        "imagereward": "vipo.rewards.imagereward:ImageReward",
+        "ocr": "vipo.rewards.ocr:Ocr",
+        "geneval": "vipo.rewards.geneval:GenEval",
+        "flicker": "vipo.rewards.flicker:flicker",
+        "motion": "vipo.rewards.motion:Motion",
     }
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
@@ -68,6 +77,14 @@ GATES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Gates by name; the options of each are a section of `vipo.config.objective`."""
+
+PICTURE_REWARDS = frozenset(
+    {"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr", "geneval"}
+)
+"""Rewards that take pictures of any size, and no videos."""
+
+CLIP_REWARDS = frozenset({"flicker", "motion"})
+"""Rewards that take videos, and no pictures."""
 
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
 """Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""

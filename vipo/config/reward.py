@@ -1,21 +1,123 @@
-"""Section `reward`."""
+"""Section `reward`, and what names a reward wherever one is named."""
 
-from pydantic import Field, field_validator
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from vipo.config.registries import REWARDS, registered
-from vipo.config.section import Section
+from vipo.config.reward_options import REWARD_OPTIONS
+from vipo.config.section import LONGEST_NAME, Section
+
+_LABEL = re.compile(rf"[A-Za-z0-9][\w.-]{{0,{LONGEST_NAME - 1}}}")
 
 
-class RewardTerm(Section):
-    """One reward of the weighted sum."""
+class RewardSpec(Section):
+    """A reward with its arguments. A name alone, where a mapping could stand, is that reward without any."""
 
     name: str = Field(description="A registered reward or an import path 'package.module:object'.")
-    weight: float = Field(1.0, ge=-1e6, le=1e6, allow_inf_nan=False)
+    label: str = Field(
+        "", description="What its scores are called, reward/LABEL. Its name, if empty; two of one name need two."
+    )
+    options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="The reward's own arguments (docs/rewards.md). Defaults are filled in."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("name")
     @classmethod
     def _known_reward(cls, value: str) -> str:
         return registered(value, REWARDS, "reward")
+
+    @field_validator("label")
+    @classmethod
+    def _own_label(cls, value: str, info: ValidationInfo) -> str:
+        name: str = info.data.get("name", "")
+        if value in ("", name):
+            return name
+        if not _LABEL.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is no label: letters, digits, '_', '.' and '-', at most {LONGEST_NAME}, and the first a "
+                "letter or a digit"
+            )
+        if value in REWARDS:
+            raise ValueError(f"{value!r} is the name of another reward; choose another label")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _own_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        # It reads this module.
+        from vipo.config.compose import ConfigError, validate_section
+
+        name: str = info.data.get("name", "")
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise ValueError(f"what no file can hold ({error}); leave it out") from error
+        if name not in REWARDS:
+            # Of an import path, whose own model checks them once it is imported.
+            return value
+        section = REWARD_OPTIONS.get(name)
+        if section is None:
+            if value:
+                raise ValueError(f"{', '.join(value)}: reward {name!r} takes no options; leave them out")
+            return value
+        try:
+            return validate_section(section, value).model_dump(mode="json")
+        except ConfigError as error:
+            raise ValueError("; ".join(str(error).splitlines())) from error
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, dump: SerializerFunctionWrapHandler) -> Any:
+        data = dump(self)
+        if self.label == self.name:
+            del data["label"]
+        if not self.options:
+            del data["options"]
+        return data["name"] if list(data) == ["name"] else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+    @property
+    def title(self) -> str:
+        """For people: its label, and what that stands for."""
+        return self.label if self.label == self.name else f"{self.label} ({self.name})"
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """Name, label and options: equal where two terms are the same measurement."""
+        return self.name, self.label, json.dumps(self.options, sort_keys=True)
+
+
+class RewardTerm(RewardSpec):
+    """One reward of the weighted sum."""
+
+    weight: float = Field(1.0, ge=-1e6, le=1e6, allow_inf_nan=False)
+
+    @property
+    def spec(self) -> RewardSpec:
+        """The reward without its weight."""
+        return RewardSpec(name=self.name, label=self.label, options=self.options)
 
 
 class RewardConfig(Section):
@@ -26,9 +128,26 @@ class RewardConfig(Section):
     @field_validator("terms")
     @classmethod
     def _distinct(cls, value: tuple[RewardTerm, ...]) -> tuple[RewardTerm, ...]:
-        names = [term.name for term in value]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a reward is named twice: {', '.join(names)}")
+        check_labels(value)
         if all(term.weight == 0 for term in value):
             raise ValueError("every weight is 0; at least one reward must count")
         return value
+
+
+def check_labels(rewards: Sequence[RewardSpec]) -> None:
+    """Refuse two rewards of one label.
+
+    Raises:
+        ValueError: the message tells both.
+    """
+    labels = [reward.label for reward in rewards]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"a reward is named twice: {', '.join(labels)}; leave one out, or give it a label of its own")
+
+
+def referred(rewards: Any, terms: Sequence[RewardTerm]) -> Any:
+    """A raw list of rewards in which the label of a term stands for that term, arguments included."""
+    if not isinstance(rewards, list | tuple):
+        return rewards
+    known: Mapping[str, RewardSpec] = {term.label: term.spec for term in terms}
+    return [known.get(item, item) if isinstance(item, str) else item for item in rewards]

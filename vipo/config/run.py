@@ -1,5 +1,6 @@
 """The configuration of one run: all sections, what holds between them, and what each stage depends on."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -14,7 +15,7 @@ from vipo.config.perception import PerceptionConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.prompts import PromptsConfig
 from vipo.config.resources import ClusterConfig
-from vipo.config.reward import RewardConfig
+from vipo.config.reward import RewardConfig, RewardSpec, referred
 from vipo.config.sampling import SamplingConfig
 from vipo.config.section import MOST_CALLS, Section, Seed
 from vipo.config.tracking import TrackingConfig
@@ -58,7 +59,7 @@ class Config(Section):
         study = self.experiment.study
         if study is not None:
             changes = {f"change/{part}" for part in ("total", "foreground", "background")}
-            known = {f"reward/{name}" for name in self.evaluation.rewards} | changes
+            known = {f"reward/{reward.label}" for reward in self.evaluation.rewards} | changes
             for key, value in (("metric", study.metric), ("matched_on", study.matched_on)):
                 if value not in known:
                     raise ValueError(
@@ -99,13 +100,29 @@ class Config(Section):
                 "objective.ratio 'position' needs one of credit.sources, such as {name: backbone} or {name: uniform}"
             )
 
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _with_named_terms(cls, value: Any, info: ValidationInfo) -> Any:
+        reward = info.data.get("reward")
+        if reward is None or not isinstance(value, Mapping) or "rewards" not in value:
+            return value
+        return {**value, "rewards": referred(value["rewards"], reward.terms)}
+
     @field_validator("evaluation")
     @classmethod
     def _with_trained_rewards(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
         # Arms are compared on what they were trained for. Without `reward`, which did not validate, nothing is known.
         reward = info.data.get("reward")
-        names = () if reward is None else (term.name for term in reward.terms)
-        added = tuple(name for name in names if name not in value.rewards)
+        named = {spec.label: spec for spec in value.rewards}
+        added: tuple[RewardSpec, ...] = ()
+        for term in () if reward is None else reward.terms:
+            if (other := named.get(term.label)) is None:
+                added += (term.spec,)
+            elif other.identity != term.spec.identity:
+                raise ValueError(
+                    f"rewards: {term.label!r} is what a trained term is called, which has other arguments; name it "
+                    "alone to measure that term, or give this reward another label"
+                )
         return value.model_copy(update={"rewards": value.rewards + added}) if added else value
 
     @model_validator(mode="after")

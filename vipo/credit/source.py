@@ -30,7 +30,7 @@ class Context:
     Attributes:
         generator: whose samples are weighted.
         prompts: of the training split.
-        rewards: by the name of their term.
+        rewards: by the label of their term.
         perception: section `perception`.
         root: repository root, for relative paths.
         is_main: whether this process is the one that logs.

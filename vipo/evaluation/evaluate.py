@@ -33,7 +33,7 @@ from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
 from vipo.provenance.files import atomic_file, atomic_folder
-from vipo.rewards import Reward, load_reward, score
+from vipo.rewards import Reward, in_use, load_reward, score, weight_files
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
@@ -123,6 +123,10 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
     inputs = [prompts_path, embeddings_path, *checkpoint_inputs(config.generator, root)]
     if structuring.backbone.source is not None:
         inputs.append(structuring.backbone.source)
+    rewards = {
+        spec.label: load_reward(spec.name, config.generator.device, spec.options) for spec in config.evaluation.rewards
+    }
+    inputs += [path for reward in rewards.values() for path in weight_files(reward)]
     inputs += [path for folder in weights.values() for path in sorted(folder.rglob("*.safetensors"))]
     files = [output / name for name in ("config.yaml", "scores.parquet", "summary.json", "maps.safetensors")]
     with record_stage(
@@ -144,7 +148,6 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
             embeddings_path, prompts, config.generator.device, generator.conditioning_widths(config.generator, root)
         )
         structuring.preflight((config.generator.height, config.generator.width))
-        rewards = {name: load_reward(name, config.generator.device) for name in config.evaluation.rewards}
         blank = torch.zeros(1, *config.generator.sample_shape, device=config.generator.device)
         for name, reward in rewards.items():
             score(name, reward, blank, [prompts[0].text], [prompts[0].metadata])
@@ -264,12 +267,13 @@ def score_pictures(
         }
         for name, reward in rewards.items():
             batch, device = config.evaluation.batch, config.generator.device
-            values = torch.cat(
-                [
-                    score(name, reward, part.to(device), texts[i * batch :][:batch], metadata[i * batch :][:batch])
-                    for i, part in enumerate(images.split(batch))
-                ]
-            )
+            with in_use(reward):
+                values = torch.cat(
+                    [
+                        score(name, reward, part.to(device), texts[i * batch :][:batch], metadata[i * batch :][:batch])
+                        for i, part in enumerate(images.split(batch))
+                    ]
+                )
             if not bool(values.isfinite().all()):
                 worst = samples[int((~values.isfinite()).nonzero()[0])]
                 raise EvaluationError(

@@ -249,7 +249,7 @@ def _final(run: RunRecords) -> pd.DataFrame:
 
 def _scores(config: Config, final: pd.DataFrame, reference: pd.DataFrame) -> list[ScoreRow]:
     measured, rows = measured_columns(final), []
-    trained = [f"reward/{term.name}" for term in config.reward.terms if term.weight != 0]
+    trained = [f"reward/{term.label}" for term in config.reward.terms if term.weight != 0]
     for column in [*trained, *(name for name in measured if name not in trained)]:
         interval = configured_difference(final, reference, column, config.evaluation)
         better = trained_direction(column, config)

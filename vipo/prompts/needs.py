@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vipo.config.registries import SCENE_REWARDS
+from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.prompts.prompt import Prompt, PromptError
 
@@ -44,12 +45,54 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
         )
     if "oracle" in config.credit.names and not config.is_base:
         _need("credit source 'oracle'", ("objects",), source, train)
-    for term in config.reward.terms:
-        if term.name in SCENE_REWARDS and not config.is_base:
+    for term in () if config.is_base else config.reward.terms:
+        if term.name in SCENE_REWARDS:
             _need_scenes(f"reward.terms: reward {term.name!r}", source, train)
-    for name in evaluation.rewards:
-        if name in SCENE_REWARDS:
-            _need_scenes(f"evaluation.rewards: reward {name!r}", source, held_out)
+        if term.name == "ocr":
+            _need_texts("reward.terms", term, source, train)
+        if term.name == "geneval":
+            _need_claims("reward.terms", source, train)
+    for reward in evaluation.rewards:
+        if reward.name in SCENE_REWARDS:
+            _need_scenes(f"evaluation.rewards: reward {reward.name!r}", source, held_out)
+        if reward.name == "ocr":
+            _need_texts("evaluation.rewards", reward, source, held_out)
+        if reward.name == "geneval":
+            _need_claims("evaluation.rewards", source, held_out)
+
+
+def drawn_text(text: str, metadata: Mapping[str, Any], key: str) -> str | None:
+    """What a prompt asks to be written: its metadata's `key`, or what it holds between its first two ``"``.
+
+    None where there is neither, or nothing but blanks.
+    """
+    parts = text.split('"')
+    found = metadata.get(key, parts[1] if len(parts) > 2 else None)
+    return found if isinstance(found, str) and found.strip() else None
+
+
+def geneval_fault(metadata: Mapping[str, Any]) -> str | None:
+    """What of a prompt's metadata is not GenEval's, or None.
+
+    It has one claim or more in ``include``: ``class``, ``count``, and perhaps ``color`` and ``position`` (a relation,
+    and the number of a claim before it); and perhaps some in ``exclude``: ``class`` and ``count``.
+    """
+    claims = metadata.get("include")
+    if not isinstance(claims, list) or not claims:
+        return "'include' is no list of claims"
+    others = metadata.get("exclude", [])
+    if not isinstance(others, list):
+        return "'exclude' is no list of claims"
+    for number, claim in enumerate([*claims, *others]):
+        counted = isinstance(claim, Mapping) and isinstance(claim.get("class"), str)
+        if not counted or type(claim.get("count")) is not int or claim["count"] < 1:
+            return f"claim {number} has no 'class' or no 'count' from 1"
+        place = claim.get("position")
+        if place is not None and not (
+            isinstance(place, list) and len(place) == 2 and place[1] in range(min(number, len(claims)))
+        ):
+            return f"claim {number}: 'position' is no relation to a claim before it"
+    return None
 
 
 def is_scene(metadata: Mapping[str, Any]) -> bool:
@@ -61,6 +104,23 @@ def is_scene(metadata: Mapping[str, Any]) -> bool:
         and len(objects) > 0
         and all(isinstance(item, Mapping) and "shape" in item for item in objects)
     )
+
+
+def _need_texts(key: str, reward: RewardSpec, source: str, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if drawn_text(prompt.text, prompt.metadata, str(reward.options["key"])) is None:
+            raise PromptError(
+                f"{source}: {key}: reward 'ocr' needs the text that is to be drawn, as metadata "
+                f"{reward.options['key']!r} or in double quotes; {prompt.text[:80]!r} has none"
+            )
+
+
+def _need_claims(key: str, source: str, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if fault := geneval_fault(prompt.metadata):
+            raise PromptError(
+                f"{source}: {key}: reward 'geneval' needs GenEval's metadata; of {prompt.text[:80]!r}, {fault}"
+            )
 
 
 def _need_scenes(what: str, source: str, prompts: Sequence[Prompt]) -> None:

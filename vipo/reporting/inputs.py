@@ -65,7 +65,7 @@ class Experiment:
     @property
     def rewards(self) -> list[str]:
         """Score columns ``reward/<name>``, the trained ones first."""
-        trained = [f"reward/{term.name}" for term in self.config.reward.terms]
+        trained = [f"reward/{term.label}" for term in self.config.reward.terms]
         evaluated = [name for name in self.scores.columns if name.startswith("reward/")]
         return [*(name for name in trained if name in evaluated), *(name for name in evaluated if name not in trained)]
 
@@ -212,9 +212,9 @@ def read_scores(path: Path, config: Config) -> pd.DataFrame:
     if table.empty or set(table["run"]) != {name}:
         raise ReportError(f"{path}: holds rows of {sorted(set(table['run']))}, not of {name}; evaluate it again")
     for term in config.reward.terms:
-        if f"reward/{term.name}" not in table:
+        if f"reward/{term.label}" not in table:
             raise ReportError(
-                f"{path}: the trained reward '{term.name}' was not evaluated; add it to evaluation.rewards and "
+                f"{path}: the trained reward '{term.label}' was not evaluated; add it to evaluation.rewards and "
                 "evaluate again"
             )
     numbers = table[[name for name in table.columns if name.startswith(("reward/", "change/"))]]

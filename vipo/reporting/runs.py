@@ -29,7 +29,7 @@ def trained_direction(column: str, *configs: Config) -> Better | None:
         for config in configs
         if not config.is_base
         for term in config.reward.terms
-        if f"reward/{term.name}" == column and term.weight != 0
+        if f"reward/{term.label}" == column and term.weight != 0
     }
     return None if len(signs) != 1 else "higher" if signs == {True} else "lower"
 

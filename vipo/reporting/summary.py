@@ -192,7 +192,7 @@ def summarize(experiment: Experiment) -> Summary:
     config, scores = experiment.config, experiment.scores
     columns = [*experiment.rewards, *experiment.changes]
     trained: dict[str, Better] = {
-        f"reward/{term.name}": "higher" if term.weight > 0 else "lower"
+        f"reward/{term.label}": "higher" if term.weight > 0 else "lower"
         for term in config.reward.terms
         if term.weight != 0
     }
@@ -268,7 +268,7 @@ def _facts(experiment: Experiment) -> dict[str, str]:
     config = experiment.config
     trained = [run.config for run in experiment.runs if not run.config.is_base]
     terms = config.reward.terms
-    rewards = ", ".join(term.name if len(terms) == 1 else f"{term.weight:g} × {term.name}" for term in terms)
+    rewards = ", ".join(term.title if len(terms) == 1 else f"{term.weight:g} × {term.title}" for term in terms)
     updates = _shared(f"{item.training.updates}" for item in trained)
     samples = _shared(
         f"{item.training.prompts_per_update} prompts × {item.training.group_size} samples" for item in trained

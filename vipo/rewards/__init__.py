@@ -1,6 +1,19 @@
 """Rewards: one file each, addressed by name or import path. A reward is a callable."""
 
 from vipo.config.registries import REWARDS
-from vipo.rewards.registry import Reward, RewardError, find_reward, load_reward, score
+from vipo.rewards.errors import RewardError
+from vipo.rewards.registry import Reward, Scored, find_reward, load_reward, score, score_where, weight_files
+from vipo.rewards.resident import in_use
 
-__all__ = ["REWARDS", "Reward", "RewardError", "find_reward", "load_reward", "score"]
+__all__ = [
+    "REWARDS",
+    "Reward",
+    "RewardError",
+    "Scored",
+    "find_reward",
+    "in_use",
+    "load_reward",
+    "score",
+    "score_where",
+    "weight_files",
+]

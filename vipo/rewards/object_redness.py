@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from vipo.demo.scenes import foreground
+from vipo.rewards.errors import RewardError
 from vipo.rewards.redness import redness_map
-from vipo.rewards.registry import RewardError
+from vipo.rewards.registry import Scored
 
 # The smallest object of a demo scene covers 4 % of the picture. Without a least size, a handful of stray
 # red pixels would be the best object of all.
 _MIN_SHARE = 0.005
 
 
-def object_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Mean redness of the pixels that stand out from the picture's border colour, ``(B,)`` in [-1, 1].
+def object_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scored:
+    """Mean redness of the pixels that stand out from the picture's border colour, ``(B,)`` in [-1, 1], and which.
 
     A picture in which fewer than 0.5 % of the pixels stand out has no object and scores -1, the lowest.
 
@@ -28,4 +29,4 @@ def object_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Ma
     mask = foreground(images)
     pixels = mask.sum(dim=(1, 2))
     mean = (redness_map(images) * mask).sum(dim=(1, 2)) / pixels.clamp(min=1)
-    return torch.where(pixels >= _MIN_SHARE * mask[0].numel(), mean, -1.0)
+    return Scored(torch.where(pixels >= _MIN_SHARE * mask[0].numel(), mean, -1.0), mask.float())

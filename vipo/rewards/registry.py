@@ -4,33 +4,52 @@ import copy
 import difflib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
+from vipo.config.compose import ConfigError, validate_section
 from vipo.config.registries import REWARDS
-from vipo.errors import VipoError
 from vipo.foreign import foreign, resolve
+from vipo.rewards.errors import RewardError
 
-Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor]
-"""``(images (B, 3, H, W) or videos (B, T, 3, H, W) float32 in [0, 1], prompts, metadata) -> (B,)``; larger is better.
 
-A reward takes pictures, videos or both, and raises `RewardError` for what it does not take.
+class Scored(NamedTuple):
+    """What a reward found, and where.
+
+    Attributes:
+        scores: ``(B,)``; larger is better.
+        where: ``(B, h, w)``, or ``(B, T, h, w)`` of videos: how much each part of a sample, from its upper left corner
+            to its lower right one, has to do with its score; finite, >= 0, on a scale of the reward's own. All zero:
+            nowhere in particular. None: the reward does not say.
+    """
+
+    scores: Tensor
+    where: Tensor | None = None
+
+
+Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor | Scored]
+"""``(images (B, 3, H, W) or videos (B, T, 3, H, W) float32 in [0, 1], prompts, metadata) -> (B,)``, or `Scored`.
+
+Larger is better. A reward takes pictures, videos or both, and raises `RewardError` for what it does not take.
 """
 
 
-class RewardError(VipoError):
-    """A reward that cannot be found, loaded or trusted; the message names the reward."""
-
-
-def find_reward(name: str) -> Any:
-    """The object that `name` names, imported but not called yet: a callable, or a class of callables.
+def find_reward(name: str, options: Mapping[str, Any] | None = None) -> tuple[Any, BaseModel | None]:
+    """The object that `name` names, imported but not called yet, and its checked options.
 
     A registered name stands for an import path, and an import path ``package.module:object`` names the object itself.
 
+    Returns:
+        A callable, or a class of callables; and of a class that has an attribute ``Options``, a pydantic model, an
+        instance of that, else None.
+
     Raises:
-        RewardError: no such reward, its module cannot be imported, or the object is not callable.
+        RewardError: no such reward, its module cannot be imported, the object is not callable, or it does not take
+            such options.
     """
     if name not in REWARDS and ":" not in name:
         close = difflib.get_close_matches(name, REWARDS, n=1)
@@ -43,26 +62,58 @@ def find_reward(name: str) -> Any:
     found = pkgutil.resolve_name(path) if name in REWARDS else resolve(path, RewardError, _called(name))
     if not callable(found):
         raise RewardError(f"{_called(name)}: {path} is a {type(found).__name__}, not a callable")
-    return found
+    return found, _checked_options(name, found, options or {})
 
 
-def load_reward(name: str, device: str = "cpu") -> Reward:
+def _checked_options(name: str, found: Any, options: Mapping[str, Any]) -> BaseModel | None:
+    model = getattr(found, "Options", None) if isinstance(found, type) else None
+    if model is None:
+        if options:
+            raise RewardError(
+                f"{_called(name)}: options: {', '.join(options)}: it takes none; a class that does has an attribute "
+                "Options, a pydantic model of them"
+            )
+        return None
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise RewardError(f"{_called(name)}: its Options must be a pydantic model")
+    with foreign(RewardError, _called(name), name):
+        try:
+            return validate_section(model, dict(options), "options.")
+        except ConfigError as error:
+            raise RewardError(f"{_called(name)}: {'; '.join(str(error).splitlines())}") from error
+
+
+def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | None = None) -> Reward:
     """The reward that `name` names (see `find_reward`).
 
-    An object that is a class is instantiated with ``device=device``: that is where a reward with a model loads its
-    weights.
+    An object that is a class is instantiated with ``device=device``, and with ``options=`` where it has a model of
+    them: that is where a reward with a network finds its weights.
 
     Raises:
-        RewardError: it cannot be found, its class cannot be instantiated, or the instance is not callable.
+        RewardError: it cannot be found, does not take the options, its class cannot be instantiated, or the instance
+            is not callable.
     """
-    found = find_reward(name)
+    found, own = find_reward(name, options)
     if isinstance(found, type):
         with foreign(RewardError, _called(name), name):
-            found = found(device=device)
+            found = found(device=device) if own is None else found(device=device, options=own)
         if not callable(found):
             raise RewardError(f"{_called(name)}: its instance is a {type(found).__name__}, not a callable")
     reward: Reward = found
     return reward
+
+
+def weight_files(reward: Reward) -> list[Path]:
+    """The files and folders that a reward of vipo's reads its weights from; of another one nothing is known."""
+    files: list[Path] = getattr(reward, "weight_files", []) if type(reward).__module__.startswith("vipo.") else []
+    return files
+
+
+def _import_path(name: str, reward: Reward) -> str:
+    """What tells `foreign` whose code it is: behind a label, the module that the reward is of."""
+    module = getattr(reward, "__module__", None)
+    known = ":" in name or not isinstance(module, str) or module.startswith("vipo.")
+    return name if known else f"{module}:{name}"
 
 
 def _called(name: str) -> str:
@@ -72,26 +123,34 @@ def _called(name: str) -> str:
 def score(
     name: str, reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> Tensor:
+    """The scores of `score_where` alone, ``(B,)``."""
+    return score_where(name, reward, images, prompts, metadata).scores
+
+
+def score_where(
+    name: str, reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> Scored:
     """Score a batch and check what came back.
 
     The reward gets copies and runs as others' code does (`vipo.foreign.foreign`): whatever it does to them or to the
     process, nothing else sees it.
 
     Args:
-        name: the reward's name, for messages.
+        name: the reward's name or label, for messages.
         reward: as `load_reward` gives it.
         images: ``(B, 3, H, W)``, or videos ``(B, T, 3, H, W)``, float32 in [0, 1].
         prompts: B texts.
         metadata: B mappings, empty where a prompt has none.
 
     Returns:
-        ``(B,)`` float32 on the CPU, without gradient. NaN and infinities are left in place; a picture that is
-        itself not finite has no score and gets NaN.
+        Scores ``(B,)`` float32 on the CPU, without gradient. NaN and infinities are left in place; a picture that is
+        itself not finite has no score and gets NaN. And where, ``(B, [T,] h, w)`` float32 on the pictures' device, if
+        the reward says so; of a picture that is not finite, zeros.
 
     Raises:
         ValueError: the arguments do not fit each other.
         RewardError: the reward raised, or returned something other than a dense tensor of shape ``(B,)`` of real
-            numbers.
+            numbers, alone or with a map of where as `Scored` has it.
     """
     if images.ndim not in (4, 5) or images.shape[-3] != 3 or images.dtype != torch.float32:
         raise ValueError(
@@ -102,11 +161,13 @@ def score(
     for argument, values in (("prompts", prompts), ("metadata", metadata)):
         if len(values) != batch:
             raise ValueError(f"{argument}: expected {batch} as in images {tuple(images.shape)}, got {len(values)}")
-    finite = images.isfinite().flatten(1).all(dim=1).cpu()
-    with foreign(RewardError, _called(name), name), torch.no_grad():
+    finite = images.isfinite().flatten(1).all(dim=1)
+    with foreign(RewardError, _called(name), _import_path(name, reward)), torch.no_grad():
         # Copies, for a reward may write into them through a view that nothing here can notice.
-        scores = reward(images.clone(), list(prompts), copy.deepcopy(list(metadata)))
-        return _checked(name, scores, batch).masked_fill(~finite, float("nan"))
+        found = reward(images.clone(), list(prompts), copy.deepcopy(list(metadata)))
+        scores, where = found if isinstance(found, Scored) else (found, None)
+        checked = _checked(name, scores, batch).masked_fill(~finite.cpu(), float("nan"))
+        return Scored(checked, None if where is None else _checked_where(name, where, images, finite))
 
 
 def _checked(name: str, scores: Any, batch: int) -> Tensor:
@@ -114,10 +175,28 @@ def _checked(name: str, scores: Any, batch: int) -> Tensor:
         raise RewardError(f"{_called(name)}: expected a tensor of shape ({batch},), got a {type(scores).__name__}")
     if scores.shape != (batch,):
         raise RewardError(f"{_called(name)}: expected shape ({batch},), got {tuple(scores.shape)}")
-    if scores.is_complex() or scores.is_quantized or scores.layout != torch.strided or scores.is_meta:
+    return _plain(name, scores, torch.device("cpu"))
+
+
+def _checked_where(name: str, where: Any, images: Tensor, finite: Tensor) -> Tensor:
+    leading = tuple(images.shape[:-3])
+    if not isinstance(where, Tensor):
+        raise RewardError(f"{_called(name)}: where: expected a tensor, got a {type(where).__name__}")
+    if where.ndim != len(leading) + 2 or where.shape[:-2] != leading or 0 in where.shape:
+        wanted = f"({', '.join(map(str, leading))}, h, w)"
+        raise RewardError(f"{_called(name)}: where: expected shape {wanted}, got {tuple(where.shape)}")
+    checked = _plain(name, where, images.device)
+    checked = torch.where(finite.view(-1, *[1] * (checked.ndim - 1)), checked, 0.0)
+    if not bool((checked.isfinite() & (checked >= 0)).all()):
+        raise RewardError(f"{_called(name)}: where: holds a value that is not finite, or below 0")
+    return checked
+
+
+def _plain(name: str, values: Tensor, device: torch.device) -> Tensor:
+    if values.is_complex() or values.is_quantized or values.layout != torch.strided or values.is_meta:
         raise RewardError(
-            f"{_called(name)}: expected a dense tensor of real numbers, got {scores.dtype}, {scores.layout}, on "
-            f"{scores.device}"
+            f"{_called(name)}: expected a dense tensor of real numbers, got {values.dtype}, {values.layout}, on "
+            f"{values.device}"
         )
     # Without what a subclass does in its own operations.
-    return scores.detach().as_subclass(Tensor).to("cpu", torch.float32)
+    return values.detach().as_subclass(Tensor).to(device, torch.float32)

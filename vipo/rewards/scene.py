@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vipo.demo.scenes import check, read_scenes
 from vipo.prompts.needs import is_scene
-from vipo.rewards.registry import RewardError
+from vipo.rewards.errors import RewardError
 
 
 def scene(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -19,7 +19,7 @@ from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.objectives import Objective, load_objective
 from vipo.prompts import Prompt, read_prompts
-from vipo.rewards import Reward, load_reward, score
+from vipo.rewards import Reward, load_reward, score, weight_files
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking.timer import Timer
 from vipo.training.distribution import Distribution
@@ -42,7 +42,7 @@ class Setup:
         reference: the network as it was, for the KL divergence of full fine-tuning; with LoRA it is the policy without
             its adapter, and None here.
         embeddings: conditioning by prompt id.
-        rewards: by the name of their term.
+        rewards: by the label of their term.
         sources: of credit, by name; none where the advantage is a scalar.
         objective: the loss.
         chain: noise levels and transition.
@@ -117,7 +117,9 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
-    rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
+    rewards = {t.label: load_reward(t.name, config.generator.device, t.options) for t in config.reward.terms}
+    for label, reward in rewards.items():
+        weight_inputs |= {f"reward {label} {i}": path for i, path in enumerate(weight_files(reward))}
     sources, objective = load_sources(config.credit), load_objective(config.objective)
     context = Context(generator, prompts, rewards, config.perception, root, distribution.is_main)
     for source in sources.values():

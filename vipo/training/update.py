@@ -18,7 +18,7 @@ from vipo import credit
 from vipo.credit import Credit, Samples
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
-from vipo.rewards import RewardError, score
+from vipo.rewards import RewardError, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
@@ -64,7 +64,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of all samples, ``(N,)`` on the CPU, by the name of their term; not finite where there is none."""
+    """Rewards of all samples, ``(N,)`` on the CPU, by the label of their term; not finite where there is none."""
 
     rewards: dict[str, Tensor]
 
@@ -157,12 +157,13 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
 
 def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
     """Each reward of all samples."""
-    rewards = {name: torch.full((len(rollouts.samples),), torch.nan) for name in setup.rewards}
-    for batch, pictures in zip(rollouts.batches, _pieces(setup, rollouts), strict=True):
-        own = [rollouts.samples[row] for row in batch.rows]
-        prompts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-        for name, reward in setup.rewards.items():
-            rewards[name][list(batch.rows)] = score(name, reward, pictures, prompts, metadata)
+    rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
+    for label, reward in setup.rewards.items():
+        with in_use(reward):
+            for batch, pictures in zip(rollouts.batches, _pieces(setup, rollouts), strict=True):
+                own = [rollouts.samples[row] for row in batch.rows]
+                texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
+                rewards[label][list(batch.rows)] = score(label, reward, pictures, texts, metadata)
     rows = rollouts.rows
     return Scores({name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()})
 
@@ -206,7 +207,7 @@ def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Cre
     config, multiplied = setup.config.advantages, setup.config.credit.multiplies
     result = group_advantages(
         scores.rewards,
-        {term.name: term.weight for term in setup.config.reward.terms},
+        {term.label: term.weight for term in setup.config.reward.terms},
         rollouts.groups,
         config.std_floor,
         config.clip,
@@ -229,7 +230,7 @@ def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Cre
 
 def reward_metrics(setup: Setup, scores: Scores, advantages: GroupAdvantages) -> dict[str, float]:
     """What is logged of an update's rewards and of its groups."""
-    weights, valid = {term.name: term.weight for term in setup.config.reward.terms}, advantages.valid
+    weights, valid = {term.label: term.weight for term in setup.config.reward.terms}, advantages.valid
     total = torch.stack([weights[name] * values.double() for name, values in scores.rewards.items()]).sum(dim=0)[valid]
     metrics = {
         "reward/mean": float(total.mean()),

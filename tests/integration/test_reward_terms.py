@@ -1,0 +1,61 @@
+"""A run on rewards with arguments, from training to scores: labels, what they are recorded with, and resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from reward_checkpoints import write_clip
+
+from vipo.config.compose import load_config, repository_root
+from vipo.provenance import read_provenance
+from vipo.stages import evaluate_stage, train_stage
+from vipo.training.setup import set_up
+from vipo.training.state import run_identity
+
+
+@pytest.mark.parametrize("resident", ["keep", "free"])
+def test_two_terms_of_one_reward_are_trained_measured_and_recorded(
+    resident: str, prepared: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(prepared, results)
+    clip = write_clip(tmp_path / "clip")
+    options = f"path: {clip}, resident: {resident}"
+    overrides = [
+        *tiny_overrides,
+        "arm=grpo",
+        f'reward.terms=[{{name: clipscore, label: sharp, options: {{{options}, template: "sharp {{}}"}}}}, '
+        f"{{name: clipscore, weight: 0.5, options: {{{options}}}}}]",
+        f"evaluation.rewards=[redness, sharp, {{name: clipscore, label: again, options: {{{options}}}}}]",
+        "training.updates=1",
+        "training.save_at=[]",
+        "evaluation.prompts=2",
+    ]
+    config, root = load_config(overrides), repository_root()
+    train_stage(config, root, results)
+    run = results / "demo" / "runs" / "grpo-s0"
+    (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert row["reward/sharp/mean"] != row["reward/clipscore/mean"]
+    assert row["reward/mean"] == pytest.approx(row["reward/sharp/mean"] + 0.5 * row["reward/clipscore/mean"], rel=1e-5)
+    recorded = {Path(entry["path"]).name for entry in read_provenance(run / "provenance.json")["inputs"]}
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= recorded
+
+    evaluate_stage(config, root, results)
+    evaluated = results / "demo" / "evaluation" / "grpo-s0"
+    scores = pd.read_parquet(evaluated / "scores.parquet")
+    assert [name for name in scores if name.startswith("reward/")] == [
+        "reward/redness", "reward/sharp", "reward/again", "reward/clipscore",
+    ]  # fmt: skip
+    assert scores["reward/again"].tolist() == scores["reward/clipscore"].tolist()
+    assert scores["reward/again"].tolist() != scores["reward/sharp"].tolist()
+    recorded = {Path(entry["path"]).name for entry in read_provenance(evaluated / "provenance.json")["inputs"]}
+    assert "model.safetensors" in recorded
+
+    if resident == "keep":
+        # Other weights under the same path: another run.
+        before = run_identity(set_up(config, root, results / "demo"))
+        assert before == run_identity(set_up(config, root, results / "demo"))
+        write_clip(clip, seed=1)
+        assert before != run_identity(set_up(config, root, results / "demo"))
