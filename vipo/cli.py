@@ -145,6 +145,35 @@ def train(overrides: Overrides = None, file: ConfigFile = None, results: Results
 
 
 @app.command()
+def plan(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB of a device; more is an error that says what would fit.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="TFLOP/s that all processes together reach: seconds an update.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Count a run's memory, network evaluations and disk before it is started; reads no weights."""
+    from vipo.prompts import read_prompts
+    from vipo.training.plan import plan as planned
+    from vipo.training.plan import require_fit
+    from vipo.training.setup import prompts_path
+
+    chosen, root = _checked(overrides, file), repository_root()
+    prepared = prompts_path(results / chosen.experiment.name)
+    # Before `prepare` nobody knows how many there are: those of one update then.
+    prompts = len(read_prompts(prepared)) if prepared.is_file() else chosen.training.prompts_per_update
+    found = planned(chosen, root, prompts)
+    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.text(tflops))
+    if memory is not None:
+        require_fit(chosen, root, prompts, found, int(memory * 2**30))
+
+
+@app.command()
 def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Sample the held-out prompts with one run's weights and score them with all rewards."""
     from vipo.stages import evaluate_stage

@@ -1,17 +1,20 @@
 """Every family against its stock pipeline, on a tiny random checkpoint of its own layout (``tests/families.py``)."""
 
+import contextlib
 import json
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, faulty
 from families import FAMILIES, PROMPTS, Family, Sampled, log_ratios, loss_of, optimizer_of, training_chain
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig
@@ -19,11 +22,13 @@ from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
 from vipo.generators.embeddings import encode_prompt_file, load_embeddings, stack_conditioning
+from vipo.generators.outline import longest_conditioning, outline
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import Trajectory, rollout, sample_ode
+from vipo.training.plan import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = pytest.mark.parametrize("mode", ["lora", "full"])
@@ -206,6 +211,37 @@ def test_frozen_weights_in_bf16_predict_the_same_bits(case: Case, tmp_path: Path
     assert loaded.keys() == trained.keys()
     # The scale of 3 is in B there.
     assert all(torch.equal(v, trained[n] * (3 if ".lora_B." in n else 1)) for n, v in loaded.items())
+
+
+@MODES
+def test_a_plan_counts_what_a_call_makes(mode: str, case: Case) -> None:
+    """Without data as with it: weights, and the most bytes alive in a call with gradients and in a decoding."""
+    generator, lora = case.load(mode), LoraConfig(rank=2, alpha=6.0) if mode == "lora" else None
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    outlined = outline(case.config, ROOT, fake, lora)
+    given = longest_conditioning(outlined, ROOT, 2, fake)
+    with fake:
+        noise, times = torch.empty_like(case.noise), torch.empty(2)
+    found = []
+    for each, where, latents, time, conditioning in (
+        (generator, contextlib.nullcontext(), case.noise, torch.full((2,), 0.7), case.conditioning),
+        (outlined, fake, noise, times, given),
+    ):
+        weights = [(value.shape, value.dtype, value.requires_grad) for value in each.network.parameters()]
+
+        def learn(each: Any = each, latents: Tensor = latents, time: Tensor = time, given: Any = conditioning) -> None:
+            each.predict(latents, time, given).square().mean().backward()
+
+        def decode(each: Any = each, latents: Tensor = latents) -> None:
+            each.pictures(latents)
+
+        known = [latents, time, *conditioning.values()]
+        found.append((weights, peak_bytes(where, each, known, learn), peak_bytes(where, each, known, decode)))
+    (real, learned, decoded), (shapes, expected, pictured) = found
+    assert real == shapes
+    # Prompts of the row are shorter than they may be in some families, and kernels make buffers that nobody sees.
+    assert learned == pytest.approx(expected, rel=0.25)
+    assert decoded == pytest.approx(pictured, rel=0.05)
 
 
 @MODES

@@ -31,6 +31,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
     )
     longest_sequence: ClassVar[int | None] = 1000
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({_NAMES[0]: "text_embed_dim", _NAMES[2]: "text_embed_2_dim"})
+    masks: ClassVar[tuple[str, ...]] = (_NAMES[1], _NAMES[3])
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)

@@ -46,6 +46,7 @@ class PipelineGenerator(Generator):
             side a token has.
         longest_sequence: the most text tokens that the stock pipeline reads, where it has a limit.
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
+        masks: conditioning tensors that tell which of the tokens are the prompt's.
     """
 
     network: Any
@@ -59,6 +60,7 @@ class PipelineGenerator(Generator):
     token_side: ClassVar[int | None] = None
     longest_sequence: ClassVar[int | None] = None
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    masks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         """Take loaded parts.
@@ -81,7 +83,7 @@ class PipelineGenerator(Generator):
         index = model_index(location, config.revision)
         parts = [
             load_part(kind.from_pretrained, location, part, config)
-            for part, kind in cls._part_classes(location, index).items()
+            for part, kind in cls.part_classes(location, index).items()
         ]
         # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
         parts[0].register_to_config(_name_or_path=config.path)
@@ -103,7 +105,7 @@ class PipelineGenerator(Generator):
             )
         cls.check_index(location, index)
         network, vae = (
-            part_settings(kind, location, part, config) for part, kind in cls._part_classes(location, index).items()
+            part_settings(kind, location, part, config) for part, kind in cls.part_classes(location, index).items()
         )
         cls.check_parts(location, network, vae)
         if cls.prediction == "velocity":
@@ -136,7 +138,12 @@ class PipelineGenerator(Generator):
             )
 
     @classmethod
-    def _part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:
+    def part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:
+        """Classes of network and autoencoder, by their subfolders.
+
+        Raises:
+            GeneratorError: the index names one that the adapter does not know.
+        """
         named = {cls.network_class.__name__: cls.network_class}
         return {
             part: part_class(location, index, part, known)

@@ -37,6 +37,7 @@ class QwenImageGenerator(PipelineGenerator):
     token_side: ClassVar[int | None] = 2
     longest_sequence: ClassVar[int | None] = 1024
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({_SEQUENCE: "joint_attention_dim"})
+    masks: ClassVar[tuple[str, ...]] = (f"{_SEQUENCE}_mask",)
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)

@@ -28,6 +28,7 @@ class SanaGenerator(PipelineGenerator):
     network_class: ClassVar[Any] = SanaTransformer2DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderDC": AutoencoderDC})
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({_NAMES[0]: "caption_channels"})
+    masks: ClassVar[tuple[str, ...]] = (_NAMES[1],)
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)

@@ -32,6 +32,7 @@ class ZImageGenerator(PipelineGenerator):
     neutral_guidance: ClassVar[float] = 0.0
     token_side: ClassVar[int | None] = 2
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({_SEQUENCE: "cap_feat_dim"})
+    masks: ClassVar[tuple[str, ...]] = (f"{_SEQUENCE}_mask",)
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)

@@ -1,0 +1,250 @@
+"""`vipo plan`: what a run will hold, compute and write, counted before it is started. No weights are read.
+
+The policy is made of the checkpoint's configurations with tensors that have shapes and no data, and called as an update
+calls it: what autograd keeps for the backward pass is what the same code keeps there, but for rounding up by a device's
+allocator and for kernels that another device has. Rewards, backbones and other credit sources are not counted.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from vipo.config.run import Config
+from vipo.generators.outline import longest_conditioning, outline
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.objectives import load_objective
+from vipo.training.errors import TrainingError
+
+_FP32 = 4
+_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs; bytes are those of each process.
+
+    Attributes:
+        held: bytes that are there all the time, by part.
+        phases: bytes beside them while an update rolls out, decodes and learns; the largest one counts.
+        trained: parameters that are trained, of all processes.
+        evaluations: of the network by one sample at one step, an update, by phase; guidance doubles the work of each.
+        flops: an update's floating point operations in the network, of all processes.
+        disk: bytes of a run's folder, at most.
+    """
+
+    held: Mapping[str, int]
+    phases: Mapping[str, int]
+    trained: int
+    evaluations: Mapping[str, int]
+    flops: int
+    disk: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a process at an update's fullest moment."""
+        return sum(self.held.values()) + max(self.phases.values())
+
+    def text(self, tflops: float | None) -> str:
+        """The table that people read; with `tflops`, what all processes together achieve, how long an update takes."""
+        fullest = max(self.phases, key=lambda name: self.phases[name])
+        rows = [(name, _gib(size)) for name, size in self.held.items() if size]
+        rows += [(f"while it {name}", _gib(size)) for name, size in self.phases.items()]
+        rows.append((f"peak (while it {fullest})", _gib(self.peak)))
+        rows.append(("trained parameters", f"{self.trained:,}"))
+        rows += [(f"network evaluations an update, {name}", f"{count:,}") for name, count in self.evaluations.items()]
+        rows.append(("network operations an update", f"{self.flops / 1e12:,.1f} TFLOP"))
+        if tflops is not None:
+            rows.append((f"an update at {tflops:g} TFLOP/s", f"{self.flops / tflops / 1e12:,.1f} s"))
+        rows.append(("disk of the run", _gib(self.disk)))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value:>18}" for name, value in rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same, for programs."""
+        return {**asdict(self), "peak": self.peak}
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes of tensors made within the block that are alive at once; those of `known` are not counted."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
+        for value in known:
+            self._seen[value.untyped_storage()._cdata] = value.untyped_storage()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in tree_iter(made):
+            if not isinstance(value, Tensor) or value.untyped_storage()._cdata in self._seen:
+                continue
+            storage = value.untyped_storage()
+            self._seen[storage._cdata] = storage
+            weakref.finalize(storage, self._gone, storage.nbytes())
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        return made
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def plan(config: Config, root: Path, prompts: int) -> Plan:
+    """Count what a run needs.
+
+    Args:
+        config: of a run that trains.
+        root: repository root, for relative paths.
+        prompts: of the training split, whose embeddings are held.
+
+    Raises:
+        TrainingError: the arm trains nothing.
+        GeneratorError: the checkpoint's configurations cannot be read, or do not fit the run.
+    """
+    if config.is_base:
+        raise TrainingError("arm 'base' is the generator as it is: there is nothing to plan; choose another arm")
+    training, objective, mode = (
+        config.training,
+        load_objective(config.objective),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    )
+    generator = outline(config.generator, root, mode, training.lora)
+    if training.gradient_checkpointing:
+        generator.recompute_activations()
+    size, steps = training.micro_batch, config.sampling.steps
+    conditioning = longest_conditioning(generator, root, size, mode)
+    with mode:
+        latents, times = torch.empty(size, *generator.latent_shape), torch.empty(size)
+
+    def predict() -> Tensor:
+        return generator.predict(latents, times, conditioning)
+
+    def lesson() -> None:
+        predict().square().mean().backward()
+
+    known = [latents, times, *conditioning.values()]
+    # First, for it leaves the gradients that every later backward pass adds to.
+    with mode, FlopCounterMode(display=False) as learned:
+        lesson()
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
+        predict()
+    learns = peak_bytes(mode, generator, known, lesson)
+    with torch.no_grad():
+        draws = peak_bytes(mode, generator, known, predict)
+        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(latents))
+
+    samples = training.prompts_per_update * training.group_size
+    kept = training.prompts_per_update * (training.best_of or training.group_size)
+    compared = objective.needs_old + objective.needs_reference
+    lessons = kept * training.trained_transitions * training.epochs
+    own = samples // config.distribution.world_size
+    shards = config.distribution.world_size if config.distribution.strategy == "fsdp" else 1
+    weights, trained = (
+        _bytes(generator.network.parameters()),
+        sum(value.numel() for value in generator.network.parameters() if value.requires_grad),
+    )
+    gradients = _FP32 * trained // shards
+    copied = objective.needs_reference and training.lora is None
+    a_prompt = _bytes(conditioning.values()) // size
+    pictures = own * math.prod(config.generator.sample_shape) * _FP32
+    held = {
+        "network": weights // shards,
+        "autoencoder": _bytes(generator.vae.parameters()),
+        "reference": weights // shards if copied else 0,
+        "AdamW": _MOMENTS * gradients,
+        "embeddings": (prompts + own) * a_prompt,
+        "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
+    }
+    return Plan(
+        held=held,
+        phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns + gradients},
+        trained=trained,
+        evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared},
+        flops=(drawn.get_total_flops() * (samples * steps + lessons * compared) + learned.get_total_flops() * lessons)
+        // size,
+        disk=_FP32 * trained * ((1 + _MOMENTS) * (training.keep_checkpoints + 1) + 1 + len(training.save_at)),
+    )
+
+
+_SAVINGS: tuple[Mapping[str, Any], ...] = (
+    {"training": {"gradient_checkpointing": True}},
+    {"training": {"micro_batch": 1}},
+    {"training": {"lora": {}}, "generator": {"precision": "bf16", "weights": "bf16"}},
+)
+"""What makes a run smaller, in the order in which it costs least."""
+
+
+def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: int) -> None:
+    """Refuse a run that does not fit.
+
+    Args:
+        config, root, prompts: as of `plan`.
+        found: the run's plan.
+        memory: bytes of a device.
+
+    Raises:
+        TrainingError: naming what is short, and settings with which the run would fit.
+    """
+    if found.peak <= memory:
+        return
+    data, given = config.model_dump(), []
+    for saving in _SAVINGS:
+        for section, values in saving.items():
+            # What is trained in bf16 already has its adapter.
+            fresh = {key: value for key, value in values.items() if not data[section][key] or key not in ("lora",)}
+            data[section] |= fresh
+            given += [f"{section}.{key}={str(value).lower()}" for key, value in fresh.items()]
+        smaller = plan(Config.model_validate(data), root, prompts)
+        if smaller.peak <= memory:
+            raise TrainingError(
+                f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there; it would fit with "
+                f"{' '.join(given)} ({_gib(smaller.peak)})"
+            )
+    raise TrainingError(
+        f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there, and still {_gib(smaller.peak)} with "
+        f"{' '.join(given)}; lower the generator's size, or shard it: distribution.strategy=fsdp with more processes"
+    )
+
+
+def peak_bytes(
+    mode: AbstractContextManager[Any],
+    generator: PipelineGenerator,
+    known: Iterable[Tensor],
+    call: Callable[[], object],
+) -> int:
+    """The most bytes alive at once of what a call makes: not weights, gradients or what is `known`.
+
+    Args:
+        mode: that the call is made in.
+        generator: which the call is of.
+        known: tensors that are there before it.
+        call: what is measured.
+    """
+    parts = [*generator.network.parameters(), *generator.vae.parameters()]
+    buffers = [*generator.network.buffers(), *generator.vae.buffers()]
+    gradients = [value.grad for value in parts if value.grad is not None]
+    with mode, _Peak([*known, *parts, *buffers, *gradients]) as seen:
+        call()
+    return seen.peak
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors)
