@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from checkpoints import write_stable_diffusion, write_wan, write_wan22_ti2v
 from diffusers import (
+    CogVideoXPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
@@ -28,7 +29,7 @@ from diffusers import (
 from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
 from torch import Tensor
-from video_checkpoints import write_hunyuan_video
+from video_checkpoints import write_cogvideox, write_hunyuan_video
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig
@@ -41,7 +42,6 @@ from vipo.sampling.transitions import dance_transition, position_log_prob
 
 PROMPTS = ["a red fox runs", 'two "owls"']
 NEGATIVE = "blurry"
-STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ class Family:
         packed: whether the stock pipeline's latents and predictions are tokens of 2 x 2 latent pixels.
         folded: whether its predictions are such tokens, and its latents these tokens' channels over rows and columns.
         gives_levels: whether the stock pipeline tells the scheduler its levels before they are shifted.
+        steps: of the compared sample.
+        frames_first: whether the stock pipeline has a video's frames before its channels.
         sliced: whether the stock autoencoder decodes one sample at a time only.
         unreached: matches the parameters that have no way to the prediction, so that no gradient can reach them.
         refused: a file, keys that are set in it, and the error that names them.
+        misfits: settings that do not fit this checkpoint, and the error that names them.
     """
 
     family: str
@@ -72,9 +75,12 @@ class Family:
     packed: bool = False
     folded: bool = False
     gives_levels: bool = False
+    steps: int = 3
+    frames_first: bool = False
     sliced: bool = False
     unreached: str = r"\Z."
     refused: tuple[tuple[str, Mapping[str, object], str], ...] = ()
+    misfits: tuple[tuple[Mapping[str, object], str], ...] = ()
 
     def config(self, path: Path, **changes: object) -> GeneratorConfig:
         """Of the checkpoint at `path`."""
@@ -91,6 +97,8 @@ class Family:
 
     def to_stock(self, latents: Tensor) -> Tensor:
         """Latents as the stock pipeline has them."""
+        if self.frames_first:
+            return latents.transpose(1, 2)
         if not (self.packed or self.folded):
             return latents
         tokens, (height, width) = pack_latents(latents), latents.shape[-2:]
@@ -98,6 +106,8 @@ class Family:
 
     def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
         """A prediction of the stock pipeline as ours."""
+        if self.frames_first:
+            return latents.transpose(1, 2)
         return unpack_latents(latents, *like.shape[-2:]) if self.packed or self.folded else latents
 
     def sample(self, pipeline: Any, config: GeneratorConfig, noise: Tensor) -> "Sampled":
@@ -127,7 +137,7 @@ class Family:
                 latents=self.to_stock(noise),
                 height=config.height,
                 width=config.width,
-                num_inference_steps=STEPS,
+                num_inference_steps=self.steps,
                 output_type="pt",
                 **{key: value for key, value in settings.items() if key in taken and value is not None},
             )
@@ -152,7 +162,7 @@ class Sampled:
         if generator.prediction == "velocity":
             levels = self.scheduler.sigmas
             return Chain(levels[:-1], levels, dance_transition, 0.3, "velocity")
-        chain = training_chain(generator, STEPS)
+        chain = training_chain(generator, len(self.scheduler.timesteps))
         assert torch.equal(chain.times, self.scheduler.timesteps.float())
         # The stock scheduler ends at the first training level; vipo's chain ends in data.
         chain.levels[-1] = self.scheduler.final_alpha_cumprod
@@ -160,17 +170,13 @@ class Sampled:
 
     def own_prediction(self, generator: Generator, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The first prediction as our generator's, and the ``(B,)`` time that ours is called with."""
-        if generator.prediction == "velocity":
-            return self.prediction, torch.full((len(noise),), self.time / 1000)
-        found, alpha = self.prediction, self.scheduler.alphas_cumprod[int(self.time)]
-        if self.scheduler.config.prediction_type == "v_prediction":
-            found = alpha.sqrt() * found + (1 - alpha).sqrt() * noise
-        return found, torch.full((len(noise),), self.time)
+        flow = generator.prediction == "velocity"
+        return self.prediction, torch.full((len(noise),), self.time / 1000 if flow else self.time)
 
 
 def training_chain(generator: Generator, steps: int) -> Chain:
     """A chain with noise in it."""
-    ddim = generator.prediction == "noise"
+    ddim = generator.prediction != "velocity"
     sampling = SamplingConfig(steps=steps, shift=3.0, eta=0.5, transition="ddim" if ddim else "dance")
     return sampling_chain(sampling, generator.prediction, generator.alphas_cumprod, generator.timesteps)
 
@@ -230,6 +236,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     {"use_dynamic_shifting": True, "max_image_seq_len": 256},
                     r"its shift cannot be read \(ZeroDivisionError",
                 ),
+            ),
+            misfits=(
+                ({"negative_prompt": "blurry"}, "negative_prompt: family 'flux' has no classifier-free guidance"),
+                ({"max_sequence_length": 513}, "max_sequence_length 513 is above 512, the limit of FluxPipeline"),
             ),
         ),
         "sd": Family(
@@ -337,6 +347,33 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (_INDEX, {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "'HunyuanVideo15ImageToVideoPipeline'"),
             ),
         ),
+        "cogvideox": Family(
+            "cogvideox",
+            write_cogvideox,
+            CogVideoXPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "frames": 9},
+            frames_first=True,
+            steps=4,
+            refused=(
+                (_NETWORK, {"patch_size_t": 2}, "patch_size_t 2: .*CogVideoX 1.5"),
+                (_NETWORK, {"ofs_embed_dim": 512}, "ofs_embed_dim 512: .*image-to-video"),
+                (_NETWORK, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings True"),
+                (_NETWORK, {"in_channels": 8}, "in_channels 8 and out_channels 4, as in image-to-video and control"),
+                (_NETWORK, {"max_text_seq_length": 226}, "max_sequence_length 12: the network takes 226 text tokens"),
+                (_INDEX, {"_class_name": "CogVideoXImageToVideoPipeline"}, "'CogVideoXImageToVideoPipeline'; family"),
+            ),
+            misfits=(({"frames": 13}, r"generator\.frames 13 is not of the form 1 \+ 8 k"),),
+        ),
+        "cogvideox_rotary": Family(
+            "cogvideox",
+            lambda folder: write_cogvideox(folder, rotary=True),
+            CogVideoXPipeline,
+            (),
+            {**_GUIDED, "frames": 9},
+            frames_first=True,
+            steps=4,
+        ),
         "sdxl": Family(
             "sdxl",
             write_stable_diffusion_xl,
@@ -384,6 +421,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     "latent_channels 16, but the transformer's in_channels are 4",
                 ),
             ),
+            misfits=(({"width": 100}, "generator.width 100: the network has positions for 96 pixels a side"),),
         ),
         "flux2_klein": Family(
             "flux2_klein",
@@ -400,6 +438,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
                 (_INDEX, {"_class_name": "Flux2Pipeline"}, "'Flux2Pipeline'; family 'flux2_klein' holds Flux2Klein"),
             ),
+            misfits=(({"negative_prompt": "blurry"}, "guided away from the empty prompt alone"),),
         ),
         "flux2_klein_distilled": Family(
             "flux2_klein",
@@ -451,6 +490,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 16}, "latent_channels 16, but the transformer's in_channels"),
                 (_INDEX, {"_class_name": "ZImageOmniPipeline"}, "'ZImageOmniPipeline'; family 'z_image'"),
                 (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
+            ),
+            misfits=(
+                ({"max_sequence_length": 127}, "max_sequence_length 127 needs 130 positions, the network has 128"),
+                ({"width": 132}, "generator.width 132 needs 33 positions, the network has 32"),
             ),
         ),
         "sd3_without_t5": Family(

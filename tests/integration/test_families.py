@@ -74,7 +74,7 @@ def test_prediction_and_sample_are_the_stock_pipelines(case: Case) -> None:
 
 def test_the_shift_is_that_of_the_stock_schedulers_levels(case: Case) -> None:
     generator, scheduler = case.load(), case.sampled.scheduler
-    if generator.prediction == "noise":
+    if generator.prediction != "velocity":
         assert generator.flow_shift is None
         return
     shift, levels = generator.flow_shift, scheduler.sigmas
@@ -277,7 +277,10 @@ def _index(case: Case) -> dict[str, object]:
     return dict(json.loads((case.folder / "model_index.json").read_text()))
 
 
-def test_a_size_that_does_not_fit_is_named(case: Case) -> None:
+def test_settings_that_do_not_fit_are_named(case: Case) -> None:
+    for changes, message in case.row.misfits:
+        with pytest.raises(GeneratorError, match=message):
+            case.load(**changes)
     for key in ("height", "width"):
         with pytest.raises(GeneratorError, match=rf"generator\.{key} 47 is not a multiple of"):
             case.load(**{key: 47})

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
@@ -39,10 +40,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
         settings = vae.config
         space, factor = settings.spatial_compression_ratio, settings.temporal_compression_ratio
         self.check_size(space * network.config.patch_size)
-        frames = config.sample_shape[0]
-        if frames % factor != 1:
-            raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
-        self.frame_groups = causal_frame_groups(frames, factor)
+        self.frame_groups = configured_frame_groups(config, factor)
         channels = settings.latent_channels
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         self._image_width = network.config.image_embed_dim
