@@ -261,6 +261,7 @@ class PipelineGenerator(Generator):
                 ).items()
             }
             # As the pipelines' own `save_lora_weights` do, which not all of them have.
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
         else:
             network = self.network
