@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, faulty
-from families import FAMILIES, PROMPTS, Family, Sampled, log_ratios, loss_of, optimizer_of, training_chain
+from families import FAMILIES
+from family import PROMPTS, Family, Sampled, log_ratios, loss_of, optimizer_of, training_chain
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
