@@ -3,16 +3,12 @@
 A new family is one row here. What is proven of each is in ``tests/integration/test_families.py``.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
-import torch
 from checkpoints import write_stable_diffusion, write_wan, write_wan22_ti2v
 from diffusers import (
+    CogVideoXPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxPipeline,
@@ -25,178 +21,12 @@ from diffusers import (
     WanPipeline,
     ZImagePipeline,
 )
+from family import Family
 from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
-from torch import Tensor
-from video_checkpoints import write_hunyuan_video
+from video_checkpoints import write_cogvideox, write_hunyuan_video
 
-from vipo.config.generator import GeneratorConfig
-from vipo.config.sampling import SamplingConfig
-from vipo.generators import Generator
-from vipo.generators.base import resolve_class
-from vipo.generators.packing import pack_latents, unpack_latents
-from vipo.sampling.chain import Chain, sampling_chain
-from vipo.sampling.rollout import Trajectory
-from vipo.sampling.transitions import dance_transition, position_log_prob
-
-PROMPTS = ["a red fox runs", 'two "owls"']
-NEGATIVE = "blurry"
-STEPS = 3
-
-
-@dataclass(frozen=True)
-class Family:
-    """A row.
-
-    Attributes:
-        family: its name in `generator.family`.
-        write: makes the checkpoint in a folder.
-        pipeline: the stock pipeline's class.
-        parts: subfolders that hold weights; a fault in one of them is named.
-        settings: section `generator`, beside family, path, size and text length.
-        loading: of the stock pipeline's ``from_pretrained``.
-        packed: whether the stock pipeline's latents and predictions are tokens of 2 x 2 latent pixels.
-        folded: whether its predictions are such tokens, and its latents these tokens' channels over rows and columns.
-        gives_levels: whether the stock pipeline tells the scheduler its levels before they are shifted.
-        sliced: whether the stock autoencoder decodes one sample at a time only.
-        unreached: matches the parameters that have no way to the prediction, so that no gradient can reach them.
-        refused: a file, keys that are set in it, and the error that names them.
-    """
-
-    family: str
-    write: Callable[[Path], Path]
-    pipeline: Any
-    parts: tuple[str, ...]
-    settings: Mapping[str, object] = field(default_factory=dict)
-    loading: Mapping[str, object] = field(default_factory=dict)
-    packed: bool = False
-    folded: bool = False
-    gives_levels: bool = False
-    sliced: bool = False
-    unreached: str = r"\Z."
-    refused: tuple[tuple[str, Mapping[str, object], str], ...] = ()
-
-    def config(self, path: Path, **changes: object) -> GeneratorConfig:
-        """Of the checkpoint at `path`."""
-        values = {"family": self.family, "path": str(path), "height": 32, "width": 48, "max_sequence_length": 12}
-        return GeneratorConfig.model_validate(values | dict(self.settings) | changes)
-
-    def stock(self, path: Path, **parts: object) -> Any:
-        """The stock pipeline of the checkpoint at `path`, with some `parts` replaced."""
-        pipeline = self.pipeline.from_pretrained(path, **self.loading, **parts)
-        pipeline.set_progress_bar_config(disable=True)
-        if self.sliced:
-            pipeline.vae.enable_slicing()
-        return pipeline
-
-    def to_stock(self, latents: Tensor) -> Tensor:
-        """Latents as the stock pipeline has them."""
-        if not (self.packed or self.folded):
-            return latents
-        tokens, (height, width) = pack_latents(latents), latents.shape[-2:]
-        return tokens if self.packed else tokens.mT.unflatten(2, (height // 2, width // 2))
-
-    def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
-        """A prediction of the stock pipeline as ours."""
-        return unpack_latents(latents, *like.shape[-2:]) if self.packed or self.folded else latents
-
-    def sample(self, pipeline: Any, config: GeneratorConfig, noise: Tensor) -> "Sampled":
-        """What the stock pipeline makes of `noise`, and what its first scheduler step is given."""
-        seen: list[tuple[Tensor, float]] = []
-        step = pipeline.scheduler.step
-
-        def record(prediction: Tensor, time: Tensor, *args: object, **options: object) -> Any:
-            seen.append((prediction.clone(), float(time)))
-            return step(prediction, time, *args, **options)
-
-        pipeline.scheduler.step = record
-        settings = {
-            "num_frames": config.frames,
-            "guidance_scale": config.guidance_scale,
-            "max_sequence_length": config.max_sequence_length,
-            "negative_prompt": config.negative_prompt or None,
-            **resolve_class(config).stock_arguments(config),
-        }
-        if settings["negative_prompt"] is not None:
-            settings["negative_prompt"] = [settings["negative_prompt"]] * len(PROMPTS)
-        taken = inspect.signature(self.pipeline.__call__).parameters
-        try:
-            # Some of them write the template into the list.
-            made = pipeline(
-                prompt=list(PROMPTS),
-                latents=self.to_stock(noise),
-                height=config.height,
-                width=config.width,
-                num_inference_steps=STEPS,
-                output_type="pt",
-                **{key: value for key, value in settings.items() if key in taken and value is not None},
-            )
-        finally:
-            pipeline.scheduler.step = step
-        prediction, time = seen[0]
-        pictures = made.images if config.frames is None else made.frames
-        return Sampled(self.from_stock(prediction, noise), time, pictures, pipeline.scheduler)
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What the stock pipeline did: its first prediction, the time of it, its samples, and its scheduler."""
-
-    prediction: Tensor
-    time: float
-    pictures: Tensor
-    scheduler: Any
-
-    def chain(self, generator: Generator) -> Chain:
-        """Our chain over the stock scheduler's levels; it ends where the stock one ends."""
-        if generator.prediction == "velocity":
-            levels = self.scheduler.sigmas
-            return Chain(levels[:-1], levels, dance_transition, 0.3, "velocity")
-        chain = training_chain(generator, STEPS)
-        assert torch.equal(chain.times, self.scheduler.timesteps.float())
-        # The stock scheduler ends at the first training level; vipo's chain ends in data.
-        chain.levels[-1] = self.scheduler.final_alpha_cumprod
-        return chain
-
-    def own_prediction(self, generator: Generator, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The first prediction as our generator's, and the ``(B,)`` time that ours is called with."""
-        if generator.prediction == "velocity":
-            return self.prediction, torch.full((len(noise),), self.time / 1000)
-        found, alpha = self.prediction, self.scheduler.alphas_cumprod[int(self.time)]
-        if self.scheduler.config.prediction_type == "v_prediction":
-            found = alpha.sqrt() * found + (1 - alpha).sqrt() * noise
-        return found, torch.full((len(noise),), self.time)
-
-
-def training_chain(generator: Generator, steps: int) -> Chain:
-    """A chain with noise in it."""
-    ddim = generator.prediction == "noise"
-    sampling = SamplingConfig(steps=steps, shift=3.0, eta=0.5, transition="ddim" if ddim else "dance")
-    return sampling_chain(sampling, generator.prediction, generator.alphas_cumprod, generator.timesteps)
-
-
-def log_ratios(
-    generator: Generator, conditioning: Mapping[str, Tensor], path: Trajectory, steps: Tensor, chain: Chain
-) -> Tensor:
-    """``logp_new - logp_old`` of the transitions ``steps[b]``, with its gradient."""
-    latents, drawn, old_mean = path.at(steps)
-    mean, std = chain.gaussian(latents, generator.predict(latents, chain.times[steps], conditioning), steps)
-    return position_log_prob(drawn, mean, std) - position_log_prob(drawn, old_mean, std)
-
-
-def loss_of(log_ratio: Tensor) -> Tensor:
-    """An objective in which every position counts, and not alike."""
-    weights = torch.linspace(-1, 2, log_ratio[0].numel()).reshape(log_ratio.shape[1:])
-    return -(log_ratio.exp() * weights).mean()
-
-
-def optimizer_of(generator: Generator) -> torch.optim.Optimizer:
-    """Of what is trained, without weight decay: what has no gradient does not move."""
-    trained = [value for value in generator.network.parameters() if value.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-
-
-_GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": NEGATIVE})
+_GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": "blurry"})
 _SCHEDULER = "scheduler/scheduler_config.json"
 _NETWORK = "transformer/config.json"
 _INDEX = "model_index.json"
@@ -230,6 +60,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     {"use_dynamic_shifting": True, "max_image_seq_len": 256},
                     r"its shift cannot be read \(ZeroDivisionError",
                 ),
+            ),
+            misfits=(
+                ({"negative_prompt": "blurry"}, "negative_prompt: family 'flux' has no classifier-free guidance"),
+                ({"max_sequence_length": 513}, "max_sequence_length 513 is above 512, the limit of FluxPipeline"),
             ),
         ),
         "sd": Family(
@@ -337,6 +171,33 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (_INDEX, {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "'HunyuanVideo15ImageToVideoPipeline'"),
             ),
         ),
+        "cogvideox": Family(
+            "cogvideox",
+            write_cogvideox,
+            CogVideoXPipeline,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "frames": 9},
+            frames_first=True,
+            steps=4,
+            refused=(
+                (_NETWORK, {"patch_size_t": 2}, "patch_size_t 2: .*CogVideoX 1.5"),
+                (_NETWORK, {"ofs_embed_dim": 512}, "ofs_embed_dim 512: .*image-to-video"),
+                (_NETWORK, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings True"),
+                (_NETWORK, {"in_channels": 8}, "in_channels 8 and out_channels 4, as in image-to-video and control"),
+                (_NETWORK, {"max_text_seq_length": 226}, "max_sequence_length 12: the network takes 226 text tokens"),
+                (_INDEX, {"_class_name": "CogVideoXImageToVideoPipeline"}, "'CogVideoXImageToVideoPipeline'; family"),
+            ),
+            misfits=(({"frames": 13}, r"generator\.frames 13 is not of the form 1 \+ 8 k"),),
+        ),
+        "cogvideox_rotary": Family(
+            "cogvideox",
+            lambda folder: write_cogvideox(folder, rotary=True),
+            CogVideoXPipeline,
+            (),
+            {**_GUIDED, "frames": 9},
+            frames_first=True,
+            steps=4,
+        ),
         "sdxl": Family(
             "sdxl",
             write_stable_diffusion_xl,
@@ -384,6 +245,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     "latent_channels 16, but the transformer's in_channels are 4",
                 ),
             ),
+            misfits=(({"width": 100}, "generator.width 100: the network has positions for 96 pixels a side"),),
         ),
         "flux2_klein": Family(
             "flux2_klein",
@@ -400,6 +262,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
                 (_INDEX, {"_class_name": "Flux2Pipeline"}, "'Flux2Pipeline'; family 'flux2_klein' holds Flux2Klein"),
             ),
+            misfits=(({"negative_prompt": "blurry"}, "guided away from the empty prompt alone"),),
         ),
         "flux2_klein_distilled": Family(
             "flux2_klein",
@@ -451,6 +314,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 16}, "latent_channels 16, but the transformer's in_channels"),
                 (_INDEX, {"_class_name": "ZImageOmniPipeline"}, "'ZImageOmniPipeline'; family 'z_image'"),
                 (_SCHEDULER, {"use_karras_sigmas": True}, "use_karras_sigmas True replaces"),
+            ),
+            misfits=(
+                ({"max_sequence_length": 127}, "max_sequence_length 127 needs 130 positions, the network has 128"),
+                ({"width": 132}, "generator.width 132 needs 33 positions, the network has 32"),
             ),
         ),
         "sd3_without_t5": Family(

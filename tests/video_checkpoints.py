@@ -3,14 +3,20 @@
 from pathlib import Path
 
 import torch
+from checkpoints import t5_tokenizer
 from diffusers import (
+    AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
 from language_checkpoints import qwen_tokenizer
+from picture_checkpoints import t5_encoder
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
 
 
@@ -56,5 +62,46 @@ def write_hunyuan_video(folder: Path) -> Path:
         text_encoder_2=T5EncoderModel(T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)),
         tokenizer_2=ByT5Tokenizer(),
         guider=ClassifierFreeGuidance(guidance_scale=4.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_cogvideox(folder: Path, rotary: bool = False) -> Path:
+    """CogVideoX 2B, or with rotary positions 5B: no signal at the first timestep; sides in multiples of 8."""
+    torch.manual_seed(0)
+    CogVideoXPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(32),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 3,
+            up_block_types=("CogVideoXUpBlock3D",) * 3,
+            block_out_channels=(8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+            scaling_factor=0.7,
+        ),
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=32,
+            num_layers=2,
+            sample_width=12,
+            sample_height=8,
+            sample_frames=9,
+            max_text_seq_length=12,
+            use_rotary_positional_embeddings=rotary,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            snr_shift_scale=1.0 if rotary else 3.0,
+            clip_sample=False,
+        ),
     ).save_pretrained(folder)
     return folder

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from vipo.config.compose import load_config
+from vipo.config.run import Config
+from vipo.config.training import LoraConfig
 from vipo.evaluation.statistics import Interval
 from vipo.handover.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
 from vipo.prompts.prompt import clean_text
@@ -67,7 +69,7 @@ def _cell(text: str) -> _Text:
     return _Text(MarkdownIt("gfm-like", {"linkify": False}).render(f"| a |\n|---|\n| {escape_markdown(text)} |\n"))
 
 
-def _card(prompt: str, licence: Licence = APACHE, **changes: Any) -> ModelCard:
+def _card(prompt: str, licence: Licence = APACHE, config: Config = CONFIG, **changes: Any) -> ModelCard:
     interval = Interval(0.1, 0.05, 0.2, "prompts", "conditional on these seeds")
     lower = dataclasses.replace(interval, estimate=-0.1, low=-0.2, high=-0.05)
     scores = [
@@ -77,7 +79,7 @@ def _card(prompt: str, licence: Licence = APACHE, **changes: Any) -> ModelCard:
     ]
     samples = [CardSample(prompt, "samples/base-0a-0.png", "samples/0a-0.png", Path(), Path())]
     arguments = {"counts": (40, 2), "pipeline_class": "FluxPipeline", "hub_id": None, "revision": None}
-    return model_card(CONFIG, RECORD, scores, samples, licence, **(arguments | changes))
+    return model_card(config, RECORD, scores, samples, licence, **(arguments | changes))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -85,6 +87,26 @@ def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
     shown = _cell(text)
     assert shown.tags == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
     assert shown.cells == [visible(text)]
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline", "line"),
+    [
+        ("qwen_image", "QwenImagePipeline", "    true_cfg_scale=3.5,\n"),
+        ("sana", "SanaPipeline", "    use_resolution_binning=False,\n"),
+        (
+            "hunyuan_video",
+            "HunyuanVideo15Pipeline",
+            'pipeline.transformer.load_lora_adapter(folder, prefix="transformer"',
+        ),
+        ("flux2_dev", "Flux2Pipeline", "    prompt='a fox',\n"),
+    ],
+)
+def test_the_stock_call_is_the_adapters(family: str, pipeline: str, line: str) -> None:
+    generator = CONFIG.generator.model_copy(update={"family": family, "guidance_scale": 3.5})
+    training = CONFIG.training.model_copy(update={"lora": LoraConfig(rank=2)})
+    config = CONFIG.model_copy(update={"generator": generator, "training": training})
+    assert line in str(_card("a fox", config=config, pipeline_class=pipeline))
 
 
 @given(TEXTS)

@@ -250,6 +250,7 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
         ("sd35_medium", 64),
         ("sd35_large", 64),
         ("sdxl", 128),
+        ("cogvideox", (13 * 60 * 90) ** 0.5),
         ("flux2_klein", 64),
         ("flux2_dev", 64),
         ("qwen_image", 64),

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vipo.config.perception import PerceptionConfig
-from vipo.generators.base import causal_frame_groups
+from vipo.generators.frames import causal_frame_groups
 from vipo.perception import Backbone, PerceptualStructuring, consecutive_correlation
 from vipo.perception.temporal import average_groups, follow_components, smooth_in_time
 from vipo.sampling.noise import keyed_generator

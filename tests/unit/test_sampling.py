@@ -23,6 +23,7 @@ from vipo.sampling.transitions import (
     flow_transition,
     position_kl,
     position_log_prob,
+    v_transition,
 )
 
 SHAPES = [(3, 4, 5, 6), (3, 4, 2, 5, 6)]
@@ -163,6 +164,30 @@ def test_ddim_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
     # The stock step is mean + std * variance_noise.
     at_zero, at_one = (
         scheduler.step(noise, time, x, eta=eta, variance_noise=torch.full_like(x, value)).prev_sample
+        for value in (0.0, 1.0)
+    )
+    torch.testing.assert_close(mean, at_zero, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(std.expand_as(x), at_one - at_zero, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("time", [999, 499, 39])
+def test_v_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
+    """From a first timestep without signal too."""
+    scheduler = DDIMScheduler(
+        **BETAS,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(50)
+    step = _step(time)
+    x, v = step["latents"], step["velocity"]
+    alphas = [scheduler.alphas_cumprod[t].expand(3) for t in (time, time - 20)]
+    mean, std = v_transition(x, v, *alphas, eta)
+    at_zero, at_one = (
+        scheduler.step(v, time, x, eta=eta, variance_noise=torch.full_like(x, value)).prev_sample
         for value in (0.0, 1.0)
     )
     torch.testing.assert_close(mean, at_zero, atol=1e-5, rtol=1e-5)
@@ -334,9 +359,10 @@ def test_gradient_of_kl_reaches_the_mean_alone() -> None:
 
 def test_shapes_are_checked() -> None:
     step = _step()
-    for transition in (*FLOW.values(), ddim_transition):
-        told = "noise" if transition is ddim_transition else "velocity"
-        level = "alpha" if transition is ddim_transition else "sigma"
+    others = {ddim_transition: "noise", v_transition: "v"}
+    for transition in (*FLOW.values(), *others):
+        told = others.get(transition, "velocity")
+        level = "alpha" if transition in others else "sigma"
         x, v, s, s_next = step.values()
         with pytest.raises(ValueError, match=rf"{told}: expected shape \(3, 4, 5, 6\) of the latents, got \(1, 4, 5"):
             transition(x, v[:1], s, s_next, 0.3)

@@ -13,6 +13,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         "flux": "vipo.generators.flux:FluxGenerator",
         "sd": "vipo.generators.stable_diffusion:StableDiffusionGenerator",
+        "cogvideox": "vipo.generators.cogvideox:CogVideoXGenerator",
         "flux2_dev": "vipo.generators.flux2:Flux2DevGenerator",
         "flux2_klein": "vipo.generators.flux2:Flux2KleinGenerator",
         "hunyuan_video": "vipo.generators.hunyuan_video:HunyuanVideo15Generator",

@@ -31,7 +31,7 @@ class SamplingConfig(Section):
     transition: Literal["dance", "flow", "cps", "ddim"] = Field(
         "dance",
         description="dance: constant-g reverse SDE (DanceGRPO, ViPO); flow: Flow-GRPO's; cps: coefficients-preserving; "
-        "ddim: for noise-predicting UNets.",
+        "ddim: for networks that predict noise or v.",
     )
     eta: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = Field(
         0.3, description="Noise scale: g (dance), a (flow), eta (cps, ddim: at most 1)."

@@ -18,6 +18,10 @@ from vipo.generators.loading import without_loading_bars
 
 T = TypeVar("T")
 
+Prediction = Literal["velocity", "noise", "v"]
+"""What a network predicts: the velocity ``noise - x0`` of flow matching, or of a variance-preserving diffusion the
+noise, or ``v = sqrt(alpha) noise - sqrt(1 - alpha) x0``."""
+
 Conditioning = Mapping[str, Tensor]
 """What the network is conditioned on, by name; the first dimension is the batch."""
 
@@ -40,12 +44,11 @@ class Generator(ABC):
         frame_groups: of a video, the decoded frames that each latent frame stands for; None for images.
         frame_rate: frames per second at which the family's videos play; None for images.
         network_folder: subfolder of the network in the diffusers layout.
-        prediction: what the network predicts: the velocity ``noise - x0`` of flow matching, or the noise of a
-            variance-preserving diffusion.
-        alphas_cumprod: of a noise-predicting family, the share of signal variance at each training timestep,
+        prediction: what the network predicts.
+        alphas_cumprod: where that is noise or v, the share of signal variance at each training timestep,
             ``(timesteps,)`` float32 on the CPU; None for flow matching.
-        timesteps: of a noise-predicting family, the training timesteps ``(T,)`` int64 that the checkpoint's scheduler
-            visits in T steps, from noise to data; None: "leading" spacing with offset 1.
+        timesteps: likewise, the training timesteps ``(T,)`` int64 that the checkpoint's scheduler visits in T steps,
+            from noise to data; None: "leading" spacing with offset 1.
         flow_shift: of flow matching, the time shift that the checkpoint's scheduler applies at this size, or that by
             the number of steps; None where it is not known.
     """
@@ -60,7 +63,7 @@ class Generator(ABC):
     timesteps: Callable[[int], Tensor] | None = None
     flow_shift: float | Callable[[int], float] | None = None
     network_folder: ClassVar[str]
-    prediction: ClassVar[Literal["velocity", "noise"]] = "velocity"
+    prediction: Prediction = "velocity"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -112,8 +115,8 @@ class Generator(ABC):
 
         Args:
             latents: ``(B, *latent_shape)`` float32.
-            time: ``(B,)``, the noise level sigma in (0, 1] of flow matching, or the training timestep of a
-                noise-predicting network (see `vipo.sampling.chain.Chain`).
+            time: ``(B,)``, the noise level sigma in (0, 1] of flow matching, or the training timestep (see
+                `vipo.sampling.chain.Chain`).
             conditioning: of the batch.
 
         Returns:
@@ -202,23 +205,6 @@ class Generator(ABC):
         Raises:
             GeneratorError: the folder is missing or damaged.
         """
-
-
-def causal_frame_groups(frames: int, factor: int = 4) -> tuple[range, ...]:
-    """The decoded frames that each latent frame of a causal video VAE (Wan, HunyuanVideo, CogVideoX) covers.
-
-    Latent frame 0 is frame 0; latent frame j covers frames ``factor * (j - 1) + 1`` to ``factor * j``.
-
-    Args:
-        frames: decoded frames, 1 plus a multiple of `factor`.
-        factor: temporal compression.
-
-    Raises:
-        ValueError: no causal VAE decodes to that many frames.
-    """
-    if factor < 1 or frames < 1 or (frames - 1) % factor:
-        raise ValueError(f"frames: {frames} must be 1 plus a multiple of factor {factor}, as a causal VAE decodes")
-    return range(0, 1), *(range(start, start + factor) for start in range(1, frames, factor))
 
 
 def resolve_class(config: GeneratorConfig) -> type[Generator]:

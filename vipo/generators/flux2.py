@@ -79,7 +79,7 @@ class _Flux2Generator(PipelineGenerator):
         guided = {NEGATIVE + _SEQUENCE: encode(config.negative_prompt)} if cls.guides else {}
         return [{_SEQUENCE: encode(text)} | guided for text in texts]
 
-    def _tokens(self, latents: Tensor, sigma: Tensor, given: Conditioning, guidance: Tensor | None) -> Tensor:
+    def _call(self, latents: Tensor, sigma: Tensor, given: Conditioning, guidance: Tensor | None) -> Tensor:
         sequence, zeros = given[_SEQUENCE], torch.zeros(1, dtype=torch.int64, device=latents.device)
         words = torch.arange(sequence.shape[1], device=latents.device)
         tokens: Tensor = self.network(
@@ -123,7 +123,7 @@ class Flux2DevGenerator(_Flux2Generator):
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         guidance = torch.full((len(latents),), self.config.guidance_scale, device=latents.device)
-        return self._tokens(latents, time, conditioning, guidance)
+        return self._call(latents, time, conditioning, guidance)
 
 
 class Flux2KleinGenerator(_Flux2Generator):
@@ -169,6 +169,6 @@ class Flux2KleinGenerator(_Flux2Generator):
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
-            return self._tokens(x, sigma, given, None)
+            return self._call(x, sigma, given, None)
 
         return call(latents, time, conditioning) if self._distilled else self.guided(call, latents, time, conditioning)

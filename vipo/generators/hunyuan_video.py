@@ -1,5 +1,6 @@
 """HunyuanVideo 1.5 (`HunyuanVideo15Transformer3DModel`): a language model reads prompts, ByT5 quoted words."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -7,13 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
 from torch import Tensor
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder
+from vipo.generators.texts import as_chat, load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
 
 _NEEDS: Mapping[str, str] = MappingProxyType({"use_meanflow": "takes a second timestep (MeanFlow)"})
@@ -40,10 +43,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
         settings = vae.config
         space, factor = settings.spatial_compression_ratio, settings.temporal_compression_ratio
         self.check_size(space * network.config.patch_size)
-        frames = config.sample_shape[0]
-        if frames % factor != 1:
-            raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
-        self.frame_groups = causal_frame_groups(frames, factor)
+        self.frame_groups = configured_frame_groups(config, factor)
         channels = settings.latent_channels
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         self._image_width = network.config.image_embed_dim
@@ -63,8 +63,17 @@ class HunyuanVideo15Generator(PipelineGenerator):
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, device = checkpoint_location(config, root), torch.device(config.device)
+        # The template's own words at the start are dropped once the encoder has read them.
+        template = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
+        message, dropped = template["system_message"].default, template["crop_start"].default
         tokenizer, encoder = load_text_encoder(
-            config, location, (Qwen2Tokenizer, "tokenizer"), (Qwen2_5_VLTextModel, "text_encoder"), texts
+            config,
+            location,
+            (Qwen2Tokenizer, "tokenizer"),
+            (Qwen2_5_VLTextModel, "text_encoder"),
+            [*texts, config.negative_prompt],
+            config.max_sequence_length + dropped,
+            as_chat(lambda text: format_text_input([text], message)[0], add_generation_prompt=True),
         )
         glyph_tokenizer, glyph_encoder = load_text_encoder(
             config, location, (ByT5Tokenizer, "tokenizer_2"), (T5EncoderModel, "text_encoder_2"), ()

@@ -1,6 +1,8 @@
 """A generator without weights: its parts have shapes and no data, so that what a call keeps and computes is counted."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +11,15 @@ from torch.utils._pytree import tree_map_only
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig
-from vipo.generators.base import NEGATIVE, GeneratorError, checkpoint_location, resolve_class
-from vipo.generators.parts import load_part, model_index
-from vipo.generators.pipeline import PipelineGenerator, hold_in_bf16
+from vipo.generators.base import NEGATIVE, GeneratorError, resolve_class
+from vipo.generators.parts import load_part
+from vipo.generators.pipeline import PipelineGenerator
 
 # What a family's conditioning has of a prompt as a whole, not of its tokens.
 _POOLED = frozenset({"pooled_projections", "text_embeds"})
 
 
-def outline(
-    config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: LoraConfig | None, *, trained: bool = True
-) -> PipelineGenerator:
+def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: LoraConfig | None) -> PipelineGenerator:
     """The policy that a run trains, of the checkpoint's configurations alone; its tensors are `mode`'s.
 
     Args:
@@ -27,7 +27,6 @@ def outline(
         root: repository root, for relative paths.
         mode: that calls are made in.
         lora: what is trained; None: all weights.
-        trained: whether anything is.
 
     Raises:
         GeneratorError: the configurations cannot be read, or the adapter is no `PipelineGenerator`.
@@ -35,20 +34,13 @@ def outline(
     adapter = resolve_class(config)
     if not issubclass(adapter, PipelineGenerator):
         raise GeneratorError(f"generator.family {config.family!r}: only a PipelineGenerator can be planned")
-    adapter.check(config, root)
-    location = checkpoint_location(config, root)
-    parts = []
-    for part, kind in adapter.part_classes(location, model_index(location, config.revision)).items():
-        settings = load_part(kind.load_config, location, part, config, weights=False)
-        with torch.device("meta"):
-            parts.append(kind.from_config(settings))
-    generator = adapter(config.model_copy(update={"device": "meta"}), *parts)
-    if config.weights == "bf16":
-        hold_in_bf16(generator.network)
-    if trained and lora is not None:
-        generator.add_lora(lora, 0)
-    elif trained:
+    # A family's own loading, but for the weights.
+    without: type[PipelineGenerator] = type(adapter.__name__, (adapter,), {"load_parts": classmethod(_shapes)})
+    generator = without.load(config.model_copy(update={"device": "meta"}), root)
+    if lora is None:
         generator.network.requires_grad_(True)
+    else:
+        generator.add_lora(lora, 0)
     generator.config, generator.device = config.model_copy(update={"device": "cpu"}), torch.device("cpu")
     with mode:
         for module in (generator.network, generator.vae):
@@ -57,6 +49,17 @@ def outline(
             if name not in ("network", "vae"):
                 setattr(generator, name, tree_map_only(Tensor, _empty, value))
     return generator
+
+
+def _shapes(
+    cls: type[PipelineGenerator], config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]
+) -> list[Any]:
+    parts = []
+    for part, kind in kinds.items():
+        settings = load_part(kind.load_config, location, part, config, weights=False)
+        with torch.device("meta"):
+            parts.append(kind.from_config(settings))
+    return parts
 
 
 def _without_data(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,7 +19,8 @@ from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
 from vipo.generators.lora import LORA_FILE, check_file, check_targets
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
-from vipo.generators.schedules import check_levels, flow_shift
+from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
+from vipo.generators.variants import check_options
 from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -44,6 +45,7 @@ class PipelineGenerator(Generator):
         neutral_guidance: the `guidance_scale` at which, and below, the stock pipeline guides no more.
         token_side: where the stock pipeline shifts the noise levels by the number of tokens, how many latent pixels a
             side a token has.
+        ddim: where noise or v is predicted, the scheduler whose chain is the family's.
         longest_sequence: the most text tokens that the stock pipeline reads, where it has a limit.
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
         masks: conditioning tensors that tell which of the tokens are the prompt's.
@@ -59,6 +61,7 @@ class PipelineGenerator(Generator):
     neutral_guidance: ClassVar[float] = 1.0
     token_side: ClassVar[int | None] = None
     longest_sequence: ClassVar[int | None] = None
+    ddim: ClassVar[Any] = DDIMScheduler
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
     masks: ClassVar[tuple[str, ...]] = ()
 
@@ -81,10 +84,7 @@ class PipelineGenerator(Generator):
         cls.check(config, root)
         location = checkpoint_location(config, root)
         index = model_index(location, config.revision)
-        parts = [
-            load_part(kind.from_pretrained, location, part, config)
-            for part, kind in cls.part_classes(location, index).items()
-        ]
+        parts = cls.load_parts(config, location, cls.part_classes(location, index))
         # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
         parts[0].register_to_config(_name_or_path=config.path)
         if config.weights == "bf16":
@@ -92,7 +92,20 @@ class PipelineGenerator(Generator):
         generator = cls(config, *parts)
         if cls.prediction == "velocity":
             generator.flow_shift = generator.checkpoint_shift(location)
+        else:
+            schedule = noise_schedule(location, index, config, cls.ddim)
+            generator.alphas_cumprod, generator.timesteps = schedule.alphas_cumprod, schedule.timesteps
+            generator.prediction = schedule.prediction
         return generator
+
+    @classmethod
+    def load_parts(cls, config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]) -> list[Any]:
+        """Network and autoencoder, by the subfolders that hold their weights.
+
+        Raises:
+            GeneratorError: one is missing or damaged.
+        """
+        return [load_part(kind.from_pretrained, location, part, config) for part, kind in kinds.items()]
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:
@@ -110,6 +123,8 @@ class PipelineGenerator(Generator):
         cls.check_parts(location, network, vae)
         if cls.prediction == "velocity":
             check_levels(location, config, cls.token_side is not None)
+        else:
+            noise_schedule(location, index, config, cls.ddim)
         made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
         if made != 3 * (patch if isinstance(patch, int) else 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
@@ -119,23 +134,7 @@ class PipelineGenerator(Generator):
                 config.revision,
                 config.path,
             )
-        if not cls.guides and config.negative_prompt:
-            raise GeneratorError(
-                f"generator.negative_prompt: family {config.family!r} has no classifier-free guidance, so it would "
-                "have no effect; leave it empty"
-            )
-        if cls.guides and config.negative_prompt and config.guidance_scale <= cls.neutral_guidance:
-            log.warning(
-                "generator.negative_prompt has no effect: generator.guidance_scale %s is not above %g, which turns "
-                "classifier-free guidance off",
-                config.guidance_scale,
-                cls.neutral_guidance,
-            )
-        if cls.longest_sequence is not None and config.max_sequence_length > cls.longest_sequence:
-            raise GeneratorError(
-                f"generator.max_sequence_length {config.max_sequence_length} is above {cls.longest_sequence}, the "
-                f"limit of {cls.pipeline_class.__name__}"
-            )
+        check_options(config, cls.pipeline_class.__name__, cls.guides, cls.neutral_guidance, cls.longest_sequence)
 
     @classmethod
     def part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,6 +285,7 @@ class PipelineGenerator(Generator):
                 ).items()
             }
             # As the pipelines' own `save_lora_weights` do, which not all of them have.
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
         else:
             network = self.network

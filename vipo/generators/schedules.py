@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import GeneratorError
+from vipo.generators.base import GeneratorError, Prediction
 from vipo.generators.parts import AGAIN, load_part
 
 log = logging.getLogger(__name__)
@@ -36,22 +36,24 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: ``(timesteps,)`` float32.
         timesteps: from the number of steps T to the ``(T,)`` int64 timesteps that they visit, from noise to data.
-        predicts_v: whether the network predicts ``v = sqrt(alpha) noise - sqrt(1 - alpha) x0`` (Salimans and Ho, arXiv
-            2202.00512) and not the noise.
+        prediction: of the network.
     """
 
     alphas_cumprod: Tensor
     timesteps: Callable[[int], Tensor]
-    predicts_v: bool
+    prediction: Prediction
 
 
-def noise_schedule(location: Path | str, index: Mapping[str, Any], config: GeneratorConfig) -> NoiseSchedule:
+def noise_schedule(
+    location: Path | str, index: Mapping[str, Any], config: GeneratorConfig, kind: Any = DDIMScheduler
+) -> NoiseSchedule:
     """The schedule of a checkpoint that predicts noise or v; its timesteps are the stock scheduler's, or an error.
 
     Args:
         location: folder or hub id.
         index: content of ``model_index.json``.
         config: section `generator`.
+        kind: the family's scheduler of the DDIM chain.
 
     Raises:
         GeneratorError: the scheduler is missing or damaged, or has a setting that the chain does not hold.
@@ -62,12 +64,13 @@ def noise_schedule(location: Path | str, index: Mapping[str, Any], config: Gener
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise GeneratorError(f"{location}/model_index.json: scheduler class {name!r} is none of diffusers'")
-    kind: Any = found
+    named: Any = found
     ddim, stock = (
-        load_part(each.from_pretrained, location, "scheduler", config, weights=False) for each in (DDIMScheduler, kind)
+        load_part(each.from_pretrained, location, "scheduler", config, weights=False) for each in (kind, named)
     )
     settings = ddim.config
-    if settings.prediction_type not in ("epsilon", "v_prediction"):
+    predictions: Mapping[str, Prediction] = {"epsilon": "noise", "v_prediction": "v"}
+    if settings.prediction_type not in predictions:
         raise GeneratorError(
             f"{place}: prediction_type {settings.prediction_type!r}; vipo trains networks that predict noise "
             "('epsilon') or v ('v_prediction')"
@@ -77,7 +80,8 @@ def noise_schedule(location: Path | str, index: Mapping[str, Any], config: Gener
             f"{place}: timestep_spacing {settings.timestep_spacing!r} is not 'leading', 'trailing' or 'linspace'"
         )
     for key in ("thresholding", "rescale_betas_zero_snr"):
-        if settings[key]:
+        # Without signal at the first timestep there is no x0 to be had from the noise, but from v there is.
+        if settings.get(key) and (key == "thresholding" or settings.prediction_type == "epsilon"):
             raise GeneratorError(f"{place}: {key} {settings[key]!r} is not held; set it to false")
 
     def timesteps(steps: int) -> Tensor:
@@ -104,7 +108,7 @@ def noise_schedule(location: Path | str, index: Mapping[str, Any], config: Gener
             )
         return torch.tensor(ours)
 
-    return NoiseSchedule(ddim.alphas_cumprod, timesteps, settings.prediction_type == "v_prediction")
+    return NoiseSchedule(ddim.alphas_cumprod.float(), timesteps, predictions[settings.prediction_type])
 
 
 def flow_settings(location: Path | str, config: GeneratorConfig) -> Mapping[str, Any]:

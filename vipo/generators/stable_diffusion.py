@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -12,10 +12,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
-from vipo.generators.parts import model_index
+from vipo.generators.base import NEGATIVE, Conditioning, Prediction, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.schedules import NoiseSchedule, noise_schedule
 from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
 
@@ -34,7 +32,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
 
 
 class StableDiffusionGenerator(PipelineGenerator):
-    """Stable Diffusion 1.x and 2.x; where the network predicts v, the noise is computed from it.
+    """Stable Diffusion 1.x and 2.x; its scheduler says whether the network predicts noise or v.
 
     Attributes:
         needs: what a setting of the network asks for that the adapter does not give, by its name.
@@ -43,32 +41,17 @@ class StableDiffusionGenerator(PipelineGenerator):
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     network_class: ClassVar[Any] = UNet2DConditionModel
     network_folder: ClassVar[str] = "unet"
-    prediction: ClassVar[Literal["velocity", "noise"]] = "noise"
+    prediction: Prediction = "noise"
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({"encoder_hidden_states": "cross_attention_dim"})
     needs: ClassVar[Mapping[str, str]] = NEEDS
-    _signal: Tensor | None = None
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
         self.use_picture_grid(network.config.in_channels)
 
     @classmethod
-    def load(cls, config: GeneratorConfig, root: Path) -> Self:
-        generator, schedule = super().load(config, root), cls._schedule(config, root)
-        generator.alphas_cumprod, generator.timesteps = schedule.alphas_cumprod, schedule.timesteps
-        if schedule.predicts_v:
-            generator._signal = schedule.alphas_cumprod.to(generator.device)
-        return generator
-
-    @classmethod
-    def _schedule(cls, config: GeneratorConfig, root: Path) -> NoiseSchedule:
-        location = checkpoint_location(config, root)
-        return noise_schedule(location, model_index(location, config.revision), config)
-
-    @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:
         super().check(config, root)
-        cls._schedule(config, root)
         default = GeneratorConfig.model_fields["max_sequence_length"].default
         if config.max_sequence_length != default:
             log.warning(
@@ -115,11 +98,7 @@ class StableDiffusionGenerator(PipelineGenerator):
         return [{name: encode(text), NEGATIVE + name: negative} for text in texts]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        predicted = self.guided(self._call, latents, time, conditioning)
-        if self._signal is None:
-            return predicted
-        alpha = self._signal[time.long()].view(-1, 1, 1, 1)
-        return alpha.sqrt() * predicted + (1 - alpha).sqrt() * latents
+        return self.guided(self._call, latents, time, conditioning)
 
     def _call(self, latents: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
         predicted: Tensor = self.network(sample=latents, timestep=timestep, return_dict=False, **given)[0]

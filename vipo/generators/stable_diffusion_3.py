@@ -33,13 +33,14 @@ class StableDiffusion3Generator(PipelineGenerator):
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
         self.use_picture_grid(network.config.in_channels, network.config.patch_size)
-        known, size = network.config.pos_embed_max_size, network.config.patch_size
-        if max(self.grid) > known * size:
-            pixels = known * size * config.height // self.grid[0]
-            raise GeneratorError(
-                f"generator.height {config.height} and generator.width {config.width}: the network has positions for "
-                f"{pixels} pixels a side (pos_embed_max_size {known})"
-            )
+        known = network.config.pos_embed_max_size * network.config.patch_size
+        for key, positions in zip(("height", "width"), self.grid, strict=True):
+            if positions > known:
+                pixels = getattr(config, key) * known // positions
+                raise GeneratorError(
+                    f"generator.{key} {getattr(config, key)}: the network has positions for {pixels} pixels a side "
+                    "(pos_embed_max_size); lower it"
+                )
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:

@@ -1,10 +1,14 @@
 """Checkpoints of a family's class that its adapter does not hold, named by the setting that tells them."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
+
+log = logging.getLogger(__name__)
 
 
 def refuse_settings(location: Path | str, part: str, settings: Any, keys: Mapping[str, str]) -> None:
@@ -51,4 +55,36 @@ def refuse_channels(
         raise GeneratorError(
             f"{location}/vae: {key} {channels}, but the {part}'s in_channels are {taken}, not {folded} times that; "
             "give the autoencoder that belongs to it"
+        )
+
+
+def check_options(
+    config: GeneratorConfig, pipeline: str, guides: bool, neutral_guidance: float, longest_sequence: int | None
+) -> None:
+    """Refuse or tell of options that a family does not take.
+
+    Args:
+        config: section `generator`.
+        pipeline: name of the stock pipeline's class.
+        guides, neutral_guidance, longest_sequence: as `vipo.generators.pipeline.PipelineGenerator` has them.
+
+    Raises:
+        GeneratorError: naming the key.
+    """
+    if not guides and config.negative_prompt:
+        raise GeneratorError(
+            f"generator.negative_prompt: family {config.family!r} has no classifier-free guidance, so it would "
+            "have no effect; leave it empty"
+        )
+    if guides and config.negative_prompt and config.guidance_scale <= neutral_guidance:
+        log.warning(
+            "generator.negative_prompt has no effect: generator.guidance_scale %s is not above %g, which turns "
+            "classifier-free guidance off",
+            config.guidance_scale,
+            neutral_guidance,
+        )
+    if longest_sequence is not None and config.max_sequence_length > longest_sequence:
+        raise GeneratorError(
+            f"generator.max_sequence_length {config.max_sequence_length} is above {longest_sequence}, the "
+            f"limit of {pipeline}"
         )

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, causal_frame_groups, checkpoint_location
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
@@ -45,10 +46,7 @@ class WanGenerator(PipelineGenerator):
         settings, channels = vae.config, network.config.in_channels
         space, factor = settings.scale_factor_spatial, settings.scale_factor_temporal
         self.check_size(space * network.config.patch_size[1])
-        frames = config.sample_shape[0]
-        if frames % factor != 1:
-            raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
-        self.frame_groups = causal_frame_groups(frames, factor)
+        self.frame_groups = configured_frame_groups(config, factor)
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         patches = zip(self.latent_shape[1:], network.config.patch_size, strict=True)
         self._tokens = math.prod(side // patch for side, patch in patches)

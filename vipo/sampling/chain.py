@@ -4,16 +4,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vipo.config.sampling import SamplingConfig, WindowConfig
 from vipo.errors import VipoError
+from vipo.generators.base import Prediction
 from vipo.sampling.noise import keyed_generator
 from vipo.sampling.schedule import sigma_schedule
-from vipo.sampling.transitions import cps_transition, dance_transition, ddim_transition, euler_step, flow_transition
+from vipo.sampling.transitions import (
+    cps_transition,
+    dance_transition,
+    ddim_transition,
+    euler_step,
+    flow_transition,
+    v_transition,
+)
 
 # Of the training timesteps; ten steps of "leading" spacing start above it.
 _PURE_NOISE = 0.9
@@ -34,7 +41,7 @@ class Chain:
 
     Attributes:
         times: ``(T,)`` float32, what the network is called with at each step.
-        levels: ``(T + 1,)`` float32; sigma from 1 to 0, or the cumulative alpha up to 1 where noise is predicted.
+        levels: ``(T + 1,)`` float32; sigma from 1 to 0, or the cumulative alpha up to 1 where noise or v is predicted.
         transition: mean and std of a stochastic step.
         eta: its noise scale.
         prediction: what the network predicts.
@@ -44,7 +51,7 @@ class Chain:
     levels: Tensor
     transition: Transition
     eta: float
-    prediction: Literal["velocity", "noise"]
+    prediction: Prediction
 
     @property
     def steps(self) -> int:
@@ -65,12 +72,12 @@ class Chain:
         level, level_next = (self.levels[i].expand(len(latents)) for i in (step, step + 1))
         if self.prediction == "velocity":
             return euler_step(latents, prediction, level, level_next)
-        return ddim_transition(latents, prediction, level, level_next, 0.0)[0]
+        return self.transition(latents, prediction, level, level_next, 0.0)[0]
 
 
 def sampling_chain(
     config: SamplingConfig,
-    prediction: Literal["velocity", "noise"],
+    prediction: Prediction,
     alphas_cumprod: Tensor | None = None,
     timesteps: Callable[[int], Tensor] | None = None,
     *,
@@ -92,15 +99,15 @@ def sampling_chain(
         ChainError: transition and generator do not fit.
     """
     count = config.steps if steps is None else steps
-    if (prediction == "noise") != (config.transition == "ddim"):
-        fit = "ddim" if prediction == "noise" else "dance, flow or cps"
+    if (prediction != "velocity") != (config.transition == "ddim"):
+        fit = "dance, flow or cps" if prediction == "velocity" else "ddim"
         raise ChainError(
             f"sampling.transition: {config.transition!r} does not fit a generator that predicts {prediction}; use {fit}"
         )
-    if prediction == "noise":
+    if prediction != "velocity":
         if alphas_cumprod is None:
             raise ChainError(
-                "generator: it predicts noise but names no alphas_cumprod, the schedule it was trained with"
+                f"generator: it predicts {prediction} but names no alphas_cumprod, the schedule it was trained with"
             )
         if count > len(alphas_cumprod):
             raise ChainError(f"sampling.steps: {count} exceeds the {len(alphas_cumprod)} training timesteps")
@@ -112,7 +119,8 @@ def sampling_chain(
                 f"{len(alphas_cumprod) - 1} and 0: {times.flatten()[:3].tolist()}..."
             )
         levels = torch.cat([alphas_cumprod.cpu()[times].float(), torch.ones(1)])
-        return Chain(times.float().to(device), levels.to(device), ddim_transition, config.eta, prediction)
+        step = v_transition if prediction == "v" else ddim_transition
+        return Chain(times.float().to(device), levels.to(device), step, config.eta, prediction)
     levels = sigma_schedule(count, config.shift)
     transitions: dict[str, Transition] = {
         "dance": dance_transition,

@@ -100,8 +100,24 @@ def ddim_transition(
     """
     _same_shape("noise", noise, latents)
     a, a_next = _column("alpha", alpha, latents), _column("alpha_next", alpha_next, latents)
-    std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     clean = (latents - (1 - a).sqrt() * noise) / a.sqrt()
+    return _ddim_step(clean, noise, a, a_next, eta)
+
+
+def v_transition(latents: Tensor, v: Tensor, alpha: Tensor, alpha_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """The DDIM step of a network that predicts ``v = sqrt(a) noise - sqrt(1 - a) x0``; as `ddim_transition`, but alpha
+    may be 0.
+
+    Source: Salimans and Ho (arXiv 2202.00512), appendix D.
+    """
+    _same_shape("v", v, latents)
+    a, a_next = _column("alpha", alpha, latents), _column("alpha_next", alpha_next, latents)
+    clean = a.sqrt() * latents - (1 - a).sqrt() * v
+    return _ddim_step(clean, a.sqrt() * v + (1 - a).sqrt() * latents, a, a_next, eta)
+
+
+def _ddim_step(clean: Tensor, noise: Tensor, a: Tensor, a_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    std = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
     return a_next.sqrt() * clean + (1 - a_next - std**2).clamp_min(0).sqrt() * noise, std
 
 

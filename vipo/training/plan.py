@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from vipo.config.run import Config
+from vipo.generators.base import GeneratorError
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.objectives import load_objective
@@ -142,8 +143,14 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
 
     known = [latents, times, *conditioning.values()]
     # First, for it leaves the gradients that every later backward pass adds to.
-    with mode, FlopCounterMode(display=False) as learned:
-        lesson()
+    try:
+        with mode, FlopCounterMode(display=False) as learned:
+            lesson()
+    except DataDependentOutputException as error:
+        raise GeneratorError(
+            f"generator.family {config.generator.family!r}: its calls depend on how long the prompts are, so that they "
+            "cannot be counted without data"
+        ) from error
     with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
         predict()
     learns = peak_bytes(mode, generator, known, lesson)

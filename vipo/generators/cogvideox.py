@@ -1,0 +1,117 @@
+"""CogVideoX text-to-video (`CogVideoXTransformer3DModel`): v over training timesteps, frames before channels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from torch import Tensor
+from transformers import T5EncoderModel, T5TokenizerFast
+
+from vipo.config.generator import GeneratorConfig
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, Prediction, checkpoint_location
+from vipo.generators.frames import configured_frame_groups
+from vipo.generators.parts import part_settings
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.texts import load_text_encoder, token_ids
+from vipo.generators.variants import refuse_channels, refuse_settings
+
+_NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "patch_size_t": "takes two latent frames together, the first of them to be thrown away (CogVideoX 1.5)",
+        "ofs_embed_dim": "takes a second embedding (CogVideoX 1.5 image-to-video)",
+        "use_learned_positional_embeddings": "takes a picture as well (image-to-video)",
+    }
+)
+_SEQUENCE = "encoder_hidden_states"
+
+
+class CogVideoXGenerator(PipelineGenerator):
+    """CogVideoX 2B and 5B."""
+
+    frame_rate: ClassVar[int | None] = 8
+    pipeline_class: ClassVar[Any] = CogVideoXPipeline
+    network_class: ClassVar[Any] = CogVideoXTransformer3DModel
+    autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLCogVideoX": AutoencoderKLCogVideoX})
+    prediction: Prediction = "v"
+    ddim: ClassVar[Any] = CogVideoXDDIMScheduler
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType({_SEQUENCE: "text_embed_dim"})
+
+    def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
+        super().__init__(config, network, vae)
+        space, factor = 2 ** (len(vae.config.block_out_channels) - 1), int(vae.config.temporal_compression_ratio)
+        self.check_size(space * network.config.patch_size)
+        self.frame_groups = configured_frame_groups(config, factor)
+        frames = len(self.frame_groups)
+        if frames % 2 == 0:
+            # Its autoencoder decodes latent frames by twos, the first one with those that are left over.
+            raise GeneratorError(
+                f"generator.frames {config.frames} is not of the form 1 + {2 * factor} k (odd latent frames)"
+            )
+        self.latent_shape = (network.config.in_channels, frames, config.height // space, config.width // space)
+        self._rotary = None
+        if network.config.use_rotary_positional_embeddings:
+            self._rotary = CogVideoXPipeline(None, None, vae, network, None)._prepare_rotary_positional_embeddings(
+                config.height, config.width, frames, self.device
+            )
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        super().check(config, root)
+        settings = part_settings(cls.network_class, checkpoint_location(config, root), cls.network_folder, config)
+        if config.max_sequence_length != settings.max_text_seq_length:
+            raise GeneratorError(
+                f"generator.max_sequence_length {config.max_sequence_length}: the network takes "
+                f"{settings.max_text_seq_length} text tokens (max_text_seq_length); set it to that"
+            )
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        refuse_settings(location, "transformer", network, _NEEDS)
+        latent = ("latent_channels", vae.latent_channels)
+        refuse_channels(location, "transformer", network, latent, "image-to-video and control checkpoints")
+
+    @classmethod
+    @torch.no_grad()
+    def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        length = config.max_sequence_length
+        tokenizer, encoder = load_text_encoder(
+            config,
+            checkpoint_location(config, root),
+            (T5TokenizerFast, "tokenizer"),
+            (T5EncoderModel, "text_encoder"),
+            [*texts, config.negative_prompt],
+            length,
+        )
+
+        def encode(text: str) -> Tensor:
+            embedding: Tensor = encoder(token_ids(tokenizer, text, length, config.device))[0][0].float().cpu()
+            return embedding
+
+        negative = encode(config.negative_prompt)
+        return [{_SEQUENCE: encode(text), NEGATIVE + _SEQUENCE: negative} for text in texts]
+
+    def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        def call(x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
+            predicted: Tensor = self.network(
+                hidden_states=x.transpose(1, 2),
+                timestep=timestep,
+                image_rotary_emb=self._rotary,
+                return_dict=False,
+                **given,
+            )[0]
+            return predicted.transpose(1, 2)
+
+        return self.guided(call, latents, time, conditioning)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        video = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0].transpose(1, 2)
+        return (video.float() / 2 + 0.5).clamp(0, 1)
