@@ -188,7 +188,6 @@ class PipelineGenerator(Generator):
         without, wanted = call(torch.cat([latents] * 2), torch.cat([time] * 2), both).float().chunk(2)
         return without + scale * (wanted - without)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         settings = self.vae.config
         scaled = latents / settings.scaling_factor + (settings.shift_factor or 0.0)

@@ -1,0 +1,168 @@
+"""The two gradients that the meter compares: of the expected reward through the chain, and of an update.
+
+Both are asked of chains that `vipo.sampling.rollout.rollout` sampled, one step at a time: nothing but the states is kept,
+so that memory is that of one network call, however long the chain is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vipo.errors import VipoError
+from vipo.generators.base import Conditioning, Generator
+from vipo.rewards import Reward
+from vipo.sampling.chain import Chain
+from vipo.sampling.rollout import Trajectory, policy_transition
+from vipo.sampling.transitions import Channels, Density, position_log_prob
+
+
+class MeterError(VipoError):
+    """What the meter was asked cannot be measured; the message names the key and the fix."""
+
+
+@dataclass(frozen=True)
+class Chains:
+    """One batch of sampled chains.
+
+    Attributes:
+        rows: which samples of the group they are.
+        conditioning: of the batch.
+        trajectory: the chains.
+        texts, metadata: of their prompts, for the rewards.
+    """
+
+    rows: tuple[int, ...]
+    conditioning: Conditioning
+    trajectory: Trajectory
+    texts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RewardGradient:
+    """``values`` ``(B,)`` of the weighted reward, and ``latents`` like the clean ones: its gradient by each sample's."""
+
+    values: Tensor
+    latents: Tensor
+
+
+def reward_gradient(
+    generator: Generator, chains: Chains, rewards: Mapping[str, Reward], weights: Mapping[str, float]
+) -> RewardGradient:
+    """The weighted sum of rewards of the decoded clean latents, and its gradient back to them.
+
+    Args:
+        rewards, weights: by the name of their term.
+
+    Raises:
+        MeterError: a reward, or the decoder, hands no gradient on.
+    """
+    with torch.enable_grad():
+        clean = chains.trajectory.clean.detach().requires_grad_(True)
+        pictures = generator.pictures(clean, gradient=True)
+        if not pictures.requires_grad:
+            raise MeterError(
+                f"generator.family {generator.config.family!r}: its decode cuts the gradient (torch.no_grad), so the "
+                "gradient of the reward is not known; take the directional estimator alone"
+            )
+        total = torch.zeros(len(clean), device=clean.device)
+        for name, reward in rewards.items():
+            values = reward(pictures, chains.texts, chains.metadata)
+            if not (isinstance(values, Tensor) and values.requires_grad):
+                raise MeterError(
+                    f"reward {name!r} has no gradient by the picture: take the directional estimator alone"
+                )
+            total = total + weights[name] * values
+        (gradient,) = torch.autograd.grad(total.sum(), clean)
+    return RewardGradient(total.detach(), gradient)
+
+
+def pathwise_gradients(
+    generator: Generator,
+    chains: Chains,
+    chain: Chain,
+    stochastic: range,
+    parameters: Sequence[nn.Parameter],
+    clean_gradient: Tensor,
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """The gradient of ``mean over the batch of r(x0)`` at fixed noise, step by step from the last to the first.
+
+    The reverse sweep by hand: with ``a_T`` the reward's gradient by x0, step t adds ``a_(t+1) . d x_(t+1) / d theta``
+    and hands on ``a_t = a_(t+1) . d x_(t+1) / d x_t``. The sum over the steps is the gradient through the whole chain.
+
+    Args:
+        generator: the policy that sampled, its `parameters` requiring gradients.
+        chains: sampled by it.
+        chain, stochastic: as they were sampled by.
+        parameters: by which the gradient is taken.
+        clean_gradient: of each sample's reward by its own clean latents, like them.
+
+    Yields:
+        The step, and what it adds, one tensor a parameter.
+    """
+    adjoint, states = clean_gradient / len(clean_gradient), chains.trajectory.latents
+    for step in reversed(range(chain.steps)):
+        with torch.enable_grad():
+            latents = states[:, step].detach().requires_grad_(True)
+            prediction = generator.predict(latents, chain.times[step].expand(len(latents)), chains.conditioning)
+            if step in stochastic:
+                # The noise that is added is fixed, and so is its scale.
+                following, _ = chain.gaussian(latents, prediction, _everywhere(step, latents))
+            else:
+                following = chain.ode(latents, prediction, step)
+            adjoint, *own = torch.autograd.grad(following, [latents, *parameters], adjoint, materialize_grads=True)
+        yield step, list(own)
+
+
+def update_gradients(
+    generator: Generator,
+    chains: Chains,
+    chain: Chain,
+    step: int,
+    parameters: Sequence[nn.Parameter],
+    advantages: Mapping[str, Tensor],
+    *,
+    channels: Channels = "mean",
+    density: Density = "gaussian",
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """What one transition adds to an update's direction, for each way to place its advantages.
+
+    ``g = mean over samples and positions of A_i(p) grad logp_i(p)``: minus the gradient of the clipped surrogate where
+    every ratio is 1, which is where an update begins. One network call serves all sources; each takes a backward pass.
+
+    Args:
+        generator, chains, chain, parameters: as of `pathwise_gradients`.
+        step: the transition, a stochastic one.
+        advantages: by source, signed, ``(B, [T,] H, W)`` or ``(B, 1, ...)``: the sample's advantage times its credit.
+        channels, density: of the log-probability.
+
+    Yields:
+        The source, and its gradient, one tensor a parameter.
+    """
+    with torch.enable_grad():
+        moved = policy_transition(
+            generator, chains.conditioning, chains.trajectory, _everywhere(step, chains.trajectory.clean), chain
+        )
+        log_prob = position_log_prob(moved.value, moved.mean, moved.std, channels, density)
+        last = next(reversed(advantages), None)
+        for name, own in advantages.items():
+            pull = own.expand_as(log_prob) / log_prob.numel()
+            yield name, list(
+                torch.autograd.grad(log_prob, parameters, pull, retain_graph=name != last, materialize_grads=True)
+            )
+
+
+def flat(gradients: Sequence[Tensor]) -> Tensor:
+    """One vector ``(P,)`` of tensors, float32."""
+    return torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+
+
+def _everywhere(step: int, latents: Tensor) -> Tensor:
+    return torch.full((len(latents),), step, device=latents.device)
+
+
+Advantages = Callable[[Sequence[Chains]], Mapping[str, Tensor]]
+"""Of one group's batches: each source's advantages per sample, step and position ``(G, S or 1, [T,] H, W)``, signed."""
