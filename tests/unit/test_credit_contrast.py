@@ -91,6 +91,14 @@ def test_a_sample_that_is_not_finite_spoils_no_sibling() -> None:
     torch.testing.assert_close(found.weights[kept], group_contrast(values[kept], GROUPS[kept]).weights)
 
 
+@pytest.mark.parametrize("scope", ["sample", "group"])
+def test_a_part_of_the_samples_is_compared_with_all(scope: str) -> None:
+    values, own = _values(), [3, 4]
+    whole = group_contrast(values, GROUPS, scope=scope).weights
+    part = group_contrast(values[own], GROUPS[own], scope=scope, among=(values, GROUPS)).weights
+    assert torch.equal(part, whole[own])
+
+
 def test_normalisations() -> None:
     values = _values((5, 3, 2, 4, 6))
     mean = group_contrast(values, GROUPS).weights

@@ -42,11 +42,12 @@ def group_contrast(
     normalize: Normalization = "mean",
     exponent: float = 1.0,
     size: tuple[int, int] | None = None,
+    among: tuple[Tensor, Tensor] | None = None,
 ) -> Contrast:
     """``W_i(p)`` proportional to ``sqrt(mean over channels of (x_i(p) - mean over the group of x(p))^2)``.
 
     Args:
-        values: ``(N, C, [T,] H, W)``, the clean latents of all samples, or a backbone's features of their pictures. A
+        values: ``(N, C, [T,] H, W)``, the clean latents of the samples, or a backbone's features of their pictures. A
             sample that is not finite is left out of its group's mean.
         groups: ``(N,)`` int64 group index of each sample, from 0.
         scope: 'sample': a map for each sample; 'group': one for all of them, the root mean square of theirs, so that
@@ -56,31 +57,33 @@ def group_contrast(
         exponent: the map is raised to it first; above 1 sharpens it.
         size: height and width that the map is resized to before it is normalised (bilinear, antialiased), where
             features have another grid than the latents; None: as it is.
+        among: values and groups of all samples, where `values` are those of one process alone; None: `values` are all.
 
     Raises:
         ValueError: a shape or an option is invalid.
     """
     if values.ndim not in (4, 5) or groups.shape != values.shape[:1]:
         raise ValueError(
-            "values, groups: expected (N, C, [T,] H, W) and (N,), "
-            f"got {tuple(values.shape)} and {tuple(groups.shape)}"
+            f"values, groups: expected (N, C, [T,] H, W) and (N,), got {tuple(values.shape)} and {tuple(groups.shape)}"
         )
     if exponent <= 0:
         raise ValueError(f"exponent: {exponent} must be above 0")
     values = values.detach().double()
-    finite = values.flatten(1).isfinite().all(dim=1)
+    everyone, memberships = (values, groups) if among is None else (among[0].detach().double(), among[1])
+    finite, sound = (own.flatten(1).isfinite().all(dim=1) for own in (values, everyone))
     maps = torch.zeros(values[:, 0].shape, dtype=torch.float64, device=values.device)
     alike = ~finite
-    for group in range(int(groups.max()) + 1):
-        members = torch.nonzero((groups == group) & finite).flatten()
-        if not len(members):
+    for group in groups.unique().tolist():
+        members, siblings = (groups == group) & finite, everyone[(memberships == group) & sound]
+        if not bool(members.any()):
             continue
-        own = values[members]
-        squares = (own - own.mean(dim=0)).square().mean(dim=1)
+        mean = siblings.mean(dim=0)
         if scope == "group":
-            squares = squares.mean(dim=0).expand_as(squares)
+            squares = (siblings - mean).square().mean(dim=(0, 1)).expand(int(members.sum()), *maps.shape[1:])
+        else:
+            squares = (values[members] - mean).square().mean(dim=1)
         maps[members] = squares.sqrt()
-        alike[members] = maps[members].flatten(1).amax(dim=1) <= _AGREES * own.square().mean().sqrt()
+        alike[members] = squares.flatten(1).amax(dim=1).sqrt() <= _AGREES * siblings.square().mean().sqrt()
     if size is not None and tuple(maps.shape[-2:]) != tuple(size):
         frames = maps.reshape(-1, *maps.shape[-2:])
         # Antialiasing weights are non-negative: nothing falls below 0 but by rounding.

@@ -1,10 +1,10 @@
 """The two gradients that the meter compares: of the expected reward through the chain, and of an update.
 
-Both are asked of chains that `vipo.sampling.rollout.rollout` sampled, one step at a time: nothing but the states is kept,
-so that memory is that of one network call, however long the chain is.
+Both are asked of chains that `vipo.sampling.rollout.rollout` sampled, one step at a time: nothing but the states is
+kept, so that memory is that of one network call, however long the chain is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Chains:
 
 @dataclass(frozen=True)
 class RewardGradient:
-    """``values`` ``(B,)`` of the weighted reward, and ``latents`` like the clean ones: its gradient by each sample's."""
+    """``values`` ``(B,)`` of the weighted reward, and its gradient by each sample's own `latents`, like them."""
 
     values: Tensor
     latents: Tensor
@@ -147,11 +147,14 @@ def update_gradients(
             generator, chains.conditioning, chains.trajectory, _everywhere(step, chains.trajectory.clean), chain
         )
         log_prob = position_log_prob(moved.value, moved.mean, moved.std, channels, density)
-        last = next(reversed(advantages), None)
+        last = list(advantages)[-1]
         for name, own in advantages.items():
             pull = own.expand_as(log_prob) / log_prob.numel()
-            yield name, list(
-                torch.autograd.grad(log_prob, parameters, pull, retain_graph=name != last, materialize_grads=True)
+            yield (
+                name,
+                list(
+                    torch.autograd.grad(log_prob, parameters, pull, retain_graph=name != last, materialize_grads=True)
+                ),
             )
 
 
@@ -162,7 +165,3 @@ def flat(gradients: Sequence[Tensor]) -> Tensor:
 
 def _everywhere(step: int, latents: Tensor) -> Tensor:
     return torch.full((len(latents),), step, device=latents.device)
-
-
-Advantages = Callable[[Sequence[Chains]], Mapping[str, Tensor]]
-"""Of one group's batches: each source's advantages per sample, step and position ``(G, S or 1, [T,] H, W)``, signed."""

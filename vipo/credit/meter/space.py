@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,25 +13,9 @@ from vipo.sampling.noise import keyed_generator
 _PIECE = 2**24
 
 
-class Space(Protocol):
-    """Linear maps of a gradient ``(P,)`` to ``(size,)`` that keep inner products.
-
-    Attributes:
-        size: numbers that are kept of a gradient.
-        error: standard deviation that is added to a cosine, 0 where the space is exact.
-    """
-
-    size: int
-    error: float
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        """``(P,)`` to ``(size,)`` float32."""
-        ...
-
-
 @dataclass(frozen=True)
 class Whole:
-    """Gradients as they are."""
+    """Gradients as they are: `size` numbers, and no error."""
 
     size: int
     error: float = 0.0
@@ -46,7 +29,11 @@ class CountSketch:
 
     Inner products of sketches are unbiased, with a variance of at most ``(|a|^2 |b|^2 + <a, b>^2) / size``: a cosine
     gets a standard deviation of ``sqrt((1 + cos^2) / size)``, at most ``sqrt(2 / size)``. The draws are keyed: the same
-    key and length give the same sketch on every machine.
+    key and length give the same sketch on every machine. It is linear, so that it can be summed piece by piece.
+
+    Attributes:
+        size: numbers that are kept of a gradient.
+        error: the largest standard deviation that a cosine gets from it.
 
     Source: Charikar, Chen and Farach-Colton (2002); the variance is that of Weinberger et al. (2009).
     """
@@ -77,6 +64,10 @@ class CountSketch:
     def __call__(self, gradient: Tensor) -> Tensor:
         sketch = torch.zeros(self.size, dtype=torch.float64, device=gradient.device)
         return sketch.index_add_(0, self._buckets, (gradient * self._signs).double()).float()
+
+
+Space = Whole | CountSketch
+"""A linear map of a gradient ``(P,)`` to ``(size,)`` that keeps inner products."""
 
 
 def choose_space(

@@ -63,20 +63,23 @@ def jackknife(
 
     Source: Efron and Stein (1981), and Arvesen (1969) for two samples.
     """
-    units = np.asarray(reference, dtype=np.float64)
-    whole = statistic(_without(np.ones(updates)), _without(units))
-    parts = []
-    for count, leave in (
-        (updates, lambda i: statistic(_without(np.ones(updates), i), _without(units))),
-        (len(units), lambda i: statistic(_without(np.ones(updates)), _without(units, i))),
-    ):
-        left = np.stack([leave(i) for i in range(count)]) if count > 1 else np.full((1, len(whole)), np.nan)
-        parts.append((count - 1) / count * ((left - left.mean(axis=0)) ** 2).sum(axis=0) if count > 1 else left[0])
-    variances = np.stack(parts)
+    ones, units = np.ones(updates), np.asarray(reference, dtype=np.float64)
+    whole = statistic(_without(ones), _without(units))
+    unknown = np.full((2, len(whole)), np.nan)
+    left = (
+        [statistic(_without(ones, i), _without(units)) for i in range(updates)] if updates > 1 else unknown,
+        [statistic(_without(ones), _without(units, i)) for i in range(len(units))] if len(units) > 1 else unknown,
+    )
+    variances = np.stack([_variance(np.stack(list(own))) for own in left])
     return [
         _estimate(float(value), variances[:, place], (updates, len(units)), confidence)
         for place, value in enumerate(whole)
     ]
+
+
+def _variance(left: Array) -> Array:
+    variance: Array = (len(left) - 1) / len(left) * ((left - left.mean(axis=0)) ** 2).sum(axis=0)
+    return variance
 
 
 def _without(weights: Array, unit: int | None = None) -> Array:

@@ -1,0 +1,319 @@
+"""The measurement: the reference gradient, then one update after another; each part is a file, so that it resumes."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vipo.credit.meter.directions import Change, Directions, Size, moved_by
+from vipo.credit.meter.gradients import (
+    Chains,
+    MeterError,
+    flat,
+    pathwise_gradients,
+    reward_gradient,
+    update_gradients,
+)
+from vipo.credit.meter.space import Space, Whole, products
+from vipo.credit.meter.subject import (
+    Group,
+    Placed,
+    Subject,
+    chain_rewards,
+    drawn_prompts,
+    sample_chains,
+    sample_group,
+    total_reward,
+)
+from vipo.prompts import Prompt
+from vipo.provenance.files import atomic_file
+
+Record = dict[str, Any]
+"""What was found of one update, as its file has it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        update_groups: groups of one update, as in training.
+        updates: how many updates' directions are measured.
+        reference_groups: groups of the pathwise reference; 0: the directional estimator alone.
+        blocks: into how many parts the reference is kept, which are left out one at a time for its interval.
+        stepped: of how many updates steps are taken (the directional estimator); 0: none.
+        held_out, held_out_samples: prompts, and samples of each, whose reward is compared before and after a step.
+        size: what is the same for all steps.
+        change: how much of it; None: what the optimizer's own first step changes under the first source.
+        probes: held-out samples on whose states `size` is measured.
+    """
+
+    update_groups: int
+    updates: int
+    reference_groups: int
+    blocks: int
+    stepped: int
+    held_out: int
+    held_out_samples: int
+    size: Size
+    change: float | None
+    probes: int = 16
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The gradient of the expected reward, in independent parts.
+
+    Attributes:
+        means: ``(B, size)`` float32, the mean gradient of each part's groups.
+        groups: how many groups are in each.
+    """
+
+    means: Tensor
+    groups: list[int]
+
+    @property
+    def gram(self) -> Tensor:
+        """``(B, B)`` float64, their inner products."""
+        return products(self.means, self.means)
+
+
+def measure_reference(
+    subject: Subject, prompts: Sequence[Prompt], plan: Plan, space: Space, folder: Path, advance: Callable[[], None]
+) -> Reference:
+    """The pathwise gradient over `plan.reference_groups` groups, from where an earlier process stopped.
+
+    Args:
+        prompts: held-out ones; their order is keyed, and they are taken again, with other noise, when all were.
+        folder: of the measurement; nothing else lies in it.
+        advance: called after each group.
+    """
+    blocks = min(plan.blocks, plan.reference_groups)
+    sums = torch.zeros(blocks, space.size, device=subject.generator.device)
+    groups = [0] * blocks
+    for block in range(blocks):
+        path = folder / f"reference-{block}.safetensors"
+        if path.is_file():
+            kept = load_file(path)
+            groups[block] = int(kept["groups"])
+            sums[block] = kept["sum"].to(sums.device)
+    for number in range(plan.reference_groups):
+        block = number % blocks
+        if groups[block] <= number // blocks:
+            (prompt,) = drawn_prompts(prompts, subject.seed, "reference", number, 1)
+            sums[block] += space(_pathwise(subject, number, prompt))
+            groups[block] += 1
+            with atomic_file(folder / f"reference-{block}.safetensors") as path:
+                save_file({"sum": sums[block].cpu(), "groups": torch.tensor(groups[block])}, path)
+        advance()
+    return Reference(sums / torch.tensor(groups, device=sums.device)[:, None], groups)
+
+
+def _pathwise(subject: Subject, number: int, prompt: Prompt) -> Tensor:
+    group, parameters = sample_group(subject, "reference", number, prompt), list(subject.parameters.values())
+    total = torch.zeros(subject.size, device=subject.generator.device)
+    for batch in group.batches:
+        found = reward_gradient(subject.generator, batch, subject.rewards, subject.weights)
+        swept = pathwise_gradients(
+            subject.generator, batch, subject.chain, subject.stochastic, parameters, found.latents
+        )
+        for _, own in swept:
+            total += flat(own) * (len(batch.rows) / subject.group_size)
+    if not bool(total.isfinite().all()):
+        raise MeterError(f"the gradient of the reward is not finite for a sample of {prompt.text!r}")
+    return total
+
+
+class HeldOut:
+    """The held-out samples: their reward under the weights as they are now, and how much a step changes the policy."""
+
+    def __init__(self, subject: Subject, prompts: Sequence[Prompt], plan: Plan) -> None:
+        count = min(plan.held_out, len(prompts))
+        self._subject, self._plan = subject, plan
+        self._prompts = drawn_prompts(prompts, subject.seed, "held-out", 0, count)
+        batches = self._sampled()
+        self.before = self._by_prompt(batches)
+        kept = -(-plan.probes // subject.micro_batch)
+        self.change = Change(subject, plan.size, batches[:kept])
+
+    def gains(self, step: Tensor) -> list[float]:
+        """Of each prompt, by how much its mean reward rises, with the same noise."""
+        with moved_by(list(self._subject.parameters.values()), step):
+            after = self._by_prompt(self._sampled())
+        gained: list[float] = (after - self.before).tolist()
+        return gained
+
+    def _sampled(self) -> list[Chains]:
+        return sample_chains(self._subject, "held-out", 0, self._prompts, self._plan.held_out_samples)
+
+    def _by_prompt(self, batches: Sequence[Chains]) -> Tensor:
+        return total_reward(self._subject, batches).reshape(len(self._prompts), -1).mean(dim=1)
+
+
+def measure_updates(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    placed: Placed,
+    directions: Directions,
+    plan: Plan,
+    space: Space,
+    reference: Reference | None,
+    folder: Path,
+    advance: Callable[[Sequence[Record]], None],
+) -> list[Record]:
+    """Every update's directions against the reference, and the rewards after a step along them.
+
+    Args:
+        prompts: training ones; their order is keyed.
+        held_out: whose rewards are compared.
+        placed: the sources.
+        directions: what steps are made of gradients.
+        space: a sketch keeps no signs and takes no steps: 'sgd' alone is measured then.
+        reference: None: no pathwise estimator.
+        folder: as of `measure_reference`.
+        advance: called after each update with the records so far.
+
+    Raises:
+        MeterError: the plan needs whole gradients and `space` is a sketch; or a gradient is not finite.
+    """
+    if not isinstance(space, Whole) and (plan.stepped or list(directions.kinds) != ["sgd"]):
+        raise MeterError(
+            "meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise it, name "
+            "fewer sources, or measure with meter.directions=[sgd] and meter.stepped=0"
+        )
+    records: list[Record] = []
+    tested: HeldOut | None = None
+    for number in range(plan.updates):
+        path = folder / f"update-{number}.json"
+        if path.is_file():
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            record, whole = _update(subject, prompts, placed, directions, plan, space, reference, number)
+            if number < plan.stepped:
+                tested = tested or HeldOut(subject, held_out, plan)
+                known = next((old["change"] for old in records if old.get("change")), plan.change)
+                _take_steps(record, whole, directions, tested, reference, known)
+            with atomic_file(path) as partial:
+                partial.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+            records.append(record)
+        advance(records)
+    return records
+
+
+def _update(
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    placed: Placed,
+    directions: Directions,
+    plan: Plan,
+    space: Space,
+    reference: Reference | None,
+    number: int,
+) -> tuple[Record, dict[str, Tensor]]:
+    first = number * plan.update_groups
+    chosen = drawn_prompts(prompts, subject.seed, "update", first, plan.update_groups)
+    groups = [sample_group(subject, "update", first + place, prompt) for place, prompt in enumerate(chosen)]
+    advantages = placed(groups)
+    whole = {name: torch.zeros(space.size, device=subject.generator.device) for name in advantages}
+    steps: dict[str, Record] = {name: {} for name in advantages}
+    for step in subject.stochastic:
+        own = _transition(subject, groups, advantages, step, space)
+        told = None if reference is None else products(list(own.values()), reference.means).tolist()
+        for row, (name, added) in enumerate(own.items()):
+            whole[name] += added
+            steps[name][str(step)] = {"norm": _length(added)} | ({} if told is None else {"products": told[row]})
+    sources: dict[str, Record] = {}
+    for name, gradient in whole.items():
+        if not bool(gradient.isfinite().all()):
+            raise MeterError(f"update {number}: the gradient of source {name!r} is not finite")
+        kinds = {kind: _against(directions(kind, gradient), reference) for kind in directions.kinds}
+        sources[name] = {"norm": _length(gradient), "kinds": kinds, "steps": steps[name]}
+    rewards = chain_rewards(subject, [batch for group in groups for batch in group.batches])
+    record = {
+        "update": number,
+        "prompts": [prompt.id for prompt in chosen],
+        "rewards": {name: _finite_mean(values) for name, values in rewards.items()},
+        "sources": sources,
+    }
+    return record, whole
+
+
+def _transition(
+    subject: Subject, groups: Sequence[Group], advantages: Mapping[str, Tensor], step: int, space: Space
+) -> dict[str, Tensor]:
+    """What one transition of all samples adds to the update's mean, by source."""
+    device, parameters = subject.generator.device, list(subject.parameters.values())
+    own = {name: torch.zeros(space.size, device=device) for name in advantages}
+    for position, group in enumerate(groups):
+        for batch in group.batches:
+            rows = [position * subject.group_size + row for row in batch.rows]
+            here = {
+                name: values[rows, step if values.shape[1] > 1 else 0].to(device) for name, values in advantages.items()
+            }
+            share = len(rows) / (subject.group_size * len(groups) * len(subject.stochastic))
+            found = update_gradients(
+                subject.generator,
+                batch,
+                subject.chain,
+                step,
+                parameters,
+                here,
+                channels=subject.channels,
+                density=subject.density,
+            )
+            for name, gradient in found:
+                own[name].add_(space(flat(gradient)), alpha=share)
+    return own
+
+
+def _against(direction: Tensor, reference: Reference | None) -> Record:
+    length = _length(direction)
+    if reference is None:
+        return {"length": length}
+    along = products(direction[None], reference.means)[0]
+    return {"length": length, "products": (along / length if length > 0 else torch.zeros_like(along)).tolist()}
+
+
+def _length(vector: Tensor) -> float:
+    return float(vector.double().norm())
+
+
+def _finite_mean(values: Tensor) -> float | None:
+    kept = values[values.isfinite()].double()
+    return float(kept.mean()) if len(kept) else None
+
+
+def _take_steps(
+    record: Record,
+    gradients: Mapping[str, Tensor],
+    directions: Directions,
+    tested: HeldOut,
+    reference: Reference | None,
+    known: float | None,
+) -> None:
+    """Add to the record what a step along each direction gains, and what the reference says that it would."""
+    if known is None:
+        first = next(iter(gradients.values()))
+        known = tested.change.of(directions.first_step(first)) if bool((first != 0).any()) else None
+    record["change"] = known
+    lengths: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        for kind, found in record["sources"][name]["kinds"].items():
+            direction = directions(kind, gradient)
+            scaled = None if known is None else tested.change.scaled(direction, known, lengths.get(kind))
+            if scaled is None:
+                found["step"] = {"gains": [0.0] * len(tested.before), "length": 0.0, "change": 0.0}
+                if reference is not None:
+                    found["step"]["predicted"] = [0.0] * len(reference.groups)
+                continue
+            step, change = scaled
+            lengths[kind] = _length(step)
+            found["step"] = {"gains": tested.gains(step), "length": lengths[kind], "change": change}
+            if reference is not None:
+                found["step"]["predicted"] = products(step[None], reference.means)[0].tolist()

@@ -1,0 +1,146 @@
+"""What is measured: a policy, what it is asked for, and what it is rewarded by."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vipo.credit.meter.gradients import Chains, MeterError
+from vipo.generators.base import Generator
+from vipo.generators.embeddings import stack_conditioning
+from vipo.prompts import Prompt
+from vipo.rewards import Reward, score
+from vipo.sampling.chain import Chain
+from vipo.sampling.noise import Key, keyed_generator
+from vipo.sampling.rollout import rollout
+from vipo.sampling.transitions import Channels, Density
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A policy and its expected reward, at one checkpoint.
+
+    Attributes:
+        generator: the policy; `parameters` of its network require gradients.
+        parameters: what a step would change, by name.
+        chain: of the training samples.
+        stochastic: its steps that draw noise, and so can be trained.
+        embeddings: conditioning by prompt id.
+        rewards, weights: by the name of their term.
+        seed: keys every draw.
+        group_size: samples of a prompt.
+        micro_batch: samples of a network call.
+        same_initial_noise: whether siblings begin at the same noise.
+        channels, density: of the log-probability.
+    """
+
+    generator: Generator
+    parameters: Mapping[str, nn.Parameter]
+    chain: Chain
+    stochastic: range
+    embeddings: dict[str, dict[str, Tensor]]
+    rewards: Mapping[str, Reward]
+    weights: Mapping[str, float]
+    seed: int
+    group_size: int
+    micro_batch: int
+    same_initial_noise: bool = True
+    channels: Channels = "mean"
+    density: Density = "gaussian"
+
+    @property
+    def size(self) -> int:
+        """P, how many numbers a step changes."""
+        return sum(value.numel() for value in self.parameters.values())
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt.
+
+    Attributes:
+        prompt: theirs.
+        number: which group of its purpose, from 0; with the purpose it keys the noise.
+        batches: in order.
+    """
+
+    prompt: Prompt
+    number: int
+    batches: Sequence[Chains]
+
+    @property
+    def clean(self) -> Tensor:
+        """``(G, C, [T,] H, W)``, the clean latents."""
+        return torch.cat([batch.trajectory.clean for batch in self.batches])
+
+
+Placed = Callable[[Sequence[Group]], Mapping[str, Tensor]]
+"""Of the groups of one update: by source, the signed advantages ``(N, S or 1, [T,] H, W)``.
+
+N are the samples of all groups in order, S the transitions of the chain, all steps but the last. The first source is
+what the others are compared with: GRPO."""
+
+
+def sample_group(subject: Subject, purpose: str, number: int, prompt: Prompt) -> Group:
+    """Sample one prompt `subject.group_size` times; every draw is keyed by purpose, number, prompt and sample."""
+    return Group(prompt, number, sample_chains(subject, purpose, number, [prompt], subject.group_size))
+
+
+def sample_chains(subject: Subject, purpose: str, number: int, prompts: Sequence[Prompt], each: int) -> list[Chains]:
+    """Sample every prompt `each` times, in the order (prompt, sample), in batches of `subject.micro_batch`."""
+    wanted = [(prompt, index) for prompt in prompts for index in range(each)]
+    batches = []
+    for start in range(0, len(wanted), subject.micro_batch):
+        chunk = wanted[start : start + subject.micro_batch]
+        conditioning = stack_conditioning(subject.embeddings, [prompt.id for prompt, _ in chunk])
+        keys: list[Key] = [(subject.seed, "meter", purpose, number, prompt.id) for prompt, _ in chunk]
+        initial: list[Key] = [
+            (*key, "initial", -1 if subject.same_initial_noise else index)
+            for key, (_, index) in zip(keys, chunk, strict=True)
+        ]
+        steps: list[Key] = [(*key, "step", index) for key, (_, index) in zip(keys, chunk, strict=True)]
+        trajectory = rollout(subject.generator, conditioning, subject.chain, subject.stochastic, initial, steps)
+        rows = tuple(range(start, start + len(chunk)))
+        texts, metadata = [prompt.text for prompt, _ in chunk], [prompt.metadata for prompt, _ in chunk]
+        batches.append(Chains(rows, conditioning, trajectory, texts, metadata))
+    return batches
+
+
+def drawn_prompts(prompts: Sequence[Prompt], seed: int, purpose: str, first: int, count: int) -> list[Prompt]:
+    """Prompts `first` to ``first + count - 1`` of an endless row of keyed permutations."""
+    chosen = []
+    for place in range(first, first + count):
+        number, index = divmod(place, len(prompts))
+        order = torch.randperm(len(prompts), generator=keyed_generator(seed, "meter", purpose, "prompts", number))
+        chosen.append(prompts[int(order[index])])
+    return chosen
+
+
+def chain_rewards(subject: Subject, batches: Sequence[Chains]) -> dict[str, Tensor]:
+    """Each term of the reward, ``(N,)`` float32 on the CPU; not finite where a sample has none."""
+    values: dict[str, list[Tensor]] = {name: [] for name in subject.rewards}
+    for batch in batches:
+        pictures = subject.generator.pictures(batch.trajectory.clean)
+        for name, reward in subject.rewards.items():
+            values[name].append(score(name, reward, pictures, batch.texts, batch.metadata))
+    return {name: torch.cat(parts) for name, parts in values.items()}
+
+
+def total_reward(subject: Subject, batches: Sequence[Chains]) -> Tensor:
+    """The weighted sum of the terms, ``(N,)`` float64.
+
+    Raises:
+        MeterError: it is not finite.
+    """
+    total: Tensor = torch.zeros((), dtype=torch.float64)
+    for name, values in chain_rewards(subject, batches).items():
+        if not bool(values.isfinite().all()):
+            texts = [text for batch in batches for text in batch.texts]
+            worst = texts[int((~values.isfinite()).nonzero()[0])]
+            raise MeterError(
+                f"reward {name!r} is not finite for a held-out sample of {worst!r}: a reward that is missing cannot be "
+                "compared before and after; mend it, or measure without it"
+            )
+        total = total + subject.weights[name] * values.double()
+    return total
