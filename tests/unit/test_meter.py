@@ -24,7 +24,7 @@ from vipo.sampling.chain import sampling_chain
 PROMPTS = [SimpleNamespace(id=f"p{i}", text=f"prompt {i}", metadata={}) for i in range(5)]
 HELD_OUT = [SimpleNamespace(id=f"h{i}", text=f"held-out {i}", metadata={}) for i in range(4)]
 PLAN = Plan(
-    update_groups=2, updates=6, reference_groups=6, blocks=3, stepped=2, held_out=3, held_out_samples=2, size="kl",
+    update_groups=2, updates=6, reference_batches=6, blocks=3, stepped=2, held_out=3, held_out_samples=2, size="kl",
     change=None,
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ def _measure(folder: Path, plan: Plan = PLAN, stop_after: int | None = None) -> 
             raise KeyboardInterrupt
 
     reference = (
-        measure_reference(subject, HELD_OUT, plan, space, folder, lambda: None) if plan.reference_groups else None
+        measure_reference(subject, HELD_OUT, plan, space, folder, lambda: None) if plan.reference_batches else None
     )
     records = measure_updates(
         subject,
@@ -152,7 +152,8 @@ def test_a_step_gains_what_the_gradient_predicts(tmp_path: Path) -> None:
     """Both estimators of one truth: on the held-out samples' own gradient, small steps gain what it says."""
     subject, plan = _subject(), Plan(2, 1, 0, 1, 1, 4, 4, "weights", 1e-3)
     tested = HeldOut(subject, HELD_OUT, plan)
-    batches = sample_chains(subject, "held-out", 0, drawn_prompts(HELD_OUT, 0, "held-out", 0, 4), 4)
+    chosen = drawn_prompts(HELD_OUT, 0, "held-out", 0, 4)
+    batches = sample_chains(subject, "held-out", 0, [(prompt, index) for prompt in chosen for index in range(4)])
     from vipo.credit.meter.gradients import flat, pathwise_gradients, reward_gradient
 
     gradient = torch.zeros(40)
@@ -187,7 +188,7 @@ def test_every_step_changes_the_policy_by_as_much(measured: tuple[list[Record], 
 
 def test_the_change_is_the_kl_divergence_of_the_transitions() -> None:
     subject = _subject()
-    batches = sample_chains(subject, "probe", 0, PROMPTS, 2)
+    batches = sample_chains(subject, "probe", 0, [(prompt, index) for prompt in PROMPTS for index in range(2)])
     step = 1e-2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
     squares, count = 0.0, 0
     for batch in batches:
@@ -226,7 +227,7 @@ def test_a_killed_measurement_resumes_to_the_same_numbers(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         _measure(tmp_path, stop_after=1)
-    # Also in the middle of the reference: two of six groups are lost.
+    # Also in the middle of the reference: two of six batches are lost.
     (tmp_path / "reference-1.safetensors").unlink()
     records, reference = _measure(tmp_path)
     assert json.dumps(records) == json.dumps(measured[0])
@@ -265,7 +266,7 @@ def test_a_sketch_takes_no_steps(tmp_path: Path) -> None:
 def test_the_table_and_the_json_say_what_was_found(measured: tuple[list[Record], object]) -> None:
     result = summarise(*measured)
     text = table(result, "kl")
-    assert "6 updates, 6 reference groups" in text
+    assert "6 updates, 6 reference batches" in text
     assert "oracle" in text
     assert "of 18 steps" in text.lower()
     assert "For a ratio to within 0.3" in text

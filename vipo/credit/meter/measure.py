@@ -44,7 +44,8 @@ class Plan:
     Attributes:
         update_groups: groups of one update, as in training.
         updates: how many updates' directions are measured.
-        reference_groups: groups of the pathwise reference; 0: the directional estimator alone.
+        reference_batches: of the pathwise reference, each of as many samples as a group has, of different prompts; 0:
+            the directional estimator alone.
         blocks: into how many parts the reference is kept, which are left out one at a time for its interval.
         stepped: of how many updates steps are taken (the directional estimator); 0: none.
         held_out, held_out_samples: prompts, and samples of each, whose reward is compared before and after a step.
@@ -55,7 +56,7 @@ class Plan:
 
     update_groups: int
     updates: int
-    reference_groups: int
+    reference_batches: int
     blocks: int
     stepped: int
     held_out: int
@@ -70,12 +71,12 @@ class Reference:
     """The gradient of the expected reward, in independent parts.
 
     Attributes:
-        means: ``(B, size)`` float32, the mean gradient of each part's groups.
-        groups: how many groups are in each.
+        means: ``(B, size)`` float32, the mean gradient of each part.
+        batches: how many batches are in each.
     """
 
     means: Tensor
-    groups: list[int]
+    batches: list[int]
 
     @property
     def gram(self) -> Tensor:
@@ -86,46 +87,49 @@ class Reference:
 def measure_reference(
     subject: Subject, prompts: Sequence[Prompt], plan: Plan, space: Space, folder: Path, advance: Callable[[], None]
 ) -> Reference:
-    """The pathwise gradient over `plan.reference_groups` groups, from where an earlier process stopped.
+    """The pathwise gradient over `plan.reference_batches`, from where an earlier process stopped.
 
     Args:
         prompts: held-out ones; their order is keyed, and they are taken again, with other noise, when all were.
         folder: of the measurement; nothing else lies in it.
-        advance: called after each group.
+        advance: called after each batch.
     """
-    blocks = min(plan.blocks, plan.reference_groups)
+    blocks = min(plan.blocks, plan.reference_batches)
     sums = torch.zeros(blocks, space.size, device=subject.generator.device)
-    groups = [0] * blocks
+    counts = [0] * blocks
     for block in range(blocks):
         path = folder / f"reference-{block}.safetensors"
         if path.is_file():
             kept = load_file(path)
-            groups[block] = int(kept["groups"])
+            counts[block] = int(kept["batches"])
             sums[block] = kept["sum"].to(sums.device)
-    for number in range(plan.reference_groups):
+    for number in range(plan.reference_batches):
         block = number % blocks
-        if groups[block] <= number // blocks:
-            (prompt,) = drawn_prompts(prompts, subject.seed, "reference", number, 1)
-            sums[block] += space(_pathwise(subject, number, prompt))
-            groups[block] += 1
+        if counts[block] <= number // blocks:
+            sums[block] += space(_pathwise(subject, prompts, number))
+            counts[block] += 1
             with atomic_file(folder / f"reference-{block}.safetensors") as path:
-                save_file({"sum": sums[block].cpu(), "groups": torch.tensor(groups[block])}, path)
+                save_file({"sum": sums[block].cpu(), "batches": torch.tensor(counts[block])}, path)
         advance()
-    return Reference(sums / torch.tensor(groups, device=sums.device)[:, None], groups)
+    return Reference(sums / torch.tensor(counts, device=sums.device)[:, None], counts)
 
 
-def _pathwise(subject: Subject, number: int, prompt: Prompt) -> Tensor:
-    group, parameters = sample_group(subject, "reference", number, prompt), list(subject.parameters.values())
+def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tensor:
+    parameters, size = list(subject.parameters.values()), subject.group_size
+    chosen = drawn_prompts(prompts, subject.seed, "reference", number * size, size)
+    # Not siblings: samples of other prompts and noise say more of the expected reward than those of one group.
+    batches = sample_chains(subject, "reference", number, list(zip(chosen, range(size), strict=True)))
     total = torch.zeros(subject.size, device=subject.generator.device)
-    for batch in group.batches:
+    for batch in batches:
         found = reward_gradient(subject.generator, batch, subject.rewards, subject.weights)
         swept = pathwise_gradients(
             subject.generator, batch, subject.chain, subject.stochastic, parameters, found.latents
         )
         for _, own in swept:
-            total += flat(own) * (len(batch.rows) / subject.group_size)
+            total.add_(flat(own), alpha=len(batch.rows) / size)
     if not bool(total.isfinite().all()):
-        raise MeterError(f"the gradient of the reward is not finite for a sample of {prompt.text!r}")
+        named = ", ".join(repr(prompt.text) for prompt in chosen)
+        raise MeterError(f"the gradient of the reward is not finite for one of the samples of {named}")
     return total
 
 
@@ -149,7 +153,8 @@ class HeldOut:
         return gained
 
     def _sampled(self) -> list[Chains]:
-        return sample_chains(self._subject, "held-out", 0, self._prompts, self._plan.held_out_samples)
+        wanted = [(prompt, index) for prompt in self._prompts for index in range(self._plan.held_out_samples)]
+        return sample_chains(self._subject, "held-out", 0, wanted)
 
     def _by_prompt(self, batches: Sequence[Chains]) -> Tensor:
         return total_reward(self._subject, batches).reshape(len(self._prompts), -1).mean(dim=1)
@@ -310,7 +315,7 @@ def _take_steps(
             if scaled is None:
                 found["step"] = {"gains": [0.0] * len(tested.before), "length": 0.0, "change": 0.0}
                 if reference is not None:
-                    found["step"]["predicted"] = [0.0] * len(reference.groups)
+                    found["step"]["predicted"] = [0.0] * len(reference.batches)
                 continue
             step, change = scaled
             lengths[kind] = _length(step)

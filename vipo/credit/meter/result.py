@@ -75,14 +75,14 @@ class Needed:
 
     Attributes:
         source, kind: of the ratio with the widest interval.
-        updates, reference_groups: in all, not in addition.
+        updates, reference_batches: in all, not in addition.
     """
 
     width: float
     source: str
     kind: str
     updates: int
-    reference_groups: int
+    reference_batches: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Result:
 
     Attributes:
         first: the source that the others are compared with.
-        updates, reference_groups, stepped: how much was measured.
+        updates, reference_batches, stepped: how much was measured.
         reliability: mean cosine of the two halves of the reference; None without one.
         reference_length: length of the gradient of the expected reward, its noise taken out; None where it is lost in
             that noise.
@@ -104,7 +104,7 @@ class Result:
 
     first: str
     updates: int
-    reference_groups: int
+    reference_batches: int
     stepped: int
     reliability: float | None
     reference_length: float | None
@@ -138,7 +138,7 @@ def summarise(
     stepped = [record for record in records if "step" in record["sources"][names[0]]["kinds"][kinds[0]]]
     pathwise, steps, reliability, length = [], [], None, None
     if reference is not None:
-        gram, groups = reference.gram.numpy(), [float(count) for count in reference.groups]
+        gram, groups = reference.gram.numpy(), [float(count) for count in reference.batches]
         reliability, square = split_reliability(gram), squared_norm(gram, np.asarray(groups))
         length = math.sqrt(square) if square > 0 else None
         values = _gathered(records, pairs, lambda found: found["products"])
@@ -151,7 +151,7 @@ def summarise(
     return Result(
         names[0],
         len(records),
-        0 if reference is None else sum(reference.groups),
+        0 if reference is None else sum(reference.batches),
         len(stepped),
         reliability,
         length,
@@ -233,7 +233,7 @@ def _agreement(
 ) -> Agreement | None:
     if reference is None or not stepped:
         return None
-    weights = np.asarray(reference.groups, dtype=np.float64)
+    weights = np.asarray(reference.batches, dtype=np.float64)
     found = _gathered(stepped, pairs, lambda own: own["step"]["gains"]).mean(axis=-1).reshape(-1)
     predicted = _gathered(stepped, pairs, lambda own: own["step"]["predicted"]) @ (weights / weights.sum())
     predicted = predicted.reshape(-1)
@@ -259,7 +259,7 @@ def _needed(
         return None
     factor, widest = max(factors, key=lambda pair: pair[0])
     return Needed(
-        width, widest.source, widest.kind, math.ceil(factor * updates), math.ceil(factor * sum(reference.groups))
+        width, widest.source, widest.kind, math.ceil(factor * updates), math.ceil(factor * sum(reference.batches))
     )
 
 

@@ -31,7 +31,7 @@ class Subject:
         seed: keys every draw.
         group_size: samples of a prompt.
         micro_batch: samples of a network call.
-        same_initial_noise: whether siblings begin at the same noise.
+        same_initial_noise: whether the samples of a group begin at the same noise.
         channels, density: of the log-probability.
     """
 
@@ -83,23 +83,41 @@ what the others are compared with: GRPO."""
 
 
 def sample_group(subject: Subject, purpose: str, number: int, prompt: Prompt) -> Group:
-    """Sample one prompt `subject.group_size` times; every draw is keyed by purpose, number, prompt and sample."""
-    return Group(prompt, number, sample_chains(subject, purpose, number, [prompt], subject.group_size))
+    """Sample one prompt `subject.group_size` times, as an update does.
+
+    Args:
+        purpose, number: with the prompt and the sample, they key every draw.
+    """
+    wanted = [(prompt, index) for index in range(subject.group_size)]
+    batches = sample_chains(subject, purpose, number, wanted, same_initial_noise=subject.same_initial_noise)
+    return Group(prompt, number, batches)
 
 
-def sample_chains(subject: Subject, purpose: str, number: int, prompts: Sequence[Prompt], each: int) -> list[Chains]:
-    """Sample every prompt `each` times, in the order (prompt, sample), in batches of `subject.micro_batch`."""
-    wanted = [(prompt, index) for prompt in prompts for index in range(each)]
+def sample_chains(
+    subject: Subject,
+    purpose: str,
+    number: int,
+    wanted: Sequence[tuple[Prompt, int]],
+    *,
+    same_initial_noise: bool = False,
+) -> list[Chains]:
+    """Sample prompts, in batches of `subject.micro_batch`.
+
+    Args:
+        purpose, number: key of the draws, beside each prompt and sample.
+        wanted: prompts and which sample of theirs, in order; no pair twice.
+        same_initial_noise: whether the samples of a prompt begin at the same noise.
+    """
     batches = []
     for start in range(0, len(wanted), subject.micro_batch):
         chunk = wanted[start : start + subject.micro_batch]
         conditioning = stack_conditioning(subject.embeddings, [prompt.id for prompt, _ in chunk])
-        keys: list[Key] = [(subject.seed, "meter", purpose, number, prompt.id) for prompt, _ in chunk]
-        initial: list[Key] = [
-            (*key, "initial", -1 if subject.same_initial_noise else index)
-            for key, (_, index) in zip(keys, chunk, strict=True)
-        ]
-        steps: list[Key] = [(*key, "step", index) for key, (_, index) in zip(keys, chunk, strict=True)]
+        initial: list[Key] = []
+        steps: list[Key] = []
+        for prompt, index in chunk:
+            key = (subject.seed, "meter", purpose, number, prompt.id)
+            initial.append((*key, "initial", -1 if same_initial_noise else index))
+            steps.append((*key, "step", index))
         trajectory = rollout(subject.generator, conditioning, subject.chain, subject.stochastic, initial, steps)
         rows = tuple(range(start, start + len(chunk)))
         texts, metadata = [prompt.text for prompt, _ in chunk], [prompt.metadata for prompt, _ in chunk]

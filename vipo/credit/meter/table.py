@@ -16,7 +16,7 @@ def table(result: Result, size: str) -> str:
     if result.pathwise:
         lines += [
             f"pathwise: cosine of one update's direction with the gradient of the expected reward "
-            f"({result.updates} updates, {result.reference_groups} reference groups)",
+            f"({result.updates} updates, {result.reference_batches} reference batches)",
             *_rows(result.pathwise, result.first, "cosine"),
             "",
         ]
@@ -60,13 +60,14 @@ def _steps(result: Result) -> list[str]:
 
 def _notes(result: Result) -> list[str]:
     notes = ["± is half of the 95 % interval (jackknife over updates and reference units)."]
-    base = [along for along in (*result.pathwise, *result.directional) if along.source == result.first]
-    weak = [along.kind for along in base if not along.value.tells_sign]
-    if weak:
-        notes.append(
-            f"{result.first} itself cannot be told from zero ({', '.join(dict.fromkeys(weak))}): no ratio to it says "
-            "anything yet; measure more groups."
-        )
+    for name, found in (("pathwise", result.pathwise), ("directional", result.directional)):
+        own = [along for along in found if along.source == result.first]
+        weak = [along.kind for along in own if along.value.error is not None and not along.value.tells_sign]
+        if weak:
+            notes.append(
+                f"{result.first} itself cannot be told from zero ({name}: {', '.join(weak)}), so a ratio to it says "
+                "nothing yet; measure more."
+            )
     if result.reliability is not None:
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
     if result.agreement is not None:
@@ -78,7 +79,7 @@ def _notes(result: Result) -> list[str]:
         needed = result.needed
         notes.append(
             f"For a ratio to within {needed.width:g} ({needed.source}, {needed.kind}): about {needed.updates} updates "
-            f"and {needed.reference_groups} reference groups."
+            f"and {needed.reference_batches} reference batches."
         )
     return notes
 
