@@ -154,18 +154,18 @@ def test_a_step_gains_what_the_gradient_predicts(tmp_path: Path) -> None:
     tested = HeldOut(subject, HELD_OUT, plan)
     chosen = drawn_prompts(HELD_OUT, 0, "held-out", 0, 4)
     batches = sample_chains(subject, "held-out", 0, [(prompt, index) for prompt in chosen for index in range(4)])
-    from vipo.credit.meter.gradients import flat, pathwise_gradients, reward_gradient
+    from vipo.credit.meter.gradients import flat, pathwise_gradients, total_gradient
 
     gradient = torch.zeros(40)
     for batch in batches:
-        given = reward_gradient(subject.generator, batch, subject.rewards, subject.weights)
+        given = total_gradient(subject.generator, batch, subject.rewards, subject.weights)
         for _, own in pathwise_gradients(
             subject.generator,
             batch,
             subject.chain,
             subject.stochastic,
             list(subject.parameters.values()),
-            given.latents,
+            given,
         ):
             gradient += flat(own) * len(batch.rows) / 16
     for direction in (gradient, torch.randn(40, generator=torch.Generator().manual_seed(0))):

@@ -8,13 +8,13 @@ from toy_generator import ToyGenerator, left_redness
 from vipo.config.sampling import SamplingConfig
 from vipo.credit.meter.gradients import (
     Chains,
-    MeterError,
     flat,
     pathwise_gradients,
-    reward_gradient,
+    total_gradient,
     update_gradients,
 )
 from vipo.credit.meter.space import CountSketch, Whole, choose_space, products
+from vipo.credit.source import CreditError
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
@@ -37,9 +37,9 @@ def _sampled(generator: ToyGenerator, chain: Chain, count: int = 4, stochastic: 
 def _pathwise(
     generator: ToyGenerator, chains: Chains, chain: Chain, stochastic: range = STOCHASTIC
 ) -> dict[int, Tensor]:
-    found = reward_gradient(generator, chains, REWARDS, WEIGHTS)
+    found = total_gradient(generator, chains, REWARDS, WEIGHTS)
     parameters = list(generator.network.parameters())
-    swept = pathwise_gradients(generator, chains, chain, stochastic, parameters, found.latents)
+    swept = pathwise_gradients(generator, chains, chain, stochastic, parameters, found)
     return {step: flat(own) for step, own in swept}
 
 
@@ -152,13 +152,13 @@ def test_score_function_and_pathwise_gradients_agree() -> None:
 def test_what_hands_no_gradient_on_is_named() -> None:
     generator, chain = ToyGenerator(), _chain()
     chains = _sampled(generator, chain)
-    with pytest.raises(MeterError, match="'steps' has no gradient"):
-        reward_gradient(
+    with pytest.raises(CreditError, match="'steps' has no gradient"):
+        total_gradient(
             generator, chains, {"steps": lambda images, *_: images.detach().mean(dim=(1, 2, 3))}, {"steps": 1}
         )
     generator.decode = torch.no_grad()(generator.decode)
-    with pytest.raises(MeterError, match="decode cuts"):
-        reward_gradient(generator, chains, REWARDS, WEIGHTS)
+    with pytest.raises(CreditError, match="decode cuts"):
+        total_gradient(generator, chains, REWARDS, WEIGHTS)
 
 
 def test_a_sketch_keeps_inner_products_within_its_stated_error() -> None:

@@ -1,16 +1,21 @@
-"""Contrast: an advantage goes where a sample differs from the other samples of its prompt.
+"""The source `contrast`: an advantage goes where a sample differs from the other samples of its prompt.
 
 Siblings that agree at a position cannot owe their different rewards to it. No backbone, no decoded picture, no sign to
 choose and no call of the network: the clean latents of the group are all that is read. With the same initial noise in a
 group what is left between siblings is what the chain's own noise made of them, which is what was rewarded.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vipo.config.credit import ContrastCreditConfig
+from vipo.credit.source import Context, CreditError, CreditSource, Samples, Weights
+from vipo.perception import Backbone, load_backbone
 from vipo.perception.allocator import resize
 
 Scope = Literal["sample", "group"]
@@ -18,6 +23,52 @@ Normalization = Literal["mean", "minmax"]
 
 # Of the group's own root mean square: below it, what differs is the rounding of another batch layout.
 _AGREES = 1e-6
+
+
+class ContrastCredit(CreditSource):
+    """Where siblings differ, in their clean latents or in a backbone's features of their pictures."""
+
+    options: ContrastCreditConfig
+    backbone: Backbone | None = None
+
+    def set_up(self, context: Context) -> None:
+        """Load the backbone whose features are compared, where it is features.
+
+        Raises:
+            CreditError: of features, the generator makes videos.
+            PerceptionError: the backbone cannot be loaded.
+        """
+        if self.options.of == "latents":
+            return
+        if context.generator.frame_groups is not None:
+            raise CreditError(
+                "credit source 'contrast' compares features of pictures, and this generator makes videos; set "
+                "of: latents in credit.sources"
+            )
+        self.backbone = load_backbone(context.perception, context.generator.config.device, context.root)
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        """The backbone's weights, where one is read and they are not its package's own."""
+        source = None if self.backbone is None else self.backbone.source
+        return {} if source is None else {"contrast": source}
+
+    def __call__(self, samples: Samples) -> Weights:
+        """The weights; of a sample that agrees with its siblings everywhere, 0 everywhere."""
+        if self.backbone is None:
+            values = samples.clean
+        else:
+            values = torch.cat([self.backbone(pictures) for pictures in samples.pieces()])
+        found = group_contrast(
+            values,
+            samples.groups,
+            scope=self.options.scope,
+            normalize=self.options.normalize,
+            exponent=self.options.exponent,
+            size=samples.grid,
+            among=(samples.gather(values), samples.gather(samples.groups)),
+        )
+        return Weights(found.weights, mean_one=self.options.normalize == "mean")
 
 
 @dataclass(frozen=True)

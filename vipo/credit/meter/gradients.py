@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vipo.credit.reward import differentiated, reward_gradient
 from vipo.errors import VipoError
 from vipo.generators.base import Conditioning, Generator
 from vipo.rewards import Reward
@@ -41,43 +42,22 @@ class Chains:
     metadata: Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class RewardGradient:
-    """``values`` ``(B,)`` of the weighted reward, and its gradient by each sample's own `latents`, like them."""
-
-    values: Tensor
-    latents: Tensor
-
-
-def reward_gradient(
+def total_gradient(
     generator: Generator, chains: Chains, rewards: Mapping[str, Reward], weights: Mapping[str, float]
-) -> RewardGradient:
-    """The weighted sum of rewards of the decoded clean latents, and its gradient back to them.
+) -> Tensor:
+    """Of each sample's weighted sum of rewards, the gradient by its clean latents, like them.
 
     Args:
         rewards, weights: by the name of their term.
 
     Raises:
-        MeterError: a reward, or the decoder, hands no gradient on.
+        CreditError: a reward, or the decoder, hands no gradient on.
     """
-    with torch.enable_grad():
-        clean = chains.trajectory.clean.detach().requires_grad_(True)
-        pictures = generator.pictures(clean, gradient=True)
-        if not pictures.requires_grad:
-            raise MeterError(
-                f"generator.family {generator.config.family!r}: its decode cuts the gradient (torch.no_grad), so the "
-                "gradient of the reward is not known; take the directional estimator alone"
-            )
-        total = torch.zeros(len(clean), device=clean.device)
-        for name, reward in rewards.items():
-            values = reward(pictures, chains.texts, chains.metadata)
-            if not (isinstance(values, Tensor) and values.requires_grad):
-                raise MeterError(
-                    f"reward {name!r} has no gradient by the picture: take the directional estimator alone"
-                )
-            total = total + weights[name] * values
-        (gradient,) = torch.autograd.grad(total.sum(), clean)
-    return RewardGradient(total.detach(), gradient)
+    total = torch.zeros_like(chains.trajectory.clean)
+    for name, reward in rewards.items():
+        placed = differentiated(name, reward, chains.texts, chains.metadata)
+        total += weights[name] * reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")[1]
+    return total
 
 
 def pathwise_gradients(

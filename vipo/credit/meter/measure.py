@@ -16,7 +16,7 @@ from vipo.credit.meter.gradients import (
     MeterError,
     flat,
     pathwise_gradients,
-    reward_gradient,
+    total_gradient,
     update_gradients,
 )
 from vipo.credit.meter.space import Space, Whole, products
@@ -121,10 +121,8 @@ def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tenso
     batches = sample_chains(subject, "reference", number, list(zip(chosen, range(size), strict=True)))
     total = torch.zeros(subject.size, device=subject.generator.device)
     for batch in batches:
-        found = reward_gradient(subject.generator, batch, subject.rewards, subject.weights)
-        swept = pathwise_gradients(
-            subject.generator, batch, subject.chain, subject.stochastic, parameters, found.latents
-        )
+        by_clean = total_gradient(subject.generator, batch, subject.rewards, subject.weights)
+        swept = pathwise_gradients(subject.generator, batch, subject.chain, subject.stochastic, parameters, by_clean)
         for _, own in swept:
             total.add_(flat(own), alpha=len(batch.rows) / size)
     if not bool(total.isfinite().all()):

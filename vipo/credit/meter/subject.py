@@ -1,12 +1,14 @@
 """What is measured: a policy, what it is asked for, and what it is rewarded by."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vipo.credit.meter.gradients import Chains, MeterError
+from vipo.credit.source import CreditSource
 from vipo.generators.base import Generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.prompts import Prompt
@@ -33,6 +35,7 @@ class Subject:
         micro_batch: samples of a network call.
         same_initial_noise: whether the samples of a group begin at the same noise.
         channels, density: of the log-probability.
+        watching: sources by name, which are told of every batch of an update's samples that is drawn.
     """
 
     generator: Generator
@@ -48,6 +51,7 @@ class Subject:
     same_initial_noise: bool = True
     channels: Channels = "mean"
     density: Density = "gaussian"
+    watching: Mapping[str, CreditSource] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -63,11 +67,13 @@ class Group:
         prompt: theirs.
         number: which group of its purpose, from 0; with the purpose it keys the noise.
         batches: in order.
+        seen: of each source that watched, what it gave for each batch.
     """
 
     prompt: Prompt
     number: int
     batches: Sequence[Chains]
+    seen: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def clean(self) -> Tensor:
@@ -88,9 +94,18 @@ def sample_group(subject: Subject, purpose: str, number: int, prompt: Prompt) ->
     Args:
         purpose, number: with the prompt and the sample, they key every draw.
     """
-    wanted = [(prompt, index) for index in range(subject.group_size)]
-    batches = sample_chains(subject, purpose, number, wanted, same_initial_noise=subject.same_initial_noise)
-    return Group(prompt, number, batches)
+    batches: list[Chains] = []
+    seen: dict[str, list[Any]] = {name: [] for name in subject.watching}
+    for start in range(0, subject.group_size, subject.micro_batch):
+        rows = range(start, min(subject.group_size, start + subject.micro_batch))
+        for source in subject.watching.values():
+            source.before_rollout(subject.generator)
+        wanted = [(prompt, index) for index in rows]
+        (batch,) = sample_chains(subject, purpose, number, wanted, same_initial_noise=subject.same_initial_noise)
+        for name, source in subject.watching.items():
+            seen[name].append(source.after_rollout(subject.generator))
+        batches.append(replace(batch, rows=tuple(rows)))
+    return Group(prompt, number, batches, seen)
 
 
 def sample_chains(
