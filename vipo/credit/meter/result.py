@@ -59,12 +59,13 @@ class Agreement:
     """Gains that the pathwise gradient predicts of the very steps that were taken, against those found.
 
     Attributes:
-        slope: mean found by mean predicted gain; 1 where both estimators agree and the step is small enough.
+        slope: mean found by mean predicted gain; 1 where both estimators agree: the step is small, and the reward has no
+            jumps, which gradients do not see.
         correlation: over updates, sources and kinds.
         steps: how many.
     """
 
-    slope: float
+    slope: Estimate
     correlation: float
     steps: int
 
@@ -158,7 +159,7 @@ def summarise(
         pathwise,
         directional,
         steps,
-        _agreement(stepped, pairs, reference),
+        _agreement(stepped, pairs, reference, confidence),
         next((record["change"] for record in stepped if record["change"] is not None), None),
         _needed(pathwise, names[0], len(records), reference, width, confidence),
     )
@@ -229,17 +230,24 @@ def _by_step(
 
 
 def _agreement(
-    stepped: Sequence[Record], pairs: Sequence[tuple[str, str]], reference: Reference | None
+    stepped: Sequence[Record], pairs: Sequence[tuple[str, str]], reference: Reference | None, confidence: float
 ) -> Agreement | None:
     if reference is None or not stepped:
         return None
+    gains = _gathered(stepped, pairs, lambda own: own["step"]["gains"]).mean(axis=-1)
+    predicted = _gathered(stepped, pairs, lambda own: own["step"]["predicted"])
+
+    def slope(updates: Array, units: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio: Array = (gains.mean(axis=0) @ updates) / mean_over(predicted.mean(axis=0), updates, units)
+        return np.atleast_1d(ratio)
+
     weights = np.asarray(reference.batches, dtype=np.float64)
-    found = _gathered(stepped, pairs, lambda own: own["step"]["gains"]).mean(axis=-1).reshape(-1)
-    predicted = _gathered(stepped, pairs, lambda own: own["step"]["predicted"]) @ (weights / weights.sum())
-    predicted = predicted.reshape(-1)
-    if predicted.mean() == 0 or predicted.std() == 0 or found.std() == 0:
+    foreseen = (predicted @ (weights / weights.sum())).reshape(-1)
+    if foreseen.std() == 0 or gains.std() == 0:
         return None
-    return Agreement(float(found.mean() / predicted.mean()), float(np.corrcoef(found, predicted)[0, 1]), len(found))
+    correlation = float(np.corrcoef(gains.reshape(-1), foreseen)[0, 1])
+    return Agreement(jackknife(slope, len(stepped), weights.tolist(), confidence)[0], correlation, len(foreseen))
 
 
 def _needed(

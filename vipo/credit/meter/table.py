@@ -72,8 +72,8 @@ def _notes(result: Result) -> list[str]:
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
     if result.agreement is not None:
         notes.append(
-            f"Of {result.agreement.steps} steps, the gain found is {result.agreement.slope:.2f} times what the "
-            f"pathwise gradient predicts; correlation {result.agreement.correlation:.2f}."
+            f"Over {result.agreement.steps} steps, the gain found is {_shown(result.agreement.slope, 2)} times what the "
+            f"pathwise gradient predicts (1: both estimators agree); correlation {result.agreement.correlation:.2f}."
         )
     if result.needed is not None:
         needed = result.needed
