@@ -29,7 +29,8 @@ class ToyGenerator(Generator):
     def __init__(self, precision: str = "fp32") -> None:
         self.latent_shape = (2, 4, 4)
         self.device = torch.device("cpu")
-        self.config = type("Config", (), {"precision": precision, "family": "toy", "sample_shape": (3, 8, 8)})()
+        settings = {"precision": precision, "family": "toy", "sample_shape": (3, 8, 8), "device": "cpu"}
+        self.config = type("Config", (), settings)()
         self.network = ToyNetwork()
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

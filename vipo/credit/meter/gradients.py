@@ -16,7 +16,7 @@ from vipo.errors import VipoError
 from vipo.generators.base import Conditioning, Generator
 from vipo.rewards import Reward
 from vipo.sampling.chain import Chain
-from vipo.sampling.rollout import Trajectory, policy_transition
+from vipo.sampling.rollout import Trajectory
 from vipo.sampling.transitions import Channels, Density, position_log_prob
 
 
@@ -123,10 +123,10 @@ def update_gradients(
         The source, and its gradient, one tensor a parameter.
     """
     with torch.enable_grad():
-        moved = policy_transition(
-            generator, chains.conditioning, chains.trajectory, _everywhere(step, chains.trajectory.clean), chain
-        )
-        log_prob = position_log_prob(moved.value, moved.mean, moved.std, channels, density)
+        latents, following = (chains.trajectory.latents[:, place] for place in (step, step + 1))
+        prediction = generator.predict(latents, chain.times[step].expand(len(latents)), chains.conditioning)
+        mean, std = chain.gaussian(latents, prediction, _everywhere(step, latents))
+        log_prob = position_log_prob(following, mean, std, channels, density)
         last = list(advantages)[-1]
         for name, own in advantages.items():
             pull = own.expand_as(log_prob) / log_prob.numel()

@@ -59,8 +59,8 @@ class Agreement:
     """Gains that the pathwise gradient predicts of the very steps that were taken, against those found.
 
     Attributes:
-        slope: mean found by mean predicted gain; 1 where both estimators agree: the step is small, and the reward has no
-            jumps, which gradients do not see.
+        slope: mean found by mean predicted gain; 1 where both estimators agree: the step is small, and the reward has
+            no jumps, which gradients do not see.
         correlation: over updates, sources and kinds.
         steps: how many.
     """

@@ -71,9 +71,10 @@ def _notes(result: Result) -> list[str]:
     if result.reliability is not None:
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
     if result.agreement is not None:
+        slope = _shown(result.agreement.slope, 2)
         notes.append(
-            f"Over {result.agreement.steps} steps, the gain found is {_shown(result.agreement.slope, 2)} times what the "
-            f"pathwise gradient predicts (1: both estimators agree); correlation {result.agreement.correlation:.2f}."
+            f"Over {result.agreement.steps} steps, the gain found is {slope} times what the pathwise gradient predicts "
+            f"(1: both estimators agree); correlation {result.agreement.correlation:.2f}."
         )
     if result.needed is not None:
         needed = result.needed
