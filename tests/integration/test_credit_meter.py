@@ -109,16 +109,23 @@ def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides:
     text = _measure(results, overrides, "experiment.meter.reference=0", "experiment.meter.updates=1")
     assert "directional" in text
     assert "pathwise:" not in text
-    with pytest.raises(Exception, match="reward 'scene' has no gradient by the picture"):
+    with pytest.raises(MeterError, match=r"'scene' has no gradient by the picture; set experiment\.meter\.reference=0"):
         _measure(results, overrides)
 
 
-def test_lora_is_measured_by_its_own_weights(results: Path, tiny_overrides: list[str]) -> None:
-    text = _measure(
-        results, tiny_overrides, "training.lora={rank: 2, alpha: 2.0}", "experiment.meter.memory_mb=1",
-        "experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1",
-    )  # fmt: skip
-    assert "1 updates, 2 reference batches" in text
+def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
+    results: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
+    lora = _measure(results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1", "training.lora={rank: 2, alpha: 2.0}")
+    assert "1 updates, 2 reference batches" in lora
+    assert "whole gradients: 14 of" in caplog.text
+    sketched = _measure(results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1")
+    assert "1 updates, 2 reference batches" in sketched
+    assert "are sketched to" in caplog.text
+    with pytest.raises(MeterError, match="memory_mb"):
+        _measure(results, tiny_overrides, *cheap[:1], cheap[2], "experiment.meter.memory_mb=1")
 
 
 def test_what_cannot_be_compared_is_named(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from toy_generator import ToyGenerator, left_redness
 from vipo.config.sampling import SamplingConfig
 from vipo.credit.meter.gradients import (
     Chains,
+    MeterError,
     flat,
     pathwise_gradients,
     total_gradient,
     update_gradients,
 )
 from vipo.credit.meter.space import CountSketch, Whole, choose_space, products
-from vipo.credit.source import CreditError
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
@@ -152,12 +152,12 @@ def test_score_function_and_pathwise_gradients_agree() -> None:
 def test_what_hands_no_gradient_on_is_named() -> None:
     generator, chain = ToyGenerator(), _chain()
     chains = _sampled(generator, chain)
-    with pytest.raises(CreditError, match="'steps' has no gradient"):
+    with pytest.raises(MeterError, match="'steps' has no gradient"):
         total_gradient(
             generator, chains, {"steps": lambda images, *_: images.detach().mean(dim=(1, 2, 3))}, {"steps": 1}
         )
     generator.decode = torch.no_grad()(generator.decode)
-    with pytest.raises(CreditError, match="decode cuts"):
+    with pytest.raises(MeterError, match="decode cuts"):
         total_gradient(generator, chains, REWARDS, WEIGHTS)
 
 

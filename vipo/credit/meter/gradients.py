@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vipo.credit.reward import differentiated, reward_gradient
+from vipo.credit.source import CreditError
 from vipo.errors import VipoError
 from vipo.generators.base import Conditioning, Generator
 from vipo.rewards import Reward
@@ -51,12 +52,16 @@ def total_gradient(
         rewards, weights: by the name of their term.
 
     Raises:
-        CreditError: a reward, or the decoder, hands no gradient on.
+        MeterError: a reward, or the decoder, hands no gradient on.
     """
     total = torch.zeros_like(chains.trajectory.clean)
     for name, reward in rewards.items():
         placed = differentiated(name, reward, chains.texts, chains.metadata)
-        total += weights[name] * reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")[1]
+        try:
+            _, own = reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")
+        except CreditError as error:
+            raise MeterError(f"{error}; set experiment.meter.reference=0 for the directional estimator alone") from error
+        total += weights[name] * own
     return total
 
 
