@@ -118,7 +118,9 @@ def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
 ) -> None:
     caplog.set_level("INFO")
     cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
-    lora = _measure(results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1", "training.lora={rank: 2, alpha: 2.0}")
+    lora = _measure(
+        results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1", "training.lora={rank: 2, alpha: 2.0}"
+    )
     assert "1 updates, 2 reference batches" in lora
     assert "whole gradients: 14 of" in caplog.text
     sketched = _measure(results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1")

@@ -158,6 +158,6 @@ class Change:
                 break
             factor *= target / found
         raise MeterError(
-            f"experiment.meter.change {target:g}: no step along this direction changes the policy by that much ({self.size}); "
-            "give a smaller one"
+            f"experiment.meter.change {target:g}: no step along this direction changes the policy by that much "
+            f"({self.size}); give a smaller one"
         )

@@ -60,7 +60,9 @@ def total_gradient(
         try:
             _, own = reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")
         except CreditError as error:
-            raise MeterError(f"{error}; set experiment.meter.reference=0 for the directional estimator alone") from error
+            raise MeterError(
+                f"{error}; set experiment.meter.reference=0 for the directional estimator alone"
+            ) from error
         total += weights[name] * own
     return total
 

@@ -187,8 +187,8 @@ def measure_updates(
     """
     if not isinstance(space, Whole) and (plan.stepped or list(directions.kinds) != ["sgd"]):
         raise MeterError(
-            "experiment.meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise it, "
-            "name fewer arms, or set experiment.meter.directions=[sgd] and experiment.meter.stepped=0"
+            "experiment.meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise "
+            "it, name fewer arms, or set experiment.meter.directions=[sgd] and experiment.meter.stepped=0"
         )
     records: list[Record] = []
     tested: HeldOut | None = None
