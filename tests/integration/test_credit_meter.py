@@ -1,13 +1,16 @@
 """`vipo credit` on the tiny generator: what it writes, that it resumes, and what it refuses."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from vipo.cli import app
 from vipo.config.compose import ConfigError, load_config, repository_root
 from vipo.config.experiment import configured_arms
 from vipo.config.run import Config
@@ -179,3 +182,24 @@ def test_arms_of_contrast_train(prepared: Path, tiny_overrides: list[str]) -> No
         metrics = update(set_up(load_config([*tiny_overrides, f"arm={arm}"]), ROOT, prepared / "demo"), 1)
         assert metrics["map/mean"] == pytest.approx(1, rel=1e-5)
         assert 0 < metrics["map/entropy"] < 1
+
+
+def test_the_pages_commands(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """docs/credit.md as it stands, on the tiny generator and with less of everything."""
+    page = (ROOT / "docs/credit.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("vipo credit ")]
+    assert len(commands) == 3
+    generator = load_generator(load_config(tiny_overrides).generator, ROOT)
+    kept = shutil.copytree(results, tmp_path / "results")
+    (weights := kept / "demo/runs/grpo-s0/weights").mkdir(parents=True)
+    generator.save_network(weights)
+    less = ["updates=1", "reference=2", "stepped=1", "held_out=2", "change=1.0e-3", "directions=[sgd]"]
+    for _, _, *given in commands:
+        own = [text for text in given if text != "experiment=demo"]
+        named = {text.partition("=")[0] for text in own}
+        rest = [text for text in (f"experiment.meter.{end}" for end in less) if text.partition("=")[0] not in named]
+        own = [str(weights) if text == "results/demo/runs/grpo-s0/weights" else text for text in own]
+        done = CliRunner().invoke(app, ["credit", *tiny_overrides, *rest, *own, "--results", str(kept)])
+        assert done.exit_code == 0, done.output
+        assert "ratio to grpo" in done.output
+    assert {path.name for path in (kept / "demo/credit").iterdir()} == {"base", "grpo-s0"}
