@@ -330,7 +330,12 @@ def credit_stage(
 
     Returns:
         The table, and where the files are.
+
+    Raises:
+        MeterError: what cannot be measured as asked.
+        Others: as of training.
     """
+    from vipo.credit.meter.gradients import MeterError
     from vipo.credit.meter.table import table
     from vipo.evaluation.meter import measure_credit, write_result
     from vipo.generators.base import check_device
@@ -338,6 +343,8 @@ def credit_stage(
     from vipo.provenance.files import atomic_file
     from vipo.reporting.credit import draw_credit
 
+    if weights is not None and not weights.is_dir():
+        raise MeterError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
     config = next(iter(configs.values()))
     check_device(config.generator)
     experiment = experiment_folder(config, results)
@@ -354,7 +361,10 @@ def credit_stage(
             output,
             inputs=read,
             outputs=files,
-            config={"meter": meter.model_dump(mode="json"), "arms": list(configs)} | config.training_identity(),
+            config={
+                "meter": meter.model_dump(mode="json"),
+                "arms": {name: own.training_identity() for name, own in configs.items()},
+            },
             seeds=[config.seed],
             root=root,
         ):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from vipo.audit import audit_experiment
 from vipo.cli import app
 from vipo.config.compose import ConfigError, load_config, repository_root
 from vipo.config.experiment import configured_arms
@@ -19,7 +20,7 @@ from vipo.credit.meter.subject import Group, Subject, chain_rewards
 from vipo.evaluation import meter as stage
 from vipo.generators import load_generator
 from vipo.objectives import group_advantages
-from vipo.provenance import read_provenance, verify_outputs
+from vipo.provenance import ProvenanceError, read_provenance, verify_outputs
 from vipo.stages import MEASURED, checkpoint_label, credit_stage
 from vipo.training.setup import set_up
 from vipo.training.update import update
@@ -67,6 +68,10 @@ def test_it_measures_writes_and_goes_on(results: Path, tiny_overrides: list[str]
     assert record["stage"] == "credit"
     assert {Path(entry["path"]).name for entry in record["outputs"]} == {"credit.json", "credit.svg"}
     assert not verify_outputs(folder / "provenance.json", ROOT)
+    audited = audit_experiment(results / "demo", ROOT)
+    assert [finding for finding in audited.findings if finding.severity == "broken"] == []
+    with pytest.raises(ProvenanceError, match="run again by 'vipo credit'"):
+        audit_experiment(results / "demo", ROOT, rerun="credit/base")
     # Again: nothing is measured anew, and the bytes are the same.
     before = (folder / "credit.json").read_bytes()
     (parts,) = (folder / MEASURED).iterdir()
@@ -104,6 +109,7 @@ def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overri
     assert own["pathwise"] != base["pathwise"]
     with pytest.raises(MeterError, match="no such folder"):
         _measure(results, tiny_overrides, *cheap, weights=tmp_path / "none")
+    assert not (results / "demo/credit/none").exists()
     assert checkpoint_label(Path("results/demo/runs/vipo-s1/weights")) == "vipo-s1"
 
 
@@ -202,4 +208,4 @@ def test_the_pages_commands(results: Path, tiny_overrides: list[str], tmp_path: 
         done = CliRunner().invoke(app, ["credit", *tiny_overrides, *rest, *own, "--results", str(kept)])
         assert done.exit_code == 0, done.output
         assert "ratio to grpo" in done.output
-    assert {path.name for path in (kept / "demo/credit").iterdir()} == {"base", "grpo-s0"}
+    assert {path.name for path in (kept / "demo/credit").iterdir()} >= {"base", "grpo-s0"}

@@ -243,8 +243,6 @@ def _load_arms(configs: Mapping[str, Config], context: Context) -> dict[str, Arm
 def _trainable(config: Config, generator: Generator, weights: Path | None) -> dict[str, torch.nn.Parameter]:
     training = config.training
     if weights is not None:
-        if not weights.is_dir():
-            raise MeterError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
         generator.load_network(weights)
     if training.gradient_checkpointing:
         generator.recompute_activations()
