@@ -15,6 +15,7 @@ from torch import Tensor
 from vipo.config.objective import ObjectiveConfig
 from vipo.config.registries import OBJECTIVES
 from vipo.errors import VipoError
+from vipo.objectives.advantages import Advantages
 from vipo.parts import Part, load_part
 from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
@@ -121,14 +122,14 @@ class Objective(Part, ABC):
         """Where the policies are compared, of all B samples."""
 
     @abstractmethod
-    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss.
 
         Args:
             share: what was rolled out.
             points: of it.
             predictions: at them.
-            advantages: ``(B,)``, or with credit ``(B, [T,] H, W)``.
+            advantages: of the B samples; with credit, at this transition.
         """
 
 

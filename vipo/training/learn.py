@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vipo.objectives import Outcome, Points, Predictions, Share, checked_outcome, checked_points
+from vipo.objectives import Advantages, Outcome, Points, Predictions, Share, checked_outcome, checked_points
 from vipo.sampling.noise import keyed_generator
 from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
@@ -26,14 +26,13 @@ class Lesson:
     Attributes:
         number: of the update.
         batches: this process's, the first share of them for the first optimizer step, and so on.
-        advantages: ``(N,)`` on the device, with credit ``(N, [T,] H, W)``, or ``(N, S, [T,] H, W)`` where each of the S
-            transitions has its own; of all samples.
+        advantages: of all samples, on the device.
         samples: all N of the update.
     """
 
     number: int
     batches: list[MicroBatch]
-    advantages: Tensor
+    advantages: Advantages
     samples: list[Sample]
 
 
@@ -137,10 +136,15 @@ def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None) -
     return checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
 
 
-def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Tensor:
+def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Advantages:
     """Of a micro-batch, at one transition of each sample where they have their own."""
-    own = lesson.advantages[list(batch.rows)]
-    return own[torch.arange(len(own)), steps] if own.ndim == batch.trajectory.clean.ndim else own
+
+    def own(values: Tensor) -> Tensor:
+        found = values[list(batch.rows)]
+        return found[torch.arange(len(found)), steps] if found.ndim == batch.trajectory.clean.ndim else found
+
+    whole = lesson.advantages
+    return Advantages(own(whole.values), own(whole.scalar), None if whole.weights is None else own(whole.weights))
 
 
 def reference_prediction(setup: Setup, points: Points, batch: MicroBatch) -> Tensor:
