@@ -2,6 +2,7 @@
 
 import json
 import math
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from vipo.credit.meter.result import summarise
 from vipo.credit.meter.space import CountSketch, Whole
 from vipo.credit.meter.subject import Group, Subject, chain_rewards, drawn_prompts, sample_chains
 from vipo.credit.meter.table import table
+from vipo.reporting.credit import draw_credit
 from vipo.sampling.chain import sampling_chain
 
 PROMPTS = [SimpleNamespace(id=f"p{i}", text=f"prompt {i}", metadata={}) for i in range(5)]
@@ -252,6 +254,7 @@ def test_equal_rewards_push_nowhere(tmp_path: Path) -> None:
     result = summarise(records, None)
     assert all(along.value.value == 0 for along in result.directional)
     assert "cannot be told from zero" in table(result, "kl")
+    draw_credit(result)
 
 
 def test_a_sketch_takes_no_steps(tmp_path: Path) -> None:
@@ -270,6 +273,9 @@ def test_the_table_and_the_json_say_what_was_found(measured: tuple[list[Record],
     assert "oracle" in text
     assert "Over 18 steps" in text
     assert "For a ratio to within 0.3" in text
+    drawn = draw_credit(result)
+    assert "oracle sgd" in drawn.alternative
+    assert ElementTree.fromstring(drawn.svg).tag.endswith("svg")
     read = json.loads(json.dumps(result.as_json(), allow_nan=False))
     assert read["pathwise"][1]["source"] == "oracle"
     assert read["pathwise"][1]["ratio"]["value"] == result.pathwise[1].ratio.value

@@ -1,5 +1,6 @@
 """The figure of a measurement of credit: each source's ratio to the first, by estimator and direction."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ _ROW, _APART = 0.42, 0.2
 
 
 def draw_credit(result: Result) -> Plot:
-    """Ratios with their intervals, one row a source; one panel an estimator."""
+    """Ratios with their intervals, one row a source, one panel an estimator; wide intervals reach the edge."""
     panels = [
         (title, found)
         for title, found in (
@@ -50,5 +51,8 @@ def _panel(axes: Axes, found: Sequence[Along], sources: Sequence[str]) -> None:
         if along.ratio.low is not None and along.ratio.high is not None:
             axes.plot([along.ratio.low, along.ratio.high], [row, row], color=color, linewidth=1.6)
         axes.plot(along.ratio.value, row, marker=marker, color=color, markersize=4)
+    # By the estimates: one interval that says nothing would hide all others.
+    known = [along.ratio.value for along in found if math.isfinite(along.ratio.value)]
+    axes.set_xlim(min([-0.5, *known]) - 0.2, 1.6 * max([1.25, *known]))
     axes.axvline(1, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
     bare_rows(axes)

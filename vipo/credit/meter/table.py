@@ -40,10 +40,18 @@ def table(result: Result, size: str) -> str:
 def _rows(found: Sequence[Along], first: str, value: str) -> list[str]:
     width = max(len("source"), *(len(along.source) for along in found))
     rows = [f"  {'source':<{width}}  {'direction':<9}  {value:>22}  {'ratio to ' + first:>22}"]
+    weak = _weak(found, first)
     for along in found:
         ratio = "1" if along.source == first else _shown(along.ratio, 2)
+        ratio = f"({ratio})" if along.kind in weak else ratio
         rows.append(f"  {along.source:<{width}}  {along.kind:<9}  {_shown(along.value, 4):>22}  {ratio:>22}")
     return rows
+
+
+def _weak(found: Sequence[Along], first: str) -> list[str]:
+    """Directions in which the first source's own value may be zero."""
+    own = [along for along in found if along.source == first]
+    return [along.kind for along in own if along.value.error is None or not along.value.tells_sign]
 
 
 def _steps(result: Result) -> list[str]:
@@ -61,12 +69,10 @@ def _steps(result: Result) -> list[str]:
 def _notes(result: Result) -> list[str]:
     notes = ["± is half of the 95 % interval (jackknife over updates and reference units)."]
     for name, found in (("pathwise", result.pathwise), ("directional", result.directional)):
-        own = [along for along in found if along.source == result.first]
-        weak = [along.kind for along in own if along.value.error is not None and not along.value.tells_sign]
-        if weak:
+        if weak := _weak(found, result.first):
             notes.append(
-                f"{result.first} itself cannot be told from zero ({name}: {', '.join(weak)}), so a ratio to it says "
-                "nothing yet; measure more."
+                f"In brackets: {result.first} itself cannot be told from zero ({name}: {', '.join(weak)}), so a ratio "
+                "to it says little yet; measure more."
             )
     if result.reliability is not None:
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
