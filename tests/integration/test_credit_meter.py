@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -213,3 +214,23 @@ def test_the_pages_commands(results: Path, tiny_overrides: list[str], tmp_path: 
         assert done.exit_code == 0, done.output
         assert "ratio to grpo" in done.output
     assert {path.name for path in (kept / "demo/credit").iterdir()} >= {"base", "grpo-s0"}
+
+
+def test_it_is_a_stage_of_an_experiment_that_asks_for_it(tmp_path: Path) -> None:
+    """The page's command as a plan: the measurement comes before the crate, which describes it."""
+    page = (ROOT / "docs/credit.md").read_text(encoding="utf-8")
+    (command,) = [shlex.split(line) for line in page.splitlines() if line.startswith("snakemake ")]
+    for name in ("Snakefile", "workflow", "configs", "data", "local", "vipo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def planned(*changed: str) -> str:
+        words = [*command[:-1], *(changed or command[-1:])]
+        # One process, and only its plan.
+        done = subprocess.run([*words, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    text = planned()
+    assert "rule credit:" in text, text
+    assert "credit/base/credit.json" in text.split("rule crate:")[1].split("output:")[0]
+    assert "not among experiment.arms" in planned("overrides=[experiment.meter.arms=[grpo,contrast]]")
+    assert "rule credit:" not in planned("overrides=[]")
