@@ -15,7 +15,9 @@ from toy_generator import ToyGenerator, left_redness
 from vipo.config.sampling import SamplingConfig
 from vipo.credit.meter.directions import Change, Directions, moved_by
 from vipo.credit.meter.gradients import MeterError
-from vipo.credit.meter.measure import HeldOut, Plan, Record, measure_reference, measure_updates
+from vipo.credit.meter.held_out import HeldOut
+from vipo.credit.meter.measure import measure_reference, measure_updates
+from vipo.credit.meter.plan import Plan, Record
 from vipo.credit.meter.result import summarise
 from vipo.credit.meter.space import CountSketch, Whole
 from vipo.credit.meter.subject import Group, Subject, chain_rewards, drawn_prompts, sample_chains

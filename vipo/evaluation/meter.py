@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from vipo.config.meter import MeterConfig
 from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.config.values import config_hash
-from vipo.credit import Context, CreditSource, Samples, assign_credit, load_sources
+from vipo.credit import Context
 from vipo.credit.meter.directions import Directions
 from vipo.credit.meter.gradients import MeterError
-from vipo.credit.meter.measure import Plan, Record, measure_reference, measure_updates
+from vipo.credit.meter.measure import measure_reference, measure_updates
+from vipo.credit.meter.plan import Plan, Record
 from vipo.credit.meter.result import Result, summarise
 from vipo.credit.meter.space import choose_space
-from vipo.credit.meter.subject import Group, Subject, chain_rewards
+from vipo.credit.meter.subject import Group, Subject
 from vipo.determinism import deterministic_algorithms
+from vipo.evaluation.meter_arms import load_arms, place_advantages
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
-from vipo.objectives import allocate_advantages, group_advantages
 from vipo.prompts import read_prompts
 from vipo.provenance import file_sha256
 from vipo.rewards import load_reward
@@ -39,21 +40,6 @@ log = logging.getLogger(__name__)
 _SHARED = ("generator", "prompts", "reward", "sampling", "optimizer", "training", "advantages", "seed")
 # Beside the gradients of the sources (whole, and of one transition) and the reference.
 _OTHER_VECTORS = 4
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One arm's way to place advantages, loaded.
-
-    Attributes:
-        config: the run that it belongs to.
-        sources: of its credit, by name.
-        key: what the sources depend on; arms that share it share them.
-    """
-
-    config: Config
-    sources: Mapping[str, CreditSource]
-    key: str
 
 
 def measure_credit(
@@ -90,7 +76,7 @@ def measure_credit(
     rewards = {term.name: load_reward(term.name, first.generator.device) for term in first.reward.terms}
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
-    arms = _load_arms(configs, Context(generator, train, rewards, first.perception, root))
+    arms = load_arms(configs, Context(generator, train, rewards, first.perception, root))
     surrogate = next((c.objective for c in configs.values() if isinstance(c.objective, SurrogateConfig)), None)
     surrogate = SurrogateConfig() if surrogate is None else surrogate
     subject = Subject(
@@ -168,50 +154,6 @@ def _costs(plan: Plan, subject: Subject, arms: int, kinds: int) -> Costs:
     )
 
 
-def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Each arm's advantages of the groups of one update, ``(N, S or 1, [T,] H, W)``, as training places them."""
-    batches = [batch for group in groups for batch in group.batches]
-    clean = torch.cat([batch.trajectory.clean for batch in batches])
-    members = torch.arange(len(groups)).repeat_interleave(subject.group_size)
-    rewards = chain_rewards(subject, batches)
-    pictures = torch.cat([subject.generator.pictures(batch.trajectory.clean) for batch in batches])
-    samples = Samples(
-        pictures=pictures,
-        clean=clean,
-        groups=members.to(clean.device),
-        prompts=[group.prompt for group in groups for _ in range(subject.group_size)],
-        numbers=list(range(subject.group_size)) * len(groups),
-        frame_groups=subject.generator.frame_groups,
-        trajectories=[batch.trajectory for batch in batches],
-        batch=subject.micro_batch,
-        seed=subject.seed,
-        update=1 + groups[0].number // len(groups),
-    )
-    found = {}
-    for name, arm in arms.items():
-        seen = {
-            source: [given for group in groups for given in group.seen[f"{arm.key}/{source}"]] for source in arm.sources
-        }
-        weights = assign_credit(arm.sources, samples, arm.config.credit.control, seen).weights
-        config, multiplied = arm.config.advantages, arm.config.credit.multiplies
-        values = group_advantages(
-            rewards,
-            subject.weights,
-            members,
-            config.std_floor,
-            config.clip,
-            config.std,
-            weights.cpu() if weights is not None and multiplied == "reward" else None,
-        ).values.to(clean.device)
-        if weights is not None and multiplied == "advantage":
-            values = allocate_advantages(values, weights)
-        if values.ndim == 1:
-            values = values.reshape(-1, *([1] * len(samples.positions)))
-        # Where transitions have weights of their own there is a dimension more: that of the channels.
-        found[name] = values if values.ndim == clean.ndim else values.unsqueeze(1)
-    return found
-
-
 def _check_comparable(configs: Mapping[str, Config]) -> None:
     (first_name, first), *others = configs.items()
     for name, config in others:
@@ -223,21 +165,6 @@ def _check_comparable(configs: Mapping[str, Config]) -> None:
             )
     if first.distribution.world_size > 1:
         raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
-
-
-def _load_arms(configs: Mapping[str, Config], context: Context) -> dict[str, Arm]:
-    arms: dict[str, Arm] = {}
-    loaded: dict[str, Mapping[str, CreditSource]] = {}
-    for name, config in configs.items():
-        key = config_hash({"sources": config.credit.model_dump(mode="json")["sources"],
-                           "perception": config.perception.model_dump(mode="json")})[:8]  # fmt: skip
-        if key not in loaded:
-            sources = load_sources(config.credit)
-            for source in sources.values():
-                source.set_up(replace(context, perception=config.perception))
-            loaded[key] = sources
-        arms[name] = Arm(config, loaded[key], key)
-    return arms
 
 
 def _trainable(config: Config, generator: Generator, weights: Path | None) -> dict[str, torch.nn.Parameter]:

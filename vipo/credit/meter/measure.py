@@ -2,23 +2,22 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vipo.credit.meter.directions import Change, Directions, Size, moved_by
+from vipo.credit.meter.directions import Directions
 from vipo.credit.meter.gradients import (
-    Chains,
     MeterError,
     flat,
     pathwise_gradients,
     total_gradient,
     update_gradients,
 )
+from vipo.credit.meter.held_out import HeldOut, take_steps
+from vipo.credit.meter.plan import Plan, Record, Reference
 from vipo.credit.meter.space import Space, Whole, products
 from vipo.credit.meter.subject import (
     Group,
@@ -28,60 +27,9 @@ from vipo.credit.meter.subject import (
     drawn_prompts,
     sample_chains,
     sample_group,
-    total_reward,
 )
 from vipo.prompts import Prompt
 from vipo.provenance.files import atomic_file
-
-Record = dict[str, Any]
-"""What was found of one update, as its file has it."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured.
-
-    Attributes:
-        update_groups: groups of one update, as in training.
-        updates: how many updates' directions are measured.
-        reference_batches: of the pathwise reference, each of as many samples as a group has, of different prompts; 0:
-            the directional estimator alone.
-        blocks: into how many parts the reference is kept, which are left out one at a time for its interval.
-        stepped: of how many updates steps are taken (the directional estimator); 0: none.
-        held_out, held_out_samples: prompts, and samples of each, whose reward is compared before and after a step.
-        size: what is the same for all steps.
-        change: how much of it; None: what the optimizer's own first step changes under the first source.
-        probes: held-out samples on whose states `size` is measured.
-    """
-
-    update_groups: int
-    updates: int
-    reference_batches: int
-    blocks: int
-    stepped: int
-    held_out: int
-    held_out_samples: int
-    size: Size
-    change: float | None
-    probes: int = 16
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The gradient of the expected reward, in independent parts.
-
-    Attributes:
-        means: ``(B, size)`` float32, the mean gradient of each part.
-        batches: how many batches are in each.
-    """
-
-    means: Tensor
-    batches: list[int]
-
-    @property
-    def gram(self) -> Tensor:
-        """``(B, B)`` float64, their inner products."""
-        return products(self.means, self.means)
 
 
 def measure_reference(
@@ -131,33 +79,6 @@ def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tenso
     return total
 
 
-class HeldOut:
-    """The held-out samples: their reward under the weights as they are now, and how much a step changes the policy."""
-
-    def __init__(self, subject: Subject, prompts: Sequence[Prompt], plan: Plan) -> None:
-        count = min(plan.held_out, len(prompts))
-        self._subject, self._plan = subject, plan
-        self._prompts = drawn_prompts(prompts, subject.seed, "held-out", 0, count)
-        batches = self._sampled()
-        self.before = self._by_prompt(batches)
-        kept = -(-plan.probes // subject.micro_batch)
-        self.change = Change(subject, plan.size, batches[:kept])
-
-    def gains(self, step: Tensor) -> list[float]:
-        """Of each prompt, by how much its mean reward rises, with the same noise."""
-        with moved_by(list(self._subject.parameters.values()), step):
-            after = self._by_prompt(self._sampled())
-        gained: list[float] = (after - self.before).tolist()
-        return gained
-
-    def _sampled(self) -> list[Chains]:
-        wanted = [(prompt, index) for prompt in self._prompts for index in range(self._plan.held_out_samples)]
-        return sample_chains(self._subject, "held-out", 0, wanted)
-
-    def _by_prompt(self, batches: Sequence[Chains]) -> Tensor:
-        return total_reward(self._subject, batches).reshape(len(self._prompts), -1).mean(dim=1)
-
-
 def measure_updates(
     subject: Subject,
     prompts: Sequence[Prompt],
@@ -201,7 +122,7 @@ def measure_updates(
             if number < plan.stepped:
                 tested = tested or HeldOut(subject, held_out, plan)
                 known = next((old["change"] for old in records if old.get("change")), plan.change)
-                _take_steps(record, whole, directions, tested, reference, known)
+                take_steps(record, whole, directions, tested, reference, known)
             with atomic_file(path) as partial:
                 partial.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
             records.append(record)
@@ -290,33 +211,3 @@ def _length(vector: Tensor) -> float:
 def _finite_mean(values: Tensor) -> float | None:
     kept = values[values.isfinite()].double()
     return float(kept.mean()) if len(kept) else None
-
-
-def _take_steps(
-    record: Record,
-    gradients: Mapping[str, Tensor],
-    directions: Directions,
-    tested: HeldOut,
-    reference: Reference | None,
-    known: float | None,
-) -> None:
-    """Add to the record what a step along each direction gains, and what the reference says that it would."""
-    if known is None:
-        first = next(iter(gradients.values()))
-        known = tested.change.of(directions.first_step(first)) if bool((first != 0).any()) else None
-    record["change"] = known
-    lengths: dict[str, float] = {}
-    for name, gradient in gradients.items():
-        for kind, found in record["sources"][name]["kinds"].items():
-            direction = directions(kind, gradient)
-            scaled = None if known is None else tested.change.scaled(direction, known, lengths.get(kind))
-            if scaled is None:
-                found["step"] = {"gains": [0.0] * len(tested.before), "length": 0.0, "change": 0.0}
-                if reference is not None:
-                    found["step"]["predicted"] = [0.0] * len(reference.batches)
-                continue
-            step, change = scaled
-            lengths[kind] = _length(step)
-            found["step"] = {"gains": tested.gains(step), "length": lengths[kind], "change": change}
-            if reference is not None:
-                found["step"]["predicted"] = products(step[None], reference.means)[0].tolist()

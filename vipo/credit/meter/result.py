@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vipo.credit.meter.measure import Record, Reference
+from vipo.credit.meter.plan import Record, Reference
 from vipo.credit.meter.statistics import (
     Array,
     Estimate,
