@@ -43,8 +43,14 @@ rule all:
     input:
         f"{EXPERIMENT_DIR}/report/index.html",
         f"{EXPERIMENT_DIR}/ro-crate-metadata.json",
+        MEASURED,
 
 
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/report.smk"
+
+
+if MEASURED:
+
+    include: "workflow/rules/credit.smk"

@@ -220,6 +220,36 @@ def report(overrides: Overrides = None, file: ConfigFile = None, results: Result
 
 
 @app.command()
+def credit(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="A run's weights/, or one of its updates/; default: the generator as it is."),
+    ] = None,
+) -> None:
+    """Measure, before any training, which arm's credit raises the reward most per unit of change (resumable).
+
+    What is measured is section experiment.meter (experiment.meter.arms=[grpo,contrast], experiment.meter.updates=40).
+    """
+    from vipo.config.experiment import configured_arms
+    from vipo.config.meter import MeterConfig
+
+    chosen = _checked(overrides, file)
+    meter = chosen.experiment.meter or MeterConfig()
+    if file is None:
+        rest = [text for text in overrides or [] if not text.startswith("arm=")]
+        configs = {name: _checked([*rest, f"arm={name}"], None) for name in meter.arms}
+    else:
+        configs = configured_arms(file, chosen, meter.arms)
+    from vipo.stages import credit_stage
+
+    _say(credit_stage(configs, meter, repository_root(), results, weights, wait))
+
+
+@app.command()
 def study(
     experiments: Annotated[list[str], typer.Argument(help="Experiments; the first one's section `study` decides.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, figures and the page.")],

@@ -8,11 +8,12 @@ other's, from the newest checkpoint if it trains, and ends with the same bytes.
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config
 from vipo.config.experiment import check_run
+from vipo.config.meter import MeterConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.run import Config
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
@@ -20,6 +21,9 @@ from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
 
 log = logging.getLogger(__name__)
+
+#: In a measurement's folder: what it is resumed from.
+MEASURED = ".measured.partial"
 
 
 def experiment_folder(config: Config, results: Path) -> Path:
@@ -154,18 +158,7 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    for made, make in (("prompts/manifest.json", _prepare), ("embeddings/train.safetensors", _encode)):
-        path = experiment / made
-        if not path.is_file():
-            # Of several nodes or ranks each would make it, and some would stop at the lock of another.
-            if is_rank() or config.distribution.nodes > 1:
-                raise ProvenanceError(
-                    f"{path}: missing; run 'vipo prepare' and 'vipo encode' first, before several nodes or ranks start"
-                )
-            with run_lock(path.parent, wait_seconds=wait):
-                # Whoever held the lock may just have made it.
-                if not path.is_file():
-                    make(config, root, results)
+    _make_missing(config, root, results, wait)
     _check_shared(config, root, experiment, "train")
     if config.distribution.world_size == 1 or is_rank():
         stop_with_launcher()
@@ -179,6 +172,24 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
         # -P, for the working directory may hold another vipo.
         command = [sys.executable, "-P", "-m", "vipo.cli", "train", *files]
         launch(command, config.distribution, config.training.threads)
+
+
+def _make_missing(config: Config, root: Path, results: Path, wait: float) -> None:
+    """Prompts and embeddings, where the results folder lacks them."""
+    from vipo.training.ranks import is_rank
+
+    for made, make in (("prompts/manifest.json", _prepare), ("embeddings/train.safetensors", _encode)):
+        path = experiment_folder(config, results) / made
+        if not path.is_file():
+            # Of several nodes or ranks each would make it, and some would stop at the lock of another.
+            if is_rank() or config.distribution.nodes > 1:
+                raise ProvenanceError(
+                    f"{path}: missing; run 'vipo prepare' and 'vipo encode' first, before several nodes or ranks start"
+                )
+            with run_lock(path.parent, wait_seconds=wait):
+                # Whoever held the lock may just have made it.
+                if not path.is_file():
+                    make(config, root, results)
 
 
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -297,6 +308,81 @@ def crate_stage(
         if archive:
             written.append(zip_crate(experiment))
     return written
+
+
+def credit_stage(
+    configs: Mapping[str, Config],
+    meter: MeterConfig,
+    root: Path,
+    results: Path,
+    weights: Path | None = None,
+    wait: float = 0,
+) -> str:
+    """What the arms' credit is worth at one checkpoint, into ``credit/<checkpoint>``.
+
+    Prompts and embeddings are made first where they are missing.
+
+    Args:
+        configs: the arms by name; the first is what the others are compared with.
+        meter: how much is measured.
+        root, results, wait: as of every stage.
+        weights: folder of a run's weights; None: the generator as it is.
+
+    Returns:
+        The table, and where the files are.
+
+    Raises:
+        MeterError: what cannot be measured as asked.
+        Others: as of training.
+    """
+    from vipo.credit.meter.gradients import MeterError
+    from vipo.credit.meter.table import table
+    from vipo.evaluation.meter import measure_credit, write_result
+    from vipo.generators.base import check_device
+    from vipo.memory import memory_errors
+    from vipo.provenance.files import atomic_file
+    from vipo.reporting.credit import draw_credit
+
+    if weights is not None and not weights.is_dir():
+        raise MeterError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
+    config = next(iter(configs.values()))
+    check_device(config.generator)
+    experiment = experiment_folder(config, results)
+    _make_missing(config, root, results, wait)
+    for split in ("train", "eval"):
+        _check_shared(config, root, experiment, split)
+    output = experiment / "credit" / checkpoint_label(weights)
+    files = [output / name for name in ("credit.json", "credit.svg")]
+    remedy = "Lower experiment.meter.memory_mb or training.micro_batch, or set training.lora={}"
+    with run_lock(output, wait_seconds=wait), memory_errors("vipo credit", remedy):
+        result, read = measure_credit(configs, meter, root, experiment, output / MEASURED, weights)
+        with record_stage(
+            "credit",
+            output,
+            inputs=read,
+            outputs=files,
+            config={
+                "meter": meter.model_dump(mode="json"),
+                "arms": {name: own.training_identity() for name, own in configs.items()},
+            },
+            seeds=[config.seed],
+            root=root,
+        ):
+            with atomic_file(files[0]) as path:
+                write_result(result, configs, meter, path)
+            with atomic_file(files[1]) as path:
+                path.write_text(draw_credit(result).standalone(), encoding="utf-8")
+    return "\n".join([table(result, meter.size), "", *map(str, files)])
+
+
+def checkpoint_label(weights: Path | None) -> str:
+    """Name of a checkpoint's folder: ``base``, ``<run>``, ``<run>-u12``, or that of any other folder."""
+    if weights is None:
+        return "base"
+    folder = weights.resolve()
+    if folder.name == "weights":
+        return folder.parent.name
+    return f"{folder.parent.parent.name}-u{int(folder.name)}" if folder.parent.name == "updates" else folder.name
 
 
 def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:

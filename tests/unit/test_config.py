@@ -62,6 +62,7 @@ def test_every_arm_of_the_demo_composes(arm: str) -> None:
 
 # What each arm of `configs/arm` is, beside what the experiment gives all arms; credit and `ratio` are never left out.
 BACKBONE = [{"name": "backbone"}]
+CONTRAST = {"name": "contrast", "of": "latents", "scope": "sample", "exponent": 1.0, "normalize": "mean"}
 POSITION = {"objective.ratio": "position", "credit.sources": BACKBONE}
 DECISIVE: dict[str, dict[str, Any]] = {
     "base": {},
@@ -90,6 +91,17 @@ DECISIVE: dict[str, dict[str, Any]] = {
     "oracle": {
         "objective.ratio": "position",
         "credit.sources": [{"name": "oracle", "exponent": 1.0, "floor": 0.0, "normalize": "minmax"}],
+    },
+    "contrast": {"objective.ratio": "position", "credit.sources": [CONTRAST]},
+    "product": {
+        "objective.ratio": "position",
+        "credit.sources": [*BACKBONE, CONTRAST],
+        "perception.normalize": "mean",
+    },
+    "shuffled_contrast": {
+        "objective.ratio": "position",
+        "credit.sources": [CONTRAST],
+        "credit.control": "shuffled",
     },
     **{
         arm: {**POSITION, "credit.control": kind}
@@ -151,7 +163,7 @@ def test_an_arm_is_what_its_name_claims_and_nothing_else(arm: str) -> None:
     found = _flat(config)
     assert {key: found[key] for key in DECISIVE[arm]} == DECISIVE[arm]
     assert {key for key in plain if found[key] != plain[key]} <= set(DECISIVE[arm])
-    assert config.credit.reads_backbone == (config.credit.names == ("backbone",))
+    assert config.credit.reads_backbone == ("backbone" in config.credit.names)
 
 
 def test_an_arm_s_keys_win_over_the_experiment_s() -> None:

@@ -42,7 +42,9 @@ def test_the_lower_rooms_know_nothing_of_the_upper_ones() -> None:
 
 def test_other_people_s_loops_get_credit_without_the_trainer_and_hydra() -> None:
     """As a process of its own has it; here others have imported both."""
-    code = "import sys, vipo.credit; print(sorted({'hydra', 'omegaconf', 'vipo.training'} & sys.modules.keys()))"
+    code = (
+        "import sys, vipo.credit.contrast; print(sorted({'hydra', 'omegaconf', 'vipo.training'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 

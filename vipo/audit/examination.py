@@ -23,12 +23,13 @@ _STAGES = {
     r"embeddings": "encode",
     r"runs/[^/]+": "train",
     r"evaluation/[^/]+": "evaluate",
+    r"credit/[^/]+": "credit",
     r"report/data": "summarize",
     r"report": "report",
 }
 #: Files beside the results that no equality is claimed for; a signature fixes them, dvc.lock does not.
 VOLATILE = re.compile(
-    r"(prompts|embeddings|report|report/data|runs/[^/]+|evaluation/[^/]+)/provenance\.(json|diff|checkout\.diff)"
+    r"(prompts|embeddings|report|report/data|(runs|evaluation|credit)/[^/]+)/provenance\.(json|diff|checkout\.diff)"
     r"|runs/[^/]+/(timing\.jsonl|(tb|sheets|trackers|checkpoints)/.+)|report/(index\.html|time\.(json|csv|svg))"
     r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )

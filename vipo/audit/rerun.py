@@ -34,6 +34,11 @@ def rerun_stage(examination: Examination, folder: str) -> None:
     stages = examination.stages()
     if folder not in stages:
         raise ProvenanceError(f"--rerun {folder}: no such stage; choose one of {', '.join(stages)}")
+    if stages[folder] not in _RUN:
+        raise ProvenanceError(
+            f"--rerun {folder}: a measurement is run again by 'vipo {stages[folder]}' with another --results, and its "
+            "JSON compared"
+        )
     # An evaluation's may name other processes than the training's.
     configs = examination.trained if stages[folder] == "train" else examination.configs
     config = configs.get(folder.partition("/")[2], examination.reported)

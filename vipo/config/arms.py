@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from vipo.config.meter import MeterConfig
 from vipo.config.section import LONGEST_NAME, Section, Seed
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
@@ -67,6 +68,7 @@ class ExperimentConfig(Section):
     question: str = Field(description="What the experiment asks, in a sentence for the report.")
     arms: dict[str, ArmConfig] = Field(min_length=1)
     study: StudyConfig | None = Field(None, description="The decision that the experiment was run for, if any.")
+    meter: MeterConfig | None = Field(None, description="What `vipo credit` measures; null: its defaults.")
 
     @model_validator(mode="after")
     def _study_has_its_runs(self) -> Self:
@@ -77,6 +79,13 @@ class ExperimentConfig(Section):
                 if absent:
                     raise ValueError(f"study: arm {name!r} lacks the seeds {sorted(absent)}")
         return self
+
+    @field_validator("meter")
+    @classmethod
+    def _of_arms(cls, value: MeterConfig | None) -> MeterConfig | None:
+        for name in () if value is None else value.arms:
+            check_arm_name(name)
+        return value
 
     @field_validator("arms")
     @classmethod

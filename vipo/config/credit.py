@@ -30,6 +30,27 @@ class OracleCreditConfig(Section):
     normalize: Literal["minmax", "mean"] = "minmax"
 
 
+class ContrastCreditConfig(Section):
+    """Where a sample differs from the other samples of its prompt; reads no backbone but for features."""
+
+    name: Literal["contrast"]
+    of: Literal["latents", "features"] = Field(
+        "latents", description="What is compared: clean latents, or the backbone's features (section perception)."
+    )
+    scope: Literal["sample", "group"] = Field("sample", description="A map for each sample, or one for its group.")
+    exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    normalize: Literal["minmax", "mean"] = "mean"
+
+
+class RewardCreditConfig(Section):
+    """How much the reward changes with the latents at a position: the size of its gradient there."""
+
+    name: Literal["reward"]
+    term: str | None = Field(None, description="Which of reward.terms; null: the only one.")
+    exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    normalize: Literal["minmax", "mean"] = "mean"
+
+
 class ImportedCreditConfig(ImportedPart):
     """A credit source by import path, with its own options."""
 
@@ -37,8 +58,20 @@ class ImportedCreditConfig(ImportedPart):
 
 
 CreditSourceConfig = Annotated[
-    BackboneCreditConfig | UniformCreditConfig | OracleCreditConfig | ImportedCreditConfig,
-    by_name(BackboneCreditConfig, UniformCreditConfig, OracleCreditConfig, ImportedCreditConfig),
+    BackboneCreditConfig
+    | UniformCreditConfig
+    | OracleCreditConfig
+    | ContrastCreditConfig
+    | RewardCreditConfig
+    | ImportedCreditConfig,
+    by_name(
+        BackboneCreditConfig,
+        UniformCreditConfig,
+        OracleCreditConfig,
+        ContrastCreditConfig,
+        RewardCreditConfig,
+        ImportedCreditConfig,
+    ),
 ]
 
 Control = Literal["none", "inverted", "shuffled", "mean", "group"]
@@ -74,8 +107,12 @@ class CreditConfig(Section):
 
     @property
     def reads_backbone(self) -> bool:
-        """Whether the perception backbone is a source."""
-        return "backbone" in self.names
+        """Whether the perception backbone is a source, or a source compares its features."""
+        return any(
+            isinstance(source, BackboneCreditConfig)
+            or (isinstance(source, ContrastCreditConfig) and source.of == "features")
+            for source in self.sources
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -57,6 +57,21 @@ def arms_beside(file: Path, config: Config) -> list[Config]:
     return [config, *(load_config_file(path) for path in others)]
 
 
+def configured_arms(file: Path, config: Config, names: Sequence[str]) -> dict[str, Config]:
+    """The configurations beside a file (see `arms_beside`) of the arms that are named, in that order.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    found = {own.arm: own for own in arms_beside(file, config)}
+    if missing := [name for name in names if name not in found]:
+        raise ConfigError(
+            f"experiment.meter.arms: {', '.join(missing)}: no resolved configuration beside {file}; add them to "
+            "experiment.arms, or give overrides instead of --config"
+        )
+    return {name: found[name] for name in names}
+
+
 def check_run(config: Config) -> None:
     """Refuse what the configuration alone says that a run will not be able to do.
 

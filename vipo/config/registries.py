@@ -63,6 +63,8 @@ CREDIT_SOURCES: Mapping[str, str] = MappingProxyType(
         "backbone": "vipo.credit.backbone:BackboneCredit",
         "uniform": "vipo.credit.uniform:UniformCredit",
         "oracle": "vipo.credit.oracle:OracleCredit",
+        "contrast": "vipo.credit.contrast:ContrastCredit",
+        "reward": "vipo.credit.reward:RewardCredit",
     }
 )
 """Credit sources by name; the options of each are a section of `vipo.config.credit`."""

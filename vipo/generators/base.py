@@ -138,15 +138,20 @@ class Generator(ABC):
             raise self._misshapen("prediction", tuple(latents.shape), prediction)
         return prediction.float()
 
-    def pictures(self, latents: Tensor) -> Tensor:
+    def pictures(self, latents: Tensor, *, gradient: bool = False) -> Tensor:
         """`decode`, checked.
+
+        Args:
+            gradient: keep what a gradient back to the latents needs; an adapter whose `decode` cuts it gives pictures
+                without one.
 
         Raises:
             GeneratorError: the adapter raised, gave something else than ``(B, *config.sample_shape)``, or wrote into
                 its latents.
         """
         written = latents._version
-        decoded = self.decode(latents)
+        with torch.set_grad_enabled(gradient):
+            decoded = self.decode(latents)
         self._check_unwritten("decode", {"latents": latents}, {"latents": written})
         expected = (len(latents), *self.config.sample_shape)
         if not isinstance(decoded, Tensor) or tuple(decoded.shape) != expected:
@@ -172,7 +177,7 @@ class Generator(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents to images or videos ``(B, *config.sample_shape)`` in [0, 1], float32, no gradient."""
+        """Clean latents to images or videos ``(B, *config.sample_shape)`` in [0, 1], float32; call it by `pictures`."""
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:

@@ -241,7 +241,6 @@ class PipelineGenerator(Generator):
         """``n + scale (p - n)`` of the negative and the positive prediction, both as the network gives them."""
         return without + scale * (wanted - without)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         settings = self.vae.config
         scaled = latents / settings.scaling_factor + (settings.shift_factor or 0.0)

@@ -108,7 +108,6 @@ class WanGenerator(PipelineGenerator):
 
         return self.guided(call, latents, time, conditioning)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         video = self.vae.decode(latents * self._std + self._mean, return_dict=False)[0].transpose(1, 2)
         return (video.float() / 2 + 0.5).clamp(0, 1)

@@ -34,7 +34,15 @@ from vipo.provenance.superseded import bring_back, is_finished, set_aside
 
 PROVENANCE, DIFF, CHECKOUT_DIFF = "provenance.json", "provenance.diff", "provenance.checkout.diff"
 #: How deep below the experiment's folder that of a stage lies.
-_DEPTH: Mapping[str, int] = {"prepare": 1, "encode": 1, "train": 2, "evaluate": 2, "summarize": 2, "report": 1}
+_DEPTH: Mapping[str, int] = {
+    "prepare": 1,
+    "encode": 1,
+    "train": 2,
+    "evaluate": 2,
+    "summarize": 2,
+    "report": 1,
+    "credit": 2,
+}
 #: In the environment of a launcher's ranks: the command that it was given, as JSON.
 COMMAND = "VIPO_COMMAND"
 
@@ -44,7 +52,7 @@ _OF_TOOLS = re.compile(_TIMESTAMP)
 _OF_TOOLS_AND_LOCKS = re.compile(
     # Below runs/ an earlier vipo set runs aside.
     rf"{_TIMESTAMP}|(runs/)?\.superseded/.*"
-    r"|((prompts|embeddings|configs|logs|crate|export|report(/data)?|(runs|evaluation)(/[^/]+(/(checkpoints|updates))?)?)/)?"
+    r"|((prompts|embeddings|configs|logs|crate|export|report(/data)?|(runs|evaluation|credit)(/[^/]+(/(checkpoints|updates))?)?)/)?"
     r"\.(gitignore|lock|lock-holder\.json|[^/]+\.(partial|replaced)(/.*)?)"
 )
 

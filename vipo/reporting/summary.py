@@ -175,7 +175,13 @@ def _described(objective: ObjectiveConfig) -> tuple[str, str]:
 
 
 def _weights(credit: CreditConfig) -> str:
-    known = {"backbone": "the allocation map", "uniform": "ones", "oracle": "the object's own pixels"}
+    known = {
+        "backbone": "the allocation map",
+        "uniform": "ones",
+        "oracle": "the object's own pixels",
+        "contrast": "the contrast to siblings",
+        "reward": "the reward's gradient",
+    }
     product = " times ".join(known.get(name, name) for name in credit.names)
     bare = product.removeprefix("the ")
     return {

@@ -73,6 +73,12 @@ for run, resolved in RUNS.items():
         )
 TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
+# What the arms' credit is worth, where the experiment asks for it (credit.smk).
+MEASURED = (
+    [f"{EXPERIMENT_DIR}/credit/base/credit.json"]
+    if RUNS[FIRST].experiment.meter
+    else []
+)
 
 # What stood there before, for a start that is refused.
 EARLIER = {}

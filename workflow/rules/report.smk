@@ -43,6 +43,7 @@ rule crate:
         config=config_file(FIRST),
         page=rules.report.output.page,
         data=rules.summarize.output.data,
+        measured=MEASURED,
     output:
         f"{EXPERIMENT_DIR}/ro-crate-metadata.json",
     log:

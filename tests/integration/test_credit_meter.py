@@ -1,0 +1,236 @@
+"""`vipo credit` on the tiny generator: what it writes, that it resumes, and what it refuses."""
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vipo.audit import audit_experiment
+from vipo.cli import app
+from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.experiment import configured_arms
+from vipo.config.run import Config
+from vipo.credit.meter.gradients import MeterError
+from vipo.credit.meter.subject import Group, Subject, chain_rewards
+from vipo.evaluation import meter as stage
+from vipo.generators import load_generator
+from vipo.objectives import group_advantages
+from vipo.provenance import ProvenanceError, read_provenance, verify_outputs
+from vipo.stages import MEASURED, checkpoint_label, credit_stage
+from vipo.training.setup import set_up
+from vipo.training.update import update
+
+ROOT = repository_root()
+SMALL = [
+    "experiment.meter.arms=[grpo,vipo,contrast,inverted]",
+    "experiment.meter.updates=2",
+    "experiment.meter.reference=2",
+    "experiment.meter.blocks=2",
+    "experiment.meter.stepped=1",
+    "experiment.meter.held_out=2",
+]
+
+
+def _configs(overrides: Sequence[str], *more: str) -> dict[str, Config]:
+    arms = load_config([*overrides, *SMALL, *more]).experiment.meter.arms
+    return {name: load_config([*overrides, *SMALL, *more, f"arm={name}"]) for name in arms}
+
+
+def _measure(results: Path, overrides: Sequence[str], *more: str, weights: Path | None = None) -> str:
+    configs = _configs(overrides, *more)
+    meter = next(iter(configs.values())).experiment.meter
+    return credit_stage(configs, meter, ROOT, results, weights)
+
+
+@pytest.fixture(scope="module")
+def results(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(prepared, tmp_path_factory.mktemp("credit") / "results")
+
+
+def test_it_measures_writes_and_goes_on(results: Path, tiny_overrides: list[str]) -> None:
+    text = _measure(results, tiny_overrides)
+    folder = results / "demo/credit/base"
+    assert "2 updates, 2 reference batches" in text
+    data = json.loads((folder / "credit.json").read_text())
+    ratios = {
+        along["source"]: along["ratio"]["value"] for along in data["result"]["pathwise"] if along["kind"] == "sgd"
+    }
+    assert list(ratios) == ["grpo", "vipo", "contrast", "inverted"]
+    assert ratios["grpo"] == 1
+    assert all(along["value"]["value"] is not None for along in data["result"]["directional"])
+    assert (folder / "credit.svg").read_text().startswith("<?xml")
+    record = read_provenance(folder / "provenance.json")
+    assert record["stage"] == "credit"
+    assert {Path(entry["path"]).name for entry in record["outputs"]} == {"credit.json", "credit.svg"}
+    assert not verify_outputs(folder / "provenance.json", ROOT)
+    audited = audit_experiment(results / "demo", ROOT)
+    # No run is here, so of prompts and embeddings the audit has no configuration to compare with.
+    assert {finding.artifact for finding in audited.findings if finding.severity == "broken"} <= {
+        "prompts",
+        "embeddings",
+    }
+    with pytest.raises(ProvenanceError, match="run again by 'vipo credit'"):
+        audit_experiment(results / "demo", ROOT, rerun="credit/base")
+    # Again: nothing is measured anew, and the bytes are the same.
+    before = (folder / "credit.json").read_bytes()
+    (parts,) = (folder / MEASURED).iterdir()
+    times = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert {"update-0.json", "update-1.json", "reference-0.safetensors"} <= times.keys()
+    _measure(results, tiny_overrides)
+    assert (folder / "credit.json").read_bytes() == before
+    # More updates go on from those that are there.
+    _measure(results, tiny_overrides, "experiment.meter.updates=3")
+    after = {path.name: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert after.keys() - times.keys() == {"update-2.json"}
+    assert {name: after[name] for name in times} == times
+    assert json.loads((folder / "credit.json").read_text())["result"]["updates"] == 3
+    # Measured from nothing it is the same.
+    again = results.with_name("again")
+    shutil.copytree(results, again, ignore=shutil.ignore_patterns("credit"))
+    _measure(again, tiny_overrides, "experiment.meter.updates=3")
+    assert (again / "demo/credit/base/credit.json").read_bytes() == (folder / "credit.json").read_bytes()
+
+
+def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    generator = load_generator(load_config(tiny_overrides).generator, ROOT)
+    with torch.no_grad():
+        for value in generator.network.parameters():
+            value.mul_(1.01)
+    weights = tmp_path / "grpo-s0" / "updates" / "000012"
+    weights.mkdir(parents=True)
+    generator.save_network(weights)
+    cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.arms=[grpo,contrast]"]
+    _measure(results, tiny_overrides, *cheap)
+    base = json.loads((results / "demo/credit/base/credit.json").read_text())["result"]
+    _measure(results, tiny_overrides, *cheap, weights=weights)
+    own = json.loads((results / "demo/credit/grpo-s0-u12/credit.json").read_text())["result"]
+    assert own["directional"] == []
+    assert own["pathwise"] != base["pathwise"]
+    with pytest.raises(MeterError, match="no such folder"):
+        _measure(results, tiny_overrides, *cheap, weights=tmp_path / "none")
+    assert not (results / "demo/credit/none").exists()
+    assert checkpoint_label(Path("results/demo/runs/vipo-s1/weights")) == "vipo-s1"
+
+
+def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides: list[str]) -> None:
+    overrides = [*tiny_overrides, "reward=scene", "experiment.meter.directions=[sgd]", "experiment.meter.change=1.0e-3"]
+    text = _measure(results, overrides, "experiment.meter.reference=0", "experiment.meter.updates=1")
+    assert "directional" in text
+    assert "pathwise:" not in text
+    with pytest.raises(MeterError, match=r"'scene' has no gradient by the picture; set experiment\.meter\.reference=0"):
+        _measure(results, overrides)
+
+
+def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
+    results: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
+    lora = _measure(
+        results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1", "training.lora={rank: 2, alpha: 2.0}"
+    )
+    assert "1 updates, 2 reference batches" in lora
+    assert "whole gradients: 14 of" in caplog.text
+    sketched = _measure(results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1")
+    assert "1 updates, 2 reference batches" in sketched
+    assert "are sketched to" in caplog.text
+    with pytest.raises(MeterError, match="memory_mb"):
+        _measure(results, tiny_overrides, *cheap[:1], cheap[2], "experiment.meter.memory_mb=1")
+
+
+def test_what_cannot_be_compared_is_named(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(MeterError, match=r"'flow_grpo' differs from 'grpo' in more than its credit \(sampling"):
+        _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,flow_grpo]")
+    with pytest.raises(ConfigError, match="leave nothing to measure"):
+        _configs(tiny_overrides, "experiment.meter.reference=0", "experiment.meter.stepped=0")
+    with pytest.raises(ConfigError, match="named twice"):
+        _configs(tiny_overrides, "experiment.meter.arms=[grpo,grpo]")
+    config = load_config([*tiny_overrides, "arm=vipo"])
+    with pytest.raises(ConfigError, match="contrast: no resolved configuration beside"):
+        configured_arms(tmp_path / "vipo-s0.yaml", config, ["vipo", "contrast"])
+
+
+def test_advantages_are_placed_as_training_places_them(
+    prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Scalar for GRPO; the backbone's own map times it for ViPO; siblings' differences times it for contrast."""
+    seen: dict[str, object] = {}
+    placed = stage.place_advantages
+
+    def kept(subject: Subject, arms: dict, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+        found = placed(subject, arms, groups)
+        seen.update(subject=subject, arms=arms, groups=groups, found=found)
+        return found
+
+    monkeypatch.setattr(stage, "place_advantages", kept)
+    results = shutil.copytree(prepared, tmp_path / "results")
+    cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
+    _measure(results, tiny_overrides, *cheap)
+    subject, groups, found = seen["subject"], seen["groups"], seen["found"]
+    batches = [batch for group in groups for batch in group.batches]
+    index = torch.tensor([0] * 4 + [1] * 4)
+    scalar = group_advantages(chain_rewards(subject, batches), {"object_redness": 1.0}, index, 1e-4, 5.0).values
+    assert found["grpo"].shape == (8, 1, 1, 1)
+    assert torch.equal(found["grpo"].flatten(), scalar)
+    structuring = seen["arms"]["vipo"].sources["backbone"].structuring
+    pictures = torch.cat([subject.generator.pictures(batch.trajectory.clean) for batch in batches])
+    maps = structuring(pictures, subject.generator.grid).maps
+    torch.testing.assert_close(found["vipo"][:, 0], maps * scalar[:, None, None])
+    clean = torch.cat([batch.trajectory.clean for batch in batches])
+    own = (clean[4:] - clean[4:].mean(dim=0)).square().mean(dim=1).sqrt()
+    own = own / own.mean(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(found["contrast"][4:, 0], own * scalar[4:, None, None])
+
+
+def test_arms_of_contrast_train(prepared: Path, tiny_overrides: list[str]) -> None:
+    for arm in ("contrast", "product", "shuffled_contrast"):
+        metrics = update(set_up(load_config([*tiny_overrides, f"arm={arm}"]), ROOT, prepared / "demo"), 1)
+        assert metrics["map/mean"] == pytest.approx(1, rel=1e-5)
+        assert 0 < metrics["map/entropy"] < 1
+
+
+def test_the_pages_commands(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    """docs/credit.md as it stands, on the tiny generator and with less of everything."""
+    page = (ROOT / "docs/credit.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("vipo credit ")]
+    assert len(commands) == 3
+    generator = load_generator(load_config(tiny_overrides).generator, ROOT)
+    kept = shutil.copytree(results, tmp_path / "results")
+    (weights := kept / "demo/runs/grpo-s0/weights").mkdir(parents=True)
+    generator.save_network(weights)
+    less = ["updates=1", "reference=2", "stepped=1", "held_out=2", "change=1.0e-3", "directions=[sgd]"]
+    for _, _, *given in commands:
+        own = [text for text in given if text != "experiment=demo"]
+        named = {text.partition("=")[0] for text in own}
+        rest = [text for text in (f"experiment.meter.{end}" for end in less) if text.partition("=")[0] not in named]
+        own = [str(weights) if text == "results/demo/runs/grpo-s0/weights" else text for text in own]
+        done = CliRunner().invoke(app, ["credit", *tiny_overrides, *rest, *own, "--results", str(kept)])
+        assert done.exit_code == 0, done.output
+        assert "ratio to grpo" in done.output
+    assert {path.name for path in (kept / "demo/credit").iterdir()} >= {"base", "grpo-s0"}
+
+
+def test_it_is_a_stage_of_an_experiment_that_asks_for_it(tmp_path: Path) -> None:
+    """The page's command as a plan: the measurement comes before the crate, which describes it."""
+    page = (ROOT / "docs/credit.md").read_text(encoding="utf-8")
+    (command,) = [shlex.split(line) for line in page.splitlines() if line.startswith("snakemake ")]
+    for name in ("Snakefile", "workflow", "configs", "data", "local", "vipo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+
+    def planned(*changed: str) -> str:
+        words = [*command[:-1], *(changed or command[-1:])]
+        # One process, and only its plan.
+        done = subprocess.run([*words, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    text = planned()
+    assert "rule credit:" in text, text
+    assert "credit/base/credit.json" in text.split("rule crate:")[1].split("output:")[0]
+    assert "not among experiment.arms" in planned("overrides=[experiment.meter.arms=[grpo,contrast]]")
+    assert "rule credit:" not in planned("overrides=[]")

@@ -1,0 +1,117 @@
+"""The sources `contrast` and `reward` as plug-ins."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from toy_generator import ToyGenerator, left_redness
+
+from vipo.config.compose import load_config
+from vipo.config.credit import CreditConfig
+from vipo.credit import Context, CreditError, Samples, assign_credit, load_sources
+from vipo.credit.contrast import group_contrast
+from vipo.prompts import Prompt
+
+GROUPS = torch.tensor([0, 0, 1, 1])
+
+
+def _samples(generator: ToyGenerator, rows: list[int] | None = None) -> Samples:
+    clean = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    own = [0, 1, 2, 3] if rows is None else rows
+
+    def gather(local: torch.Tensor) -> torch.Tensor:
+        return clean if local.shape == clean[own].shape else GROUPS
+
+    return Samples(
+        pictures=generator.pictures(clean[own]),
+        clean=clean[own],
+        groups=GROUPS[own],
+        prompts=[Prompt("a", "a", {}) for _ in own],
+        numbers=own,
+        batch=2,
+        **({} if rows is None else {"gather": gather}),
+    )
+
+
+def _context(generator: ToyGenerator, rewards: dict) -> Context:
+    return Context(generator, [Prompt("a", "a", {})], rewards, load_config(["experiment=demo"]).perception, Path())
+
+
+def _loaded(section: dict, rewards: dict | None = None):
+    generator = ToyGenerator()
+    sources = load_sources(CreditConfig(sources=[section]))
+    for source in sources.values():
+        source.set_up(_context(generator, {"left": left_redness} if rewards is None else rewards))
+    return generator, sources
+
+
+def test_contrast_is_that_of_the_clean_latents() -> None:
+    generator, sources = _loaded({"name": "contrast"})
+    samples = _samples(generator)
+    found = assign_credit(sources, samples)
+    assert torch.equal(found.weights, group_contrast(samples.clean, GROUPS).weights)
+    assert found.metrics["map/mean"] == pytest.approx(1)
+
+
+def test_siblings_may_be_on_other_processes() -> None:
+    generator, sources = _loaded({"name": "contrast"})
+    whole = assign_credit(sources, _samples(generator)).weights
+    own = sources["contrast"](_samples(generator, [1, 2])).values
+    assert torch.equal(own, whole[[1, 2]])
+
+
+def test_features_of_a_backbone_are_compared_on_the_latents_grid() -> None:
+    config = load_config(["experiment=demo", "arm=contrast", "credit.sources=[{name: contrast, of: features}]"])
+    assert config.credit.reads_backbone
+    assert not load_config(["experiment=demo", "arm=contrast"]).credit.reads_backbone
+    generator, sources = _loaded({"name": "contrast", "of": "features"})
+    pictures = torch.full((2, 3, 64, 64), 0.5)
+    pictures[0, :, :32, :32] = 1.0
+    samples = Samples(
+        pictures=pictures, clean=torch.zeros(2, 2, 16, 16), groups=torch.zeros(2, dtype=torch.int64),
+        prompts=[Prompt("a", "a", {})] * 2, numbers=[0, 1],
+    )  # fmt: skip
+    weights = sources["contrast"](samples).values
+    assert weights.shape == (2, 16, 16)
+    assert float(weights[0, :8, :8].mean()) > 1.5 * float(weights[0, 8:, 8:].mean())
+    generator.frame_groups = (range(1),)
+    with pytest.raises(CreditError, match="of: latents"):
+        sources["contrast"].set_up(_context(generator, {}))
+
+
+def test_the_rewards_gradient_is_finite_differences() -> None:
+    generator, sources = _loaded({"name": "reward"})
+    samples = _samples(generator)
+    weights = assign_credit(sources, samples).weights
+    sizes = torch.zeros(4, 4, dtype=torch.float64)
+    for y in range(4):
+        for x in range(4):
+            for c in range(2):
+                step = torch.zeros(2, 4, 4)
+                step[c, y, x] = 1e-2
+                up, down = (
+                    left_redness(generator.decode((samples.clean[1] + sign * step)[None]), [], []).double()
+                    for sign in (1, -1)
+                )
+                sizes[y, x] += float((up - down) / 2e-2) ** 2 / 2
+    sizes = sizes.sqrt()
+    torch.testing.assert_close(weights[1].double(), sizes / sizes.mean(), rtol=0.02, atol=2e-3)
+    # The reward reads the left half alone.
+    assert weights[..., 2:].count_nonzero() == 0
+
+
+def test_a_reward_without_gradient_is_refused_before_training() -> None:
+    with pytest.raises(CreditError, match="'steps' has no gradient"):
+        _loaded({"name": "reward"}, {"steps": lambda images, *_: images.detach().mean(dim=(1, 2, 3))})
+    with pytest.raises(CreditError, match=r"set term to one of reward\.terms, one, other"):
+        _loaded({"name": "reward"}, {"one": left_redness, "other": left_redness})
+    with pytest.raises(CreditError, match="it is third"):
+        _loaded({"name": "reward", "term": "third"}, {"one": left_redness})
+    _loaded({"name": "reward", "term": "other"}, {"one": left_redness, "other": left_redness})
+
+
+@pytest.mark.parametrize("arm", ["contrast", "product", "shuffled_contrast"])
+def test_arms(arm: str) -> None:
+    config = load_config(["experiment=demo", f"arm={arm}"])
+    assert "contrast" in config.credit.names
+    assert config.objective.ratio == "position"

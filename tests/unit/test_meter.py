@@ -1,0 +1,283 @@
+"""The meter on a generator of 40 weights: what it must rank, what it must count, and that it resumes."""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from toy_generator import ToyGenerator, left_redness
+
+from vipo.config.sampling import SamplingConfig
+from vipo.credit.meter.directions import Change, Directions, moved_by
+from vipo.credit.meter.gradients import MeterError
+from vipo.credit.meter.held_out import HeldOut
+from vipo.credit.meter.measure import measure_reference, measure_updates
+from vipo.credit.meter.plan import Plan, Record
+from vipo.credit.meter.result import summarise
+from vipo.credit.meter.space import CountSketch, Whole
+from vipo.credit.meter.subject import Group, Subject, chain_rewards, drawn_prompts, sample_chains
+from vipo.credit.meter.table import table
+from vipo.reporting.credit import draw_credit
+from vipo.sampling.chain import sampling_chain
+
+PROMPTS = [SimpleNamespace(id=f"p{i}", text=f"prompt {i}", metadata={}) for i in range(5)]
+HELD_OUT = [SimpleNamespace(id=f"h{i}", text=f"held-out {i}", metadata={}) for i in range(4)]
+PLAN = Plan(
+    update_groups=2, updates=6, reference_batches=6, blocks=3, stepped=2, held_out=3, held_out_samples=2, size="kl",
+    change=None,
+)  # fmt: skip
+
+
+def _subject() -> Subject:
+    generator = ToyGenerator()
+    chain = sampling_chain(SamplingConfig(steps=5, shift=2.0, transition="flow", eta=0.7), "velocity")
+    return Subject(
+        generator,
+        dict(generator.network.named_parameters()),
+        chain,
+        range(4),
+        {prompt.id: {"shift": torch.tensor(0.1 * i)} for i, prompt in enumerate([*PROMPTS, *HELD_OUT])},
+        {"left": left_redness},
+        {"left": 1.0},
+        seed=0,
+        group_size=4,
+        micro_batch=2,
+    )
+
+
+def _placed(subject: Subject, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """GRPO; all on the half that the reward reads; all on the other half."""
+    own = []
+    for group in groups:
+        reward = chain_rewards(subject, group.batches)["left"]
+        own.append((reward - reward.mean()) / (reward.std() + 1e-4))
+    advantages = torch.cat(own).reshape(-1, 1, 1, 1)
+    left = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 4, 4)
+    return {
+        "grpo": advantages.expand(-1, 1, 4, 4),
+        "oracle": advantages * left,
+        "inverted": advantages * (1 - left),
+    }
+
+
+def _directions(subject: Subject, kinds: Sequence[str] = ("sgd", "sign", "optimizer")) -> Directions:
+    optimizer = torch.optim.AdamW(subject.parameters.values(), lr=1e-3)
+    return Directions(kinds, subject.parameters, optimizer, 1.0)
+
+
+def _measure(folder: Path, plan: Plan = PLAN, stop_after: int | None = None) -> tuple[list[Record], object]:
+    subject, space = _subject(), Whole(40)
+    assert subject.size == 40
+
+    def advance(records: Sequence[Record]) -> None:
+        if stop_after is not None and len(records) == stop_after:
+            raise KeyboardInterrupt
+
+    reference = (
+        measure_reference(subject, HELD_OUT, plan, space, folder, lambda: None) if plan.reference_batches else None
+    )
+    records = measure_updates(
+        subject,
+        PROMPTS,
+        HELD_OUT,
+        lambda groups: _placed(subject, groups),
+        _directions(subject),
+        plan,
+        space,
+        reference,
+        folder,
+        advance,
+    )
+    return records, reference
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], object]:
+    return _measure(tmp_path_factory.mktemp("meter"))
+
+
+def test_the_oracle_beats_grpo_and_the_inverted_map_loses(tmp_path: Path) -> None:
+    """The reward reads the left half alone: what the right half adds is noise."""
+    plan = Plan(2, 30, 24, 6, 0, 1, 1, "kl", None)
+    result = summarise(*_measure(tmp_path, plan))
+    found = {(along.source, along.kind): along for along in result.pathwise}
+    for kind in ("sgd", "sign", "optimizer"):
+        assert found["inverted", kind].ratio.value < 1 < found["oracle", kind].ratio.value, kind
+        itself = found["grpo", kind].ratio
+        assert (itself.value, itself.error) == (1.0, 0.0)
+    assert found["inverted", "sgd"].ratio.high < 1 < found["oracle", "sgd"].ratio.low
+    assert found["oracle", "sgd"].difference.low > 0
+    assert found["grpo", "sgd"].value.tells_sign
+    assert 0 < found["grpo", "sgd"].value.value < 1
+    assert result.reliability > 0.5
+    assert result.directional == []
+    assert sum(at.share.value for at in result.steps if at.source == "grpo") == pytest.approx(1.0)
+    # A ratio to within what is known already takes what was measured; half of it takes four times as much.
+    half = summarise(*_measure(tmp_path, plan), width=result.needed.width / 2).needed
+    assert half.updates == pytest.approx(4 * result.needed.updates, abs=4)
+
+
+def test_cosines_are_those_of_the_vectors(measured: tuple[list[Record], object]) -> None:
+    records, reference = measured
+    result = summarise(records, reference)
+    mean = reference.means.double().mean(dim=0)
+    gram = reference.means.double() @ reference.means.double().T
+    length = math.sqrt(float(gram.sum() - gram.trace()) / 6)
+    assert result.reference_length == pytest.approx(length)
+    subject = _subject()
+    from vipo.credit.meter.gradients import flat, update_gradients
+    from vipo.credit.meter.subject import sample_group
+
+    cosines = []
+    for number in range(6):
+        groups = [
+            sample_group(subject, "update", 2 * number + place, prompt)
+            for place, prompt in enumerate(drawn_prompts(PROMPTS, 0, "update", 2 * number, 2))
+        ]
+        whole, advantages = torch.zeros(40, dtype=torch.float64), _placed(subject, groups)["oracle"][:, 0]
+        for step in range(4):
+            for place, group in enumerate(groups):
+                for batch in group.batches:
+                    here = {"oracle": advantages[[4 * place + row for row in batch.rows]]}
+                    parameters = list(subject.parameters.values())
+                    ((_, own),) = update_gradients(subject.generator, batch, subject.chain, step, parameters, here)
+                    whole += flat(own).double()
+        cosines.append(float(whole @ mean / whole.norm()) / length)
+    (found,) = [along for along in result.pathwise if (along.source, along.kind) == ("oracle", "sgd")]
+    assert found.value.value == pytest.approx(sum(cosines) / 6, rel=1e-4)
+
+
+def test_a_step_gains_what_the_gradient_predicts(tmp_path: Path) -> None:
+    """Both estimators of one truth: on the held-out samples' own gradient, small steps gain what it says."""
+    subject, plan = _subject(), Plan(2, 1, 0, 1, 1, 4, 4, "weights", 1e-3)
+    tested = HeldOut(subject, HELD_OUT, plan)
+    chosen = drawn_prompts(HELD_OUT, 0, "held-out", 0, 4)
+    batches = sample_chains(subject, "held-out", 0, [(prompt, index) for prompt in chosen for index in range(4)])
+    from vipo.credit.meter.gradients import flat, pathwise_gradients, total_gradient
+
+    gradient = torch.zeros(40)
+    for batch in batches:
+        given = total_gradient(subject.generator, batch, subject.rewards, subject.weights)
+        for _, own in pathwise_gradients(
+            subject.generator,
+            batch,
+            subject.chain,
+            subject.stochastic,
+            list(subject.parameters.values()),
+            given,
+        ):
+            gradient += flat(own) * len(batch.rows) / 16
+    for direction in (gradient, torch.randn(40, generator=torch.Generator().manual_seed(0))):
+        step, change = tested.change.scaled(direction, 1e-2)
+        assert change == pytest.approx(1e-2, rel=0.01)
+        gained = sum(tested.gains(step)) / 4
+        assert gained == pytest.approx(float(step @ gradient), rel=0.1, abs=1e-4)
+
+
+def test_every_step_changes_the_policy_by_as_much(measured: tuple[list[Record], object]) -> None:
+    records, _ = measured
+    kinds = [
+        kind for record in records[:2] for source in record["sources"].values() for kind in source["kinds"].values()
+    ]
+    assert len(kinds) == 18
+    assert all(kind["step"]["change"] == pytest.approx(records[0]["change"], rel=0.011) for kind in kinds)
+    assert all(len(kind["step"]["gains"]) == 3 for kind in kinds)
+    assert "step" not in records[2]["sources"]["grpo"]["kinds"]["sgd"]
+
+
+def test_the_change_is_the_kl_divergence_of_the_transitions() -> None:
+    subject = _subject()
+    batches = sample_chains(subject, "probe", 0, [(prompt, index) for prompt in PROMPTS for index in range(2)])
+    step = 1e-2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
+    squares, count = 0.0, 0
+    for batch in batches:
+        for place, row in enumerate(batch.rows):
+            t = row % 4
+            latents = batch.trajectory.latents[place : place + 1, t]
+            shift = {"shift": batch.conditioning["shift"][place : place + 1]}
+            means = []
+            for moved in (torch.zeros(40), step):
+                with moved_by(list(subject.parameters.values()), moved), torch.no_grad():
+                    velocity = subject.generator.predict(latents, subject.chain.times[t : t + 1], shift)
+                means.append(subject.chain.gaussian(latents, velocity, torch.tensor([t])))
+            normal = [torch.distributions.Normal(mean, std) for mean, std in means]
+            divergence = torch.distributions.kl_divergence(normal[1], normal[0])
+            squares, count = squares + float(divergence.sum()), count + divergence.numel()
+    assert Change(subject, "kl", batches).of(step) == pytest.approx(math.sqrt(squares / count), rel=1e-4)
+    assert Change(subject, "weights", batches).of(step) == pytest.approx(float(step.norm()))
+
+
+def test_a_step_leaves_weights_and_optimizer_as_they_were() -> None:
+    subject = _subject()
+    before = torch.nn.utils.parameters_to_vector(subject.parameters.values()).clone()
+    directions, gradient = _directions(subject), torch.linspace(-1, 1, 40)
+    moved = directions("optimizer", gradient)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(subject.parameters.values()), before)
+    assert torch.equal(directions("optimizer", gradient), moved)
+    assert all(value.grad is None for value in subject.parameters.values())
+    # AdamW's first step has the size of its rate whatever the gradient, upwards, beside the decay of the weights.
+    torch.testing.assert_close(moved + 1e-5 * before, 1e-3 * gradient.sign(), atol=1e-6, rtol=1e-3)
+    with pytest.raises(MeterError, match="before its first step"):
+        Directions(("optimizer",), subject.parameters)("optimizer", gradient)
+
+
+def test_a_killed_measurement_resumes_to_the_same_numbers(
+    measured: tuple[list[Record], object], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _measure(tmp_path, stop_after=1)
+    # Also in the middle of the reference: two of six batches are lost.
+    (tmp_path / "reference-1.safetensors").unlink()
+    records, reference = _measure(tmp_path)
+    assert json.dumps(records) == json.dumps(measured[0])
+    assert torch.equal(reference.means, measured[1].means)
+
+
+def test_equal_rewards_push_nowhere(tmp_path: Path) -> None:
+    subject = _subject()
+    records = measure_updates(
+        subject,
+        PROMPTS,
+        HELD_OUT,
+        lambda groups: {"grpo": torch.zeros(8, 1, 4, 4)},
+        _directions(subject),
+        Plan(2, 2, 0, 1, 2, 2, 1, "kl", None),
+        Whole(40),
+        None,
+        tmp_path,
+        lambda records: None,
+    )
+    assert all(record["change"] is None for record in records)
+    result = summarise(records, None)
+    assert all(along.value.value == 0 for along in result.directional)
+    assert "cannot be told from zero" in table(result, "kl")
+    draw_credit(result)
+
+
+def test_a_sketch_takes_no_steps(tmp_path: Path) -> None:
+    subject = _subject()
+    with pytest.raises(MeterError, match="memory_mb"):
+        measure_updates(
+            subject, PROMPTS, HELD_OUT, lambda groups: _placed(subject, groups), _directions(subject), PLAN,
+            CountSketch(40, 16, 0), None, tmp_path, lambda records: None,
+        )  # fmt: skip
+
+
+def test_the_table_and_the_json_say_what_was_found(measured: tuple[list[Record], object]) -> None:
+    result = summarise(*measured)
+    text = table(result, "kl")
+    assert "6 updates, 6 reference batches" in text
+    assert "oracle" in text
+    assert "Over 18 steps" in text
+    assert "For a ratio to within 0.3" in text
+    drawn = draw_credit(result)
+    assert "oracle sgd" in drawn.alternative
+    assert ElementTree.fromstring(drawn.svg).tag.endswith("svg")
+    read = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert read["pathwise"][1]["source"] == "oracle"
+    assert read["pathwise"][1]["ratio"]["value"] == result.pathwise[1].ratio.value

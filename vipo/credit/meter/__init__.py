@@ -1,0 +1,1 @@
+"""Before training: which credit source raises the reward most per unit of change."""

@@ -1,0 +1,230 @@
+"""The `credit` stage: a measurement (`vipo.credit.meter`) of the sources of several arms, at one checkpoint."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vipo.config.meter import MeterConfig
+from vipo.config.objective import SurrogateConfig
+from vipo.config.run import Config
+from vipo.config.values import config_hash
+from vipo.credit import Context
+from vipo.credit.meter.directions import Directions
+from vipo.credit.meter.gradients import MeterError
+from vipo.credit.meter.measure import measure_reference, measure_updates
+from vipo.credit.meter.plan import Plan, Record
+from vipo.credit.meter.result import Result, summarise
+from vipo.credit.meter.space import choose_space
+from vipo.credit.meter.subject import Group, Subject
+from vipo.determinism import deterministic_algorithms
+from vipo.evaluation.meter_arms import load_arms, place_advantages
+from vipo.generators import Generator, load_generator
+from vipo.generators.base import checkpoint_inputs
+from vipo.generators.embeddings import load_embeddings
+from vipo.prompts import read_prompts
+from vipo.provenance import file_sha256
+from vipo.rewards import load_reward
+from vipo.sampling.chain import sampling_chain, stochastic_steps
+from vipo.tracking.progress import progress_bar
+
+log = logging.getLogger(__name__)
+
+# What all arms must share for their directions to be comparable.
+_SHARED = ("generator", "prompts", "reward", "sampling", "optimizer", "training", "advantages", "seed")
+# Beside the gradients of the sources (whole, and of one transition) and the reference.
+_OTHER_VECTORS = 4
+
+
+def measure_credit(
+    configs: Mapping[str, Config], meter: MeterConfig, root: Path, experiment: Path, parts: Path, weights: Path | None
+) -> tuple[Result, list[Path]]:
+    """Measure what the arms' credit is worth.
+
+    Args:
+        configs: the arms by name, the first being what the others are compared with.
+        meter: how much is measured.
+        root: repository root, for relative paths.
+        experiment: ``results/<experiment>`` with prompts and embeddings of both splits.
+        parts: folder of measurements in parts; one that was begun with the same settings goes on.
+        weights: folder of a run's weights; None: the generator as it is.
+
+    Returns:
+        What was found, and the files and folders that were read.
+
+    Raises:
+        MeterError: the arms differ in more than their credit, or cannot be measured as asked.
+        Others: as of training.
+    """
+    first = next(iter(configs.values()))
+    _check_comparable(configs)
+    deterministic_algorithms()
+    torch.set_num_threads(first.training.threads)
+    train, held = (read_prompts(experiment / "prompts" / f"{split}.jsonl") for split in ("train", "eval"))
+    generator = load_generator(first.generator, root)
+    parameters = _trainable(first, generator, weights)
+    widths, device = generator.conditioning_widths(first.generator, root), generator.device
+    embeddings: dict[str, dict[str, Tensor]] = {}
+    for split, prompts in (("train", train), ("eval", held)):
+        embeddings |= load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
+    rewards = {term.name: load_reward(term.name, first.generator.device) for term in first.reward.terms}
+    schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
+    chain = sampling_chain(first.sampling, *schedule, device=device)
+    arms = load_arms(configs, Context(generator, train, rewards, first.perception, root))
+    surrogate = next((c.objective for c in configs.values() if isinstance(c.objective, SurrogateConfig)), None)
+    surrogate = SurrogateConfig() if surrogate is None else surrogate
+    subject = Subject(
+        generator,
+        parameters,
+        chain,
+        stochastic_steps(first.sampling.window, len(chain.trainable), first.seed, 1),
+        embeddings,
+        rewards,
+        {term.name: term.weight for term in first.reward.terms},
+        first.seed,
+        first.training.group_size,
+        first.training.micro_batch,
+        first.sampling.same_initial_noise,
+        surrogate.channels,
+        surrogate.density,
+        {f"{arm.key}/{name}": source for arm in arms.values() for name, source in arm.sources.items()},
+    )
+    plan = _plan(meter, first)
+    vectors = 2 * len(arms) + min(plan.blocks, plan.reference_batches) + _OTHER_VECTORS
+    space, told = choose_space(subject.size, vectors, 2**20 * meter.memory_mb, first.seed, device)
+    log.info("%s", told)
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=first.optimizer.learning_rate,
+        betas=first.optimizer.betas,
+        weight_decay=first.optimizer.weight_decay,
+    )
+    directions = Directions(meter.directions, parameters, optimizer, first.optimizer.max_grad_norm)
+    folder = parts / _identity(configs, meter, weights)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    costs = _costs(plan, subject, len(arms), len(meter.directions))
+    whole = costs.reference * plan.reference_batches + costs.update * plan.updates + costs.steps * plan.stepped
+
+    def placed(groups: Sequence[Group]) -> Mapping[str, Tensor]:
+        return place_advantages(subject, arms, groups)
+
+    with progress_bar(total=whole, description="credit", unit="pass") as bar:
+
+        def sampled() -> None:
+            bar.update(costs.reference)
+
+        def advance(records: Sequence[Record]) -> None:
+            if len(records) > 2 and (needed := summarise(records, reference, meter.width, meter.confidence).needed):
+                bar.set_postfix({f"for ± {meter.width:g}": f"{needed.updates} updates"}, refresh=False)
+            bar.update(costs.update + costs.steps * (len(records) <= plan.stepped))
+
+        reference = None
+        if plan.reference_batches:
+            reference = measure_reference(subject, held, plan, space, folder, sampled)
+        records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
+    read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
+            for split in ("train", "eval")]  # fmt: skip
+    read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
+    read += [path for arm in arms.values() for source in arm.sources.values() for path in source.inputs.values()]
+    return summarise(records, reference, meter.width, meter.confidence), list(dict.fromkeys(read))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Passes through the network, forwards or backwards, of a batch of the reference, an update, its steps."""
+
+    reference: int
+    update: int
+    steps: int
+
+
+def _costs(plan: Plan, subject: Subject, arms: int, kinds: int) -> Costs:
+    steps, batches = subject.chain.steps, -(-subject.group_size // subject.micro_batch)
+    held = -(-plan.held_out * plan.held_out_samples // subject.micro_batch)
+    return Costs(
+        batches * 3 * steps,
+        plan.update_groups * batches * (steps + len(subject.stochastic) * (1 + arms)),
+        arms * kinds * held * steps,
+    )
+
+
+def _check_comparable(configs: Mapping[str, Config]) -> None:
+    (first_name, first), *others = configs.items()
+    for name, config in others:
+        differing = [key for key in _SHARED if getattr(config, key) != getattr(first, key)]
+        if differing:
+            raise MeterError(
+                f"experiment.meter.arms: {name!r} differs from {first_name!r} in more than its credit "
+                f"({', '.join(differing)}), so their directions cannot be compared; leave it out"
+            )
+    if first.distribution.world_size > 1:
+        raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
+
+
+def _trainable(config: Config, generator: Generator, weights: Path | None) -> dict[str, torch.nn.Parameter]:
+    training = config.training
+    if weights is not None:
+        generator.load_network(weights)
+    if training.gradient_checkpointing:
+        generator.recompute_activations()
+    if training.lora is None:
+        generator.network.requires_grad_(True)
+    elif weights is None:
+        generator.add_lora(training.lora, config.seed)
+    else:
+        for name, value in generator.network.named_parameters():
+            value.requires_grad_("lora_" in name)
+    found = {name: value for name, value in generator.network.named_parameters() if value.requires_grad}
+    if not found:
+        raise MeterError(f"--weights {weights}: holds no LoRA, which training.lora asks for; give those of such a run")
+    return found
+
+
+def _plan(meter: MeterConfig, config: Config) -> Plan:
+    return Plan(
+        config.training.prompts_per_update,
+        meter.updates,
+        meter.reference,
+        meter.blocks,
+        meter.stepped,
+        meter.held_out,
+        meter.held_out_samples,
+        meter.size,
+        meter.change,
+    )
+
+
+def _identity(configs: Mapping[str, Config], meter: MeterConfig, weights: Path | None) -> str:
+    """What decides the parts of a measurement; how many updates, and what is told of them, decide none of it."""
+    told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms"})
+    data: dict[str, Any] = {
+        "meter": told,
+        "arms": {name: config.training_identity() for name, config in configs.items()},
+        "weights": None if weights is None else _content(weights),
+    }
+    return config_hash(data)
+
+
+def _content(folder: Path) -> str:
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_result(result: Result, configs: Mapping[str, Config], meter: MeterConfig, path: Path) -> None:
+    """The result and its settings as JSON: the same bytes for the same measurement."""
+    first = next(iter(configs.values()))
+    data = {
+        "experiment": first.experiment.name,
+        "seed": first.seed,
+        "reward": first.reward.model_dump(mode="json"),
+        "arms": {name: config.credit.model_dump(mode="json") for name, config in configs.items()},
+        "meter": meter.model_dump(mode="json"),
+        "result": result.as_json(),
+    }
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

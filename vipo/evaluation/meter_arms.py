@@ -1,0 +1,96 @@
+"""The arms of a measurement: each one's way to place advantages, as training has it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vipo.config.run import Config
+from vipo.config.values import config_hash
+from vipo.credit import Context, CreditSource, Samples, assign_credit, load_sources
+from vipo.credit.meter.subject import Group, Subject, chain_rewards
+from vipo.objectives import allocate_advantages, group_advantages
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm's way to place advantages, loaded.
+
+    Attributes:
+        config: the run that it belongs to.
+        sources: of its credit, by name.
+        key: what the sources depend on; arms that share it share them.
+    """
+
+    config: Config
+    sources: Mapping[str, CreditSource]
+    key: str
+
+
+def load_arms(configs: Mapping[str, Config], context: Context) -> dict[str, Arm]:
+    """Load and set up the sources of every arm, once for arms that share them.
+
+    Args:
+        configs: the arms by name.
+        context: of all of them; each arm's own section `perception` takes its place.
+
+    Raises:
+        CreditError, PerceptionError: a source cannot be loaded, or cannot work with these samples.
+    """
+    arms: dict[str, Arm] = {}
+    loaded: dict[str, Mapping[str, CreditSource]] = {}
+    for name, config in configs.items():
+        sections = {"credit": config.credit.model_dump(mode="json")["sources"]}
+        key = config_hash(sections | {"perception": config.perception.model_dump(mode="json")})[:8]
+        if key not in loaded:
+            sources = load_sources(config.credit)
+            for source in sources.values():
+                source.set_up(replace(context, perception=config.perception))
+            loaded[key] = sources
+        arms[name] = Arm(config, loaded[key], key)
+    return arms
+
+
+def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Each arm's advantages of the groups of one update, ``(N, S or 1, [T,] H, W)``, as training places them."""
+    batches = [batch for group in groups for batch in group.batches]
+    clean = torch.cat([batch.trajectory.clean for batch in batches])
+    members = torch.arange(len(groups)).repeat_interleave(subject.group_size)
+    rewards = chain_rewards(subject, batches)
+    pictures = torch.cat([subject.generator.pictures(batch.trajectory.clean) for batch in batches])
+    samples = Samples(
+        pictures=pictures,
+        clean=clean,
+        groups=members.to(clean.device),
+        prompts=[group.prompt for group in groups for _ in range(subject.group_size)],
+        numbers=list(range(subject.group_size)) * len(groups),
+        frame_groups=subject.generator.frame_groups,
+        trajectories=[batch.trajectory for batch in batches],
+        batch=subject.micro_batch,
+        seed=subject.seed,
+        update=1 + groups[0].number // len(groups),
+    )
+    found = {}
+    for name, arm in arms.items():
+        seen = {
+            source: [given for group in groups for given in group.seen[f"{arm.key}/{source}"]] for source in arm.sources
+        }
+        weights = assign_credit(arm.sources, samples, arm.config.credit.control, seen).weights
+        config, multiplied = arm.config.advantages, arm.config.credit.multiplies
+        values = group_advantages(
+            rewards,
+            subject.weights,
+            members,
+            config.std_floor,
+            config.clip,
+            config.std,
+            weights.cpu() if weights is not None and multiplied == "reward" else None,
+        ).values.to(clean.device)
+        if weights is not None and multiplied == "advantage":
+            values = allocate_advantages(values, weights)
+        if values.ndim == 1:
+            values = values.reshape(-1, *([1] * len(samples.positions)))
+        # Where transitions have weights of their own there is a dimension more: that of the channels.
+        found[name] = values if values.ndim == clean.ndim else values.unsqueeze(1)
+    return found
