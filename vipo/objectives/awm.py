@@ -9,10 +9,92 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vipo.config.forward import AwmConfig, DecayConfig
+from vipo.objectives.forward import noised_points, velocity_kl
+from vipo.objectives.objective import Objective, Outcome, Points, Predictions, Share
+
 # Under the root of the published code.
 _SMALLEST_ERROR = 1e-10
 
 TimeWeight = Literal["uniform", "t", "t2"]
+
+
+class Awm(Objective):
+    """Advantage Weighted Matching on the levels of the chain, from the clean samples alone.
+
+    Source: AWM (arXiv 2509.25050) and its public code; credit is ours.
+    """
+
+    options: AwmConfig
+    places_credit = True
+
+    @property
+    def needs_old(self) -> bool:
+        """For the ratio."""
+        return True
+
+    @property
+    def needs_reference(self) -> bool:
+        """For its divergence."""
+        return self.options.kl_weight > 0
+
+    @property
+    def anchor(self) -> DecayConfig | None:
+        """A slow average of the trained weights; of no weight it is not kept."""
+        return self.options.anchor if self.options.anchor_weight > 0 else None
+
+    def points(self, share: Share) -> Points:
+        """The clean samples, noised to the levels of `share.steps`."""
+        return noised_points(share)
+
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+        """The loss of one ratio a sample, and the divergences to the generator as it was and to the anchor."""
+        options, new, old = self.options, predictions.new, predictions.old
+        assert old is not None
+        assert points.noise is not None
+        velocity = points.noise - share.trajectory.clean
+        log_prob, old_log_prob = (
+            matching_log_prob(
+                each,
+                velocity,
+                points.times,
+                share.credit,
+                form=options.form,
+                time_weight=options.time_weight,
+                power=options.power,
+            )
+            for each in (new, old)
+        )
+        log_ratio = log_prob - old_log_prob
+        loss, dropped = matching_loss(log_ratio, options.advantage_scale * advantages, options.clip_range)
+        metrics = {}
+        for name, other, weight in (
+            ("kl", predictions.reference, options.kl_weight),
+            ("anchor/distance", predictions.anchor, options.anchor_weight),
+        ):
+            if other is not None:
+                divergence = velocity_kl(new, other).mean()
+                loss, metrics[name] = loss + weight * divergence, divergence.detach()
+        return Outcome(loss, log_ratio.detach(), dropped=dropped.float(), metrics=metrics)
+
+
+def matching_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """``-mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)``, and which samples have no gradient.
+
+    Args:
+        log_ratio: ``(B,)`` with its gradient.
+        advantages: ``(B,)``.
+        clip_range: eps.
+
+    Returns:
+        The loss, a scalar, and ``(B,)`` bool.
+
+    Source: AWM's public code, loss type 'exp_first'.
+    """
+    rho = log_ratio.exp()
+    above, below = rho > 1 + clip_range, rho < 1 - clip_range
+    loss = -torch.minimum(rho * advantages, rho.clamp(1 - clip_range, 1 + clip_range) * advantages).mean()
+    return loss, (above & (advantages > 0)) | (below & (advantages < 0))
 
 
 def matching_log_prob(

@@ -1,6 +1,17 @@
 """What the objectives of the forward process share: noised samples, the divergence of two policies, a decay."""
 
+import torch
 from torch import Tensor
+
+from vipo.objectives.objective import Points, Share
+
+
+def noised_points(share: Share) -> Points:
+    """The clean samples of a share, noised by draws of its own to the levels of its steps."""
+    clean = share.trajectory.clean
+    drawn = [torch.randn(clean.shape[1:], generator=generator) for generator in share.draws("forward")]
+    noise, times = torch.stack(drawn).to(clean.device), share.chain.times[share.steps]
+    return Points(noised(clean, noise, times)[0], times, noise)
 
 
 def noised(clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,61 @@ from typing import Literal
 
 from torch import Tensor
 
+from vipo.config.forward import DecayConfig, NftConfig
+from vipo.objectives.forward import noised_points, velocity_kl
+from vipo.objectives.objective import Objective, Outcome, Points, Predictions, Share
+
 # Of the published code's normaliser.
 _SMALLEST_ERROR = 1e-5
+
+
+class Nft(Objective):
+    """DiffusionNFT on the levels of the chain, from the clean samples alone.
+
+    Source: DiffusionNFT (arXiv 2509.16117) and its public code; credit is ours.
+    """
+
+    options: NftConfig
+
+    @property
+    def needs_old(self) -> bool:
+        """The policy that sampled is half of both implicit ones."""
+        return True
+
+    @property
+    def needs_reference(self) -> bool:
+        """For its divergence."""
+        return self.options.kl_weight > 0
+
+    @property
+    def sampler(self) -> DecayConfig:
+        """The old policy samples."""
+        return self.options.old
+
+    def points(self, share: Share) -> Points:
+        """The clean samples, noised to the levels of `share.steps`."""
+        return noised_points(share)
+
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+        """The loss, and the divergence to the generator as it was."""
+        options, new, old = self.options, predictions.new, predictions.old
+        assert old is not None
+        assert points.noise is not None
+        loss = nft_loss(
+            new,
+            old,
+            points.noise - share.trajectory.clean,
+            points.times,
+            optimality(advantages, options.z),
+            beta=options.beta,
+            form=options.form,
+            z=options.z,
+        ).mean()
+        metrics = {"old/distance": velocity_kl(new.detach(), old).mean()}
+        if predictions.reference is not None:
+            divergence = velocity_kl(new, predictions.reference).mean()
+            loss, metrics["kl"] = loss + options.kl_weight * divergence, divergence.detach()
+        return Outcome(loss, metrics=metrics)
 
 
 def optimality(advantages: Tensor, z: float) -> Tensor:
