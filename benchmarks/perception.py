@@ -16,7 +16,6 @@ import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,8 @@ def share_of_training(experiment: str, updates: int, device: str, threads: int) 
         prepare_stage(config, root, results)
         encode_stage(config, root, results)
         setup = set_up(config, root, results / config.experiment.name)
-        structuring: Any = setup.structuring
+        source: Any = setup.sources["backbone"]
+        structuring = source.structuring
 
         def timed(*arguments: Any, **named: Any) -> Any:
             found: list[Any] = []
@@ -153,7 +153,7 @@ def share_of_training(experiment: str, updates: int, device: str, threads: int) 
             return found[0]
 
         wrapped: Any = timed
-        setup = replace(setup, structuring=wrapped)
+        wrapped.config, source.structuring = structuring.config, wrapped
         update(setup, 1)
         shares, totals, parts = [], [], []
         for number in range(2, updates + 2):

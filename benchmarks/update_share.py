@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
+from vipo.credit.backbone import BackboneCredit
 from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import Setup, set_up
 from vipo.training.update import update
@@ -55,8 +56,9 @@ def instrument(setup: Setup, clock: NetworkClock) -> None:
     network.forward = clock.wrap(network.forward)
     vae: Any = setup.generator.vae  # type: ignore[attr-defined]
     vae.decode = clock.wrap(vae.decode)
-    if setup.structuring is not None:
-        backbone: Any = setup.structuring.backbone
+    source = setup.sources.get("backbone")
+    if isinstance(source, BackboneCredit):
+        backbone: Any = source.structuring.backbone
         backbone.forward = clock.wrap(backbone.forward)
     for name, reward in setup.rewards.items():
         setup.rewards[name] = clock.wrap(reward)

@@ -1,11 +1,13 @@
 """Import paths of a configuration, tried before anything is computed."""
 
+from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.foreign import is_import_path
 
 
 def check_imports(config: Config) -> None:
-    """Import what a configuration names by import path: prompt source, generator, backbone, rewards.
+    """Import what a configuration names by import path: prompt source, generator, backbone, credit sources, objective,
+    gate, rewards; options of those are checked by the parts themselves.
 
     Registered names need no trial, and nothing is imported for them.
 
@@ -24,6 +26,15 @@ def check_imports(config: Config) -> None:
         from vipo.perception.backbones import find_backbone
 
         find_backbone(config.perception.backbone)
+    if any(is_import_path(name) for name in config.credit.names):
+        from vipo.credit import load_sources
+
+        load_sources(config.credit)
+    gate = config.objective.gate.name if isinstance(config.objective, SurrogateConfig) else ""
+    if is_import_path(config.objective.name) or is_import_path(gate):
+        from vipo.objectives import load_objective
+
+        load_objective(config.objective)
     for name in dict.fromkeys([*(term.name for term in config.reward.terms), *config.evaluation.rewards]):
         if is_import_path(name):
             from vipo.rewards import find_reward

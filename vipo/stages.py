@@ -136,7 +136,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
         log.info("next: %s", next_command(config, results))
         return
     rewards = ", ".join(term.name for term in config.reward.terms)
-    backbone = f", backbone {config.perception.backbone}" if config.objective.reads_backbone else ""
+    backbone = f", backbone {config.perception.backbone}" if config.credit.reads_backbone else ""
     log.info(
         "%s: loading generator %s (%s), rewards %s%s",
         config.run_name, config.generator.path, config.generator.family, rewards, backbone,
@@ -150,7 +150,7 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
     from vipo.generators.base import check_device
     from vipo.training.launch import launch, stop_with_launcher
     from vipo.training.ranks import is_rank
-    from vipo.training.run import train_run
+    from vipo.training.recorded import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)

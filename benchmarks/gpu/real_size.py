@@ -19,7 +19,10 @@ from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Size
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
+from vipo.config.credit import CreditConfig
+from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
+from vipo.objectives import load_objective
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import policy_transition, rollout
 from vipo.sampling.transitions import position_log_prob
@@ -124,8 +127,9 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     if matmul_tflops is not None:
         record.put("achieved_over_matmul", round(flops / total / 1e12 / matmul_tflops, 4))
 
-    scalar = config.objective.model_copy(update={"map": "none", "ratio": "sample"})
-    plain = replace(setup, structuring=None, config=config.model_copy(update={"objective": scalar}))
+    scalar = config.objective.model_copy(update={"ratio": "sample"})
+    plain_config = config.model_copy(update={"objective": scalar, "credit": CreditConfig(sources=())})
+    plain = replace(setup, sources={}, objective=load_objective(scalar), config=plain_config)
     record.put("scalar_baseline_seconds", round(seconds_of(lambda: update(plain, 3), device), 3))
     timer.pop()
     record.put("plain_loop_seconds", round(seconds_of(lambda: plain_update(setup), device), 3))
@@ -194,8 +198,9 @@ def plain_update(setup: Setup) -> None:
 
 
 def _plain_map(setup: Setup, pictures: Tensor) -> np.ndarray:
-    assert setup.structuring is not None
-    backbone, (height, width) = setup.structuring.backbone, setup.generator.grid
+    source = setup.sources["backbone"]
+    assert isinstance(source, BackboneCredit)
+    backbone, (height, width) = source.structuring.backbone, setup.generator.grid
     maps = []
     for picture in pictures.unsqueeze(0) if pictures.ndim == 3 else pictures:
         cells = backbone(picture[None])[0].cpu().numpy()

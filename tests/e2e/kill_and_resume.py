@@ -19,7 +19,7 @@ def main() -> None:
     holds that many updates.
     """
     from vipo.config.compose import load_config, repository_root
-    from vipo.training.run import train_run
+    from vipo.training.recorded import train_run
 
     results, moments, overrides = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
     config, root = load_config(overrides), repository_root()

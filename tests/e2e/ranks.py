@@ -59,7 +59,7 @@ def hang(call: int) -> None:
     """Let this process hang in its `call`-th call of learning."""
     from vipo.training import learn
 
-    sound, calls = learn.policy_transition, iter(range(1, 10_000))
+    sound, calls = learn.outcome_of, iter(range(1, 10_000))
 
     def hanging(*arguments: Any) -> Any:
         if next(calls) == call:
@@ -67,7 +67,7 @@ def hang(call: int) -> None:
             os._exit(9)
         return sound(*arguments)
 
-    learn.policy_transition = hanging
+    learn.outcome_of = hanging
 
 
 def fill_disk(call: int) -> None:
@@ -89,7 +89,8 @@ def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -
     """What one rank does; its exit status."""
     from vipo.config.compose import repository_root
     from vipo.errors import Preempted
-    from vipo.training.run import train, train_run
+    from vipo.training.recorded import train_run
+    from vipo.training.run import train
     from vipo.training.setup import set_up
     from vipo.training.state import run_identity
 
@@ -153,7 +154,7 @@ def main() -> None:
     import timm  # noqa: F401
 
     import vipo.generators.flux
-    import vipo.training.run  # noqa: F401
+    import vipo.training.recorded  # noqa: F401
 
     for job in json.loads(sys.argv[1]):
         job["results"] = Path(job["results"])

@@ -125,7 +125,7 @@ def test_the_decision_needs_fresh_seeds() -> None:
 def test_clip_table_averages_over_seeds() -> None:
     metrics = pd.DataFrame({"arm": ["grpo", "grpo", "quick"], "update": [1, 2, 1], "clip/share": [0.1, 0.3, 0.5]})
     cells = pd.DataFrame(
-        {"arm": ["grpo", "quick"], "ratio": "position", "scope": "sample", "side": "ppo", "range": 0.1}
+        {"arm": ["grpo", "quick"], "ratio": "position", "scope": "sample", "gate": "ppo", "range": 0.1}
     )
     table = clip_table(SCORES, metrics, cells, [REWARD]).set_index("arm")
     assert table.loc["grpo", "clipped"] == pytest.approx(0.2)
@@ -191,13 +191,14 @@ def test_the_page_links_to_nothing_that_the_study_would_not_write_again(tmp_path
     folder, runs = build_experiment(tmp_path / "maps", seeds)
     first = folder / "evaluation" / "base-s0" / "config.yaml"
     _decide_on_vipo(first, seeds)
-    # The same arms, as if nothing but the clip's range told them apart.
+    # The same arms, as if nothing but the gate's range told them apart.
     gates, _ = build_experiment(tmp_path / "gates", seeds)
     for path in gates.glob("evaluation/*/config.yaml"):
         config = OmegaConf.load(path)
         config.experiment.name = "gates"
-        clip = {"range": 1.0 + list(seeds).index(config.arm)}
-        config.objective = OmegaConf.merge(config.objective, {"ratio": "position", "map": "psm", "clip": clip})
+        gate = {"range": 1.0 + list(seeds).index(config.arm)}
+        config.objective = OmegaConf.merge(config.objective, {"ratio": "position", "gate": gate})
+        config.credit.sources = [{"name": "backbone"}]
         OmegaConf.save(config, path)
     base = gates / "evaluation" / "base-s0" / "config.yaml"
     studied = [(folder, runs, load_config_file(first)), (gates, runs, load_config_file(base))]

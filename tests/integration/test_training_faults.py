@@ -17,7 +17,7 @@ from vipo.rewards import RewardError
 from vipo.stages import encode_stage, evaluate_stage, train_stage
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
 from vipo.training.learn import log_ratio_of
-from vipo.training.run import train_run
+from vipo.training.recorded import train_run
 from vipo.training.samples import TrainingError
 from vipo.training.setup import Setup, set_up
 from vipo.training.update import update

@@ -25,7 +25,7 @@ from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
 from vipo.training.consistency import check_consistency
 from vipo.training.learn import kl_to_reference, learn
-from vipo.training.run import train_run
+from vipo.training.recorded import train_run
 from vipo.training.samples import MicroBatch, Sample, TrainingError, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity

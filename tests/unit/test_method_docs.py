@@ -110,7 +110,7 @@ def test_the_clip_s_table_is_the_csv_rounded() -> None:
     for line in lines:
         gate, width, clipped, change, reward = (cell.strip() for cell in line.strip("|").split("|"))
         scope, _, side = gate.rpartition(", ")
-        chosen = gates[(gates["side"] == side) & ((gates["scope"] == scope) | (side == "none"))]
+        chosen = gates[(gates["gate"] == side) & ((gates["scope"] == scope) | (side == "none"))]
         if side != "none":
             chosen = chosen[chosen["range"] == float(width)]
         (row,) = chosen.to_dict("records")

@@ -15,6 +15,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from vipo.config.arms import ArmConfig, check_arm_name
+from vipo.config.parts import chosen
+from vipo.config.renamed import RENAMED
 from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
 from vipo.config.run import Config
 from vipo.errors import VipoError
@@ -24,6 +26,7 @@ from vipo.text import one_line
 # More of a refused value is not shown.
 _SHOWN = 200
 _ASSIGNMENT = re.compile(r"(\w+)(\.\w+)*=")
+_WHOLE_PART = re.compile(r"(objective(?:\.gate)?)=\{\s*name\s*:")
 _AT_HOME = re.compile(r"(\+{0,2}[\w.]+=)(~[\w.-]*/[^'\"]*)")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -135,7 +138,7 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     _check_files(folder)
     try:
         with initialize_config_dir(str(folder), version_base="1.3", job_name="vipo"):
-            composed = compose("config", overrides=[_admitted(text, folder) for text in overrides])
+            composed = compose("config", overrides=[said for text in overrides for said in _admitted(text, folder)])
         data = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: missing; give it a value") from error
@@ -174,15 +177,18 @@ def _check_files(folder: Path) -> None:
             raise ConfigError(f"{path}: {error}") from error
 
 
-def _admitted(override: str, folder: Path) -> str:
+def _admitted(override: str, folder: Path) -> list[str]:
     # Defaults live in the models, so a key that no YAML file names is still a valid one: `++` lets it in,
     # and validation, which knows all keys, judges it. The choice of a group's file stays as it is.
     if home := _AT_HOME.fullmatch(override):
         # No word of Hydra's grammar begins with `~`.
         override = f"{home[1]}'{home[2]}'"
     assignment = _ASSIGNMENT.match(override)
+    # Hydra merges mappings; what begins with the name of a part has no use for the options of the one before it.
+    if part := _WHOLE_PART.match(override):
+        return [f"++{part[1]}=null", f"++{override}"]
     chooses_file = assignment and not assignment[2] and (folder / assignment[1]).is_dir()
-    return f"++{override}" if assignment and not chooses_file else override
+    return [f"++{override}" if assignment and not chooses_file else override]
 
 
 def _readable(text: str) -> str:
@@ -204,13 +210,15 @@ def validate_section(model: type[Model], data: Any, prefix: str = "") -> Model:
         # pydantic leaves out refused items, then finds the sequence too short: that is the same problem twice.
         refused = {problem["loc"][:-1] for problem in problems} | {problem["loc"][:-2] for problem in problems}
         told = [item for item in problems if item["type"] != "too_short" or item["loc"] not in refused]
-        raise ConfigError("\n".join(_problem(model, item, prefix) for item in told)) from error
+        raise ConfigError("\n".join(_problem(model, data, item, prefix) for item in told)) from error
 
 
-def _problem(model: type[BaseModel], item: Any, prefix: str) -> str:
+def _problem(model: type[BaseModel], data: Any, item: Any, prefix: str) -> str:
     key = one_line(prefix + ".".join(str(part) for part in item["loc"]), _SHOWN)
     if item["type"] == "extra_forbidden":
-        known = _keys_at(model, item["loc"][:-1])
+        if key in RENAMED:
+            return f"{key}: is said elsewhere now, in {RENAMED[key]}"
+        known = _keys_at(model, data, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         return f"{key}: unknown key; {hint}allowed: {', '.join(known)}"
@@ -234,10 +242,11 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… of {len(text)} characters"
 
 
-def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+def _keys_at(model: type[BaseModel], data: Any, location: Sequence[int | str]) -> list[str]:
     current: Any = model
     for part in location:
-        section = _section(current)
+        section = _section(current, data)
+        data = data[part]
         if section is not None:
             field = section.model_fields.get(str(part))
             current = None if field is None else field.annotation
@@ -245,17 +254,22 @@ def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]
             # A key of a mapping, or a place in a tuple: what they hold is the annotation's last argument but `...`.
             held = [item for item in _arguments(current) if item is not Ellipsis and item is not type(None)]
             current = held[-1] if held else None
-    section = _section(current)
+    section = _section(current, data)
     return [] if section is None else sorted(section.model_fields)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation (`Section`, `Section | None`) names itself, in no mapping or tuple."""
+def _section(annotation: Any, value: Any) -> type[BaseModel] | None:
+    """The section that an annotation names itself, in no mapping or tuple; of several, the one for this value."""
+    found = _sections(annotation)
+    return chosen(found, value) if found else None
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return [annotation]
     if get_origin(annotation) in (dict, tuple, list):
-        return None
-    return next((found for item in get_args(annotation) if (found := _section(item)) is not None), None)
+        return []
+    return [found for item in get_args(annotation) for found in _sections(item)]
 
 
 def _arguments(annotation: Any) -> tuple[Any, ...]:

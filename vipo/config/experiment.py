@@ -99,8 +99,8 @@ def check_pictures(config: Config) -> None:
     """
     generator = config.generator
     video = generator.frames is not None
-    if config.objective.map == "oracle" and video:
-        raise ConfigError("objective.map 'oracle' needs drawn pictures; generator.frames asks for videos")
+    if "oracle" in config.credit.names and video:
+        raise ConfigError("credit.sources: 'oracle' needs drawn pictures; generator.frames asks for videos")
     named: Sequence[tuple[str, str]] = [
         *(("reward.terms", term.name) for term in config.reward.terms),
         *(("evaluation.rewards", name) for name in config.evaluation.rewards),

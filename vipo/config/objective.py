@@ -1,18 +1,17 @@
 """Section `objective`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vipo.config.parts import ImportedPart, by_name
+from vipo.config.registries import GATES, OBJECTIVES
 from vipo.config.section import NonNegativeFloat, PositiveFloat, Section
 
 
-class ClipConfig(Section):
-    """The trust region. `range` is on the ratio that the gate looks at (see `scope`)."""
+class RatioGateConfig(Section):
+    """A gate that looks at the ratio alone."""
 
-    side: Literal["ppo", "symmetric", "none"] = Field(
-        "ppo", description="ppo: one-sided min(); symmetric: no gradient outside the range on either side; none: off."
-    )
     scope: Literal["sample", "position"] = Field(
         "sample", description="Whether the sample's ratio (mean log-probability) or each position's own decides."
     )
@@ -23,9 +22,40 @@ class ClipConfig(Section):
     )
 
 
-class ObjectiveConfig(Section):
-    """How advantages are formed, spread over positions and turned into a loss."""
+class PpoGateConfig(RatioGateConfig):
+    """One-sided: no gradient where the ratio is beyond the range in the advantage's direction."""
 
+    name: Literal["ppo"] = "ppo"
+
+
+class SymmetricGateConfig(RatioGateConfig):
+    """No gradient outside the range, on either side."""
+
+    name: Literal["symmetric"]
+
+
+class NoGateConfig(Section):
+    """No trust region."""
+
+    name: Literal["none"]
+
+
+class ImportedGateConfig(ImportedPart):
+    """A gate by import path, with its own options."""
+
+    known, kind = GATES, "gate"
+
+
+GateConfig = Annotated[
+    PpoGateConfig | SymmetricGateConfig | NoGateConfig | ImportedGateConfig,
+    by_name(PpoGateConfig, SymmetricGateConfig, NoGateConfig, ImportedGateConfig),
+]
+
+
+class SurrogateConfig(Section):
+    """The surrogate of policy gradients, with ratios per sample (GRPO) or per position (ViPO)."""
+
+    name: Literal["surrogate"] = "surrogate"
     ratio: Literal["sample", "position"] = Field(
         "position", description="Scalar ratio (GRPO) or one per position (ViPO)."
     )
@@ -38,41 +68,24 @@ class ObjectiveConfig(Section):
     ratio_norm: Literal["none", "guard"] = Field(
         "none", description="guard: ratio normalisation and step weights of GRPO-Guard (dance or flow)."
     )
-    map: Literal["none", "psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"] = Field(
-        "psm",
-        description="none: scalar advantage; psm: the allocation map; uniform: all ones; inverted: 1 - map; mean: the "
-        "sample's own mean everywhere; group: the map averaged over the group; shuffled: the map's values elsewhere; "
-        "oracle: the object's own pixels (drawn scenes only).",
-    )
-    map_on: Literal["advantage", "reward"] = Field(
-        "advantage", description="What the map multiplies: the advantage, or the reward before the group statistics."
-    )
-    clip: ClipConfig = ClipConfig()
+    gate: GateConfig = Field(PpoGateConfig(), description="The trust region.")
     kl_weight: NonNegativeFloat = Field(0.0, description="Weight of the KL divergence to the generator as it was.")
-    advantage_clip: PositiveFloat = 5.0
-    std: Literal["group", "batch"] = Field(
-        "group", description="Standard deviation of the group (ddof 1) or of the whole update (ddof 0, Flow-GRPO)."
-    )
-    std_floor: PositiveFloat = Field(1e-4, description="Added to the standard deviation.")
-
-    @property
-    def reads_backbone(self) -> bool:
-        """Whether the arm's map is made from the perception backbone's."""
-        return self.map not in ("none", "uniform", "oracle")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.ratio == "sample" and self.map != "none":
-            raise ValueError(
-                f"ratio 'sample' cannot carry map '{self.map}': the layout would not reach the gradient; "
-                "use ratio 'position'"
-            )
-        if self.ratio == "position" and self.map == "none":
-            raise ValueError("ratio 'position' needs a map: 'psm', or a control such as 'uniform' or 'inverted'")
-        if self.ratio == "sample" and self.clip.scope == "position":
-            raise ValueError("clip.scope 'position' needs ratio 'position'")
-        if self.map == "none" and self.map_on == "reward":
-            raise ValueError("map_on 'reward' needs a map, such as 'psm'")
+        if self.ratio == "sample" and isinstance(self.gate, RatioGateConfig) and self.gate.scope == "position":
+            raise ValueError("gate.scope 'position' needs ratio 'position'")
         if self.ratio_norm == "guard" and self.density != "gaussian":
             raise ValueError("ratio_norm 'guard' needs density 'gaussian': it takes out that density's bias")
         return self
+
+
+class ImportedObjectiveConfig(ImportedPart):
+    """An objective by import path, with its own options."""
+
+    known, kind = OBJECTIVES, "objective"
+
+
+ObjectiveConfig = Annotated[
+    SurrogateConfig | ImportedObjectiveConfig, by_name(SurrogateConfig, ImportedObjectiveConfig)
+]

@@ -30,6 +30,27 @@ REWARDS: Mapping[str, str] = MappingProxyType(
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
 
+CREDIT_SOURCES: Mapping[str, str] = MappingProxyType(
+    {
+        "backbone": "vipo.credit.backbone:BackboneCredit",
+        "uniform": "vipo.credit.uniform:UniformCredit",
+        "oracle": "vipo.credit.oracle:OracleCredit",
+    }
+)
+"""Credit sources by name; the options of each are a section of `vipo.config.credit`."""
+
+OBJECTIVES: Mapping[str, str] = MappingProxyType({"surrogate": "vipo.objectives.surrogate:Surrogate"})
+"""Objectives by name; the options of each are a section of `vipo.config.objective`."""
+
+GATES: Mapping[str, str] = MappingProxyType(
+    {
+        "ppo": "vipo.objectives.gates:PpoGate",
+        "symmetric": "vipo.objectives.gates:SymmetricGate",
+        "none": "vipo.objectives.gates:NoGate",
+    }
+)
+"""Gates by name; the options of each are a section of `vipo.config.objective`."""
+
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
 """Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""
 
@@ -59,5 +80,5 @@ def registered(value: str, known: Iterable[str], what: str) -> str:
     close = difflib.get_close_matches(value, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
-        f"{value!r} is not a {what}: {hint}choose one of {', '.join(known)}, or an import path 'package.module:object'"
+        f"{value!r} is no {what}: {hint}choose one of {', '.join(known)}, or an import path 'package.module:object'"
     )

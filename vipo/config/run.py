@@ -4,10 +4,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from vipo.config.advantages import AdvantagesConfig
 from vipo.config.arms import ExperimentConfig, check_arm_name
+from vipo.config.credit import CreditConfig
 from vipo.config.evaluation import REPORTED, EvaluationConfig
 from vipo.config.generator import GeneratorConfig
-from vipo.config.objective import ObjectiveConfig
+from vipo.config.objective import ObjectiveConfig, SurrogateConfig
 from vipo.config.perception import PerceptionConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.prompts import PromptsConfig
@@ -29,7 +31,9 @@ class Config(Section):
     reward: RewardConfig
     perception: PerceptionConfig
     sampling: SamplingConfig
-    objective: ObjectiveConfig
+    credit: CreditConfig = CreditConfig()
+    advantages: AdvantagesConfig = AdvantagesConfig()
+    objective: ObjectiveConfig = SurrogateConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
     distribution: DistributionConfig = DistributionConfig()
@@ -47,10 +51,8 @@ class Config(Section):
                 f"with a density of sampling.steps {self.sampling.steps} (the last step is deterministic"
                 f"{'' if window is None else ', and so is all outside sampling.window'})"
             )
-        if self.objective.ratio_norm == "guard" and self.sampling.transition not in ("dance", "flow"):
-            raise ValueError(
-                "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"
-            )
+        if isinstance(self.objective, SurrogateConfig):
+            self._fits(self.objective)
         study = self.experiment.study
         if study is not None:
             changes = {f"change/{part}" for part in ("total", "foreground", "background")}
@@ -64,6 +66,21 @@ class Config(Section):
             if getattr(self.generator, key) % 2:
                 raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
         return self
+
+    def _fits(self, objective: SurrogateConfig) -> None:
+        if objective.ratio_norm == "guard" and self.sampling.transition not in ("dance", "flow"):
+            raise ValueError(
+                "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"
+            )
+        if objective.ratio == "sample" and self.credit.sources:
+            raise ValueError(
+                f"objective.ratio 'sample' cannot carry credit.sources ({', '.join(self.credit.names)}): the layout "
+                "would not reach the gradient; use objective.ratio=position, or credit.sources=[]"
+            )
+        if objective.ratio == "position" and not self.credit.sources:
+            raise ValueError(
+                "objective.ratio 'position' needs one of credit.sources, such as {name: backbone} or {name: uniform}"
+            )
 
     @field_validator("evaluation")
     @classmethod

@@ -143,7 +143,7 @@ def clip_table(
     Args:
         scores: rows of all runs.
         metrics: training metrics of all runs: `arm`, `update`, ``clip/share``.
-        cells: one row per arm: `arm`, `ratio`, `scope`, `side`, `range`.
+        cells: one row per arm: `arm`, `ratio`, `gate` and its options.
         columns: final scores to average.
 
     Returns:

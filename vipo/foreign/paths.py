@@ -11,12 +11,13 @@ from vipo.errors import VipoError
 from vipo.foreign.boundary import foreign
 from vipo.text import one_line
 
-_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+IMPORT_PATH = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+"""``package.module:object``, as a pattern."""
 
 
 def is_import_path(name: str) -> bool:
     """Whether `name` has the form ``package.module:object``."""
-    return _IMPORT_PATH.fullmatch(name) is not None
+    return re.fullmatch(IMPORT_PATH, name) is not None
 
 
 def resolve(path: str, kind: type[VipoError], what: str) -> Any:

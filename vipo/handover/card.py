@@ -147,7 +147,7 @@ def model_card(
         metadata=Markup(data.to_yaml()),
         title=data.model_name,
         base=base if revision is None else f"{base} at revision {revision}",
-        method=describe(config.objective),
+        method=describe(config),
         rewards=[term.name for term in config.reward.terms],
         question=config.experiment.question,
         base_sha256=generator[0]["sha256"] if generator else None,
@@ -269,14 +269,14 @@ def _facts(config: Config) -> dict[str, str]:
     training, terms = config.training, config.reward.terms
     lora = training.lora
     return {
-        "Arm": f"{config.arm}, {describe(config.objective)}",
+        "Arm": f"{config.arm}, {describe(config)}",
         "Seed": str(config.seed),
         "Trained": "all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
         "Reward": " + ".join(term.name if len(terms) == 1 else f"{term.weight:g} {term.name}" for term in terms),
         "Updates": f"{training.updates}, each {training.prompts_per_update} prompts × {training.group_size} samples",
         "Optimizer": f"AdamW, learning rate {config.optimizer.learning_rate:g}",
         "Sampling chain": f"{config.sampling.steps} steps, {config.sampling.transition}, eta {config.sampling.eta:g}",
-        "Map backbone": config.perception.backbone if config.objective.reads_backbone else "none",
+        "Map backbone": config.perception.backbone if config.credit.reads_backbone else "none",
         "Prompts": config.prompts.source,
         "Size": f"{config.generator.width} × {config.generator.height} pixels"
         + ("" if config.generator.frames is None else f", {config.generator.frames} frames"),

@@ -1,21 +1,35 @@
-"""Group advantages, their allocation over positions, and the clipped surrogate: pure functions."""
+"""Objectives and gates: plug-ins. Group advantages: pure functions."""
 
-from vipo.objectives.advantages import (
-    GroupAdvantages,
-    allocate_advantages,
-    best_and_worst,
-    group_advantages,
-    weight_maps,
+from vipo.objectives.advantages import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
+from vipo.objectives.gates import Gate, Gated, Moved, load_gate
+from vipo.objectives.objective import (
+    Objective,
+    ObjectiveError,
+    Outcome,
+    Points,
+    Predictions,
+    Share,
+    checked_outcome,
+    checked_points,
+    load_objective,
 )
-from vipo.objectives.surrogate import Surrogate, clipped_surrogate, normalized_log_ratio
 
 __all__ = [
+    "Gate",
+    "Gated",
     "GroupAdvantages",
-    "Surrogate",
+    "Moved",
+    "Objective",
+    "ObjectiveError",
+    "Outcome",
+    "Points",
+    "Predictions",
+    "Share",
     "allocate_advantages",
     "best_and_worst",
-    "clipped_surrogate",
+    "checked_outcome",
+    "checked_points",
     "group_advantages",
-    "normalized_log_ratio",
-    "weight_maps",
+    "load_gate",
+    "load_objective",
 ]

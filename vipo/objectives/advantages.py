@@ -1,4 +1,4 @@
-"""From rewards to advantages per sample and per position (METHOD section 4)."""
+"""From rewards to advantages per sample and per position (docs/method.md, Advantages)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,15 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-MapKind = Literal["psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"]
-
 
 @dataclass(frozen=True)
 class GroupAdvantages:
     """Advantages of one update.
 
     Attributes:
-        values: ``(N,)`` or ``(N, [T,] H, W)`` float32, clipped; 0 for samples that are left out.
+        values: ``(N,)`` or ``(N, [S,] [T,] H, W)`` float32, clipped; 0 for samples that are left out.
         valid: ``(N,)`` bool, False where a reward was not finite.
         group_std: ``(groups,)`` standard deviation of the weighted reward within each group, its mean over positions;
             0 where all rewards are equal.
@@ -51,7 +49,7 @@ def group_advantages(
         clip: the advantages are clipped to [-clip, clip].
         std: 'group': the sample standard deviation within the group (ddof 1; DanceGRPO, ViPO); 'batch': the
             population's over all samples of the update (ddof 0; Flow-GRPO). The mean is the group's in both.
-        maps: ``(N, [T,] H, W)``, non-negative; multiplied into the rewards.
+        maps: ``(N, [S,] [T,] H, W)``, non-negative; multiplied into the rewards.
 
     Raises:
         ValueError: names or shapes disagree, or a map is negative.
@@ -117,58 +115,8 @@ def best_and_worst(advantages: Tensor, groups: Tensor, count: int) -> Tensor:
     return torch.stack(chosen)
 
 
-def weight_maps(
-    kind: MapKind,
-    maps: Tensor,
-    constant: Tensor,
-    normalize: Literal["minmax", "mean"],
-    groups: Tensor,
-    permutations: Tensor | None = None,
-) -> Tensor:
-    """The per-position weights of an arm, from the maps that its source gave.
-
-    Args:
-        kind: 'psm', 'oracle': the maps as they are; 'uniform': ones; 'inverted': each map turned upside down between
-            its own extremes; 'mean': each sample's own mean at every position; 'group': the mean over the sample's
-            group, a layout of no sample's own; 'shuffled': each map's values at other positions. The last four are
-            controls for what a map's layout does.
-        maps: ``(N, [T,] H, W)``, non-negative.
-        constant: ``(N,)`` bool, maps without structure: ones, whatever the kind, and no part of their group's mean.
-        normalize: what `maps` were normalised by, so that an inverted map is as well.
-        groups: ``(N,)`` int64 group index of each sample, from 0.
-        permutations: ``(N, positions)`` int64, read by 'shuffled'.
-
-    Raises:
-        ValueError: 'shuffled' without permutations of the maps' positions.
-    """
-    column = (-1, *([1] * (maps.ndim - 1)))
-    if kind == "uniform":
-        return torch.ones_like(maps)
-    if kind == "inverted":
-        positions = tuple(range(1, maps.ndim))
-        inverted = maps.amax(dim=positions, keepdim=True) + maps.amin(dim=positions, keepdim=True) - maps
-        if normalize == "mean":
-            inverted = inverted / inverted.mean(dim=positions, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-        return torch.where(constant.reshape(column), torch.ones_like(maps), inverted)
-    if kind == "mean":
-        return maps.flatten(1).mean(dim=1).reshape(column).expand_as(maps)
-    if kind == "group":
-        averaged = torch.ones_like(maps)
-        for group in range(int(groups.max()) + 1):
-            members = (groups == group) & ~constant
-            if bool(members.any()):
-                averaged[members] = maps[members].mean(dim=0)
-        return averaged
-    if kind == "shuffled":
-        if permutations is None or permutations.shape != maps.flatten(1).shape:
-            found = None if permutations is None else tuple(permutations.shape)
-            raise ValueError(f"permutations: expected shape {tuple(maps.flatten(1).shape)} of the maps, got {found}")
-        return maps.flatten(1).gather(1, permutations).reshape(maps.shape)
-    return maps
-
-
 def allocate_advantages(advantages: Tensor, maps: Tensor) -> Tensor:
-    """``A_i^p = M_i(p) A_i``: ``(N,)`` and ``(N, [T,] H, W)`` to ``(N, [T,] H, W)``.
+    """``A_i^p = M_i(p) A_i``: ``(N,)`` and ``(N, [S,] [T,] H, W)`` to the latter.
 
     Raises:
         ValueError: a map is negative (it would flip an advantage's sign), or shapes disagree.

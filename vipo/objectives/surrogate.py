@@ -1,4 +1,4 @@
-"""The clipped surrogate with ratios per sample or per position (METHOD section 5)."""
+"""The surrogate of policy gradients, with ratios per sample or per position, and a gate."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,9 +6,70 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vipo.config.objective import SurrogateConfig
+from vipo.objectives.gates import Gated, Moved, checked_gated, load_gate
+from vipo.objectives.objective import Objective, Outcome, Points, Predictions, Share
+from vipo.sampling.transitions import Channels, Density, position_kl, position_log_prob
+
+
+class Surrogate(Objective):
+    """``L = -mean rho A`` over samples and positions of a transition, outside of what the gate drops.
+
+    Source: DanceGRPO (arXiv 2505.07818), Flow-GRPO (arXiv 2505.05470); ViPO (arXiv 2511.18719) per position.
+    """
+
+    needs = "log_probabilities"
+    options: SurrogateConfig
+
+    def __init__(self, options: SurrogateConfig) -> None:
+        super().__init__(options)
+        self.gate = load_gate(options.gate)
+
+    @property
+    def needs_reference(self) -> bool:
+        """For its KL divergence."""
+        return self.options.kl_weight > 0
+
+    def points(self, share: Share) -> Points:
+        """The state that the transition started from."""
+        rows = torch.arange(len(share.steps), device=share.steps.device)
+        return Points(share.trajectory.latents[rows, share.steps], share.chain.times[share.steps])
+
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+        """The loss of one transition a sample, and the KL divergence to the generator as it was."""
+        options, chain, steps = self.options, share.chain, share.steps
+        rows = torch.arange(len(steps), device=steps.device)
+        value, old_mean = share.trajectory.latents[rows, steps + 1], share.trajectory.means[rows, steps]
+        mean, std = chain.gaussian(points.latents, predictions.new, steps)
+        log_ratio = transition_log_ratio(value, mean, old_mean, std, options.channels, options.density)
+        gated, weights = log_ratio, None
+        if options.ratio_norm == "guard":
+            kl = position_kl(mean, old_mean, std, options.channels)
+            # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
+            weights = 1 / (chain.levels[steps] - chain.levels[steps + 1])
+            gated = normalized_log_ratio(log_ratio, kl, std.flatten())
+        moved = Moved(gated.detach(), advantages, mean.detach(), old_mean, std)
+        decided = checked_gated(options.gate.name, self.gate(moved), moved)
+        found = gated_surrogate(gated, advantages, decided, ratio=options.ratio, weights=weights)
+        loss, metrics = found.loss, {}
+        if predictions.reference is not None:
+            reference, _ = chain.gaussian(points.latents, predictions.reference, steps)
+            divergence = position_kl(mean, reference, std, options.channels).mean()
+            loss, metrics = loss + options.kl_weight * divergence, {"kl": divergence.detach()}
+        return Outcome(loss, log_ratio.detach(), gated.detach(), found.clipped, metrics)
+
+
+def transition_log_ratio(
+    value: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, channels: Channels, density: Density
+) -> Tensor:
+    """``logp_new(p) - logp_old(p)`` of a transition, ``(B, [T,] H, W)`` with the gradient of `mean`; see
+    `position_log_prob`."""
+    new, old = (position_log_prob(value, each, std, channels, density) for each in (mean, old_mean))
+    return new - old
+
 
 @dataclass(frozen=True)
-class Surrogate:
+class GatedLoss:
     """Loss of one batch: ``loss`` scalar with gradient; ``clipped`` ``(B,)`` share of positions without gradient."""
 
     loss: Tensor
@@ -40,60 +101,42 @@ def normalized_log_ratio(log_ratio: Tensor, kl: Tensor, std: Tensor) -> Tensor:
     return (log_ratio + kl) * std.reshape(-1, *([1] * (log_ratio.ndim - 1)))
 
 
-def clipped_surrogate(
+def gated_surrogate(
     log_ratio: Tensor,
     advantages: Tensor,
+    gated: Gated,
     *,
     ratio: Literal["sample", "position"],
-    side: Literal["ppo", "symmetric", "none"],
-    scope: Literal["sample", "position"],
-    clip_range: float,
     weights: Tensor | None = None,
-) -> Surrogate:
-    """``L = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)`` over samples and positions.
+) -> GatedLoss:
+    """``L = -mean rho A`` over samples and positions; where the gate drops, its ratio stands for rho.
+
+    With the gate `ppo` that is ``-mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)``.
 
     Args:
         log_ratio: ``(B, [T,] H, W)`` per position, ``logp_new(p) - logp_old(p)``, with its gradient.
         advantages: ``(B, [T,] H, W)`` per position (ratio 'position') or ``(B,)`` (ratio 'sample').
+        gated: what a gate decided of them.
         ratio: 'position': ``rho^p = exp(log_ratio(p))``; 'sample': the ratio of the mean log-probability, one per
             sample (DanceGRPO, Flow-GRPO).
-        side: 'ppo': the one-sided minimum, which drops the gradient where the ratio has already moved
-            beyond the range in the advantage's direction; 'symmetric': drops it beyond the range on either
-            side; 'none': never.
-        scope: whether the sample's ratio or each position's own decides what is dropped.
-        clip_range: eps, half-width of the accepted range.
         weights: ``(B,)`` factors on the samples' losses, or None.
 
     Raises:
         ValueError: shapes disagree.
-
-    Source: PPO (arXiv 1707.06347) equation 7; ViPO (arXiv 2511.18719) for the form per position.
     """
     expected = log_ratio.shape if ratio == "position" else log_ratio.shape[:1]
     if advantages.shape != expected:
         raise ValueError(
             f"advantages: expected shape {tuple(expected)} for ratio {ratio!r}, got {tuple(advantages.shape)}"
         )
-    sample_log_ratio = log_ratio.flatten(1).mean(dim=1)
-    column = (-1, *([1] * (log_ratio.ndim - 1)))
-    if ratio == "sample":
-        rho, gate = sample_log_ratio.exp(), sample_log_ratio.detach().exp()
-    else:
-        rho = log_ratio.exp()
-        gate = rho.detach() if scope == "position" else sample_log_ratio.detach().exp().reshape(column).expand_as(rho)
-    above, below = gate > 1 + clip_range, gate < 1 - clip_range
-    if side == "ppo":
-        dropped = (above & (advantages > 0)) | (below & (advantages < 0))
-    elif side == "symmetric":
-        dropped = above | below
-    else:
-        dropped = torch.zeros_like(above)
-    # The value at the bound, so that the loss is continuous in the ratio; it carries no gradient.
-    bound = gate.clamp(1 - clip_range, 1 + clip_range)
-    gained = torch.where(dropped, bound * advantages, rho * advantages)
+    rho = log_ratio.exp() if ratio == "position" else log_ratio.flatten(1).mean(dim=1).exp()
+    # What is dropped has its value, so that the loss is continuous in the ratio, and no gradient.
+    bound = rho.detach() if gated.ratio is None else gated.ratio
+    gained = torch.where(gated.dropped, bound * advantages, rho * advantages)
     if weights is not None:
         if weights.shape != log_ratio.shape[:1]:
             raise ValueError(f"weights: expected shape ({len(log_ratio)},) of the batch, got {tuple(weights.shape)}")
         gained = gained * weights.reshape(-1, *([1] * (gained.ndim - 1)))
+    dropped = gated.dropped
     clipped = dropped.flatten(1).float().mean(dim=1) if dropped.ndim > 1 else dropped.float()
-    return Surrogate(-gained.mean(), clipped)
+    return GatedLoss(-gained.mean(), clipped)

@@ -23,7 +23,7 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
 
     Raises:
         PromptError: too few prompts for an update or for the evaluation's intervals, or prompts without the metadata
-            that a reward or the oracle map reads.
+            that a reward or the credit source oracle reads.
     """
     source, training, evaluation = config.prompts.source, config.training, config.evaluation
     if not config.is_base and len(train) < training.prompts_per_update:
@@ -42,8 +42,8 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
             evaluation.prompts,
             len(held_out),
         )
-    if config.objective.map == "oracle" and not config.is_base:
-        _need("objective.map 'oracle'", ("objects",), source, train)
+    if "oracle" in config.credit.names and not config.is_base:
+        _need("credit source 'oracle'", ("objects",), source, train)
     for term in config.reward.terms:
         if term.name in SCENE_REWARDS and not config.is_base:
             _need_scenes(f"reward.terms: reward {term.name!r}", source, train)

@@ -266,7 +266,7 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
                 f"{100 * max(constant):.1f} % of a run's samples.",
             }
         )
-    mapped = [run.config.perception for run in trained if run.config.objective.reads_backbone]
+    mapped = [run.config.perception for run in trained if run.config.credit.reads_backbone]
     from vipo.perception.backbones import NOT_MEASURED, registered_evidence
 
     evidence = {told for config in mapped if (told := registered_evidence(config)) is not None}

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.errors import VipoError
@@ -34,7 +35,7 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str], Config]], output: P
 
     Args:
         folders: ``results/<experiment>``, its runs and a configuration of it, for each experiment. The first one's
-            section `study` fixes the decision; those whose arms differ in the clip alone make the clip study.
+            section `study` fixes the decision; those whose arms differ in the gate alone make the clip study.
         output: folder that is replaced as a whole: a new one, an empty one, or an earlier study's.
 
     Returns:
@@ -67,7 +68,7 @@ def build_study(folders: Sequence[tuple[Path, Sequence[str], Config]], output: P
             experiment.scores, reference, experiment.rewards[0], [*experiment.rewards, *experiment.changes], confidence
         )
         tables[f"{name}-compared"] = compared
-        cells = _clip_cells(experiment)
+        cells = _gate_cells(experiment)
         if len(cells):
             metrics = pd.concat(
                 [run.metrics.assign(arm=run.config.arm) for run in experiment.runs if not run.metrics.empty]
@@ -112,24 +113,27 @@ def _ends(experiment: Experiment) -> pd.DataFrame:
     return means.join(spread.add_suffix("_std")).join(count).reset_index()
 
 
-def _clip_cells(experiment: Experiment) -> pd.DataFrame:
-    """The arms of a clip study: all trained arms, where nothing but the clip tells them apart."""
+def _gate_cells(experiment: Experiment) -> pd.DataFrame:
+    """The arms of a clip study: all trained arms, where nothing but the gate tells them apart."""
     firsts = {arm: experiment.of_arm(arm)[0].config for arm in experiment.arms if arm != "base"}
-    others = {config_hash(_without_clip(config)) for config in firsts.values()}
-    clips = {config.objective.clip for config in firsts.values()}
-    if len(others) > 1 or len(clips) < 3:
+    others = {config_hash(_without_gate(config)) for config in firsts.values()}
+    objectives = {arm: config.objective for arm, config in firsts.items()}
+    gates = {
+        arm: objective.gate.model_dump(mode="json")
+        for arm, objective in objectives.items()
+        if isinstance(objective, SurrogateConfig)
+    }
+    if len(others) > 1 or len({config_hash(gate) for gate in gates.values()}) < 3:
         return pd.DataFrame()
-    return pd.DataFrame(
-        [
-            {"arm": arm, "ratio": config.objective.ratio, **config.objective.clip.model_dump(mode="json")}
-            for arm, config in firsts.items()
-        ]
-    )
+    ratio = next(objective.ratio for objective in objectives.values() if isinstance(objective, SurrogateConfig))
+    # The same of all: nothing but the gate differs.
+    return pd.DataFrame([{"arm": arm, "ratio": ratio, "gate": gate.pop("name"), **gate} for arm, gate in gates.items()])
 
 
-def _without_clip(config: Config) -> dict[str, Any]:
+def _without_gate(config: Config) -> dict[str, Any]:
     identity = config.training_identity()
-    del identity["arm"], identity["seed"], identity["objective"]["clip"]
+    del identity["arm"], identity["seed"]
+    identity["objective"].pop("gate", None)
     return identity
 
 
@@ -182,9 +186,9 @@ def _forest(name: str, compared: pd.DataFrame, arms: Arms, reference: str, rewar
 
 
 def _clip_plot(name: str, gates: pd.DataFrame, reward: str) -> Plot:
-    """Final reward over the clipped share, one line a scope and side."""
-    gated = gates[(gates["ratio"] == "position") & (gates["side"] != "none")]
-    gated = gated.assign(kind=gated["scope"] + ", " + gated["side"])
+    """Final reward over the clipped share, one line a scope and gate."""
+    gated = gates[(gates["ratio"] == "position") & (gates["gate"] != "none")]
+    gated = gated.assign(kind=gated["scope"] + ", " + gated["gate"])
     kinds = list(gated["kind"].unique())
     arms = Arms(["", *kinds])
     figure, axes = new_figure(3.0, width=1.5 * WIDTH)
@@ -201,7 +205,7 @@ def _clip_plot(name: str, gates: pd.DataFrame, reward: str) -> Plot:
             elinewidth=0.8,
         )
     handles = arms.handles(kinds)
-    for row in gates[gates["side"] == "none"].to_dict("records"):
+    for row in gates[gates["gate"] == "none"].to_dict("records"):
         axes.axhline(row[reward], color=INK, linewidth=0.8, alpha=0.6, dashes=(3, 2))
         handles.append(Line2D([], [], color=INK, linewidth=0.8, dashes=(3, 2), label="no clip"))
     axes.set_xlabel("clipped share of positions, mean over updates")

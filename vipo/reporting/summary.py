@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from vipo.config.objective import ObjectiveConfig
+from vipo.config.credit import CreditConfig
+from vipo.config.objective import NoGateConfig, ObjectiveConfig, RatioGateConfig, SurrogateConfig
 from vipo.config.run import Config
 from vipo.evaluation.matched import evaluation_curves, matched_reward
 from vipo.evaluation.statistics import MINIMUM_SEEDS, Better, Interval, compare_arms, decimals, mean_score, wording
@@ -154,22 +155,36 @@ def label(column: str) -> str:
     return "change" if name == "total" else f"{name} change"
 
 
-def describe(objective: ObjectiveConfig) -> str:
+def describe(config: Config) -> str:
     """What an arm trains, in a few words."""
-    clip = objective.clip
-    gate = "no clip" if clip.side == "none" else f"{clip.side} clip {clip.range:g} per {clip.scope}"
-    if objective.ratio == "sample":
-        return f"one ratio and one advantage per sample; {gate}"
-    maps = {
-        "psm": "the allocation map",
-        "uniform": "ones",
-        "inverted": "the inverted allocation map",
+    ratio, gate = _described(config.objective)
+    if not config.credit.sources:
+        return f"{ratio} and one advantage per sample{gate}"
+    return f"{ratio}, {config.credit.multiplies} weighted by {_weights(config.credit)}{gate}"
+
+
+def _described(objective: ObjectiveConfig) -> tuple[str, str]:
+    if not isinstance(objective, SurrogateConfig):
+        return f"objective {objective.name}", ""
+    gate = objective.gate
+    if isinstance(gate, NoGateConfig):
+        told = "no gate"
+    else:
+        told = f"{gate.name} gate" + (f" {gate.range:g} per {gate.scope}" if isinstance(gate, RatioGateConfig) else "")
+    return ("one ratio" if objective.ratio == "sample" else "ratio per position"), f"; {told}"
+
+
+def _weights(credit: CreditConfig) -> str:
+    known = {"backbone": "the allocation map", "uniform": "ones", "oracle": "the object's own pixels"}
+    product = " times ".join(known.get(name, name) for name in credit.names)
+    bare = product.removeprefix("the ")
+    return {
+        "none": product,
+        "inverted": f"the inverted {bare}",
+        "shuffled": f"the shuffled {bare}",
         "mean": "the mean of the sample's own map",
         "group": "the group's mean map",
-        "shuffled": "the shuffled allocation map",
-        "oracle": "the object's own pixels",
-    }
-    return f"ratio per position, {objective.map_on} weighted by {maps[objective.map]}; {gate}"
+    }[credit.control]
 
 
 def summarize(experiment: Experiment) -> Summary:
@@ -181,9 +196,9 @@ def summarize(experiment: Experiment) -> Summary:
         for term in config.reward.terms
         if term.weight != 0
     }
-    maps = {arm: experiment.of_arm(arm)[0].config.objective.map for arm in experiment.arms if arm != "base"}
-    focus = [arm for arm, kind in maps.items() if kind == "psm"]
-    controls = [arm for arm, kind in maps.items() if kind not in ("none", "psm")]
+    trained_arms = {arm: experiment.of_arm(arm)[0].config.credit for arm in experiment.arms if arm != "base"}
+    controls = [arm for arm, credit in trained_arms.items() if credit.sources and credit.is_control]
+    focus = [arm for arm, credit in trained_arms.items() if credit.sources and not credit.is_control]
     references = [arm for arm in dict.fromkeys(["base", "grpo", *controls]) if arm in experiment.arms]
     comparisons = compare_arms(
         scores,
@@ -199,7 +214,7 @@ def summarize(experiment: Experiment) -> Summary:
         chosen = final["arm"].isin(arms) & final["reference"].isin(others) & final["column"].isin(names)
         return statements(final[chosen], trained)
 
-    against_base = compare(list(maps), ["base"], list(trained))
+    against_base = compare(list(trained_arms), ["base"], list(trained))
     headline = compare(focus, ["grpo"], list(trained)) or against_base
     side = [name for name in experiment.rewards if name not in trained]
     matched = [
@@ -222,7 +237,7 @@ def summarize(experiment: Experiment) -> Summary:
         headline=headline,
         against_base=against_base,
         layout=compare(focus, controls, list(trained)),
-        side_effects=compare(list(maps), ["base"], side),
+        side_effects=compare(list(trained_arms), ["base"], side),
         caveats=_caveats(experiment, final, config),
         confidence=config.evaluation.confidence,
     )
@@ -297,7 +312,7 @@ def _arm_table(experiment: Experiment, columns: Sequence[str]) -> pd.DataFrame:
                 "seeds": " ".join(str(run.config.seed) for run in runs),
                 "seed_count": len(runs),
                 "update": int(final["update"].max()),
-                "objective": "untrained" if arm == "base" else describe(runs[0].config.objective),
+                "objective": "untrained" if arm == "base" else describe(runs[0].config),
                 **{name: mean_score(final, name) for name in columns},
             }
         )

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.training.errors import TrainingError
 from vipo.training.samples import MicroBatch, Sample, named
@@ -17,7 +18,7 @@ def check_consistency(
 
     Args:
         config: its ``training.log_ratio_tolerance`` is what is allowed.
-        log_ratio: ``(B, [T,] H, W)``.
+        log_ratio: ``(B, ...)``, of samples or of their positions.
         batch: whose samples these are.
         steps: ``(B,)``, the transition of each.
         samples: all of the update.
@@ -38,12 +39,16 @@ def check_consistency(
             f"{named(sample)}: the policy's prediction there is not. The newest checkpoint is the last good "
             "state; a lower optimizer.learning_rate, or generator.precision=fp32, avoids most such cases"
         )
+    channels = "its reduction over channels"
+    if isinstance(config.objective, SurrogateConfig):
+        channels = (
+            f"sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here {config.objective.channels!r})"
+        )
     raise TrainingError(
         f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
         f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
         f"sample {named(sample)}. Rollout and update do not evaluate the same network: a "
         "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients. "
         "Rounding alone gives log rho the size of its error in the transition's mean over the transition's std, "
-        f"divided by sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here "
-        f"{config.objective.channels!r}): docs/method.md tells how to choose the tolerance by it"
+        f"divided by {channels}: docs/method.md tells how to choose the tolerance by it"
     )

@@ -1,4 +1,4 @@
-"""The optimizer steps of an update: log-ratios of the trained transitions, the objective, gradients."""
+"""The optimizer steps of an update: what the policies predict, the objective of it, gradients."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vipo.objectives import clipped_surrogate, normalized_log_ratio
-from vipo.sampling.rollout import TransitionBatch, policy_transition
-from vipo.sampling.transitions import position_kl, position_log_prob
+from vipo.objectives import Outcome, Points, Predictions, Share, checked_outcome, checked_points
+from vipo.sampling.noise import keyed_generator
 from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
@@ -19,114 +18,135 @@ from vipo.training.observed import Observed
 from vipo.training.samples import MicroBatch, Sample, named
 from vipo.training.setup import Setup
 
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an update learns from.
+
+    Attributes:
+        number: of the update.
+        batches: this process's, the first share of them for the first optimizer step, and so on.
+        advantages: ``(N,)`` on the device, with credit ``(N, [T,] H, W)``, or ``(N, S, [T,] H, W)`` where each of the S
+            transitions has its own; of all samples.
+        samples: all N of the update.
+    """
+
+    number: int
+    batches: list[MicroBatch]
+    advantages: Tensor
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which loss of an update: a micro-batch by its place in the lesson, one of its trained transitions, an epoch."""
+
+    batch: int
+    slot: int
+    epoch: int
+
+
 Call = tuple[Tensor, MicroBatch, Tensor]
 """One backward pass: its loss, its micro-batch, and the transition ``(B,)`` of each sample."""
 
 
-def learn(
-    setup: Setup, batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int
-) -> dict[str, float]:
+def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
     """All optimizer steps of an update.
-
-    Args:
-        setup: the run.
-        batches: this process's, the first share of them for the first optimizer step, and so on.
-        advantages: ``(N,)``, or ``(N, [T,] H, W)`` with credit, of all samples.
-        samples: all of the update.
-        number: of the update.
 
     Returns:
         Metrics over all processes.
 
     Raises:
+        ObjectiveError: the objective or its gate raised, or gave what cannot be used.
         TrainingError: before the first step the policy is not the one that sampled; or a gradient is not finite.
     """
-    training, device = setup.config.training, setup.device
-    slots = training.trained_transitions
-    per_step = len(batches) // training.optimizer_steps_per_update
-    seen = Observed(setup.config.sampling.steps - 1, device)
-    for step in range(training.epochs * training.optimizer_steps_per_update):
-        first = (step % training.optimizer_steps_per_update) * per_step
-        places = [(batch, slot) for batch in batches[first : first + per_step] for slot in range(slots)]
+    seen = Observed(setup.config.sampling.steps - 1, setup.device)
+    steps = places(setup, lesson)
+    old = old_predictions(setup, lesson, steps)
+    for step, own in enumerate(steps):
         calls: list[Call] = []
-        for place, (batch, slot) in enumerate(places):
-            setup.distribution.at(number, step + 1, place + 1)
-            with setup.distribution.gradients(setup.generator.network, place == len(places) - 1):
-                which = batch.steps[:, slot]
-                moved = policy_transition(setup.generator, batch.conditioning, batch.trajectory, which, setup.chain)
-                log_ratio = log_ratio_of(setup, moved)
+        for number, place in enumerate(own):
+            setup.distribution.at(lesson.number, step + 1, number + 1)
+            batch = lesson.batches[place.batch]
+            which = batch.steps[:, place.slot]
+            with setup.distribution.gradients(setup.generator.network, number == len(own) - 1):
+                outcome = outcome_of(setup, lesson, place, old.get(place))
                 if step == 0:
-                    seen.before_first_step(log_ratio.detach(), len(places))
-                    seen.largest = max(
-                        seen.largest, check_consistency(setup.config, log_ratio.detach(), batch, which, samples, number)
-                    )
-                surrogate = objective_of(setup, moved, log_ratio, which, advantages[list(batch.rows)])
-                if step > 0:
-                    seen.after_first_step(surrogate.log_ratio, surrogate.clipped, which)
-                loss = surrogate.loss
-                if setup.config.objective.kl_weight > 0:
-                    kl = kl_to_reference(setup, moved, batch, which)
-                    seen.divergences.append(kl.detach())
-                    loss = loss + setup.config.objective.kl_weight * kl
-                loss = loss / len(places)
+                    seen.before_first_step(outcome, len(own), _consistent(setup, lesson, outcome, batch, which))
+                else:
+                    seen.after_first_step(outcome, which)
+                seen.note(outcome)
+                loss = outcome.loss / len(own)
                 loss.backward()
             calls.append((loss.detach(), batch, which))
-        seen.losses.append(float(sum((loss for loss, _, _ in calls), torch.zeros((), device=device))))
-        seen.norms.append(take_step(setup, calls, samples, number, step))
+        seen.losses.append(float(sum((loss for loss, _, _ in calls), torch.zeros((), device=setup.device))))
+        seen.norms.append(take_step(setup, lesson, calls, step))
     return seen.metrics(setup.distribution)
 
 
-@dataclass(frozen=True)
-class Gated:
-    """The objective of one call.
-
-    Attributes:
-        loss: scalar with its gradient.
-        clipped: ``(B,)``, the share of each sample that the gate dropped.
-        log_ratio: ``(B, [T,] H, W)`` as the gate saw it, without gradient.
-    """
-
-    loss: Tensor
-    clipped: Tensor
-    log_ratio: Tensor
-
-
-def log_ratio_of(setup: Setup, moved: TransitionBatch) -> Tensor:
-    """``logp_new(p) - logp_old(p)`` of a transition, ``(B, [T,] H, W)`` with its gradient."""
-    objective = setup.config.objective
-    new, old = (
-        position_log_prob(moved.value, mean, moved.std, objective.channels, objective.density)
-        for mean in (moved.mean, moved.old_mean)
-    )
-    return new - old
+def places(setup: Setup, lesson: Lesson) -> list[list[Place]]:
+    """The losses of each optimizer step, in order."""
+    training = setup.config.training
+    per_step = len(lesson.batches) // training.optimizer_steps_per_update
+    return [
+        [
+            Place(batch, slot, epoch)
+            for batch in range(step * per_step, (step + 1) * per_step)
+            for slot in range(training.trained_transitions)
+        ]
+        for epoch in range(training.epochs)
+        for step in range(training.optimizer_steps_per_update)
+    ]
 
 
-def objective_of(setup: Setup, moved: TransitionBatch, log_ratio: Tensor, steps: Tensor, advantages: Tensor) -> Gated:
-    """The clipped surrogate of one micro-batch and transition, its ratio normalised where GRPO-Guard asks for it."""
-    objective, weights = setup.config.objective, None
-    if objective.ratio_norm == "guard":
-        kl = position_kl(moved.mean, moved.old_mean, moved.std, objective.channels)
-        # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
-        weights = 1 / (setup.chain.levels[steps] - setup.chain.levels[steps + 1])
-        log_ratio = normalized_log_ratio(log_ratio, kl, moved.std.flatten())
-    surrogate = clipped_surrogate(
-        log_ratio,
-        advantages,
-        ratio=objective.ratio,
-        side=objective.clip.side,
-        scope=objective.clip.scope,
-        clip_range=objective.clip.range,
-        weights=weights,
-    )
-    return Gated(surrogate.loss, surrogate.clipped, log_ratio.detach())
+def share_of(setup: Setup, lesson: Lesson, place: Place) -> Share:
+    """What the objective is given of a place."""
+    batch = lesson.batches[place.batch]
+
+    def draws(purpose: str) -> list[torch.Generator]:
+        key = (setup.config.seed, "objective", purpose, lesson.number)
+        own = (lesson.samples[row] for row in batch.rows)
+        return [keyed_generator(*key, s.prompt.id, s.index, place.slot, place.epoch) for s in own]
+
+    return Share(batch.trajectory, batch.steps[:, place.slot], setup.chain, draws)
 
 
-def kl_to_reference(setup: Setup, moved: TransitionBatch, batch: MicroBatch, steps: Tensor) -> Tensor:
-    """KL divergence of a transition to the generator as it was, mean over samples and positions."""
+def _points(setup: Setup, share: Share) -> Points:
+    return checked_points(setup.config.objective.name, setup.objective.points(share), share)
+
+
+@torch.no_grad()
+def old_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
+    """What the policy that sampled predicts, while it is still that one; {} where the objective does not ask."""
+    found: dict[Place, Tensor] = {}
+    for place in (place for own in steps for place in own) if setup.objective.needs_old else ():
+        points = _points(setup, share_of(setup, lesson, place))
+        conditioning = lesson.batches[place.batch].conditioning
+        found[place] = setup.generator.predict(points.latents, points.times, conditioning)
+    return found
+
+
+def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None) -> Outcome:
+    """The objective of one place, under the policy as it is now."""
+    share, objective, batch = share_of(setup, lesson, place), setup.objective, lesson.batches[place.batch]
+    points = _points(setup, share)
+    new = setup.generator.predict(points.latents, points.times, batch.conditioning)
+    reference = reference_prediction(setup, points, batch) if objective.needs_reference else None
+    advantages = _advantages(lesson, batch, share.steps)
+    outcome = objective(share, points, Predictions(new, old, reference), advantages)
+    return checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
+
+
+def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Tensor:
+    """Of a micro-batch, at one transition of each sample where they have their own."""
+    own = lesson.advantages[list(batch.rows)]
+    return own[torch.arange(len(own)), steps] if own.ndim == batch.trajectory.clean.ndim else own
+
+
+def reference_prediction(setup: Setup, points: Points, batch: MicroBatch) -> Tensor:
+    """What the generator as it was predicts."""
     with torch.no_grad(), _reference_policy(setup):
-        prediction = setup.generator.predict(moved.latents, setup.chain.times[steps], batch.conditioning)
-        mean, _ = setup.chain.gaussian(moved.latents, prediction, steps)
-    return position_kl(moved.mean, mean, moved.std, setup.config.objective.channels).mean()
+        return setup.generator.predict(points.latents, points.times, batch.conditioning)
 
 
 @contextlib.contextmanager
@@ -145,7 +165,13 @@ def _reference_policy(setup: Setup) -> Iterator[None]:
         setup.generator.network = policy
 
 
-def take_step(setup: Setup, calls: list[Call], samples: list[Sample], number: int, step: int) -> float:
+def _consistent(setup: Setup, lesson: Lesson, outcome: Outcome, batch: MicroBatch, steps: Tensor) -> float:
+    if outcome.log_ratio is None:
+        return 0.0
+    return check_consistency(setup.config, outcome.log_ratio, batch, steps, lesson.samples, lesson.number)
+
+
+def take_step(setup: Setup, lesson: Lesson, calls: list[Call], step: int) -> float:
     """One optimizer step on the gradients that the calls left; gives their norm.
 
     Raises:
@@ -155,10 +181,10 @@ def take_step(setup: Setup, calls: list[Call], samples: list[Sample], number: in
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not bool(torch.isfinite(norm)):
         raise TrainingError(
-            f"update {number}, optimizer step {step + 1}: the gradient is not finite, "
-            f"{_bad_calls(setup.distribution, calls, samples)}; nothing of it was applied, and the newest checkpoint "
-            "is the last good state. A lower optimizer.learning_rate, or generator.precision=fp32, avoids most such "
-            "cases"
+            f"update {lesson.number}, optimizer step {step + 1}: the gradient is not finite, "
+            f"{_bad_calls(setup.distribution, calls, lesson.samples)}; nothing of it was applied, and the newest "
+            "checkpoint is the last good state. A lower optimizer.learning_rate, or generator.precision=fp32, avoids "
+            "most such cases"
         )
     setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)

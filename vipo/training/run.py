@@ -4,28 +4,19 @@ import contextlib
 import json
 import resource
 import signal
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vipo.config.run import Config
 from vipo.errors import Preempted
 from vipo.memory import memory_errors
-from vipo.provenance import code_identity, record_stage, run_lock
+from vipo.provenance import code_identity
 from vipo.signals import handled
 from vipo.tracking import Tracker
 from vipo.tracking.progress import progress_bar
-from vipo.training.setup import Setup, embeddings_path, prompts_path, set_up
-from vipo.training.state import (
-    UNKNOWN_CODE,
-    check_weights,
-    resume,
-    run_identity,
-    save_state,
-    save_weights,
-    set_aside_other,
-)
+from vipo.training.setup import Setup
+from vipo.training.state import UNKNOWN_CODE, check_weights, resume, save_state, save_weights
+from vipo.training.stop import Stop
 from vipo.training.update import update
 
 _UPDATE_REMEDY = (
@@ -33,36 +24,6 @@ _UPDATE_REMEDY = (
     "training.gradient_checkpointing=true, training.lora={}, generator.precision=bf16, or distribution.strategy=fsdp "
     "with more processes"
 )
-_STATE_REMEDY = (
-    "That is weights, gradients, AdamW's state, and with objective.kl_weight the reference: set training.lora={}, or "
-    "distribution.strategy=fsdp with more processes (each loads the whole network once, so that one device must hold "
-    "it), choose a smaller generator, or raise cluster.train.memory_mb where main memory ran out"
-)
-
-
-class Stop:
-    """Whether this run was asked to stop, by a signal to any of its processes."""
-
-    def __init__(self, setup: Setup) -> None:
-        self._distribution = setup.distribution
-        self._signal = 0
-
-    def remember(self, number: int) -> None:
-        """Signal `number` arrived here."""
-        self._signal = number
-
-    def if_asked(self, finished: int) -> None:
-        """All processes stop at the same place, whichever of them the signal reached.
-
-        Raises:
-            Preempted: one of them was asked.
-        """
-        asked = int(self._distribution.largest(self._signal))
-        if asked:
-            raise Preempted(
-                f"stopped by {signal.Signals(asked).name} after update {finished}; "
-                "start the same command again to go on from there"
-            )
 
 
 def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
@@ -118,14 +79,7 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
                     tracker.log(number, metrics, _timing(setup))
                     if code["package_sha256"] not in packages(made_by):
                         made_by.append(code)
-                progress.set_postfix(
-                    # First, so that what a narrow log cuts off is something else.
-                    {"reward": f"{first:.3f} -> {metrics['reward/mean']:.3f}"},
-                    ratio=f"{metrics['log_ratio/max_before_first_step']:.1e}",
-                    clip=f"{metrics['clip/share']:.2f}",
-                    grad=f"{metrics['grad/norm']:.2f}",
-                    refresh=False,
-                )
+                progress.set_postfix(_shown(first, metrics), refresh=False)
                 progress.update()
                 if number in training.save_at:
                     check_weights(setup, number)
@@ -147,6 +101,17 @@ def packages(made_by: list[dict[str, Any]]) -> list[str | None]:
     return [made["package_sha256"] for made in made_by]
 
 
+def _shown(first: float, metrics: dict[str, float]) -> dict[str, str]:
+    # First, so that what a narrow log cuts off is something else.
+    reward = {"reward": f"{first:.3f} -> {metrics['reward/mean']:.3f}"}
+    others = {
+        "ratio": ("log_ratio/max_before_first_step", ".1e"),
+        "clip": ("clip/share", ".2f"),
+        "grad": ("grad/norm", ".2f"),
+    }
+    return reward | {short: format(metrics[name], form) for short, (name, form) in others.items() if name in metrics}
+
+
 def _timing(setup: Setup) -> dict[str, float]:
     parts = setup.timer.pop()
     inside = sum(seconds for name, seconds in parts.items() if name not in ("time/total", "time/checkpoint"))
@@ -155,61 +120,3 @@ def _timing(setup: Setup) -> dict[str, float]:
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return parts | {"time/other": parts["time/total"] - inside, "memory/peak_bytes": float(memory)}
-
-
-def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> None:
-    """The `train` stage: one arm and seed into ``runs/<arm>-s<seed>``, with its provenance.
-
-    Args:
-        config: the run.
-        root: repository root.
-        experiment: ``results/<experiment>`` with prompts and embeddings.
-        wait: seconds to wait for another process that writes this run.
-
-    Raises:
-        RunLocked: another process still writes this run.
-        OutOfMemory: memory ran out; the message names the settings that lower what is taken.
-        Others: see `set_up` and `train`.
-    """
-    # An update tells of its own.
-    with memory_errors(f"{config.run_name}, outside of its updates", _STATE_REMEDY):
-        setup = set_up(config, root, experiment)
-        if setup.distribution.is_main:
-            _train_recorded(setup, root, wait)
-        else:
-            # The main process may be waiting for another job's lock.
-            setup.distribution.meet(wait)
-            train(setup, run_identity(setup))
-            setup.distribution.leave()
-
-
-def _train_recorded(setup: Setup, root: Path, wait: float) -> None:
-    folder = setup.folder
-
-    def outputs() -> list[Path]:
-        kept = [
-            path for name in ("weights", "updates") for path in sorted((folder / name).rglob("*")) if path.is_file()
-        ]
-        return [folder / "config.yaml", folder / "metrics.jsonl", *kept]
-
-    with run_lock(folder, wait_seconds=wait):
-        setup.distribution.meet(wait)
-        # Now, as the record does: the code on disk may be another one when the run ends.
-        ours = packages([code_identity()])
-        identity = run_identity(setup)
-        set_aside_other(setup, identity)
-        read = [prompts_path(setup.experiment), embeddings_path(setup.experiment), *setup.weight_inputs.values()]
-        with record_stage(
-            "train",
-            folder,
-            inputs=read,
-            outputs=outputs,
-            config=setup.config.training_identity(),
-            seeds=[setup.config.seed],
-            root=root,
-        ) as facts:
-            made_by = train(setup, identity)
-            # In the usual case one code made them all, that of the record.
-            if packages(made_by) != ours:
-                facts["updates_made_by"] = made_by
-            setup.distribution.leave()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
+from vipo.credit import Context, CreditSource, load_sources
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
-from vipo.perception import PerceptualStructuring, load_backbone
-from vipo.perception.backbones import NOT_MEASURED
+from vipo.objectives import Objective, load_objective
 from vipo.prompts import Prompt, read_prompts
 from vipo.rewards import Reward, load_reward, score
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
@@ -43,7 +43,8 @@ class Setup:
             its adapter, and None here.
         embeddings: conditioning by prompt id.
         rewards: by the name of their term.
-        structuring: makes the backbone's maps; None where the arm reads no backbone.
+        sources: of credit, by name; none where the advantage is a scalar.
+        objective: the loss.
         chain: noise levels and transition.
         trainable: parameters that are trained, by name; of a sharded network this process's shards.
         optimizer: of those.
@@ -59,7 +60,8 @@ class Setup:
     reference: nn.Module | None
     embeddings: dict[str, dict[str, Tensor]]
     rewards: dict[str, Reward]
-    structuring: PerceptualStructuring | None
+    sources: dict[str, CreditSource]
+    objective: Objective
     chain: Chain
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -96,7 +98,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         experiment: ``results/<experiment>`` with prompts and embeddings.
 
     Raises:
-        ConfigError, TrainingError, GeneratorError, RewardError, PerceptionError, PromptError: what cannot work.
+        ConfigError, TrainingError, GeneratorError, RewardError, CreditError, ObjectiveError, PerceptionError,
+            PromptError: what cannot work.
     """
     if config.is_base:
         raise TrainingError(
@@ -115,12 +118,14 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
     rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
-    structuring = _load_structuring(config, root, generator, prompts, distribution)
-    if structuring is not None and structuring.backbone.source is not None:
-        weight_inputs["perception"] = structuring.backbone.source
+    sources, objective = load_sources(config.credit), load_objective(config.objective)
+    context = Context(generator, prompts, rewards, config.perception, root, distribution.is_main)
+    for source in sources.values():
+        source.set_up(context)
+        weight_inputs |= source.inputs
     _try_rewards(config, rewards, prompts[0], device)
     chain = load_chain(config, generator, distribution)
-    reference = _prepare_network(config, generator, distribution)
+    reference = _prepare_network(config, generator, distribution, objective.needs_reference)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -139,7 +144,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         reference,
         embeddings,
         rewards,
-        structuring,
+        sources,
+        objective,
         chain,
         trainable,
         optimizer,
@@ -167,45 +173,21 @@ def load_chain(config: Config, generator: Generator, distribution: Distribution)
     return chain
 
 
-def _load_structuring(
-    config: Config, root: Path, generator: Generator, prompts: list[Prompt], distribution: Distribution
-) -> PerceptualStructuring | None:
-    if config.objective.map == "oracle":
-        without = [prompt.text for prompt in prompts if "objects" not in prompt.metadata]
-        if without or generator.frame_groups is not None:
-            lacks = f"{without[0]!r} has none" if without else "this generator makes videos"
-            raise TrainingError(
-                f"objective.map 'oracle' needs drawn pictures and prompts with scene metadata ('objects'): {lacks}"
-            )
-    if not config.objective.reads_backbone:
-        return None
-    backbone = load_backbone(config.perception, config.generator.device, root)
-    structuring = PerceptualStructuring(backbone, config.perception)
-    structuring.preflight((config.generator.height, config.generator.width))
-    if structuring.evidence == NOT_MEASURED and distribution.is_main:
-        log.warning(
-            "perception.orientation: whether %r finds the object with %r at this layer and size was not measured "
-            "here; look at `vipo map` of pictures of your kind, or measure it with `vipo orientation`",
-            structuring.orientation,
-            config.perception.backbone,
-        )
-    return structuring
-
-
 def _try_rewards(config: Config, rewards: dict[str, Reward], prompt: Prompt, device: torch.device) -> None:
     blank = torch.zeros(1, *config.generator.sample_shape, device=device)
     for name, reward in rewards.items():
         score(name, reward, blank, [prompt.text], [prompt.metadata])
 
 
-def _prepare_network(config: Config, generator: Generator, distribution: Distribution) -> nn.Module | None:
+def _prepare_network(
+    config: Config, generator: Generator, distribution: Distribution, needs_reference: bool
+) -> nn.Module | None:
     """Make the generator's network the policy that is trained; gives the reference where one is kept beside it."""
     training = config.training
     if training.gradient_checkpointing:
         generator.recompute_activations()
     # The generator as it was: with LoRA, the network without its adapter.
-    copied = config.objective.kl_weight > 0 and training.lora is None
-    reference = copy.deepcopy(generator.network) if copied else None
+    reference = copy.deepcopy(generator.network) if needs_reference and training.lora is None else None
     if training.lora is None:
         generator.network.requires_grad_(True)
     else:
@@ -233,7 +215,7 @@ def _check_resources(setup: Setup) -> None:
         state = (16 * count + 4 * frozen) / shards
         if state > total:
             raise TrainingError(
-                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference of "
-                f"objective.kl_weight, need {state / 2**30:.0f} GiB in each process, the device has "
+                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference where "
+                f"the objective has one, need {state / 2**30:.0f} GiB in each process, the device has "
                 f"{total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp on more devices"
             )

@@ -7,23 +7,22 @@ micro-batches of the rollout are those of learning: the same network calls, henc
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vipo.demo.scenes import object_coverage
+from vipo import credit
+from vipo.credit import Credit, Samples
 from vipo.generators.embeddings import stack_conditioning
-from vipo.objectives import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages, weight_maps
-from vipo.perception import AllocationMaps
-from vipo.perception.allocator import finish
+from vipo.objectives import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
 from vipo.rewards import RewardError, score
 from vipo.sampling.chain import stochastic_steps
-from vipo.sampling.noise import Key, keyed_generator
+from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
-from vipo.training.learn import learn
+from vipo.training.learn import Lesson, learn
 from vipo.training.samples import (
     MicroBatch,
     Sample,
@@ -42,27 +41,32 @@ class Rollouts:
     """What an update sampled.
 
     Attributes:
+        number: of the update.
         samples: all N of the update, in their order.
         groups: ``(N,)`` int64, the group of each sample.
-        batches: this process's micro-batches; each knows the rows of its samples.
+        batches: this process's micro-batches, n samples in all; each knows the rows of its samples.
+        pictures: ``(n, *sample_shape)`` float32 in [0, 1], decoded from them in their order.
+        seen: by credit source, what it saw while each micro-batch was drawn.
     """
 
+    number: int
     samples: list[Sample]
     groups: Tensor
     batches: list[MicroBatch]
+    pictures: Tensor
+    seen: dict[str, list[Any]]
+
+    @property
+    def rows(self) -> list[int]:
+        """Of this process's samples."""
+        return [row for batch in self.batches for row in batch.rows]
 
 
 @dataclass(frozen=True)
-class Credit:
-    """Where the advantage of each sample goes.
+class Scores:
+    """Rewards of all samples, ``(N,)`` on the CPU, by the name of their term; not finite where there is none."""
 
-    Attributes:
-        weights: ``(N, [T,] H, W)`` float32, non-negative; None: nowhere in particular, the advantage is a scalar.
-        metrics: what is logged of them.
-    """
-
-    weights: Tensor | None
-    metrics: dict[str, float]
+    rewards: dict[str, Tensor]
 
 
 def update(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lambda finished: None) -> dict[str, float]:
@@ -78,36 +82,26 @@ def update(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lam
 
     Raises:
         RewardError: a reward raised, or no sample has a finite one.
+        CreditError, ObjectiveError: a part that the configuration names raised, or gave what cannot be used.
         TrainingError: the policy is not the one that sampled, or a gradient is not finite.
     """
     setup.distribution.at(number)
-    rollouts, pictures = roll_out(setup, number, stop_if_asked)
+    rollouts = roll_out(setup, number, stop_if_asked)
     with setup.timer("reward"):
-        rewards = score_samples(setup, rollouts, pictures)
+        scores = score_samples(setup, rollouts)
     with setup.timer("map"):
-        credit = assign_credit(setup, rollouts, pictures, number)
-    # The pictures of an update are many, and learning is where memory peaks.
-    del pictures
-    scalar = form_advantages(setup, rollouts, rewards, credit, number)
-    metrics = reward_metrics(setup, rewards, scalar) | credit.metrics
-    advantages = scalar.values.to(setup.device)
-    if credit.weights is not None and setup.config.objective.map_on == "advantage":
-        advantages = allocate_advantages(advantages, credit.weights)
-    batches, samples = select_samples(setup, rollouts, scalar.values), rollouts.samples
-    # With best_of, the trajectories that nothing is learned from.
-    del rollouts
+        found = assign_credit(setup, rollouts)
+    advantages = form_advantages(setup, rollouts, scores, found)
+    metrics = reward_metrics(setup, scores, advantages) | dict(found.metrics)
+    lesson = choose_lesson(setup, rollouts, found, advantages)
+    # The pictures of an update are many, and so is what best_of leaves out; learning is where memory peaks.
+    del rollouts, found
     with setup.timer("learn"):
-        return metrics | learn(setup, batches, advantages, samples, number)
+        return metrics | learn(setup, lesson)
 
 
-def roll_out(
-    setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lambda finished: None
-) -> tuple[Rollouts, list[Tensor]]:
-    """Sample this process's share of the update, and decode it.
-
-    Returns:
-        The rollouts, and of each of their batches the pictures ``(b, *sample_shape)`` in [0, 1].
-    """
+def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lambda finished: None) -> Rollouts:
+    """Sample this process's share of the update, and decode it."""
     config, size = setup.config, setup.config.training.micro_batch
     samples = arrange_samples(
         update_prompts(setup.prompts, config.seed, number, config.training.prompts_per_update),
@@ -115,11 +109,13 @@ def roll_out(
         config.training.optimizer_steps_per_update,
     )
     stochastic = stochastic_steps(config.sampling.window, len(setup.chain.trainable), config.seed, number)
-    transitions = chosen_transitions(samples, config.training, stochastic, config.seed, number).to(setup.device)
-    batches, pictures = [], []
-    for position, start in enumerate(range(0, len(samples), size)):
-        if position % setup.distribution.data_processes != setup.distribution.data_rank:
-            continue
+    trained = setup.chain.trainable if setup.objective.needs == "none" else stochastic
+    transitions = chosen_transitions(samples, config.training, trained, config.seed, number).to(setup.device)
+    starts = range(0, len(samples), size)[setup.distribution.data_rank :: setup.distribution.data_processes]
+    batches: list[MicroBatch] = []
+    seen: dict[str, list[Any]] = {name: [] for name in setup.sources}
+    pictures = torch.empty(0)
+    for place, start in enumerate(starts):
         stop_if_asked(number - 1)
         chunk = samples[start : start + size]
         conditioning = stack_conditioning(setup.embeddings, [sample.prompt.id for sample in chunk])
@@ -128,26 +124,38 @@ def roll_out(
             for s in chunk
         ]
         steps: list[Key] = [(config.seed, "step", number, s.prompt.id, s.index) for s in chunk]
+        for source in setup.sources.values():
+            source.before_rollout(setup.generator)
         with setup.timer("rollout"):
             trajectory = rollout(setup.generator, conditioning, setup.chain, stochastic, initial, steps)
+        for name, source in setup.sources.items():
+            seen[name].append(source.after_rollout(setup.generator))
         rows = tuple(range(start, start + len(chunk)))
         batches.append(MicroBatch(rows, conditioning, trajectory, transitions[start : start + size]))
         with setup.timer("decode"):
-            pictures.append(setup.generator.pictures(trajectory.clean))
+            decoded = setup.generator.pictures(trajectory.clean)
+            if not place:
+                # One tensor from the start: to join them afterwards would need them twice.
+                pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
+            pictures[place * size : (place + 1) * size] = decoded
     groups = torch.tensor([sample.group for sample in samples])
-    return Rollouts(samples, groups, batches), pictures
+    return Rollouts(number, samples, groups, batches, pictures, seen)
 
 
-def score_samples(setup: Setup, rollouts: Rollouts, pictures: list[Tensor]) -> dict[str, Tensor]:
-    """Each reward of all samples, ``(N,)`` on the CPU, by the name of its term."""
+def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
+    """Each reward of all samples."""
     rewards = {name: torch.full((len(rollouts.samples),), torch.nan) for name in setup.rewards}
-    for batch, own_pictures in zip(rollouts.batches, pictures, strict=True):
+    for batch, pictures in zip(rollouts.batches, _pieces(setup, rollouts), strict=True):
         own = [rollouts.samples[row] for row in batch.rows]
-        texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
+        prompts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
         for name, reward in setup.rewards.items():
-            rewards[name][list(batch.rows)] = score(name, reward, own_pictures, texts, metadata)
-    rows = [row for batch in rollouts.batches for row in batch.rows]
-    return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}
+            rewards[name][list(batch.rows)] = score(name, reward, pictures, prompts, metadata)
+    rows = rollouts.rows
+    return Scores({name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()})
+
+
+def _pieces(setup: Setup, rollouts: Rollouts) -> tuple[Tensor, ...]:
+    return rollouts.pictures.split(setup.config.training.micro_batch)
 
 
 def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:
@@ -155,117 +163,82 @@ def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:
     return setup.distribution.in_order(local, [row for batch in batches for row in batch.rows])
 
 
-def assign_credit(setup: Setup, rollouts: Rollouts, pictures: list[Tensor], number: int) -> Credit:
+def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:
     """Where in each sample its advantage goes, and what the metrics say of it."""
-    kind, batches = setup.config.objective.map, rollouts.batches
-    if kind == "none":
+    if not setup.sources:
         return Credit(None, {})
-    found = [_source_maps(setup, own) for own in pictures]
-    # After the last batch: on an accelerator, reading a flag waits for everything before it.
-    for part in found:
-        part.check()
-    maps = in_order(setup, torch.cat([part.maps for part in found]), batches)
-    constant = in_order(setup, torch.cat([part.constant for part in found]), batches)
-    converged = in_order(setup, torch.cat([part.converged for part in found]), batches)
-    permutations = None
-    if kind == "shuffled":
-        positions = maps[0].numel()
-        keys: list[Key] = [(setup.config.seed, "shuffle", number, s.prompt.id, s.index) for s in rollouts.samples]
-        drawn = [torch.randperm(positions, generator=keyed_generator(*key)) for key in keys]
-        permutations = torch.stack(drawn).to(maps.device)
-    groups, normalize = rollouts.groups.to(maps.device), setup.config.perception.normalize
-    weights = weight_maps(kind, maps, constant, normalize, groups, permutations)
-    return Credit(
-        weights,
-        {
-            "map/mean": float(weights.mean()),
-            "map/entropy": float(map_entropy(weights).mean()),
-            "map/constant_share": float(constant.float().mean()),
-            "map/unconverged_share": float((~converged).float().mean()),
-        },
+    own = [rollouts.samples[row] for row in rollouts.rows]
+    samples = Samples(
+        pictures=rollouts.pictures,
+        clean=torch.cat([batch.trajectory.clean for batch in rollouts.batches]),
+        groups=rollouts.groups[rollouts.rows].to(setup.device),
+        prompts=[sample.prompt for sample in own],
+        numbers=[sample.index for sample in own],
+        frame_groups=setup.generator.frame_groups,
+        trajectories=[batch.trajectory for batch in rollouts.batches],
+        batch=setup.config.training.micro_batch,
+        seed=setup.config.seed,
+        update=rollouts.number,
+        gather=lambda local: in_order(setup, local, rollouts.batches),
     )
+    return credit.assign_credit(setup.sources, samples, setup.config.credit.control, rollouts.seen)
 
 
-def _source_maps(setup: Setup, images: Tensor) -> AllocationMaps:
-    size = setup.generator.grid
-    if setup.structuring is not None:
-        return setup.structuring(images, size, setup.generator.frame_groups)
-    if setup.config.objective.map == "oracle":
-        coverage, perception = object_coverage(images, size), setup.config.perception
-        constant = coverage.amax(dim=(1, 2)) == 0
-        maps = finish(
-            coverage,
-            constant,
-            torch.ones_like(constant),
-            normalize=perception.normalize,
-            exponent=perception.exponent,
-            floor=perception.floor,
-        )
-    else:
-        maps = torch.ones(len(images), *setup.generator.latent_shape[1:], device=images.device)
-        constant = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    sound = torch.ones_like(constant)
-    return AllocationMaps(maps, constant, sound, sound)
-
-
-def map_entropy(maps: Tensor) -> Tensor:
-    """Entropy of each map as a distribution over positions, relative to the uniform one: ``(N,)`` in [0, 1]."""
-    flat = maps.flatten(1).double()
-    share = flat / flat.sum(dim=1, keepdim=True)
-    return -(torch.special.xlogy(share, share).sum(dim=1) / math.log(flat.shape[1])).float()
-
-
-def form_advantages(
-    setup: Setup, rollouts: Rollouts, rewards: dict[str, Tensor], credit: Credit, number: int
-) -> GroupAdvantages:
+def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Credit) -> GroupAdvantages:
     """Rewards to advantages by the statistics of each group; samples without a finite reward are left out and told.
 
     Raises:
         RewardError: no sample has a finite reward.
     """
-    objective = setup.config.objective
+    config, multiplied = setup.config.advantages, setup.config.credit.multiplies
     result = group_advantages(
-        rewards,
+        scores.rewards,
         {term.name: term.weight for term in setup.config.reward.terms},
         rollouts.groups,
-        objective.std_floor,
-        objective.advantage_clip,
-        objective.std,
-        credit.weights.cpu() if credit.weights is not None and objective.map_on == "reward" else None,
+        config.std_floor,
+        config.clip,
+        config.std,
+        found.weights.cpu() if found.weights is not None and multiplied == "reward" else None,
     )
     if not bool(result.valid.any()):
-        raise RewardError(f"update {number}: no sample has a finite reward; check the rewards {', '.join(rewards)}")
+        raise RewardError(
+            f"update {rollouts.number}: no sample has a finite reward; check the rewards {', '.join(scores.rewards)}"
+        )
     for row in torch.nonzero(~result.valid).flatten().tolist():
         log.warning(
             "update %d: sample %d of %r left out, its reward is not finite",
-            number,
+            rollouts.number,
             rollouts.samples[row].index,
             rollouts.samples[row].prompt.text,
         )
     return result
 
 
-def reward_metrics(setup: Setup, rewards: dict[str, Tensor], advantages: GroupAdvantages) -> dict[str, float]:
+def reward_metrics(setup: Setup, scores: Scores, advantages: GroupAdvantages) -> dict[str, float]:
     """What is logged of an update's rewards and of its groups."""
     weights, valid = {term.name: term.weight for term in setup.config.reward.terms}, advantages.valid
-    total = torch.stack([weights[name] * values.double() for name, values in rewards.items()]).sum(dim=0)[valid]
+    total = torch.stack([weights[name] * values.double() for name, values in scores.rewards.items()]).sum(dim=0)[valid]
     metrics = {
         "reward/mean": float(total.mean()),
         "reward/std": float(total.std(correction=0)),
         "samples/invalid": float((~valid).sum()),
     }
-    metrics |= {f"reward/{name}/mean": float(values.double()[valid].mean()) for name, values in rewards.items()}
+    metrics |= {f"reward/{name}/mean": float(values.double()[valid].mean()) for name, values in scores.rewards.items()}
     metrics["group/std"] = float(advantages.group_std.mean())
     metrics["group/zero_std_share"] = float(advantages.zero_std.float().mean())
     return metrics
 
 
-def select_samples(setup: Setup, rollouts: Rollouts, advantages: Tensor) -> list[MicroBatch]:
-    """The micro-batches that this process learns from: all of its own, or its share of each group's best and worst.
+def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: GroupAdvantages) -> Lesson:
+    """What is learned from: this process's samples, or its share of each group's best and worst."""
+    values = advantages.values.to(setup.device)
+    if found.weights is not None and setup.config.credit.multiplies == "advantage":
+        values = allocate_advantages(values, found.weights)
+    batches = _chosen_batches(setup, rollouts, advantages.values)
+    return Lesson(rollouts.number, batches, values, rollouts.samples)
 
-    Args:
-        advantages: ``(N, ...)`` before credit.
-    """
+
+def _chosen_batches(setup: Setup, rollouts: Rollouts, advantages: Tensor) -> list[MicroBatch]:
     batches, training = rollouts.batches, setup.config.training
     if training.best_of is None:
         return batches

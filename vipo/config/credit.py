@@ -1,0 +1,88 @@
+"""Section `credit`."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vipo.config.parts import ImportedPart, by_name
+from vipo.config.registries import CREDIT_SOURCES
+from vipo.config.section import Section
+
+
+class BackboneCreditConfig(Section):
+    """The allocation map of the perception backbone (ViPO); its options are section `perception`."""
+
+    name: Literal["backbone"]
+
+
+class UniformCreditConfig(Section):
+    """Ones everywhere."""
+
+    name: Literal["uniform"]
+
+
+class OracleCreditConfig(Section):
+    """The object's own pixels, on drawn scenes; the options mean what those of section `perception` do."""
+
+    name: Literal["oracle"]
+    exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    normalize: Literal["minmax", "mean"] = "minmax"
+
+
+class ImportedCreditConfig(ImportedPart):
+    """A credit source by import path, with its own options."""
+
+    known, kind = CREDIT_SOURCES, "credit source"
+
+
+CreditSourceConfig = Annotated[
+    BackboneCreditConfig | UniformCreditConfig | OracleCreditConfig | ImportedCreditConfig,
+    by_name(BackboneCreditConfig, UniformCreditConfig, OracleCreditConfig, ImportedCreditConfig),
+]
+
+Control = Literal["none", "inverted", "shuffled", "mean", "group"]
+
+
+class CreditConfig(Section):
+    """Where in a sample its advantage goes."""
+
+    sources: tuple[CreditSourceConfig, ...] = Field(
+        (BackboneCreditConfig(name="backbone"),),
+        strict=False,
+        description="Their weights are multiplied; []: nowhere in particular, the advantage is a scalar (GRPO).",
+    )
+    control: Control = Field(
+        "none",
+        description="Around the product. inverted: turned upside down; shuffled: the same weights elsewhere; mean: the "
+        "sample's own mean everywhere; group: averaged over the group.",
+    )
+    multiplies: Literal["advantage", "reward"] = Field(
+        "advantage",
+        description="What the weights are multiplied into: the advantage, or the reward before the group statistics.",
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources."""
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the weights tell what others are worth: under a control, of ones, or of the truth."""
+        return self.control != "none" or set(self.names) <= {"uniform", "oracle"}
+
+    @property
+    def reads_backbone(self) -> bool:
+        """Whether the perception backbone is a source."""
+        return "backbone" in self.names
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"a source is named twice: {', '.join(self.names)}")
+        if not self.sources:
+            for key, default in (("control", "none"), ("multiplies", "advantage")):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} {getattr(self, key)!r} needs one of sources, such as {{name: backbone}}")
+        return self

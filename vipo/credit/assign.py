@@ -1,0 +1,162 @@
+"""From an update's samples to the weights of their advantages."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vipo.config.credit import Control, CreditConfig
+from vipo.config.registries import CREDIT_SOURCES
+from vipo.credit.controls import controlled, divided_by_mean
+from vipo.credit.source import CreditError, CreditSource, Samples, Weights
+from vipo.parts import load_part
+
+_METHODS = ("set_up", "before_rollout", "after_rollout", "__call__")
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Where the advantage of each sample goes.
+
+    Attributes:
+        weights: ``(N, [T,] H, W)`` float32, finite and not negative, or ``(N, S, [T,] H, W)`` where each of the S
+            transitions has its own; None: nowhere in particular, the advantage is a scalar.
+        metrics: what is logged of them.
+    """
+
+    weights: Tensor | None
+    metrics: Mapping[str, float]
+
+
+def load_sources(config: CreditConfig) -> dict[str, CreditSource]:
+    """The sources of a configuration by name, not set up yet.
+
+    Raises:
+        CreditError: an import path is none, or names no `CreditSource`.
+        ConfigError: an option of an import path's source is wrong.
+    """
+    base: type[CreditSource] = CreditSource  # type: ignore[type-abstract]
+    return {
+        section.name: load_part(
+            section, CREDIT_SOURCES, base, _METHODS, CreditError, "credit source", f"credit.sources.{place}"
+        )
+        for place, section in enumerate(config.sources)
+    }
+
+
+def assign_credit(
+    sources: Mapping[str, CreditSource],
+    samples: Samples,
+    control: Control = "none",
+    seen: Mapping[str, Sequence[Any]] | None = None,
+) -> Credit:
+    """The product of the sources' weights under a control, of the samples of all processes.
+
+    Products of weights that are all divided by their mean are divided by theirs.
+
+    Args:
+        sources: by name.
+        samples: of this process.
+        control: around the product.
+        seen: by name, what each source's `after_rollout` gave.
+
+    Raises:
+        CreditError: a source raised, or gave something that is no weights of these samples; the message names it.
+    """
+    if not sources:
+        return Credit(None, {})
+    given = [
+        checked(name, source(replace(samples, seen=(seen or {}).get(name, ()))), samples)
+        for name, source in sources.items()
+    ]
+    product = _product(given, samples)
+    values, constant, converged, groups = (
+        samples.gather(part)
+        for part in (
+            product.values,
+            _flags(product.constant, samples, False),
+            _flags(product.converged, samples, True),
+            samples.groups,
+        )
+    )
+    permutations = None
+    if control == "shuffled":
+        positions = math.prod(samples.positions)
+        drawn = [torch.randperm(positions, generator=generator) for generator in samples.draws("shuffle")]
+        permutations = samples.gather(torch.stack(drawn).to(values.device))
+    weights = controlled(control, values, constant, groups, mean_one=product.mean_one, permutations=permutations)
+    return Credit(
+        weights,
+        {
+            "map/mean": float(weights.mean()),
+            "map/entropy": float(map_entropy(weights).mean()),
+            "map/constant_share": float(constant.float().mean()),
+            "map/unconverged_share": float((~converged).float().mean()),
+        },
+    )
+
+
+def checked(name: str, found: Any, samples: Samples) -> Weights:
+    """What a source gave, as float32 on the samples' device.
+
+    Raises:
+        CreditError: it is no dense tensor of real numbers, has another shape, or holds a value that is negative or not
+            finite.
+    """
+    called = f"credit source {name!r}"
+    given = found if isinstance(found, Weights) else Weights(found)
+    values = given.values
+    if not isinstance(values, Tensor) or values.layout != torch.strided or not values.is_floating_point():
+        kind = f"{values.dtype}, {values.layout}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise CreditError(f"{called}: expected a dense tensor of floating point weights, got {kind}")
+    shape = (len(samples), *samples.positions)
+    steps = samples.trajectories[0].means.shape[1] if samples.trajectories else None
+    own = (len(samples), values.shape[1] if steps is None and values.ndim > 1 else steps, *samples.positions)
+    if tuple(values.shape) not in (shape, own):
+        raise CreditError(
+            f"{called}: expected weights of shape {shape}, or {own} where each transition has its own, got "
+            f"{tuple(values.shape)}"
+        )
+    for flags in (given.constant, given.converged):
+        if flags is not None and (flags.shape != shape[:1] or flags.dtype != torch.bool):
+            raise CreditError(
+                f"{called}: expected flags bool of shape {shape[:1]}, got {flags.dtype} of {tuple(flags.shape)}"
+            )
+    values = values.detach().as_subclass(Tensor).to(samples.clean.device, torch.float32)
+    sound = (values >= 0) & values.isfinite()
+    if not bool(sound.all()):
+        row, *place = (int(i) for i in (~sound).nonzero()[0])
+        raise CreditError(
+            f"{called}: weights must be finite and not negative, but {float(values[row][tuple(place)])} stands at "
+            f"{tuple(place)} of sample {samples.numbers[row]} of {samples.prompts[row].text!r}"
+        )
+    return replace(given, values=values)
+
+
+def _product(given: Sequence[Weights], samples: Samples) -> Weights:
+    if len(given) == 1:
+        return given[0]
+    widest = max(weights.values.ndim for weights in given)
+    values = torch.ones((), device=samples.clean.device)
+    for weights in given:
+        values = values * (weights.values if weights.values.ndim == widest else weights.values.unsqueeze(1))
+    constant = torch.stack([_flags(weights.constant, samples, False) for weights in given]).all(dim=0)
+    converged = torch.stack([_flags(weights.converged, samples, True) for weights in given]).all(dim=0)
+    mean_one = all(weights.mean_one for weights in given)
+    return Weights(divided_by_mean(values) if mean_one else values, constant, converged, mean_one)
+
+
+def _flags(flags: Tensor | None, samples: Samples, default: bool) -> Tensor:
+    if flags is None:
+        return torch.full((len(samples),), default, device=samples.clean.device)
+    return flags.to(samples.clean.device)
+
+
+def map_entropy(weights: Tensor) -> Tensor:
+    """Entropy of each sample's weights as a distribution, relative to the uniform one: ``(N,)`` in [0, 1]."""
+    flat = weights.flatten(1).double()
+    share = flat / flat.sum(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+    return -(torch.special.xlogy(share, share).sum(dim=1) / math.log(flat.shape[1])).float()
