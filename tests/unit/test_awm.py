@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vipo.objectives.advantages import group_advantages
-from vipo.objectives.awm import matching_log_prob
-from vipo.objectives.surrogate import clipped_surrogate
+from vipo.objectives.awm import matching_log_prob, matching_loss
 
 PLACES = [(3, 4), (2, 3, 4)]
 
@@ -80,9 +79,8 @@ def test_on_policy_the_gradient_is_the_weighted_loss_of_pretraining() -> None:
     prediction, velocity, times, credit = _draw((3, 4))
     advantages = torch.tensor([1.0, -2.0, 0.5, 0.0])
     log_prob = matching_log_prob(prediction, velocity, times, credit, form="paper")
-    ratio = (log_prob - log_prob.detach()).reshape(-1, 1)
-    result = clipped_surrogate(ratio, advantages, ratio="sample", side="ppo", scope="sample", clip_range=1.0)
-    (gradient,) = torch.autograd.grad(result.loss, prediction)
+    matched, _ = matching_loss(log_prob - log_prob.detach(), advantages, 1.0)
+    (gradient,) = torch.autograd.grad(matched, prediction)
     weighted = credit.unsqueeze(1) * (prediction - velocity) ** 2
     loss = (advantages * weighted.flatten(1).mean(dim=1)).mean()
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, prediction)[0], rtol=1e-4, atol=1e-7)
@@ -92,14 +90,14 @@ def test_one_clipped_ratio_a_sample_and_time() -> None:
     """Against the published maximum of both losses: ratios e^-1 to e^1, clip .5."""
     log_ratio = torch.tensor([-1.0, -0.1, 0.1, 1.0, -1.0, 1.0], requires_grad=True)
     advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
-    column = log_ratio.reshape(-1, 1)
-    result = clipped_surrogate(column, advantages, ratio="sample", side="ppo", scope="sample", clip_range=0.5)
+    loss, dropped = matching_loss(log_ratio, advantages, 0.5)
     rho = log_ratio.exp()
     published = torch.maximum(-advantages * rho, -advantages * rho.clamp(0.5, 1.5)).mean()
-    torch.testing.assert_close(result.loss, published)
-    gradients = [torch.autograd.grad(v, log_ratio, retain_graph=True)[0] for v in (result.loss, published)]
+    torch.testing.assert_close(loss, published)
+    gradients = [torch.autograd.grad(v, log_ratio, retain_graph=True)[0] for v in (loss, published)]
     torch.testing.assert_close(*gradients)
-    assert result.clipped.tolist() == [0, 0, 0, 1, 1, 0]
+    assert dropped.tolist() == [False, False, False, True, True, False]
+    assert gradients[0].ne(0).tolist() == [not flag for flag in dropped.tolist()]
 
 
 def test_equal_rewards_give_no_gradient() -> None:
@@ -107,9 +105,8 @@ def test_equal_rewards_give_no_gradient() -> None:
     groups = torch.zeros(4, dtype=torch.int64)
     advantages = group_advantages({"r": torch.full((4,), 0.3)}, {"r": 1.0}, groups, 1e-4, 5).values
     log_prob = matching_log_prob(prediction, velocity, times, credit, form="code")
-    ratio = (log_prob - log_prob.detach() + 0.1).reshape(-1, 1)
-    result = clipped_surrogate(ratio, advantages, ratio="sample", side="ppo", scope="sample", clip_range=1.0)
-    assert not bool(torch.autograd.grad(result.loss, prediction)[0].any())
+    loss, _ = matching_loss(log_prob - log_prob.detach() + 0.1, advantages, 1.0)
+    assert not bool(torch.autograd.grad(loss, prediction)[0].any())
 
 
 @pytest.mark.parametrize("form", ["paper", "code"])

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vipo.objectives.divergence import divergence_mask, masked_surrogate
+from vipo.config.objective import DivergenceGateConfig
+from vipo.objectives.divergence import DivergenceGate, divergence_mask
+from vipo.objectives.gates import Gated, Moved
+from vipo.objectives.surrogate import GatedLoss, gated_surrogate
 from vipo.sampling.transitions import position_kl, position_log_prob
 
 PLACES = [(3, 4), (2, 3, 4)]
@@ -30,6 +33,11 @@ def _of(value: Tensor, new: Tensor, old: Tensor, std: Tensor) -> tuple[Tensor, T
     return log_ratio, position_kl(new, old, std)
 
 
+def _loss(log_ratio: Tensor, advantages: Tensor, dropped: Tensor) -> GatedLoss:
+    gated = Gated(dropped, torch.zeros_like(advantages))
+    return gated_surrogate(log_ratio, advantages, gated, ratio="position" if advantages.ndim > 1 else "sample")
+
+
 def _published(log_ratio: Tensor, kl: Tensor, advantage: float, bound: float) -> Tensor | float:
     """One element of the published loss: ``-A rho``, or 0 where it is far and goes further."""
     rho = log_ratio.exp()
@@ -46,7 +54,7 @@ def test_per_transition_it_is_the_published_loss(places: tuple[int, ...], bound:
     advantages = torch.tensor([1.0, -1.0, -2.0, 0.5, -1.5, -2.0])
     log_ratio, kl = _of(value, new, old, std)
     dropped = divergence_mask(log_ratio, kl, advantages, scope="sample", bound=bound)
-    result = masked_surrogate(log_ratio, advantages, dropped)
+    result = _loss(log_ratio, advantages, dropped)
     (gradient,) = torch.autograd.grad(result.loss, new)
     # The published code: one Gaussian log-probability and one divergence, both means over all elements.
     rows = []
@@ -73,7 +81,7 @@ def test_per_position_it_is_an_explicit_loop(places: tuple[int, ...], scope: str
     advantages = weights * torch.tensor([1.0, -1.0, -2.0, 0.5, -1.5, -2.0]).reshape(-1, *([1] * len(places)))
     log_ratio, kl = _of(value, new, old, std)
     dropped = divergence_mask(log_ratio, kl, advantages, scope=scope, bound=1e-3)
-    result = masked_surrogate(log_ratio, advantages, dropped)
+    result = _loss(log_ratio, advantages, dropped)
     (gradient,) = torch.autograd.grad(result.loss, new, retain_graph=True)
     total, lost = torch.zeros(()), torch.zeros(6)
     for place in itertools.product(range(6), *(range(n) for n in places)):
@@ -90,6 +98,18 @@ def test_per_position_it_is_an_explicit_loop(places: tuple[int, ...], scope: str
     assert 0 < float(lost.mean()) < 1
 
 
+@pytest.mark.parametrize("scope", ["sample", "position"])
+def test_the_gate_is_its_function(scope: str) -> None:
+    value, new, old, std = (tensor.detach() for tensor in _transition((3, 4)))
+    log_ratio, kl = _of(value, new, old, std)
+    advantages = torch.tensor([1.0, -1.0, -2.0, 0.5, -1.5, -2.0]).reshape(-1, 1, 1).expand(6, 3, 4)
+    gate = DivergenceGate(DivergenceGateConfig(name="divergence", scope=scope, bound=1e-3))
+    decided = gate(Moved(log_ratio, advantages, new, old, std))
+    assert torch.equal(decided.dropped, divergence_mask(log_ratio, kl, advantages, scope=scope, bound=1e-3))
+    assert decided.ratio is not None
+    assert not bool(decided.ratio.any())
+
+
 def test_by_hand() -> None:
     """Near, far and further, far and back, for either sign of the advantage; the bound itself is far."""
     log_ratio = torch.tensor([0.2, 0.2, -0.2, 0.2, -0.2, -0.2]).reshape(6, 1, 1)
@@ -97,10 +117,10 @@ def test_by_hand() -> None:
     advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     dropped = divergence_mask(log_ratio, kl, advantages, scope="sample", bound=1e-5)
     assert dropped.tolist() == [False, True, False, False, True, False]
-    loss = masked_surrogate(log_ratio, advantages, dropped).loss
+    loss = _loss(log_ratio, advantages, dropped).loss
     up, down = math.exp(0.2), math.exp(-0.2)
     assert float(loss) == pytest.approx(-(up + down - up - down) / 6, abs=1e-7)
-    assert float(masked_surrogate(log_ratio[:3], advantages[:3], dropped[:3]).loss) == pytest.approx(-(up + down) / 3)
+    assert float(_loss(log_ratio[:3], advantages[:3], dropped[:3]).loss) == pytest.approx(-(up + down) / 3)
 
 
 def test_a_bound_of_the_mean_is_one_of_the_sum_divided_by_the_elements() -> None:
@@ -123,8 +143,8 @@ def test_samples_may_be_permuted() -> None:
     permuted = divergence_mask(log_ratio[order], kl[order], advantages[order], scope="sample", bound=1e-4)
     assert torch.equal(permuted, dropped[order])
     assert 0 < int(dropped.sum()) < 6
-    loss = masked_surrogate(log_ratio, advantages, dropped).loss
-    torch.testing.assert_close(masked_surrogate(log_ratio[order], advantages[order], permuted).loss, loss)
+    loss = _loss(log_ratio, advantages, dropped).loss
+    torch.testing.assert_close(_loss(log_ratio[order], advantages[order], permuted).loss, loss)
 
 
 @pytest.mark.parametrize("scope", ["sample", "position"])
@@ -133,7 +153,7 @@ def test_equal_rewards_give_no_gradient(scope: str) -> None:
     log_ratio, kl = _of(value, new, old, std)
     advantages = torch.zeros(6, 3, 4)
     dropped = divergence_mask(log_ratio, kl, advantages, scope=scope, bound=1e-6)
-    result = masked_surrogate(log_ratio, advantages, dropped)
+    result = _loss(log_ratio, advantages, dropped)
     assert result.loss.item() == 0
     assert not bool(dropped.any())
     assert not bool(torch.autograd.grad(result.loss, new)[0].any())
@@ -143,7 +163,7 @@ def test_what_is_dropped_may_overflow() -> None:
     log_ratio = torch.tensor([[[800.0, 0.5]]], requires_grad=True)
     advantages = torch.ones(1, 1, 2)
     dropped = divergence_mask(log_ratio, torch.tensor([[[9.0, 0.0]]]), advantages, scope="position", bound=1e-5)
-    loss = masked_surrogate(log_ratio, advantages, dropped).loss
+    loss = _loss(log_ratio, advantages, dropped).loss
     loss.backward()
     assert log_ratio.grad is not None
     assert loss.item() == pytest.approx(-math.exp(0.5) / 2)
@@ -156,5 +176,3 @@ def test_shapes_are_checked() -> None:
         divergence_mask(ratios, torch.zeros(2), torch.zeros(2), scope="sample", bound=1e-5)
     with pytest.raises(ValueError, match=r"advantages: expected shape \(2, 3, 4\) for scope 'position', got \(2,\)"):
         divergence_mask(ratios, ratios, torch.zeros(2), scope="position", bound=1e-5)
-    with pytest.raises(ValueError, match=r"got \(2, 3, 4\) and \(2,\)"):
-        masked_surrogate(ratios, ratios, torch.zeros(2, dtype=torch.bool))

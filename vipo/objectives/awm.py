@@ -4,6 +4,7 @@ The policy gradient of that log-likelihood is pretraining's own loss, weighted b
 time, to the loss of the weights that sampled, keeps it close to them.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vipo.config.forward import AwmConfig, DecayConfig
 from vipo.objectives.forward import noised_points, velocity_kl
-from vipo.objectives.objective import Objective, Outcome, Points, Predictions, Share
+from vipo.objectives.objective import Kept, Objective, Outcome, Points, Predictions, Share
 
 # Under the root of the published code.
 _SMALLEST_ERROR = 1e-10
@@ -39,9 +40,9 @@ class Awm(Objective):
         return self.options.kl_weight > 0
 
     @property
-    def anchor(self) -> DecayConfig | None:
+    def keeps(self) -> Mapping[Kept, DecayConfig]:
         """A slow average of the trained weights; of no weight it is not kept."""
-        return self.options.anchor if self.options.anchor_weight > 0 else None
+        return {"anchor": self.options.anchor} if self.options.anchor_weight > 0 else {}
 
     def points(self, share: Share) -> Points:
         """The clean samples, noised to the levels of `share.steps`."""

@@ -5,7 +5,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vipo.objectives.surrogate import Surrogate
+from vipo.config.objective import DivergenceGateConfig
+from vipo.objectives.gates import Gate, Gated, Moved
+from vipo.sampling.transitions import position_kl
+
+
+class DivergenceGate(Gate):
+    """Drops what has gone far from the policy that sampled and would go further; it counts as 0 in the loss.
+
+    Source: Flow-DPPO (arXiv 2606.11025) and its public code; per position it is ours.
+    """
+
+    options: DivergenceGateConfig
+
+    def __call__(self, moved: Moved) -> Gated:
+        """By the divergence of the transition's two Gaussians."""
+        kl = position_kl(moved.mean, moved.old_mean, moved.std)
+        options, log_ratio = self.options, moved.log_ratio
+        dropped = divergence_mask(log_ratio, kl, moved.advantages, scope=options.scope, bound=options.bound)
+        return Gated(dropped, torch.zeros_like(moved.advantages))
 
 
 def divergence_mask(
@@ -51,28 +69,3 @@ def divergence_mask(
         moved, divergence = (values.flatten(1).mean(dim=1).reshape(column) for values in (moved, divergence))
     further = ((moved > 0) & (advantages > 0)) | ((moved < 0) & (advantages < 0))
     return (divergence >= bound) & further
-
-
-def masked_surrogate(log_ratio: Tensor, advantages: Tensor, dropped: Tensor) -> Surrogate:
-    """``L = -mean of rho A`` with 0 in the place of what is `dropped`, which still counts in the mean.
-
-    Args:
-        log_ratio: ``(B, [T,] H, W)`` with its gradient.
-        advantages: ``(B, [T,] H, W)`` for a ratio per position, ``(B,)`` for the ratio of the mean log-probability.
-        dropped: bool, like `advantages`.
-
-    Raises:
-        ValueError: shapes disagree.
-
-    Source: Flow-DPPO (arXiv 2606.11025) and its public code; per position it is ours.
-    """
-    if advantages.shape not in (log_ratio.shape, log_ratio.shape[:1]) or dropped.shape != advantages.shape:
-        raise ValueError(
-            f"advantages, dropped: expected shape {tuple(log_ratio.shape)} or ({len(log_ratio)},) of both, got "
-            f"{tuple(advantages.shape)} and {tuple(dropped.shape)}"
-        )
-    logs = log_ratio if advantages.ndim > 1 else log_ratio.flatten(1).mean(dim=1)
-    # Before the exponential: its overflow times a gradient of 0 would be no number.
-    rho = torch.where(dropped, 0, logs).exp()
-    gained = torch.where(dropped, 0, rho * advantages)
-    return Surrogate(-gained.mean(), dropped.reshape(len(dropped), -1).float().mean(dim=1))

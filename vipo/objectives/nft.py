@@ -6,13 +6,14 @@ v_theta`` and ``v- = (1 + b) v_old - b v_theta``. A good sample is one that ``v+
 density, no classifier-free guidance, any solver.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
 
 from vipo.config.forward import DecayConfig, NftConfig
 from vipo.objectives.forward import noised_points, velocity_kl
-from vipo.objectives.objective import Objective, Outcome, Points, Predictions, Share
+from vipo.objectives.objective import Kept, Objective, Outcome, Points, Predictions, Share
 
 # Of the published code's normaliser.
 _SMALLEST_ERROR = 1e-5
@@ -37,9 +38,9 @@ class Nft(Objective):
         return self.options.kl_weight > 0
 
     @property
-    def sampler(self) -> DecayConfig:
-        """The old policy samples."""
-        return self.options.old
+    def keeps(self) -> Mapping[Kept, DecayConfig]:
+        """The old policy, which samples."""
+        return {"sampler": self.options.old}
 
     def points(self, share: Share) -> Points:
         """The clean samples, noised to the levels of `share.steps`."""

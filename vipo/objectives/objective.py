@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vipo.config.forward import DecayConfig
 from vipo.config.objective import ObjectiveConfig
 from vipo.config.registries import OBJECTIVES
 from vipo.errors import VipoError
@@ -20,6 +21,7 @@ from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
 
 Needs = Literal["log_probabilities", "stochastic", "none"]
+Kept = Literal["sampler", "anchor"]
 
 
 class ObjectiveError(VipoError):
@@ -34,6 +36,8 @@ class Share:
         trajectory: the chains; `trajectory.clean` is what was decoded and rewarded.
         steps: ``(B,)`` int64, the transition of each sample.
         chain: noise levels and transition.
+        credit: ``(B, [T,] H, W)`` weights of positions, finite and at least 0, for an objective that places credit
+            itself; None where it does not, and without credit.
         draws: from a purpose to B generators on the CPU, keyed by it, the update, the sample and the place of this
             share among those of the sample: where an objective draws its noise and times.
     """
@@ -42,6 +46,7 @@ class Share:
     steps: Tensor
     chain: Chain
     draws: Callable[[str], list[torch.Generator]]
+    credit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class Predictions:
         new: by the policy that is trained, with its gradient.
         old: by the policy that sampled; None unless `Objective.needs_old`.
         reference: by the generator as it was; None unless `Objective.needs_reference`.
+        anchor: by the kept policy of that name; None unless `Objective.keeps` it.
     """
 
     new: Tensor
     old: Tensor | None = None
     reference: Tensor | None = None
+    anchor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,13 @@ class Objective(Part, ABC):
             'none', all transitions may be drawn as `Share.steps`, of the others those that draw noise.
         needs_old: whether the policy that sampled is evaluated at the points (before the first optimizer step).
         needs_reference: whether the generator as it was is, beside every call of the trained policy.
+        keeps: policies that follow the trained one slowly, and how: 'sampler' samples, and is `Predictions.old`, in the
+            trained one's place; 'anchor' is `Predictions.anchor`, evaluated before the first optimizer step.
+        places_credit: whether credit stands in `Share.credit` beside scalar advantages, instead of in them.
     """
 
     needs: ClassVar[Needs] = "none"
+    places_credit: ClassVar[bool] = False
 
     @property
     def needs_old(self) -> bool:
@@ -115,6 +126,11 @@ class Objective(Part, ABC):
     def needs_reference(self) -> bool:
         """See the class."""
         return False
+
+    @property
+    def keeps(self) -> Mapping[Kept, DecayConfig]:
+        """See the class."""
+        return {}
 
     @abstractmethod
     def points(self, share: Share) -> Points:
@@ -128,7 +144,7 @@ class Objective(Part, ABC):
             share: what was rolled out.
             points: of it.
             predictions: at them.
-            advantages: ``(B,)``, or with credit ``(B, [T,] H, W)``.
+            advantages: ``(B,)``, or with credit that the objective does not place itself ``(B, [T,] H, W)``.
         """
 
 

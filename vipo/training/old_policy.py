@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from vipo.training.checkpoints import StoredTensors
 from vipo.training.distribution import own_rows
 
 
@@ -38,6 +39,12 @@ class OldPolicy:
         """
         for name, value in self._trainable.items():
             own_rows(self.tensors[name])[0].mul_(decay).add_(own_rows(value.detach())[0], alpha=1 - decay)
+
+    @torch.no_grad()
+    def restore(self, stored: StoredTensors) -> None:
+        """Become what a checkpoint has."""
+        for name, value in self.tensors.items():
+            value.copy_(stored.like(name, value))
 
     @contextlib.contextmanager
     def instead(self) -> Iterator[None]:
