@@ -57,8 +57,8 @@ class Config(Section):
             self._fits(self.objective)
         elif forward and self.sampling.transition == "ddim":
             raise ValueError(
-                f"objective.name {self.objective.name!r} needs a generator that predicts the velocity of flow matching, "
-                "and sampling.transition 'ddim' is for those that predict noise; use objective.name=surrogate"
+                f"objective.name {self.objective.name!r} needs a generator that predicts flow matching's velocity; "
+                "sampling.transition 'ddim' is for those that predict noise; use objective.name=surrogate"
             )
         if isinstance(self.objective, AwmConfig) and self.credit.sources and self.credit.multiplies == "reward":
             raise ValueError(

@@ -40,7 +40,7 @@ class SamplingConfig(Section):
     window: WindowConfig | None = Field(None, description="null: every step but the last is stochastic.")
     ode: Literal["euler", "dpm2"] | None = Field(
         None,
-        description="Sample without noise in the steps, by Euler's steps or DPM-Solver++ 2M, for an objective that needs "
+        description="Sample without noise in the steps, by Euler's or DPM-Solver++ 2M's, for an objective that needs "
         "no density; null: by the stochastic chain.",
     )
 

@@ -228,5 +228,6 @@ def _check_resources(setup: Setup) -> None:
             raise TrainingError(
                 f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference and the "
                 f"{kept} policies that the objective keeps beside them, need {state / 2**30:.0f} GiB in each "
-                f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp on more devices"
+                f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp "
+                "on more devices"
             )
