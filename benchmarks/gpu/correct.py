@@ -22,7 +22,7 @@ from vipo.config.compose import load_config, repository_root
 from vipo.generators.embeddings import stack_conditioning
 from vipo.provenance.files import file_sha256
 from vipo.sampling.noise import Key, keyed_normal
-from vipo.sampling.rollout import Trajectory, policy_transition, rollout
+from vipo.sampling.rollout import Trajectory, rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import Setup, set_up
@@ -96,12 +96,13 @@ def _computed(setup: Setup, given: Trajectory | None = None) -> dict[str, Tensor
     path = rollout(generator, conditioning, chain, range(len(chain.trainable)), initial, [(0, "step", i) for i in ids])
     seen = path if given is None else Trajectory(*(getattr(given, n).to(setup.device) for n in given.__dict__))
     steps = torch.tensor([0, 1], device=setup.device)
-    moved = policy_transition(generator, conditioning, seen, steps, chain)
+    latents, value, _ = seen.at(steps)
+    mean, std = chain.gaussian(latents, generator.predict(latents, chain.times[steps], conditioning), steps)
     return {
         "prediction": generator.predict(noise, chain.times[1].expand(2), conditioning),
         "rollout": path.clean,
         "pictures": generator.decode(path.clean),
-        "log_prob": position_log_prob(moved.value, moved.mean, moved.std),
+        "log_prob": position_log_prob(value, mean, std),
         **{f"_{name}": value for name, value in path.__dict__.items()},
     }
 

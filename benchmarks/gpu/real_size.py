@@ -24,7 +24,7 @@ from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import load_objective
 from vipo.sampling.noise import keyed_normal
-from vipo.sampling.rollout import policy_transition, rollout
+from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
 from vipo.tracking import Timer
@@ -188,8 +188,10 @@ def plain_update(setup: Setup) -> None:
     for (path, _, weights), advantage in zip(found, advantages, strict=True):
         for step in range(transitions):
             index = torch.tensor([step], device=setup.device)
-            moved = policy_transition(generator, conditioning, path, index, chain)
-            new, old = (position_log_prob(moved.value, mean, moved.std) for mean in (moved.mean, moved.old_mean))
+            latents, value, old_mean = path.at(index)
+            prediction = generator.predict(latents, chain.times[index], conditioning)
+            mean, std = chain.gaussian(latents, prediction, index)
+            new, old = (position_log_prob(value, each, std) for each in (mean, old_mean))
             loss = -((new - old).exp() * float(advantage) * weights).mean()
             (loss / (transitions * len(found))).backward()
     torch.nn.utils.clip_grad_norm_(setup.trainable.values(), 1.0)

@@ -35,12 +35,13 @@ def parts_of_an_update(setup: Any, number: int) -> dict[str, Tensor]:
 
     learn, step = room.learn, setup.optimizer.step
 
-    def seen_learn(setup: Any, batches: Any, advantages: Tensor, samples: Any, number: int) -> Any:
+    def seen_learn(setup: Any, lesson: Any) -> Any:
+        batches = lesson.batches
         rows = torch.tensor([row for batch in batches for row in batch.rows])
         latents = room.in_order(setup, torch.cat([batch.trajectory.latents for batch in batches]), batches)
         found["latents"] = latents if setup.distribution.processes > 1 else latents[rows.argsort()]
-        found["advantages"] = advantages
-        return learn(setup, batches, advantages, samples, number)
+        found["advantages"] = lesson.advantages
+        return learn(setup, lesson)
 
     def seen_step() -> None:
         count = sum(name.startswith("gradient/") for name in found) // len(setup.trainable)

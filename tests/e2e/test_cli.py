@@ -156,7 +156,7 @@ def test_a_resolved_file_stands_for_its_overrides(vipo: Command, tmp_path: Path)
         # Impossible combinations.
         ([DEMO, "training.group_size=1"], ["training.group_size", "1", "2"]),
         ([DEMO, "training.trained_transitions=10"], ["training.trained_transitions 10", "sampling.steps 10"]),
-        ([DEMO, "objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'"]),
+        ([DEMO, "objective.ratio=sample"], ["objective.ratio 'sample'", "credit.sources (backbone)"]),
         ([DEMO, "training.micro_batch=7"], ["micro_batch 7"]),
         # No override at all.
         ([DEMO, "garbage"], ["'garbage'", "key=value"]),

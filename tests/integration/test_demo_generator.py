@@ -20,7 +20,7 @@ from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
 from vipo.stages import base_stage
-from vipo.training import pretrain
+from vipo.training import pretrain, pretrain_parts
 
 ROOT = repository_root()
 FOLDER = ROOT / "data/demo-generator"
@@ -126,9 +126,9 @@ def test_its_record_is_no_part_of_it(tmp_path: Path) -> None:
 
 def test_vocabulary_holds_every_scene_word_as_one_token() -> None:
     words = sorted({word for text, _ in scenes.one_object_captions(named_color=True) for word in text.split()})
-    merges = pretrain.byte_pair_merges(words)
-    assert merges == pretrain.byte_pair_merges(words)
-    clip, t5 = pretrain.build_tokenizers(PretrainConfig(**TINY_PRETRAIN), words)
+    merges = pretrain_parts.byte_pair_merges(words)
+    assert merges == pretrain_parts.byte_pair_merges(words)
+    clip, t5 = pretrain_parts.build_tokenizers(PretrainConfig(**TINY_PRETRAIN), words)
     for word in words:
         assert clip.tokenize(word) == [f"{word}</w>"]
         assert t5.tokenize(word) == [f"▁{word}"]

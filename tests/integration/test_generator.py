@@ -15,7 +15,7 @@ from vipo.generators import GeneratorError, load_generator
 from vipo.generators.flux import FluxGenerator, image_ids, pack_latents, unpack_latents
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import keyed_normal
-from vipo.sampling.rollout import policy_transition, rollout, sample_ode
+from vipo.sampling.rollout import rollout, sample_ode
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle on a white background", "a small square on the left on a black background"]
@@ -167,11 +167,12 @@ def test_log_probabilities_are_those_of_the_rollout(tiny_generator: Path) -> Non
     trajectory = rollout(generator, conditioning, chain, range(0, 3), keys, keys)
     assert torch.equal(trajectory.means[:, 3], trajectory.latents[:, 4])
     for steps in (torch.tensor([0, 2]), torch.tensor([2, 2])):
-        moved = policy_transition(generator, conditioning, trajectory, steps, chain)
-        assert moved.mean.requires_grad
-        assert float((moved.mean.detach() - moved.old_mean).abs().max()) < 1e-5
-        assert torch.equal(moved.value, trajectory.latents[torch.arange(2), steps + 1])
-        assert torch.equal(moved.old_mean, trajectory.means[torch.arange(2), steps])
+        latents, value, old_mean = trajectory.at(steps)
+        mean, _ = chain.gaussian(latents, generator.predict(latents, chain.times[steps], conditioning), steps)
+        assert mean.requires_grad
+        assert float((mean.detach() - old_mean).abs().max()) < 1e-5
+        assert torch.equal(value, trajectory.latents[torch.arange(2), steps + 1])
+        assert torch.equal(old_mean, trajectory.means[torch.arange(2), steps])
 
 
 def test_full_weights_load_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path) -> None:

@@ -236,9 +236,9 @@ def test_settings_that_differ_are_shown_and_shared_ones_are_not(built: Built) ->
     page = (built[0] / "report" / "index.html").read_text(encoding="utf-8")
     section = page[page.index('id="configuration"') : page.index('id="provenance"')]
     table = section[: section.index("</table>")]
-    assert "objective.map" in table
+    assert "credit.control" in table
     assert "learning_rate" not in table
-    assert "<mark>  map: inverted</mark>" in section
+    assert "<mark>  control: inverted</mark>" in section
     assert "<mark>  learning_rate" not in section
 
 

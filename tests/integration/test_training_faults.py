@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.memory import OutOfMemory, memory_errors
+from vipo.objectives.surrogate import transition_log_ratio
 from vipo.rewards import RewardError
 from vipo.stages import encode_stage, evaluate_stage, train_stage
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
-from vipo.training.learn import log_ratio_of
 from vipo.training.recorded import train_run
 from vipo.training.samples import TrainingError
-from vipo.training.setup import Setup, set_up
+from vipo.training.setup import set_up
 from vipo.training.update import update
 
 ROOT = repository_root()
@@ -30,11 +30,11 @@ def _poison(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """From its `call`-th call on, log rho is not a number for the second sample of a micro-batch."""
     calls = iter(range(1, 10_000))
 
-    def poisoned(setup: Setup, moved: Any) -> Tensor:
-        value = log_ratio_of(setup, moved)
+    def poisoned(*arguments: Any) -> Tensor:
+        value = transition_log_ratio(*arguments)
         return value * torch.tensor([1.0, torch.nan])[:, None, None] if next(calls) >= call else value
 
-    monkeypatch.setattr("vipo.training.learn.log_ratio_of", poisoned)
+    monkeypatch.setattr("vipo.objectives.surrogate.transition_log_ratio", poisoned)
 
 
 def test_nan_stops_with_the_last_good_checkpoint_and_says_which_batch(
@@ -45,13 +45,13 @@ def test_nan_stops_with_the_last_good_checkpoint_and_says_which_batch(
     counted = set_up(config, ROOT, prepared / "demo")
     calls = 0
 
-    def count(setup: Setup, moved: Any) -> Tensor:
+    def count(*arguments: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return log_ratio_of(setup, moved)
+        return transition_log_ratio(*arguments)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("vipo.training.learn.log_ratio_of", count)
+        patched.setattr("vipo.objectives.surrogate.transition_log_ratio", count)
         update(counted, 1)
     assert calls % 4 == 0
     with pytest.MonkeyPatch.context() as patched:

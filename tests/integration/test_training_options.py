@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import Preempted
-from vipo.objectives import best_and_worst
+from vipo.objectives import Points, best_and_worst
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.chain import stochastic_steps
-from vipo.sampling.rollout import TransitionBatch, policy_transition
+from vipo.training import recorded
 from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
 from vipo.training.consistency import check_consistency
-from vipo.training.learn import kl_to_reference, learn
+from vipo.training.learn import Lesson, Place, learn, outcome_of, reference_prediction
 from vipo.training.recorded import train_run
-from vipo.training.samples import MicroBatch, Sample, TrainingError, arrange_samples, update_prompts
+from vipo.training.samples import MicroBatch, TrainingError, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity
 from vipo.training.update import roll_out, update
@@ -54,10 +54,10 @@ COMBINATIONS: dict[str, list[str]] = {
     "flow_grpo": ["arm=flow_grpo"],
     "kl-lora": ["arm=vipo", "objective.kl_weight=0.1", LORA],
     "best_of": ["arm=vipo", *MANY],
-    "reward_map-batch-best_of": ["arm=reward_map", "objective.std=batch", *MANY],
+    "reward_map-batch-best_of": ["arm=reward_map", "advantages.std=batch", *MANY],
     "paper": ["arm=vipo_paper", "training.transition_choice=shared", "training.epochs=2"],
     "bf16": ["arm=vipo", "generator.precision=bf16", *MANY],
-    "no-clip-first": ["arm=uniform", "objective.clip.side=none", "training.transition_choice=first"],
+    "no-clip-first": ["arm=uniform", "objective.gate={name: none}", "training.transition_choice=first"],
 }
 
 
@@ -75,8 +75,8 @@ def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> 
         assert 0 < metrics["log_ratio/rms_sample"] < metrics["log_ratio/rms_position"]
         assert metrics["grad/norm"] > 0
         assert ("kl" in metrics) == (objective.kl_weight > 0)
-        assert ("map/mean" in metrics) == (objective.map != "none")
-        assert (objective.clip.side == "none") <= (metrics["clip/share"] == 0)
+        assert ("map/mean" in metrics) == bool(setup.config.credit.sources)
+        assert (objective.gate.name == "none") <= (metrics["clip/share"] == 0)
         trained = {int(key.removeprefix("clip/share_t")) for key in metrics if key.startswith("clip/share_t")}
         window = setup.config.sampling.window
         assert trained <= set(stochastic_steps(window, 3, 0, number))
@@ -114,13 +114,19 @@ def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_o
 
 
 def _one_transition(setup: Setup) -> tuple[MicroBatch, Tensor]:
-    batch = roll_out(setup, 1)[0].batches[0]
+    batch = roll_out(setup, 1).batches[0]
     return batch, batch.steps[:, 0]
 
 
-def _kl(setup: Setup, batch: MicroBatch, steps: Tensor) -> tuple[Tensor, TransitionBatch]:
-    moved = policy_transition(setup.generator, batch.conditioning, batch.trajectory, steps, setup.chain)
-    return kl_to_reference(setup, moved, batch, steps), moved
+def _kl(setup: Setup, batch: MicroBatch, steps: Tensor) -> Tensor:
+    """What the weight of the divergence, which is linear in it, adds to the loss: that of no advantage is 0."""
+    samples = arrange_samples(update_prompts(setup.prompts, setup.config.seed, 1, 2), 4, 2)
+    advantages = torch.zeros(len(samples), *setup.generator.grid)
+    outcome = outcome_of(setup, Lesson(1, [batch], advantages, samples), Place(0, 0, 0), None)
+    assert torch.equal(batch.steps[:, 0], steps)
+    kl = outcome.loss / setup.config.objective.kl_weight
+    torch.testing.assert_close(kl.detach(), outcome.metrics["kl"])
+    return kl
 
 
 @pytest.mark.parametrize("lora", [[], [LORA]], ids=["full", "lora"])
@@ -128,15 +134,17 @@ def test_kl_is_to_the_generator_as_it_was(prepared: Path, tiny_overrides: list[s
     setup = _setup(prepared, tiny_overrides, "arm=vipo", "objective.kl_weight=0.1", *lora)
     untouched = _setup(prepared, tiny_overrides, "arm=vipo").generator
     batch, steps = _one_transition(setup)
-    assert float(_kl(setup, batch, steps)[0].detach()) == 0
+    assert float(_kl(setup, batch, steps).detach()) == 0
     update(setup, 1)
-    kl, moved = _kl(setup, batch, steps)
+    kl = _kl(setup, batch, steps)
     with torch.no_grad():
-        prediction = untouched.predict(moved.latents, setup.chain.times[steps], batch.conditioning)
-        mean = setup.chain.gaussian(moved.latents, prediction, steps)[0]
-        expected = torch.distributions.kl_divergence(
-            torch.distributions.Normal(moved.mean, moved.std), torch.distributions.Normal(mean, moved.std)
-        ).mean()
+        latents, times = batch.trajectory.at(steps)[0], setup.chain.times[steps]
+        normals = []
+        for generator in (setup.generator, untouched):
+            prediction = generator.predict(latents, times, batch.conditioning)
+            normals.append(torch.distributions.Normal(*setup.chain.gaussian(latents, prediction, steps)))
+        expected = torch.distributions.kl_divergence(*normals).mean()
+    assert torch.equal(reference_prediction(setup, Points(latents, times), batch), prediction)
     assert float(kl.detach()) > 0
     torch.testing.assert_close(kl.detach(), expected)
     # The policy is back in place and as trainable as before.
@@ -152,7 +160,7 @@ def test_kl_is_to_the_generator_as_it_was(prepared: Path, tiny_overrides: list[s
         with torch.no_grad():
             for value, gradient in zip(values, gradients, strict=True):
                 value += sign * sizes * gradient / norm
-            found.append(float(_kl(setup, batch, steps)[0].detach()))
+            found.append(float(_kl(setup, batch, steps).detach()))
             for value, gradient in zip(values, gradients, strict=True):
                 value -= sign * sizes * gradient / norm
     assert (found[0] - found[1]) / (2 * sizes) == pytest.approx(float(norm), rel=0.05)
@@ -179,11 +187,9 @@ def test_best_of_learns_from_the_best_and_the_worst(
     setup = _setup(prepared, tiny_overrides, "arm=grpo", *MANY)
     seen: dict[str, Any] = {}
 
-    def spy(
-        setup: Setup, batches: list[MicroBatch], advantages: Tensor, samples: list[Sample], number: int
-    ) -> dict[str, float]:
-        seen.update(batches=batches, advantages=advantages, samples=samples)
-        return learn(setup, batches, advantages, samples, number)
+    def spy(setup: Setup, lesson: Lesson) -> dict[str, float]:
+        seen.update(batches=lesson.batches, advantages=lesson.advantages, samples=lesson.samples)
+        return learn(setup, lesson)
 
     monkeypatch.setattr("vipo.training.update.learn", spy)
     update(setup, 1)
@@ -255,7 +261,8 @@ def test_every_code_that_made_updates_is_recorded(
     def train(code: dict[str, Any], until: int) -> dict[str, Any]:
         nonlocal stop_after
         stop_after = until
-        monkeypatch.setattr(run_module, "code_identity", lambda: code)
+        for room in (run_module, recorded):
+            monkeypatch.setattr(room, "code_identity", lambda: code)
         with pytest.raises(Preempted) if until < 4 else contextlib.nullcontext():
             train_run(config, ROOT, results / "demo")
         if until < 4:

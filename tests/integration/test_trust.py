@@ -22,6 +22,7 @@ from vipo.config.compose import load_config, load_config_file, repository_root
 from vipo.config.run import Config
 from vipo.generators import GeneratorError
 from vipo.stages import evaluate_stage, train_stage
+from vipo.training import recorded
 from vipo.training import run as run_module
 from vipo.training.checkpoints import list_checkpoints
 from vipo.training.errors import TrainingError
@@ -220,7 +221,7 @@ def test_a_finished_run_says_so_and_loads_nothing(
     results: Path, config: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
-    monkeypatch.setattr(run_module, "set_up", None)
+    monkeypatch.setattr(recorded, "set_up", None)
     with caplog.at_level(logging.INFO):
         train_stage(config, ROOT, results)
     assert f"vipo-s0: is finished, nothing is left to do; its weights are in {results / RUN / 'weights'}" in caplog.text

@@ -13,7 +13,7 @@ from vipo.config.sampling import SamplingConfig, WindowConfig
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain, ChainError, sampling_chain, stochastic_steps
 from vipo.sampling.noise import keyed_normal
-from vipo.sampling.rollout import policy_transition, rollout, sample_ode
+from vipo.sampling.rollout import rollout, sample_ode
 from vipo.sampling.transitions import position_log_prob
 
 STOCK = DDIMScheduler(
@@ -159,12 +159,13 @@ def test_rollout_obeys_window_and_keys(transition: str, shape: tuple[int, ...]) 
     torch.testing.assert_close(path.clean, chain.ode(path.latents[:, 5], last, 5), atol=0, rtol=0)
     # Each sample at another step, as the update does it: the stored mean is the policy's own.
     steps = torch.tensor([3, 1, 2])
-    moved = policy_transition(network, conditioning, path, steps, chain)
-    torch.testing.assert_close(moved.mean, moved.old_mean, atol=1e-6, rtol=0)
+    latents, value, old_mean = path.at(steps)
+    mean, std = chain.gaussian(latents, network.predict(latents, chain.times[steps], conditioning), steps)
+    torch.testing.assert_close(mean, old_mean, atol=1e-6, rtol=0)
     for row, step in enumerate(steps.tolist()):
-        assert torch.equal(moved.latents[row], path.latents[row, step])
-        assert torch.equal(moved.value[row], path.latents[row, step + 1])
-    new, old = (position_log_prob(moved.value, mean, moved.std) for mean in (moved.mean, moved.old_mean))
+        assert torch.equal(latents[row], path.latents[row, step])
+        assert torch.equal(value[row], path.latents[row, step + 1])
+    new, old = (position_log_prob(value, each, std) for each in (mean, old_mean))
     assert float((new - old).abs().max()) < 1e-4
     # A chain of its own: without its neighbours in the batch the same states.
     alone = rollout(network, {"shift": torch.tensor([0.7])}, chain, window, initial[1:2], keys[1:2])

@@ -60,15 +60,16 @@ def test_every_arm_of_the_demo_composes(arm: str) -> None:
     assert set(config.experiment.arms) == set(ARMS)
 
 
-# What each arm of `configs/arm` is, beside what the experiment gives all arms; `map` and `ratio` are never left out.
-POSITION = {"objective.ratio": "position", "objective.map": "psm"}
+# What each arm of `configs/arm` is, beside what the experiment gives all arms; credit and `ratio` are never left out.
+BACKBONE = [{"name": "backbone"}]
+POSITION = {"objective.ratio": "position", "credit.sources": BACKBONE}
 DECISIVE: dict[str, dict[str, Any]] = {
     "base": {},
-    "grpo": {"objective.ratio": "sample", "objective.map": "none"},
+    "grpo": {"objective.ratio": "sample", "credit.sources": []},
     "flow_grpo": {
         "objective.ratio": "sample",
-        "objective.map": "none",
-        "objective.std": "batch",
+        "credit.sources": [],
+        "advantages.std": "batch",
         "objective.kl_weight": 0.04,
         "sampling.transition": "flow",
         "sampling.eta": 0.7,
@@ -78,22 +79,25 @@ DECISIVE: dict[str, dict[str, Any]] = {
     "vipo_mean": {**POSITION, "perception.normalize": "mean"},
     "vipo_paper": {
         **POSITION,
-        "objective.clip.side": "ppo",
-        "objective.clip.scope": "position",
-        "objective.clip.range": 2.6e-2,
+        "objective.gate.name": "ppo",
+        "objective.gate.scope": "position",
+        "objective.gate.range": 2.6e-2,
     },
-    "reward_map": {**POSITION, "objective.map_on": "reward"},
+    "reward_map": {**POSITION, "credit.multiplies": "reward"},
     "average": {**POSITION, "perception.aggregation": "average"},
     "first": {**POSITION, "perception.aggregation": "first"},
+    "uniform": {"objective.ratio": "position", "credit.sources": [{"name": "uniform"}]},
+    "oracle": {
+        "objective.ratio": "position",
+        "credit.sources": [{"name": "oracle", "exponent": 1.0, "floor": 0.0, "normalize": "minmax"}],
+    },
     **{
-        arm: {"objective.ratio": "position", "objective.map": kind}
+        arm: {**POSITION, "credit.control": kind}
         for arm, kind in {
-            "uniform": "uniform",
             "inverted": "inverted",
             "mean_map": "mean",
             "group_map": "group",
             "shuffled": "shuffled",
-            "oracle": "oracle",
         }.items()
     },
     **{f"k{k}": {**POSITION, "perception.components": k} for k in range(1, 6)},
@@ -118,11 +122,14 @@ DECISIVE: dict[str, dict[str, Any]] = {
 }
 
 
+_DECIDING = ("credit", "advantages", "objective", "sampling", "perception")
+
+
 def _flat(config: Config) -> dict[str, Any]:
     data = config.model_dump(mode="json", exclude={"arm", "experiment"})
-    return {
-        ".".join(path): value for path, value in _leaves(data, ()) if path[0] in ("objective", "sampling", "perception")
-    } | {"rest": {k: v for k, v in data.items() if k not in ("objective", "sampling", "perception")}}
+    return {".".join(path): value for path, value in _leaves(data, ()) if path[0] in _DECIDING} | {
+        "rest": {k: v for k, v in data.items() if k not in _DECIDING}
+    }
 
 
 def _leaves(data: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any]]:
@@ -144,23 +151,22 @@ def test_an_arm_is_what_its_name_claims_and_nothing_else(arm: str) -> None:
     found = _flat(config)
     assert {key: found[key] for key in DECISIVE[arm]} == DECISIVE[arm]
     assert {key for key in plain if found[key] != plain[key]} <= set(DECISIVE[arm])
-    controls = ("psm", "inverted", "mean", "group", "shuffled")
-    assert config.objective.reads_backbone == (config.objective.map in controls)
+    assert config.credit.reads_backbone == (config.credit.names == ("backbone",))
 
 
 def test_an_arm_s_keys_win_over_the_experiment_s() -> None:
-    """The demo names clip.scope, transition noise and backbone; the arm that is defined by them keeps its own."""
-    assert load_config([DEMO]).objective.clip.scope == "sample"
+    """The demo names gate.scope, transition noise and backbone; the arm that is defined by them keeps its own."""
+    assert load_config([DEMO]).objective.gate.scope == "sample"
     paper = load_config([DEMO, "arm=vipo_paper"])
-    assert (paper.objective.clip.scope, paper.objective.clip.range) == ("position", 2.6e-2)
+    assert (paper.objective.gate.scope, paper.objective.gate.range) == ("position", 2.6e-2)
     assert load_config([DEMO, "arm=flow_grpo", "sampling.shift=5"]).sampling.shift == 5
     assert (load_config([DEMO]).perception.layer, load_config([DEMO]).perception.input_size) == (2, 96)
     for sam in (load_config([DEMO, "arm=backbone_sam"]).perception, load_config([DEMO, "perception=sam"]).perception):
         assert (sam.backbone, sam.layer, sam.input_size) == ("samvit_base_patch16.sa1b", None, None)
     # What the experiment says of this arm comes after the arm's file, what the caller says comes last.
-    own = "++experiment.arms.vipo_paper={overrides: ['objective.clip.range=0.5', 'objective.clip.side=symmetric']}"
-    clip = load_config([DEMO, own, "arm=vipo_paper", "objective.clip.side=none"]).objective.clip
-    assert (clip.side, clip.scope, clip.range) == ("none", "position", 0.5)
+    own = "++experiment.arms.vipo_paper={overrides: ['objective.gate.range=0.5', 'objective.gate.name=symmetric']}"
+    gate = load_config([DEMO, own, "arm=vipo_paper", "objective.gate.name=ppo"]).objective.gate
+    assert (gate.name, gate.scope, gate.range) == ("ppo", "position", 0.5)
 
 
 EXPERIMENTS = sorted(path.stem for path in (repository_root() / "configs/experiment").glob("*.yaml"))
@@ -191,7 +197,7 @@ def test_the_backbones_of_table_3_are_one_experiment() -> None:
 
 @pytest.mark.parametrize("name", ["ablation", "ablation_backbones"])
 def test_the_paper_s_settings_are_a_setup(name: str) -> None:
-    """METHOD section 6, FLUX.1-dev; nothing of the demo's setup is left."""
+    """As the paper gives them for FLUX.1-dev; nothing of the demo's setup is left."""
     with pytest.raises(ConfigError, match=r"prompts\.source: missing"):
         load_config([f"experiment={name}", "setup=flux_paper"])
     config = load_config([f"experiment={name}", "setup=flux_paper", "prompts.source=prompts.txt"])
@@ -211,12 +217,12 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
         "sampling.eta": 0.3,
         "sampling.same_initial_noise": True,
         "objective.channels": "mean",
-        "objective.advantage_clip": 5.0,
-        "objective.clip.side": "ppo",
-        "objective.clip.scope": "sample",
-        "objective.clip.range": 1e-4,
+        "advantages.clip": 5.0,
+        "objective.gate.name": "ppo",
+        "objective.gate.scope": "sample",
+        "objective.gate.range": 1e-4,
         "objective.kl_weight": 0.0,
-        "objective.std": "group",
+        "advantages.std": "group",
         "optimizer.learning_rate": 1e-5,
         "optimizer.weight_decay": 1e-4,
         "optimizer.max_grad_norm": 1.0,
@@ -242,7 +248,7 @@ def test_the_gate_of_positions_has_its_range_on_the_scale_of_their_ratios(genera
     """Whatever experiment composes `vipo_paper`: about sqrt(positions) times the range of a sample."""
     base = [DEMO] if generator == "demo" else ["experiment=ablation", "setup=flux_paper", "prompts.source=p.txt"]
     ranges = {
-        arm: load_config([*base, f"generator={generator}", f"arm={arm}"]).objective.clip.range
+        arm: load_config([*base, f"generator={generator}", f"arm={arm}"]).objective.gate.range
         for arm in ("vipo", "vipo_paper")
     }
     assert ranges["vipo_paper"] / ranges["vipo"] == pytest.approx(times, rel=0.01)
@@ -285,13 +291,36 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["seed=true"], ["seed", "integer", "True"]),
         (["evaluation.rewards=redness"], ["evaluation.rewards", "'redness'"]),
         (["generator.path=null"], ["generator.path", "string", "None"]),
-        (["objective.clip=3"], ["objective.clip", "dictionary", "3"]),
+        (["objective.gate=3"], ["objective.gate", "dictionary", "3"]),
         (["training=5"], ["training=5"]),
         # Values outside their range or set.
         (["training.group_size=1"], ["training.group_size", "greater than or equal to 2", "1"]),
         (["perception.components=9"], ["perception.components", "less than or equal to 8", "9"]),
         (["optimizer.learning_rate=nan"], ["optimizer.learning_rate", "finite", "nan"]),
-        (["objective.clip.side=both"], ["objective.clip.side", "'ppo', 'symmetric' or 'none'", "'both'"]),
+        (
+            ["objective.gate.name=both"],
+            ["objective.gate.name", "'both'", "ppo, symmetric, none", "package.module:object"],
+        ),
+        (
+            ["credit.sources=[{name: oracl}]"],
+            ["credit.sources.0.name", "did you mean 'oracle'", "package.module:object"],
+        ),
+        (["objective.name=surogate"], ["objective.name", "did you mean 'surrogate'"]),
+        # A part's keys are its own.
+        (["objective.gate.nmae=ppo"], ["objective.gate.nmae", "'name'", "allowed: name, range, scope"]),
+        (["objective.gate.name=none"], ["objective.gate.range: unknown key; allowed: name"]),
+        (
+            ["credit.sources=[{name: uniform}, {name: oracle, flor: 0.1}]"],
+            ["credit.sources.1.flor", "'floor'", "allowed: exponent, floor, name, normalize"],
+        ),
+        (["credit.sources=[{nme: oracle}]"], ["credit.sources.0.name: missing", "allowed: name"]),
+        (["credit.sources=[{name: oracle}, {name: oracle}]"], ["credit", "oracle, oracle"]),
+        # What is said elsewhere now.
+        (["objective.map=none"], ["objective.map: is said elsewhere now", "credit.sources", "credit.control"]),
+        (["objective.map_on=reward"], ["objective.map_on", "credit.multiplies"]),
+        (["objective.clip.side=none"], ["objective.clip", "objective.gate.name"]),
+        (["objective.advantage_clip=3"], ["objective.advantage_clip", "advantages.clip"]),
+        (["objective.std=batch", "objective.std_floor=1"], ["advantages.std", "advantages.std_floor"]),
         (["generator.family=flx"], ["generator.family", "'flx'", "flux", "package.module:object"]),
         (["generator.width=63"], ["generator.width 63", "even"]),
         (["reward.terms=[{name: redness, weight: 0}]"], ["reward.terms", "weight"]),
@@ -308,10 +337,11 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
             ["training.trained_transitions=10"],
             ["training.trained_transitions 10", "9 transitions", "sampling.steps 10"],
         ),
-        (["objective.ratio=sample"], ["objective", "ratio 'sample'", "map 'psm'", "ratio 'position'"]),
-        (["objective.map=none"], ["objective", "ratio 'position'", "needs a map: 'psm', or a control"]),
-        (["arm=grpo", "objective.clip.scope=position"], ["objective", "clip.scope 'position'", "ratio 'position'"]),
-        (["arm=grpo", "objective.map_on=reward"], ["objective", "map_on 'reward'", "needs a map"]),
+        (["objective.ratio=sample"], ["objective.ratio 'sample'", "credit.sources (backbone)", "ratio=position"]),
+        (["credit.sources=[]"], ["objective.ratio 'position'", "needs one of credit.sources", "{name: backbone}"]),
+        (["arm=grpo", "objective.gate.scope=position"], ["objective", "gate.scope 'position'", "ratio 'position'"]),
+        (["arm=grpo", "credit.multiplies=reward"], ["credit", "multiplies 'reward'", "needs one of sources"]),
+        (["arm=grpo", "credit.control=inverted"], ["credit", "control 'inverted'", "needs one of sources"]),
         (
             ["objective.ratio_norm=guard", "objective.density=squared_error"],
             ["objective", "ratio_norm 'guard'", "density 'gaussian'"],
@@ -593,7 +623,7 @@ def test_json_schema_accepts_the_resolved_config_and_refuses_what_pydantic_refus
     jsonschema.Draft202012Validator.check_schema(schema)
     config = load_config([DEMO, f"arm={arm}", "training.lora.rank=4"])
     jsonschema.validate(config.model_dump(mode="json"), schema)
-    for key, value in (("training.group_size", 1), ("seed", "0"), ("objective.map", "psn"), ("reward.terms", [])):
+    for key, value in (("training.group_size", 1), ("seed", "0"), ("credit.control", "upside"), ("reward.terms", [])):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(_edited(config, key, value), schema)
         with pytest.raises(ConfigError):
@@ -724,7 +754,7 @@ def test_an_experiment_that_works_passes() -> None:
     check_runs(_runs("distribution.processes=2", "training.micro_batch=4"))
     video = ["generator.frames=5", "reward.terms=[{name: redness}]", "evaluation.rewards=[redness]"]
     check_run(load_config([DEMO, *video]))
-    with pytest.raises(ConfigError, match=r"objective\.map 'oracle' needs drawn pictures"):
+    with pytest.raises(ConfigError, match=r"credit\.sources: 'oracle' needs drawn pictures"):
         check_run(load_config([DEMO, *video, "arm=oracle"]))
 
 

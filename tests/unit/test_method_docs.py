@@ -16,7 +16,7 @@ ROWS = [line for line in TEXT.splitlines() if line.startswith("| ")]
 FUNCTIONS = sorted(set(re.findall(r"`(vipo(?:\.\w+)+)`", TEXT)))
 TESTS = sorted(set(re.findall(r"`((?:\w+/)?\w+\.py)::(\w+)`", TEXT)))
 
-# Rules beside the equations, by a word of their row and what computes them (METHOD sections 2 and 3, step 7).
+# Rules beside the equations, by a word of their row and what computes them (of the page).
 RULES = [
     ("squared_error", "vipo.sampling.transitions.position_log_prob"),
     ("classifier-free guidance", "vipo.generators.pipeline.PipelineGenerator.guided"),
@@ -152,7 +152,7 @@ def test_every_interval_of_the_text_is_the_study_s() -> None:
 
 def test_the_default_gate_is_told_to_be_unconfirmed() -> None:
     """What three seeds suggest is no decision: the page says so wherever it names the default."""
-    assert load_config(["experiment=demo"]).objective.clip.scope == "sample"
+    assert load_config(["experiment=demo"]).objective.gate.scope == "sample"
     assert "Hence `scope: sample`" not in TEXT
     told = [text for text in TEXT.split("\n\n") if "`scope: sample`" in text and "default" in text]
     assert len(told) == 2

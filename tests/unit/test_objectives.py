@@ -10,14 +10,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from vipo.config.objective import NoGateConfig, PpoGateConfig, SymmetricGateConfig
+from vipo.credit.controls import controlled
 from vipo.demo.scenes import IMAGE_SIZE, object_coverage
-from vipo.objectives import (
-    allocate_advantages,
-    clipped_surrogate,
-    group_advantages,
-    normalized_log_ratio,
-    weight_maps,
-)
+from vipo.objectives import Moved, allocate_advantages, group_advantages, load_gate
+from vipo.objectives.surrogate import GatedLoss, gated_surrogate, normalized_log_ratio
 from vipo.sampling.transitions import position_kl, position_log_prob
 
 
@@ -153,13 +150,12 @@ def test_maps_weight_and_never_flip() -> None:
 def test_controls_of_the_map() -> None:
     maps = torch.tensor([[[0.0, 0.25], [0.5, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])
     constant, groups = torch.tensor([False, True]), torch.tensor([0, 0])
-    assert torch.equal(weight_maps("psm", maps, constant, "minmax", groups), maps)
-    assert torch.equal(weight_maps("uniform", maps, constant, "minmax", groups), torch.ones_like(maps))
-    inverted = weight_maps("inverted", maps, constant, "minmax", groups)
+    assert torch.equal(controlled("none", maps, constant, groups), maps)
+    inverted = controlled("inverted", maps, constant, groups)
     assert torch.equal(inverted[0], 1 - maps[0])
     assert torch.equal(inverted[1], maps[1])
     mean_one = maps / maps.mean(dim=(1, 2), keepdim=True)
-    inverted = weight_maps("inverted", mean_one, constant, "mean", groups)
+    inverted = controlled("inverted", mean_one, constant, groups, mean_one=True)
     torch.testing.assert_close(inverted.mean(dim=(1, 2)), torch.ones(2))
 
 
@@ -175,12 +171,11 @@ def test_controls_keep_what_they_claim_to_keep(places: tuple[int, ...], normaliz
     count = maps[0].numel()
     permutations = torch.stack([torch.randperm(count, generator=generator) for _ in range(6)])
     made = {
-        kind: weight_maps(kind, maps, constant, normalize, groups, permutations)
-        for kind in ("psm", "oracle", "mean", "group", "shuffled", "inverted")
+        kind: controlled(kind, maps, constant, groups, mean_one=normalize == "mean", permutations=permutations)
+        for kind in ("none", "mean", "group", "shuffled", "inverted")
     }
     assert all(weights.shape == maps.shape for weights in made.values())
-    assert torch.equal(made["psm"], maps)
-    assert torch.equal(made["oracle"], maps)
+    assert torch.equal(made["none"], maps)
     flat = {kind: weights.flatten(1).double().numpy() for kind, weights in made.items()}
     own = maps.flatten(1).double().numpy()
     # Each sample's own mean, and no layout.
@@ -205,16 +200,28 @@ def test_controls_keep_what_they_claim_to_keep(places: tuple[int, ...], normaliz
 def test_a_map_without_structure_stays_ones(normalize: str) -> None:
     maps, groups = torch.ones(2, 2, 3, 4), torch.tensor([0, 0])
     permutations = torch.arange(24).flip(0).expand(2, 24)
-    for kind in ("psm", "uniform", "inverted", "mean", "group", "shuffled", "oracle"):
-        constant = torch.ones(2, dtype=torch.bool)
-        assert torch.equal(weight_maps(kind, maps, constant, normalize, groups, permutations), maps)
+    for kind in ("none", "inverted", "mean", "group", "shuffled"):
+        constant, mean_one = torch.ones(2, dtype=torch.bool), normalize == "mean"
+        found = controlled(kind, maps, constant, groups, mean_one=mean_one, permutations=permutations)
+        assert torch.equal(found, maps)
+
+
+def test_shuffling_exchanges_the_same_positions_at_every_transition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, groups = torch.rand(2, 5, 3, 4, generator=generator), torch.tensor([0, 0])
+    permutations = torch.stack([torch.randperm(12, generator=generator) for _ in range(2)])
+    constant = torch.zeros(2, dtype=torch.bool)
+    found = controlled("shuffled", weights, constant, groups, permutations=permutations)
+    for sample, step in itertools.product(range(2), range(5)):
+        expected = weights[sample, step].flatten()[permutations[sample]]
+        assert torch.equal(found[sample, step].flatten(), expected)
 
 
 def test_shuffling_needs_permutations_of_the_positions() -> None:
     maps, groups, constant = torch.ones(2, 3, 4), torch.tensor([0, 0]), torch.zeros(2, dtype=torch.bool)
     for permutations, told in ((None, "None"), (torch.zeros(2, 11, dtype=torch.int64), r"\(2, 11\)")):
-        with pytest.raises(ValueError, match=rf"permutations: expected shape \(2, 12\) of the maps, got {told}"):
-            weight_maps("shuffled", maps, constant, "minmax", groups, permutations)
+        with pytest.raises(ValueError, match=rf"permutations: expected .* of \(2, 3, 4\), got {told}"):
+            controlled("shuffled", maps, constant, groups, permutations=permutations)
 
 
 def test_object_coverage_is_the_share_of_the_cell() -> None:
@@ -294,6 +301,28 @@ def _batch(seed: int, ratio: str, scale: float = 0.02) -> tuple[Tensor, Tensor, 
     return new, old, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def _surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    ratio: str,
+    side: str,
+    scope: str,
+    clip_range: float,
+    weights: Tensor | None = None,
+) -> GatedLoss:
+    """The loss under the gate that a configuration names."""
+    gates = {
+        "ppo": PpoGateConfig(scope=scope, range=clip_range),
+        "symmetric": SymmetricGateConfig(name="symmetric", scope=scope, range=clip_range),
+        "none": NoGateConfig(name="none"),
+    }
+    # Gates of the ratio read neither means nor std.
+    unread = torch.empty(0)
+    moved = Moved(log_ratio.detach(), advantages, unread, unread, unread)
+    return gated_surrogate(log_ratio, advantages, load_gate(gates[side])(moved), ratio=ratio, weights=weights)
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 @pytest.mark.parametrize("seed", range(4))
@@ -303,7 +332,7 @@ def test_gradient_equals_finite_differences(options: dict[str, str], seed: int, 
     clip_range = 0.01 if options["scope"] == "position" else 0.004
 
     def loss(values: Tensor) -> Tensor:
-        return clipped_surrogate(values - old, advantages, clip_range=clip_range, weights=weights, **options).loss
+        return _surrogate(values - old, advantages, clip_range=clip_range, weights=weights, **options).loss
 
     # Beyond the range the loss is flat, inside it is the ratio: differentiable wherever no gate flips.
     assert torch.autograd.gradcheck(loss, new.clone().requires_grad_(), eps=1e-7, atol=1e-6)
@@ -313,7 +342,7 @@ def test_gradient_equals_finite_differences(options: dict[str, str], seed: int, 
 def test_ppo_side_is_the_published_minimum(ratio: str) -> None:
     new, old, advantages = _batch(3, ratio)
     eps = 0.004
-    found = clipped_surrogate(new - old, advantages, ratio=ratio, side="ppo", scope=ratio, clip_range=eps).loss
+    found = _surrogate(new - old, advantages, ratio=ratio, side="ppo", scope=ratio, clip_range=eps).loss
     rho = (new - old).exp() if ratio == "position" else (new - old).mean(dim=(1, 2)).exp()
     expected = -torch.minimum(rho * advantages, rho.clamp(1 - eps, 1 + eps) * advantages).mean()
     torch.testing.assert_close(found, expected)
@@ -324,21 +353,19 @@ def test_uniform_and_grpo_give_the_same_gradient_at_ratio_one() -> None:
     gradients = []
     for ratio, spread in (("sample", advantages), ("position", advantages[:, None, None].expand(5, 3, 4))):
         values = new.clone().requires_grad_()
-        surrogate = clipped_surrogate(values - new, spread, ratio=ratio, side="ppo", scope="sample", clip_range=1e-4)
+        surrogate = _surrogate(values - new, spread, ratio=ratio, side="ppo", scope="sample", clip_range=1e-4)
         gradients.append(torch.autograd.grad(surrogate.loss, values)[0])
         assert float(surrogate.clipped.sum()) == 0
     torch.testing.assert_close(*gradients)
 
 
 def test_position_clip_drops_what_agrees_with_the_last_step() -> None:
-    """METHOD section 8: the one-sided gate keeps the positions that oppose the step already taken."""
+    """docs/method.md, Side and scope: the one-sided gate keeps the positions that oppose the step already taken."""
     old = torch.zeros(1, 1, 4)
     new = torch.tensor([[[0.1, 0.1, -0.1, -0.1]]])
     advantages = torch.ones(1, 1, 4)
     values = new.clone().requires_grad_()
-    result = clipped_surrogate(
-        values - old, advantages, ratio="position", side="ppo", scope="position", clip_range=0.01
-    )
+    result = _surrogate(values - old, advantages, ratio="position", side="ppo", scope="position", clip_range=0.01)
     (gradient,) = torch.autograd.grad(result.loss, values)
     assert (gradient != 0).tolist() == [[[False, False, True, True]]]
     assert result.clipped.tolist() == [0.5]
@@ -355,7 +382,7 @@ def test_surrogate_of_videos_is_an_explicit_loop(options: dict[str, str]) -> Non
     advantages = torch.randn(shape if options["ratio"] == "position" else 3, generator=generator, dtype=torch.float64)
     weights = [0.5, 2.0, 1.0]
     values = log_ratio.clone().requires_grad_()
-    found = clipped_surrogate(
+    found = _surrogate(
         values, advantages, clip_range=eps, weights=torch.tensor(weights, dtype=torch.float64), **options
     )
     (gradient,) = torch.autograd.grad(found.loss, values)
@@ -390,9 +417,9 @@ def test_surrogate_of_videos_is_an_explicit_loop(options: dict[str, str]) -> Non
 def test_surrogate_checks_shapes() -> None:
     new, old, advantages = _batch(0, "position")
     with pytest.raises(ValueError, match=r"advantages: expected shape \(5,\) for ratio 'sample', got \(5, 3, 4\)"):
-        clipped_surrogate(new - old, advantages, ratio="sample", side="ppo", scope="sample", clip_range=0.1)
+        _surrogate(new - old, advantages, ratio="sample", side="ppo", scope="sample", clip_range=0.1)
     with pytest.raises(ValueError, match=r"weights: expected shape \(5,\) of the batch, got \(3,\)"):
-        clipped_surrogate(
+        _surrogate(
             new - old,
             advantages,
             ratio="position",

@@ -61,7 +61,7 @@ def reference_map(cells, size, *, components, aggregation, smoothing, orientatio
     oriented = [z if orientation == "none" else z * independent_sign(z, cells, orientation) for z in scores]
     scaled = [(z - z.min()) / (z.max() - z.min()) for z in oriented]
     if aggregation == "average":
-        # Of the raw projections: METHOD section 3, step 4.
+        # Of the raw projections: docs/method.md, `average`.
         heat = np.mean(oriented, axis=0)
         heat = (heat - heat.min()) / (heat.max() - heat.min())
     else:

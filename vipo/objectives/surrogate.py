@@ -32,14 +32,12 @@ class Surrogate(Objective):
 
     def points(self, share: Share) -> Points:
         """The state that the transition started from."""
-        rows = torch.arange(len(share.steps), device=share.steps.device)
-        return Points(share.trajectory.latents[rows, share.steps], share.chain.times[share.steps])
+        return Points(share.trajectory.at(share.steps)[0], share.chain.times[share.steps])
 
     def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
         """The loss of one transition a sample, and the KL divergence to the generator as it was."""
         options, chain, steps = self.options, share.chain, share.steps
-        rows = torch.arange(len(steps), device=steps.device)
-        value, old_mean = share.trajectory.latents[rows, steps + 1], share.trajectory.means[rows, steps]
+        _, value, old_mean = share.trajectory.at(steps)
         mean, std = chain.gaussian(points.latents, predictions.new, steps)
         log_ratio = transition_log_ratio(value, mean, old_mean, std, options.channels, options.density)
         gated, weights = log_ratio, None

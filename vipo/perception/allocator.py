@@ -337,7 +337,7 @@ def allocate(
     exponent: float = 1.0,
     floor: float = 0.0,
 ) -> AllocationMaps:
-    """Allocation maps of patch features: METHOD section 3, steps 2 to 6.
+    """Allocation maps of patch features: docs/method.md, Allocation map.
 
     Args:
         features: ``(B, d, h, w)``.
@@ -373,7 +373,7 @@ def allocate(
 def combine(
     projections: Tensor, explained: Tensor, size: tuple[int, int], *, aggregation: Aggregation, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Oriented projections ``(B, K, h, w)`` as one map each: METHOD section 3, steps 3 to 6.
+    """Oriented projections ``(B, K, h, w)`` as one map each: docs/method.md, Allocation map.
 
     Args:
         explained: ``(B, K)``; read by the aggregation ``variance``.

@@ -51,9 +51,9 @@ class PerceptualStructuring:
         A picture, or a clip, with a non-finite pixel has no structure to read: its map is 1 and counted as constant.
         Its reward is not finite either, which is what takes the sample out of its group.
 
-        Clips are taken frame by frame (METHOD section 3, step 7), but each principal direction is followed through
-        the clip and its sign decided once, by the sum of the rule's scores: maps do not flip between frames. A frame
-        without structure takes the mean of the other frames' maps, and the clip is constant only if no frame has any.
+        Clips are taken frame by frame (docs/method.md), but each principal direction is followed through the clip and
+        its sign decided once, by the sum of the rule's scores: maps do not flip between frames. A frame without
+        structure takes the mean of the other frames' maps, and the clip is constant only if no frame has any.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1], or clips ``(B, T, 3, H, W)``.

@@ -32,24 +32,17 @@ class Trajectory:
         """The chains of `rows`."""
         return Trajectory(self.latents[rows], self.means[rows], self.clean[rows])
 
+    def at(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each chain's transition ``steps[b]``: where it starts, what was drawn, and the mean of that.
 
-@dataclass(frozen=True)
-class TransitionBatch:
-    """One transition of each sample of a batch, under the current policy and the one that sampled.
+        Args:
+            steps: ``(B,)`` int64 in [0, T - 2].
 
-    Attributes:
-        latents: ``(B, C, ...)``, the state that it starts from.
-        value: like `latents`, the state that was drawn.
-        mean: like `latents`, under the current policy, with its gradient.
-        old_mean: like `latents`, under the policy that sampled.
-        std: ``(B, 1, ...)`` of both.
-    """
-
-    latents: Tensor
-    value: Tensor
-    mean: Tensor
-    old_mean: Tensor
-    std: Tensor
+        Returns:
+            Three of ``(B, C, [T_lat,] H, W)``.
+        """
+        rows = torch.arange(len(steps), device=steps.device)
+        return self.latents[rows, steps], self.latents[rows, steps + 1], self.means[rows, steps]
 
 
 @torch.no_grad()
@@ -95,21 +88,6 @@ def rollout(
     last = chain.steps - 1
     clean = ode.step(x, generator.predict(x, chain.times[last].expand(len(x)), conditioning), last)
     return Trajectory(torch.stack(states, dim=1), torch.stack(means, dim=1), clean)
-
-
-def policy_transition(
-    generator: Generator, conditioning: Conditioning, trajectory: Trajectory, steps: Tensor, chain: Chain
-) -> TransitionBatch:
-    """Each sample's transition ``steps[b]`` under the current policy, beside the one that sampled it.
-
-    Args:
-        steps: ``(B,)`` int64, stochastic steps in [0, T - 2], one per sample.
-    """
-    rows = torch.arange(len(steps), device=steps.device)
-    latents = trajectory.latents[rows, steps]
-    prediction = generator.predict(latents, chain.times[steps], conditioning)
-    mean, std = chain.gaussian(latents, prediction, steps)
-    return TransitionBatch(latents, trajectory.latents[rows, steps + 1], mean, trajectory.means[rows, steps], std)
 
 
 @torch.no_grad()

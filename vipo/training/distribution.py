@@ -296,15 +296,3 @@ class Distribution:
 def _collective(error: BaseException) -> bool:
     # gloo's errors have no type of their own.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def own_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """What this process holds of a tensor: its rows, the number of the first one, and how many there are in all.
-
-    FSDP2 gives rank r the r-th of n pieces of ``ceil(rows / n)`` rows. A tensor that is not sharded is held whole.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor, 0, len(tensor) if tensor.ndim else 1
-    local, rows = tensor.to_local(), len(tensor)
-    piece = -(-rows // tensor.device_mesh.size())
-    return local, min(tensor.device_mesh.get_local_rank() * piece, rows), rows

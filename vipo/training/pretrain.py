@@ -5,36 +5,28 @@ transformer with its text encoders by conditional flow matching (Lipman et al., 
 logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an exponential moving average.
 """
 
-import itertools
 import json
 import logging
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from numpy.typing import NDArray
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.values import config_hash
-from vipo.demo import scenes
 from vipo.generators.flux import image_ids, pack_latents
 from vipo.provenance.files import StorageError, atomic_file, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
 from vipo.training.checkpoints import (
     Checkpoint,
-    CheckpointError,
     check_optimizer,
     check_state,
     check_tensors,
@@ -45,77 +37,14 @@ from vipo.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
+from vipo.training.pretrain_parts import Denoiser, ScenePool, build_pool, build_tokenizers, vocabulary
+from vipo.training.stored import CheckpointError
 
 log_to = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY = 500
 _CONFIG = "training_config.json"
 _LOG_EVERY = 50
-
-
-@dataclass(frozen=True)
-class ScenePool:
-    """Drawn training scenes: pictures ``(N, 3, 64, 64)`` uint8 and the allowed captions of each."""
-
-    images: Tensor
-    captions: tuple[tuple[str, ...], ...]
-
-
-def build_pool(config: PretrainConfig) -> ScenePool:
-    """Draw the training scenes; captions that are held out (`scenes.is_held_out`) never appear."""
-    rng = np.random.default_rng(keyed_seed(config.seed, "scenes"))
-    options = [scenes.CaptionParts(*flags) for flags in itertools.product((True, False), repeat=3)]
-    images: list[NDArray[np.uint8]] = []
-    captions: list[tuple[str, ...]] = []
-    while len(images) < config.scenes:
-        scene = scenes.sample_scene(rng, config.two_objects)
-        texts = {scenes.caption(scene, parts) for parts in options}
-        allowed = tuple(sorted(text for text in texts if not scenes.is_held_out(text)))
-        if allowed:
-            images.append((scenes.draw(scene) * 255).round().astype(np.uint8))
-            captions.append(allowed)
-    return ScenePool(torch.from_numpy(np.stack(images)), tuple(captions))
-
-
-def _vocabulary(pool: ScenePool) -> list[str]:
-    return sorted({word for texts in pool.captions for text in texts for word in text.split()})
-
-
-def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that turn each of `words` into one token (Sennrich et al., arXiv 1508.07909).
-
-    The most frequent pair first, ties by the pair itself: the result depends on nothing but the words, which
-    the trainer of the tokenizers library does not promise.
-    """
-    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
-    merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for pieces in spelled for pair in itertools.pairwise(pieces)):
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        for pieces in spelled:
-            index = 0
-            while index + 1 < len(pieces):
-                if (pieces[index], pieces[index + 1]) == best:
-                    pieces[index : index + 2] = ["".join(best)]
-                index += 1
-    return merges
-
-
-def build_tokenizers(config: PretrainConfig, words: list[str]) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """Tokenizers whose vocabularies hold every scene word as one token, and letters for all others."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
-    merges = byte_pair_merges(words)
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokens += [first + second for first, second in merges]
-    clip = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(dict.fromkeys(tokens))},
-        merges=merges,
-        model_max_length=config.max_sequence_length,
-    )
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
-    pieces += [(f"▁{word}", -1.0) for word in words if word != "▁"] + [(letter, -5.0) for letter in letters]
-    t5 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=config.max_sequence_length)
-    return clip, t5
 
 
 def train_autoencoder(config: PretrainConfig, images: Tensor, log: list[dict[str, Any]]) -> AutoencoderTiny:
@@ -171,68 +100,6 @@ def _cosine(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class _Denoiser(nn.Module):
-    """The transformer with its two text encoders, as the stock pipeline calls them."""
-
-    def __init__(self, config: PretrainConfig, clip: CLIPTokenizer, t5: T5Tokenizer) -> None:
-        super().__init__()
-        width = config.text_width
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=width,
-                intermediate_size=2 * width,
-                projection_dim=width,
-                num_hidden_layers=1,
-                num_attention_heads=width // 32,
-                max_position_embeddings=config.max_sequence_length,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        )
-        self.text_encoder_2 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(t5),
-                d_model=width,
-                d_kv=32,
-                d_ff=2 * width,
-                num_layers=2,
-                num_heads=width // 32,
-                dropout_rate=0.0,
-                feed_forward_proj="gated-gelu",
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        )
-        head = config.head_width
-        self.transformer = FluxTransformer2DModel(
-            in_channels=4 * config.latent_channels,
-            num_layers=config.double_blocks,
-            num_single_layers=config.single_blocks,
-            attention_head_dim=head,
-            num_attention_heads=config.heads,
-            joint_attention_dim=width,
-            pooled_projection_dim=width,
-            guidance_embeds=False,
-            axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
-        )
-
-    def forward(self, packed: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor, grid: Tensor) -> Tensor:
-        pooled = self.text_encoder(clip_ids).pooler_output
-        sequence = self.text_encoder_2(t5_ids)[0]
-        velocity: Tensor = self.transformer(
-            hidden_states=packed,
-            timestep=sigma,
-            pooled_projections=pooled,
-            encoder_hidden_states=sequence,
-            txt_ids=torch.zeros(sequence.shape[1], 3),
-            img_ids=grid,
-            return_dict=False,
-        )[0]
-        return velocity
 
 
 def _batches(
@@ -296,7 +163,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     log: list[dict[str, Any]] = []
     started = time.monotonic()
     pool = build_pool(config)
-    clip, t5 = build_tokenizers(config, _vocabulary(pool))
+    clip, t5 = build_tokenizers(config, vocabulary(pool))
     saved_vae = load_newest(work / "autoencoder", _check_autoencoder)
     if saved_vae is None:
         vae = train_autoencoder(config, pool.images, log)
@@ -315,7 +182,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         latents = torch.cat([vae.encoder(chunk.float() / 127.5 - 1) for chunk in pool.images.split(256)])
 
     torch.manual_seed(keyed_seed(config.seed, "denoiser"))
-    model = _Denoiser(config, clip, t5)
+    model = Denoiser(config, clip, t5)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True

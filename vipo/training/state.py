@@ -15,7 +15,6 @@ from vipo.provenance.lineage import PROVENANCE
 from vipo.provenance.superseded import is_finished, set_aside
 from vipo.training.checkpoints import (
     Checkpoint,
-    CheckpointError,
     check_optimizer,
     check_state,
     check_tensors,
@@ -26,9 +25,9 @@ from vipo.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
-from vipo.training.distribution import own_rows
 from vipo.training.errors import TrainingError
 from vipo.training.setup import Setup, embeddings_path, prompts_path
+from vipo.training.stored import CheckpointError, own_rows
 
 log = logging.getLogger(__name__)
 
