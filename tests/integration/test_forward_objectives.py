@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +16,8 @@ from tiny import OTHER_FAMILY
 from torch import Tensor
 
 from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.forward import AwmConfig, NftConfig
+from vipo.config.objective import DivergenceGateConfig
 from vipo.errors import Preempted
 from vipo.objectives.awm import Awm, matching_log_prob
 from vipo.objectives.forward import noised, velocity_kl
@@ -87,6 +91,26 @@ def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> 
             # Bounds of nearly nothing: what moves on is dropped, what comes back stays.
             assert 0 < metrics["clip/share"] < 1
     assert any(not torch.equal(before[key], value) for key, value in setup.trainable.items())
+
+
+PAGE = (ROOT / "docs/forward_process.md").read_text(encoding="utf-8")
+
+
+def test_the_page_s_commands_train(prepared: Path, tiny_overrides: list[str]) -> None:
+    commands = re.findall(r"^vipo train experiment=demo (.+)$", PAGE, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        metrics = update(_setup(prepared, tiny_overrides, *shlex.split(command)), 1)
+        assert metrics["grad/norm"] > 0
+
+
+def test_the_page_s_defaults_are_the_configuration_s() -> None:
+    rows = re.findall(r"^\| `objective\.(?:gate\.)?(\w+)` \| `?([\w.-]+)`? \|", PAGE, re.MULTILINE)
+    sections = (NftConfig(name="nft"), AwmConfig(name="awm"), DivergenceGateConfig(name="divergence"))
+    known = {(name, str(value)) for section in sections for name, value in section.model_dump().items()}
+    told = {(name, value if name in ("form", "scope") else str(float(value))) for name, value in rows}
+    assert len(told) == 10
+    assert told <= known
 
 
 # ---- the losses of an update are those of the formulas ----------------------------------------------
@@ -359,7 +383,7 @@ def test_an_objective_of_others_that_needs_noise_refuses_the_ode(
     )
     monkeypatch.syspath_prepend(tmp_path)
     chosen = ["arm=grpo", "objective={name: 'noisy_objective:Noisy'}", "sampling.same_initial_noise=false"]
-    with pytest.raises(TrainingError, match="needs noise in the chain's steps; set sampling.ode=null"):
+    with pytest.raises(TrainingError, match=r"needs noise in the chain's steps; set sampling\.ode=null"):
         _setup(prepared, tiny_overrides, *chosen, "sampling.ode=euler")
 
 

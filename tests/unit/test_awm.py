@@ -140,7 +140,7 @@ def test_a_perfect_match_is_finite() -> None:
     prediction = torch.zeros(1, 2, 3, 4, requires_grad=True)
     value = matching_log_prob(prediction, torch.zeros(1, 2, 3, 4), torch.ones(1), form="code")
     value.sum().backward()
-    assert float(value) == 0
+    assert value.item() == 0
     assert prediction.grad is not None
     assert bool(prediction.grad.isfinite().all())
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vipo.training.checkpoints import StoredTensors
-from vipo.training.distribution import own_rows
+from vipo.training.stored import StoredTensors, own_rows
 
 
 class OldPolicy:
