@@ -28,7 +28,18 @@ HEADER = "# Written by `make dvc-yaml` from the Snakefile and configs/; a test f
 READ = {
     "prepare": ("prompts",),
     "encode": ("generator", "training"),
-    "train": ("generator", "prompts", "reward", "perception", "sampling", "objective", "optimizer", "training"),
+    "train": (
+        "generator",
+        "prompts",
+        "reward",
+        "perception",
+        "sampling",
+        "credit",
+        "advantages",
+        "objective",
+        "optimizer",
+        "training",
+    ),
     "evaluate": ("generator", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),
 }

@@ -259,7 +259,7 @@ def test_a_source_sees_what_only_exists_during_the_rollout_and_weighs_each_trans
     losses, chosen = {}, set()
     for name in ("watching:Watches", "uniform"):
         setup = set_up(_config(tiny_overrides, *more, f"credit.sources=[{{name: '{name}'}}]"), ROOT, prepared / "demo")
-        rollouts = roll_out(setup, 2)
+        rollouts = roll_out(setup, 1)
         found = assign_credit(setup, rollouts)
         scores = score_samples(setup, rollouts)
         lesson = choose_lesson(setup, rollouts, found, form_advantages(setup, rollouts, scores, found))

@@ -360,7 +360,7 @@ def test_uniform_and_grpo_give_the_same_gradient_at_ratio_one() -> None:
 
 
 def test_position_clip_drops_what_agrees_with_the_last_step() -> None:
-    """docs/method.md, Side and scope: the one-sided gate keeps the positions that oppose the step already taken."""
+    """docs/method.md, Gate and scope: the one-sided gate keeps the positions that oppose the step already taken."""
     old = torch.zeros(1, 1, 4)
     new = torch.tensor([[[0.1, 0.1, -0.1, -0.1]]])
     advantages = torch.ones(1, 1, 4)
