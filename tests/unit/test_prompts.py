@@ -183,7 +183,7 @@ SCENE = {"objects": [{"shape": "circle"}], "background": "white"}
             ["arm=oracle", "evaluation.rewards=[]"],
             [*_prompts(5, **SCENE), Prompt("0", "plain", {})],
             _prompts(2),
-            "map 'oracle' needs scene metadata with 'objects', .*'plain' has none",
+            "credit source 'oracle' needs scene metadata with 'objects', .*'plain' has none",
         ),
         (
             ["reward.terms=[{name: scene_count}]"],
