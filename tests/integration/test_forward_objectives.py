@@ -19,6 +19,7 @@ from vipo.config.compose import ConfigError, load_config, repository_root
 from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.objective import DivergenceGateConfig
 from vipo.errors import Preempted
+from vipo.objectives import ObjectiveError
 from vipo.objectives.awm import Awm, matching_log_prob
 from vipo.objectives.forward import noised, velocity_kl
 from vipo.objectives.nft import Nft
@@ -78,12 +79,12 @@ def test_options_train(prepared: Path, tiny_overrides: list[str], name: str) -> 
         metrics = update(setup, number)
         assert all(math.isfinite(value) for value in metrics.values())
         assert metrics["grad/norm"] > 0
-        assert ("kl" in metrics) == setup.objective.needs_reference
+        assert ("distance/reference" in metrics) == setup.objective.needs_reference
         assert ("map/mean" in metrics) == bool(setup.config.credit.sources)
         # NFT compares no likelihoods.
         assert ("log_ratio/rms_sample" in metrics) == ("clip/share" in metrics) == (objective.name != "nft")
-        assert ("anchor/distance" in metrics) == ("anchor" in setup.kept)
-        assert ("old/distance" in metrics) == (objective.name == "nft")
+        assert ("distance/anchor" in metrics) == ("anchor" in setup.kept)
+        assert ("distance/old" in metrics) == (objective.name == "nft")
         if objective.name != "nft":
             assert metrics["log_ratio/max_before_first_step"] == 0
             assert metrics["log_ratio/rms_sample"] > 0
@@ -207,7 +208,7 @@ def test_equal_rewards_teach_nothing_but_the_pulls(prepared: Path, tiny_override
     metrics = update(setup, 2)
     assert metrics["group/zero_std_share"] == 1
     assert metrics["grad/norm"] > 0
-    assert metrics["old/distance" if arm == "nft" else "anchor/distance"] > 0
+    assert metrics["distance/old" if arm == "nft" else "distance/anchor"] > 0
 
 
 # ---- the policies that are kept ---------------------------------------------------------------------
@@ -385,6 +386,17 @@ def test_an_objective_of_others_that_needs_noise_refuses_the_ode(
     chosen = ["arm=grpo", "objective={name: 'noisy_objective:Noisy'}", "sampling.same_initial_noise=false"]
     with pytest.raises(TrainingError, match=r"needs noise in the chain's steps; set sampling\.ode=null"):
         _setup(prepared, tiny_overrides, *chosen, "sampling.ode=euler")
+
+
+def test_an_objective_of_others_keeps_policies_that_there_are(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "greedy_objective.py").write_text(
+        "from vipo.objectives.nft import Nft\n\n\nclass Greedy(Nft):\n    keeps = {'average': None}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ObjectiveError, match=r"'greedy_objective:Greedy': keeps: .* a DecayConfig by .* 'average'"):
+        _setup(prepared, tiny_overrides, "arm=grpo", "objective={name: 'greedy_objective:Greedy'}")
 
 
 def test_the_surrogate_of_a_likelihood_is_the_credit_s() -> None:

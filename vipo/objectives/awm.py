@@ -70,8 +70,8 @@ class Awm(Objective):
         loss, dropped = matching_loss(log_ratio, options.advantage_scale * advantages, options.clip_range)
         metrics = {}
         for name, other, weight in (
-            ("kl", predictions.reference, options.kl_weight),
-            ("anchor/distance", predictions.anchor, options.anchor_weight),
+            ("distance/reference", predictions.reference, options.kl_weight),
+            ("distance/anchor", predictions.anchor, options.anchor_weight),
         ):
             if other is not None:
                 divergence = velocity_kl(new, other).mean()

@@ -61,10 +61,10 @@ class Nft(Objective):
             form=options.form,
             z=options.z,
         ).mean()
-        metrics = {"old/distance": velocity_kl(new.detach(), old).mean()}
+        metrics = {"distance/old": velocity_kl(new.detach(), old).mean()}
         if predictions.reference is not None:
             divergence = velocity_kl(new, predictions.reference).mean()
-            loss, metrics["kl"] = loss + options.kl_weight * divergence, divergence.detach()
+            loss, metrics["distance/reference"] = loss + options.kl_weight * divergence, divergence.detach()
         return Outcome(loss, metrics=metrics)
 
 

@@ -7,7 +7,7 @@ a pure function of the predictions. So it knows nothing of processes, adapters, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -158,6 +158,22 @@ def load_objective(config: ObjectiveConfig) -> Objective:
     methods = ("points", "__call__")
     base: type[Objective] = Objective  # type: ignore[type-abstract]
     return load_part(config, OBJECTIVES, base, methods, ObjectiveError, "objective", "objective")
+
+
+def checked_keeps(name: str, keeps: object) -> Mapping[Kept, DecayConfig]:
+    """What an objective's `keeps` says.
+
+    Raises:
+        ObjectiveError: it is something else.
+    """
+    known = get_args(Kept)
+    if not isinstance(keeps, Mapping) or not all(
+        part in known and isinstance(decay, DecayConfig) for part, decay in keeps.items()
+    ):
+        raise ObjectiveError(
+            f"objective {name!r}: keeps: expected a DecayConfig by {' and '.join(map(repr, known))}, got {keeps!r}"
+        )
+    return keeps
 
 
 def checked_points(name: str, points: object, share: Share) -> Points:

@@ -18,6 +18,7 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.objectives import Objective, load_objective
+from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
 from vipo.rewards import Reward, load_reward, score
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
@@ -122,6 +123,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
     rewards = {term.name: load_reward(term.name, config.generator.device) for term in config.reward.terms}
     sources, objective = load_sources(config.credit), load_objective(config.objective)
+    keeps = checked_keeps(config.objective.name, objective.keeps)
     if config.sampling.ode is not None and objective.needs != "none":
         raise TrainingError(
             f"sampling.ode {config.sampling.ode!r}: objective {config.objective.name!r} needs noise in the chain's "
@@ -154,7 +156,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         rewards,
         sources,
         objective,
-        {name: OldPolicy(generator.network, trainable) for name in objective.keeps},
+        {name: OldPolicy(generator.network, trainable) for name in keeps},
         chain,
         trainable,
         optimizer,
