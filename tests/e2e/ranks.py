@@ -40,7 +40,7 @@ def parts_of_an_update(setup: Any, number: int) -> dict[str, Tensor]:
         rows = torch.tensor([row for batch in batches for row in batch.rows])
         latents = room.in_order(setup, torch.cat([batch.trajectory.latents for batch in batches]), batches)
         found["latents"] = latents if setup.distribution.processes > 1 else latents[rows.argsort()]
-        found["advantages"] = lesson.advantages
+        found["advantages"] = lesson.advantages.values
         return learn(setup, lesson)
 
     def seen_step() -> None:

@@ -20,9 +20,8 @@ from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.objective import DivergenceGateConfig
 from vipo.errors import Preempted
 from vipo.objectives import ObjectiveError
-from vipo.objectives.awm import Awm, matching_log_prob
+from vipo.objectives.awm import Awm
 from vipo.objectives.forward import noised, velocity_kl
-from vipo.objectives.nft import Nft
 from vipo.sampling.noise import keyed_generator
 from vipo.stages import encode_stage, prepare_stage
 from vipo.training import run as run_module
@@ -132,10 +131,11 @@ def _by_hand(setup: Setup, lesson: Lesson) -> Tensor:
                 conditioning = {name: value[place : place + 1] for name, value in batch.conditioning.items()}
                 found = setup.generator.predict(latents, t, conditioning)
                 error = (found - velocity) ** 2
-                advantage, weights = lesson.advantages[row], torch.ones(())
-                if lesson.credit is not None:
-                    weights = lesson.credit[row]
+                advantage, weights = lesson.advantages.values[row], torch.ones(())
                 if isinstance(setup.objective, Awm):
+                    advantage = lesson.advantages.scalar[row]
+                    if lesson.advantages.weights is not None:
+                        weights = lesson.advantages.weights[row]
                     # On policy the ratio is 1: value -A, gradient that of A w l.
                     losses.append(0.2 * advantage * _ghuber((weights * error.mean(dim=1)).mean(), float(t)))
                 else:
@@ -179,7 +179,7 @@ def test_the_first_gradient_is_that_of_the_formula(
     # Not clipped.
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda values, norm: torch.ones(()))
     update(setup, 1)
-    assert (lessons[0].credit is not None) == (arm == "awm" and bool(credit))
+    assert (lessons[0].advantages.weights is not None) == bool(credit)
     largest = max(float(value.abs().max()) for value in expected.values())
     assert largest > 0
     for name, value in expected.items():
@@ -376,12 +376,25 @@ def test_refused(tiny_overrides: list[str], overrides: list[str], message: str) 
         load_config([*tiny_overrides, *overrides])
 
 
+_OBJECTIVE = """
+from vipo.objectives import Objective
+
+
+class {name}(Objective):
+    {says}
+
+    def points(self, share):
+        raise NotImplementedError
+
+    def __call__(self, share, points, predictions, advantages):
+        raise NotImplementedError
+"""
+
+
 def test_an_objective_of_others_that_needs_noise_refuses_the_ode(
     prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "noisy_objective.py").write_text(
-        "from vipo.objectives.nft import Nft\n\n\nclass Noisy(Nft):\n    needs = 'stochastic'\n"
-    )
+    (tmp_path / "noisy_objective.py").write_text(_OBJECTIVE.format(name="Noisy", says="needs = 'stochastic'"))
     monkeypatch.syspath_prepend(tmp_path)
     chosen = ["arm=grpo", "objective={name: 'noisy_objective:Noisy'}", "sampling.same_initial_noise=false"]
     with pytest.raises(TrainingError, match=r"needs noise in the chain's steps; set sampling\.ode=null"):
@@ -391,18 +404,10 @@ def test_an_objective_of_others_that_needs_noise_refuses_the_ode(
 def test_an_objective_of_others_keeps_policies_that_there_are(
     prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "greedy_objective.py").write_text(
-        "from vipo.objectives.nft import Nft\n\n\nclass Greedy(Nft):\n    keeps = {'average': None}\n"
-    )
+    says = "keeps = {'average': None}"
+    (tmp_path / "greedy_objective.py").write_text(_OBJECTIVE.format(name="Greedy", says=says))
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ObjectiveError, match=r"'greedy_objective:Greedy': keeps: .* a DecayConfig by .* 'average'"):
+    with pytest.raises(
+        ObjectiveError, match=r"'greedy_objective:Greedy': keeps: expected a DecayConfig by .* 'average'"
+    ):
         _setup(prepared, tiny_overrides, "arm=grpo", "objective={name: 'greedy_objective:Greedy'}")
-
-
-def test_the_surrogate_of_a_likelihood_is_the_credit_s() -> None:
-    """A position of no weight leaves AWM's ratio; in NFT it pulls to the old policy as a neutral one."""
-    assert Awm.places_credit
-    assert not Nft.places_credit
-    prediction = torch.ones(1, 1, 1, 2)
-    given = (prediction, torch.zeros(1, 1, 1, 2), torch.ones(1), torch.tensor([[[2.0, 0.0]]]))
-    assert float(matching_log_prob(*given, form="paper")) == -1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import Preempted
-from vipo.objectives import Points, best_and_worst
+from vipo.objectives import Advantages, Points, best_and_worst
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.chain import stochastic_steps
 from vipo.training import recorded
@@ -121,7 +121,7 @@ def _one_transition(setup: Setup) -> tuple[MicroBatch, Tensor]:
 def _kl(setup: Setup, batch: MicroBatch, steps: Tensor) -> Tensor:
     """What the weight of the divergence, which is linear in it, adds to the loss: that of no advantage is 0."""
     samples = arrange_samples(update_prompts(setup.prompts, setup.config.seed, 1, 2), 4, 2)
-    advantages = torch.zeros(len(samples), *setup.generator.grid)
+    advantages = Advantages(torch.zeros(len(samples), *setup.generator.grid), torch.zeros(len(samples)))
     outcome = outcome_of(setup, Lesson(1, [batch], advantages, samples), Place(0, 0, 0), None)
     assert torch.equal(batch.steps[:, 0], steps)
     kl = outcome.loss / setup.config.objective.kl_weight
@@ -187,7 +187,7 @@ def test_best_of_learns_from_the_best_and_the_worst(
     seen: dict[str, Any] = {}
 
     def spy(setup: Setup, lesson: Lesson) -> dict[str, float]:
-        seen.update(batches=lesson.batches, advantages=lesson.advantages, samples=lesson.samples)
+        seen.update(batches=lesson.batches, advantages=lesson.advantages.scalar, samples=lesson.samples)
         return learn(setup, lesson)
 
     monkeypatch.setattr("vipo.training.update.learn", spy)

@@ -1,6 +1,12 @@
 """Objectives and gates: plug-ins. Group advantages: pure functions."""
 
-from vipo.objectives.advantages import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
+from vipo.objectives.advantages import (
+    Advantages,
+    GroupAdvantages,
+    allocate_advantages,
+    best_and_worst,
+    group_advantages,
+)
 from vipo.objectives.gates import Gate, Gated, Moved, load_gate
 from vipo.objectives.objective import (
     Objective,
@@ -15,6 +21,7 @@ from vipo.objectives.objective import (
 )
 
 __all__ = [
+    "Advantages",
     "Gate",
     "Gated",
     "GroupAdvantages",

@@ -26,6 +26,22 @@ class GroupAdvantages:
     zero_std: Tensor
 
 
+@dataclass(frozen=True)
+class Advantages:
+    """What samples are worth, and where.
+
+    Attributes:
+        values: ``(B,)``, with credit ``(B, [T,] H, W)``: A, or W(p) A. Of an update, ``(N, S, [T,] H, W)`` where each
+            of the S transitions has credit of its own.
+        scalar: ``(B,)``, A; where credit is multiplied into the reward, the mean of `values`.
+        weights: like `values`, W(p); None without credit, or where it is multiplied into the reward.
+    """
+
+    values: Tensor
+    scalar: Tensor
+    weights: Tensor | None = None
+
+
 def group_advantages(
     rewards: Mapping[str, Tensor],
     weights: Mapping[str, float],

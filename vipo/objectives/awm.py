@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vipo.config.forward import AwmConfig, DecayConfig
+from vipo.objectives.advantages import Advantages
 from vipo.objectives.forward import noised_points, velocity_kl
 from vipo.objectives.objective import Kept, Objective, Outcome, Points, Predictions, Share
 
@@ -27,7 +28,6 @@ class Awm(Objective):
     """
 
     options: AwmConfig
-    places_credit = True
 
     @property
     def needs_old(self) -> bool:
@@ -48,7 +48,7 @@ class Awm(Objective):
         """The clean samples, noised to the levels of `share.steps`."""
         return noised_points(share)
 
-    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss of one ratio a sample, and the divergences to the generator as it was and to the anchor."""
         options, new, old = self.options, predictions.new, predictions.old
         assert old is not None
@@ -59,7 +59,7 @@ class Awm(Objective):
                 each,
                 velocity,
                 points.times,
-                share.credit,
+                advantages.weights,
                 form=options.form,
                 time_weight=options.time_weight,
                 power=options.power,
@@ -67,7 +67,7 @@ class Awm(Objective):
             for each in (new, old)
         )
         log_ratio = log_prob - old_log_prob
-        loss, dropped = matching_loss(log_ratio, options.advantage_scale * advantages, options.clip_range)
+        loss, dropped = matching_loss(log_ratio, options.advantage_scale * advantages.scalar, options.clip_range)
         metrics = {}
         for name, other, weight in (
             ("distance/reference", predictions.reference, options.kl_weight),

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from vipo.config.forward import DecayConfig, NftConfig
+from vipo.objectives.advantages import Advantages
 from vipo.objectives.forward import noised_points, velocity_kl
 from vipo.objectives.objective import Kept, Objective, Outcome, Points, Predictions, Share
 
@@ -46,7 +47,7 @@ class Nft(Objective):
         """The clean samples, noised to the levels of `share.steps`."""
         return noised_points(share)
 
-    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss, and the divergence to the generator as it was."""
         options, new, old = self.options, predictions.new, predictions.old
         assert old is not None
@@ -56,7 +57,7 @@ class Nft(Objective):
             old,
             points.noise - share.trajectory.clean,
             points.times,
-            optimality(advantages, options.z),
+            optimality(advantages.values, options.z),
             beta=options.beta,
             form=options.form,
             z=options.z,

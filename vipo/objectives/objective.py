@@ -16,6 +16,7 @@ from vipo.config.forward import DecayConfig
 from vipo.config.objective import ObjectiveConfig
 from vipo.config.registries import OBJECTIVES
 from vipo.errors import VipoError
+from vipo.objectives.advantages import Advantages
 from vipo.parts import Part, load_part
 from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
@@ -36,8 +37,6 @@ class Share:
         trajectory: the chains; `trajectory.clean` is what was decoded and rewarded.
         steps: ``(B,)`` int64, the transition of each sample.
         chain: noise levels and transition.
-        credit: ``(B, [T,] H, W)`` weights of positions, finite and at least 0, for an objective that places credit
-            itself; None where it does not, and without credit.
         draws: from a purpose to B generators on the CPU, keyed by it, the update, the sample and the place of this
             share among those of the sample: where an objective draws its noise and times.
     """
@@ -46,7 +45,6 @@ class Share:
     steps: Tensor
     chain: Chain
     draws: Callable[[str], list[torch.Generator]]
-    credit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,9 @@ class Objective(Part, ABC):
         needs_reference: whether the generator as it was is, beside every call of the trained policy.
         keeps: policies that follow the trained one slowly, and how: 'sampler' samples, and is `Predictions.old`, in the
             trained one's place; 'anchor' is `Predictions.anchor`, evaluated before the first optimizer step.
-        places_credit: whether credit stands in `Share.credit` beside scalar advantages, instead of in them.
     """
 
     needs: ClassVar[Needs] = "none"
-    places_credit: ClassVar[bool] = False
 
     @property
     def needs_old(self) -> bool:
@@ -137,14 +133,14 @@ class Objective(Part, ABC):
         """Where the policies are compared, of all B samples."""
 
     @abstractmethod
-    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss.
 
         Args:
             share: what was rolled out.
             points: of it.
             predictions: at them.
-            advantages: ``(B,)``, or with credit that the objective does not place itself ``(B, [T,] H, W)``.
+            advantages: of the B samples; with credit, at this transition.
         """
 
 

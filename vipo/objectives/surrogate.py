@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vipo.config.objective import SurrogateConfig
+from vipo.objectives.advantages import Advantages
 from vipo.objectives.gates import Gated, Moved, checked_gated, load_gate
 from vipo.objectives.objective import Objective, Outcome, Points, Predictions, Share
 from vipo.sampling.transitions import Channels, Density, position_kl, position_log_prob
@@ -34,7 +35,7 @@ class Surrogate(Objective):
         """The state that the transition started from."""
         return Points(share.trajectory.at(share.steps)[0], share.chain.times[share.steps])
 
-    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Tensor) -> Outcome:
+    def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss of one transition a sample, and the KL divergence to the generator as it was."""
         options, chain, steps = self.options, share.chain, share.steps
         _, value, old_mean = share.trajectory.at(steps)
@@ -46,9 +47,9 @@ class Surrogate(Objective):
             # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
             weights = 1 / (chain.levels[steps] - chain.levels[steps + 1])
             gated = normalized_log_ratio(log_ratio, kl, std.flatten())
-        moved = Moved(gated.detach(), advantages, mean.detach(), old_mean, std)
+        moved = Moved(gated.detach(), advantages.values, mean.detach(), old_mean, std)
         decided = checked_gated(options.gate.name, self.gate(moved), moved)
-        found = gated_surrogate(gated, advantages, decided, ratio=options.ratio, weights=weights)
+        found = gated_surrogate(gated, advantages.values, decided, ratio=options.ratio, weights=weights)
         loss, metrics = found.loss, {}
         if predictions.reference is not None:
             reference, _ = chain.gaussian(points.latents, predictions.reference, steps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vipo.objectives import Outcome, Points, Predictions, Share, checked_outcome, checked_points
+from vipo.objectives import Advantages, Outcome, Points, Predictions, Share, checked_outcome, checked_points
 from vipo.objectives.forward import ramped_decay
 from vipo.sampling.noise import keyed_generator
 from vipo.training.consistency import check_consistency
@@ -27,17 +27,14 @@ class Lesson:
     Attributes:
         number: of the update.
         batches: this process's, the first share of them for the first optimizer step, and so on.
-        advantages: ``(N,)`` on the device, with credit ``(N, [T,] H, W)``, or ``(N, S, [T,] H, W)`` where each of the S
-            transitions has its own; of all samples.
+        advantages: of all samples, on the device.
         samples: all N of the update.
-        credit: like `advantages` with credit, for an objective that places it itself; they are ``(N,)`` then.
     """
 
     number: int
     batches: list[MicroBatch]
-    advantages: Tensor
+    advantages: Advantages
     samples: list[Sample]
-    credit: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +108,7 @@ def share_of(setup: Setup, lesson: Lesson, place: Place) -> Share:
         own = (lesson.samples[row] for row in batch.rows)
         return [keyed_generator(*key, s.prompt.id, s.index, place.slot, place.epoch) for s in own]
 
-    steps = batch.steps[:, place.slot]
-    credit = None if lesson.credit is None else _of_batch(lesson.credit, batch, steps)
-    return Share(batch.trajectory, steps, setup.chain, draws, credit)
+    return Share(batch.trajectory, batch.steps[:, place.slot], setup.chain, draws)
 
 
 def _points(setup: Setup, share: Share) -> Points:
@@ -164,15 +159,20 @@ def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None, a
     points = _points(setup, share)
     new = setup.generator.predict(points.latents, points.times, batch.conditioning)
     reference = reference_prediction(setup, points, batch) if objective.needs_reference else None
-    advantages = _of_batch(lesson.advantages, batch, share.steps)
+    advantages = _advantages(lesson, batch, share.steps)
     outcome = objective(share, points, Predictions(new, old, reference, anchor), advantages)
     return checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
 
 
-def _of_batch(values: Tensor, batch: MicroBatch, steps: Tensor) -> Tensor:
-    """Values of all samples, of a micro-batch, at one transition of each sample where they have their own."""
-    own = values[list(batch.rows)]
-    return own[torch.arange(len(own)), steps] if own.ndim == batch.trajectory.clean.ndim else own
+def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Advantages:
+    """Of a micro-batch, at one transition of each sample where they have their own."""
+
+    def own(values: Tensor) -> Tensor:
+        found = values[list(batch.rows)]
+        return found[torch.arange(len(found)), steps] if found.ndim == batch.trajectory.clean.ndim else found
+
+    whole = lesson.advantages
+    return Advantages(own(whole.values), own(whole.scalar), None if whole.weights is None else own(whole.weights))
 
 
 def reference_prediction(setup: Setup, points: Points, batch: MicroBatch) -> Tensor:

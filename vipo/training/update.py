@@ -17,7 +17,7 @@ from torch import Tensor
 from vipo import credit
 from vipo.credit import Credit, Samples
 from vipo.generators.embeddings import stack_conditioning
-from vipo.objectives import GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
+from vipo.objectives import Advantages, GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
 from vipo.rewards import RewardError, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
@@ -240,21 +240,20 @@ def reward_metrics(setup: Setup, scores: Scores, advantages: GroupAdvantages) ->
 
 def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: GroupAdvantages) -> Lesson:
     """What is learned from: this process's samples, or its share of each group's best and worst."""
-    values, placed = advantages.values.to(setup.device), None
+    values = advantages.values
+    scalar = values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+    batches = _chosen_batches(setup, rollouts, scalar)
+    values, scalar = values.to(setup.device), scalar.to(setup.device)
+    own = Advantages(values, scalar)
     if found.weights is not None and setup.config.credit.multiplies == "advantage":
-        if setup.objective.places_credit:
-            placed = found.weights
-        else:
-            values = allocate_advantages(values, found.weights)
-    batches = _chosen_batches(setup, rollouts, advantages.values)
-    return Lesson(rollouts.number, batches, values, rollouts.samples, placed)
+        own = Advantages(allocate_advantages(values, found.weights), scalar, found.weights)
+    return Lesson(rollouts.number, batches, own, rollouts.samples)
 
 
-def _chosen_batches(setup: Setup, rollouts: Rollouts, advantages: Tensor) -> list[MicroBatch]:
+def _chosen_batches(setup: Setup, rollouts: Rollouts, scalar: Tensor) -> list[MicroBatch]:
     batches, training = rollouts.batches, setup.config.training
     if training.best_of is None:
         return batches
-    scalar = advantages.flatten(1).mean(dim=1) if advantages.ndim > 1 else advantages
     ranked = best_and_worst(scalar, rollouts.groups, training.best_of)
     share = training.best_of // training.optimizer_steps_per_update
     # As for all samples: (optimizer step, prompt, sample).
