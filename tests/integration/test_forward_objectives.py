@@ -408,6 +408,6 @@ def test_an_objective_of_others_keeps_policies_that_there_are(
     (tmp_path / "greedy_objective.py").write_text(_OBJECTIVE.format(name="Greedy", says=says))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        ObjectiveError, match=r"'greedy_objective:Greedy': keeps: expected a DecayConfig by .* 'average'"
+        ObjectiveError, match=r"'greedy_objective:Greedy': keeps: expected a DecayConfig by .*'average'"
     ):
         _setup(prepared, tiny_overrides, "arm=grpo", "objective={name: 'greedy_objective:Greedy'}")
