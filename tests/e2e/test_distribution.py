@@ -139,6 +139,34 @@ def test_other_numbers_of_processes_reach_the_same_weights(
     assert [json.loads(line)["update"] for line in lines] == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    "objective",
+    ["{name: nft, old: {rate: 0.25, hold: 0.5}}", "{name: awm, anchor: {rate: 0.25, hold: 0.5}}"],
+    ids=["nft", "awm"],
+)
+def test_kept_policies_are_the_same_on_any_number_of_processes(
+    prepared: Path, overrides: list[str], tmp_path: Path, objective: str
+) -> None:
+    """Whole in each of two, and in shards of two that one process takes up."""
+    alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
+    chosen = [*overrides, "training.updates=6", f"objective={objective}"]
+    sharded = [*chosen, "distribution.strategy=fsdp"]
+    assert _ranks(
+        {"world": 1, "results": alone, "overrides": chosen},
+        {"world": 2, "results": two, "overrides": chosen},
+        {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
+        {"world": 1, "results": moved, "overrides": sharded},
+    ) == [[0], [0] * 2, [75, 75], [0]]
+    assert _largest_difference(alone, two) <= 1e-5
+    assert _largest_difference(alone, moved) <= 1e-5
+    states = [load_checkpoint(results / RUN / "checkpoints/000006").tensors for results in (alone, two, moved)]
+    kept = [name for name in states[0] if name.startswith("kept/")]
+    assert len(kept) > 5
+    for name in kept:
+        for other in states[1:]:
+            assert float((states[0][name] - other[name]).abs().max()) <= 1e-5, name
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_processes_end_with_the_same_bytes(
     prepared: Path, overrides: list[str], tmp_path: Path, strategy: str

@@ -54,7 +54,7 @@ def test_every_optimizer_step_holds_the_same_share_of_every_group(prompts: int, 
 
 
 @given(
-    choice=st.sampled_from(["per_sample", "shared", "first"]),
+    choice=st.sampled_from(["per_sample", "stratified", "shared", "first"]),
     start=st.integers(0, 5),
     size=st.integers(1, 9),
     data=st.data(),
@@ -73,6 +73,11 @@ def test_chosen_transitions_are_increasing_and_inside_the_window(
     assert bool((chosen.diff(dim=1) > 0).all())
     if choice == "first":
         assert chosen.tolist() == [list(window[:count])] * 12
+    if choice == "stratified":
+        # One of each of `count` pieces of which the bounds are cut to whole steps.
+        for piece in range(count):
+            bounds = range(start + piece * size // count, start + (piece + 1) * size // count)
+            assert set(chosen[:, piece].tolist()) <= set(bounds)
     if choice == "shared":
         assert bool((chosen == chosen[0]).all())
     # Keyed by the sample: the same whatever else is in the update.

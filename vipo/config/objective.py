@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.parts import ImportedPart, by_name
 from vipo.config.registries import GATES, OBJECTIVES
 from vipo.config.section import NonNegativeFloat, PositiveFloat, Section
@@ -34,6 +35,18 @@ class SymmetricGateConfig(RatioGateConfig):
     name: Literal["symmetric"]
 
 
+class DivergenceGateConfig(Section):
+    """No gradient where the policy is far from the one that sampled and would go further (Flow-DPPO)."""
+
+    name: Literal["divergence"]
+    scope: Literal["sample", "position"] = Field(
+        "sample", description="Whether the transition's divergence (as published) or each position's own decides."
+    )
+    bound: PositiveFloat = Field(
+        1e-5, description="Largest divergence, a mean over elements, that is near: 1e-5 (UniRL), 1e-6 (Flow-Factory)."
+    )
+
+
 class NoGateConfig(Section):
     """No trust region."""
 
@@ -47,8 +60,8 @@ class ImportedGateConfig(ImportedPart):
 
 
 GateConfig = Annotated[
-    PpoGateConfig | SymmetricGateConfig | NoGateConfig | ImportedGateConfig,
-    by_name(PpoGateConfig, SymmetricGateConfig, NoGateConfig, ImportedGateConfig),
+    PpoGateConfig | SymmetricGateConfig | DivergenceGateConfig | NoGateConfig | ImportedGateConfig,
+    by_name(PpoGateConfig, SymmetricGateConfig, DivergenceGateConfig, NoGateConfig, ImportedGateConfig),
 ]
 
 
@@ -73,7 +86,7 @@ class SurrogateConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.ratio == "sample" and isinstance(self.gate, RatioGateConfig) and self.gate.scope == "position":
+        if self.ratio == "sample" and getattr(self.gate, "scope", None) == "position":
             raise ValueError("gate.scope 'position' needs ratio 'position'")
         if self.ratio_norm == "guard" and self.density != "gaussian":
             raise ValueError("ratio_norm 'guard' needs density 'gaussian': it takes out that density's bias")
@@ -87,5 +100,6 @@ class ImportedObjectiveConfig(ImportedPart):
 
 
 ObjectiveConfig = Annotated[
-    SurrogateConfig | ImportedObjectiveConfig, by_name(SurrogateConfig, ImportedObjectiveConfig)
+    SurrogateConfig | NftConfig | AwmConfig | ImportedObjectiveConfig,
+    by_name(SurrogateConfig, NftConfig, AwmConfig, ImportedObjectiveConfig),
 ]

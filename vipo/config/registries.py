@@ -69,13 +69,20 @@ CREDIT_SOURCES: Mapping[str, str] = MappingProxyType(
 )
 """Credit sources by name; the options of each are a section of `vipo.config.credit`."""
 
-OBJECTIVES: Mapping[str, str] = MappingProxyType({"surrogate": "vipo.objectives.surrogate:Surrogate"})
+OBJECTIVES: Mapping[str, str] = MappingProxyType(
+    {
+        "surrogate": "vipo.objectives.surrogate:Surrogate",
+        "nft": "vipo.objectives.nft:Nft",
+        "awm": "vipo.objectives.awm:Awm",
+    }
+)
 """Objectives by name; the options of each are a section of `vipo.config.objective`."""
 
 GATES: Mapping[str, str] = MappingProxyType(
     {
         "ppo": "vipo.objectives.gates:PpoGate",
         "symmetric": "vipo.objectives.gates:SymmetricGate",
+        "divergence": "vipo.objectives.divergence:DivergenceGate",
         "none": "vipo.objectives.gates:NoGate",
     }
 )

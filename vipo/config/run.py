@@ -9,6 +9,7 @@ from vipo.config.advantages import AdvantagesConfig
 from vipo.config.arms import ExperimentConfig, check_arm_name
 from vipo.config.credit import CreditConfig
 from vipo.config.evaluation import REPORTED, EvaluationConfig
+from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.generator import GeneratorConfig
 from vipo.config.objective import ObjectiveConfig, SurrogateConfig
 from vipo.config.perception import PerceptionConfig
@@ -46,7 +47,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        window = self.sampling.window
+        forward = isinstance(self.objective, NftConfig | AwmConfig)
+        window = None if forward else self.sampling.window
         dense = self.sampling.steps - 1 if window is None else window.size
         if self.training.trained_transitions > dense:
             raise ValueError(
@@ -56,6 +58,16 @@ class Config(Section):
             )
         if isinstance(self.objective, SurrogateConfig):
             self._fits(self.objective)
+        elif forward and self.sampling.transition == "ddim":
+            raise ValueError(
+                f"objective.name {self.objective.name!r} needs a generator that predicts flow matching's velocity; "
+                "sampling.transition 'ddim' is for those that predict noise; use objective.name=surrogate"
+            )
+        if isinstance(self.objective, AwmConfig) and self.credit.sources and self.credit.multiplies == "reward":
+            raise ValueError(
+                "objective.name 'awm' places credit in a sample's likelihood, and needs one advantage a sample: use "
+                "credit.multiplies=advantage"
+            )
         study = self.experiment.study
         if study is not None:
             changes = {f"change/{part}" for part in ("total", "foreground", "background")}
@@ -86,6 +98,11 @@ class Config(Section):
         return self
 
     def _fits(self, objective: SurrogateConfig) -> None:
+        if self.sampling.ode is not None:
+            raise ValueError(
+                f"sampling.ode {self.sampling.ode!r} gives transitions without a density, which objective.name "
+                "'surrogate' needs; use sampling.ode=null, or another objective, such as nft or awm"
+            )
         if objective.ratio_norm == "guard" and self.sampling.transition not in ("dance", "flow"):
             raise ValueError(
                 "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"

@@ -38,11 +38,24 @@ class SamplingConfig(Section):
     )
     same_initial_noise: bool = Field(True, description="One initial noise for all samples of a group.")
     window: WindowConfig | None = Field(None, description="null: every step but the last is stochastic.")
+    ode: Literal["euler", "dpm2"] | None = Field(
+        None,
+        description="Sample without noise in the steps, by Euler's or DPM-Solver++ 2M's, for an objective that needs "
+        "no density; null: by the stochastic chain.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.transition in ("cps", "ddim") and self.eta > 1:
             raise ValueError(f"eta {self.eta} exceeds 1, the most that transition {self.transition!r} takes")
+        if self.ode is not None:
+            for key, found, fix in (
+                ("same_initial_noise", self.same_initial_noise, "all samples of a group would be one; set it to false"),
+                ("window", self.window is not None, "no step draws noise; set it to null"),
+                ("transition", self.transition == "ddim", "'ddim' is for UNets that predict noise; set ode to null"),
+            ):
+                if found:
+                    raise ValueError(f"{key} does not go with ode {self.ode!r}: {fix}")
         if self.window is not None:
             start = 0 if self.window.move == "random" else self.window.start
             if start + self.window.size > self.steps - 1:

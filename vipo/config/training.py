@@ -44,8 +44,10 @@ class TrainingConfig(Section):
     best_of: PositiveInt | None = Field(
         None, description="Learn from this many samples of each group, half the best and half the worst; null: all."
     )
-    transition_choice: Literal["per_sample", "shared", "first"] = Field(
-        "per_sample", description="Drawn for each sample, drawn once per update, or the first ones."
+    transition_choice: Literal["per_sample", "stratified", "shared", "first"] = Field(
+        "per_sample",
+        description="Drawn for each sample; for each sample one of each of equal pieces of the chain; drawn once per "
+        "update; or the first ones.",
     )
     micro_batch: PositiveInt = Field(
         4, description="Samples in one network call, in the rollout and in the update alike."

@@ -7,11 +7,12 @@ a pure function of the predictions. So it knows nothing of processes, adapters, 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from vipo.config.forward import DecayConfig
 from vipo.config.objective import ObjectiveConfig
 from vipo.config.registries import OBJECTIVES
 from vipo.errors import VipoError
@@ -21,6 +22,7 @@ from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
 
 Needs = Literal["log_probabilities", "stochastic", "none"]
+Kept = Literal["sampler", "anchor"]
 
 
 class ObjectiveError(VipoError):
@@ -68,11 +70,13 @@ class Predictions:
         new: by the policy that is trained, with its gradient.
         old: by the policy that sampled; None unless `Objective.needs_old`.
         reference: by the generator as it was; None unless `Objective.needs_reference`.
+        anchor: by the kept policy of that name; None unless `Objective.keeps` it.
     """
 
     new: Tensor
     old: Tensor | None = None
     reference: Tensor | None = None
+    anchor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Objective(Part, ABC):
             'none', all transitions may be drawn as `Share.steps`, of the others those that draw noise.
         needs_old: whether the policy that sampled is evaluated at the points (before the first optimizer step).
         needs_reference: whether the generator as it was is, beside every call of the trained policy.
+        keeps: policies that follow the trained one slowly, and how: 'sampler' samples, and is `Predictions.old`, in the
+            trained one's place; 'anchor' is `Predictions.anchor`, evaluated before the first optimizer step.
     """
 
     needs: ClassVar[Needs] = "none"
@@ -116,6 +122,11 @@ class Objective(Part, ABC):
     def needs_reference(self) -> bool:
         """See the class."""
         return False
+
+    @property
+    def keeps(self) -> Mapping[Kept, DecayConfig]:
+        """See the class."""
+        return {}
 
     @abstractmethod
     def points(self, share: Share) -> Points:
@@ -143,6 +154,22 @@ def load_objective(config: ObjectiveConfig) -> Objective:
     methods = ("points", "__call__")
     base: type[Objective] = Objective  # type: ignore[type-abstract]
     return load_part(config, OBJECTIVES, base, methods, ObjectiveError, "objective", "objective")
+
+
+def checked_keeps(name: str, keeps: object) -> Mapping[Kept, DecayConfig]:
+    """What an objective's `keeps` says.
+
+    Raises:
+        ObjectiveError: it is something else.
+    """
+    known = get_args(Kept)
+    if not isinstance(keeps, Mapping) or not all(
+        part in known and isinstance(decay, DecayConfig) for part, decay in keeps.items()
+    ):
+        raise ObjectiveError(
+            f"objective {name!r}: keeps: expected a DecayConfig by {' and '.join(map(repr, known))}, got {keeps!r}"
+        )
+    return keeps
 
 
 def checked_points(name: str, points: object, share: Share) -> Points:

@@ -128,7 +128,9 @@ def gated_surrogate(
         raise ValueError(
             f"advantages: expected shape {tuple(expected)} for ratio {ratio!r}, got {tuple(advantages.shape)}"
         )
-    rho = log_ratio.exp() if ratio == "position" else log_ratio.flatten(1).mean(dim=1).exp()
+    logs = log_ratio if ratio == "position" else log_ratio.flatten(1).mean(dim=1)
+    # Without gradient before the exponential: its overflow times a gradient of 0 would be no number.
+    rho = torch.where(gated.dropped, logs.detach(), logs).exp()
     # What is dropped has its value, so that the loss is continuous in the ratio, and no gradient.
     bound = rho.detach() if gated.ratio is None else gated.ratio
     gained = torch.where(gated.dropped, bound * advantages, rho * advantages)

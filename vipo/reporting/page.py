@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vipo.config.compose import dump_config
+from vipo.config.objective import SurrogateConfig
 from vipo.evaluation.statistics import decimals
 from vipo.provenance.files import text_lines
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
@@ -235,16 +236,19 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
     trained = [run for run in experiment.runs if not run.config.is_base]
     checks = []
     key = "log_ratio/max_before_first_step"
-    largest = max((float(run.metrics[key].max()) for run in trained if key in run.metrics), default=math.nan)
-    noise = max((float(run.metrics[_NOISE].max()) for run in trained if _NOISE in run.metrics), default=math.nan)
-    tolerance = min(run.config.training.log_ratio_tolerance for run in trained)
-    checks.append(
-        {
-            "ok": largest <= tolerance,
-            "text": f"Rollout and update are the same policy: max |log ρ| before the first step is {largest:.1e} "
-            f"(tolerance {tolerance:.0e}), its root mean square {noise:.1e}.",
-        }
-    )
+    # An objective without a ratio has nothing to compare.
+    compared = [run for run in trained if key in run.metrics or isinstance(run.config.objective, SurrogateConfig)]
+    if compared:
+        largest = max((float(run.metrics[key].max()) for run in compared if key in run.metrics), default=math.nan)
+        noise = max((float(run.metrics[_NOISE].max()) for run in compared if _NOISE in run.metrics), default=math.nan)
+        tolerance = min(run.config.training.log_ratio_tolerance for run in compared)
+        checks.append(
+            {
+                "ok": largest <= tolerance,
+                "text": f"Rollout and update are the same policy: max |log ρ| before the first step is {largest:.1e} "
+                f"(tolerance {tolerance:.0e}), its root mean square {noise:.1e}.",
+            }
+        )
     done = {run.name: int(run.metrics["update"].max()) for run in trained}
     short = [run.name for run in trained if done[run.name] != run.config.training.updates]
     checks.append(

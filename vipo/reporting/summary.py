@@ -26,6 +26,12 @@ METRICS = {
         "the same per position: what its clip range is for",
     ),
     "kl": ("KL to the generator as it was", "mean over positions, of the trained transitions"),
+    "distance/reference": (
+        "Distance to the generator as it was",
+        "mean squared difference of the velocities, on the forward process",
+    ),
+    "distance/old": ("Distance to the old policy", "the same, to the slow policy that samples"),
+    "distance/anchor": ("Distance to the anchor", "the same, to the average that anchors"),
     "map/mean": ("Map mean", "mean of the allocation map"),
     "map/entropy": ("Map entropy", "entropy of the allocation map over positions; 1 is uniform"),
     "group/std": ("Group standard deviation", "of the reward within a prompt's samples"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain
 from vipo.sampling.noise import Key, keyed_normal
+from vipo.sampling.solvers import OdeSolver, Solver
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def rollout(
     stochastic: range,
     initial_keys: Sequence[Key],
     step_keys: Sequence[Key],
+    solver: Solver = "euler",
 ) -> Trajectory:
     """Sample one batch by the chain; every draw is keyed by its sample.
 
@@ -62,26 +64,29 @@ def rollout(
         stochastic: the steps that draw noise; the others follow the ODE.
         initial_keys: one key per sample for the initial noise.
         step_keys: one key per sample; the step index is appended.
+        solver: of the ODE; another than Euler's where no step is stochastic.
 
     Raises:
-        ValueError: the number of keys differs from the batch.
+        ValueError: the number of keys differs from the batch, or a solver of several steps meets one that draws noise.
     """
+    if solver != "euler" and stochastic:
+        raise ValueError(f"solver: {solver!r} looks back over steps that draw noise ({stochastic})")
     if len(initial_keys) != len(step_keys):
         raise ValueError(f"step_keys: expected {len(initial_keys)} keys as initial_keys, got {len(step_keys)}")
     device = chain.levels.device
     x = keyed_normal(initial_keys, generator.latent_shape, device)
-    states, means = [x], []
+    states, means, ode = [x], [], OdeSolver(chain, solver)
     for step in chain.trainable:
         prediction = generator.predict(x, chain.times[step].expand(len(x)), conditioning)
         if step in stochastic:
             mean, std = chain.gaussian(x, prediction, torch.full((len(x),), step, device=device))
             x = mean + std * keyed_normal([(*key, step) for key in step_keys], generator.latent_shape, device)
         else:
-            mean = x = chain.ode(x, prediction, step)
+            mean = x = ode.step(x, prediction, step)
         states.append(x)
         means.append(mean)
     last = chain.steps - 1
-    clean = chain.ode(x, generator.predict(x, chain.times[last].expand(len(x)), conditioning), last)
+    clean = ode.step(x, generator.predict(x, chain.times[last].expand(len(x)), conditioning), last)
     return Trajectory(torch.stack(states, dim=1), torch.stack(means, dim=1), clean)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vipo.objectives import Advantages, Outcome, Points, Predictions, Share, checked_outcome, checked_points
+from vipo.objectives.forward import ramped_decay
 from vipo.sampling.noise import keyed_generator
 from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
@@ -61,7 +62,7 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
     """
     seen = Observed(setup.config.sampling.steps - 1, setup.device)
     steps = places(setup, lesson)
-    old = old_predictions(setup, lesson, steps)
+    old, anchor = old_predictions(setup, lesson, steps), anchor_predictions(setup, lesson, steps)
     for step, own in enumerate(steps):
         calls: list[Call] = []
         for number, place in enumerate(own):
@@ -69,7 +70,7 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
             batch = lesson.batches[place.batch]
             which = batch.steps[:, place.slot]
             with setup.distribution.gradients(setup.generator.network, number == len(own) - 1):
-                outcome = outcome_of(setup, lesson, place, old.get(place))
+                outcome = outcome_of(setup, lesson, place, old.get(place), anchor.get(place))
                 if step == 0:
                     seen.before_first_step(outcome, len(own), _consistent(setup, lesson, outcome, batch, which))
                 else:
@@ -114,25 +115,52 @@ def _points(setup: Setup, share: Share) -> Points:
     return checked_points(setup.config.objective.name, setup.objective.points(share), share)
 
 
-@torch.no_grad()
 def old_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
     """What the policy that sampled predicts, while it is still that one; {} where the objective does not ask."""
+    if not setup.objective.needs_old:
+        return {}
+    with sampling_policy(setup):
+        return _predictions(setup, lesson, steps)
+
+
+def anchor_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
+    """What the anchor predicts; {} where the objective keeps none."""
+    if "anchor" not in setup.kept:
+        return {}
+    with setup.kept["anchor"].instead():
+        return _predictions(setup, lesson, steps)
+
+
+@torch.no_grad()
+def _predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
     found: dict[Place, Tensor] = {}
-    for place in (place for own in steps for place in own) if setup.objective.needs_old else ():
+    for place in (place for own in steps for place in own):
         points = _points(setup, share_of(setup, lesson, place))
         conditioning = lesson.batches[place.batch].conditioning
         found[place] = setup.generator.predict(points.latents, points.times, conditioning)
     return found
 
 
-def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None) -> Outcome:
+def sampling_policy(setup: Setup) -> contextlib.AbstractContextManager[None]:
+    """Within, the network is the policy that samples: the objective's own, or the trained one."""
+    return setup.kept["sampler"].instead() if "sampler" in setup.kept else contextlib.nullcontext()
+
+
+def follow(setup: Setup, number: int) -> None:
+    """Let the kept policies follow the trained one, after update `number`."""
+    steps = number * setup.config.training.epochs * setup.config.training.optimizer_steps_per_update
+    for name, decay in setup.objective.keeps.items():
+        setup.kept[name].follow(ramped_decay(steps, flat=decay.flat, rate=decay.rate, hold=decay.hold))
+
+
+def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None, anchor: Tensor | None = None) -> Outcome:
     """The objective of one place, under the policy as it is now."""
     share, objective, batch = share_of(setup, lesson, place), setup.objective, lesson.batches[place.batch]
     points = _points(setup, share)
     new = setup.generator.predict(points.latents, points.times, batch.conditioning)
     reference = reference_prediction(setup, points, batch) if objective.needs_reference else None
     advantages = _advantages(lesson, batch, share.steps)
-    outcome = objective(share, points, Predictions(new, old, reference), advantages)
+    outcome = objective(share, points, Predictions(new, old, reference, anchor), advantages)
     return checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
 
 

@@ -85,7 +85,10 @@ def arrange_samples(prompts: Sequence[Prompt], group_size: int, optimizer_steps:
 def chosen_transitions(
     samples: Sequence[Sample], training: TrainingConfig, stochastic: range, seed: int, update: int
 ) -> Tensor:
-    """Which transitions are trained: ``(N, K)`` int64 of `stochastic` steps, increasing along K."""
+    """Which transitions are trained: ``(N, K)`` int64 of `stochastic` steps, increasing along K.
+
+    Source of 'stratified': the public code of AWM (arXiv 2509.25050), which leaves out a tenth of the chain as well.
+    """
     count, choice = training.trained_transitions, training.transition_choice
     if choice == "first":
         return torch.tensor(stochastic[:count]).expand(len(samples), count)
@@ -93,6 +96,10 @@ def chosen_transitions(
         (seed, "transitions", update) if choice == "shared" else (seed, "transitions", update, s.prompt.id, s.index)
         for s in samples
     ]
+    if choice == "stratified":
+        bounds = torch.linspace(0, len(stochastic), count + 1, dtype=torch.float64).long()
+        places = torch.stack([torch.rand(count, generator=keyed_generator(*key), dtype=torch.float64) for key in keys])
+        return bounds[:-1] + (places * bounds.diff()).long() + stochastic.start
     drawn = [torch.randperm(len(stochastic), generator=keyed_generator(*key))[:count].sort().values for key in keys]
     return torch.stack(drawn) + stochastic.start
 

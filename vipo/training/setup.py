@@ -18,12 +18,14 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.objectives import Objective, load_objective
+from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
 from vipo.rewards import Reward, load_reward, score, weight_files
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking.timer import Timer
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
+from vipo.training.old_policy import OldPolicy
 from vipo.training.samples import update_prompts
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Setup:
         rewards: by the label of their term.
         sources: of credit, by name; none where the advantage is a scalar.
         objective: the loss.
+        kept: policies that follow the trained one, as the objective asks.
         chain: noise levels and transition.
         trainable: parameters that are trained, by name; of a sharded network this process's shards.
         optimizer: of those.
@@ -62,6 +65,7 @@ class Setup:
     rewards: dict[str, Reward]
     sources: dict[str, CreditSource]
     objective: Objective
+    kept: dict[str, OldPolicy]
     chain: Chain
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -121,6 +125,12 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     for label, reward in rewards.items():
         weight_inputs |= {f"reward {label} {i}": path for i, path in enumerate(weight_files(reward))}
     sources, objective = load_sources(config.credit), load_objective(config.objective)
+    keeps = checked_keeps(config.objective.name, objective.keeps)
+    if config.sampling.ode is not None and objective.needs != "none":
+        raise TrainingError(
+            f"sampling.ode {config.sampling.ode!r}: objective {config.objective.name!r} needs noise in the chain's "
+            "steps; set sampling.ode=null"
+        )
     context = Context(generator, prompts, rewards, config.perception, root, distribution.is_main)
     for source in sources.values():
         source.set_up(context)
@@ -148,6 +158,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         rewards,
         sources,
         objective,
+        {name: OldPolicy(generator.network, trainable) for name in keeps},
         chain,
         trainable,
         optimizer,
@@ -202,7 +213,9 @@ def _prepare_network(
 def _check_resources(setup: Setup) -> None:
     config, folder = setup.config, setup.folder
     count = sum(value.numel() for value in setup.trainable.values())
-    needed = 4 * count * (3 * config.training.keep_checkpoints + 3 + 1 + len(config.training.save_at))
+    # Weights and two moments, and what is kept beside them.
+    copies, kept = 3 + len(setup.kept), len(setup.kept)
+    needed = 4 * count * (copies * (config.training.keep_checkpoints + 1) + 1 + len(config.training.save_at))
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -214,10 +227,11 @@ def _check_resources(setup: Setup) -> None:
         total = torch.cuda.get_device_properties(setup.device).total_memory
         frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())
         shards = setup.distribution.processes if config.distribution.strategy == "fsdp" else 1
-        state = (16 * count + 4 * frozen) / shards
+        state = (4 * (4 + kept) * count + 4 * frozen) / shards
         if state > total:
             raise TrainingError(
-                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference where "
-                f"the objective has one, need {state / 2**30:.0f} GiB in each process, the device has "
-                f"{total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp on more devices"
+                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference and the "
+                f"{kept} policies that the objective keeps beside them, need {state / 2**30:.0f} GiB in each "
+                f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp "
+                "on more devices"
             )

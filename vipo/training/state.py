@@ -78,6 +78,8 @@ def _check(setup: Setup, identity: str, checkpoint: Checkpoint) -> None:
     if checkpoint.state["identity"] == identity:
         tensors, count = checkpoint.tensors, checkpoint.state.get("optimizer_tensors")
         check_tensors(tensors.below("network"), setup.trainable, what)
+        for name, policy in setup.kept.items():
+            check_tensors(tensors.below(f"kept/{name}"), policy.tensors, what)
         parameters = [value for group in setup.optimizer.param_groups for value in group["params"]]
         check_optimizer(tensors.below("optimizer"), parameters, count, what)
 
@@ -127,6 +129,8 @@ def resume(setup: Setup, identity: str) -> Checkpoint | None:
         with torch.no_grad():
             for name, value in setup.trainable.items():
                 value.copy_(weights.like(name, value))
+        for name, policy in setup.kept.items():
+            policy.restore(newest.tensors.below(f"kept/{name}"))
         load_optimizer_tensors(setup.optimizer, newest.tensors.below("optimizer"))
         log.info("%s: resumed after update %d of %d", setup.config.run_name, start, setup.config.training.updates)
     if setup.distribution.is_main:
@@ -177,6 +181,8 @@ def save_state(setup: Setup, update: int, state: dict[str, Any]) -> None:
         check_weights(setup, update)
         moments = optimizer_tensors(setup.optimizer)
         tensors = prefixed("network", dict(setup.trainable)) | prefixed("optimizer", moments)
+        for name, policy in setup.kept.items():
+            tensors |= prefixed(f"kept/{name}", policy.tensors)
         whole = state | {"config": dump_config(setup.config), "optimizer_tensors": len(moments)} if state else {}
         save_checkpoint(checkpoints_folder(setup), update, tensors, whole, setup.distribution)
         if setup.distribution.is_main:

@@ -22,7 +22,7 @@ from vipo.rewards import RewardError, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
-from vipo.training.learn import Lesson, learn
+from vipo.training.learn import Lesson, follow, learn, sampling_policy
 from vipo.training.samples import (
     MicroBatch,
     Sample,
@@ -96,7 +96,8 @@ def update(
         TrainingError: the policy is not the one that sampled, or a gradient is not finite.
     """
     setup.distribution.at(number)
-    rollouts = roll_out(setup, number, stop_if_asked)
+    with sampling_policy(setup):
+        rollouts = roll_out(setup, number, stop_if_asked)
     with setup.timer("reward"):
         scores = score_samples(setup, rollouts)
     with setup.timer("map"):
@@ -110,7 +111,9 @@ def update(
     # The pictures of an update are many, and so is what best_of leaves out; learning is where memory peaks.
     del rollouts, found
     with setup.timer("learn"):
-        return metrics | learn(setup, lesson)
+        metrics |= learn(setup, lesson)
+        follow(setup, number)
+    return metrics
 
 
 def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lambda finished: None) -> Rollouts:
@@ -121,7 +124,11 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
         config.training.group_size,
         config.training.optimizer_steps_per_update,
     )
-    stochastic = stochastic_steps(config.sampling.window, len(setup.chain.trainable), config.seed, number)
+    stochastic = (
+        stochastic_steps(config.sampling.window, len(setup.chain.trainable), config.seed, number)
+        if config.sampling.ode is None
+        else range(0)
+    )
     trained = setup.chain.trainable if setup.objective.needs == "none" else stochastic
     transitions = chosen_transitions(samples, config.training, trained, config.seed, number).to(setup.device)
     starts = range(0, len(samples), size)[setup.distribution.data_rank :: setup.distribution.data_processes]
@@ -140,7 +147,9 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
         for source in setup.sources.values():
             source.before_rollout(setup.generator)
         with setup.timer("rollout"):
-            trajectory = rollout(setup.generator, conditioning, setup.chain, stochastic, initial, steps)
+            trajectory = rollout(
+                setup.generator, conditioning, setup.chain, stochastic, initial, steps, config.sampling.ode or "euler"
+            )
         for name, source in setup.sources.items():
             seen[name].append(source.after_rollout(setup.generator))
         rows = tuple(range(start, start + len(chunk)))
