@@ -11,6 +11,7 @@ from vipo.config.credit import CreditConfig
 from vipo.credit import Context, CreditError, Samples, assign_credit, load_sources
 from vipo.credit.contrast import group_contrast
 from vipo.prompts import Prompt
+from vipo.rewards import Scored
 
 GROUPS = torch.tensor([0, 0, 1, 1])
 
@@ -115,3 +116,60 @@ def test_arms(arm: str) -> None:
     config = load_config(["experiment=demo", f"arm={arm}"])
     assert "contrast" in config.credit.names
     assert config.objective.ratio == "position"
+
+
+def _right(images: torch.Tensor, *_: object) -> Scored:
+    """Nothing is said of the first sample; of the others, where they are in the right half, by their row."""
+    where = torch.zeros(images[:, 0].shape)
+    where[..., where.shape[-1] // 2 :] = images.mean(dim=(1, 2, 3))[:, None, None] + 0.1
+    where[images.mean(dim=(1, 2, 3)) == images.mean(dim=(1, 2, 3)).max()] = 0
+    return Scored(images.mean(dim=(1, 2, 3)), where)
+
+
+def test_a_reward_says_where() -> None:
+    generator, sources = _loaded({"name": "reward", "reads": "where"}, {"right": _right})
+    samples = _samples(generator)
+    found = sources["reward"](samples)
+    brightest = [piece.mean(dim=(1, 2, 3)).argmax().item() + 2 * n for n, piece in enumerate(samples.pieces())]
+    assert found.constant.nonzero().flatten().tolist() == brightest
+    assert torch.equal(found.values[brightest], torch.ones(2, 4, 4))
+    others = [row for row in range(4) if row not in brightest]
+    told = found.values[others]
+    # Antialiased at the edge between both halves.
+    assert told[..., 0].count_nonzero() == 0
+    torch.testing.assert_close(told.mean(dim=(1, 2)), torch.ones(2))
+    assert (told[..., 3] > told[..., 1]).all()
+    with pytest.raises(CreditError, match="'left' does not say where; set reads to gradient"):
+        _loaded({"name": "reward", "reads": "where"})
+
+
+def test_frames_are_averaged_as_the_latents_cover_them() -> None:
+    frames = torch.arange(5.0).reshape(1, 5, 1, 1).expand(2, 5, 4, 4).clone()
+
+    def told(images: torch.Tensor, *_: object) -> Scored:
+        return Scored(images.flatten(1).mean(dim=1), frames[: len(images)])
+
+    _, sources = _loaded(
+        {"name": "reward", "reads": "where"}, {"told": lambda i, *_: Scored(i.mean((1, 2, 3)), i[:, 0])}
+    )
+    source = sources["reward"]
+    source.reward = told
+    clips = Samples(
+        pictures=torch.rand(2, 5, 3, 4, 4),
+        clean=torch.zeros(2, 2, 2, 4, 4),
+        groups=torch.tensor([0, 0]),
+        prompts=[Prompt("a", "a", {})] * 2,
+        numbers=[0, 1],
+        frame_groups=(range(0, 1), range(1, 5)),
+    )
+    # Frame 0 is told nothing of; frames 1 to 4 have the mean 2.5, over a mean of 1.25.
+    assert torch.equal(source(clips).values[:, :, 0, 0], torch.tensor([[0.0, 2.0]] * 2))
+
+
+def test_the_gradient_of_a_reward_that_says_where_is_its_scores() -> None:
+    _, plain = _loaded({"name": "reward"})
+    generator, sources = _loaded(
+        {"name": "reward"}, {"left": lambda *given: Scored(left_redness(*given), torch.ones(len(given[0]), 4, 4))}
+    )
+    samples = _samples(generator)
+    assert torch.equal(sources["reward"](samples).values, plain["reward"](samples).values)

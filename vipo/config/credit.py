@@ -43,9 +43,14 @@ class ContrastCreditConfig(Section):
 
 
 class RewardCreditConfig(Section):
-    """How much the reward changes with the latents at a position: the size of its gradient there."""
+    """Where a reward looks: by its gradient, or by the map of where that it returns beside its scores."""
 
     name: Literal["reward"]
+    reads: Literal["gradient", "where"] = Field(
+        "gradient",
+        description="gradient: the size of the reward's gradient by the latents at a position; where: what the reward "
+        "itself says, such as the boxes of the words that were read.",
+    )
     term: str | None = Field(None, description="Which of reward.terms; null: the only one.")
     exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     normalize: Literal["minmax", "mean"] = "mean"

@@ -11,7 +11,10 @@ from vipo.credit.contrast import normalized
 from vipo.credit.source import Context, CreditError, CreditSource, Samples, Weights
 from vipo.foreign import foreign
 from vipo.generators.base import Generator
-from vipo.rewards import Reward, RewardError
+from vipo.perception.allocator import resize
+from vipo.perception.temporal import average_groups
+from vipo.prompts import Prompt
+from vipo.rewards import Reward, RewardError, Scored, in_use, score_where
 
 
 def reward_gradient(
@@ -56,15 +59,18 @@ def differentiated(
 
     def values(pictures: Tensor) -> Tensor:
         with foreign(RewardError, f"reward {name!r}", name):
-            return reward(pictures, prompts, metadata)
+            found = reward(pictures, prompts, metadata)
+            return found.scores if isinstance(found, Scored) else found
 
     return values
 
 
 class RewardCredit(CreditSource):
-    """``W_i(p)`` proportional to ``sqrt(mean over channels of (d r_i / d x0_i(p))^2)``: one decoder's backward pass.
+    """Where a reward looks.
 
-    It is where a small change of the latents changes the reward, not where the reward came from.
+    By its gradient, ``W_i(p)`` is proportional to ``sqrt(mean over channels of (d r_i / d x0_i(p))^2)``: one decoder's
+    backward pass. It is where a small change of the latents changes the reward, not where the reward came from. By
+    the reward's own map of where, that map, resized to the latents' grid and averaged over each latent frame's frames.
     """
 
     options: RewardCreditConfig
@@ -76,7 +82,8 @@ class RewardCredit(CreditSource):
         """Choose the term and try its gradient on one blank sample.
 
         Raises:
-            CreditError: there is no such term, there are several and none is named, or it has no gradient.
+            CreditError: there is no such term, there are several and none is named, it has no gradient, or it does
+                not say where.
         """
         term = self.options.term
         if (term is None and len(context.rewards) > 1) or (term is not None and term not in context.rewards):
@@ -87,10 +94,44 @@ class RewardCredit(CreditSource):
         self.reward, self.generator = context.rewards[self.name], context.generator
         prompt = context.prompts[0]
         blank = torch.zeros(1, *self.generator.latent_shape, device=self.generator.device)
-        self._gradient(blank, [prompt.text], [prompt.metadata])
+        with in_use(self.reward):
+            if self.options.reads == "where":
+                self._where(self.generator.pictures(blank), [prompt])
+            else:
+                self._gradient(blank, [prompt.text], [prompt.metadata])
 
     def __call__(self, samples: Samples) -> Weights:
-        """The weights; of a sample whose reward no position changes, 0 everywhere."""
+        """The weights. Of a sample whose reward no position changes, 0 everywhere; of one that the reward says nothing
+        of, 1."""
+        with in_use(self.reward):
+            return self._told(samples) if self.options.reads == "where" else self._read(samples)
+
+    def _told(self, samples: Samples) -> Weights:
+        found, start = [], 0
+        for pictures in samples.pieces():
+            maps = self._where(pictures, samples.prompts[start : start + len(pictures)])
+            frames = maps if maps.ndim == 4 else maps[:, None]
+            resized = resize(frames.flatten(0, 1), samples.grid).unflatten(0, frames.shape[:2])
+            groups = samples.frame_groups
+            found.append(resized[:, 0] if groups is None else average_groups(resized, groups))
+            start += len(pictures)
+        values = torch.cat(found).double()
+        silent = values.flatten(1).amax(dim=1) == 0
+        weights = normalized(values**self.options.exponent, self.options.normalize).float()
+        weights[silent] = 1.0
+        return Weights(weights, constant=silent, mean_one=self.options.normalize == "mean")
+
+    def _where(self, pictures: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        where = score_where(self.name, self.reward, pictures, texts, metadata).where
+        if where is None:
+            raise CreditError(
+                f"credit source 'reward': reward {self.name!r} does not say where; set reads to gradient, or take a "
+                "reward that does, such as object_redness or ocr"
+            )
+        return where
+
+    def _read(self, samples: Samples) -> Weights:
         found, start = [], 0
         for latents in samples.clean.split(samples.batch or len(samples)):
             own = samples.prompts[start : start + len(latents)]
