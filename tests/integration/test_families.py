@@ -175,6 +175,18 @@ def test_gradients_are_the_same_recomputed_and_by_halves(case: Case) -> None:
     assert any(getattr(module, "gradient_checkpointing", False) for module in generator.network.modules())
 
 
+def test_decoding_hands_a_gradient_back_where_one_is_asked_for(case: Case) -> None:
+    """What the credit source `reward` and the meter read; the pictures are the same."""
+    generator, latents = case.load(), case.noise.clone().requires_grad_(True)
+    pictures = generator.pictures(latents, gradient=True)
+    (gradient,) = torch.autograd.grad(pictures.sum(), latents)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+    plain = generator.pictures(case.noise)
+    assert not plain.requires_grad
+    assert torch.equal(plain, pictures.detach())
+
+
 def test_bf16_is_close_and_the_same_with_gradients(case: Case) -> None:
     generator = case.load("full", precision="bf16")
     expected, time = case.sampled.own_prediction(generator, case.noise)

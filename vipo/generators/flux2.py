@@ -93,7 +93,6 @@ class _Flux2Generator(PipelineGenerator):
         )[0]
         return unpack_latents(tokens, *self.grid)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         # The autoencoder normalises the four pixels of a token apart.
         normal, settings = self.vae.bn, self.vae.config

@@ -110,7 +110,6 @@ class QwenImageGenerator(PipelineGenerator):
         found = super().combined(without, wanted, scale)
         return found * (wanted.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         pictures = self.vae.decode((latents * self._std + self._mean).unsqueeze(2), return_dict=False)[0][:, :, 0]
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
