@@ -101,7 +101,7 @@ def test_installed_command_exits_1_with_the_error_alone_on_stderr() -> None:
     assert finished.stdout == ""
     assert finished.stderr == (
         "error: sampling.stesp: unknown key; did you mean 'steps'? "
-        "allowed: eta, same_initial_noise, shift, steps, transition, window\n"
+        "allowed: eta, ode, same_initial_noise, shift, steps, transition, window\n"
     )
 
 
@@ -142,7 +142,7 @@ def test_a_resolved_file_stands_for_its_overrides(vipo: Command, tmp_path: Path)
         ([DEMO, "evaluation.rewards=[scen]"], ["evaluation.rewards", "'scen'", "did you mean 'scene'"]),
         ([], ["experiment=", "demo"]),
         # Unknown keys.
-        ([DEMO, "nope=1"], ["nope: unknown key", "allowed: arm, cluster"]),
+        ([DEMO, "nope=1"], ["nope: unknown key", "allowed: advantages, arm, cluster"]),
         ([DEMO, "optimizer.learnin_rate=1"], ["optimizer.learnin_rate", "did you mean 'learning_rate'"]),
         # Wrong types.
         ([DEMO, "optimizer.learning_rate=fast"], ["optimizer.learning_rate", "'fast'", "number"]),
