@@ -24,9 +24,10 @@ from vipo.training import recorded
 from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
 from vipo.training.consistency import check_consistency
+from vipo.training.errors import TrainingError
 from vipo.training.learn import Lesson, Place, learn, outcome_of, reference_prediction
 from vipo.training.recorded import train_run
-from vipo.training.samples import MicroBatch, TrainingError, arrange_samples, update_prompts
+from vipo.training.samples import MicroBatch, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity
 from vipo.training.update import roll_out, update

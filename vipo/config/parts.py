@@ -58,6 +58,9 @@ def by_name(*sections: type[BaseModel]) -> WrapValidator:
     """Validates a mapping by the section that its `name` chooses, so that what is wrong names that one's keys."""
 
     def validate(value: Any, handler: Any) -> Any:
+        if not isinstance(value, BaseModel | Mapping):
+            known = _names(sections[0])[0]
+            raise ValueError(f"expected a mapping such as {{name: {known}}}, got {value!r}; or leave it out")
         return handler(value) if isinstance(value, BaseModel) else chosen(sections, value).model_validate(value)
 
     return WrapValidator(validate)
