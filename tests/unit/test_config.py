@@ -338,7 +338,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["credit.sources=[{name: oracle}, {name: oracle}]"], ["credit", "oracle, oracle"]),
         (["credit.sources=[backbone]"], ["credit.sources.0", "{name: backbone}"]),
         # What is said elsewhere now.
-        (["objective=default"], ["objective: expected", "{name: surrogate}, got 'default'; leave it out"]),
+        (["objective=default"], ["objective: expected", "{name: surrogate}, got 'default'; or leave it out"]),
         (["objective.map=none"], ["objective.map: is said elsewhere now", "credit.sources", "credit.control"]),
         (["objective.map_on=reward"], ["objective.map_on", "credit.multiplies"]),
         (["objective.clip.side=none"], ["objective.clip", "objective.gate.name"]),

@@ -146,10 +146,8 @@ def load_objective(config: ObjectiveConfig) -> Objective:
     methods = ("needs_old", "needs_reference", "points", "__call__")
     base: type[Objective] = Objective  # type: ignore[type-abstract]
     found = load_part(config, OBJECTIVES, base, methods, ObjectiveError, "objective", "objective")
-    if found.needs not in get_args(Needs):
-        raise ObjectiveError(
-            f"objective {config.name!r}: needs {found.needs!r}, not one of {', '.join(get_args(Needs))}"
-        )
+    if found.needs not in (known := get_args(Needs)):
+        raise ObjectiveError(f"objective {config.name!r}: needs {found.needs!r}, not one of {', '.join(known)}")
     return found
 
 
