@@ -4,14 +4,13 @@ A part's options stand beside its name. A registered part's are a section; an im
 which checks them where import paths are tried (`vipo.parts`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, WrapValidator, field_validator, model_validator
 
 from vipo.config.registries import registered
-from vipo.config.section import Section
+from vipo.config.section import Section, check_saved
 from vipo.foreign.paths import IMPORT_PATH
 
 
@@ -33,12 +32,7 @@ class ImportedPart(Section):
 
     @model_validator(mode="after")
     def _plain(self) -> Self:
-        try:
-            json.dumps(self.options, allow_nan=False, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise ValueError(
-                f"an option cannot be saved ({error}); give finite numbers and whole characters"
-            ) from error
+        check_saved(self.options)
         return self
 
     @property
