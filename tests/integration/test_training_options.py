@@ -221,8 +221,8 @@ def test_a_resume_ends_with_the_same_bytes(
     whole, cut = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "cut")
     _train(whole, overrides)
 
-    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-        metrics = update(setup, number, stop)
+    def asked(setup: Setup, number: int, *others: Any) -> dict[str, float]:
+        metrics = update(setup, number, *others)
         os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 
@@ -253,8 +253,8 @@ def test_every_code_that_made_updates_is_recorded(
     first, second = ({"package_sha256": digit * 64, "commit": digit * 40, "dirty": False} for digit in "12")
     stop_after = 0
 
-    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-        metrics = update(setup, number, stop)
+    def asked(setup: Setup, number: int, *others: Any) -> dict[str, float]:
+        metrics = update(setup, number, *others)
         if number == stop_after < 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return metrics
