@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from vipo.config.parts import ImportedPart
 from vipo.errors import VipoError
@@ -68,6 +69,14 @@ def load_part(
     options = _validated(found.Options, section, key)
     with foreign(error, called, name):
         return guarded_class(found, error, called, name, methods)(options)
+
+
+def told(value: object) -> str:
+    """What a part gave, for messages: a tensor by type, shape and device, anything else by its kind."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    place = "" if value.device.type == "cpu" else f" on {value.device}"
+    return f"{value.dtype} of {tuple(value.shape)}{place}"
 
 
 def _validated(model: type[BaseModel], section: ImportedPart, key: str) -> BaseModel:

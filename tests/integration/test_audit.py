@@ -339,6 +339,18 @@ def test_a_configuration_without_its_run_is_told(project: Path) -> None:
     assert told[0] == "configuration: there is no such run here"
 
 
+@pytest.mark.usefixtures("without_numbers")
+def test_a_configuration_of_an_earlier_version_names_the_new_keys(project: Path) -> None:
+    path = project / EXPERIMENT / "configs/vipo-s0.yaml"
+    data = yaml.safe_load(path.read_text())
+    data["objective"] |= {"map": "psm", "std": "group"}
+    path.write_text(yaml.safe_dump(data))
+    (found,) = [item for item in audited(project).findings if item.artifact == "configs/vipo-s0.yaml"]
+    assert "objective.map: is said elsewhere now, in credit.sources" in found.message
+    assert "; objective.std: is said elsewhere now, in advantages.std)" in found.message
+    assert found.advice.endswith("is audited with the code that made it")
+
+
 def test_results_that_were_pulled_keep_their_anchor(locked: Path, tmp_path: Path) -> None:
     git(tmp_path, "clone", "--quiet", str(locked), "clone")
     clone = tmp_path / "clone"

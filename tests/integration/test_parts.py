@@ -60,8 +60,8 @@ def test_they_train_and_a_resume_ends_with_the_same_bytes(
     seen: list[dict[str, float]] = []
 
     def train(results: Path, until: int) -> None:
-        def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-            seen.append(update(setup, number, stop))
+        def asked(setup: Setup, number: int, *others: Any) -> dict[str, float]:
+            seen.append(update(setup, number, *others))
             if number == until:
                 os.kill(os.getpid(), signal.SIGTERM)
             return seen[-1]
@@ -145,6 +145,7 @@ import torch
 from my_credit import Brightness
 from my_gate import FarAway
 from my_objective import WeightedMatching
+from vipo.credit import Weights
 from vipo.objectives import Gated, Outcome, Points
 
 
@@ -185,6 +186,42 @@ class Elsewhere(WeightedMatching):
 
 class Unchecked(WeightedMatching):
     needs = "log_probabilities"
+
+
+class Listed(WeightedMatching):
+    def points(self, share):
+        return Points(share.trajectory.clean, [0.5] * len(share.steps))
+
+
+class Counted(WeightedMatching):
+    def __call__(self, share, points, predictions, advantages):
+        return Outcome(predictions.new.mean(), metrics={"drift": 0.5})
+
+
+class Shadowing(WeightedMatching):
+    def __call__(self, share, points, predictions, advantages):
+        return Outcome(predictions.new.mean(), metrics={"reward/mean": torch.ones(())})
+
+
+class Unfinished(WeightedMatching):
+    def __call__(self, share, points, predictions, advantages):
+        return Outcome(predictions.new.mean(), dropped=0.5)
+
+
+class Halfway(WeightedMatching):
+    @property
+    def needs_old(self):
+        return self.options.nothing
+
+
+class Undecided(FarAway):
+    def __call__(self, moved):
+        return Gated(None)
+
+
+class Flagged(Brightness):
+    def __call__(self, samples):
+        return Weights(super().__call__(samples), constant=[False] * len(samples))
 """
 
 
@@ -203,14 +240,29 @@ class Unchecked(WeightedMatching):
             ObjectiveError,
             "^objective 'wrong:NoLoss': .*Outcome, got a float",
         ),
-        ("objective={name: 'wrong:Many'}", ObjectiveError, r"scalar loss with its gradient, got shape \(4,\)"),
-        ("objective={name: 'wrong:Flat'}", ObjectiveError, r"got shape \(\) without gradient"),
+        (
+            "objective={name: 'wrong:Many'}",
+            ObjectiveError,
+            r"scalar loss .* got torch.float32 of \(4,\)",
+        ),
+        ("objective={name: 'wrong:Flat'}", ObjectiveError, r"got torch.float32 of \(\) without gradient"),
         (
             "objective={name: 'wrong:Elsewhere'}",
             ObjectiveError,
-            r"expected latents .* times \(4,\), got .* \(1,\)",
+            r"points: latents: expected .* got torch.float32 of",
         ),
         ("objective={name: 'wrong:Unchecked'}", ObjectiveError, "needs log-probabilities and gives no log_ratio"),
+        ("objective={name: 'wrong:Listed'}", ObjectiveError, r"points: times: expected .* of \(4,\), got a list"),
+        (
+            "objective={name: 'wrong:Counted'}",
+            ObjectiveError,
+            "'drift': expected a scalar tensor, got a float",
+        ),
+        ("objective={name: 'wrong:Shadowing'}", ObjectiveError, "'reward/mean' is one of every run's"),
+        ("objective={name: 'wrong:Unfinished'}", ObjectiveError, "dropped: expected 4 samples, got a float"),
+        ("objective={name: 'wrong:Halfway'}", ObjectiveError, "^objective 'wrong:Halfway' raised AttributeError"),
+        ("objective.gate={name: 'wrong:Undecided'}", ObjectiveError, "dropped: expected torch.bool .* got a NoneType"),
+        ("credit.sources=[{name: 'wrong:Flagged'}]", CreditError, "^credit source 'wrong:Flagged': .* got a list"),
     ],
 )
 def test_what_a_part_must_not_give_stops_the_update_before_a_step(

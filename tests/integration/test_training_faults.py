@@ -17,8 +17,8 @@ from vipo.objectives.surrogate import transition_log_ratio
 from vipo.rewards import RewardError
 from vipo.stages import encode_stage, evaluate_stage, train_stage
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
+from vipo.training.errors import TrainingError
 from vipo.training.recorded import train_run
-from vipo.training.samples import TrainingError
 from vipo.training.setup import set_up
 from vipo.training.update import update
 

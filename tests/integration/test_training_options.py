@@ -24,9 +24,10 @@ from vipo.training import recorded
 from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
 from vipo.training.consistency import check_consistency
+from vipo.training.errors import TrainingError
 from vipo.training.learn import Lesson, Place, learn, outcome_of, reference_prediction
 from vipo.training.recorded import train_run
-from vipo.training.samples import MicroBatch, TrainingError, arrange_samples, update_prompts
+from vipo.training.samples import MicroBatch, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity
 from vipo.training.update import roll_out, update
@@ -220,8 +221,8 @@ def test_a_resume_ends_with_the_same_bytes(
     whole, cut = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "cut")
     _train(whole, overrides)
 
-    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-        metrics = update(setup, number, stop)
+    def asked(setup: Setup, number: int, *others: Any) -> dict[str, float]:
+        metrics = update(setup, number, *others)
         os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 
@@ -252,8 +253,8 @@ def test_every_code_that_made_updates_is_recorded(
     first, second = ({"package_sha256": digit * 64, "commit": digit * 40, "dirty": False} for digit in "12")
     stop_after = 0
 
-    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-        metrics = update(setup, number, stop)
+    def asked(setup: Setup, number: int, *others: Any) -> dict[str, float]:
+        metrics = update(setup, number, *others)
         if number == stop_after < 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return metrics

@@ -181,8 +181,8 @@ def test_weights_that_are_not_finite_are_not_kept(
 ) -> None:
     results = Path(shutil.copytree(prepared, tmp_path / "results"))
 
-    def poisoned(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-        metrics = update(setup, number, stop)
+    def poisoned(setup: Setup, number: int, *others: Any) -> dict[str, float]:
+        metrics = update(setup, number, *others)
         if number == 2:
             with torch.no_grad():
                 next(iter(setup.trainable.values())).view(-1)[0] = math.inf

@@ -26,7 +26,8 @@ from vipo.config.compose import (
     write_if_changed,
 )
 from vipo.config.experiment import arms_beside, check_run, check_runs
-from vipo.config.resolved import read_mapping
+from vipo.config.renamed import RENAMED
+from vipo.config.resolved import read_mapping, to_yaml
 from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.text import visible
@@ -334,7 +335,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["seed=true"], ["seed", "integer", "True"]),
         (["evaluation.rewards=redness"], ["evaluation.rewards", "'redness'"]),
         (["generator.path=null"], ["generator.path", "string", "None"]),
-        (["objective.gate=3"], ["objective.gate", "dictionary", "3"]),
+        (["objective.gate=3"], ["objective.gate: expected a mapping such as {name: ppo}, got 3"]),
         (["training=5"], ["training=5"]),
         # Values outside their range or set.
         (["training.group_size=1"], ["training.group_size", "greater than or equal to 2", "1"]),
@@ -358,7 +359,9 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         ),
         (["credit.sources=[{nme: oracle}]"], ["credit.sources.0.name: missing", "allowed: name"]),
         (["credit.sources=[{name: oracle}, {name: oracle}]"], ["credit", "oracle, oracle"]),
+        (["credit.sources=[backbone]"], ["credit.sources.0", "{name: backbone}"]),
         # What is said elsewhere now.
+        (["objective=default"], ["objective: expected", "{name: surrogate}, got 'default'; or leave it out"]),
         (["objective.map=none"], ["objective.map: is said elsewhere now", "credit.sources", "credit.control"]),
         (["objective.map_on=reward"], ["objective.map_on", "credit.multiplies"]),
         (["objective.clip.side=none"], ["objective.clip", "objective.gate.name"]),
@@ -457,6 +460,23 @@ def test_bad_values_are_named(overrides: list[str], told: list[str]) -> None:
     for words in told:
         assert words in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_saved_configuration_of_before_names_where_each_key_is_now(demo: Config, tmp_path: Path) -> None:
+    data = demo.model_dump(mode="json")
+    del data["credit"], data["advantages"]
+    clip = {"side": "ppo", "scope": "sample", "range": 1e-4}
+    old = {"map": "psm", "map_on": "advantage", "clip": clip, "advantage_clip": 5.0, "std": "group", "std_floor": 1e-4}
+    kept = ("ratio", "channels", "density", "ratio_norm", "kl_weight")
+    data["objective"] = {key: data["objective"][key] for key in kept} | old
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(data))
+    with pytest.raises(ConfigError) as caught:
+        load_config_file(path)
+    assert str(caught.value).startswith(f"{path}: objective.map: is said elsewhere now, in credit.sources")
+    assert {key for key in RENAMED if f"{key}: is said elsewhere now, in {RENAMED[key]}" in str(caught.value)} == {
+        f"objective.{key}" for key in old
+    }
 
 
 @pytest.mark.parametrize("name", ["../x", "a b\nc", "", "Upper", ".5", "x" * 101])

@@ -21,8 +21,8 @@ import vipo
 from vipo.config.compose import repository_root
 from vipo.config.training import DistributionConfig
 from vipo.errors import Preempted
+from vipo.training.errors import TrainingError
 from vipo.training.launch import OtherNodes, _wait, launch, rendezvous
-from vipo.training.samples import TrainingError
 
 ROOT = str(repository_root())
 TWO = DistributionConfig(processes=2)

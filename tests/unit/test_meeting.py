@@ -11,7 +11,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from vipo.config.training import DistributionConfig
 from vipo.training.distribution import Distribution
-from vipo.training.samples import TrainingError
+from vipo.training.errors import TrainingError
 
 TWO = DistributionConfig(processes=2, timeout_seconds=2)
 

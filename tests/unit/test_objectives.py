@@ -46,16 +46,16 @@ def test_equal_rewards_give_no_gradient_whatever_their_maps(places: tuple[int, .
     maps = torch.rand(9, *places, generator=torch.Generator().manual_seed(0))
     # The first group's rewards are equal, and the last one's are but for a sample without any.
     rewards = torch.tensor([0.7, 0.7, 0.7, 0.1, 0.2, 0.3, 0.7, float("nan"), 0.7])
-    result = group_advantages({"r": rewards}, {"r": 1.0}, _groups(3, 3), 1e-4, 5, std=std, maps=maps)
+    result = group_advantages({"r": rewards}, {"r": 1.0}, _groups(3, 3), 1e-4, 5, std=std, credit=maps)
     assert result.zero_std.tolist() == [True, False, True]
     assert result.values.abs().flatten(1).amax(dim=1).gt(0).tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert result.group_std.gt(0).tolist() == [False, True, False]
     # Of two rewards, the one that differs alone decides.
     other = torch.rand(9, generator=torch.Generator().manual_seed(1))
     both = group_advantages(
-        {"r": rewards.nan_to_num(0.7), "o": other}, {"r": 3.0, "o": 1.0}, _groups(3, 3), 1e-4, 5, std=std, maps=maps
+        {"r": rewards.nan_to_num(0.7), "o": other}, {"r": 3.0, "o": 1.0}, _groups(3, 3), 1e-4, 5, std=std, credit=maps
     )
-    alone = group_advantages({"o": other}, {"o": 1.0}, _groups(3, 3), 1e-4, 5, std=std, maps=maps)
+    alone = group_advantages({"o": other}, {"o": 1.0}, _groups(3, 3), 1e-4, 5, std=std, credit=maps)
     assert not bool(both.zero_std.any())
     for group in (slice(0, 3), slice(6, 9)):
         assert torch.equal(both.values[group], alone.values[group])
@@ -107,7 +107,7 @@ def test_rewards_per_position_are_normalised_position_by_position(places: tuple[
     scalar["b"][3] = torch.nan
     maps = torch.rand(8, *places, generator=generator)
     weights = {"a": 1.0, "b": 0.5}
-    result = group_advantages(scalar, weights, _groups(2, 4), std_floor=1e-3, clip=1.2, std=std, maps=maps)
+    result = group_advantages(scalar, weights, _groups(2, 4), std_floor=1e-3, clip=1.2, std=std, credit=maps)
     assert result.values.shape == (8, *places)
     assert result.valid.tolist() == [i != 3 for i in range(8)]
     spreads = []
@@ -136,14 +136,14 @@ def test_floor_and_clip_by_hand() -> None:
     np.testing.assert_allclose(clipped.values, [1 / 4] * 3 + [-1 / 2], rtol=1e-6)
 
 
-def test_maps_weight_and_never_flip() -> None:
+def test_credit_weighs_and_never_flips() -> None:
     maps = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
     advantages = torch.tensor([1.0, -2.0, 0.0])
     spread = allocate_advantages(advantages, maps)
     torch.testing.assert_close(spread, maps * advantages[:, None, None])
     with pytest.raises(ValueError, match="negative"):
         allocate_advantages(advantages, maps - 1)
-    with pytest.raises(ValueError, match="expected 3 maps"):
+    with pytest.raises(ValueError, match="expected that of 3 samples"):
         allocate_advantages(advantages, maps[:2])
 
 

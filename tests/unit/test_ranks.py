@@ -9,9 +9,9 @@ from accelerate.state import AcceleratorState, PartialState
 
 from vipo.config.training import DistributionConfig
 from vipo.training.distribution import Distribution
+from vipo.training.errors import TrainingError
 from vipo.training.launch import rendezvous
 from vipo.training.ranks import Place, drop_foreign, is_rank, own_place
-from vipo.training.samples import TrainingError
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SECOND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MEETING}

@@ -76,7 +76,7 @@ def test_an_import_path_s_arguments_are_kept_as_they_are() -> None:
         (["reward.terms=[{name: clipscore, options: {template: no}}]"], ["template", "must hold '{}' once"]),
         (["reward.terms=[{name: redness, options: {path: x}}]"], ["options: path: reward 'redness' takes no options"]),
         (["reward.terms=[{name: redness, options: 3}]"], ["reward.terms.0.options", "dictionary"]),
-        (['reward.terms=[{name: "a:b", options: {x: nan}}]'], ["reward.terms.0.options", "no file can hold"]),
+        (['reward.terms=[{name: "a:b", options: {x: nan}}]'], ["reward.terms.0.options", "cannot be saved"]),
         (["reward.terms=[{name: redness, label: a/b}]"], ["reward.terms.0.label", "'a/b' is no label"]),
         (["reward.terms=[{name: redness, label: scene}]"], ["reward.terms.0.label", "name of another reward"]),
         (
@@ -95,7 +95,7 @@ def test_an_import_path_s_arguments_are_kept_as_they_are() -> None:
             [TERMS, "evaluation.rewards=[{name: clipscore, label: long}]"],
             ["evaluation: rewards: 'long' is what a trained term is called", "another label"],
         ),
-        ([TERMS, "evaluation.rewards=[shrt]"], ["evaluation.rewards", "'shrt' is not a reward"]),
+        ([TERMS, "evaluation.rewards=[shrt]"], ["evaluation.rewards", "'shrt' is no reward"]),
     ],
 )
 def test_what_is_wrong_is_told_by_its_key(overrides: list[str], told: list[str]) -> None:

@@ -209,7 +209,7 @@ def test_import_paths_name_the_callable_and_classes_get_the_device() -> None:
         (f"{__name__}:absent", "cpu", "AttributeError"),
         (f"{__name__}:OnDevice", "cuda:9", "RuntimeError: no such device"),
         (f"{__name__}:NOT_CALLABLE", "cpu", "is a int, not a callable"),
-        ("../etc/passwd:x", "cpu", "no import path"),
+        ("../etc/passwd:x", "cpu", "is no reward"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(name: str, device: str, told: str) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -38,6 +39,24 @@ def test_the_lower_rooms_know_nothing_of_the_upper_ones() -> None:
         assert not rooms[room] & (above | {"credit", "objectives", "sampling"}), room
     for room in ("credit", "objectives", "sampling"):
         assert not rooms[room] & above, room
+
+
+def test_the_page_has_each_room_once_and_every_import_points_down_it() -> None:
+    page = (repository_root() / "docs/design.md").read_text(encoding="utf-8")
+    heads = re.findall(r"^\*\*(`.+?)\.\*\*", page, re.MULTILINE)
+    named = [(name, place) for place, head in enumerate(heads) for name in re.findall(r"`(\w+)(?:/|\.py)`", head)]
+    places, rooms = dict(named), _rooms()
+    assert sorted(name for name, _ in named) == sorted(
+        path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and path.name[0] != "_"
+    )
+    up = [
+        (room, other)
+        for room, others in rooms.items()
+        if room in places
+        for other in others - {"__init__"}
+        if places[other] < places[room]
+    ]
+    assert up == []
 
 
 def test_other_people_s_loops_get_credit_without_the_trainer_and_hydra() -> None:

@@ -31,7 +31,8 @@ def check_configurations(examination: Examination, locked: Sequence[LockedStage]
     found: dict[str, dict[str, Config]] = {"evaluation": {}, "runs": {}, "configs": {}}
     for name in examination.files:
         if match := _FILE.fullmatch(name):
-            with examination.guarded(name, "configuration"):
+            remedy = "restore it; one that an earlier version wrote is audited with the code that made it"
+            with examination.guarded(name, "configuration", remedy):
                 config = load_config_file(examination.folder / name)
                 if config.run_name != match["run"]:
                     message = f"is of run {config.run_name}, not {match['run']}"

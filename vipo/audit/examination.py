@@ -125,16 +125,17 @@ class Examination:
             self.findings.append(finding)
 
     @contextlib.contextmanager
-    def guarded(self, artifact: str, check: Check) -> Iterator[None]:
+    def guarded(
+        self, artifact: str, check: Check, remedy: str = "restore it, or run the stage that writes it again"
+    ) -> Iterator[None]:
         """Whatever a damaged file does to the reader in the block becomes a finding."""
         try:
             yield
         # A file that was tampered with can make its reader fail in any way.
         except Exception as error:
-            reason = str(error) if isinstance(error, VipoError) else f"{type(error).__name__}: {error}"
-            self.broken(
-                artifact, check, f"cannot be examined ({reason})", "restore it, or run the stage that writes it again"
-            )
+            told = "; ".join(str(error).splitlines())
+            reason = told if isinstance(error, VipoError) else f"{type(error).__name__}: {told}"
+            self.broken(artifact, check, f"cannot be examined ({reason})", remedy)
 
 
 def printable(text: str) -> str:

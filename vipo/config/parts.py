@@ -4,14 +4,13 @@ A part's options stand beside its name. A registered part's are a section; an im
 which checks them where import paths are tried (`vipo.parts`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, WrapValidator, field_validator, model_validator
 
 from vipo.config.registries import registered
-from vipo.config.section import Section
+from vipo.config.section import Section, check_saved
 from vipo.foreign.paths import IMPORT_PATH
 
 
@@ -33,12 +32,7 @@ class ImportedPart(Section):
 
     @model_validator(mode="after")
     def _plain(self) -> Self:
-        try:
-            json.dumps(self.options, allow_nan=False, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise ValueError(
-                f"an option cannot be saved ({error}); give finite numbers and whole characters"
-            ) from error
+        check_saved(self.options)
         return self
 
     @property
@@ -58,6 +52,9 @@ def by_name(*sections: type[BaseModel]) -> WrapValidator:
     """Validates a mapping by the section that its `name` chooses, so that what is wrong names that one's keys."""
 
     def validate(value: Any, handler: Any) -> Any:
+        if not isinstance(value, BaseModel | Mapping):
+            known = _names(sections[0])[0]
+            raise ValueError(f"expected a mapping such as {{name: {known}}}, got {value!r}; or leave it out")
         return handler(value) if isinstance(value, BaseModel) else chosen(sections, value).model_validate(value)
 
     return WrapValidator(validate)

@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema
 
 from vipo.config.registries import REWARDS, registered
 from vipo.config.reward_options import REWARD_OPTIONS
-from vipo.config.section import LONGEST_NAME, Section
+from vipo.config.section import LONGEST_NAME, Section, check_saved
 
 _LABEL = re.compile(rf"[A-Za-z0-9][\w.-]{{0,{LONGEST_NAME - 1}}}")
 
@@ -68,10 +68,7 @@ class RewardSpec(Section):
         from vipo.config.compose import ConfigError, validate_section
 
         name: str = info.data.get("name", "")
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:
-            raise ValueError(f"what no file can hold ({error}); leave it out") from error
+        check_saved(value)
         if name not in REWARDS:
             # Of an import path, whose own model checks them once it is imported.
             return value

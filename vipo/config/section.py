@@ -4,6 +4,7 @@ Every number that decides a result is a field of a section. Values that need a m
 against feature width, grid sizes) are checked when a run is set up.
 """
 
+import json
 import os
 import re
 from typing import Annotated, Any
@@ -58,6 +59,18 @@ def _path(value: str) -> str:
 
 UserPath = Annotated[str, AfterValidator(_path)]
 """A path, or what may stand in its place; `~` and `~user` expanded: what is saved means the same to everybody."""
+
+
+def check_saved(options: Any) -> None:
+    """Refuse options of a part, known to it alone, that no file can hold.
+
+    Raises:
+        ValueError: a number is not finite, or a text holds half a surrogate.
+    """
+    try:
+        json.dumps(options, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise ValueError(f"an option cannot be saved ({error}); give finite numbers and whole characters") from error
 
 
 class Section(BaseModel):

@@ -12,9 +12,9 @@ from vipo.config.credit import Control, CreditConfig
 from vipo.config.registries import CREDIT_SOURCES
 from vipo.credit.controls import controlled, divided_by_mean
 from vipo.credit.source import CreditError, CreditSource, Samples, Weights
-from vipo.parts import load_part
+from vipo.parts import load_part, told
 
-_METHODS = ("set_up", "before_rollout", "after_rollout", "__call__")
+_METHODS = ("set_up", "inputs", "before_rollout", "after_rollout", "__call__")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def checked(name: str, found: Any, samples: Samples) -> Weights:
     given = found if isinstance(found, Weights) else Weights(found)
     values = given.values
     if not isinstance(values, Tensor) or values.layout != torch.strided or not values.is_floating_point():
-        kind = f"{values.dtype}, {values.layout}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise CreditError(f"{called}: expected a dense tensor of floating point weights, got {kind}")
+        layout = f", {values.layout}" if isinstance(values, Tensor) else ""
+        raise CreditError(f"{called}: expected a dense tensor of floating point weights, got {told(values)}{layout}")
     shape = (len(samples), *samples.positions)
     steps = samples.trajectories[0].means.shape[1] if samples.trajectories else None
     own = (len(samples), values.shape[1] if steps is None and values.ndim > 1 else steps, *samples.positions)
@@ -121,10 +121,10 @@ def checked(name: str, found: Any, samples: Samples) -> Weights:
             f"{tuple(values.shape)}"
         )
     for flags in (given.constant, given.converged):
-        if flags is not None and (flags.shape != shape[:1] or flags.dtype != torch.bool):
-            raise CreditError(
-                f"{called}: expected flags bool of shape {shape[:1]}, got {flags.dtype} of {tuple(flags.shape)}"
-            )
+        if flags is None:
+            continue
+        if not isinstance(flags, Tensor) or flags.shape != shape[:1] or flags.dtype != torch.bool:
+            raise CreditError(f"{called}: expected flags torch.bool of {shape[:1]}, got {told(flags)}")
     values = values.detach().as_subclass(Tensor).to(samples.clean.device, torch.float32)
     sound = (values >= 0) & values.isfinite()
     if not bool(sound.all()):

@@ -18,7 +18,8 @@ def guarded_class(found: type[Base], kind: type[VipoError], what: str, path: str
     Args:
         found: the class.
         kind, what, path: see `foreign`.
-        methods: names of the methods and class methods that are called from outside.
+        methods: names of the methods, class methods and properties that are used from outside. A plain value in the
+            place of a property stays one.
     """
     abstract: frozenset[str] = getattr(found, "__abstractmethods__", frozenset())
     own = {
@@ -46,18 +47,17 @@ def _guarded(found: type, name: str, boundary: Callable[[], foreign]) -> Any:
 
         return classmethod(of_class)
     if isinstance(original, staticmethod):
-        original = original.__func__
+        return staticmethod(_around(original.__func__, boundary))
+    if isinstance(original, property):
+        read: Any = original.fget
+        return property(_around(read, boundary), doc=original.__doc__)
+    return _around(original, boundary) if callable(original) else original
 
-        @functools.wraps(original)
-        def of_nothing(*arguments: Any, **options: Any) -> Any:
-            with boundary():
-                return original(*arguments, **options)
 
-        return staticmethod(of_nothing)
-
+def _around(original: Callable[..., Any], boundary: Callable[[], foreign]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def of_instance(self: Any, *arguments: Any, **options: Any) -> Any:
+    def within(*arguments: Any, **options: Any) -> Any:
         with boundary():
-            return original(self, *arguments, **options)
+            return original(*arguments, **options)
 
-    return of_instance
+    return within

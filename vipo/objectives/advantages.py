@@ -49,13 +49,13 @@ def group_advantages(
     std_floor: float,
     clip: float,
     std: Literal["group", "batch"] = "group",
-    maps: Tensor | None = None,
+    credit: Tensor | None = None,
 ) -> GroupAdvantages:
     """Normalise each reward within its group, weight, add and clip.
 
-    ``A_i = sum_k w_k (r_ik - mean_k) / (std_k + floor)``. With `maps` (the ablation that multiplies the map into the
-    reward) the same of ``M_i(p) r_ik``, position by position. A reward that is equal within a group says nothing of
-    its samples and adds 0 to their advantages, whatever their maps.
+    ``A_i = sum_k w_k (r_ik - mean_k) / (std_k + floor)``. With `credit` (the ablation that multiplies it into the
+    reward) the same of ``W_i(p) r_ik``, position by position. A reward that is equal within a group says nothing of
+    its samples and adds 0 to their advantages, whatever their credit.
 
     Args:
         rewards: ``(N,)`` per reward name; a sample with a non-finite value is left out.
@@ -65,10 +65,10 @@ def group_advantages(
         clip: the advantages are clipped to [-clip, clip].
         std: 'group': the sample standard deviation within the group (ddof 1; DanceGRPO, ViPO); 'batch': the
             population's over all samples of the update (ddof 0; Flow-GRPO). The mean is the group's in both.
-        maps: ``(N, [S,] [T,] H, W)``, non-negative; multiplied into the rewards.
+        credit: ``(N, [S,] [T,] H, W)``, non-negative; multiplied into the rewards.
 
     Raises:
-        ValueError: names or shapes disagree, or a map is negative.
+        ValueError: names or shapes disagree, or credit is negative.
 
     Source: DanceGRPO (arXiv 2505.07818), equation of the group advantage; ViPO keeps it.
     """
@@ -81,7 +81,7 @@ def group_advantages(
             )
     valid = torch.stack([reward.isfinite() for reward in rewards.values()]).all(dim=0)
     placed = {
-        name: (reward if maps is None else allocate_advantages(reward, maps)).double()
+        name: (reward if credit is None else allocate_advantages(reward, credit)).double()
         for name, reward in rewards.items()
     }
     count = int(groups.max()) + 1
@@ -91,7 +91,7 @@ def group_advantages(
     zero_std = torch.ones(count, dtype=torch.bool)
     for group in range(count):
         members = (groups == group) & valid
-        # Of the rewards themselves: maps differ where rewards do not.
+        # Of the rewards themselves: credit differs where rewards do not.
         told = [name for name, reward in rewards.items() if bool((reward[members] != reward[members][:1]).any())]
         if not told:
             continue
@@ -131,14 +131,16 @@ def best_and_worst(advantages: Tensor, groups: Tensor, count: int) -> Tensor:
     return torch.stack(chosen)
 
 
-def allocate_advantages(advantages: Tensor, maps: Tensor) -> Tensor:
-    """``A_i^p = M_i(p) A_i``: ``(N,)`` and ``(N, [S,] [T,] H, W)`` to the latter.
+def allocate_advantages(advantages: Tensor, credit: Tensor) -> Tensor:
+    """``A_i^p = W_i(p) A_i``: ``(N,)`` and ``(N, [S,] [T,] H, W)`` to the latter.
 
     Raises:
-        ValueError: a map is negative (it would flip an advantage's sign), or shapes disagree.
+        ValueError: a weight is negative (it would flip an advantage's sign), or shapes disagree.
     """
-    if len(maps) != len(advantages):
-        raise ValueError(f"maps: expected {len(advantages)} maps, one per advantage, got shape {tuple(maps.shape)}")
-    if bool((maps < 0).any()):
-        raise ValueError(f"maps: a value is negative ({float(maps.min())}); it would flip the sign of an advantage")
-    return maps * advantages.reshape(-1, *([1] * (maps.ndim - 1)))
+    if len(credit) != len(advantages):
+        raise ValueError(
+            f"credit: expected that of {len(advantages)} samples, one per advantage, got shape {tuple(credit.shape)}"
+        )
+    if bool((credit < 0).any()):
+        raise ValueError(f"credit: a value is negative ({float(credit.min())}); it would flip the sign of an advantage")
+    return credit * advantages.reshape(-1, *([1] * (credit.ndim - 1)))

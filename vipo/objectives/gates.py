@@ -9,7 +9,7 @@ from torch import Tensor
 from vipo.config.objective import GateConfig, PpoGateConfig, SymmetricGateConfig
 from vipo.config.registries import GATES
 from vipo.objectives.objective import ObjectiveError
-from vipo.parts import Part, load_part
+from vipo.parts import Part, load_part, told
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def checked_gated(name: str, gated: object, moved: Moved) -> Gated:
         raise ObjectiveError(f"gate {name!r}: expected Gated, got a {type(gated).__name__}")
     expected = moved.advantages.shape
     for part, value, dtype in (("dropped", gated.dropped, torch.bool), ("ratio", gated.ratio, moved.log_ratio.dtype)):
-        if value is not None and (value.shape != expected or value.dtype != dtype):
-            raise ObjectiveError(
-                f"gate {name!r}: {part}: expected {dtype} of shape {tuple(expected)}, got {value.dtype} of "
-                f"{tuple(value.shape)}"
-            )
+        if value is None and part == "ratio":
+            continue
+        if not isinstance(value, Tensor) or value.shape != expected or value.dtype != dtype:
+            like_it = told(moved.advantages.to(dtype))
+            raise ObjectiveError(f"gate {name!r}: {part}: expected {like_it}, got {told(value)}")
     return gated

@@ -17,12 +17,15 @@ from vipo.config.objective import ObjectiveConfig
 from vipo.config.registries import OBJECTIVES
 from vipo.errors import VipoError
 from vipo.objectives.advantages import Advantages
-from vipo.parts import Part, load_part
+from vipo.parts import Part, load_part, told
 from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
 
 Needs = Literal["log_probabilities", "stochastic", "none"]
 Kept = Literal["sampler", "anchor"]
+
+# What the metrics of every update are called, or begin with.
+_TAKEN = frozenset({"loss", "grad", "log_ratio", "clip", "reward", "samples", "group", "map"})
 
 
 class ObjectiveError(VipoError):
@@ -151,9 +154,12 @@ def load_objective(config: ObjectiveConfig) -> Objective:
         ObjectiveError: an import path is none, or names no `Objective`.
         ConfigError: an option of an import path's objective is wrong.
     """
-    methods = ("points", "__call__")
+    methods = ("needs_old", "needs_reference", "points", "__call__")
     base: type[Objective] = Objective  # type: ignore[type-abstract]
-    return load_part(config, OBJECTIVES, base, methods, ObjectiveError, "objective", "objective")
+    found = load_part(config, OBJECTIVES, base, methods, ObjectiveError, "objective", "objective")
+    if found.needs not in (known := get_args(Needs)):
+        raise ObjectiveError(f"objective {config.name!r}: needs {found.needs!r}, not one of {', '.join(known)}")
+    return found
 
 
 def checked_keeps(name: str, keeps: object) -> Mapping[Kept, DecayConfig]:
@@ -181,11 +187,11 @@ def checked_points(name: str, points: object, share: Share) -> Points:
     like = share.trajectory.clean
     if not isinstance(points, Points):
         raise ObjectiveError(f"objective {name!r}: expected Points, got a {type(points).__name__}")
-    if points.latents.shape != like.shape or points.times.shape != like.shape[:1]:
-        raise ObjectiveError(
-            f"objective {name!r}: expected latents {tuple(like.shape)} and times {tuple(like.shape[:1])}, got "
-            f"{tuple(points.latents.shape)} and {tuple(points.times.shape)}"
-        )
+    for part, value, shape in (("latents", points.latents, like.shape), ("times", points.times, like.shape[:1])):
+        fits = isinstance(value, Tensor) and value.is_floating_point() and value.device == like.device
+        if not fits or value.shape != shape:
+            like_it = told(like.new_empty(shape))
+            raise ObjectiveError(f"objective {name!r}: points: {part}: expected {like_it}, got {told(value)}")
     return points
 
 
@@ -201,17 +207,19 @@ def checked_outcome(name: str, needs: Needs, outcome: object, share: Share) -> O
         raise ObjectiveError(f"{called}: expected an Outcome, got a {type(outcome).__name__}")
     loss = outcome.loss
     if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         gradient = "" if not isinstance(loss, Tensor) or loss.requires_grad else " without gradient"
-        raise ObjectiveError(f"{called}: expected a scalar loss with its gradient, got {found}{gradient}")
+        raise ObjectiveError(f"{called}: expected a scalar loss with its gradient, got {told(loss)}{gradient}")
     for part in ("log_ratio", "gated", "dropped"):
         value = getattr(outcome, part)
-        fits = value is None or (value.shape == (batch,) if part == "dropped" else value.shape[:1] == (batch,))
-        if not fits:
-            raise ObjectiveError(f"{called}: {part}: expected {batch} samples, got shape {tuple(value.shape)}")
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape[: None if part == "dropped" else 1] != (batch,):
+            raise ObjectiveError(f"{called}: {part}: expected {batch} samples, got {told(value)}")
     if needs == "log_probabilities" and outcome.log_ratio is None:
         raise ObjectiveError(f"{called}: needs log-probabilities and gives no log_ratio, by which they are checked")
-    wrong = [key for key, value in outcome.metrics.items() if value.ndim]
-    if wrong:
-        raise ObjectiveError(f"{called}: metrics: expected scalars, {wrong[0]!r} has another shape")
+    for key, value in outcome.metrics.items():
+        if not isinstance(value, Tensor) or value.ndim:
+            raise ObjectiveError(f"{called}: metrics: {key!r}: expected a scalar tensor, got {told(value)}")
+        if key in _TAKEN or key.partition("/")[0] in _TAKEN:
+            raise ObjectiveError(f"{called}: metrics: {key!r} is one of every run's; give it another name")
     return outcome

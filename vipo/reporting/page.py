@@ -95,7 +95,7 @@ def _findings(summary: Summary) -> list[dict[str, Any]]:
     """The statements below the headline, in groups."""
     groups = [
         ("Trained reward, against the base", summary.against_base),
-        ("Does the map's layout matter?", summary.layout),
+        ("Does it matter where the credit goes?", summary.layout),
     ]
     return [{"title": title, "items": items} for title, items in groups if items and items != summary.headline]
 

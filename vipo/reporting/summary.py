@@ -194,8 +194,8 @@ def _weights(credit: CreditConfig) -> str:
         "none": product,
         "inverted": f"the inverted {bare}",
         "shuffled": f"the shuffled {bare}",
-        "mean": "the mean of the sample's own map",
-        "group": "the group's mean map",
+        "mean": f"the mean of the sample's own {bare}",
+        "group": f"the group's mean {bare}",
     }[credit.control]
 
 

@@ -1,7 +1,6 @@
 """What a reward is, how it is found by name, and how it is called."""
 
 import copy
-import difflib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from vipo.config.compose import ConfigError, validate_section
-from vipo.config.registries import REWARDS
+from vipo.config.registries import REWARDS, registered
 from vipo.foreign import foreign, resolve
 from vipo.rewards.errors import RewardError
 
@@ -51,12 +49,10 @@ def find_reward(name: str, options: Mapping[str, Any] | None = None) -> tuple[An
         RewardError: no such reward, its module cannot be imported, the object is not callable, or it does not take
             such options.
     """
-    if name not in REWARDS and ":" not in name:
-        close = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise RewardError(
-            f"unknown reward {name!r}; {hint}known: {', '.join(REWARDS)}, or an import path 'package.module:object'"
-        )
+    try:
+        registered(name, REWARDS, "reward")
+    except ValueError as error:
+        raise RewardError(str(error)) from error
     path = REWARDS.get(name, name)
     # What ships is not others' code.
     found = pkgutil.resolve_name(path) if name in REWARDS else resolve(path, RewardError, _called(name))
@@ -76,6 +72,9 @@ def _checked_options(name: str, found: Any, options: Mapping[str, Any]) -> BaseM
         return None
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise RewardError(f"{_called(name)}: its Options must be a pydantic model")
+    # Composing brings Hydra, which a loop of others has no use for.
+    from vipo.config.compose import ConfigError, validate_section
+
     with foreign(RewardError, _called(name), name):
         try:
             return validate_section(model, dict(options), "options.")

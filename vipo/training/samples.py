@@ -12,17 +12,6 @@ from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import Trajectory
 from vipo.training.errors import TrainingError
 
-__all__ = [
-    "MicroBatch",
-    "Sample",
-    "TrainingError",
-    "arrange_samples",
-    "chosen_transitions",
-    "concatenated",
-    "named",
-    "update_prompts",
-]
-
 
 @dataclass(frozen=True)
 class Sample:
