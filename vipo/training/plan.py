@@ -81,7 +81,7 @@ class Plan:
         return {**asdict(self), "peak": self.peak}
 
 
-def _gib(size: int) -> str:
+def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
@@ -213,7 +213,7 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
     Args:
         config, root, prompts: as of `plan`.
         found: the run's plan.
-        memory: bytes of a device.
+        memory: bytes of a device, maybe infinite.
 
     Raises:
         TrainingError: naming what is short, and settings with which the run would fit.
