@@ -170,7 +170,7 @@ def plan(
     found = planned(chosen, root, prompts)
     typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.text(tflops))
     if memory is not None:
-        require_fit(chosen, root, prompts, found, int(memory * 2**30))
+        require_fit(chosen, root, prompts, found, memory * 2**30)
 
 
 @app.command()

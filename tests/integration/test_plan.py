@@ -1,6 +1,7 @@
 """`vipo plan`: counted by hand on the tiny generator, and refused where a device is too small."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import VipoError
 from vipo.generators import load_generator
-from vipo.training.plan import plan
+from vipo.training.plan import Plan, plan, require_fit
 
 ROOT = repository_root()
 
@@ -69,3 +70,57 @@ def test_the_command_says_what_would_fit(
         app([*command, "--memory", "0"], standalone_mode=False)
     with pytest.raises(VipoError, match="nothing to plan"):
         app([*command, "arm=base"], standalone_mode=False)
+
+
+def test_what_would_fit_can_be_set(tiny_overrides: list[str]) -> None:
+    """Shards hold one precision, an adapter keeps its rank, and what is set already is not named."""
+    saved = "training.gradient_checkpointing=true"
+    for more, told in (
+        (
+            ["distribution={strategy: fsdp, processes: 2}"],
+            "training.micro_batch=1 training.lora={} generator.precision",
+        ),
+        (["training.lora={rank: 2, alpha: 2}", "training.micro_batch=1"], "with generator.precision=bf16 generator.w"),
+    ):
+        config = load_config([*tiny_overrides, "arm=vipo", saved, *more])
+        found = plan(config, ROOT, prompts=2)
+        with pytest.raises(VipoError) as caught:
+            require_fit(config, ROOT, 2, found, 0)
+        assert told in str(caught.value)
+        assert saved not in str(caught.value)
+        assert ("generator.weights" in str(caught.value)) == (config.distribution.strategy == "ddp")
+        require_fit(config, ROOT, 2, found, math.inf)
+
+
+ADAPTERS = """
+from vipo.generators.flux import FluxGenerator
+
+class Fine(FluxGenerator):
+    pass
+
+class Reads(FluxGenerator):
+    def _predict(self, latents, time, conditioning):
+        assert float(time[0]) >= 0
+        return super()._predict(latents, time, conditioning)
+
+class Raises(FluxGenerator):
+    def _predict(self, latents, time, conditioning):
+        raise RuntimeError("boom")
+"""
+
+
+def test_an_adapter_of_an_import_path_is_planned(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_planned.py").write_text(ADAPTERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = [*tiny_overrides, "arm=vipo", "training.lora={rank: 2, alpha: 2}"]
+
+    def of(name: str) -> Plan:
+        return plan(load_config([*chosen, f"generator.family=my_planned:{name}"]), ROOT, prompts=2)
+
+    assert of("Fine") == plan(load_config(chosen), ROOT, prompts=2)
+    with pytest.raises(VipoError, match="'my_planned:Reads': its calls depend on values"):
+        of("Reads")
+    with pytest.raises(VipoError, match="'my_planned:Raises' raised RuntimeError: boom"):
+        of("Raises")

@@ -479,6 +479,14 @@ def test_a_saved_configuration_of_before_names_where_each_key_is_now(demo: Confi
     }
 
 
+def test_a_label_of_a_term_that_is_wrong_is_not_called_unknown() -> None:
+    term = "reward.terms=[{name: clipscore, label: depicts, options: {tempalte: x}}]"
+    with pytest.raises(ConfigError) as caught:
+        load_config([DEMO, term, "evaluation.rewards=[depicts, redness]"])
+    assert "did you mean 'template'?" in str(caught.value)
+    assert "evaluation" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["../x", "a b\nc", "", "Upper", ".5", "x" * 101])
 def test_an_arm_s_name_can_name_a_folder(demo: Config, name: str) -> None:
     data = demo.model_dump(mode="json")

@@ -142,9 +142,14 @@ def check_labels(rewards: Sequence[RewardSpec]) -> None:
         raise ValueError(f"a reward is named twice: {', '.join(labels)}; leave one out, or give it a label of its own")
 
 
-def referred(rewards: Any, terms: Sequence[RewardTerm]) -> Any:
-    """A raw list of rewards in which the label of a term stands for that term, arguments included."""
+def referred(rewards: Any, terms: Sequence[RewardTerm] | None) -> Any:
+    """A raw list of rewards in which the label of a term stands for that term, arguments included.
+
+    Without terms, which did not validate, nothing is known of names that could be labels: they are left out.
+    """
     if not isinstance(rewards, list | tuple):
         return rewards
+    if terms is None:
+        return [item for item in rewards if not isinstance(item, str) or item in REWARDS or ":" in item]
     known: Mapping[str, RewardSpec] = {term.label: term.spec for term in terms}
     return [known.get(item, item) if isinstance(item, str) else item for item in rewards]

@@ -120,10 +120,10 @@ class Config(Section):
     @field_validator("evaluation", mode="before")
     @classmethod
     def _with_named_terms(cls, value: Any, info: ValidationInfo) -> Any:
-        reward = info.data.get("reward")
-        if reward is None or not isinstance(value, Mapping) or "rewards" not in value:
+        if not isinstance(value, Mapping) or "rewards" not in value:
             return value
-        return {**value, "rewards": referred(value["rewards"], reward.terms)}
+        reward = info.data.get("reward")
+        return {**value, "rewards": referred(value["rewards"], None if reward is None else reward.terms)}
 
     @field_validator("evaluation")
     @classmethod

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._mode_utils import no_dispatch
 
 _SIGNALS = tuple(
     getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "CHLD", "PIPE")
@@ -123,17 +124,21 @@ def _write_numpy_state(wanted: tuple[Any, ...]) -> None:
 
 
 def _torch_state() -> bytes:
-    return torch.get_rng_state().numpy().tobytes()
+    # Within `vipo plan` tensors hold no data; those of the state do.
+    with no_dispatch():
+        return torch.get_rng_state().numpy().tobytes()
 
 
 def _write_torch_state(wanted: bytes) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(wanted), dtype=torch.uint8))
+    with no_dispatch():
+        torch.set_rng_state(torch.frombuffer(bytearray(wanted), dtype=torch.uint8))
 
 
 def _cuda() -> tuple[int, bytes] | None:
     if not torch.cuda.is_initialized():
         return None
-    return torch.cuda.current_device(), torch.cuda.get_rng_state().numpy().tobytes()
+    with no_dispatch():
+        return torch.cuda.current_device(), torch.cuda.get_rng_state().numpy().tobytes()
 
 
 def _write_cuda(wanted: tuple[int, bytes] | None) -> None:
@@ -142,7 +147,8 @@ def _write_cuda(wanted: tuple[int, bytes] | None) -> None:
         torch.cuda.set_device(0)
     else:
         torch.cuda.set_device(wanted[0])
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(wanted[1]), dtype=torch.uint8))
+        with no_dispatch():
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray(wanted[1]), dtype=torch.uint8))
 
 
 def _default_device() -> torch.device | None:

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +31,7 @@ from vipo.generators.pipeline import PipelineGenerator
 from vipo.objectives import load_objective
 from vipo.training.errors import TrainingError
 
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _FP32 = 4
 _MOMENTS = 2
 
@@ -76,7 +81,7 @@ class Plan:
         return {**asdict(self), "peak": self.peak}
 
 
-def _gib(size: int) -> str:
+def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
@@ -146,10 +151,13 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     try:
         with mode, FlopCounterMode(display=False) as learned:
             lesson()
-    except DataDependentOutputException as error:
+    except (*_NEEDS_DATA, GeneratorError) as error:
+        # Of an adapter that is named by an import path, it is the cause of the error.
+        if isinstance(error, GeneratorError) and not isinstance(error.__cause__, _NEEDS_DATA):
+            raise
         raise GeneratorError(
-            f"generator.family {config.generator.family!r}: its calls depend on how long the prompts are, so that they "
-            "cannot be counted without data"
+            f"generator.family {config.generator.family!r}: its calls depend on values, such as how long the prompts "
+            "are, so that they cannot be counted without data; measure an update of 'vipo train' instead"
         ) from error
     with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
         predict()
@@ -199,35 +207,46 @@ _SAVINGS: tuple[Mapping[str, Any], ...] = (
 """What makes a run smaller, in the order in which it costs least."""
 
 
-def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: int) -> None:
+def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: float) -> None:
     """Refuse a run that does not fit.
 
     Args:
         config, root, prompts: as of `plan`.
         found: the run's plan.
-        memory: bytes of a device.
+        memory: bytes of a device, maybe infinite.
 
     Raises:
         TrainingError: naming what is short, and settings with which the run would fit.
     """
     if found.peak <= memory:
         return
-    data, given = config.model_dump(), []
+    data, given, smaller = config.model_dump(), [], found
+    sharded = config.distribution.strategy == "fsdp"
     for saving in _SAVINGS:
-        for section, values in saving.items():
-            # What is trained in bf16 already has its adapter.
-            fresh = {key: value for key, value in values.items() if not data[section][key] or key not in ("lora",)}
-            data[section] |= fresh
-            given += [f"{section}.{key}={str(value).lower()}" for key, value in fresh.items()]
+        fresh = [
+            (section, key, value)
+            for section, values in saving.items()
+            for key, value in values.items()
+            # An adapter that is there keeps its rank, and shards hold one precision.
+            if data[section][key] != value
+            and not (key == "lora" and data[section][key] is not None)
+            and not (key == "weights" and sharded)
+        ]
+        if not fresh:
+            continue
+        for section, key, value in fresh:
+            data[section] = {**data[section], key: value}
+            given.append(f"{section}.{key}={str(value).lower()}")
         smaller = plan(Config.model_validate(data), root, prompts)
         if smaller.peak <= memory:
             raise TrainingError(
                 f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there; it would fit with "
                 f"{' '.join(given)} ({_gib(smaller.peak)})"
             )
+    still = f", and still {_gib(smaller.peak)} with {' '.join(given)}" if given else ""
     raise TrainingError(
-        f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there, and still {_gib(smaller.peak)} with "
-        f"{' '.join(given)}; lower the generator's size, or shard it: distribution.strategy=fsdp with more processes"
+        f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there{still}; lower the generator's size, or "
+        f"{'raise distribution.processes' if sharded else 'shard it: distribution.strategy=fsdp with more processes'}"
     )
 
 
