@@ -72,6 +72,9 @@ def _part(node: Mapping[str, Any], definitions: Mapping[str, Any], *, composed: 
     branches = made.pop("oneOf", made.get("anyOf"))
     if branches is not None:
         made["anyOf"] = [_part(item, definitions, composed=composed) for item in branches]
+        if composed and len(_sections(made)) > 1:
+            # Another part's options, of a file before, are let go of.
+            made["anyOf"].append({"type": "null"})
     if "properties" in made:
         properties = made["properties"].items()
         made["properties"] = {key: _value(_part(item, definitions, composed=composed)) for key, item in properties}
