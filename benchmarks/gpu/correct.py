@@ -147,7 +147,7 @@ sound, batches = run.update, iter((False, True))
 def kill(finished):
     if next(batches):
         os.kill(os.getpid(), signal.SIGKILL)
-run.update = lambda setup, number, stop: sound(setup, number, kill if number == 3 else stop)
+run.update = lambda setup, number, stop, show: sound(setup, number, kill if number == 3 else stop, show)
 main()
 """
 

@@ -299,8 +299,8 @@ def test_a_resume_ends_with_the_same_bytes(
         setup = _setup(results, overrides)
         train(setup, run_identity(setup))
 
-    def asked(setup: Setup, number: int, stop: Any) -> dict[str, float]:
-        metrics = update(setup, number, stop)
+    def asked(*given: Any) -> dict[str, float]:
+        metrics = update(*given)
         os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 

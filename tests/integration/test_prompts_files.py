@@ -242,7 +242,7 @@ def test_prompts_that_no_run_could_use_are_not_written(tmp_path: Path) -> None:
     overrides += ["training.prompts_per_update=1"]
     config = load_config(["experiment=demo", "prompts.eval_share=0.5", *overrides])
     oracle = load_config(["experiment=demo", "prompts.eval_share=0.5", *overrides, "arm=oracle"])
-    with pytest.raises(PromptError, match=r"objective\.map 'oracle' needs scene metadata"):
+    with pytest.raises(PromptError, match="credit source 'oracle' needs scene metadata"):
         prepare_stage(config, tmp_path, tmp_path / "results", readers=[oracle])
     assert not (tmp_path / "results/demo/prompts/manifest.json").exists()
     prepare_stage(config, tmp_path, tmp_path / "results")

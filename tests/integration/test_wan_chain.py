@@ -69,7 +69,8 @@ def test_a_video_experiment_from_prompts_to_report(overrides: list[str], tmp_pat
     train_stage(config, ROOT, results)
 
     script = ROOT / "tests" / "e2e" / "kill_and_resume.py"
-    command = [sys.executable, str(script), str(disturbed), "[[1, 0.05], null]", *overrides, "arm=vipo"]
+    jobs = json.dumps([[str(disturbed), [[1, 0.05], None]]])
+    command = [sys.executable, str(script), jobs, *overrides, "arm=vipo"]
     killed, finished = subprocess.run(
         command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
     ).stdout.splitlines()

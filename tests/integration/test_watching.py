@@ -113,8 +113,9 @@ def test_a_clip_is_shown_by_its_middle_frame_and_that_frames_map(tmp_path: Path)
     weights = torch.zeros(1, 3, 4, 4)
     weights[:, 1] = 1
     sample = SimpleNamespace(group=0, index=0, prompt=SimpleNamespace(text="a clip"))
-    rollouts: Any = SimpleNamespace(samples=[sample], batches=[SimpleNamespace(rows=(0,))])
-    sheets._draw(tmp_path / "sheet.png", rollouts, [clip], weights)
+    rollouts: Any = SimpleNamespace(samples=[sample], rows=[0], pictures=clip)
+    # The same for each of two transitions.
+    sheets._draw(tmp_path / "sheet.png", rollouts, torch.stack([weights, weights], dim=1))
     with Image.open(tmp_path / "sheet.png") as picture:
         pixels = np.asarray(picture)
     assert (pixels[16 + 64, 64] == 255).all()
