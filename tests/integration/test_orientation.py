@@ -12,7 +12,7 @@ from vipo.maps import photographs
 from vipo.maps.photographs import COMPOSITE_SIZE, composites, load_photographs, photographed
 from vipo.maps.scoring import Kind, drawn_scenes
 from vipo.perception import PerceptionError
-from vipo.perception.allocator import Orientation
+from vipo.perception.orientation import Orientation
 
 pytest_plugins = ["command"]
 OUTLINES = Path(__file__).parents[2] / "data" / "masks" / "photographs.json"

@@ -18,7 +18,7 @@ from vipo.maps import pictures, show
 from vipo.maps.pictures import find_pictures, read_clip, read_image
 from vipo.maps.show import map_images, overlay
 from vipo.perception import PerceptionError
-from vipo.perception.allocator import Orientation
+from vipo.perception.orientation import Orientation
 
 pytest_plugins = ["command"]
 

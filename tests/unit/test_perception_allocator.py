@@ -12,16 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 from vipo.errors import VipoError
 from vipo.maps.scoring import area_under_curve
-from vipo.perception.allocator import (
-    _jacobi,
-    _subspace_iteration,
-    allocate,
-    is_blind,
-    orient,
-    orientation_scores,
-    principal_components,
-    smooth,
-)
+from vipo.perception.allocator import allocate, smooth
+from vipo.perception.components import _jacobi, _subspace_iteration, principal_components
+from vipo.perception.orientation import is_blind, orient, orientation_scores
 from vipo.sampling.noise import keyed_generator
 
 RULES = ("norm", "centre", "border", "skew")
@@ -181,7 +174,7 @@ def test_the_iteration_of_accelerators_equals_lapack(size, rank):
 
 def test_what_the_iteration_cannot_reach_is_seen_by_its_residual(monkeypatch):
     # A spectrum without decay; as on an accelerator, where the exact solution is not fallen back to.
-    monkeypatch.setattr("vipo.perception.allocator._exact", lambda gram, count: (_ for _ in ()).throw(AssertionError))
+    monkeypatch.setattr("vipo.perception.components._exact", lambda gram, count: (_ for _ in ()).throw(AssertionError))
     with pytest.raises(AssertionError):
         principal_components(features(1, 530, 23, 24, decay=0.0, key=3), 3)
     assert principal_components(features(1, 530, 23, 24, decay=1.0, key=3), 3).converged.all()

@@ -13,8 +13,9 @@ from torch import Tensor
 from vipo.config.perception import PerceptionConfig
 from vipo.demo.scenes import Scene, draw, object_mask, sample_scene
 from vipo.maps.pictures import map_size
-from vipo.perception.allocator import Orientation, allocate, is_blind
+from vipo.perception.allocator import allocate
 from vipo.perception.backbones import Backbone, load_backbone
+from vipo.perception.orientation import Orientation, is_blind
 from vipo.perception.structuring import PerceptualStructuring
 
 ORIENTATIONS: tuple[Orientation, ...] = get_args(Orientation)

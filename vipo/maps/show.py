@@ -17,9 +17,11 @@ from torch import Tensor
 
 from vipo.config.perception import PerceptionConfig
 from vipo.maps.pictures import Clip, find_pictures, map_size, read_clip
-from vipo.perception.allocator import minmax, orientation_scores, principal_components, resize
+from vipo.perception.allocator import minmax, resize
 from vipo.perception.backbones import load_backbone
+from vipo.perception.components import principal_components
 from vipo.perception.errors import PerceptionError
+from vipo.perception.orientation import orientation_scores
 from vipo.perception.structuring import PerceptualStructuring
 
 COLORMAP = "inferno"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vipo.config.perception import PerceptionConfig
 from vipo.foreign import foreign, is_import_path, resolve
 from vipo.perception import dinov2
-from vipo.perception.allocator import Orientation
 from vipo.perception.errors import PerceptionError
+from vipo.perception.orientation import Orientation
 from vipo.perception.weights import (
     HUB,
     PACKAGED,

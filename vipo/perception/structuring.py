@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 
 from vipo.config.perception import PerceptionConfig
-from vipo.perception.allocator import (
-    NO_RANGE,
-    AllocationMaps,
-    Orientation,
-    allocate,
-    combine,
-    finish,
-    is_blind,
-    minmax,
-    orientation_scores,
-    principal_components,
-)
+from vipo.perception.allocator import NO_RANGE, AllocationMaps, allocate, combine, finish, minmax
 from vipo.perception.backbones import CHOSEN, Backbone
+from vipo.perception.components import principal_components
 from vipo.perception.errors import PerceptionError
+from vipo.perception.orientation import Orientation, is_blind, orientation_scores
 from vipo.perception.temporal import average_groups, follow_components, smooth_in_time
 
 # Frames in the backbone at once: what a clip needs in memory does not grow with its length.
