@@ -1,7 +1,7 @@
 """Random checkpoints of each generator family in the smallest size, in the stock pipelines' own layout."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,8 +65,7 @@ def picture_autoencoder(shift: float | None = None) -> AutoencoderKL:
     )
 
 
-def write_wan(folder: Path) -> Path:
-    """Wan 2.1: videos with sides in multiples of 16 and 1 + 4 k frames."""
+def _write_wan(folder: Path, channels: int, vae: Mapping[str, object], shift: float, **options: object) -> Path:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     WanPipeline(
@@ -76,16 +75,19 @@ def write_wan(folder: Path) -> Path:
         ),
         vae=AutoencoderKLWan(
             base_dim=4,
-            z_dim=16,
+            z_dim=channels,
             dim_mult=[1] * 4,
             num_res_blocks=1,
-            latents_mean=torch.randn(16, generator=generator).tolist(),
-            latents_std=(1 + torch.rand(16, generator=generator)).tolist(),
+            latents_mean=torch.randn(channels, generator=generator).tolist(),
+            latents_std=(1 + torch.rand(channels, generator=generator)).tolist(),
+            **vae,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         transformer=WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=12,
+            in_channels=channels,
+            out_channels=channels,
             text_dim=32,
             freq_dim=32,
             ffn_dim=32,
@@ -93,49 +95,40 @@ def write_wan(folder: Path) -> Path:
             cross_attn_norm=True,
             rope_max_seq_len=64,
         ),
+        **options,
     ).save_pretrained(folder)
     return folder
+
+
+def write_wan(folder: Path) -> Path:
+    """Wan 2.1: videos with sides in multiples of 16 and 1 + 4 k frames."""
+    return _write_wan(folder, 16, {}, shift=3.0)
 
 
 def write_wan22_ti2v(folder: Path) -> Path:
     """Wan 2.2 TI2V-5B: its autoencoder takes 2 x 2 pixels as channels; sides in multiples of 32."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    WanPipeline(
-        tokenizer=t5_tokenizer(),
-        text_encoder=UMT5EncoderModel(
-            UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
-        ),
-        vae=AutoencoderKLWan(
-            base_dim=4,
-            decoder_base_dim=4,
-            z_dim=8,
-            dim_mult=[1] * 4,
-            num_res_blocks=1,
-            is_residual=True,
-            patch_size=2,
-            in_channels=12,
-            out_channels=12,
-            scale_factor_spatial=16,
-            latents_mean=torch.randn(8, generator=generator).tolist(),
-            latents_std=(1 + torch.rand(8, generator=generator)).tolist(),
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=8,
-            out_channels=8,
-            text_dim=32,
-            freq_dim=32,
-            ffn_dim=32,
-            num_layers=2,
-            cross_attn_norm=True,
-            rope_max_seq_len=64,
-        ),
-        expand_timesteps=True,
-    ).save_pretrained(folder)
-    return folder
+    vae = {
+        "decoder_base_dim": 4,
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+    }
+    return _write_wan(folder, 8, vae, shift=5.0, expand_timesteps=True)
+
+
+def diffusion_scheduler(prediction: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's, in whose chain noise or v is predicted."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
 
 
 def write_stable_diffusion(folder: Path) -> Path:
@@ -155,14 +148,7 @@ def write_stable_diffusion(folder: Path) -> Path:
             attention_head_dim=4,
             norm_num_groups=4,
         ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=diffusion_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

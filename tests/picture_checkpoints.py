@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import torch
-from checkpoints import clip_text_model, clip_tokenizer, picture_autoencoder, t5_tokenizer
+from checkpoints import clip_text_model, clip_tokenizer, diffusion_scheduler, picture_autoencoder, t5_tokenizer
 from diffusers import (
-    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -107,15 +106,7 @@ def write_stable_diffusion_xl(folder: Path, prediction: str = "epsilon") -> Path
             projection_class_embeddings_input_dim=24 + 6 * 8,
             norm_num_groups=4,
         ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction,
-        ),
+        scheduler=diffusion_scheduler(prediction),
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(folder)
     return folder

@@ -100,7 +100,7 @@ def _computed(setup: Setup, given: Trajectory | None = None) -> dict[str, Tensor
     return {
         "prediction": generator.predict(noise, chain.times[1].expand(2), conditioning),
         "rollout": path.clean,
-        "pictures": generator.decode(path.clean),
+        "pictures": generator.pictures(path.clean),
         "log_prob": position_log_prob(value, mean, std),
         **{f"_{name}": value for name, value in path.__dict__.items()},
     }

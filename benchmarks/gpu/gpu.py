@@ -23,7 +23,7 @@ from benchmarks.gpu.record import Record, read_figures
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "timm", "safetensors", "numpy")
 _NOT_WRITTEN = {
-    "memory against `vipo plan`": "there is no such command yet",
+    "memory against `vipo plan`": "no step compares them yet",
     "DDP and FSDP2 over NCCL, world size 1": "vipo joins a process group from two processes on",
 }
 

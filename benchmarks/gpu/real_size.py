@@ -179,7 +179,7 @@ def plain_update(setup: Setup) -> None:
     found = []
     for i in range(config.training.group_size):
         path = rollout(generator, conditioning, chain, stochastic, [(0, "initial", prompt)], [(0, "plain", prompt, i)])
-        pictures = generator.decode(path.clean)[0]
+        pictures = generator.pictures(path.clean)[0]
         reward = float((pictures[..., 0, :, :] - pictures[..., 1:, :, :].mean(dim=-3)).mean())
         found.append((path, reward, torch.from_numpy(_plain_map(setup, pictures)).to(setup.device)))
     rewards = np.array([reward for _, reward, _ in found])

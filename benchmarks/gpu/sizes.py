@@ -147,7 +147,14 @@ REAL: Mapping[str, Size] = MappingProxyType(
     }
 )
 
-_SMALL_DINO = f"perception.backbone='{_HERE}:dinov2_small'"
+_SMALL = (
+    f"perception.backbone='{_HERE}:dinov2_small'",
+    "perception.input_size=56",
+    "generator.height=32",
+    "generator.width=32",
+    "generator.max_sequence_length=8",
+    "sampling.steps=3",
+)
 
 _SMALL_AUTOENCODER = {
     "block_out_channels": [8, 8],
@@ -182,13 +189,8 @@ def _small_sd3(dtype: str, training: tuple[str, ...]) -> Size:
         overrides=(
             *_update(2, 4),
             *training,
-            _SMALL_DINO,
-            "perception.input_size=56",
-            "generator.height=32",
-            "generator.width=32",
-            "generator.max_sequence_length=8",
+            *_SMALL,
             "generator.guidance_scale=4",
-            "sampling.steps=3",
         ),
         setting="Stable Diffusion 3.5 in miniature",
     )
@@ -216,12 +218,7 @@ TINY: Mapping[str, Size] = MappingProxyType(
             overrides=(
                 *_update(2, 4),
                 *_LORA,
-                _SMALL_DINO,
-                "perception.input_size=56",
-                "generator.height=32",
-                "generator.width=32",
-                "generator.max_sequence_length=8",
-                "sampling.steps=3",
+                *_SMALL,
             ),
             setting="FLUX.1 in miniature",
         ),
@@ -243,14 +240,9 @@ TINY: Mapping[str, Size] = MappingProxyType(
             overrides=(
                 *_update(1, 2),
                 *_LORA,
-                _SMALL_DINO,
-                "perception.input_size=56",
-                "generator.height=32",
-                "generator.width=32",
+                *_SMALL,
                 "generator.frames=5",
-                "generator.max_sequence_length=8",
                 "generator.guidance_scale=5",
-                "sampling.steps=3",
             ),
             setting="Wan 2.1 in miniature",
         ),

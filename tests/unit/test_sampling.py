@@ -152,22 +152,29 @@ def test_euler_step_is_the_stock_schedulers() -> None:
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("time", [981, 501, 41, 21])
-def test_ddim_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
-    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+def _assert_is_a_step_of(
+    scheduler: DDIMScheduler, transition: Callable[..., tuple[Tensor, Tensor]], eta: float, time: int
+) -> None:
+    """One step of 50 that begins at `time`."""
     scheduler.set_timesteps(50)
     step = _step(time)
-    x, noise = step["latents"], step["velocity"]
+    x, predicted = step["latents"], step["velocity"]
     alphas = [scheduler.alphas_cumprod[t].expand(3) for t in (time, time - 20)]
-    mean, std = ddim_transition(x, noise, *alphas, eta)
+    mean, std = transition(x, predicted, *alphas, eta)
     # The stock step is mean + std * variance_noise.
     at_zero, at_one = (
-        scheduler.step(noise, time, x, eta=eta, variance_noise=torch.full_like(x, value)).prev_sample
+        scheduler.step(predicted, time, x, eta=eta, variance_noise=torch.full_like(x, value)).prev_sample
         for value in (0.0, 1.0)
     )
     torch.testing.assert_close(mean, at_zero, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(std.expand_as(x), at_one - at_zero, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("time", [981, 501, 41, 21])
+def test_ddim_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    _assert_is_a_step_of(scheduler, ddim_transition, eta, time)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -181,17 +188,7 @@ def test_v_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
-    scheduler.set_timesteps(50)
-    step = _step(time)
-    x, v = step["latents"], step["velocity"]
-    alphas = [scheduler.alphas_cumprod[t].expand(3) for t in (time, time - 20)]
-    mean, std = v_transition(x, v, *alphas, eta)
-    at_zero, at_one = (
-        scheduler.step(v, time, x, eta=eta, variance_noise=torch.full_like(x, value)).prev_sample
-        for value in (0.0, 1.0)
-    )
-    torch.testing.assert_close(mean, at_zero, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(std.expand_as(x), at_one - at_zero, atol=1e-5, rtol=1e-5)
+    _assert_is_a_step_of(scheduler, v_transition, eta, time)
 
 
 def test_ddim_with_eta_one_is_ddpm() -> None:

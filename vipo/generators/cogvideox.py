@@ -112,5 +112,4 @@ class CogVideoXGenerator(PipelineGenerator):
         return self.guided(call, latents, time, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
-        video = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0].transpose(1, 2)
-        return (video.float() / 2 + 0.5).clamp(0, 1)
+        return super().decode(latents).transpose(1, 2)

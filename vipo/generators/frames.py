@@ -27,7 +27,9 @@ def configured_frame_groups(config: GeneratorConfig, factor: int) -> tuple[range
     Raises:
         GeneratorError: no causal VAE decodes to that many frames.
     """
-    frames = config.sample_shape[0]
-    if frames % factor != 1:
-        raise GeneratorError(f"generator.frames {frames} is not of the form 1 + {factor} k (causal autoencoder)")
-    return causal_frame_groups(frames, factor)
+    try:
+        return causal_frame_groups(config.sample_shape[0], factor)
+    except ValueError as error:
+        raise GeneratorError(
+            f"generator.frames {config.frames} is not of the form 1 + {factor} k (causal autoencoder)"
+        ) from error

@@ -78,7 +78,9 @@ def _empty(value: Tensor) -> Tensor:
 def longest_conditioning(
     generator: PipelineGenerator, root: Path, batch: int, mode: FakeTensorMode
 ) -> dict[str, Tensor]:
-    """Conditioning of a batch whose prompts are as long as can be; masks hold data, for adapters read lengths off them.
+    """Conditioning of a batch of prompts with `generator.max_sequence_length` tokens, whatever CLIP reads.
+
+    Masks hold data, for adapters read lengths off them.
 
     Args:
         generator: see `outline`.

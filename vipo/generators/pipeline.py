@@ -243,7 +243,7 @@ class PipelineGenerator(Generator):
 
     def decode(self, latents: Tensor) -> Tensor:
         settings = self.vae.config
-        scaled = latents / settings.scaling_factor + (settings.shift_factor or 0.0)
+        scaled = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:

@@ -83,7 +83,3 @@ class SanaGenerator(PipelineGenerator):
             return velocity
 
         return self.guided(call, latents, time, conditioning)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        pictures = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)

@@ -120,8 +120,8 @@ def padded(sequence: Tensor, length: int, name: str) -> dict[str, Tensor]:
 
 def token_ids(tokenizer: Any, text: str, limit: int, device: str) -> Tensor:
     """Tokens of one prompt, cut or padded to `limit`: ``(1, limit)`` int64 on `device`."""
-    padded = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-    ids: Tensor = padded.input_ids.to(device)
+    read = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    ids: Tensor = read.input_ids.to(device)
     return ids
 
 
