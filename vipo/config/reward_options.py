@@ -39,7 +39,9 @@ class ModelOptions(NetworkOptions):
         return pinned(value)
 
 
-class _OtherTokenizer(ModelOptions):
+class OtherTokenizerOptions(ModelOptions):
+    """What those take whose tokenizer is not beside their weights."""
+
     tokenizer: UserPath = Field(description="Tokenizer: a folder or a hub id.")
     tokenizer_revision: str | None = Field(None, description="Commit of the tokenizer's hub repository.")
 
@@ -58,14 +60,14 @@ class ClipScoreOptions(ModelOptions):
         return value
 
 
-class PickScoreOptions(_OtherTokenizer):
+class PickScoreOptions(OtherTokenizerOptions):
     """Of `pickscore`."""
 
     path: UserPath = "yuvalkirstain/PickScore_v1"
     tokenizer: UserPath = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-class HPSv2Options(_OtherTokenizer):
+class HPSv2Options(OtherTokenizerOptions):
     """Of `hpsv2`."""
 
     path: UserPath = "xswu/HPSv2"
@@ -82,7 +84,7 @@ class AestheticOptions(ModelOptions):
     )
 
 
-class ImageRewardOptions(_OtherTokenizer):
+class ImageRewardOptions(OtherTokenizerOptions):
     """Of `imagereward`."""
 
     path: UserPath = "THUDM/ImageReward"

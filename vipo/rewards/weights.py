@@ -109,6 +109,15 @@ def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def layers(prefix: str, tensors: Mapping[str, Tensor]) -> int:
+    """How many layers there are whose tensors' names begin with `prefix` and a number from 0.
+
+    Raises:
+        ValueError: none, or what follows is no number.
+    """
+    return 1 + max(int(name.partition(".")[0]) for name in below(prefix, tensors))
+
+
 def filled(kind: Any, config: Any, tensors: Mapping[str, Tensor], source: object, dtype: str, **options: Any) -> Any:
     """A network of transformers with these tensors.
 
