@@ -12,10 +12,9 @@ from vipo.config.reward_options import ModelOptions, OtherTokenizerOptions
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import clip_pixels, need_pictures
 from vipo.rewards.resident import Resident
-from vipo.rewards.weights import filled, located, matching, read_tensors
+from vipo.rewards.weights import WEIGHTS, filled, located, matching, read_tensors
 
 CONFIGURATION = ("config.json",)
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 

@@ -19,6 +19,9 @@ from vipo.text import one_line
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Names of a checkpoint's weights in transformers' layout, the better first."""
+
 _NAMED = 3
 
 
