@@ -34,7 +34,8 @@ class RewardSpec(Section):
         "", description="What its scores are called, reward/LABEL. Its name, if empty; two of one name need two."
     )
     options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="The reward's own arguments (docs/rewards.md). Defaults are filled in."
+        default_factory=dict,
+        description="The reward's own arguments (docs/rewards.md). A registered reward's defaults are filled in.",
     )
 
     @model_validator(mode="before")
