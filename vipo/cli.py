@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 
 from vipo.config.compose import (
-    ConfigError,
     dump_config,
     load_config,
     load_config_file,
     repository_root,
 )
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.ending import Commands, Place, end_plainly
 from vipo.imports import check_imports
 from vipo.maps.commands import map_command, orientation

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vipo.config.parts import ImportedPart
+from vipo.config.validation import ConfigError, validate_section
 from vipo.errors import VipoError
 from vipo.foreign import foreign, guarded_class, resolve
 
@@ -80,8 +81,5 @@ def told(value: object) -> str:
 
 
 def _validated(model: type[BaseModel], section: ImportedPart, key: str) -> BaseModel:
-    # Composing brings Hydra, which a loop of others has no use for.
-    from vipo.config.compose import ConfigError, validate_section
-
     with foreign(ConfigError, key, section.name):
         return validate_section(model, section.options, f"{key}.")

@@ -6,6 +6,7 @@ of the direction can turn a name around, and half a surrogate cannot be printed 
 
 import logging
 import re
+from collections.abc import Sequence
 
 # C0 and C1 controls but for new line and tab, separators of lines, overrides of direction, surrogates.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -28,6 +29,12 @@ def shortened(text: str, limit: int) -> str:
         return text
     head = limit * 2 // 3
     return f"{text[:head]} … ({len(text) - limit} characters left out) … {text[head - limit :]}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def indented(text: str) -> str:

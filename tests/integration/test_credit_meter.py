@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from vipo.audit import audit_experiment
 from vipo.cli import app
-from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import configured_arms
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.credit.meter.gradients import MeterError
 from vipo.credit.meter.subject import Group, Subject, chain_rewards
 from vipo.evaluation import meter as stage

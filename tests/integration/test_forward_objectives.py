@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tiny import OTHER_FAMILY
 from torch import Tensor
 
-from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.compose import load_config, repository_root
 from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.objective import DivergenceGateConfig
+from vipo.config.validation import ConfigError
 from vipo.errors import Preempted
 from vipo.objectives import ObjectiveError
 from vipo.objectives.awm import Awm

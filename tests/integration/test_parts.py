@@ -11,8 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.credit import CreditError
 from vipo.errors import Preempted, VipoError
 from vipo.imports import check_imports

@@ -5,7 +5,8 @@ from typing import get_args
 import pytest
 
 from vipo.config.cluster import Stage, job_resources
-from vipo.config.compose import ConfigError, load_config
+from vipo.config.compose import load_config
+from vipo.config.validation import ConfigError
 
 DEMO = "experiment=demo"
 CUDA = "generator.device=cuda"

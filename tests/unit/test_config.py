@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 
 from vipo.cli import _expanded
 from vipo.config.compose import (
-    ConfigError,
     dump_config,
     load_config,
     load_config_file,
@@ -29,6 +28,7 @@ from vipo.config.experiment import arms_beside, check_run, check_runs
 from vipo.config.renamed import RENAMED
 from vipo.config.resolved import read_mapping, to_yaml
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.config.values import config_hash
 from vipo.text import visible
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vipo.config.compose import ConfigError
 from vipo.config.credit import CreditConfig
+from vipo.config.validation import ConfigError
 from vipo.credit import CreditError, CreditSource, Samples, Weights, assign_credit, load_sources
 from vipo.prompts import Prompt
 from vipo.sampling.noise import keyed_generator

@@ -359,6 +359,17 @@ def test_a_backbone_of_others_runs_behind_the_boundary() -> None:
         backbone(torch.zeros(3, 3, 4, 4))
 
 
+class Final(Generator):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("has no subclasses")
+
+
+def test_an_adapter_that_refuses_a_subclass_is_named(tmp_path: Path) -> None:
+    path = f"{__name__}:Final"
+    with pytest.raises(GeneratorError, match=rf"generator.family '{path}' raised TypeError: has no subclasses"):
+        _load("adapter", path, tmp_path)
+
+
 def leaving_source(root: Path) -> Iterator[dict[str, str]]:
     os.environ["LEFT"] = "1"
     yield {"prompt": "a"}

@@ -6,9 +6,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from vipo.config.compose import ConfigError, dump_config, load_config, load_config_file
+from vipo.config.compose import dump_config, load_config, load_config_file
 from vipo.config.experiment import check_run
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 
 DEMO = "experiment=demo"
 TERMS = (

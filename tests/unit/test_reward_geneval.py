@@ -212,6 +212,24 @@ def ids(text: str) -> list[int]:
     return clip_ids(text.replace("-", " - "), 24)
 
 
+def test_a_detector_s_bin_file_is_recorded_and_a_file_is_refused(places: dict[str, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = Path(places["detector"])
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((stored / name).read_bytes())
+    torch.save(load_file(stored / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "notes.json").write_text("{}")
+    reward = load_reward("geneval", "cpu", {**places, "detector": str(tmp_path)})
+    assert [path.name for path in weight_files(reward) if path.parent == tmp_path] == [
+        "config.json", "preprocessor_config.json", "pytorch_model.bin",
+    ]  # fmt: skip
+    assert score("geneval", reward, pictures(1), ["a"], [ONE]).tolist() == [0.0]
+    for key, file in (("detector", stored / "model.safetensors"), ("path", Path(places["path"]) / "model.safetensors")):
+        with pytest.raises(RewardError, match=rf"{key} '.*model.safetensors': is a file; name its folder"):
+            load_reward("geneval", "cpu", {**places, key: str(file)})
+
+
 def test_another_detector_is_refused(places: dict[str, str], tmp_path: Path) -> None:
     options = {**places, "detector": str(write_detector(tmp_path, kinds=3))}
     with pytest.raises(RewardError, match=r"knows 3 classes, not COCO's 80"):

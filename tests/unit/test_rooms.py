@@ -59,10 +59,11 @@ def test_the_page_has_each_room_once_and_every_import_points_down_it() -> None:
     assert up == []
 
 
-def test_other_people_s_loops_get_credit_without_the_trainer_and_hydra() -> None:
+def test_other_people_s_loops_get_credit_and_rewards_without_the_trainer_and_hydra() -> None:
     """As a process of its own has it; here others have imported both."""
     code = (
-        "import sys, vipo.credit.contrast; print(sorted({'hydra', 'omegaconf', 'vipo.training'} & sys.modules.keys()))"
+        "import sys, vipo.credit.contrast, vipo.rewards; "
+        "print(sorted({'hydra', 'omegaconf', 'vipo.training'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 

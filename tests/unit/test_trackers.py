@@ -19,10 +19,11 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vipo.config.compose import ConfigError, load_config, repository_root
+from vipo.config.compose import load_config, repository_root
 from vipo.config.registries import TRACKERS
 from vipo.config.run import Config
 from vipo.config.tracking import TrackingConfig
+from vipo.config.validation import ConfigError
 from vipo.imports import check_imports
 from vipo.tracking.rows import Rows, TrackingError
 from vipo.tracking.tracker import Row, TrackedRun

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vipo.config.compose import ConfigError
+from vipo.config.validation import ConfigError
 from vipo.config.workflow import read_workflow_config
 
 

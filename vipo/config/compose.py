@@ -1,10 +1,9 @@
-"""Hydra composition and readable validation errors."""
+"""Hydra composition, and files of resolved configurations."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -12,28 +11,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
 
 from vipo.config.arms import ArmConfig, check_arm_name
-from vipo.config.parts import chosen
-from vipo.config.renamed import RENAMED
 from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
 from vipo.config.run import Config
-from vipo.errors import VipoError
+from vipo.config.validation import ConfigError, cut, validate_section
 from vipo.regular import read_regular
-from vipo.text import one_line
 
-# More of a refused value is not shown.
-_SHOWN = 200
 _ASSIGNMENT = re.compile(r"(\w+)(\.\w+)*=")
 _WHOLE_PART = re.compile(r"(objective(?:\.gate)?)=\{\s*name\s*:")
 _AT_HOME = re.compile(r"(\+{0,2}[\w.]+=)(~[\w.-]*/[^'\"]*)")
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-class ConfigError(VipoError):
-    """A configuration that cannot be used; the message names the key, the value and what is allowed."""
 
 
 def repository_root() -> Path:
@@ -146,7 +133,7 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         text = error.override.removeprefix("++")
         reason = _readable(str(error)).removeprefix(f"Error parsing override '{error.override}' ")
         raise ConfigError(
-            f"override {_cut(repr(text))} cannot be read: {_cut(reason)}; write key=value, with what holds colons or "
+            f"override {cut(repr(text))} cannot be read: {cut(reason)}; write key=value, with what holds colons or "
             "brackets in quotes"
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -157,7 +144,7 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{folder}, or an override, is nested too deeply to be read") from error
     # Hydra's plain ValueErrors and OverflowErrors name no override.
     except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{error} (overrides: {_cut(' '.join(overrides))})") from error
+        raise ConfigError(f"{error} (overrides: {cut(' '.join(overrides))})") from error
     if not isinstance(data, dict):
         raise ConfigError("configs/config.yaml holds no mapping")
     return {str(key): value for key, value in data.items()}
@@ -195,85 +182,3 @@ def _readable(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     noise = ("full_key", "object_type", "Set the environment", "See https", "Config search path", "provider=")
     return " ".join(line for line in lines if not line.startswith(noise))
-
-
-def validate_section(model: type[Model], data: Any, prefix: str = "") -> Model:
-    """Validate plain data against a section; `prefix` comes before the keys that errors name.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = error.errors()
-        # pydantic leaves out refused items, then finds the sequence too short: that is the same problem twice.
-        refused = {problem["loc"][:-1] for problem in problems} | {problem["loc"][:-2] for problem in problems}
-        told = [item for item in problems if item["type"] != "too_short" or item["loc"] not in refused]
-        raise ConfigError("\n".join(_problem(model, data, item, prefix) for item in told)) from error
-
-
-def _problem(model: type[BaseModel], data: Any, item: Any, prefix: str) -> str:
-    key = one_line(prefix + ".".join(str(part) for part in item["loc"]), _SHOWN)
-    if item["type"] == "extra_forbidden":
-        if key in RENAMED:
-            return f"{key}: is said elsewhere now, in {RENAMED[key]}"
-        known = _keys_at(model, data, item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        return f"{key}: unknown key; {hint}allowed: {', '.join(known)}"
-    if item["type"] == "missing":
-        return f"{key}: missing; give it a value"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message} (got {_shortened(item['input'])})"
-
-
-def _shortened(value: Any) -> str:
-    try:
-        return _cut(repr(value))
-    except ValueError:
-        return "a number of thousands of digits"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… of {len(text)} characters"
-
-
-def _keys_at(model: type[BaseModel], data: Any, location: Sequence[int | str]) -> list[str]:
-    current: Any = model
-    for part in location:
-        section = _section(current, data)
-        data = data[part]
-        if section is not None:
-            field = section.model_fields.get(str(part))
-            current = None if field is None else field.annotation
-        else:
-            # A key of a mapping, or a place in a tuple: what they hold is the annotation's last argument but `...`.
-            held = [item for item in _arguments(current) if item is not Ellipsis and item is not type(None)]
-            current = held[-1] if held else None
-    section = _section(current, data)
-    return [] if section is None else sorted(section.model_fields)
-
-
-def _section(annotation: Any, value: Any) -> type[BaseModel] | None:
-    """The section that an annotation names itself, in no mapping or tuple; of several, the one for this value."""
-    found = _sections(annotation)
-    return chosen(found, value) if found else None
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (dict, tuple, list):
-        return []
-    return [found for item in get_args(annotation) for found in _sections(item)]
-
-
-def _arguments(annotation: Any) -> tuple[Any, ...]:
-    """Of ``dict[str, X]`` and ``tuple[X, ...]`` their arguments, also where None is allowed beside them."""
-    if get_origin(annotation) in (dict, tuple, list):
-        return get_args(annotation)
-    return next((found for item in get_args(annotation) if (found := _arguments(item))), ())

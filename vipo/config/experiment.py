@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vipo.config.compose import ConfigError, load_config_file
+from vipo.config.compose import load_config_file
 from vipo.config.registries import CLIP_REWARDS, PICTURE_REWARDS, SCENE_REWARDS
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.config.values import divisors
 
 # What a report compares arms on.

@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vipo.config.registries import FAMILIES, pinned, registered
-from vipo.config.section import DEVICE, MOST_PIXELS, Section, UserPath
+from vipo.config.registries import FAMILIES, registered
+from vipo.config.section import DEVICE, MOST_PIXELS, Commit, Section, UserPath
 
 
 class GeneratorConfig(Section):
@@ -16,7 +16,7 @@ class GeneratorConfig(Section):
         "flux", description=f"Generator adapter: {', '.join(FAMILIES)}, or an import path 'package.module:object'."
     )
     path: UserPath = Field(description="Folder in the diffusers pipeline layout, or a hub id.")
-    revision: str | None = Field(
+    revision: Commit | None = Field(
         None, description="Commit of the hub repository, all 40 digits, where `path` is a hub id."
     )
     height: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image height in pixels.")
@@ -51,11 +51,6 @@ class GeneratorConfig(Section):
     @classmethod
     def _known_family(cls, value: str) -> str:
         return registered(value, FAMILIES, "generator family")
-
-    @field_validator("revision")
-    @classmethod
-    def _commit(cls, value: str | None) -> str | None:
-        return pinned(value)
 
     @model_validator(mode="after")
     def _computed_as_held(self) -> Self:

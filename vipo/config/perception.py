@@ -2,10 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from vipo.config.registries import pinned
-from vipo.config.section import Section, UserPath
+from vipo.config.section import Commit, Section, UserPath
 
 
 class PerceptionConfig(Section):
@@ -20,7 +19,7 @@ class PerceptionConfig(Section):
         description="Local weights (safetensors), or folder of a timm or transformers model; null: the package's or "
         "the hub's.",
     )
-    revision: str | None = Field(
+    revision: Commit | None = Field(
         None,
         description="Commit of the hub repository of the backbone's weights, all 40 digits; null: the one that timm "
         "names, or main (the file itself is recorded with its hash).",
@@ -56,8 +55,3 @@ class PerceptionConfig(Section):
     temporal_smoothing: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = Field(
         0.3, description="Clips: Gaussian sigma in latent frames; 0 turns it off. Pictures do not read it."
     )
-
-    @field_validator("revision")
-    @classmethod
-    def _commit(cls, value: str | None) -> str | None:
-        return pinned(value)

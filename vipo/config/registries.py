@@ -1,13 +1,10 @@
 """Parts by name: a mistyped one is found before anything heavy is imported."""
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from vipo.foreign import is_import_path
-
-_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 
 FAMILIES: Mapping[str, str] = MappingProxyType(
     {
@@ -98,20 +95,6 @@ CLIP_REWARDS = frozenset({"flicker", "motion"})
 
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})
 """Rewards that compare a picture of 64 pixels a side with its prompt's metadata ``objects`` and ``background``."""
-
-
-def pinned(revision: str | None) -> str | None:
-    """Give back the revision of a hub repository: None, or a whole commit hash.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    if revision is None or _COMMIT.match(revision):
-        return revision
-    raise ValueError(
-        f"{revision!r} is no whole commit hash; a branch, a tag or a part of a hash may come to mean other weights. "
-        "huggingface_hub.HfApi().model_info('OWNER/NAME').sha is the newest one's 40 hexadecimal digits"
-    )
 
 
 def registered(value: str, known: Iterable[str], what: str) -> str:

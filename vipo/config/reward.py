@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema
 from vipo.config.registries import REWARDS, registered
 from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.config.section import LONGEST_NAME, Section, check_saved
+from vipo.config.validation import ConfigError, validate_section
 
 _LABEL = re.compile(rf"[A-Za-z0-9][\w.-]{{0,{LONGEST_NAME - 1}}}")
 
@@ -33,7 +34,8 @@ class RewardSpec(Section):
         "", description="What its scores are called, reward/LABEL. Its name, if empty; two of one name need two."
     )
     options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="The reward's own arguments (docs/rewards.md). Defaults are filled in."
+        default_factory=dict,
+        description="The reward's own arguments (docs/rewards.md). A registered reward's defaults are filled in.",
     )
 
     @model_validator(mode="before")
@@ -64,9 +66,6 @@ class RewardSpec(Section):
     @field_validator("options")
     @classmethod
     def _own_options(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        # It reads this module.
-        from vipo.config.compose import ConfigError, validate_section
-
         name: str = info.data.get("name", "")
         check_saved(value)
         if name not in REWARDS:

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from vipo.config.registries import pinned
-from vipo.config.section import Section, UserPath
+from vipo.config.section import Commit, Section, UserPath
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Residency = Literal["keep", "offload", "free"]
@@ -29,19 +28,16 @@ class NetworkOptions(Section):
 class ModelOptions(NetworkOptions):
     """What those take whose weights a hub has."""
 
-    revision: str | None = Field(
+    revision: Commit | None = Field(
         None, description="Commit of the hub repository, all 40 digits; null: its newest state."
     )
 
-    @field_validator("revision", "tokenizer_revision", "detector_revision", check_fields=False)
-    @classmethod
-    def _commit(cls, value: str | None) -> str | None:
-        return pinned(value)
 
+class OtherTokenizerOptions(ModelOptions):
+    """What those take whose tokenizer is not beside their weights."""
 
-class _OtherTokenizer(ModelOptions):
     tokenizer: UserPath = Field(description="Tokenizer: a folder or a hub id.")
-    tokenizer_revision: str | None = Field(None, description="Commit of the tokenizer's hub repository.")
+    tokenizer_revision: Commit | None = Field(None, description="Commit of the tokenizer's hub repository.")
 
 
 class ClipScoreOptions(ModelOptions):
@@ -58,14 +54,14 @@ class ClipScoreOptions(ModelOptions):
         return value
 
 
-class PickScoreOptions(_OtherTokenizer):
+class PickScoreOptions(OtherTokenizerOptions):
     """Of `pickscore`."""
 
     path: UserPath = "yuvalkirstain/PickScore_v1"
     tokenizer: UserPath = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-class HPSv2Options(_OtherTokenizer):
+class HPSv2Options(OtherTokenizerOptions):
     """Of `hpsv2`."""
 
     path: UserPath = "xswu/HPSv2"
@@ -82,7 +78,7 @@ class AestheticOptions(ModelOptions):
     )
 
 
-class ImageRewardOptions(_OtherTokenizer):
+class ImageRewardOptions(OtherTokenizerOptions):
     """Of `imagereward`."""
 
     path: UserPath = "THUDM/ImageReward"
@@ -100,7 +96,7 @@ class GenEvalOptions(ModelOptions):
 
     path: UserPath = "openai/clip-vit-large-patch14"
     detector: UserPath = Field("facebook/mask2former-swin-small-coco-instance", description="Folder or hub id.")
-    detector_revision: str | None = Field(None, description="Commit of the detector's hub repository.")
+    detector_revision: Commit | None = Field(None, description="Commit of the detector's hub repository.")
     threshold: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="Objects less sure do not count.")
     counting_threshold: Annotated[float, Field(ge=0, le=1)] = Field(0.9, description="Of the tag counting.")
     score: Literal["strict", "claims"] = Field(

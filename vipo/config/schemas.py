@@ -1,8 +1,8 @@
 """JSON Schemas for editors: of the files under `configs/`, each of which holds parts of sections for Hydra to compose.
 
-They are made from the models and differ from `Config.model_json_schema` in three ways. What is composed of several
-files may be absent from any of them; an interpolation or Hydra's ``???`` may stand for any value; and Hydra's own keys
-are known.
+They are made from the models and differ from `Config.model_json_schema` in four ways. What is composed of several
+files may be absent from any of them; an interpolation or Hydra's ``???`` may stand for any value; null may stand for a
+part that a file before has chosen; and Hydra's own keys are known.
 """
 
 import json

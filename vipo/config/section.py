@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 
 # Of an experiment or arm: what is appended to it must still name a file.
 LONGEST_NAME = 100
@@ -59,6 +60,19 @@ def _path(value: str) -> str:
 
 UserPath = Annotated[str, AfterValidator(_path)]
 """A path, or what may stand in its place; `~` and `~user` expanded: what is saved means the same to everybody."""
+
+
+def _pinned(revision: str) -> str:
+    if _COMMIT.match(revision):
+        return revision
+    raise ValueError(
+        f"{revision!r} is no whole commit hash; a branch, a tag or a part of a hash may come to mean other weights. "
+        "huggingface_hub.HfApi().model_info('OWNER/NAME').sha is the newest one's 40 hexadecimal digits"
+    )
+
+
+Commit = Annotated[str, AfterValidator(_pinned)]
+"""The revision of a hub repository: a whole commit hash."""
 
 
 def check_saved(options: Any) -> None:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from vipo.config.compose import ConfigError
+from vipo.config.validation import ConfigError
 
 _KEYS = ("experiment", "overrides", "set_aside")
 # What the workflow says itself of every run.

@@ -20,6 +20,9 @@ def guarded_class(found: type[Base], kind: type[VipoError], what: str, path: str
         kind, what, path: see `foreign`.
         methods: names of the methods, class methods and properties that are used from outside. A plain value in the
             place of a property stays one.
+
+    Raises:
+        VipoError: of type `kind`; the class refuses to be derived from.
     """
     abstract: frozenset[str] = getattr(found, "__abstractmethods__", frozenset())
     own = {
@@ -29,7 +32,9 @@ def guarded_class(found: type[Base], kind: type[VipoError], what: str, path: str
     }
     names = {"__module__": found.__module__, "__qualname__": found.__qualname__, "__doc__": found.__doc__}
     made: Any = type(found)
-    guarded: type[Base] = made(found.__name__, (found,), {**names, **own})
+    # Its own __init_subclass__ runs.
+    with foreign(kind, what, path):
+        guarded: type[Base] = made(found.__name__, (found,), {**names, **own})
     return guarded
 
 

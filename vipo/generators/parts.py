@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
+from vipo.text import listed
 
 AGAIN = "if a file is missing or damaged, copy or download generator.path again"
 
@@ -179,7 +180,7 @@ def _faults(model: Any, told: Mapping[str, Any], files: Sequence[Path]) -> str:
         ),
         "unreadable": told.get("error_msgs", ()),
     }
-    return "; ".join(f"{kind}: {_listed(names)}" for kind, found in kinds.items() if (names := sorted(found)))
+    return "; ".join(f"{kind}: {listed(names, _NAMED)}" for kind, found in kinds.items() if (names := sorted(found)))
 
 
 def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
@@ -204,8 +205,3 @@ def not_floating(stored: Mapping[str, str], but: Iterable[str] = ()) -> list[str
         for name, kind in stored.items()
         if kind not in _FLOATS and name.split(".")[-1] not in allowed
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

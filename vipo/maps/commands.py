@@ -8,9 +8,10 @@ from typing import Annotated, get_args
 
 import typer
 
-from vipo.config.compose import ConfigError, repository_root, validate_section
+from vipo.config.compose import repository_root
 from vipo.config.perception import PerceptionConfig
 from vipo.config.section import DEVICE
+from vipo.config.validation import ConfigError, validate_section
 from vipo.text import visible
 
 # From the section, whose module is light: the type behind it would import torch for --help.

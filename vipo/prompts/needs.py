@@ -46,19 +46,9 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
     if "oracle" in config.credit.names and not config.is_base:
         _need("credit source 'oracle'", ("objects",), source, train)
     for term in () if config.is_base else config.reward.terms:
-        if term.name in SCENE_REWARDS:
-            _need_scenes(f"reward.terms: reward {term.name!r}", source, train)
-        if term.name == "ocr":
-            _need_texts("reward.terms", term, source, train)
-        if term.name == "geneval":
-            _need_claims("reward.terms", source, train)
+        _need_of(term, f"reward.terms: reward {term.name!r}", source, train)
     for reward in evaluation.rewards:
-        if reward.name in SCENE_REWARDS:
-            _need_scenes(f"evaluation.rewards: reward {reward.name!r}", source, held_out)
-        if reward.name == "ocr":
-            _need_texts("evaluation.rewards", reward, source, held_out)
-        if reward.name == "geneval":
-            _need_claims("evaluation.rewards", source, held_out)
+        _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", source, held_out)
 
 
 def drawn_text(text: str, metadata: Mapping[str, Any], key: str) -> str | None:
@@ -106,21 +96,28 @@ def is_scene(metadata: Mapping[str, Any]) -> bool:
     )
 
 
-def _need_texts(key: str, reward: RewardSpec, source: str, prompts: Sequence[Prompt]) -> None:
+def _need_of(reward: RewardSpec, what: str, source: str, prompts: Sequence[Prompt]) -> None:
+    if reward.name in SCENE_REWARDS:
+        _need_scenes(what, source, prompts)
+    if reward.name == "ocr":
+        _need_texts(what, str(reward.options["key"]), source, prompts)
+    if reward.name == "geneval":
+        _need_claims(what, source, prompts)
+
+
+def _need_texts(what: str, key: str, source: str, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
-        if drawn_text(prompt.text, prompt.metadata, str(reward.options["key"])) is None:
+        if drawn_text(prompt.text, prompt.metadata, key) is None:
             raise PromptError(
-                f"{source}: {key}: reward 'ocr' needs the text that is to be drawn, as metadata "
-                f"{reward.options['key']!r} or in double quotes; {prompt.text[:80]!r} has none"
+                f"{source}: {what} needs the text that is to be drawn, as metadata {key!r} or in double quotes; "
+                f"{prompt.text[:80]!r} has none"
             )
 
 
-def _need_claims(key: str, source: str, prompts: Sequence[Prompt]) -> None:
+def _need_claims(what: str, source: str, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if fault := geneval_fault(prompt.metadata):
-            raise PromptError(
-                f"{source}: {key}: reward 'geneval' needs GenEval's metadata; of {prompt.text[:80]!r}, {fault}"
-            )
+            raise PromptError(f"{source}: {what} needs GenEval's metadata; of {prompt.text[:80]!r}, {fault}")
 
 
 def _need_scenes(what: str, source: str, prompts: Sequence[Prompt]) -> None:

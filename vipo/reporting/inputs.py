@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vipo.config.compose import ConfigError, load_config_file
+from vipo.config.compose import load_config_file
 from vipo.config.evaluation import REPORTED
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
 from vipo.provenance.files import text_lines
 

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vipo.config.reward_options import ModelOptions
+from vipo.config.reward_options import ModelOptions, OtherTokenizerOptions
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import clip_pixels, need_pictures
 from vipo.rewards.resident import Resident
-from vipo.rewards.weights import filled, located, matching, read_tensors
+from vipo.rewards.weights import WEIGHTS, filled, located, matching, read_tensors
 
 CONFIGURATION = ("config.json",)
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
@@ -33,7 +32,9 @@ class OnClip:
     def __init__(self, device: str, options: ModelOptions) -> None:
         self._batch, self._dtype = options.batch, options.dtype
         self._place = self._find(options)
-        self._tokenizer_place = self._find_tokenizer(options)
+        self._tokenizer_place = folder_of(self._place)
+        if isinstance(options, OtherTokenizerOptions):
+            self._tokenizer_place = located("tokenizer", options.tokenizer, options.tokenizer_revision, TOKENIZER)
         self._tokenizer: Any = None
         self.resident: Resident[Any] = Resident(self._load, device, options.resident)
 
@@ -87,9 +88,6 @@ class OnClip:
 
     def _find(self, options: ModelOptions) -> Path:
         return located_clip(options)
-
-    def _find_tokenizer(self, options: ModelOptions) -> Path:
-        return folder_of(self._place)
 
     def _tokenizer_files(self) -> list[Path]:
         return [path for name in TOKENIZER for path in sorted(self._tokenizer_place.glob(name))]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vipo.rewards.errors import RewardError
-from vipo.rewards.weights import filled, matching, read_tensors
+from vipo.rewards.weights import WEIGHTS, filled, matching, read_tensors
 
 # Of one picture, whatever their class.
 _MOST = 100
@@ -47,11 +47,9 @@ class Detector(torch.nn.Module):
         from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
         super().__init__()
-        for name in ("config.json", "preprocessor_config.json"):
-            matching(place, (name,))
+        _, _, *weights = detector_files(place)
         config = Mask2FormerConfig.from_pretrained(place)
-        tensors = read_tensors(matching(place, ("model*.safetensors", "pytorch_model*.bin")))
-        self.network = filled(Mask2FormerForUniversalSegmentation, config, tensors, place, dtype)
+        self.network = filled(Mask2FormerForUniversalSegmentation, config, read_tensors(weights), place, dtype)
         self.processor = Mask2FormerImageProcessor.from_pretrained(place)
         self.kinds: int = config.num_labels
 
@@ -104,6 +102,17 @@ def instances(
             box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
             found.append(Detection(kind, score, box, mask))
     return sorted(found, key=lambda item: -item.score)
+
+
+def detector_files(place: Path) -> list[Path]:
+    """What a `Detector` is read from: its configuration, its picture processor's, and its weights.
+
+    Raises:
+        RewardError: one of them is missing.
+    """
+    return [
+        path for names in (("config.json",), ("preprocessor_config.json",), WEIGHTS) for path in matching(place, names)
+    ]
 
 
 def need_kinds(detector: Detector, count: int, place: Path) -> None:

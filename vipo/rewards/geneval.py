@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vipo.config.reward_options import GenEvalOptions, ModelOptions
 from vipo.prompts.needs import geneval_fault
 from vipo.rewards.clip import OnClip, clip_network
-from vipo.rewards.detection import Detection, Detector, need_kinds
+from vipo.rewards.detection import Detection, Detector, detector_files, need_kinds
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import grey_levels, need_pictures
 from vipo.rewards.registry import Scored
@@ -58,15 +58,15 @@ class GenEval(OnClip):
 
     def __init__(self, device: str, options: GenEvalOptions) -> None:
         patterns = ("config.json", "preprocessor_config.json", "model*.safetensors")
-        self._detector_place = located("detector", options.detector, options.detector_revision, patterns)
+        place = located("detector", options.detector, options.detector_revision, patterns)
+        self._detector_place = _folder("detector", options.detector, place)
         self._own = options
         super().__init__(device, options)
 
     @property
     def weight_files(self) -> list[Path]:
         """What both networks and the tokenizer are read from."""
-        detector = (path for path in sorted(self._detector_place.iterdir()) if path.suffix in (".json", ".safetensors"))
-        return [*super().weight_files, *detector]
+        return [*super().weight_files, *sorted(detector_files(self._detector_place))]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scored:
         """Scores ``(B,)`` and where ``(B, H, W)`` of pictures ``(B, 3, H, W)`` in [0, 1]; no gradient passes.
@@ -112,15 +112,18 @@ class GenEval(OnClip):
         return [COLORS[index] for index in chosen.tolist()]
 
     def _find(self, options: ModelOptions) -> Path:
-        place = super()._find(options)
-        if place.is_file():
-            raise RewardError(f"path {options.path!r}: is a file; name its folder")
-        return place
+        return _folder("path", options.path, super()._find(options))
 
     def _load(self) -> Any:
         detector = Detector(self._detector_place, self._dtype)
         need_kinds(detector, len(OBJECTS), self._detector_place)
         return nn.ModuleDict({"clip": clip_network(self._place, self._dtype), "detector": detector})
+
+
+def _folder(key: str, path: str, place: Path) -> Path:
+    if place.is_file():
+        raise RewardError(f"{key} {path!r}: is a file; name its folder")
+    return place
 
 
 def named(row: Mapping[str, Any]) -> list[str]:

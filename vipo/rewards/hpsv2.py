@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vipo.config.reward_options import HPSv2Options, ModelOptions
-from vipo.rewards.clip import TOKENIZER, ClipReward
+from vipo.rewards.clip import ClipReward
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import padded_pixels
-from vipo.rewards.weights import filled, located, matching, read_tensors
+from vipo.rewards.weights import filled, layers, located, matching, read_tensors
 
 _FILES = ("HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt")
 # Of open_clip's ViT-H-14, the one network of HPSv2: its tensors tell all but how they are cut into heads.
@@ -31,9 +31,6 @@ class HPSv2(ClipReward):
 
     Options = HPSv2Options
 
-    def __init__(self, device: str, options: HPSv2Options) -> None:
-        super().__init__(device, options)
-
     @property
     def weight_files(self) -> list[Path]:
         """What the network and the tokenizer are read from."""
@@ -49,10 +46,6 @@ class HPSv2(ClipReward):
 
     def _find(self, options: ModelOptions) -> Path:
         return located("path", options.path, options.revision, _FILES[1:])
-
-    def _find_tokenizer(self, options: ModelOptions) -> Path:
-        assert isinstance(options, HPSv2Options)
-        return located("tokenizer", options.tokenizer, options.tokenizer_revision, TOKENIZER)
 
     def _load(self) -> Any:
         from transformers import CLIPModel
@@ -78,7 +71,7 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> Any:
         vision_config={
             "hidden_size": width,
             "intermediate_size": len(tensors["visual.transformer.resblocks.0.mlp.c_fc.bias"]),
-            "num_hidden_layers": _layers("visual.transformer.resblocks.", tensors),
+            "num_hidden_layers": layers("visual.transformer.resblocks.", tensors),
             "num_attention_heads": width // _VISION_HEAD,
             "image_size": side * patch,
             "patch_size": patch,
@@ -88,7 +81,7 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> Any:
             "vocab_size": vocabulary,
             "hidden_size": text_width,
             "intermediate_size": len(tensors["transformer.resblocks.0.mlp.c_fc.bias"]),
-            "num_hidden_layers": _layers("transformer.resblocks.", tensors),
+            "num_hidden_layers": layers("transformer.resblocks.", tensors),
             "num_attention_heads": text_width // _TEXT_HEAD,
             "max_position_embeddings": len(tensors["positional_embedding"]),
             "hidden_act": "gelu",
@@ -98,10 +91,6 @@ def open_clip_config(tensors: Mapping[str, Tensor]) -> Any:
             "pad_token_id": 0,
         },
     )
-
-
-def _layers(prefix: str, tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix))
 
 
 _OUTER = {

@@ -12,7 +12,7 @@ from vipo.rewards.errors import RewardError
 from vipo.rewards.linear_head import linear_head
 from vipo.rewards.pixels import clip_pixels, need_pictures
 from vipo.rewards.resident import Resident
-from vipo.rewards.weights import DTYPES, below, fill, filled, located, matching, read_tensors
+from vipo.rewards.weights import DTYPES, below, fill, filled, layers, located, matching, read_tensors
 
 _FILES = ("ImageReward.safetensors", "ImageReward.pt")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
@@ -111,7 +111,7 @@ class ImageReward:
             img_size=side * patch,
             patch_size=patch,
             embed_dim=width,
-            depth=_layers("blocks.", tensors),
+            depth=layers("blocks.", tensors),
             num_heads=width // _HEAD,
             mlp_ratio=len(tensors["blocks.0.mlp.fc1.bias"]) / width,
             num_classes=0,
@@ -128,7 +128,7 @@ class ImageReward:
             hidden_size=width,
             encoder_hidden_size=tensors["encoder.layer.0.crossattention.self.key.weight"].shape[1],
             intermediate_size=len(tensors["encoder.layer.0.intermediate.dense.bias"]),
-            num_hidden_layers=_layers("encoder.layer.", tensors),
+            num_hidden_layers=layers("encoder.layer.", tensors),
             num_attention_heads=width // _HEAD,
             max_position_embeddings=len(tensors["embeddings.position_embeddings.weight"]),
             hidden_act="gelu",
@@ -141,7 +141,3 @@ class ImageReward:
         # Positions are no weights.
         kept = {name: value for name, value in tensors.items() if value.is_floating_point()}
         return filled(BlipTextModel, config, kept, self._weights, self._dtype, add_pooling_layer=False)
-
-
-def _layers(prefix: str, tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in tensors if name.startswith(prefix))

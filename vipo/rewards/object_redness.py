@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vipo.demo.scenes import foreground
-from vipo.rewards.errors import RewardError
+from vipo.rewards.pixels import need_pictures
 from vipo.rewards.redness import redness_map
 from vipo.rewards.registry import Scored
 
@@ -24,8 +24,7 @@ def object_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Ma
     Raises:
         RewardError: `images` are videos.
     """
-    if images.ndim != 4:
-        raise RewardError(f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}; use 'redness'")
+    need_pictures(images)
     mask = foreground(images)
     pixels = mask.sum(dim=(1, 2))
     mean = (redness_map(images) * mask).sum(dim=(1, 2)) / pixels.clamp(min=1)

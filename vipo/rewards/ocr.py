@@ -82,7 +82,7 @@ def letters(text: str) -> str:
 
 
 def closeness(read: str, wanted: str) -> float:
-    """The score of one picture, of texts as `letters` gives them."""
+    """The score of one picture, of what is read in it and of a text as `letters` gives it."""
     read = letters(read)
     edits = 0 if wanted in read else levenshtein(read, wanted)
     return 1 - min(edits, len(wanted)) / len(wanted)

@@ -1,14 +1,12 @@
 """PickScore: what people pick among pictures of one prompt."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vipo.config.reward_options import ModelOptions, PickScoreOptions
-from vipo.rewards.clip import TOKENIZER, ClipReward
+from vipo.config.reward_options import PickScoreOptions
+from vipo.rewards.clip import ClipReward
 from vipo.rewards.pixels import clip_pixels
-from vipo.rewards.weights import located
 
 
 class PickScore(ClipReward):
@@ -19,15 +17,8 @@ class PickScore(ClipReward):
 
     Options = PickScoreOptions
 
-    def __init__(self, device: str, options: PickScoreOptions) -> None:
-        super().__init__(device, options)
-
     def _pixels(self, images: Tensor, size: int) -> Tensor:
         return clip_pixels(images, size, nearest=False)
 
     def _scored(self, cosine: Tensor, network: Any) -> Tensor:
         return network.logit_scale.float().exp() * cosine
-
-    def _find_tokenizer(self, options: ModelOptions) -> Path:
-        assert isinstance(options, PickScoreOptions)
-        return located("tokenizer", options.tokenizer, options.tokenizer_revision, TOKENIZER)

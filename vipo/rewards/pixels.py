@@ -35,7 +35,10 @@ def need_pictures(images: Tensor) -> None:
         RewardError: `images` are not ``(B, 3, H, W)``.
     """
     if images.ndim != 4:
-        raise RewardError(f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}")
+        raise RewardError(
+            f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}; use 'redness', 'flicker' or "
+            "'motion'"
+        )
 
 
 def grey_levels(images: Tensor) -> Tensor:

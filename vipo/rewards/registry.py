@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from vipo.config.registries import REWARDS, registered
+from vipo.config.validation import ConfigError, validate_section
 from vipo.foreign import foreign, resolve
 from vipo.rewards.errors import RewardError
 
@@ -72,9 +73,6 @@ def _checked_options(name: str, found: Any, options: Mapping[str, Any]) -> BaseM
         return None
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         raise RewardError(f"{_called(name)}: its Options must be a pydantic model")
-    # Composing brings Hydra, which a loop of others has no use for.
-    from vipo.config.compose import ConfigError, validate_section
-
     with foreign(RewardError, _called(name), name):
         try:
             return validate_section(model, dict(options), "options.")

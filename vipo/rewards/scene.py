@@ -12,6 +12,7 @@ from torch import Tensor
 from vipo.demo.scenes import check, read_scenes
 from vipo.prompts.needs import is_scene
 from vipo.rewards.errors import RewardError
+from vipo.rewards.pixels import need_pictures
 
 
 def scene(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -39,8 +40,7 @@ def _one_kind(kind: str, images: Tensor, metadata: Sequence[Mapping[str, Any]]) 
 
 
 def _claims(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[dict[str, bool]]:
-    if images.ndim != 4:
-        raise RewardError(f"takes pictures (B, 3, H, W), not videos of shape {tuple(images.shape)}; use 'redness'")
+    need_pictures(images)
     for number, claim in enumerate(metadata):
         if not is_scene(claim):
             raise RewardError(

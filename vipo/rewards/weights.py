@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from vipo.config.compose import repository_root
 from vipo.rewards.errors import RewardError
-from vipo.text import one_line
+from vipo.text import listed, one_line
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Names of a checkpoint's weights in transformers' layout, the better first."""
 
 _NAMED = 3
 
@@ -109,6 +112,15 @@ def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def layers(prefix: str, tensors: Mapping[str, Tensor]) -> int:
+    """How many layers there are whose tensors' names begin with `prefix` and a number from 0.
+
+    Raises:
+        ValueError: none, or what follows is no number.
+    """
+    return 1 + max(int(name.partition(".")[0]) for name in below(prefix, tensors))
+
+
 def filled(kind: Any, config: Any, tensors: Mapping[str, Tensor], source: object, dtype: str, **options: Any) -> Any:
     """A network of transformers with these tensors.
 
@@ -159,17 +171,12 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: object, dtyp
 def check_filled(network: nn.Module, faults: Mapping[str, Sequence[str]], source: object) -> None:
     """Refuse a network with such faults, or with tensors that are not finite."""
     broken = [name for name, value in network.named_parameters() if not bool(value.isfinite().all())]
-    told = [f"{kind}: {_listed(names)}" for kind, names in {**faults, "not finite": broken}.items() if names]
+    told = [f"{kind}: {listed(names, _NAMED)}" for kind, names in {**faults, "not finite": broken}.items() if names]
     if told:
         raise RewardError(
             f"{source}: does not hold what {type(network).__name__} takes: {'; '.join(told)}; fetch it again, or name "
             "another"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 @contextlib.contextmanager

@@ -8,13 +8,13 @@ from snakemake.exceptions import WorkflowError
 
 from vipo.config.cluster import job_resources
 from vipo.config.compose import (
-    ConfigError,
     dump_config,
     load_config,
     repository_root,
     write_if_changed,
 )
 from vipo.config.experiment import check_runs
+from vipo.config.validation import ConfigError
 from vipo.config.workflow import read_workflow_config
 from vipo.errors import VipoError
 from vipo.imports import check_imports
