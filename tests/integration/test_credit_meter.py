@@ -127,6 +127,28 @@ def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides:
         _measure(results, overrides)
 
 
+def test_terms_of_one_reward_are_told_apart(results: Path, tiny_overrides: list[str]) -> None:
+    """By their labels, as in training: the term that a source names is one of them too."""
+    terms = "[{name: object_redness, label: one}, {name: object_redness, label: other, weight: -1.0}, redness]"
+    more = ["stepped=0", "directions=[sgd]", "updates=1"]
+    config = load_config(
+        [
+            *tiny_overrides,
+            "arm=vipo",
+            "credit.sources=[{name: reward, term: other}]",
+            f"reward.terms={terms}",
+            *SMALL,
+            *(f"experiment.meter.{end}" for end in more),
+        ]
+    )
+    parts = results / "labels"
+    stage.measure_credit({"vipo": config}, config.experiment.meter, ROOT, results / "demo", parts, None)
+    (path,) = parts.glob("*/update-0.json")
+    rewards = json.loads(path.read_text())["rewards"]
+    assert list(rewards) == ["one", "other", "redness"]
+    assert rewards["one"] == rewards["other"]
+
+
 def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
     results: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,7 +30,7 @@ from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.prompts import read_prompts
 from vipo.provenance import file_sha256
-from vipo.rewards import load_reward
+from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
 
@@ -73,7 +73,7 @@ def measure_credit(
     embeddings: dict[str, dict[str, Tensor]] = {}
     for split, prompts in (("train", train), ("eval", held)):
         embeddings |= load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
-    rewards = {term.name: load_reward(term.name, first.generator.device) for term in first.reward.terms}
+    rewards = load_rewards(first.reward.terms, first.generator.device)
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
     arms = load_arms(configs, Context(generator, train, rewards, first.perception, root))
@@ -86,7 +86,7 @@ def measure_credit(
         stochastic_steps(first.sampling.window, len(chain.trainable), first.seed, 1),
         embeddings,
         rewards,
-        {term.name: term.weight for term in first.reward.terms},
+        {term.label: term.weight for term in first.reward.terms},
         first.seed,
         first.training.group_size,
         first.training.micro_batch,
@@ -131,6 +131,7 @@ def measure_credit(
     read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
             for split in ("train", "eval")]  # fmt: skip
     read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
+    read += [path for reward in rewards.values() for path in weight_files(reward)]
     read += [path for arm in arms.values() for source in arm.sources.values() for path in source.inputs.values()]
     return summarise(records, reference, meter.width, meter.confidence), list(dict.fromkeys(read))
 

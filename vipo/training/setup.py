@@ -20,7 +20,7 @@ from vipo.generators.embeddings import load_embeddings
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
-from vipo.rewards import Reward, load_reward, score, weight_files
+from vipo.rewards import Reward, load_rewards, score, weight_files
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking.timer import Timer
 from vipo.training.distribution import Distribution
@@ -121,7 +121,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
-    rewards = {t.label: load_reward(t.name, config.generator.device, t.options) for t in config.reward.terms}
+    rewards = load_rewards(config.reward.terms, config.generator.device)
     for label, reward in rewards.items():
         weight_inputs |= {f"reward {label} {i}": path for i, path in enumerate(weight_files(reward))}
     sources, objective = load_sources(config.credit), load_objective(config.objective)
