@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
-from vipo.credit import Context, CreditSource, load_sources
+from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
@@ -134,7 +134,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     context = Context(generator, prompts, rewards, config.perception, root, distribution.is_main)
     for source in sources.values():
         source.set_up(context)
-        weight_inputs |= source.inputs
+    weight_inputs |= source_inputs(sources, weight_inputs)
     _try_rewards(config, rewards, prompts[0], device)
     chain = load_chain(config, generator, distribution)
     reference = _prepare_network(config, generator, distribution, objective.needs_reference)
