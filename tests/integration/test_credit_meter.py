@@ -118,6 +118,17 @@ def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overri
     assert checkpoint_label(Path("results/demo/runs/vipo-s1/weights")) == "vipo-s1"
 
 
+def test_other_files_in_the_same_place_are_measured_anew(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """More updates go on from the parts that are there; those of other weights do not."""
+    configs, network = _configs(tiny_overrides), tmp_path / "model.safetensors"
+    meter = configs["grpo"].experiment.meter
+    network.write_bytes(b"one")
+    first = stage._identity(configs, meter, [network])
+    assert stage._identity(configs, meter.model_copy(update={"updates": 9}), [network]) == first
+    network.write_bytes(b"other")
+    assert stage._identity(configs, meter, [network]) != first
+
+
 def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides: list[str]) -> None:
     overrides = [*tiny_overrides, "reward=scene", "experiment.meter.directions=[sgd]", "experiment.meter.change=1.0e-3"]
     text = _measure(results, overrides, "experiment.meter.reference=0", "experiment.meter.updates=1")

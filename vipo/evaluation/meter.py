@@ -1,6 +1,5 @@
 """The `credit` stage: a measurement (`vipo.credit.meter`) of the sources of several arms, at one checkpoint."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from vipo.config.meter import MeterConfig
 from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.config.values import config_hash
-from vipo.credit import Context
+from vipo.credit import Context, source_inputs
 from vipo.credit.meter.directions import Directions
 from vipo.credit.meter.gradients import MeterError
 from vipo.credit.meter.measure import measure_reference, measure_updates
@@ -29,10 +28,10 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.prompts import read_prompts
-from vipo.provenance import file_sha256
 from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
+from vipo.training.state import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,12 @@ def measure_credit(
         weight_decay=first.optimizer.weight_decay,
     )
     directions = Directions(meter.directions, parameters, optimizer, first.optimizer.max_grad_norm)
-    folder = parts / _identity(configs, meter, weights)[:16]
+    read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
+            for split in ("train", "eval")]  # fmt: skip
+    read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
+    read += [path for reward in rewards.values() for path in weight_files(reward)]
+    read += [path for arm in arms.values() for path in source_inputs(arm.sources).values()]
+    folder = parts / _identity(configs, meter, read)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     costs = _costs(plan, subject, len(arms), len(meter.directions))
     whole = costs.reference * plan.reference_batches + costs.update * plan.updates + costs.steps * plan.stepped
@@ -128,11 +132,6 @@ def measure_credit(
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
         records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
-    read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
-            for split in ("train", "eval")]  # fmt: skip
-    read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
-    read += [path for reward in rewards.values() for path in weight_files(reward)]
-    read += [path for arm in arms.values() for source in arm.sources.values() for path in source.inputs.values()]
     return summarise(records, reference, meter.width, meter.confidence), list(dict.fromkeys(read))
 
 
@@ -201,20 +200,15 @@ def _plan(meter: MeterConfig, config: Config) -> Plan:
     )
 
 
-def _identity(configs: Mapping[str, Config], meter: MeterConfig, weights: Path | None) -> str:
+def _identity(configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[Path]) -> str:
     """What decides the parts of a measurement; how many updates, and what is told of them, decide none of it."""
     told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms"})
     data: dict[str, Any] = {
         "meter": told,
         "arms": {name: config.training_identity() for name, config in configs.items()},
-        "weights": None if weights is None else _content(weights),
+        "inputs": [content_hash(path) for path in read],
     }
     return config_hash(data)
-
-
-def _content(folder: Path) -> str:
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def write_result(result: Result, configs: Mapping[str, Config], meter: MeterConfig, path: Path) -> None:
