@@ -31,6 +31,7 @@ from vipo.prompts import read_prompts
 from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
+from vipo.training.setup import load_optimizer
 from vipo.training.state import content_hash
 
 log = logging.getLogger(__name__)
@@ -98,12 +99,7 @@ def measure_credit(
     vectors = 2 * len(arms) + min(plan.blocks, plan.reference_batches) + _OTHER_VECTORS
     space, told = choose_space(subject.size, vectors, 2**20 * meter.memory_mb, first.seed, device)
     log.info("%s", told)
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=first.optimizer.learning_rate,
-        betas=first.optimizer.betas,
-        weight_decay=first.optimizer.weight_decay,
-    )
+    optimizer = load_optimizer(first.optimizer, parameters.values())
     directions = Directions(meter.directions, parameters, optimizer, first.optimizer.max_grad_norm)
     read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
             for split in ("train", "eval")]  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
+from vipo.config.training import OptimizerConfig
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
@@ -140,13 +142,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     reference = _prepare_network(config, generator, distribution, objective.needs_reference)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trainable.values(),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizer = load_optimizer(config.optimizer, trainable.values(), fused=True)
     setup = Setup(
         config,
         experiment,
@@ -167,6 +163,15 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     )
     _check_resources(setup)
     return setup
+
+
+def load_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = False
+) -> torch.optim.AdamW:
+    """The optimizer of a run, before its first step; `fused` is PyTorch's one kernel, which rounds otherwise."""
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
 
 
 def load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
