@@ -371,8 +371,8 @@ def credit_stage(
             with atomic_file(files[0]) as path:
                 write_result(result, configs, meter, path)
             with atomic_file(files[1]) as path:
-                path.write_text(draw_credit(result).standalone(), encoding="utf-8")
-    return "\n".join([table(result, meter.size), "", *map(str, files)])
+                path.write_text(draw_credit(result, meter.confidence).standalone(), encoding="utf-8")
+    return "\n".join([table(result, meter.size, meter.confidence), "", *map(str, files)])
 
 
 def checkpoint_label(weights: Path | None) -> str:

@@ -119,6 +119,17 @@ def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overri
     assert checkpoint_label(Path("results/demo/runs/vipo-s1/weights")) == "vipo-s1"
 
 
+def test_other_files_in_the_same_place_are_measured_anew(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """More updates go on from the parts that are there; those of other weights do not."""
+    configs, network = _configs(tiny_overrides), tmp_path / "model.safetensors"
+    meter = configs["grpo"].experiment.meter
+    network.write_bytes(b"one")
+    first = stage._identity(configs, meter, [network])
+    assert stage._identity(configs, meter.model_copy(update={"updates": 9}), [network]) == first
+    network.write_bytes(b"other")
+    assert stage._identity(configs, meter, [network]) != first
+
+
 def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides: list[str]) -> None:
     overrides = [*tiny_overrides, "reward=scene", "experiment.meter.directions=[sgd]", "experiment.meter.change=1.0e-3"]
     text = _measure(results, overrides, "experiment.meter.reference=0", "experiment.meter.updates=1")
@@ -126,6 +137,28 @@ def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides:
     assert "pathwise:" not in text
     with pytest.raises(MeterError, match=r"'scene' has no gradient by the picture; set experiment\.meter\.reference=0"):
         _measure(results, overrides)
+
+
+def test_terms_of_one_reward_are_told_apart(results: Path, tiny_overrides: list[str]) -> None:
+    """By their labels, as in training: the term that a source names is one of them too."""
+    terms = "[{name: object_redness, label: one}, {name: object_redness, label: other, weight: -1.0}, redness]"
+    more = ["stepped=0", "directions=[sgd]", "updates=1"]
+    config = load_config(
+        [
+            *tiny_overrides,
+            "arm=vipo",
+            "credit.sources=[{name: reward, term: other}]",
+            f"reward.terms={terms}",
+            *SMALL,
+            *(f"experiment.meter.{end}" for end in more),
+        ]
+    )
+    parts = results / "labels"
+    stage.measure_credit({"vipo": config}, config.experiment.meter, ROOT, results / "demo", parts, None)
+    (path,) = parts.glob("*/update-0.json")
+    rewards = json.loads(path.read_text())["rewards"]
+    assert list(rewards) == ["one", "other", "redness"]
+    assert rewards["one"] == rewards["other"]
 
 
 def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(

@@ -19,6 +19,7 @@ from vipo.errors import Preempted, VipoError
 from vipo.imports import check_imports
 from vipo.objectives import ObjectiveError
 from vipo.training import run as run_module
+from vipo.training.errors import TrainingError
 from vipo.training.learn import Place, outcome_of
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity
@@ -215,6 +216,12 @@ class Halfway(WeightedMatching):
         return self.options.nothing
 
 
+class Boundless(FarAway):
+    def __call__(self, moved):
+        everywhere = torch.ones_like(moved.advantages)
+        return Gated(everywhere.bool(), everywhere * torch.nan)
+
+
 class Undecided(FarAway):
     def __call__(self, moved):
         return Gated(None)
@@ -263,6 +270,7 @@ class Flagged(Brightness):
         ("objective={name: 'wrong:Unfinished'}", ObjectiveError, "dropped: expected 4 samples, got a float"),
         ("objective={name: 'wrong:Halfway'}", ObjectiveError, "^objective 'wrong:Halfway' raised AttributeError"),
         ("objective.gate={name: 'wrong:Undecided'}", ObjectiveError, "dropped: expected torch.bool .* got a NoneType"),
+        ("objective.gate={name: 'wrong:Boundless'}", TrainingError, "the loss is nan although its gradient is finite"),
         ("credit.sources=[{name: 'wrong:Flagged'}]", CreditError, "^credit source 'wrong:Flagged': .* got a list"),
     ],
 )

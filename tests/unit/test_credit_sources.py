@@ -8,8 +8,9 @@ from toy_generator import ToyGenerator, left_redness
 
 from vipo.config.compose import load_config
 from vipo.config.credit import CreditConfig
-from vipo.credit import Context, CreditError, Samples, assign_credit, load_sources
+from vipo.credit import Context, CreditError, Samples, assign_credit, load_sources, source_inputs
 from vipo.credit.contrast import group_contrast
+from vipo.credit.uniform import UniformCredit
 from vipo.prompts import Prompt
 from vipo.rewards import Scored
 
@@ -44,6 +45,28 @@ def _loaded(section: dict, rewards: dict | None = None):
     for source in sources.values():
         source.set_up(_context(generator, {"left": left_redness} if rewards is None else rewards))
     return generator, sources
+
+
+def test_names_of_inputs_are_taken_once() -> None:
+    """Two files of one name would be one in the run's identity."""
+
+    class Reads(UniformCredit):
+        def __init__(self, inputs: object) -> None:
+            super().__init__()
+            self.read = inputs
+
+        @property
+        def inputs(self) -> object:
+            return self.read
+
+    one, other = Reads({"map": Path("a")}), Reads({"mask": Path("b")})
+    assert source_inputs({"one": one, "other": other}) == {"map": Path("a"), "mask": Path("b")}
+    with pytest.raises(CreditError, match="'again': inputs: 'map' is the name of something else"):
+        source_inputs({"one": one, "again": Reads({"map": Path("b")})})
+    with pytest.raises(CreditError, match="'one': inputs: 'map' is the name of something else"):
+        source_inputs({"one": one}, taken=["map"])
+    with pytest.raises(CreditError, match=r"'text': inputs: expected pathlib\.Path by name, got {'map': 'a'}"):
+        source_inputs({"text": Reads({"map": "a"})})
 
 
 def test_contrast_is_that_of_the_clean_latents() -> None:

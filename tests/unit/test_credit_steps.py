@@ -29,17 +29,21 @@ def test_tweedie_is_the_mean_of_x0_at_each_state() -> None:
     assert torch.equal(found[:, 3], trajectory.clean)
 
 
-def test_tweedie_of_a_network_that_predicts_noise() -> None:
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+def test_tweedie_of_a_network_that_predicts_noise_or_v(prediction: str) -> None:
     alphas = torch.linspace(0.999, 0.01, 1000)
     generator = ToyGenerator()
-    generator.prediction = "noise"
-    chain = sampling_chain(SamplingConfig(steps=4, transition="ddim", eta=1.0), "noise", alphas)
+    generator.prediction = prediction
+    chain = sampling_chain(SamplingConfig(steps=4, transition="ddim", eta=1.0), prediction, alphas)
     trajectory = rollout(generator, SHIFT, chain, range(3), KEYS, KEYS)
     found = clean_estimates(generator, SHIFT, trajectory, chain)
     time = chain.times[1].expand(3)
     alpha = float(alphas[int(time[0])])
     with torch.no_grad():
         noise = generator.network(trajectory.latents[:, 1], time, SHIFT["shift"])
+    if prediction == "v":
+        # v = sqrt(alpha) noise - sqrt(1 - alpha) x0.
+        noise = (noise + math.sqrt(1 - alpha) * found[:, 1]) / math.sqrt(alpha)
     # x = sqrt(alpha) x0 + sqrt(1 - alpha) noise, solved for x0.
     back = math.sqrt(alpha) * found[:, 1] + math.sqrt(1 - alpha) * noise
     torch.testing.assert_close(back, trajectory.latents[:, 1], rtol=1e-4, atol=1e-3)

@@ -275,7 +275,10 @@ def test_the_table_and_the_json_say_what_was_found(measured: tuple[list[Record],
     assert "oracle" in text
     assert "Over 18 steps" in text
     assert "For a ratio to within 0.3" in text
-    drawn = draw_credit(result)
+    assert "± is half of the 95 % interval" in text
+    assert "± is half of the 68 % interval" in table(result, "kl", 0.68)
+    drawn = draw_credit(result, 0.68)
+    assert "bars are 68 % intervals" in drawn.caption
     assert "oracle sgd" in drawn.alternative
     assert ElementTree.fromstring(drawn.svg).tag.endswith("svg")
     read = json.loads(json.dumps(result.as_json(), allow_nan=False))

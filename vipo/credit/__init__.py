@@ -1,6 +1,6 @@
 """Credit sources: where in a sample its advantage goes. Plug-ins, one file each."""
 
-from vipo.credit.assign import Credit, assign_credit, load_sources
+from vipo.credit.assign import Credit, assign_credit, load_sources, source_inputs
 from vipo.credit.source import Context, CreditError, CreditSource, Samples, Weights
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "Weights",
     "assign_credit",
     "load_sources",
+    "source_inputs",
 ]

@@ -1,8 +1,9 @@
 """From an update's samples to the weights of their advantages."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,30 @@ def load_sources(config: CreditConfig) -> dict[str, CreditSource]:
         )
         for place, section in enumerate(config.sources)
     }
+
+
+def source_inputs(sources: Mapping[str, CreditSource], taken: Collection[str] = ()) -> dict[str, Path]:
+    """What the sources, which are set up, read their weights from: a part of the run's identity.
+
+    Args:
+        sources: by name.
+        taken: names of what else was read.
+
+    Raises:
+        CreditError: a source gives something else than paths by name, or a name that is taken: one of both files would
+            be no part of the identity.
+    """
+    found: dict[str, Path] = {}
+    for name, source in sources.items():
+        own = source.inputs
+        if not isinstance(own, Mapping) or not all(isinstance(path, Path) for path in own.values()):
+            raise CreditError(f"credit source {name!r}: inputs: expected pathlib.Path by name, got {own!r}")
+        if twice := [key for key in own if key in found or key in taken]:
+            raise CreditError(
+                f"credit source {name!r}: inputs: {twice[0]!r} is the name of something else that is read; take another"
+            )
+        found |= own
+    return found
 
 
 def assign_credit(

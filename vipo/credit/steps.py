@@ -40,7 +40,7 @@ def clean_estimates(
             for step in range(start, chain.steps):
                 x = chain.ode(x, _predicted(generator, conditioning, chain, x, step), step)
         else:
-            x = _to_clean(chain, x, _predicted(generator, conditioning, chain, x, start), start)
+            x = chain.ode(x, _predicted(generator, conditioning, chain, x, start), start, chain.steps)
         found.append(x)
     # The last state's estimate is the sample, in both.
     return torch.stack([*found, trajectory.clean], dim=1)
@@ -85,10 +85,3 @@ def step_advantages(rewards: Tensor, groups: Tensor, std_floor: float, clip: flo
 
 def _predicted(generator: Generator, conditioning: Conditioning, chain: Chain, x: Tensor, step: int) -> Tensor:
     return generator.predict(x, chain.times[step].expand(len(x)), conditioning)
-
-
-def _to_clean(chain: Chain, x: Tensor, prediction: Tensor, step: int) -> Tensor:
-    level = chain.levels[step]
-    if chain.prediction == "velocity":
-        return x - level * prediction
-    return (x - (1 - level).sqrt() * prediction) / level.sqrt()

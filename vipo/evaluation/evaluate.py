@@ -33,7 +33,7 @@ from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
 from vipo.provenance.files import atomic_file, atomic_folder
-from vipo.rewards import Reward, in_use, load_reward, score, weight_files
+from vipo.rewards import Reward, in_use, load_rewards, score, weight_files
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
@@ -123,9 +123,7 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
     inputs = [prompts_path, embeddings_path, *checkpoint_inputs(config.generator, root)]
     if structuring.backbone.source is not None:
         inputs.append(structuring.backbone.source)
-    rewards = {
-        spec.label: load_reward(spec.name, config.generator.device, spec.options) for spec in config.evaluation.rewards
-    }
+    rewards = load_rewards(config.evaluation.rewards, config.generator.device)
     inputs += [path for reward in rewards.values() for path in weight_files(reward)]
     inputs += [path for folder in weights.values() for path in sorted(folder.rglob("*.safetensors"))]
     files = [output / name for name in ("config.yaml", "scores.parquet", "summary.json", "maps.safetensors")]

@@ -1,6 +1,5 @@
 """The `credit` stage: a measurement (`vipo.credit.meter`) of the sources of several arms, at one checkpoint."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from vipo.config.meter import MeterConfig
 from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.config.values import config_hash
-from vipo.credit import Context
+from vipo.credit import Context, source_inputs
 from vipo.credit.meter.directions import Directions
 from vipo.credit.meter.gradients import MeterError
 from vipo.credit.meter.measure import measure_reference, measure_updates
@@ -29,10 +28,11 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.prompts import read_prompts
-from vipo.provenance import file_sha256
-from vipo.rewards import load_reward
+from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
+from vipo.training.setup import load_optimizer
+from vipo.training.state import content_hash
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def measure_credit(
     embeddings: dict[str, dict[str, Tensor]] = {}
     for split, prompts in (("train", train), ("eval", held)):
         embeddings |= load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
-    rewards = {term.name: load_reward(term.name, first.generator.device) for term in first.reward.terms}
+    rewards = load_rewards(first.reward.terms, first.generator.device)
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
     arms = load_arms(configs, Context(generator, train, rewards, first.perception, root))
@@ -86,7 +86,7 @@ def measure_credit(
         stochastic_steps(first.sampling.window, len(chain.trainable), first.seed, 1),
         embeddings,
         rewards,
-        {term.name: term.weight for term in first.reward.terms},
+        {term.label: term.weight for term in first.reward.terms},
         first.seed,
         first.training.group_size,
         first.training.micro_batch,
@@ -99,14 +99,14 @@ def measure_credit(
     vectors = 2 * len(arms) + min(plan.blocks, plan.reference_batches) + _OTHER_VECTORS
     space, told = choose_space(subject.size, vectors, 2**20 * meter.memory_mb, first.seed, device)
     log.info("%s", told)
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=first.optimizer.learning_rate,
-        betas=first.optimizer.betas,
-        weight_decay=first.optimizer.weight_decay,
-    )
+    optimizer = load_optimizer(first.optimizer, parameters.values())
     directions = Directions(meter.directions, parameters, optimizer, first.optimizer.max_grad_norm)
-    folder = parts / _identity(configs, meter, weights)[:16]
+    read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
+            for split in ("train", "eval")]  # fmt: skip
+    read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
+    read += [path for reward in rewards.values() for path in weight_files(reward)]
+    read += [path for arm in arms.values() for path in source_inputs(arm.sources).values()]
+    folder = parts / _identity(configs, meter, read)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     costs = _costs(plan, subject, len(arms), len(meter.directions))
     whole = costs.reference * plan.reference_batches + costs.update * plan.updates + costs.steps * plan.stepped
@@ -128,10 +128,6 @@ def measure_credit(
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
         records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
-    read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
-            for split in ("train", "eval")]  # fmt: skip
-    read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
-    read += [path for arm in arms.values() for source in arm.sources.values() for path in source.inputs.values()]
     return summarise(records, reference, meter.width, meter.confidence), list(dict.fromkeys(read))
 
 
@@ -200,20 +196,15 @@ def _plan(meter: MeterConfig, config: Config) -> Plan:
     )
 
 
-def _identity(configs: Mapping[str, Config], meter: MeterConfig, weights: Path | None) -> str:
+def _identity(configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[Path]) -> str:
     """What decides the parts of a measurement; how many updates, and what is told of them, decide none of it."""
     told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms"})
     data: dict[str, Any] = {
         "meter": told,
         "arms": {name: config.training_identity() for name, config in configs.items()},
-        "weights": None if weights is None else _content(weights),
+        "inputs": [content_hash(path) for path in read],
     }
     return config_hash(data)
-
-
-def _content(folder: Path) -> str:
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def write_result(result: Result, configs: Mapping[str, Config], meter: MeterConfig, path: Path) -> None:

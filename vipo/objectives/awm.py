@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vipo.config.forward import AwmConfig, DecayConfig
 from vipo.objectives.advantages import Advantages
-from vipo.objectives.forward import noised_points, velocity_kl
-from vipo.objectives.objective import Kept, Objective, Outcome, Points, Predictions, Share
+from vipo.objectives.forward import ForwardObjective, velocity_kl
+from vipo.objectives.objective import Kept, Outcome, Points, Predictions, Share
 
 # Under the root of the published code.
 _SMALLEST_ERROR = 1e-10
@@ -21,7 +21,7 @@ _SMALLEST_ERROR = 1e-10
 TimeWeight = Literal["uniform", "t", "t2"]
 
 
-class Awm(Objective):
+class Awm(ForwardObjective):
     """Advantage Weighted Matching on the levels of the chain, from the clean samples alone.
 
     Source: AWM (arXiv 2509.25050) and its public code; credit is ours.
@@ -30,23 +30,9 @@ class Awm(Objective):
     options: AwmConfig
 
     @property
-    def needs_old(self) -> bool:
-        """For the ratio."""
-        return True
-
-    @property
-    def needs_reference(self) -> bool:
-        """For its divergence."""
-        return self.options.kl_weight > 0
-
-    @property
     def keeps(self) -> Mapping[Kept, DecayConfig]:
         """A slow average of the trained weights; of no weight it is not kept."""
         return {"anchor": self.options.anchor} if self.options.anchor_weight > 0 else {}
-
-    def points(self, share: Share) -> Points:
-        """The clean samples, noised to the levels of `share.steps`."""
-        return noised_points(share)
 
     def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss of one ratio a sample, and the divergences to the generator as it was and to the anchor."""

@@ -3,15 +3,31 @@
 import torch
 from torch import Tensor
 
-from vipo.objectives.objective import Points, Share
+from vipo.config.forward import AwmConfig, NftConfig
+from vipo.objectives.objective import Objective, Points, Share
 
 
-def noised_points(share: Share) -> Points:
-    """The clean samples of a share, noised by draws of its own to the levels of its steps."""
-    clean = share.trajectory.clean
-    drawn = [torch.randn(clean.shape[1:], generator=generator) for generator in share.draws("forward")]
-    noise, times = torch.stack(drawn).to(clean.device), share.chain.times[share.steps]
-    return Points(noised(clean, noise, times)[0], times, noise)
+class ForwardObjective(Objective):
+    """Compares policies at the clean samples, noised to the levels of the chain."""
+
+    options: AwmConfig | NftConfig
+
+    @property
+    def needs_old(self) -> bool:
+        """What is trained is compared with what sampled."""
+        return True
+
+    @property
+    def needs_reference(self) -> bool:
+        """For its divergence."""
+        return self.options.kl_weight > 0
+
+    def points(self, share: Share) -> Points:
+        """The clean samples, noised by draws of the share's own to the levels of `share.steps`."""
+        clean = share.trajectory.clean
+        drawn = [torch.randn(clean.shape[1:], generator=generator) for generator in share.draws("forward")]
+        noise, times = torch.stack(drawn).to(clean.device), share.chain.times[share.steps]
+        return Points(noised(clean, noise, times)[0], times, noise)
 
 
 def noised(clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from vipo.config.forward import DecayConfig, NftConfig
 from vipo.objectives.advantages import Advantages
-from vipo.objectives.forward import noised_points, velocity_kl
-from vipo.objectives.objective import Kept, Objective, Outcome, Points, Predictions, Share
+from vipo.objectives.forward import ForwardObjective, velocity_kl
+from vipo.objectives.objective import Kept, Outcome, Points, Predictions, Share
 
 # Of the published code's normaliser.
 _SMALLEST_ERROR = 1e-5
 
 
-class Nft(Objective):
+class Nft(ForwardObjective):
     """DiffusionNFT on the levels of the chain, from the clean samples alone.
 
     Source: DiffusionNFT (arXiv 2509.16117) and its public code; credit is ours.
@@ -29,23 +29,9 @@ class Nft(Objective):
     options: NftConfig
 
     @property
-    def needs_old(self) -> bool:
-        """The policy that sampled is half of both implicit ones."""
-        return True
-
-    @property
-    def needs_reference(self) -> bool:
-        """For its divergence."""
-        return self.options.kl_weight > 0
-
-    @property
     def keeps(self) -> Mapping[Kept, DecayConfig]:
         """The old policy, which samples."""
         return {"sampler": self.options.old}
-
-    def points(self, share: Share) -> Points:
-        """The clean samples, noised to the levels of `share.steps`."""
-        return noised_points(share)
 
     def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss, and the divergence to the generator as it was."""

@@ -24,8 +24,10 @@ from vipo.sampling.rollout import Trajectory
 Needs = Literal["log_probabilities", "stochastic", "none"]
 Kept = Literal["sampler", "anchor"]
 
-# What the metrics of every update are called, or begin with.
-_TAKEN = frozenset({"loss", "grad", "log_ratio", "clip", "reward", "samples", "group", "map"})
+# What the records of every update are called, or begin with.
+_TAKEN = frozenset(
+    {"update", "loss", "grad", "log_ratio", "clip", "reward", "samples", "group", "map", "time", "memory"}
+)
 
 
 class ObjectiveError(VipoError):

@@ -13,7 +13,7 @@ _KINDS = {"sgd": ("o", ARM_COLORS[1]), "sign": ("s", ARM_COLORS[2]), "optimizer"
 _ROW, _APART = 0.42, 0.2
 
 
-def draw_credit(result: Result) -> Plot:
+def draw_credit(result: Result, confidence: float = 0.95) -> Plot:
     """Ratios with their intervals, one row a source, one panel an estimator; wide intervals reach the edge."""
     panels = [
         (title, found)
@@ -39,7 +39,8 @@ def draw_credit(result: Result) -> Plot:
         f"{title}: " + ", ".join(f"{along.source} {along.kind} {along.ratio.value:.2f}" for along in found)
         for title, found in panels
     )
-    caption = f"{result.updates} updates, {result.reference_batches} reference batches; bars are 95 % intervals"
+    measured = f"{result.updates} updates, {result.reference_batches} reference batches"
+    caption = f"{measured}; bars are {100 * confidence:g} % intervals"
     return as_plot(figure, "credit", "credit", "What each source's direction is worth", caption, f"{told}.")
 
 

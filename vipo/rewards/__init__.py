@@ -2,7 +2,16 @@
 
 from vipo.config.registries import REWARDS
 from vipo.rewards.errors import RewardError
-from vipo.rewards.registry import Reward, Scored, find_reward, load_reward, score, score_where, weight_files
+from vipo.rewards.registry import (
+    Reward,
+    Scored,
+    find_reward,
+    load_reward,
+    load_rewards,
+    score,
+    score_where,
+    weight_files,
+)
 from vipo.rewards.resident import in_use
 
 __all__ = [
@@ -13,6 +22,7 @@ __all__ = [
     "find_reward",
     "in_use",
     "load_reward",
+    "load_rewards",
     "score",
     "score_where",
     "weight_files",

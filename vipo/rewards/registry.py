@@ -2,7 +2,7 @@
 
 import copy
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from vipo.config.registries import REWARDS, registered
+from vipo.config.reward import RewardSpec
 from vipo.config.validation import ConfigError, validate_section
 from vipo.foreign import foreign, resolve
 from vipo.rewards.errors import RewardError
@@ -98,6 +99,15 @@ def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | Non
             raise RewardError(f"{_called(name)}: its instance is a {type(found).__name__}, not a callable")
     reward: Reward = found
     return reward
+
+
+def load_rewards(specs: Iterable[RewardSpec], device: str = "cpu") -> dict[str, Reward]:
+    """The rewards of a configuration by label, each with its options.
+
+    Raises:
+        RewardError: as of `load_reward`.
+    """
+    return {spec.label: load_reward(spec.name, device, spec.options) for spec in specs}
 
 
 def weight_files(reward: Reward) -> list[Path]:

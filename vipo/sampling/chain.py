@@ -67,9 +67,9 @@ class Chain:
         """Mean like `latents` and std ``(B, 1, ...)`` of each sample's stochastic step ``steps[b]``."""
         return self.transition(latents, prediction, self.levels[steps], self.levels[steps + 1], self.eta)
 
-    def ode(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
-        """The deterministic step `step`; the last one gives the estimate of x0."""
-        level, level_next = (self.levels[i].expand(len(latents)) for i in (step, step + 1))
+    def ode(self, latents: Tensor, prediction: Tensor, step: int, end: int | None = None) -> Tensor:
+        """The deterministic step from `step` to `end`, None being the next one; to T it is the estimate of x0."""
+        level, level_next = (self.levels[i].expand(len(latents)) for i in (step, step + 1 if end is None else end))
         if self.prediction == "velocity":
             return euler_step(latents, prediction, level, level_next)
         return self.transition(latents, prediction, level, level_next, 0.0)[0]

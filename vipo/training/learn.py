@@ -1,6 +1,7 @@
 """The optimizer steps of an update: what the policies predict, the objective of it, gradients."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,9 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
                 loss = outcome.loss / len(own)
                 loss.backward()
             calls.append((loss.detach(), batch, which))
-        seen.losses.append(float(sum((loss for loss, _, _ in calls), torch.zeros((), device=setup.device))))
-        seen.norms.append(take_step(setup, lesson, calls, step))
+        total, norm = take_step(setup, lesson, calls, step)
+        seen.losses.append(total)
+        seen.norms.append(norm)
     return seen.metrics(setup.distribution)
 
 
@@ -203,12 +205,13 @@ def _consistent(setup: Setup, lesson: Lesson, outcome: Outcome, batch: MicroBatc
     return check_consistency(setup.config, outcome.log_ratio, batch, steps, lesson.samples, lesson.number)
 
 
-def take_step(setup: Setup, lesson: Lesson, calls: list[Call], step: int) -> float:
-    """One optimizer step on the gradients that the calls left; gives their norm.
+def take_step(setup: Setup, lesson: Lesson, calls: list[Call], step: int) -> tuple[float, float]:
+    """One optimizer step on the gradients that the calls left; gives the loss and the gradient's norm.
 
     Raises:
-        TrainingError: the gradient is not finite; nothing of it is applied.
+        TrainingError: the gradient or the loss is not finite; nothing of it is applied.
     """
+    loss = float(sum((own for own, _, _ in calls), torch.zeros((), device=setup.device)))
     norm = torch.nn.utils.clip_grad_norm_(setup.trainable.values(), setup.config.optimizer.max_grad_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not bool(torch.isfinite(norm)):
@@ -218,9 +221,15 @@ def take_step(setup: Setup, lesson: Lesson, calls: list[Call], step: int) -> flo
             "checkpoint is the last good state. A lower optimizer.learning_rate, or generator.precision=fp32, avoids "
             "most such cases"
         )
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"update {lesson.number}, optimizer step {step + 1}: the loss is {loss} although its gradient is finite: "
+            "what the objective or its gate gives where nothing is learned (a gate's ratio, say) is not; let it be "
+            "finite. Nothing was applied, and the newest checkpoint is the last good state"
+        )
     setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return loss, float(norm)
 
 
 def _bad_calls(distribution: Distribution, calls: list[Call], samples: list[Sample]) -> str:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
-from vipo.credit import Context, CreditSource, load_sources
+from vipo.config.training import OptimizerConfig
+from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
@@ -20,7 +22,7 @@ from vipo.generators.embeddings import load_embeddings
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
-from vipo.rewards import Reward, load_reward, score, weight_files
+from vipo.rewards import Reward, load_rewards, score, weight_files
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking.timer import Timer
 from vipo.training.distribution import Distribution
@@ -121,7 +123,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
-    rewards = {t.label: load_reward(t.name, config.generator.device, t.options) for t in config.reward.terms}
+    rewards = load_rewards(config.reward.terms, config.generator.device)
     for label, reward in rewards.items():
         weight_inputs |= {f"reward {label} {i}": path for i, path in enumerate(weight_files(reward))}
     sources, objective = load_sources(config.credit), load_objective(config.objective)
@@ -134,19 +136,13 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     context = Context(generator, prompts, rewards, config.perception, root, distribution.is_main)
     for source in sources.values():
         source.set_up(context)
-        weight_inputs |= source.inputs
+    weight_inputs |= source_inputs(sources, weight_inputs)
     _try_rewards(config, rewards, prompts[0], device)
     chain = load_chain(config, generator, distribution)
     reference = _prepare_network(config, generator, distribution, objective.needs_reference)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trainable.values(),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizer = load_optimizer(config.optimizer, trainable.values(), fused=True)
     setup = Setup(
         config,
         experiment,
@@ -167,6 +163,15 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     )
     _check_resources(setup)
     return setup
+
+
+def load_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = False
+) -> torch.optim.AdamW:
+    """The optimizer of a run, before its first step; `fused` is PyTorch's one kernel, which rounds otherwise."""
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
 
 
 def load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:

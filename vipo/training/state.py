@@ -42,13 +42,18 @@ def run_identity(setup: Setup) -> str:
     """
     paths = (prompts_path(setup.experiment), embeddings_path(setup.experiment))
     inputs = {path.name: file_sha256(path) for path in paths}
-    for name, path in setup.weight_inputs.items():
-        # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures. How the
-        # folder was made decides nothing.
-        files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")])
-        found = [[str(file.relative_to(path)), file_sha256(file)] for file in files if file != path / PROVENANCE]
-        inputs[name] = config_hash(found)
+    inputs |= {name: content_hash(path) for name, path in setup.weight_inputs.items()}
     return config_hash({"config": setup.config.training_identity(), "inputs": inputs})
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of the weights and configurations of a folder."""
+    # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures. How the folder
+    # was made decides nothing.
+    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")])
+    return config_hash(
+        [[str(file.relative_to(path)), file_sha256(file)] for file in files if file != path / PROVENANCE]
+    )
 
 
 def checkpoints_folder(setup: Setup) -> Path:

@@ -49,7 +49,7 @@ def total_gradient(
     """Of each sample's weighted sum of rewards, the gradient by its clean latents, like them.
 
     Args:
-        rewards, weights: by the name of their term.
+        rewards, weights: by the label of their term.
 
     Raises:
         MeterError: a reward, or the decoder, hands no gradient on.

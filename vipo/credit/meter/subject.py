@@ -29,7 +29,7 @@ class Subject:
         chain: of the training samples.
         stochastic: its steps that draw noise, and so can be trained.
         embeddings: conditioning by prompt id.
-        rewards, weights: by the name of their term.
+        rewards, weights: by the label of their term.
         seed: keys every draw.
         group_size: samples of a prompt.
         micro_batch: samples of a network call.

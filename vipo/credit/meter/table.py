@@ -6,11 +6,12 @@ from vipo.credit.meter.result import Along, Result
 from vipo.credit.meter.statistics import Estimate
 
 
-def table(result: Result, size: str) -> str:
+def table(result: Result, size: str, confidence: float = 0.95) -> str:
     """Both estimators by source and direction, then what they rest on.
 
     Args:
         size: in what the steps were equal, as the plan has it.
+        confidence: of the intervals.
     """
     lines = []
     if result.pathwise:
@@ -33,7 +34,7 @@ def table(result: Result, size: str) -> str:
             *_steps(result),
             "",
         ]
-    lines += _notes(result)
+    lines += _notes(result, confidence)
     return "\n".join(lines)
 
 
@@ -66,8 +67,8 @@ def _steps(result: Result) -> list[str]:
     return rows
 
 
-def _notes(result: Result) -> list[str]:
-    notes = ["± is half of the 95 % interval (jackknife over updates and reference units)."]
+def _notes(result: Result, confidence: float) -> list[str]:
+    notes = [f"± is half of the {100 * confidence:g} % interval (jackknife over updates and reference units)."]
     for name, found in (("pathwise", result.pathwise), ("directional", result.directional)):
         if weak := _weak(found, result.first):
             notes.append(
