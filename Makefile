@@ -22,7 +22,7 @@ help:  ## this list
 env: $(VENV)/.complete  ## .venv from the hash-locked requirements (about 7 GB with PyTorch's CUDA build)
 
 # Looks first at all that is needed, and says in one message what is missing. Bytecode, or every start of a command compiles
-# what it imports anew where PYTHONDONTWRITEBYTECODE is set, as in many containers: 13 s of CPU time in the place of 6.
+# what it imports anew where PYTHONDONTWRITEBYTECODE is set, as in many containers (CHANGELOG.md has what that took).
 $(VENV)/.complete: requirements.lock pyproject.toml
 	@UV=$(UV) workflow/preflight.sh
 	@$(MAKE) --no-print-directory $(UV)

@@ -303,7 +303,8 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="JSON with full hashes instead of tables.")] = False,
 ) -> None:
     """Show what differs between two runs (configuration, code, environment, data) and what came of it."""
-    from vipo.handover.diff import diff_runs, render_diff
+    from vipo.handover.diff import diff_runs
+    from vipo.handover.diff_text import render_diff
 
     found = diff_runs(run_a, run_b)
     shown = json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else visible(render_diff(found))

@@ -14,7 +14,8 @@ from vipo.config.compose import load_config_file
 from vipo.config.values import config_hash
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import independent_difference, paired_difference
-from vipo.handover.diff import RunDiff, diff_runs, render_diff
+from vipo.handover.diff import RunDiff, diff_runs
+from vipo.handover.diff_text import render_diff
 from vipo.provenance import file_sha256
 
 RUNS = ("base-s0", "grpo-s0", "vipo-s0", "vipo-s1")

@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 from audit_fixture import EXPERIMENT, audited, git, write_lock
 
+from vipo.provenance.commits import commit_file, commit_files, has_commit, is_whole, last_change
 from vipo.provenance.environment import git_state, package_sha256_at
-from vipo.provenance.git import (
-    ForgedObject,
-    MissingObject,
-    commit_file,
-    commit_files,
-    find_repository,
-    has_commit,
-    is_whole,
-    last_change,
-)
+from vipo.provenance.git import ForgedObject, MissingObject, find_repository
 
 _FILES = {"dvc.lock": b"honest\n", "vipo/a.py": b"x = 1\n", "vipo/b/c.py": b"y = 1\n", "code.py": b"z = 1\n"}
 

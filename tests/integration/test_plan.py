@@ -54,6 +54,19 @@ def test_what_saves_memory_is_counted(tiny_overrides: list[str]) -> None:
     assert sharded["AdamW"] == plain["AdamW"] // 2
 
 
+def test_policies_that_an_objective_keeps_are_counted(tiny_overrides: list[str]) -> None:
+    def of(*more: str) -> Plan:
+        return plan(load_config([*tiny_overrides, "arm=vipo", "objective={name: awm, kl_weight: 0}", *more]), ROOT, 2)
+
+    with_anchor, without = of(), of("objective.anchor_weight=0")
+    weights, lessons = with_anchor.held["network"], with_anchor.evaluations["learning"]
+    assert (with_anchor.held["kept policies"], without.held["kept policies"]) == (weights, 0)
+    # The policy that sampled, and the anchor.
+    assert (with_anchor.evaluations["comparing"], without.evaluations["comparing"]) == (2 * lessons, lessons)
+    checkpoints = load_config([*tiny_overrides, "arm=vipo"]).training.keep_checkpoints + 1
+    assert with_anchor.disk - without.disk == weights * checkpoints
+
+
 def test_the_command_says_what_would_fit(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

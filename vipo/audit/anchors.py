@@ -8,17 +8,11 @@ from urllib.parse import unquote
 
 from vipo.audit.examination import CHECKPOINT, Examination, short
 from vipo.audit.findings import Anchor
+from vipo.provenance.commits import commit_file, last_change
 from vipo.provenance.crate import METADATA, SIGNATURE, crate_files
 from vipo.provenance.dvc import LOCK, LockedStage, dvc_md5, parse_lock
 from vipo.provenance.files import text_lines
-from vipo.provenance.git import (
-    ForgedObject,
-    MissingObject,
-    commit_file,
-    find_repository,
-    last_change,
-    repository_problem,
-)
+from vipo.provenance.git import ForgedObject, MissingObject, find_repository, repository_problem
 from vipo.provenance.lineage import ProvenanceError, files_below
 from vipo.provenance.signature import SignatureError, verify_file
 from vipo.provenance.upload import MANIFEST

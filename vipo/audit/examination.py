@@ -11,9 +11,10 @@ from typing import Any
 from vipo.audit.findings import Check, Finding, Severity
 from vipo.config.run import Config
 from vipo.errors import VipoError
+from vipo.provenance.commits import commit_file
 from vipo.provenance.environment import package_sha256_at
 from vipo.provenance.files import file_sha256
-from vipo.provenance.git import MissingObject, commit_file
+from vipo.provenance.git import MissingObject
 from vipo.provenance.lineage import absolute_path, experiment_files, files_below
 from vipo.text import one_line
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vipo.audit.examination import CHECKPOINT, VOLATILE, Examination, short, stage_of
+from vipo.provenance.commits import commit_file, has_commit, is_whole
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import package_sha256, versions
-from vipo.provenance.git import MissingObject, commit_file, find_repository, has_commit, is_whole
+from vipo.provenance.git import MissingObject, find_repository
 from vipo.provenance.lineage import (
     CHECKOUT_DIFF,
     DIFF,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vipo.config.compose import load_config_file
 from vipo.determinism import deterministic_algorithms
-from vipo.errors import VipoError
 from vipo.evaluation.evaluate import HeldOut, sample_held_out, save_sample, trained_weights
 from vipo.generators import load_generator
 from vipo.generators.base import check_device
@@ -18,7 +17,7 @@ from vipo.generators.embeddings import encode_prompts
 from vipo.generators.lora import check_adapted
 from vipo.memory import memory_errors
 from vipo.prompts import Prompt
-from vipo.prompts.prompt import clean_text, is_blank, prompt_id
+from vipo.prompts.prompt import PromptError, clean_text, is_blank, prompt_id
 from vipo.provenance.files import atomic_file
 from vipo.text import visible
 from vipo.tracking.progress import progress_bar
@@ -81,7 +80,7 @@ def draw_side_by_side(
 def _prompts(texts: Sequence[str]) -> list[Prompt]:
     cleaned = dict.fromkeys(clean_text(text) for text in texts)
     if any(is_blank(text) for text in cleaned):
-        raise VipoError("a prompt is blank: give text that can be seen")
+        raise PromptError("a prompt is blank: give text that can be seen")
     return [Prompt(prompt_id(text), text, {}) for text in cleaned]
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import psutil
 
 import vipo
+from vipo.provenance.commits import commit_files
 from vipo.provenance.files import file_sha256
-from vipo.provenance.git import GitError, commit_files, find_repository, is_tracked, working_tree
+from vipo.provenance.git import GitError, find_repository, is_tracked
+from vipo.provenance.working_tree import working_tree
 
 log = logging.getLogger(__name__)
 

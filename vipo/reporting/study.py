@@ -117,17 +117,14 @@ def _gate_cells(experiment: Experiment) -> pd.DataFrame:
     """The arms of a clip study: all trained arms, where nothing but the gate tells them apart."""
     firsts = {arm: experiment.of_arm(arm)[0].config for arm in experiment.arms if arm != "base"}
     others = {config_hash(_without_gate(config)) for config in firsts.values()}
-    objectives = {arm: config.objective for arm, config in firsts.items()}
-    gates = {
-        arm: objective.gate.model_dump(mode="json")
-        for arm, objective in objectives.items()
-        if isinstance(objective, SurrogateConfig)
-    }
-    if len(others) > 1 or len({config_hash(gate) for gate in gates.values()}) < 3:
+    cells = [
+        {"arm": arm, "ratio": config.objective.ratio, **config.objective.gate.model_dump(mode="json")}
+        for arm, config in firsts.items()
+        if isinstance(config.objective, SurrogateConfig)
+    ]
+    if len(others) > 1 or len({config_hash(cell | {"arm": ""}) for cell in cells}) < 3:
         return pd.DataFrame()
-    ratio = next(objective.ratio for objective in objectives.values() if isinstance(objective, SurrogateConfig))
-    # The same of all: nothing but the gate differs.
-    return pd.DataFrame([{"arm": arm, "ratio": ratio, "gate": gate.pop("name"), **gate} for arm, gate in gates.items()])
+    return pd.DataFrame(cells).rename(columns={"name": "gate"})
 
 
 def _without_gate(config: Config) -> dict[str, Any]:

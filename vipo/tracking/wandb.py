@@ -15,7 +15,8 @@ class WeightsAndBiases:
 
     def __init__(self, run: TrackedRun) -> None:
         earlier = sorted(path.name.rpartition("-")[2] for path in run.folder.glob("offline-run-*-*"))
-        shutil.rmtree(run.folder, ignore_errors=True)
+        if run.folder.exists():
+            shutil.rmtree(run.folder)
         run.folder.mkdir(parents=True)
         # Before the import, which reads them: no reports to W&B of its own errors, no files in the user's home.
         os.environ["WANDB_ERROR_REPORTING"] = "false"

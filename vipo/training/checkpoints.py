@@ -20,13 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vipo.provenance.files import (
-    atomic_folder,
-    file_sha256,
-    fsync_path,
-    named_write_errors,
-    partial_path,
-)
+from vipo.config.training import TrainingConfig
+from vipo.provenance.files import atomic_folder, file_sha256, fsync_path, named_write_errors, partial_path
 from vipo.training.distribution import Distribution
 from vipo.training.stored import ROWS, CheckpointError, StoredTensors, own_rows
 
@@ -44,6 +39,18 @@ class Checkpoint:
     update: int
     tensors: StoredTensors
     state: dict[str, Any]
+
+
+def run_bytes(training: TrainingConfig, parameters: int, kept: int) -> int:
+    """Bytes of a run's folder, at most: its checkpoints and the one that is being written, and the weights it leaves.
+
+    Args:
+        training: says how many checkpoints and weights are kept.
+        parameters: that are trained, in fp32.
+        kept: policies that the objective keeps beside them.
+    """
+    # Weights and AdamW's two moments.
+    return 4 * parameters * ((3 + kept) * (training.keep_checkpoints + 1) + 1 + len(training.save_at))
 
 
 def save_checkpoint(

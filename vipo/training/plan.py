@@ -29,6 +29,8 @@ from vipo.generators.base import GeneratorError
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.objectives import load_objective
+from vipo.objectives.objective import checked_keeps
+from vipo.training.checkpoints import run_bytes
 from vipo.training.errors import TrainingError
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
@@ -127,11 +129,9 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     """
     if config.is_base:
         raise TrainingError("arm 'base' is the generator as it is: there is nothing to plan; choose another arm")
-    training, objective, mode = (
-        config.training,
-        load_objective(config.objective),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    )
+    training, objective = config.training, load_objective(config.objective)
+    keeps = checked_keeps(config.objective.name, objective.keeps)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     generator = outline(config.generator, root, mode, training.lora)
     if training.gradient_checkpointing:
         generator.recompute_activations()
@@ -168,14 +168,12 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
 
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
-    compared = objective.needs_old + objective.needs_reference
+    compared = objective.needs_old + objective.needs_reference + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
     own = samples // config.distribution.world_size
     shards = config.distribution.world_size if config.distribution.strategy == "fsdp" else 1
-    weights, trained = (
-        _bytes(generator.network.parameters()),
-        sum(value.numel() for value in generator.network.parameters() if value.requires_grad),
-    )
+    weights = _bytes(generator.network.parameters())
+    trained = sum(value.numel() for value in generator.network.parameters() if value.requires_grad)
     gradients = _FP32 * trained // shards
     copied = objective.needs_reference and training.lora is None
     a_prompt = _bytes(conditioning.values()) // size
@@ -184,6 +182,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         "network": weights // shards,
         "autoencoder": _bytes(generator.vae.parameters()),
         "reference": weights // shards if copied else 0,
+        "kept policies": len(keeps) * gradients,
         "AdamW": _MOMENTS * gradients,
         "embeddings": (prompts + own) * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
@@ -195,7 +194,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared},
         flops=(drawn.get_total_flops() * (samples * steps + lessons * compared) + learned.get_total_flops() * lessons)
         // size,
-        disk=_FP32 * trained * ((1 + _MOMENTS) * (training.keep_checkpoints + 1) + 1 + len(training.save_at)),
+        disk=run_bytes(training, trained, len(keeps)),
     )
 
 

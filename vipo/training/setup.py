@@ -25,6 +25,7 @@ from vipo.prompts import Prompt, read_prompts
 from vipo.rewards import Reward, load_rewards, score, weight_files
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking.timer import Timer
+from vipo.training.checkpoints import run_bytes
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.old_policy import OldPolicy
@@ -218,9 +219,8 @@ def _prepare_network(
 def _check_resources(setup: Setup) -> None:
     config, folder = setup.config, setup.folder
     count = sum(value.numel() for value in setup.trainable.values())
-    # Weights and two moments, and what is kept beside them.
-    copies, kept = 3 + len(setup.kept), len(setup.kept)
-    needed = 4 * count * (copies * (config.training.keep_checkpoints + 1) + 1 + len(config.training.save_at))
+    kept = len(setup.kept)
+    needed = run_bytes(config.training, count, kept)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
