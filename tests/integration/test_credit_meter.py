@@ -181,6 +181,8 @@ def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
 def test_what_cannot_be_compared_is_named(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(MeterError, match=r"'flow_grpo' differs from 'grpo' in more than its credit \(sampling"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,flow_grpo]")
+    with pytest.raises(MeterError, match="'nft' has the objective 'nft', whose gradient is not the surrogate's"):
+        _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,nft]")
     with pytest.raises(ConfigError, match="leave nothing to measure"):
         _configs(tiny_overrides, "experiment.meter.reference=0", "experiment.meter.stepped=0")
     with pytest.raises(ConfigError, match="named twice"):

@@ -159,6 +159,12 @@ def _check_comparable(configs: Mapping[str, Config]) -> None:
                 f"experiment.meter.arms: {name!r} differs from {first_name!r} in more than its credit "
                 f"({', '.join(differing)}), so their directions cannot be compared; leave it out"
             )
+    for name, config in configs.items():
+        if config.objective.name != "surrogate":
+            raise MeterError(
+                f"experiment.meter.arms: {name!r} has the objective {config.objective.name!r}, whose gradient is not "
+                "the surrogate's that is measured; leave it out"
+            )
     if first.distribution.world_size > 1:
         raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
 
