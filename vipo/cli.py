@@ -63,6 +63,11 @@ Wait = Annotated[
     ),
 ]
 
+Part = Annotated[
+    str | None,
+    typer.Option("--share", metavar="N/COUNT", help="This part of the work alone; without it, what is missing."),
+]
+
 _RESULTS = Path("results")
 _HOME = re.compile(r"(--[\w-]+=|-\w)?(~|~[\w.-]*/.*)", re.DOTALL)
 
@@ -169,7 +174,7 @@ def plan(
 
 @app.command()
 def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
-    """Sample the held-out prompts with one run's weights and score them with all rewards."""
+    """Sample the held-out prompts with one run's weights and score them: `sample`, of the base too, then `score`."""
     from vipo.stages import evaluate_stage
 
     evaluate_stage(_checked(overrides, file), repository_root(), results, wait)
@@ -177,6 +182,34 @@ def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Resu
 
 @app.command()
 def sample(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    share: Part = None,
+) -> None:
+    """Draw the held-out prompts with one run's weights, or with the base: resumable, shared where asked for."""
+    from vipo.stages import sample_stage
+
+    sample_stage(_checked(overrides, file), repository_root(), results, wait, share)
+
+
+@app.command()
+def score(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    share: Part = None,
+) -> None:
+    """Score one run's samples with all rewards, and against the base's samples: resumable, shared where asked for."""
+    from vipo.stages import score_stage
+
+    score_stage(_checked(overrides, file), repository_root(), results, wait, share)
+
+
+@app.command("draw")
+def draw_command(
     run: Annotated[Path, typer.Argument(help="Folder results/<experiment>/runs/<arm>-s<seed>, trained.")],
     prompts: Annotated[list[str], typer.Argument(help="Prompts, each in quotes.")],
     output: Annotated[

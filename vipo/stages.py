@@ -5,11 +5,14 @@ seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in t
 other's, from the newest checkpoint if it trains, and ends with the same bytes.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vipo.config.compose import dump_config
 from vipo.config.experiment import check_run
@@ -19,6 +22,9 @@ from vipo.config.run import Config
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
+
+if TYPE_CHECKING:
+    from vipo.evaluation.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +158,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
 
 def _train(config: Config, root: Path, results: Path, wait: float) -> None:
     from vipo.generators.base import check_device
-    from vipo.training.launch import launch, stop_with_launcher
+    from vipo.training.launch import stop_with_launcher
     from vipo.training.ranks import is_rank
     from vipo.training.recorded import train_run
 
@@ -164,14 +170,21 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
         stop_with_launcher()
         train_run(config, root, experiment, wait)
         return
+    _launch("train", config, results, wait, [], config.distribution.nodes)
+
+
+def _launch(stage: str, config: Config, results: Path, wait: float, options: Sequence[str], nodes: int) -> None:
+    """Run a stage as this node's ranks, of `nodes`."""
+    from vipo.training.launch import launch
+
     # A file of their own: one in the results would be another job's as well.
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / f"{config.run_name}.yaml"
         resolved.write_text(dump_config(config), encoding="utf-8")
-        files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
+        files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait), *options]
         # -P, for the working directory may hold another vipo.
-        command = [sys.executable, "-P", "-m", "vipo.cli", "train", *files]
-        launch(command, config.distribution, config.training.threads)
+        command = [sys.executable, "-P", "-m", "vipo.cli", stage, *files]
+        launch(command, config.distribution.model_copy(update={"nodes": nodes}), config.training.threads)
 
 
 def _make_missing(config: Config, root: Path, results: Path, wait: float) -> None:
@@ -192,21 +205,71 @@ def _make_missing(config: Config, root: Path, results: Path, wait: float) -> Non
                     make(config, root, results)
 
 
+def sample_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
+    """The held-out samples of one run's weights, or of the base, to ``samples/<arm>-s<seed>``.
+
+    Where ``distribution.processes`` says so, several processes draw them together.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        share: ``NUMBER/COUNT``: draw this part of the work alone, for the stage to put together later.
+    """
+    from vipo.evaluation.sample import sample_run
+
+    _check_shared(config, root, experiment_folder(config, results), "eval")
+    _evaluate("sample", sample_run, config, root, results, wait, share)
+
+
+def score_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
+    """The samples of one run, scored beside those of the base, to ``evaluation/<arm>-s<seed>``; as `sample_stage`."""
+    from vipo.evaluation.score import score_run
+
+    check_prompts(experiment_folder(config, results) / "prompts", config.prompts)
+    _evaluate("score", score_run, config, root, results, wait, share)
+
+
 def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
-    """One run's weights to ``evaluation/<arm>-s<seed>``."""
-    from vipo.evaluation.evaluate import evaluate_run
+    """Sample one run, and the base where nobody has, and score the run."""
+    sample_stage(config, root, results, wait)
+    if not config.is_base:
+        sample_stage(config.as_base(), root, results, wait)
+    score_stage(config, root, results, wait)
+
+
+def _evaluate(
+    stage: str,
+    run: "Callable[[Config, Path, Path, Share | None, float], None]",
+    config: Config,
+    root: Path,
+    results: Path,
+    wait: float,
+    share: str | None,
+) -> None:
+    from vipo.evaluation.sample import prepare_process
+    from vipo.evaluation.shares import Share
     from vipo.generators.base import check_device
     from vipo.memory import memory_errors
+    from vipo.training.launch import stop_with_launcher
+    from vipo.training.ranks import is_rank, own_place
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    _check_shared(config, root, experiment, "eval")
+    own, local = None if share is None else Share.parse(share), 0
+    if config.distribution.processes > 1:
+        if not is_rank():
+            _launch(stage, config, results, wait, [] if share is None else ["--share", share], nodes=1)
+        else:
+            stop_with_launcher()
+            place = own_place(os.environ)
+            own = (own or Share()).split(place.rank, place.size)
+            local = place.local_rank
+    prepare_process(config, local)
     remedy = "Lower evaluation.batch, or raise cluster.evaluate.memory_mb"
-    with (
-        memory_errors(f"evaluation of {config.run_name}", remedy),
-        run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait),
-    ):
-        evaluate_run(config, root, experiment)
+    with memory_errors(f"{stage} of {config.run_name}", remedy), contextlib.ExitStack() as locked:
+        if own is None:
+            folder = experiment / ("samples" if stage == "sample" else "evaluation") / config.run_name
+            locked.enter_context(run_lock(folder, wait_seconds=wait))
+        run(config, root, experiment, own, wait)
 
 
 def _check_shared(config: Config, root: Path, experiment: Path, split: str) -> None:
@@ -263,7 +326,8 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
     data = output / "data" / "report.json"
     if not data.is_file():
         summarize_stage(config, root, results, wait)
-    shown = [experiment / "evaluation" / run / name for run in runs for name in ("maps.safetensors", "samples")]
+    shown = [experiment / "evaluation" / run / "maps.safetensors" for run in runs]
+    shown += [experiment / "samples" / run / "pictures" for run in runs]
     volatile = [experiment / "runs" / run / name for run in runs for name in ("timing.jsonl", PROVENANCE)]
     with (
         run_lock(output, wait_seconds=wait),

@@ -209,6 +209,18 @@ class Config(Section):
             "kept": kept,
         }
 
+    def sampling_identity(self) -> dict[str, Any]:
+        """What decides an evaluation's samples, beside the trained weights."""
+        identity = self.evaluation_identity()
+        drawn = ("prompts", "samples_per_prompt", "steps", "batch", "seed")
+        evaluation = {key: identity["evaluation"][key] for key in drawn}
+        return {**{key: value for key, value in identity.items() if key != "perception"}, "evaluation": evaluation}
+
+    def as_base(self) -> Self:
+        """The experiment's base with this run's settings: what every arm is compared with, drawn once for all."""
+        base = self.experiment.arms["base"]
+        return self if self.is_base else self.model_copy(update={"arm": "base", "seed": base.seeds[0]})
+
     def report_identity(self) -> dict[str, Any]:
         """What the report reads beside the results."""
         return self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})

@@ -24,7 +24,8 @@ _RESULTS: Mapping[str, tuple[str, str]] = {
     "prepare": ("prompts", "manifest.json"),
     "encode": ("embeddings", "eval.safetensors"),
     "train": ("runs", "weights"),
-    "evaluate": ("evaluation", "scores.parquet"),
+    "sample": ("samples", "samples.json"),
+    "score": ("evaluation", "scores.parquet"),
 }
 #: Stages that show results, in seconds: set aside without asking.
 _VIEWS: Mapping[str, tuple[str, ...]] = {
