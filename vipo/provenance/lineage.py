@@ -44,6 +44,8 @@ _DEPTH: Mapping[str, int] = {
     "report": 1,
     "credit": 2,
 }
+#: Stages of earlier versions, and the one that writes their folder now.
+_FORMER: Mapping[str, str] = {"evaluate": "score"}
 #: In the environment of a launcher's ranks: the command that it was given, as JSON.
 COMMAND = "VIPO_COMMAND"
 
@@ -110,7 +112,7 @@ def record_stage(
         except ProvenanceError as error:
             # Running the stage again is what mends a damaged record.
             log.warning("%s", error)
-        if earlier is not None and (other := earlier["stage"]) != stage:
+        if earlier is not None and _FORMER.get(other := earlier["stage"], other) != stage:
             raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
     # Now, not after the inputs are hashed: the hash is that of the diff which is kept.
     git, diff = code_state()
