@@ -84,18 +84,24 @@ def _prepare(config: Config, root: Path, results: Path, readers: Sequence[Config
             check_needs(run, train, held_out)
 
     folder = experiment_folder(config, results) / "prompts"
-    source = root / config.prompts.source
+    # A callable and a published set have no file; a missing file is prepare_prompts' own error.
+    named = [*config.prompts.sources.values(), config.prompts.filters.blocklist]
+    sources = [path for name in named if name is not None and (path := root / name).is_file()]
+    tokens = None
+    if config.prompts.filters.max_tokens is not None:
+        from vipo.generators.tokens import token_counter
+
+        tokens = token_counter(config.generator, root)
     with record_stage(
         "prepare",
         folder,
-        # A callable source has no file; a missing file is prepare_prompts' own error.
-        inputs=[source] if source.is_file() else [],
+        inputs=sources,
         outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
         config=config.prompts_identity(),
         root=root,
         experiment=experiment_folder(config, results),
     ):
-        prepare_prompts(config.prompts, root, folder, accept)
+        prepare_prompts(config.prompts, root, folder, accept, tokens)
 
 
 def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:

@@ -364,7 +364,8 @@ def test_results_that_were_pulled_keep_their_anchor(locked: Path, tmp_path: Path
     assert [anchor.kind for anchor in result.anchors] == ["dvc.lock"]
     remarks = _findings(result, "remark")
     assert set(remarks) == {
-        "prompts", "embeddings", "report/data", *(f"{part}/{run}-s0" for part in ("samples", "evaluation") for run in ("base", "grpo", "vipo")),
+        "prompts", "embeddings", "report/data",
+        *(f"{part}/{run}-s0" for part in ("samples", "evaluation") for run in ("base", "grpo", "vipo")),
         "runs/grpo-s0", "runs/vipo-s0",
     }  # fmt: skip
     assert remarks["prompts"] == ["lineage: holds no provenance.json: its lineage is what dvc.lock says of it"]

@@ -21,9 +21,11 @@ ROOT = repository_root()
 BATCH, PROMPTS, PER_PROMPT = 3, 4, 2
 BATCHES = -(-PROMPTS * PER_PROMPT // BATCH)
 SETTINGS = (
-    f"evaluation={{prompts: {PROMPTS}, samples_per_prompt: {PER_PROMPT}, steps: 2, batch: {BATCH}, rewards: [redness]}}",
+    *(f"evaluation.{key}={value}" for key, value in (("prompts", PROMPTS), ("samples_per_prompt", PER_PROMPT))),
+    *(f"evaluation.{key}={value}" for key, value in (("batch", BATCH), ("steps", 2), ("rewards", "[redness]"))),
     "sampling.steps=4",
-    "training={updates: 2, save_at: [1], prompts_per_update: 2, group_size: 2, micro_batch: 4, trained_transitions: 2}",
+    *(f"training.{key}={value}" for key, value in (("updates", 2), ("save_at", [1]), ("prompts_per_update", 2))),
+    *(f"training.{key}={value}" for key, value in (("group_size", 2), ("micro_batch", 2), ("trained_transitions", 2))),
 )
 
 
@@ -184,13 +186,11 @@ def test_an_arm_that_draws_otherwise_is_refused(trained: tuple[Path, list[str]],
     results, overrides = trained
     place = shutil.copytree(results, tmp_path / "results")
     config = load_config([*overrides, "arm=vipo"])
-    with pytest.raises(EvaluationError, match="holds no samples that can be read.*run 'vipo sample' of vipo-s0 first"):
+    with pytest.raises(EvaluationError, match=r"no samples that can be read.*run 'vipo sample' of vipo-s0 first"):
         score_stage(config, ROOT, place)
     sample_stage(config, ROOT, place)
     sample_stage(load_config([*overrides, "arm=base", "evaluation.steps=3"]), ROOT, place)
-    with pytest.raises(
-        EvaluationError, match=r"base-s0: drawn with another configuration \(evaluation changed\).*once"
-    ):
+    with pytest.raises(EvaluationError, match=r"base-s0: drawn with another .* \(evaluation changed\).*once"):
         score_stage(config, ROOT, place)
 
 

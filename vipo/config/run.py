@@ -188,7 +188,10 @@ class Config(Section):
 
     def prompts_identity(self) -> dict[str, Any]:
         """What decides the prepared prompts."""
-        return self.prompts.model_dump(mode="json")
+        found = self.prompts.identity()
+        if self.prompts.filters.max_tokens is not None:
+            found["tokenizer"] = [self.generator.path, self.generator.revision]
+        return found
 
     def embeddings_identity(self) -> dict[str, Any]:
         """What decides the embeddings, beside the prompts."""

@@ -164,9 +164,10 @@ def backbone_files(run):
 
 
 def prompt_files():
-    """The prompt source where it is a file; a callable source has none."""
-    source = ROOT / RUNS[FIRST].prompts.source
-    return [as_input(source)] if source.is_file() else []
+    """What prompts are made of where it is a file; a callable and a published set have none."""
+    prompts = RUNS[FIRST].prompts
+    named = filter(None, [*prompts.sources.values(), prompts.filters.blocklist])
+    return [as_input(ROOT / name) for name in named if (ROOT / name).is_file()]
 
 
 def finished_run(wildcards):
