@@ -173,11 +173,20 @@ def plan(
 
 
 @app.command()
-def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
+def evaluate(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Other weights of the generator: a run's weights/, one of its updates/, a LoRA's folder."),
+    ] = None,
+) -> None:
     """Sample the held-out prompts with one run's weights and score them: `sample`, of the base too, then `score`."""
     from vipo.stages import evaluate_stage
 
-    evaluate_stage(_checked(overrides, file), repository_root(), results, wait)
+    evaluate_stage(_checked(overrides, file), repository_root(), results, wait, weights)
 
 
 @app.command()
@@ -206,6 +215,15 @@ def score(
     from vipo.stages import score_stage
 
     score_stage(_checked(overrides, file), repository_root(), results, wait, share)
+
+
+@app.command()
+def compare(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
+    """Compare all scored runs: by category, wins, all metrics together (Holm), totals of a set, diversity."""
+    from vipo.stages import compare_stage
+
+    for path in compare_stage(_configuration(overrides, file), repository_root(), results, wait):
+        _say(path)
 
 
 @app.command("draw")

@@ -8,9 +8,11 @@ other's, from the newest checkpoint if it trains, and ends with the same bytes.
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ from vipo.config.experiment import check_run
 from vipo.config.meter import MeterConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.run import Config
+from vipo.config.section import LONGEST_NAME
+from vipo.config.validation import ConfigError
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
@@ -211,7 +215,27 @@ def _make_missing(config: Config, root: Path, results: Path, wait: float) -> Non
                     make(config, root, results)
 
 
-def sample_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
+def _of_weights(config: Config, weights: Path) -> Config:
+    """A run that is these weights alone."""
+    if not weights.is_dir():
+        raise ConfigError(
+            f"--weights {weights}: no such folder; give a run's weights/, one of its updates/, or a LoRA's"
+        )
+    label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_")[:LONGEST_NAME]
+    if label == "base":
+        raise ConfigError(f"--weights {weights}: 'base' is what every arm is compared with; rename the folder")
+    training = config.training.model_copy(update={"save_at": ()})
+    return config.model_copy(update={"arm": label or "weights", "training": training})
+
+
+def sample_stage(
+    config: Config,
+    root: Path,
+    results: Path,
+    wait: float = 0,
+    share: str | None = None,
+    weights: Path | None = None,
+) -> None:
     """The held-out samples of one run's weights, or of the base, to ``samples/<arm>-s<seed>``.
 
     Where ``distribution.processes`` says so, several processes draw them together.
@@ -219,11 +243,13 @@ def sample_stage(config: Config, root: Path, results: Path, wait: float = 0, sha
     Args:
         config, root, results, wait: as of every stage.
         share: ``NUMBER/COUNT``: draw this part of the work alone, for the stage to put together later.
+        weights: see `evaluate_stage`.
     """
     from vipo.evaluation.sample import sample_run
 
     _check_shared(config, root, experiment_folder(config, results), "eval")
-    _evaluate("sample", sample_run, config, root, results, wait, share)
+    run = sample_run if weights is None else partial(sample_run, weights=weights)
+    _evaluate("sample", run, config, root, results, wait, share)
 
 
 def score_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
@@ -234,9 +260,46 @@ def score_stage(config: Config, root: Path, results: Path, wait: float = 0, shar
     _evaluate("score", score_run, config, root, results, wait, share)
 
 
-def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
-    """Sample one run, and the base where nobody has, and score the run."""
-    sample_stage(config, root, results, wait)
+def compare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> list[Path]:
+    """The scores of all runs to tables in ``comparison/``.
+
+    Returns:
+        The files.
+    """
+    from vipo.evaluation.compare import TABLES, compare_runs, write_tables
+
+    experiment, runs = experiment_folder(config, results), run_names(config)
+    output = experiment / "comparison"
+    inputs = [experiment / "prompts" / "eval.jsonl"]
+    inputs += [experiment / "evaluation" / run / "scores.parquet" for run in runs]
+    inputs += [experiment / "samples" / run / "pictures" for run in runs]
+    with (
+        run_lock(output, wait_seconds=wait),
+        record_stage(
+            "compare",
+            output,
+            inputs=inputs,
+            outputs=[output / f"{name}.csv" for name in TABLES],
+            config=config.report_identity(),
+            # Of the bootstrap.
+            seeds=[config.evaluation.seed],
+            root=root,
+        ),
+    ):
+        return write_tables(compare_runs(config, experiment, runs), output)
+
+
+def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, weights: Path | None = None) -> None:
+    """Sample one run, and the base where nobody has, and score the run.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        weights: folder of weights of this generator in place of the run's: a checkpoint's, an average's, a LoRA. Their
+            evaluation is called as the folder is.
+    """
+    if weights is not None:
+        config = _of_weights(config, weights)
+    sample_stage(config, root, results, wait, weights=weights)
     if not config.is_base:
         sample_stage(config.as_base(), root, results, wait)
     score_stage(config, root, results, wait)
@@ -261,7 +324,8 @@ def _evaluate(
     check_device(config.generator)
     experiment = experiment_folder(config, results)
     own, local = None if share is None else Share.parse(share), 0
-    if config.distribution.processes > 1:
+    # Weights that are no run's are not handed on to other processes.
+    if config.distribution.processes > 1 and not isinstance(run, partial):
         if not is_rank():
             _launch(stage, config, results, wait, [] if share is None else ["--share", share], nodes=1)
         else:

@@ -20,6 +20,7 @@ _IDENTITIES: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "train": Config.training_identity,
     "sample": Config.sampling_identity,
     "score": Config.evaluation_identity,
+    "compare": Config.report_identity,
     "summarize": Config.report_identity,
     "report": Config.report_identity,
 }

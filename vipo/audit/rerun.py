@@ -11,6 +11,7 @@ from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import ProvenanceError, experiment_files
 from vipo.provenance.superseded import SUPERSEDED
 from vipo.stages import (
+    compare_stage,
     encode_stage,
     prepare_stage,
     report_stage,
@@ -26,6 +27,7 @@ _RUN: Mapping[str, Callable[[Config, Path, Path], object]] = {
     "train": train_stage,
     "sample": sample_stage,
     "score": score_stage,
+    "compare": compare_stage,
     "summarize": summarize_stage,
     "report": report_stage,
 }

@@ -77,7 +77,14 @@ def draw(
     return images
 
 
-def sample_run(config: Config, root: Path, experiment: Path, share: Share | None = None, wait: float = 0) -> None:
+def sample_run(
+    config: Config,
+    root: Path,
+    experiment: Path,
+    share: Share | None = None,
+    wait: float = 0,
+    weights: Path | None = None,
+) -> None:
     """Sample one run's kept updates and final weights, or the base, into ``samples/<arm>-s<seed>``.
 
     Writes ``pictures/u<update>-<prompt>-<number>.png`` (videos animated, lossless, every frame) and ``samples.json``:
@@ -90,6 +97,7 @@ def sample_run(config: Config, root: Path, experiment: Path, share: Share | None
         share: of several processes that draw beside each other; it draws, and puts nothing together. None: whatever
             is missing is drawn, and all is put together.
         wait: seconds to wait for another process that draws the same share.
+        weights: folder of weights that no run here made, in the place of its final ones.
 
     Raises:
         EvaluationError: the run is incomplete or of another configuration, no prompt is held out, or a picture is
@@ -97,8 +105,8 @@ def sample_run(config: Config, root: Path, experiment: Path, share: Share | None
     """
     prompts, embeddings = experiment / "prompts" / "eval.jsonl", experiment / "embeddings" / "eval.safetensors"
     folder, identity = samples_folder(experiment, config.run_name), config.sampling_identity()
-    trained = {} if config.is_base else trained_weights(config, experiment / "runs" / config.run_name, root)
-    weights: dict[int, Path | None] = {**trained} or {0: None}
+    trained = _weights(config, experiment / "runs" / config.run_name, root, weights)
+    drawn: dict[int, Path | None] = {**trained} or {0: None}
     files = [path for kept in trained.values() for path in sorted(kept.rglob("*.safetensors"))]
     inputs = hashed("sample", [prompts, embeddings, *checkpoint_inputs(config.generator, root), *files], root)
     if is_made("sample", folder, inputs, identity, root):
@@ -106,10 +114,10 @@ def sample_run(config: Config, root: Path, experiment: Path, share: Share | None
         return
     batches = held_out_batches(prompts, config)
     work = Work(folder, identity, inputs)
-    names = [f"{sample_name(update, sample)}.png" for update in weights for batch in batches for sample in batch]
+    names = [f"{sample_name(update, sample)}.png" for update in drawn for batch in batches for sample in batch]
     if share is not None:
         with work.shared(share, wait):
-            _draw_missing(config, root, weights, batches, embeddings, work, share)
+            _draw_missing(config, root, drawn, batches, embeddings, work, share)
         return
     with record_stage(
         "sample",
@@ -122,7 +130,7 @@ def sample_run(config: Config, root: Path, experiment: Path, share: Share | None
         experiment=experiment,
     ):
         with work.shared(Share(), wait):
-            _draw_missing(config, root, weights, batches, embeddings, work, Share())
+            _draw_missing(config, root, drawn, batches, embeddings, work, Share())
         facts = json.loads((work.parts / FACTS).read_text())
         work.publish(folder / "pictures", names)
         with atomic_file(folder / FACTS) as path:
@@ -177,6 +185,15 @@ def _facts(generator: Generator) -> dict[str, Any]:
         "grid": list(generator.grid),
         "frame_groups": None if groups is None else [[group.start, group.stop] for group in groups],
     }
+
+
+def _weights(config: Config, run: Path, root: Path, given: Path | None) -> dict[int, Path]:
+    if config.is_base:
+        return {}
+    if given is None:
+        return trained_weights(config, run, root)
+    check_finite(given)
+    return {config.training.updates: given}
 
 
 def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:

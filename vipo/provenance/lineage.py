@@ -40,6 +40,7 @@ _DEPTH: Mapping[str, int] = {
     "train": 2,
     "sample": 2,
     "score": 2,
+    "compare": 1,
     "summarize": 2,
     "report": 1,
     "credit": 2,
@@ -55,7 +56,7 @@ _OF_TOOLS = re.compile(_TIMESTAMP)
 _OF_TOOLS_AND_LOCKS = re.compile(
     # Below runs/ an earlier vipo set runs aside.
     rf"{_TIMESTAMP}|(runs/)?\.superseded/.*"
-    r"|((prompts|embeddings|configs|logs|crate|export|report(/data)?|(runs|samples|evaluation|credit)(/[^/]+(/(checkpoints|updates))?)?)/)?"
+    r"|((prompts|embeddings|configs|logs|crate|export|comparison|report(/data)?|(runs|samples|evaluation|credit)(/[^/]+(/(checkpoints|updates))?)?)/)?"
     r"\.(gitignore|lock|lock-holder\.json|[^/]+\.(partial|replaced)(/.*)?)"
 )
 
