@@ -261,6 +261,16 @@ def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrid
     assert not any("superseded" in name for name in experiment_files(finished))
 
 
+def test_shares_of_samples_and_scores_are_jobs_and_all_arms_share_one_base(project: Path, overrides: list[str]) -> None:
+    jobs = _planned(project, [*overrides, "experiment.name=shared", "cluster.shares=2"])
+    runs = ("base-s0", "grpo-s0", "vipo-s0")
+    assert jobs >= {f"{stage} {run}" for stage in ("sample_share", "sample", "score_share", "score") for run in runs}
+    changed = [*overrides, "experiment.arms.grpo.overrides=[sampling.shift=2.0]"]
+    result = _snakemake(project, changed, "--dry-run")
+    assert result.returncode != 0
+    assert "change how samples are drawn" in result.stdout + result.stderr
+
+
 def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_overrides: list[str]) -> None:
     result = _snakemake(
         project, [*ARMS, 'experiment.arms.grpo.overrides=["cluster.train.memory_mb=9000"]'], "--dry-run"

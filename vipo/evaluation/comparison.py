@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import special
 
 from vipo.evaluation.statistics import ScoresError, mean_scores, paired_means, tail_probability, trained_rows
 from vipo.keys import keyed_seed
@@ -117,8 +118,8 @@ def over_metrics(
 
     Prompts are resampled, the same draws for every metric, after averaging over seeds and samples. `p` is twice the
     smaller tail of the bootstrap at zero, with one added to both counts; `p_holm` is Holm's over the arm's metrics, and
-    `low` to `high` is the interval at the level at which Holm's procedure tests the metric, expanded as in
-    `vipo.evaluation.statistics.tail_probability`.
+    `low` to `high` is the interval at the level at which Holm's procedure tests the metric. Tails are expanded for few
+    prompts, as in `vipo.evaluation.statistics.tail_probability`.
 
     Returns:
         `arm`, `reference`, `column`, `difference`, `low`, `high`, `p`, `p_holm`, `note`.
@@ -140,7 +141,9 @@ def over_metrics(
         # Without BLAS: the sums do not depend on the number of threads.
         draws = np.einsum("bp,pc->bc", weights, differences)
         below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
-        p = np.minimum(1.0, 2 * (np.minimum(below, above) + 1) / (resamples + 1))
+        tails = np.minimum(0.5, (np.minimum(below, above) + 1) / (resamples + 1))
+        # As the interval is expanded, so is the tail: p is below 1 - confidence where the interval lies beside zero.
+        p = 2 * special.stdtr(prompts - 1, special.ndtri(tails) * np.sqrt((prompts - 1) / prompts))
         ranks = np.argsort(np.argsort(p, kind="stable"), kind="stable")
         for number, (column, adjusted) in enumerate(zip(columns, holm(p), strict=True)):
             level = 1 - (1 - confidence) / (len(columns) - int(ranks[number]))
