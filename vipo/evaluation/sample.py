@@ -21,7 +21,7 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.finite import check_finite
-from vipo.generators.lora import LORA_FILE, check_adapted
+from vipo.generators.lora import check_adapted
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.sampling.chain import Chain, sampling_chain
@@ -167,9 +167,6 @@ def _draw_missing(
     with progress_bar(total=total, description=f"{config.run_name}: samples", unit="sample") as progress:
         for update, some in wanted.items():
             if (folder := weights[update]) is not None:
-                if not (folder / LORA_FILE).is_file():
-                    # Whole weights come beside those that are there, which nobody needs any more.
-                    generator.network.to("meta")
                 generator.load_network(folder)
                 if config.training.lora is not None:
                     check_adapted(generator.network, config.training.lora.targets, folder)
