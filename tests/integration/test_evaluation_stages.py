@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
+from vipo.config.run import Config
 from vipo.evaluation import sample, score
+from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
 from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
@@ -83,6 +86,8 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
     assert len(pictures) == 3 * PROMPTS * PER_PROMPT
     assert not [name for name in wanted if "partial" in name]
 
+    _check_other_weights_and_tables(config, whole)
+
     other = shutil.copytree(results, tmp_path / "other")
     with monkeypatch.context() as patched:
         drawn = _counted(patched, fail_at=2)
@@ -108,6 +113,22 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
     score_stage(config, ROOT, other)
     score_stage(config.as_base(), ROOT, other)
     assert _files(other) == wanted
+
+
+def _check_other_weights_and_tables(config: Config, results: Path) -> None:
+    """A kept update, named by its folder, has the scores that it has in its run; and the tables are written."""
+    experiment = results / "demo"
+    evaluate_stage(config, ROOT, results, weights=experiment / "runs/vipo-s0/updates/000001")
+    found = pd.read_parquet(experiment / "evaluation/vipo_s0_u1-s0/scores.parquet")
+    within = pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")
+    within = within[within["update"] == 1].reset_index(drop=True)
+    columns = [name for name in within.columns if "/" in name]
+    assert columns
+    assert found[columns].equals(within[columns])
+    tables = compare_runs(config, experiment, ["base-s0", "vipo-s0"])
+    assert list(tables) == list(TABLES)
+    paths = write_tables(tables, experiment / "comparison")
+    assert [path.read_text().count("\n") for path in paths[1:]] == [1 + len(config.evaluation.rewards)] * 2 + [5, 3]
 
 
 def _failing_score(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
