@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vipo.config.compose import repository_root
 from vipo.config.prompts import PromptsConfig
 from vipo.prompts import PromptError, prepare_prompts, published, read_prompts
+from vipo.prompts.needs import drawn_text
 from vipo.prompts.published import LOCK, SETS
 
 COMMIT = "ab" * 20
+ROOT = repository_root()
 TEXTS = [f"a photo of {count} cats" for count in ("one", "two", "three", "four", "five")]
 
 
@@ -141,6 +144,12 @@ def test_a_source_of_its_own_for_the_held_out_prompts_leaves_none_of_them_in_tra
     assert made["counts"] == {"rows": 3, "kept": 2, "train": 2, "eval": 2}
     assert made["eval"]["dropped"]["blank"] == [3]
     assert len(made["eval"]["left_out_of_train"]) == 1
+    own = {"source": str(ROOT / "data/prompts/evaluation.jsonl"), "categories": ["text"]}
+    made = _prepare(tmp_path, source="train.txt", eval=own)
+    held_out = read_prompts(tmp_path / "prompts/eval.jsonl")
+    assert len(held_out) == made["counts"]["eval"] == 40
+    assert all(drawn_text(prompt.text, prompt.metadata, "text") for prompt in held_out)
+    assert len(made["eval"]["dropped"]["other_category"]) == made["eval"]["rows"] - 40
     with pytest.raises(ValueError, match="leave eval out"):
         PromptsConfig(source="a.txt", eval={"source": "a.txt"})
 

@@ -29,6 +29,12 @@ class HeldOutSource(Section):
 
     source: UserPath = Field(description="As prompts.source.")
     text_key: str = Field("prompt", description="Column or key that holds the prompt.")
+    categories: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="Only rows whose `category` is one of these: rewards that read facts need them of every prompt. "
+        "Empty: all.",
+    )
 
 
 class PromptsConfig(Section):

@@ -54,7 +54,7 @@ def prepare_prompts(
         counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
     else:
         own = config.model_copy(update={"source": config.eval.source, "text_key": config.eval.text_key})
-        held_out = _cleaned(own, read_source(own.source, own.text_key, root), filters)
+        held_out = _cleaned(own, read_source(own.source, own.text_key, root), filters, config.eval.categories)
         leaked, train = found.split(lambda identity: identity not in held_out.lines)
         counts = {"rows": found.rows, "kept": len(train.lines), "train": len(train.lines), "eval": len(held_out.lines)}
         others = {
@@ -116,7 +116,12 @@ class Cleaned:
         return first, other
 
 
-def _cleaned(config: PromptsConfig, source: Source, filters: Sequence[tuple[str, Filter]]) -> Cleaned:
+def _cleaned(
+    config: PromptsConfig,
+    source: Source,
+    filters: Sequence[tuple[str, Filter]],
+    categories: Sequence[str] = (),
+) -> Cleaned:
     dropped: dict[str, list[int]] = {reason: [] for reason in (*_REASONS, *(name for name, _ in filters))}
     lines: dict[str, str] = {}
     prompts: dict[str, Prompt] = {}
@@ -136,6 +141,8 @@ def _cleaned(config: PromptsConfig, source: Source, filters: Sequence[tuple[str,
             dropped["whitespace_duplicate"].append(number)
         elif key in seen:
             dropped["case_duplicate"].append(number)
+        elif categories and row.get("category") not in categories:
+            dropped.setdefault("other_category", []).append(number)
         elif (reason := next((name for name, drops in filters if drops(text)), None)) is not None:
             dropped[reason].append(number)
         else:
