@@ -108,7 +108,6 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     if is_made("score", output, inputs, identity, root):
         log.info("%s: its samples are scored already, in %s", config.run_name, output)
         return
-    _try(config, batches[0][0])
     work = Work(output, identity, inputs)
 
     def read(update: int, number: int) -> Batch:
@@ -120,7 +119,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
 
     if share is not None:
         with work.shared(share, wait):
-            _measure_missing(config, measures, read, work, share)
+            _measure_missing(config, measures, read, work, share, batches[0][0])
         return
     names = ("config.yaml", "scores.parquet", "summary.json", "maps.safetensors")
     with record_stage(
@@ -134,7 +133,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         experiment=experiment,
     ):
         with work.shared(Share(), wait):
-            _measure_missing(config, measures, read, work, Share())
+            _measure_missing(config, measures, read, work, Share(), batches[0][0])
         scores = _table(config, facts["updates"], batches, measures[1:], work)
         maps = _together(measures[0], work)
         with atomic_file(output / "maps.safetensors") as path:
@@ -294,6 +293,7 @@ def _measure_missing(
     read: Callable[[int, int], Batch],
     work: Work,
     share: Share,
+    first: HeldOut,
 ) -> None:
     there = work.present()
     wanted = {
@@ -301,6 +301,8 @@ def _measure_missing(
         for measure in measures
     }
     total = sum(map(len, wanted.values()))
+    if total:
+        _try(config, first)
     with progress_bar(total=total, description=f"{config.run_name}: scores", unit="batch") as progress:
         for measure in measures:
             if not wanted[measure.name]:
