@@ -61,7 +61,7 @@ git archive HEAD | tar -x -C "$work/here"
 (cd "$work/here" && PYTHONPATH=$work/here OMP_NUM_THREADS=1 "${whole[@]}")
 # Everything but what tells of time, machine and place.
 deterministic() {
-  (cd "$1/demo" && find prompts embeddings runs evaluation -type f \
+  (cd "$1/demo" && find prompts embeddings runs samples evaluation -type f \
     ! -path '*/tb/*' ! -path '*/sheets/*' ! -path '*/trackers/*' ! -path '*/checkpoints/*' ! -path '*/.*' ! -name provenance.json ! -name timing.jsonl \
     -exec sha256sum {} +) | sort -k 2
 }

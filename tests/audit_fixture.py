@@ -156,10 +156,13 @@ def write_lock(root: Path) -> None:
             outs = [f"{trained}/config.yaml", f"{trained}/metrics.jsonl", *weights]
             deps = ["data/generator", embeddings[1], prompts[2]]
             stages[f"train-{run}"] = (f"vipo train experiment=demo arm={arm} seed=0", deps, outs)
-        names = ("config.yaml", "maps.safetensors", "samples", "scores.parquet", "summary.json")
-        outs = [f"{evaluated}/{name}" for name in names if (root / evaluated / name).exists()]
+        drawn = {run: [f"{EXPERIMENT}/samples/{run}/{name}" for name in ("pictures", "samples.json")] for run in RUNS}
         deps = ["data/generator", embeddings[0], prompts[0], *weights]
-        stages[f"evaluate-{run}"] = (f"vipo evaluate experiment=demo arm={arm} seed=0", deps, outs)
+        stages[f"sample-{run}"] = (f"vipo sample experiment=demo arm={arm} seed=0", deps, drawn[run])
+        names = ("config.yaml", "maps.safetensors", "scores.parquet", "summary.json")
+        outs = [f"{evaluated}/{name}" for name in names if (root / evaluated / name).exists()]
+        deps = [prompts[0], *dict.fromkeys([*drawn[run], *drawn["base-s0"]])]
+        stages[f"score-{run}"] = (f"vipo score experiment=demo arm={arm} seed=0", deps, outs)
         scores.append(f"{evaluated}/scores.parquet")
     data = f"{EXPERIMENT}/report/data"
     outs = [f"{data}/{name}" for name in ("figures", "report.json", "tables")]

@@ -63,6 +63,11 @@ Wait = Annotated[
     ),
 ]
 
+Part = Annotated[
+    str | None,
+    typer.Option("--share", metavar="N/COUNT", help="This part of the work alone; without it, what is missing."),
+]
+
 _RESULTS = Path("results")
 _HOME = re.compile(r"(--[\w-]+=|-\w)?(~|~[\w.-]*/.*)", re.DOTALL)
 
@@ -168,15 +173,61 @@ def plan(
 
 
 @app.command()
-def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
-    """Sample the held-out prompts with one run's weights and score them with all rewards."""
+def evaluate(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Other weights of the generator: a run's weights/, one of its updates/, a LoRA's folder."),
+    ] = None,
+) -> None:
+    """Sample the held-out prompts with one run's weights and score them: `sample`, of the base too, then `score`."""
     from vipo.stages import evaluate_stage
 
-    evaluate_stage(_checked(overrides, file), repository_root(), results, wait)
+    evaluate_stage(_checked(overrides, file), repository_root(), results, wait, weights)
 
 
 @app.command()
 def sample(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    share: Part = None,
+) -> None:
+    """Draw the held-out prompts with one run's weights, or with the base: resumable, shared where asked for."""
+    from vipo.stages import sample_stage
+
+    sample_stage(_checked(overrides, file), repository_root(), results, wait, share)
+
+
+@app.command()
+def score(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    share: Part = None,
+) -> None:
+    """Score one run's samples with all rewards, and against the base's samples: resumable, shared where asked for."""
+    from vipo.stages import score_stage
+
+    score_stage(_checked(overrides, file), repository_root(), results, wait, share)
+
+
+@app.command()
+def compare(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
+    """Compare all scored runs: by category, wins, all metrics together (Holm), totals of a set, diversity."""
+    from vipo.stages import compare_stage
+
+    for path in compare_stage(_configuration(overrides, file), repository_root(), results, wait):
+        _say(path)
+
+
+@app.command("draw")
+def draw_command(
     run: Annotated[Path, typer.Argument(help="Folder results/<experiment>/runs/<arm>-s<seed>, trained.")],
     prompts: Annotated[list[str], typer.Argument(help="Prompts, each in quotes.")],
     output: Annotated[

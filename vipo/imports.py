@@ -14,10 +14,10 @@ def check_imports(config: Config) -> None:
     Raises:
         VipoError: of the part's own kind; one cannot be imported, or is not what it should be.
     """
-    if is_import_path(config.prompts.source):
+    for source in filter(is_import_path, config.prompts.sources.values()):
         from vipo.prompts.sources import find_source
 
-        find_source(config.prompts.source)
+        find_source(source)
     if is_import_path(config.generator.family):
         from vipo.generators.base import resolve_class
 

@@ -5,20 +5,30 @@ seconds (0: not at all) and then raises `RunLocked`; where it gets the lock in t
 other's, from the newest checkpoint if it trains, and ends with the same bytes.
 """
 
+import contextlib
 import logging
+import os
+import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vipo.config.compose import dump_config
 from vipo.config.experiment import check_run
 from vipo.config.meter import MeterConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.run import Config
+from vipo.config.section import LONGEST_NAME
+from vipo.config.validation import ConfigError
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
+
+if TYPE_CHECKING:
+    from vipo.evaluation.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +88,24 @@ def _prepare(config: Config, root: Path, results: Path, readers: Sequence[Config
             check_needs(run, train, held_out)
 
     folder = experiment_folder(config, results) / "prompts"
-    source = root / config.prompts.source
+    # A callable and a published set have no file; a missing file is prepare_prompts' own error.
+    named = [*config.prompts.sources.values(), config.prompts.filters.blocklist]
+    sources = [path for name in named if name is not None and (path := root / name).is_file()]
+    tokens = None
+    if config.prompts.filters.max_tokens is not None:
+        from vipo.generators.tokens import token_counter
+
+        tokens = token_counter(config.generator, root)
     with record_stage(
         "prepare",
         folder,
-        # A callable source has no file; a missing file is prepare_prompts' own error.
-        inputs=[source] if source.is_file() else [],
+        inputs=sources,
         outputs=[folder / name for name in ("train.jsonl", "eval.jsonl", "manifest.json")],
         config=config.prompts_identity(),
         root=root,
         experiment=experiment_folder(config, results),
     ):
-        prepare_prompts(config.prompts, root, folder, accept)
+        prepare_prompts(config.prompts, root, folder, accept, tokens)
 
 
 def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -152,7 +168,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
 
 def _train(config: Config, root: Path, results: Path, wait: float) -> None:
     from vipo.generators.base import check_device
-    from vipo.training.launch import launch, stop_with_launcher
+    from vipo.training.launch import stop_with_launcher
     from vipo.training.ranks import is_rank
     from vipo.training.recorded import train_run
 
@@ -164,14 +180,21 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
         stop_with_launcher()
         train_run(config, root, experiment, wait)
         return
+    _launch("train", config, results, wait, [], config.distribution.nodes)
+
+
+def _launch(stage: str, config: Config, results: Path, wait: float, options: Sequence[str], nodes: int) -> None:
+    """Run a stage as this node's ranks, of `nodes`."""
+    from vipo.training.launch import launch
+
     # A file of their own: one in the results would be another job's as well.
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / f"{config.run_name}.yaml"
         resolved.write_text(dump_config(config), encoding="utf-8")
-        files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
+        files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait), *options]
         # -P, for the working directory may hold another vipo.
-        command = [sys.executable, "-P", "-m", "vipo.cli", "train", *files]
-        launch(command, config.distribution, config.training.threads)
+        command = [sys.executable, "-P", "-m", "vipo.cli", stage, *files]
+        launch(command, config.distribution.model_copy(update={"nodes": nodes}), config.training.threads)
 
 
 def _make_missing(config: Config, root: Path, results: Path, wait: float) -> None:
@@ -192,21 +215,131 @@ def _make_missing(config: Config, root: Path, results: Path, wait: float) -> Non
                     make(config, root, results)
 
 
-def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
-    """One run's weights to ``evaluation/<arm>-s<seed>``."""
-    from vipo.evaluation.evaluate import evaluate_run
+def _of_weights(config: Config, weights: Path) -> Config:
+    """A run that is these weights alone."""
+    if not weights.is_dir():
+        raise ConfigError(
+            f"--weights {weights}: no such folder; give a run's weights/, one of its updates/, or a LoRA's"
+        )
+    label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_")[:LONGEST_NAME]
+    if label == "base":
+        raise ConfigError(f"--weights {weights}: 'base' is what every arm is compared with; rename the folder")
+    training = config.training.model_copy(update={"save_at": ()})
+    return config.model_copy(update={"arm": label or "weights", "training": training})
+
+
+def sample_stage(
+    config: Config,
+    root: Path,
+    results: Path,
+    wait: float = 0,
+    share: str | None = None,
+    weights: Path | None = None,
+) -> None:
+    """The held-out samples of one run's weights, or of the base, to ``samples/<arm>-s<seed>``.
+
+    Where ``distribution.processes`` says so, several processes draw them together.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        share: ``NUMBER/COUNT``: draw this part of the work alone, for the stage to put together later.
+        weights: see `evaluate_stage`.
+    """
+    from vipo.evaluation.sample import sample_run
+
+    _check_shared(config, root, experiment_folder(config, results), "eval")
+    run = sample_run if weights is None else partial(sample_run, weights=weights)
+    _evaluate("sample", run, config, root, results, wait, share)
+
+
+def score_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
+    """The samples of one run, scored beside those of the base, to ``evaluation/<arm>-s<seed>``; as `sample_stage`."""
+    from vipo.evaluation.score import score_run
+
+    check_prompts(experiment_folder(config, results) / "prompts", config.prompts)
+    _evaluate("score", score_run, config, root, results, wait, share)
+
+
+def compare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> list[Path]:
+    """The scores of all runs to tables in ``comparison/``.
+
+    Returns:
+        The files.
+    """
+    from vipo.evaluation.compare import TABLES, compare_runs, write_tables
+
+    experiment, runs = experiment_folder(config, results), run_names(config)
+    output = experiment / "comparison"
+    inputs = [experiment / "prompts" / "eval.jsonl"]
+    inputs += [experiment / "evaluation" / run / "scores.parquet" for run in runs]
+    inputs += [experiment / "samples" / run / "pictures" for run in runs]
+    with (
+        run_lock(output, wait_seconds=wait),
+        record_stage(
+            "compare",
+            output,
+            inputs=inputs,
+            outputs=[output / f"{name}.csv" for name in TABLES],
+            config=config.report_identity(),
+            # Of the bootstrap.
+            seeds=[config.evaluation.seed],
+            root=root,
+        ),
+    ):
+        return write_tables(compare_runs(config, experiment, runs), output)
+
+
+def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, weights: Path | None = None) -> None:
+    """Sample one run, and the base where nobody has, and score the run.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        weights: folder of weights of this generator in place of the run's: a checkpoint's, an average's, a LoRA. Their
+            evaluation is called as the folder is.
+    """
+    if weights is not None:
+        config = _of_weights(config, weights)
+    sample_stage(config, root, results, wait, weights=weights)
+    if not config.is_base:
+        sample_stage(config.as_base(), root, results, wait)
+    score_stage(config, root, results, wait)
+
+
+def _evaluate(
+    stage: str,
+    run: "Callable[[Config, Path, Path, Share | None, float], None]",
+    config: Config,
+    root: Path,
+    results: Path,
+    wait: float,
+    share: str | None,
+) -> None:
+    from vipo.evaluation.sample import prepare_process
+    from vipo.evaluation.shares import Share
     from vipo.generators.base import check_device
     from vipo.memory import memory_errors
+    from vipo.training.launch import stop_with_launcher
+    from vipo.training.ranks import is_rank, own_place
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
-    _check_shared(config, root, experiment, "eval")
+    own, local = None if share is None else Share.parse(share), 0
+    # Weights that are no run's are not handed on to other processes.
+    if config.distribution.processes > 1 and not isinstance(run, partial):
+        if not is_rank():
+            _launch(stage, config, results, wait, [] if share is None else ["--share", share], nodes=1)
+        else:
+            stop_with_launcher()
+            place = own_place(os.environ)
+            own = (own or Share()).split(place.rank, place.size)
+            local = place.local_rank
+    prepare_process(config, local)
     remedy = "Lower evaluation.batch, or raise cluster.evaluate.memory_mb"
-    with (
-        memory_errors(f"evaluation of {config.run_name}", remedy),
-        run_lock(experiment / "evaluation" / config.run_name, wait_seconds=wait),
-    ):
-        evaluate_run(config, root, experiment)
+    with memory_errors(f"{stage} of {config.run_name}", remedy), contextlib.ExitStack() as locked:
+        if own is None:
+            folder = experiment / ("samples" if stage == "sample" else "evaluation") / config.run_name
+            locked.enter_context(run_lock(folder, wait_seconds=wait))
+        run(config, root, experiment, own, wait)
 
 
 def _check_shared(config: Config, root: Path, experiment: Path, split: str) -> None:
@@ -263,7 +396,8 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
     data = output / "data" / "report.json"
     if not data.is_file():
         summarize_stage(config, root, results, wait)
-    shown = [experiment / "evaluation" / run / name for run in runs for name in ("maps.safetensors", "samples")]
+    shown = [experiment / "evaluation" / run / "maps.safetensors" for run in runs]
+    shown += [experiment / "samples" / run / "pictures" for run in runs]
     volatile = [experiment / "runs" / run / name for run in runs for name in ("timing.jsonl", PROVENANCE)]
     with (
         run_lock(output, wait_seconds=wait),

@@ -40,7 +40,8 @@ READ = {
         "optimizer",
         "training",
     ),
-    "evaluate": ("generator", "perception", "sampling", "training", "evaluation"),
+    "sample": ("generator", "sampling", "training", "evaluation"),
+    "score": ("generator", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),
 }
 CURVES = {"object redness": "reward/object_redness", "shape": "reward/scene_shape", "change": "change/total"}
@@ -95,7 +96,7 @@ def pipeline(root: Path) -> dict[str, Any]:
             kept = f"results/{EXPERIMENT}/runs/{run}/updates"
             if rule == "train":
                 outs.append({kept: {"persist": True}})
-            elif not config.is_base:
+            elif rule == "sample" and not config.is_base:
                 deps.append(kept)
         metrics += [path for path in job["output"] if Path(path).name == "summary.json"]
         stages[rule if run is None else f"{rule}-{run}"] = {
@@ -138,12 +139,12 @@ def _parameters(stage: str, config: Config, root: Path) -> Iterator[Any]:
             continue
         text = (root / path).read_text()
         if group == "arm":
-            if stage in ("train", "evaluate"):
+            if stage in ("train", "sample", "score"):
                 yield {path: None}
         elif text.startswith("# @package _global_"):
             keys = [key for key in yaml.safe_load(text) if key in ("defaults", *READ[stage])]
             # An arm's overrides may hold keys of both; the Snakefile refuses those of what all arms share.
-            if group == "experiment" and stage in ("train", "evaluate"):
+            if group == "experiment" and stage in ("train", "sample", "score"):
                 keys.append(f"experiment.arms.{config.arm}")
             yield {path: keys}
         elif group in READ[stage]:

@@ -167,7 +167,7 @@ def test_hostile_prompts_go_all_the_way_undamaged(vipo: Command, overrides: list
     assert halves["eval"]
     scores = pd.read_parquet(results / "demo/evaluation/grpo-s0/scores.parquet")
     assert set(scores["prompt"]) == set(halves["eval"])
-    names = [path.name for path in (results / "demo/evaluation/grpo-s0/samples").iterdir()]
+    names = [path.name for path in (results / "demo/samples/grpo-s0/pictures").iterdir()]
     assert names
     assert all(set(name) <= set("0123456789abcdefu-.png") for name in names)
     shown = vipo("report", *arguments)
@@ -560,7 +560,7 @@ def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results
     [
         ("prepare", "prompts"),
         ("encode", "embeddings"),
-        ("evaluate", "evaluation/base-s0"),
+        ("sample", "samples/base-s0"),
         ("summarize", "report"),
         ("report", "report"),
         ("crate", "crate"),

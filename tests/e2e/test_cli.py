@@ -33,6 +33,8 @@ PURPOSE = {
     "encode": "Encode the prepared prompts",
     "train": "Train one run",
     "evaluate": "held-out prompts",
+    "sample": "held-out prompts",
+    "score": "all rewards",
     "summarize": "numbers, tables and figures",
     "report": "HTML report",
     "crate": "RO-Crate",

@@ -144,7 +144,7 @@ def test_dvc_yaml_is_current(written: str) -> None:
     for name, stage in stages.items():
         rule, _, run = name.partition("-")
         keys = [key for entry in stage["params"] for key in entry.get(EXPERIMENT) or ()]
-        if rule in ("train", "evaluate"):
+        if rule in ("train", "sample", "score"):
             assert f"experiment.arms.{run.rpartition('-')[0]}" in keys, name
     # What Snakemake derives from them is no dependency.
     dependencies = {file for stage in stages.values() for file in stage["deps"]}
@@ -217,7 +217,7 @@ def test_experiments_edit_the_tracked_file(project: Path) -> None:
     shown = _run(clone, "dvc", "exp", "run", "--name", "slow", "-S", f"{EXPERIMENT}:optimizer.learning_rate=1e-5")
     assert "Running stage 'train-vipo-s0'" in shown
     assert "Running stage 'prepare'" not in shown
-    assert "Running stage 'evaluate-base-s0'" not in shown
+    assert "Running stage 'score-base-s0'" not in shown
     # DVC deletes none of what was finished, in its cache or not: the stages set it aside whole.
     kept = clone / "results/demo/.superseded"
     assert {name: next(kept.glob(f"*/runs/vipo-s0/{name}")).read_bytes() for name in first} == first
@@ -268,7 +268,7 @@ def test_an_arms_override_of_the_evaluation_makes_it_again(project: Path) -> Non
     settings = yaml.safe_load(path.read_text())
     settings["experiment"]["arms"]["base"]["overrides"] = ["evaluation.steps=5"]
     path.write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
-    assert _json(clone, "dvc", "status", "--json").keys() == {"evaluate-base-s0", "summarize"}
+    assert _json(clone, "dvc", "status", "--json").keys() == {"sample-base-s0", "score-base-s0", "summarize"}
 
 
 @contextlib.contextmanager
@@ -355,4 +355,4 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     override = 'overrides=["optimizer.learning_rate=1e-5"]'
     planned = _run(clone, "snakemake", "--profile", "local", "--dry-run", "--quiet", "rules", "--config", override)
     jobs = {line.split()[0] for line in planned.splitlines() if line.endswith(" 1") and not line.startswith("total")}
-    assert jobs == {"train", "evaluate", "summarize", "report", "crate", "all"}
+    assert jobs == {"train", "sample", "score", "summarize", "report", "crate", "all"}

@@ -14,7 +14,8 @@ from vipo.config.compose import load_config, repository_root
 ROOT = repository_root()
 README = (ROOT / "README.md").read_text()
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^vipo .*$", README, re.MULTILINE)]
+TEXTS = "".join([README, *((ROOT / name).read_text() for name in ("docs/evaluation.md", "data/README.md"))])
+COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^vipo .*$", TEXTS, re.MULTILINE)]
 
 
 def test_commands_are_documented() -> None:

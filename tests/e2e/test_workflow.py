@@ -100,19 +100,23 @@ def test_dag_runs_once_and_reruns_what_changed(
 ) -> None:
     runs = ["base-s0", "grpo-s0", "vipo-s0"]
     trained, stages = runs[1:], {"prepare", "encode", *REPORTS}
-    everything = stages | {f"evaluate {run}" for run in runs} | {f"train {run}" for run in trained}
+    everything = (
+        stages
+        | {f"{stage} {run}" for stage in ("sample", "score") for run in runs}
+        | {f"train {run}" for run in trained}
+    )
     assert _planned(project, overrides) == everything
 
     experiment: Path = request.getfixturevalue("finished")
     told = _first_log(project).read_text()
     # A line a job, then that it is done; what stages and Snakemake say is in the logs.
     lines = [line for line in told.splitlines() if not line.startswith(("  ", "Using profile "))]
-    assert [line.split("]")[0] for line in lines[:-1]] == [f"[{number}/10" for number in range(1, 11)], told
-    assert re.search(r"^\[\d+/10\] train vipo-s0: .* s, reward -?\d\.\d+ -> -?\d\.\d+", told, re.MULTILINE)
-    assert lines[-1].startswith("10 jobs done in ")
+    assert [line.split("]")[0] for line in lines[:-1]] == [f"[{number}/13" for number in range(1, 14)], told
+    assert re.search(r"^\[\d+/13\] train vipo-s0: .* s, reward -?\d\.\d+ -> -?\d\.\d+", told, re.MULTILINE)
+    assert lines[-1].startswith("13 jobs done in ")
     logs = {path.stem: path.read_text() for path in (experiment / "logs").iterdir()}
-    assert "vipo-s0: samples: 100%" in logs["evaluate-vipo-s0"]
-    assert "24/24" in logs["evaluate-vipo-s0"]
+    assert "vipo-s0: samples: 100%" in logs["sample-vipo-s0"]
+    assert "24/24" in logs["sample-vipo-s0"]
     assert not [name for name, text in logs.items() if "Loading " in text]
     page = (experiment / "report/index.html").read_text()
     assert "Redder objects" in page
@@ -134,7 +138,7 @@ def test_dag_runs_once_and_reruns_what_changed(
 
     # One arm's learning rate: its run, its evaluation, the report and the crate, nothing else.
     changed = [*overrides, 'experiment.arms.grpo.overrides=["optimizer.learning_rate=1e-4"]']
-    assert _planned(project, changed) == {"train grpo-s0", "evaluate grpo-s0", *REPORTS}
+    assert _planned(project, changed) == {"train grpo-s0", "sample grpo-s0", "score grpo-s0", *REPORTS}
     # How the report draws its intervals is no reason to train.
     assert _planned(project, [*overrides, "evaluation.confidence=0.9"]) == REPORTS
     # How many checkpoints are kept changes no result, nor where the jobs run.
@@ -142,7 +146,7 @@ def test_dag_runs_once_and_reruns_what_changed(
     moved.append("training.keep_checkpoints=3")
     assert _planned(project, [*overrides, *moved]) == set()
     eta = _planned(project, [*overrides, "sampling.eta=0.5"])
-    assert eta == {*(f"{stage} {run}" for stage in ("train", "evaluate") for run in trained), *REPORTS}
+    assert eta == {*(f"{stage} {run}" for stage in ("train", "sample", "score") for run in trained), *REPORTS}
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -246,7 +250,7 @@ def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrid
         result = _snakemake(project, changed, *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
     (aside,) = (finished / ".superseded").iterdir()
-    places = r"(runs|evaluation)/grpo-s0/|report/(data/|index|time|prov)|crate/|ro-crate"
+    places = r"(runs|samples|evaluation)/grpo-s0/|report/(data/|index|time|prov)|crate/|ro-crate"
     assert _bytes(aside) == {name: content for name, content in before.items() if re.match(places, name)}
     after = _bytes(finished)
     same = [name for name in after if not re.match(rf"{places}|configs/", name)]
@@ -255,6 +259,16 @@ def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrid
     assert _planned(project, changed) == set()
     # The set that was moved is no part of the experiment.
     assert not any("superseded" in name for name in experiment_files(finished))
+
+
+def test_shares_of_samples_and_scores_are_jobs_and_all_arms_share_one_base(project: Path, overrides: list[str]) -> None:
+    jobs = _planned(project, [*overrides, "experiment.name=shared", "cluster.shares=2"])
+    runs = ("base-s0", "grpo-s0", "vipo-s0")
+    assert jobs >= {f"{stage} {run}" for stage in ("sample_share", "sample", "score_share", "score") for run in runs}
+    changed = [*overrides, "experiment.arms.grpo.overrides=[sampling.shift=2.0]"]
+    result = _snakemake(project, changed, "--dry-run")
+    assert result.returncode != 0
+    assert "change how samples are drawn" in result.stdout + result.stderr
 
 
 def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_overrides: list[str]) -> None:

@@ -130,7 +130,9 @@ def _write_run(folder: Path, arm: str, seed: int) -> None:
 
 
 def _write_evaluation(folder: Path, arm: str, seed: int) -> None:
-    (folder / "samples").mkdir(parents=True)
+    pictures = folder.parents[1] / "samples" / folder.name / "pictures"
+    for made in (folder, pictures):
+        made.mkdir(parents=True)
     updates = [0] if arm == "base" else [*KEPT, UPDATES]
     rows, maps = [], {}
     for update in updates:
@@ -162,7 +164,7 @@ def _write_evaluation(folder: Path, arm: str, seed: int) -> None:
                 )
                 name = f"u{update}-{prompt_id(text)}-{sample}"
                 if update == updates[-1] and sample == 0:
-                    maps[name] = _write_sample(folder / "samples" / f"{name}.png", text, gains[0])
+                    maps[name] = _write_sample(pictures / f"{name}.png", text, gains[0])
     pd.DataFrame(rows).to_parquet(folder / "scores.parquet", index=False)
     save_file(maps, folder / "maps.safetensors")
 

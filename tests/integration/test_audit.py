@@ -191,7 +191,7 @@ def test_a_stage_that_this_machine_cannot_run_is_not_called_broken(
     def no_device(*_: object) -> None:
         raise RuntimeError("no such device")
 
-    monkeypatch.setattr("vipo.evaluation.evaluate.evaluate_run", no_device)
+    monkeypatch.setattr("vipo.evaluation.score.score_run", no_device)
     result = audited(project, rerun="evaluation/vipo-s0")
     assert _findings(result, "broken") == {}
     told = _findings(result, "remark")["evaluation/vipo-s0"]
@@ -364,7 +364,8 @@ def test_results_that_were_pulled_keep_their_anchor(locked: Path, tmp_path: Path
     assert [anchor.kind for anchor in result.anchors] == ["dvc.lock"]
     remarks = _findings(result, "remark")
     assert set(remarks) == {
-        "prompts", "embeddings", "report/data", *(f"evaluation/{run}-s0" for run in ("base", "grpo", "vipo")),
+        "prompts", "embeddings", "report/data",
+        *(f"{part}/{run}-s0" for part in ("samples", "evaluation") for run in ("base", "grpo", "vipo")),
         "runs/grpo-s0", "runs/vipo-s0",
     }  # fmt: skip
     assert remarks["prompts"] == ["lineage: holds no provenance.json: its lineage is what dvc.lock says of it"]

@@ -302,13 +302,13 @@ def test_a_configuration_that_changed_for_later_stages_is_named_twice(root: Path
     experiment = root / "results" / "demo"
     config = experiment / "configs" / "vipo-s0.yaml"
     config.parent.mkdir()
-    for stage in ("evaluate", "report"):
+    for stage in ("score", "report"):
         config.write_text(f"for: {stage}\n")
         with record_stage(stage, experiment / stage, inputs=[config], outputs=[], config=None, root=root):
             (experiment / stage).mkdir()
     entities = _entities(write_crate(experiment, root))
     read = [
-        entities[_ids(entities[f"#action/{stage}/{stage}"]["object"])[0]]["sha256"] for stage in ("evaluate", "report")
+        entities[_ids(entities[f"#action/{stage}/{stage}"]["object"])[0]]["sha256"] for stage in ("score", "report")
     ]
     assert [file_sha256(config) == value for value in read] == [False, True]
 

@@ -44,7 +44,7 @@ def _record_evaluation(folder: Path, run: str) -> None:
     scores = folder / "evaluation" / run / "scores.parquet"
     output = {"path": f"results/demo/evaluation/{run}/scores.parquet", "bytes": 1, "sha256": file_sha256(scores)}
     record = {
-        "stage": "evaluate",
+        "stage": "score",
         "config_sha256": config_hash(config.evaluation_identity()),
         "inputs": [{"path": "results/demo/prompts/eval.jsonl", "bytes": 1, "sha256": "aa" * 32}],
         "outputs": [output],
@@ -71,7 +71,7 @@ def _diff(experiment: Path, a: str, b: str) -> RunDiff:
 def test_a_run_does_not_differ_from_itself(experiment: Path) -> None:
     found = _diff(experiment, "vipo-s0", "vipo-s0")
     assert (found.config, found.code, found.environment, found.data, found.notes) == ((), (), (), (), ())
-    assert found.recorded == ("train", "evaluate")
+    assert found.recorded == ("train", "score")
     assert found.training is not None
     assert found.training.equal_updates == 24
     assert found.training.same_weights
@@ -148,7 +148,7 @@ def test_code_environment_and_data(experiment: Path) -> None:
     assert found.environment is not None
     assert found.data is not None
     assert [(row.key, row.stages, row.a, row.b) for row in found.code] == [
-        ("package_sha256", ("train", "evaluate"), "99" * 32, "ab" * 32),
+        ("package_sha256", ("train", "score"), "99" * 32, "ab" * 32),
         ("git.dirty", ("train",), True, False),
     ]
     assert [(row.key, row.a, row.b) for row in found.environment] == [("versions.torch", "2.16.0", "2.15.0")]
@@ -157,7 +157,7 @@ def test_code_environment_and_data(experiment: Path) -> None:
         ("generator: vae/config.json", "44" * 32, "66" * 32),
     ]
     text = render_diff(found)
-    assert "| 999999999999… | abababababab… | train evaluate |" in text
+    assert "| 999999999999… | abababababab… | train score |" in text
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["code"][0]["a"] == "99" * 32
 
 
@@ -243,13 +243,12 @@ def test_the_base_has_scores_and_no_training(experiment: Path) -> None:
     assert rows["change/total"].a == 0
     assert rows["reward/object_redness"].better == "higher"
     assert found.notes == ("base-s0 is the generator as it was: it has no training to compare",)
-    assert found.recorded == ("evaluate",)
-    assert "## Code (stage evaluate alone): no difference\n" in render_diff(found)
+    assert found.recorded == ("score",)
+    assert "## Code (stage score alone): no difference\n" in render_diff(found)
 
 
 def test_what_is_missing_is_said_and_not_guessed(experiment: Path) -> None:
     (experiment / "runs/vipo-s0/provenance.json").unlink()
-    shutil.rmtree(experiment / "evaluation/grpo-s0/samples")
     for name in ("provenance.json", "scores.parquet"):
         (experiment / "evaluation/grpo-s0" / name).unlink()
     found = _diff(experiment, "grpo-s0", "vipo-s0")
@@ -320,7 +319,7 @@ def test_pulled_weights_that_were_evaluated_here(experiment: Path) -> None:
     read = {"path": "results/demo/runs/vipo-s0/weights/a.safetensors", "bytes": 1, "sha256": file_sha256(weights)}
     _edit(experiment / "evaluation/vipo-s0/provenance.json", lambda record: record["inputs"].append(read))
     found = _diff(experiment, "vipo-s1", "vipo-s0")
-    assert found.recorded == ("evaluate",)
+    assert found.recorded == ("score",)
     assert [note for note in found.notes if "weights" in note] == []
     weights.write_text("others")
     [*_, note] = _diff(experiment, "vipo-s1", "vipo-s0").notes

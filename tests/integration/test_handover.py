@@ -94,19 +94,19 @@ def demo(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("run", ["vipo-s0", "vipo-s1"])
 def test_a_held_out_prompt_is_drawn_as_it_was_evaluated(run: str, demo: Path, tmp_path: Path) -> None:
-    """`vipo sample`, for all weights and LoRA: base above, trained below, the very pixels of the evaluation's files."""
+    """`vipo draw`, for all weights and LoRA: base above, trained below, the very pixels of the evaluation's files."""
     scores = pd.read_parquet(demo / "evaluation" / run / "scores.parquet")
     text, unseen = scores["prompt"].iloc[0], "a quokka on a raft " * 12
     identity, count = scores["prompt_id"].iloc[0], scores["sample"].nunique()
     output = tmp_path / "drawn.png"
-    command = ["sample", str(demo / "runs" / run), unseen, f" {text}\n", text, "--samples", str(count)]
+    command = ["draw", str(demo / "runs" / run), unseen, f" {text}\n", text, "--samples", str(count)]
     app([*command, "--output", str(output)], standalone_mode=False)
     sheet = torch.from_numpy(np.array(Image.open(output)))
     side = 192
     assert sheet.shape == (2 * (20 + 2 * (side + 8) + 8) + 8, 72 + count * (side + 8) + 8, 3)
     for row, (drawn_by, update) in enumerate((("base-s0", 0), (run, 1))):
         for number in range(count):
-            file = demo / "evaluation" / drawn_by / "samples" / f"u{update}-{identity}-{number}.png"
+            file = demo / "samples" / drawn_by / "pictures" / f"u{update}-{identity}-{number}.png"
             stored = torch.from_numpy(np.array(Image.open(file)))
             top, left = 8 + (20 + 2 * (side + 8) + 8) + 20 + row * (side + 8), 72 + 8 + number * (side + 8)
             scale = side // stored.shape[0]
@@ -124,7 +124,7 @@ def test_a_held_out_prompt_is_drawn_as_it_was_evaluated(run: str, demo: Path, tm
 )
 def test_samples_that_cannot_be_drawn_are_refused(arguments: list[str], told: str, demo: Path) -> None:
     with pytest.raises(VipoError, match=re.escape(told)):
-        app(["sample", str(demo / arguments[0]), *arguments[1:]], standalone_mode=False)
+        app(["draw", str(demo / arguments[0]), *arguments[1:]], standalone_mode=False)
 
 
 def test_clips_are_drawn_frame_by_frame() -> None:
@@ -193,7 +193,8 @@ def test_what_is_in_the_folder(demo: Path, base: Path, tmp_path: Path) -> None:
     assert (folder / "vae/config.json").read_bytes() == (base / "vae/config.json").read_bytes()
     trained = demo / "runs/vipo-s0/weights/transformer/diffusion_pytorch_model.safetensors"
     assert (folder / "transformer/diffusion_pytorch_model.safetensors").read_bytes() == trained.read_bytes()
-    records = {"train": "runs/vipo-s0", "evaluate": "evaluation/vipo-s0", "evaluate-base": "evaluation/base-s0"}
+    records = {"train": "runs/vipo-s0", "score": "evaluation/vipo-s0", "score-base": "evaluation/base-s0"}
+    records |= {"sample": "samples/vipo-s0", "sample-base": "samples/base-s0"}
     for copy, place in records.items():
         assert read_provenance(folder / f"provenance/{copy}.json") == read_provenance(demo / place / "provenance.json")
     listed = {line.split("  ", 1)[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
@@ -331,7 +332,7 @@ def _other_settings(experiment: Path) -> None:
         (_append("runs/vipo-s0/weights/transformer/config.json"), r"weights/transformer/config\.json: changed"),
         (_append("evaluation/vipo-s0/scores.parquet"), r"evaluation/vipo-s0/scores\.parquet: changed"),
         (_append("evaluation/base-s0/scores.parquet"), r"evaluation/base-s0/scores\.parquet: changed"),
-        (_remove("evaluation/vipo-s0/samples"), r"samples/.*: missing"),
+        (_remove("samples/vipo-s0/pictures"), r"pictures/.*: missing"),
         (_as_pulled("runs/vipo-s0"), r"runs/vipo-s0/provenance\.json: not here, .* copy them from where"),
         (_as_pulled("evaluation/vipo-s0"), r"evaluation/vipo-s0/provenance\.json: not here, .* copy them from where"),
         (_as_pulled("evaluation/base-s0"), r"evaluation/base-s0/provenance\.json: not here, .* copy them from where"),

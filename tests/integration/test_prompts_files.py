@@ -153,7 +153,8 @@ def test_a_callable_is_a_source_too(tmp_path: Path) -> None:
 
 BAD_BYTES: list[tuple[str, bytes | None, str]] = [
     ("p.txt", None, r"p\.txt: cannot be read \(No such file"),
-    ("p.json", b"{}", r"ends in \.txt, \.jsonl, \.csv, \.parquet, or an import path"),
+    ("p.xml", b"<a/>", r"ends in \.txt, \.json, \.jsonl, \.csv, \.tsv, \.parquet, or an import path"),
+    ("p.json", b"{}", "holds a dict; write a list of objects or of texts"),
     ("p.txt", b"", r"p\.txt: is empty"),
     ("p.txt", b" \n\n\t\n", r"p\.txt: is empty"),
     ("p.parquet", b"", r"p\.parquet: is empty"),

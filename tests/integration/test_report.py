@@ -312,7 +312,7 @@ def test_a_missing_or_damaged_input_is_named_and_the_old_report_stays(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove(f"evaluation/vipo-s0/samples/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
+        (_remove(f"samples/vipo-s0/pictures/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
         (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: map u24-.* cannot be read"),
         (_write("runs/vipo-s0/timing.jsonl", "{"), r"timing\.jsonl, line 1: is not JSON"),
     ],

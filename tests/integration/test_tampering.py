@@ -153,7 +153,7 @@ def _summary(experiment: Path) -> list[str]:
 
 
 def _picture(experiment: Path) -> list[str]:
-    path = sorted((experiment / "evaluation/vipo-s0/samples").iterdir())[0]
+    path = sorted((experiment / "samples/vipo-s0/pictures").iterdir())[0]
     with Image.open(path) as picture:
         redder = picture.convert("RGB")
     redder.putpixel((0, 0), (255, 0, 0))
@@ -162,13 +162,13 @@ def _picture(experiment: Path) -> list[str]:
 
 
 def _other_picture(experiment: Path) -> list[str]:
-    first, second = sorted((experiment / "evaluation/vipo-s0/samples").iterdir())[:2]
+    first, second = sorted((experiment / "samples/vipo-s0/pictures").iterdir())[:2]
     shutil.copy(first, second)
     return [second.relative_to(experiment).as_posix()]
 
 
 def _lost_picture(experiment: Path) -> list[str]:
-    path = sorted((experiment / "evaluation/grpo-s0/samples").iterdir())[0]
+    path = sorted((experiment / "samples/grpo-s0/pictures").iterdir())[0]
     path.unlink()
     return [path.relative_to(experiment).as_posix()]
 

@@ -123,8 +123,8 @@ def test_memory_that_runs_out_elsewhere_names_the_settings_of_that_place(
         with pytest.raises(OutOfMemory, match=r"vipo-s0, outside of its updates: .*training\.lora.*strategy=fsdp"):
             train_stage(config, ROOT, results)
     with monkeypatch.context() as patched:
-        patched.setattr("vipo.evaluation.evaluate.sample_ode", too_much)
-        with pytest.raises(OutOfMemory, match=r"evaluation of vipo-s0: out of memory \(.*evaluation\.batch"):
+        patched.setattr("vipo.evaluation.sample.sample_ode", too_much)
+        with pytest.raises(OutOfMemory, match=r"sample of vipo-s0: out of memory \(.*evaluation\.batch"):
             evaluate_stage(config, ROOT, results)
     with monkeypatch.context() as patched:
         patched.setattr("vipo.generators.embeddings.resolve_class", too_much)

@@ -338,7 +338,7 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     trained = cluster.jobs("rule_train")
     assert [known.state for known in trained] == ["CANCELLED", "FAILED", "COMPLETED"]
     assert all(earlier.end <= later.start for earlier, later in pairwise(trained))
-    for stage in ("prepare", "encode", "evaluate_wildcards_grpo-s0", "report", "crate"):
+    for stage in ("prepare", "encode", "sample_wildcards_grpo-s0", "score_wildcards_grpo-s0", "report", "crate"):
         assert [known.state for known in cluster.jobs(f"rule_{stage}")] == ["COMPLETED"], stage
 
     # An undisturbed run ends with the same bytes.

@@ -27,9 +27,9 @@ def test_the_demo_asks_for_a_core_and_no_gpu() -> None:
 def test_gpus_follow_the_device_and_the_processes() -> None:
     config = load_config([DEMO, CUDA, "distribution.processes=8", "training.threads=2"])
     gres = {stage: job_resources(config, stage).get("gres") for stage in get_args(Stage)}
-    assert gres == {**dict.fromkeys(get_args(Stage)), "encode": "gpu:1", "train": "gpu:8", "evaluate": "gpu:1"}
+    assert gres == {**dict.fromkeys(get_args(Stage)), "encode": "gpu:1", "train": "gpu:8", "evaluate": "gpu:8"}
     assert job_resources(config, "train")["cpus_per_task"] == 16
-    assert job_resources(config, "evaluate")["cpus_per_task"] == 2
+    assert job_resources(config, "evaluate")["cpus_per_task"] == 16
     assert [stage for stage in get_args(Stage) if job_resources(config, stage)["cuda"]] == [
         "encode", "train", "evaluate"
     ]  # fmt: skip

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from vipo.evaluation.evaluate import image_change, save_sample
+from vipo.evaluation.held_out import save_sample
+from vipo.evaluation.score import image_change
 
 
 def _read(path: Path) -> Tensor:

@@ -56,7 +56,7 @@ def test_a_run_is_set_aside_whole_with_its_log_and_its_lock_stays(experiment: Pa
 
 
 def test_what_was_cut_off_is_no_finished_result(experiment: Path) -> None:
-    planned = [PlannedJob("evaluate", "vipo-s0", incomplete=True), PlannedJob("train", "grpo-s0")]
+    planned = [PlannedJob("score", "vipo-s0", incomplete=True), PlannedJob("train", "grpo-s0")]
     assert _way(experiment, *planned) == set()
     assert (experiment / "evaluation/vipo-s0/scores.parquet").is_file()
 
@@ -86,7 +86,7 @@ def test_report_and_crate_make_way_unasked(experiment: Path) -> None:
 
 def test_nothing_moves_while_a_process_writes_one_of_them(experiment: Path) -> None:
     before = {path for path in experiment.rglob("*") if path.is_file()}
-    planned = [PlannedJob("prepare"), PlannedJob("evaluate", "vipo-s0")]
+    planned = [PlannedJob("prepare"), PlannedJob("score", "vipo-s0")]
     with run_lock(experiment / "evaluation/vipo-s0"), pytest.raises(RunLocked, match="another process writes it"):
         _way(experiment, *planned, consent=True)
     assert before <= {path for path in experiment.rglob("*") if path.is_file()}
@@ -94,7 +94,7 @@ def test_nothing_moves_while_a_process_writes_one_of_them(experiment: Path) -> N
 
 
 def test_a_message_about_many_runs_is_short(experiment: Path) -> None:
-    planned = [PlannedJob("evaluate", f"arm{seed}-s0") for seed in range(200)]
+    planned = [PlannedJob("score", f"arm{seed}-s0") for seed in range(200)]
     for job in planned:
         (experiment / job.folder).mkdir(parents=True)
         (experiment / job.folder / "scores.parquet").touch()
@@ -116,7 +116,7 @@ def _evaluate(experiment: Path, steps: int, source: str = "weights") -> None:
     folder, root = experiment / "evaluation/vipo-s0", experiment.parents[1]
     read = root / "weights"
     read.write_text(source)
-    with record_stage("evaluate", folder, inputs=[read], outputs=[folder / "scores.parquet"],
+    with record_stage("score", folder, inputs=[read], outputs=[folder / "scores.parquet"],
                       config={"steps": steps}, root=root, experiment=experiment):  # fmt: skip
         folder.mkdir(exist_ok=True)
         (folder / "scores.parquet").write_text(f"{steps} {source}")

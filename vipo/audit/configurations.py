@@ -18,7 +18,9 @@ _IDENTITIES: Mapping[str, Callable[[Config], dict[str, Any]]] = {
     "prepare": Config.prompts_identity,
     "encode": Config.embeddings_identity,
     "train": Config.training_identity,
-    "evaluate": Config.evaluation_identity,
+    "sample": Config.sampling_identity,
+    "score": Config.evaluation_identity,
+    "compare": Config.report_identity,
     "summarize": Config.report_identity,
     "report": Config.report_identity,
 }

@@ -23,14 +23,16 @@ _STAGES = {
     r"prompts": "prepare",
     r"embeddings": "encode",
     r"runs/[^/]+": "train",
-    r"evaluation/[^/]+": "evaluate",
+    r"samples/[^/]+": "sample",
+    r"evaluation/[^/]+": "score",
     r"credit/[^/]+": "credit",
+    r"comparison": "compare",
     r"report/data": "summarize",
     r"report": "report",
 }
 #: Files beside the results that no equality is claimed for; a signature fixes them, dvc.lock does not.
 VOLATILE = re.compile(
-    r"(prompts|embeddings|report|report/data|(runs|evaluation|credit)/[^/]+)/provenance\.(json|diff|checkout\.diff)"
+    r"(prompts|embeddings|comparison|report|report/data|(runs|samples|evaluation|credit)/[^/]+)/provenance\.(json|diff|checkout\.diff)"
     r"|runs/[^/]+/(timing\.jsonl|(tb|sheets|trackers|checkpoints)/.+)|report/(index\.html|time\.(json|csv|svg))"
     r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )

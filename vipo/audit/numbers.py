@@ -20,7 +20,7 @@ def check_numbers(examination: Examination) -> None:
     """Manifest from prompts, summaries from scores, report from everything; metrics for being whole."""
     _check_manifest(examination)
     for folder, stage in examination.stages().items():
-        if stage == "evaluate":
+        if stage == "score":
             with examination.guarded(f"{folder}/summary.json", "numbers"):
                 scores = pd.read_parquet(examination.folder / folder / "scores.parquet")
                 told = json.loads((examination.folder / folder / "summary.json").read_text("utf-8"))

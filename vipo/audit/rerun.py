@@ -10,13 +10,24 @@ from vipo.errors import Preempted, VipoError
 from vipo.provenance.files import file_sha256
 from vipo.provenance.lineage import ProvenanceError, experiment_files
 from vipo.provenance.superseded import SUPERSEDED
-from vipo.stages import encode_stage, evaluate_stage, prepare_stage, report_stage, summarize_stage, train_stage
+from vipo.stages import (
+    compare_stage,
+    encode_stage,
+    prepare_stage,
+    report_stage,
+    sample_stage,
+    score_stage,
+    summarize_stage,
+    train_stage,
+)
 
 _RUN: Mapping[str, Callable[[Config, Path, Path], object]] = {
     "prepare": prepare_stage,
     "encode": encode_stage,
     "train": train_stage,
-    "evaluate": evaluate_stage,
+    "sample": sample_stage,
+    "score": score_stage,
+    "compare": compare_stage,
     "summarize": summarize_stage,
     "report": report_stage,
 }

@@ -16,11 +16,12 @@ def job_resources(config: Config, stage: Stage) -> dict[str, str | int]:
 
     Args:
         config: the configuration of a run, or of any run for a stage that all runs share.
-        stage: a rule of the workflow.
+        stage: what section `cluster` calls a rule of the workflow; sample and score are evaluate.
     """
     asked = getattr(config.cluster, stage)
     train, distribution = stage == "train", config.distribution
-    processes, nodes = (distribution.processes, distribution.nodes) if train else (1, 1)
+    processes = distribution.processes if stage in ("train", "evaluate") else 1
+    nodes = distribution.nodes if train else 1
     cuda = int(config.generator.device != "cpu" and stage in ("encode", "train", "evaluate"))
     gpus = processes * cuda if asked.gpus is None else asked.gpus
     cpus = processes * config.training.threads if asked.cpus is None else asked.cpus

@@ -26,7 +26,7 @@ def check_runs(runs: Mapping[str, Config]) -> None:
     """
     first, *others = runs.items()
     for name, config in runs.items():
-        if config.prompts.eval_share == 0:
+        if not config.prompts.holds_out:
             raise ConfigError("prompts.eval_share: 0 holds no prompt out, and every run is evaluated; raise it")
         try:
             check_run(config)

@@ -1,4 +1,4 @@
-"""Keys of earlier versions, and where what they said is said now (the table of CHANGELOG.md)."""
+"""Keys of earlier versions and others that one may look for, and where what they say is said (CHANGELOG.md)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,6 +11,7 @@ RENAMED: Mapping[str, str] = MappingProxyType(
         "objective.advantage_clip": "advantages.clip",
         "objective.std": "advantages.std",
         "objective.std_floor": "advantages.std_floor",
+        "prompts.train": "prompts.source, which trains whole where prompts.eval names a source of its own",
     }
 )
 """New words by old key."""

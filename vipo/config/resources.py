@@ -17,10 +17,10 @@ class StageResources(Section):
     qos: _Word | None = Field(None, description="Quality of service; null: the cluster's default.")
     gpus: Annotated[int, Field(ge=0, le=1024)] | None = Field(
         None,
-        description="null: on a generator.device 'cuda' one, for train distribution.processes; else none.",
+        description="null: on a generator.device 'cuda' one, for train and evaluate distribution.processes; else none.",
     )
     cpus: PositiveInt | None = Field(
-        None, description="null: training.threads, for train times distribution.processes."
+        None, description="null: training.threads, for train and evaluate times distribution.processes."
     )
     memory_mb: PositiveInt = Field(8000, description="Main memory in MB.")
     runtime_minutes: PositiveInt = Field(60, description="Time limit; training goes on in the next job.")
@@ -35,10 +35,13 @@ class ClusterConfig(Section):
         description="How long before its time limit a training job is told to write a checkpoint and stop: more than "
         "an update takes. Slurm may do so a minute earlier. 0: not at all.",
     )
+    shares: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="Jobs that share the samples of one run, and then their scores; the results are the same."
+    )
     prepare: StageResources = StageResources()
     encode: StageResources = StageResources()
     train: StageResources = StageResources()
-    evaluate: StageResources = StageResources()
+    evaluate: StageResources = Field(StageResources(), description="Of sample, and of score.")
     report: StageResources = StageResources()
     crate: StageResources = StageResources()
 

@@ -15,6 +15,7 @@ from vipo.config.objective import ObjectiveConfig, SurrogateConfig
 from vipo.config.perception import PerceptionConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.prompts import PromptsConfig
+from vipo.config.protocol import ProtocolConfig
 from vipo.config.resources import ClusterConfig
 from vipo.config.reward import RewardConfig, RewardSpec, referred
 from vipo.config.sampling import SamplingConfig
@@ -41,6 +42,7 @@ class Config(Section):
     training: TrainingConfig
     distribution: DistributionConfig = DistributionConfig()
     evaluation: EvaluationConfig
+    protocol: ProtocolConfig | None = Field(None, description="The pinned evaluation that this is; null: one's own.")
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
@@ -80,6 +82,15 @@ class Config(Section):
         for key in ("height", "width"):
             if getattr(self.generator, key) % 2:
                 raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_to_its_protocol(self) -> Self:
+        if self.protocol is not None and (broken := self.protocol.broken(self.model_dump(mode="json"))):
+            raise ValueError(
+                f"protocol {self.protocol.name!r} v{self.protocol.version} pins {'; '.join(broken)}; leave that as it "
+                "is, or the protocol out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -180,7 +191,8 @@ class Config(Section):
         and the processes: a run goes on with others of them.
         """
         data = self.model_dump(
-            mode="json", exclude={"experiment", "distribution", "evaluation", "cluster", "tracking", "pretrain"}
+            mode="json",
+            exclude={"experiment", "distribution", "evaluation", "protocol", "cluster", "tracking", "pretrain"},
         )
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
@@ -188,7 +200,10 @@ class Config(Section):
 
     def prompts_identity(self) -> dict[str, Any]:
         """What decides the prepared prompts."""
-        return self.prompts.model_dump(mode="json")
+        found = self.prompts.identity()
+        if self.prompts.filters.max_tokens is not None:
+            found["tokenizer"] = [self.generator.path, self.generator.revision]
+        return found
 
     def embeddings_identity(self) -> dict[str, Any]:
         """What decides the embeddings, beside the prompts."""
@@ -207,8 +222,25 @@ class Config(Section):
             "shift": self.sampling.shift,
             "threads": self.training.threads,
             "kept": kept,
+            **({} if self.protocol is None else {"protocol": self.protocol.title}),
         }
+
+    def sampling_identity(self) -> dict[str, Any]:
+        """What decides an evaluation's samples, beside the trained weights."""
+        identity = self.evaluation_identity()
+        drawn = ("prompts", "samples_per_prompt", "steps", "batch", "seed")
+        evaluation = {key: identity["evaluation"][key] for key in drawn}
+        return {
+            **{key: value for key, value in identity.items() if key not in ("perception", "protocol")},
+            "evaluation": evaluation,
+        }
+
+    def as_base(self) -> Self:
+        """The experiment's base with this run's settings: what every arm is compared with, drawn once for all."""
+        base = self.experiment.arms["base"]
+        return self if self.is_base else self.model_copy(update={"arm": "base", "seed": base.seeds[0]})
 
     def report_identity(self) -> dict[str, Any]:
         """What the report reads beside the results."""
-        return self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})
+        found = self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})
+        return found if self.protocol is None else {**found, "protocol": self.protocol.title}

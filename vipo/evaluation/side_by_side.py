@@ -1,17 +1,20 @@
-"""`vipo sample`: pictures of a trained run beside the base's, from the same prompts and noise."""
+"""`vipo draw`: pictures of a trained run beside the base's, from the same prompts and noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from tqdm import tqdm
 
 from vipo.config.compose import load_config_file
-from vipo.determinism import deterministic_algorithms
-from vipo.evaluation.evaluate import HeldOut, sample_held_out, save_sample, trained_weights
-from vipo.generators import load_generator
+from vipo.config.run import Config
+from vipo.evaluation.held_out import HeldOut, save_sample
+from vipo.evaluation.sample import draw, evaluation_chain, prepare_process, trained_weights
+from vipo.generators import Generator, load_generator
 from vipo.generators.base import check_device
 from vipo.generators.embeddings import encode_prompts
 from vipo.generators.lora import check_adapted
@@ -56,8 +59,7 @@ def draw_side_by_side(
     check_device(config.generator)
     prompts = _prompts(texts)
     folder = list(trained_weights(config, run, root).values())[-1]
-    deterministic_algorithms()
-    torch.set_num_threads(config.training.threads)
+    prepare_process(config)
     drawn = [HeldOut(prompt, number) for prompt in prompts for number in range(samples)]
     names = ("base", config.run_name)
     with memory_errors(f"samples of {config.run_name}", "Ask for fewer prompts, or lower evaluation.batch"):
@@ -66,15 +68,29 @@ def draw_side_by_side(
         generator = load_generator(config.generator, root)
         pictures = []
         with progress_bar(total=2 * len(drawn), description=f"{config.run_name}: samples", unit="sample") as progress:
-            pictures.append(sample_held_out(generator, drawn, embeddings, config, progress))
+            pictures.append(_drawn(generator, drawn, embeddings, config, progress))
             generator.load_network(folder)
             if config.training.lora is not None:
                 check_adapted(generator.network, config.training.lora.targets, folder)
-            pictures.append(sample_held_out(generator, drawn, embeddings, config, progress))
+            pictures.append(_drawn(generator, drawn, embeddings, config, progress))
     sheet = side_by_side([prompt.text for prompt in prompts], names, torch.stack(pictures))
     with atomic_file(output) as path:
         save_sample(sheet, path, generator.frame_rate)
     return output
+
+
+def _drawn(
+    generator: Generator,
+    samples: Sequence[HeldOut],
+    embeddings: dict[str, dict[str, Tensor]],
+    config: Config,
+    progress: "tqdm[Any]",
+) -> Tensor:
+    chain, batch, images = evaluation_chain(generator, config), config.evaluation.batch, []
+    for start in range(0, len(samples), batch):
+        images.append(draw(generator, chain, samples[start : start + batch], embeddings, config))
+        progress.update(len(images[-1]))
+    return torch.cat(images)
 
 
 def _prompts(texts: Sequence[str]) -> list[Prompt]:

@@ -217,6 +217,18 @@ def compare_arms(
     return pd.DataFrame(rows, columns=names.split())
 
 
+def paired_means(scores: pd.DataFrame, reference: pd.DataFrame, columns: Sequence[str]) -> list[NDArray[np.float64]]:
+    """Differences of two arms by prompt, ``(prompts,)`` for each column, over samples and seeds.
+
+    Raises:
+        ScoresError: as `paired_difference`.
+    """
+    ours, theirs = _sides(scores, columns), _sides(reference, columns)
+    for column in columns:
+        _require_same_pairs(ours[column], theirs[column])
+    return [ours[column].means.mean(axis=0) - theirs[column].means.mean(axis=0) for column in columns]
+
+
 def mean_score(scores: pd.DataFrame, column: str) -> float:
     """Mean of `column` over samples, then prompts, then seeds.
 

@@ -10,4 +10,5 @@ def summarize(scores: pd.DataFrame) -> dict[str, Any]:
     final = scores[scores["final"]]
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
     means = {name: float(final[name].mean()) for name in columns}
-    return {"update": int(final["update"].iloc[0]), "samples": len(final), **means}
+    named = {"protocol": str(final["protocol"].iloc[0])} if "protocol" in final else {}
+    return {**named, "update": int(final["update"].iloc[0]), "samples": len(final), **means}

@@ -301,6 +301,8 @@ class PipelineGenerator(Generator):
             self.network.unload_lora()
         if not (folder / LORA_FILE).is_file():
             remedy = "train the run again"
+            # Nobody needs its weights any more, and two networks may be more than there is memory for.
+            self.network.to("meta")
             loaded = load_part(
                 self.network_class.from_pretrained, folder, self.network_folder, self.config, remedy=remedy
             )

@@ -178,7 +178,12 @@ def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
 
 def _records(a: RunRecords, b: RunRecords) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """The stages that both runs have a record of, with both."""
-    for stage, left, right in (("train", a.training, b.training), ("evaluate", a.evaluation, b.evaluation)):
+    stages = (
+        ("train", a.training, b.training),
+        ("sample", a.sampling, b.sampling),
+        ("score", a.evaluation, b.evaluation),
+    )
+    for stage, left, right in stages:
         if left is not None and right is not None:
             yield stage, left, right
 

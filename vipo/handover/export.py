@@ -130,7 +130,8 @@ def _checked(run: RunRecords, root: Path) -> RunRecords:
     if run.stale is not None:
         raise ExportError(run.stale)
     reference = _reference(run)
-    records = [run.folder / PROVENANCE, run.evaluated / PROVENANCE, reference.evaluated / PROVENANCE]
+    made = (run.pictures.parent, run.evaluated, reference.pictures.parent, reference.evaluated)
+    records = [folder / PROVENANCE for folder in (run.folder, *made)]
     if missing := [str(record) for record in records if not record.is_file()]:
         raise ExportError(
             f"{', '.join(missing)}: not here, as after a pull, which brings no records. What is handed over is checked "
@@ -265,7 +266,7 @@ def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame) -> lis
         first["prompt_id"], first["prompt"], first["sample"], first["update"], strict=True
     ):
         name = f"{prompt_id}-{number}.png"
-        files = (reference.evaluated / "samples" / f"u0-{name}", run.evaluated / "samples" / f"u{update}-{name}")
+        files = (reference.pictures / f"u0-{name}", run.pictures / f"u{update}-{name}")
         found.append(CardSample(str(text), f"samples/base-{name}", f"samples/{name}", *files))
     return found
 
@@ -298,8 +299,9 @@ def _part_files(folder: Path) -> Iterator[str]:
 
 def _write_provenance(run: RunRecords, reference: RunRecords, scores: Sequence[ScoreRow], folder: Path) -> None:
     _copy(run.folder / PROVENANCE, folder / "train.json")
-    _copy(run.evaluated / PROVENANCE, folder / "evaluate.json")
-    _copy(reference.evaluated / PROVENANCE, folder / "evaluate-base.json")
+    for own, suffix in ((run, ""), (reference, "-base")):
+        _copy(own.pictures.parent / PROVENANCE, folder / f"sample{suffix}.json")
+        _copy(own.evaluated / PROVENANCE, folder / f"score{suffix}.json")
     (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
     text = json.dumps([row.as_json() for row in scores], indent=1, allow_nan=False)
     (folder / "scores.json").write_text(text + "\n")

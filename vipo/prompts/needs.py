@@ -27,14 +27,17 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
             that a reward or the credit source oracle reads.
     """
     source, training, evaluation = config.prompts.source, config.training, config.evaluation
+    own = config.prompts.eval
+    held_source = source if own is None else own.source
     if not config.is_base and len(train) < training.prompts_per_update:
         raise PromptError(
             f"{source}: training.prompts_per_update {training.prompts_per_update} exceeds the {len(train)} training "
             "prompts; lower it or add prompts"
         )
-    if config.prompts.eval_share and len(held_out) < LEAST_HELD_OUT:
+    if config.prompts.holds_out and len(held_out) < LEAST_HELD_OUT:
+        share = "" if own is not None else f"prompts.eval_share {config.prompts.eval_share} "
         raise PromptError(
-            f"{source}: prompts.eval_share {config.prompts.eval_share} leaves {len(held_out)} prompt for eval, the "
+            f"{held_source}: {share}leaves {len(held_out)} prompt for eval, the "
             f"evaluation's intervals need {LEAST_HELD_OUT}; raise it or add prompts"
         )
     if 0 < len(held_out) < evaluation.prompts:
@@ -48,7 +51,7 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
     for term in () if config.is_base else config.reward.terms:
         _need_of(term, f"reward.terms: reward {term.name!r}", source, train)
     for reward in evaluation.rewards:
-        _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", source, held_out)
+        _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", held_source, held_out)
 
 
 def drawn_text(text: str, metadata: Mapping[str, Any], key: str) -> str | None:

@@ -4,20 +4,25 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vipo.config.prompts import PromptsConfig
+from vipo.prompts.filters import Filter, load_filters
 from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_blank, is_evaluation, prompt_id
-from vipo.prompts.sources import json_line, missing_key, read_source
+from vipo.prompts.sources import Source, json_line, missing_key, read_source
 from vipo.provenance.files import atomic_file, file_sha256
 
 _REASONS = ("blank", "too_long", "exact_duplicate", "whitespace_duplicate", "case_duplicate")
 
 Halves = Callable[[Sequence[Prompt], Sequence[Prompt]], None]
+Tokens = Callable[[str], int]
 
 
-def prepare_prompts(config: PromptsConfig, root: Path, output: Path, accept: Halves | None = None) -> dict[str, Any]:
+def prepare_prompts(
+    config: PromptsConfig, root: Path, output: Path, accept: Halves | None = None, tokens: Tokens | None = None
+) -> dict[str, Any]:
     """Clean and split a prompt source into ``train.jsonl``, ``eval.jsonl`` and ``manifest.json``.
 
     Of duplicates the first row is kept; texts that differ in letter case are none unless ``config.ignore_case`` says
@@ -30,6 +35,7 @@ def prepare_prompts(config: PromptsConfig, root: Path, output: Path, accept: Hal
         root: folder that a relative ``config.source`` starts at.
         output: folder to write into; created where missing.
         accept: is given both halves, train and eval, before anything is written, and raises where they will not do.
+        tokens: how many tokens the generator makes of a text, where ``config.filters.max_tokens`` asks.
 
     Returns:
         The manifest: ``source``, ``source_sha256``, ``config``, ``counts`` (rows, kept, train, eval),
@@ -40,8 +46,83 @@ def prepare_prompts(config: PromptsConfig, root: Path, output: Path, accept: Hal
             the split is empty (evaluation may be where ``eval_share`` is 0).
         StorageError: `output` cannot be written.
     """
-    source = read_source(config.source, config.text_key, root)
-    dropped: dict[str, list[int]] = {reason: [] for reason in _REASONS}
+    filters = load_filters(config.filters, root, tokens)
+    found = _cleaned(config, read_source(config.source, config.text_key, root), filters)
+    train, held_out, others = found, Cleaned.none(), {}
+    if config.eval is None:
+        train, held_out = found.split(lambda identity: is_evaluation(identity, config.eval_share))
+        counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
+    else:
+        own = config.model_copy(update={"source": config.eval.source, "text_key": config.eval.text_key})
+        held_out = _cleaned(own, read_source(own.source, own.text_key, root), filters, config.eval.categories)
+        leaked, train = found.split(lambda identity: identity not in held_out.lines)
+        counts = {"rows": found.rows, "kept": len(train.lines), "train": len(train.lines), "eval": len(held_out.lines)}
+        others = {
+            "eval": {
+                "source": own.source,
+                "source_sha256": held_out.sha256,
+                "rows": held_out.rows,
+                "dropped": held_out.dropped,
+                "left_out_of_train": sorted(leaked.lines),
+            }
+        }
+    files = {"train.jsonl": "".join(train.lines.values()), "eval.jsonl": "".join(held_out.lines.values())}
+    _check_split(config, counts, found.dropped)
+    if accept is not None:
+        accept(list(train.prompts.values()), list(held_out.prompts.values()))
+    manifest = {
+        "source": config.source,
+        "source_sha256": found.sha256,
+        "config": config.identity(),
+        "counts": counts,
+        "dropped": found.dropped,
+        "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
+        **others,
+    }
+    _write(output, {"manifest.json": json.dumps(manifest, indent=1, sort_keys=True) + "\n", **files})
+    return manifest
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What is left of a source, in the order of the prompts' ids.
+
+    Attributes:
+        rows: how many it had.
+        sha256: of the source.
+        lines: prepared prompts by id, as they are written.
+        prompts: the same.
+        dropped: row numbers by reason.
+    """
+
+    rows: int
+    sha256: str
+    lines: dict[str, str]
+    prompts: dict[str, Prompt]
+    dropped: dict[str, list[int]]
+
+    @classmethod
+    def none(cls) -> "Cleaned":
+        """Of no source."""
+        return cls(0, "", {}, {}, {})
+
+    def split(self, second: Callable[[str], bool]) -> tuple["Cleaned", "Cleaned"]:
+        """The prompts whose id `second` does not choose, and those that it does."""
+        halves = [[identity for identity in self.lines if bool(second(identity)) == half] for half in (False, True)]
+        first, other = (
+            replace(self, lines={i: self.lines[i] for i in half}, prompts={i: self.prompts[i] for i in half})
+            for half in halves
+        )
+        return first, other
+
+
+def _cleaned(
+    config: PromptsConfig,
+    source: Source,
+    filters: Sequence[tuple[str, Filter]],
+    categories: Sequence[str] = (),
+) -> Cleaned:
+    dropped: dict[str, list[int]] = {reason: [] for reason in (*_REASONS, *(name for name, _ in filters))}
     lines: dict[str, str] = {}
     prompts: dict[str, Prompt] = {}
     raw_seen: set[str] = set()
@@ -60,33 +141,19 @@ def prepare_prompts(config: PromptsConfig, root: Path, output: Path, accept: Hal
             dropped["whitespace_duplicate"].append(number)
         elif key in seen:
             dropped["case_duplicate"].append(number)
+        elif categories and row.get("category") not in categories:
+            dropped.setdefault("other_category", []).append(number)
+        elif (reason := next((name for name, drops in filters if drops(text)), None)) is not None:
+            dropped[reason].append(number)
         else:
             seen.add(key)
             metadata = {name: value for name, value in row.items() if name != config.text_key}
             lines[identity] = json_line(config.source, number, {"id": identity, "text": text, "metadata": metadata})
             prompts[identity] = Prompt(identity, text, metadata)
         raw_seen.add(raw)
-    held_out = {identity: is_evaluation(identity, config.eval_share) for identity in sorted(lines)}
-    files = {
-        "train.jsonl": "".join(lines[identity] for identity, out in held_out.items() if not out),
-        "eval.jsonl": "".join(lines[identity] for identity, out in held_out.items() if out),
-    }
-    evaluation = sum(held_out.values())
-    counts = {"rows": len(source.rows), "kept": len(lines), "train": len(lines) - evaluation, "eval": evaluation}
-    _check_split(config, counts, dropped)
-    if accept is not None:
-        halves = [[prompts[identity] for identity, out in held_out.items() if out == half] for half in (False, True)]
-        accept(*halves)
-    manifest = {
-        "source": config.source,
-        "source_sha256": source.sha256,
-        "config": config.model_dump(mode="json"),
-        "counts": counts,
-        "dropped": dropped,
-        "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
-    }
-    _write(output, {"manifest.json": json.dumps(manifest, indent=1, sort_keys=True) + "\n", **files})
-    return manifest
+    order = sorted(lines)
+    found = {identity: lines[identity] for identity in order}
+    return Cleaned(len(source.rows), source.sha256, found, {i: prompts[i] for i in order}, dropped)
 
 
 def check_prompts(folder: Path, config: PromptsConfig) -> None:
@@ -106,7 +173,7 @@ def check_prompts(folder: Path, config: PromptsConfig) -> None:
         made, files = manifest["config"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PromptError(f"{path}: cannot be read ({error}); run 'vipo prepare' first") from error
-    wanted = config.model_dump(mode="json")
+    wanted = config.identity()
     if made != wanted:
         told = ", ".join(f"{key}={value}" for key, value in wanted.items())
         raise PromptError(
@@ -156,7 +223,12 @@ def _check_split(config: PromptsConfig, counts: Mapping[str, int], dropped: Mapp
         reasons = ", ".join(f"{len(rows)} {reason}" for reason, rows in dropped.items() if rows) or "it has no rows"
         raise PromptError(f"{config.source}: no prompt is left of {counts['rows']} rows ({reasons})")
     for half in ("train", "eval"):
-        if not counts[half] and not (half == "eval" and config.eval_share == 0):
+        if counts[half] or (half == "eval" and not config.holds_out):
+            continue
+        if config.eval is not None:
+            named = config.eval.source if half == "eval" else config.source
+            raise PromptError(f"{named}: no prompt is left of it for {half}; add prompts, or change prompts.filters")
+        else:
             raise PromptError(
                 f"{config.source}: prompts.eval_share {config.eval_share} leaves no prompt for {half} "
                 f"of {counts['kept']}; change it or add prompts"

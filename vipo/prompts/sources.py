@@ -1,4 +1,4 @@
-"""Prompt sources: a file of one of four formats, or a callable named by its import path."""
+"""Prompt sources: a file of one of six formats, a published set, or a callable named by its import path."""
 
 import csv
 import hashlib
@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vipo.foreign import foreign, is_import_path, resolve
 from vipo.prompts.prompt import PromptError
+from vipo.prompts.published import fetch_published, is_published, published_key
 from vipo.regular import read_regular
 
 MOST_BYTES = 2**29
@@ -48,6 +50,8 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
         PromptError: the source is missing, no regular file, larger than `MOST_BYTES`, empty, not text, not of its
             format, or the callable failed.
     """
+    if is_published(name):
+        return _published(name, text_key, root)
     if is_import_path(name):
         return _called(name, root)
     reader = _READERS.get(Path(name).suffix.lower())
@@ -63,6 +67,22 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
     if not data.strip():
         raise PromptError(f"{name}: is empty; write at least one prompt into it")
     return Source(tuple(reader(name, data, text_key)), hashlib.sha256(data).hexdigest())
+
+
+def _published(name: str, text_key: str, root: Path) -> Source:
+    rows: list[Mapping[str, Any]] = []
+    digest, key = hashlib.sha256(), published_key(name, text_key)
+    for path, data in fetch_published(name, root).items():
+        reader = _READERS.get(Path(path).suffix.lower())
+        if reader is None:
+            raise PromptError(f"prompts.source {name}: {path} is of no known format: {', '.join(_READERS)}")
+        digest.update(hashlib.sha256(data).digest())
+        # The set's own key becomes the one that is asked for.
+        rows += [
+            {text_key: row.get(key, ""), **{other: value for other, value in row.items() if other != key}}
+            for _, row in reader(path, data, key)
+        ]
+    return Source(tuple(enumerate(rows, start=1)), digest.hexdigest())
 
 
 def _decoded(name: str, data: bytes) -> str:
@@ -98,6 +118,20 @@ def _jsonl_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
         yield number, row
 
 
+def _json_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
+    """A list of objects, or of texts."""
+    try:
+        rows = json.loads(_decoded(name, data), parse_constant=_not_json, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{name}: is not JSON ({error}); write a list of objects") from error
+    if not isinstance(rows, list):
+        raise PromptError(f"{name}: holds a {type(rows).__name__}; write a list of objects or of texts")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict | str):
+            raise PromptError(f"{name}: entry {number}: is a {type(row).__name__}; write objects or texts")
+        yield number, {text_key: row} if isinstance(row, str) else row
+
+
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON value")
 
@@ -109,12 +143,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _csv_rows(name: str, data: bytes, text_key: str) -> Iterator[Row]:
+def _csv_rows(name: str, data: bytes, text_key: str, delimiter: str = ",") -> Iterator[Row]:
     text = _decoded(name, data)
     # The module's own limit of 128 kB a field would refuse a long prompt instead of counting it.
     limit = csv.field_size_limit(len(text))
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         records = [(reader.line_num, record) for record in reader]
     except csv.Error as error:
         raise PromptError(
@@ -166,7 +200,14 @@ def missing_key(name: str, text_key: str, keys: list[str]) -> PromptError:
 
 
 _READERS: Mapping[str, Callable[[str, bytes, str], Iterator[Row]]] = MappingProxyType(
-    {".txt": _text_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    {
+        ".txt": _text_rows,
+        ".json": _json_rows,
+        ".jsonl": _jsonl_rows,
+        ".csv": _csv_rows,
+        ".tsv": partial(_csv_rows, delimiter="\t"),
+        ".parquet": _parquet_rows,
+    }
 )
 
 

@@ -2,7 +2,7 @@
 
 from vipo.provenance.environment import code_identity, git_state, package_sha256
 from vipo.provenance.files import StorageError, atomic_file, atomic_folder, file_sha256, fsync_path
-from vipo.provenance.lineage import ProvenanceError, read_provenance, record_stage, verify_outputs
+from vipo.provenance.lineage import ProvenanceError, hashed, is_made, read_provenance, record_stage, verify_outputs
 from vipo.provenance.locks import RunLocked, run_lock
 from vipo.provenance.signature import SignatureError, sign_file, verify_file
 
@@ -17,6 +17,8 @@ __all__ = [
     "file_sha256",
     "fsync_path",
     "git_state",
+    "hashed",
+    "is_made",
     "package_sha256",
     "read_provenance",
     "record_stage",

@@ -75,7 +75,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             for path in sorted(temporary.rglob("*")):
                 fsync_path(path)
             fsync_path(temporary)
-            _replace_folder(target, temporary)
+            replace_folder(target, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -104,7 +104,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
             raise
 
 
-def _replace_folder(target: Path, replacement: Path) -> None:
+def replace_folder(target: Path, replacement: Path) -> None:
+    """Rename a folder, flushed to the disk, into the place of another one, which is gone then."""
     # A folder that is not empty cannot be renamed over, so the old one steps aside and comes back if it must.
     discarded = replaced_path(target)
     shutil.rmtree(discarded, ignore_errors=True)

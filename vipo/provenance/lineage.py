@@ -38,11 +38,15 @@ _DEPTH: Mapping[str, int] = {
     "prepare": 1,
     "encode": 1,
     "train": 2,
-    "evaluate": 2,
+    "sample": 2,
+    "score": 2,
+    "compare": 1,
     "summarize": 2,
     "report": 1,
     "credit": 2,
 }
+#: Stages of earlier versions, and the one that writes their folder now.
+_FORMER: Mapping[str, str] = {"evaluate": "score"}
 #: In the environment of a launcher's ranks: the command that it was given, as JSON.
 COMMAND = "VIPO_COMMAND"
 
@@ -52,7 +56,7 @@ _OF_TOOLS = re.compile(_TIMESTAMP)
 _OF_TOOLS_AND_LOCKS = re.compile(
     # Below runs/ an earlier vipo set runs aside.
     rf"{_TIMESTAMP}|(runs/)?\.superseded/.*"
-    r"|((prompts|embeddings|configs|logs|crate|export|report(/data)?|(runs|evaluation|credit)(/[^/]+(/(checkpoints|updates))?)?)/)?"
+    r"|((prompts|embeddings|configs|logs|crate|export|comparison|report(/data)?|(runs|samples|evaluation|credit)(/[^/]+(/(checkpoints|updates))?)?)/)?"
     r"\.(gitignore|lock|lock-holder\.json|[^/]+\.(partial|replaced)(/.*)?)"
 )
 
@@ -68,7 +72,7 @@ def record_stage(
     stage: str,
     folder: Path,
     *,
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | Mapping[str, Any]],
     outputs: Callable[[], Sequence[Path]] | Sequence[Path],
     config: Mapping[str, Any] | None,
     seeds: Sequence[int] = (),
@@ -86,7 +90,7 @@ def record_stage(
     Args:
         stage: name of the stage (DESIGN section 2).
         folder: the stage's own folder; no other stage may record there.
-        inputs: files and folders that the stage reads.
+        inputs: files and folders that the stage reads, or what `hashed` says of them.
         outputs: files and folders that the stage writes, or a function that lists them afterwards.
         config: what of the configuration decides the stage's result (JSON-serialisable); it is recorded with its hash.
         seeds: seeds of the stage's random draws.
@@ -109,7 +113,7 @@ def record_stage(
         except ProvenanceError as error:
             # Running the stage again is what mends a damaged record.
             log.warning("%s", error)
-        if earlier is not None and (other := earlier["stage"]) != stage:
+        if earlier is not None and _FORMER.get(other := earlier["stage"], other) != stage:
             raise ProvenanceError(f"{target}: belongs to stage '{other}'; give stage '{stage}' a folder of its own")
     # Now, not after the inputs are hashed: the hash is that of the diff which is kept.
     git, diff = code_state()
@@ -121,10 +125,7 @@ def record_stage(
         "config": None if config is None else dict(config),
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
-        "inputs": [
-            _entry(path, root, f"input of stage '{stage}' does not exist; run the stage that writes it first")
-            for path in inputs
-        ],
+        "inputs": hashed(stage, inputs, root),
         "git": git,
         **({"checkout": checkout} if checkout != git else {}),
         "package_sha256": package_sha256(),
@@ -139,6 +140,38 @@ def record_stage(
     with _made_way(experiment if replaces else None, folder), _without_record(folder, earlier, root):
         yield facts
         _finish(stage, folder, outputs, record, facts, {DIFF: diff, CHECKOUT_DIFF: checkout_diff}, root)
+
+
+def hashed(stage: str, inputs: Sequence[Path | Mapping[str, Any]], root: Path) -> list[dict[str, Any]]:
+    """What a record says of a stage's inputs: read once, where the stage must know them before it starts.
+
+    Raises:
+        ProvenanceError: one is missing.
+    """
+    missing = f"input of stage '{stage}' does not exist; run the stage that writes it first"
+    return [dict(item) if isinstance(item, Mapping) else _entry(item, root, missing) for item in inputs]
+
+
+def is_made(
+    stage: str, folder: Path, inputs: Sequence[Mapping[str, Any]], config: Mapping[str, Any], root: Path
+) -> bool:
+    """Whether `folder` holds what a stage would make: by the record beside it and the bytes of what that names.
+
+    Args:
+        stage, folder, config, root: as of `record_stage`.
+        inputs: as `hashed` gives them.
+    """
+    try:
+        record = read_provenance(folder / PROVENANCE)
+        wanted = {"config_sha256": config_hash(dict(config)), "inputs": inputs}
+        return (
+            record["stage"] == stage
+            and _same_work(record, wanted, folder, root)
+            and not verify_outputs(folder / PROVENANCE, root)
+        )
+    # No record, or one that was edited into something else: making it again mends it.
+    except (ProvenanceError, LookupError, TypeError, ValueError, AttributeError):
+        return False
 
 
 @contextlib.contextmanager

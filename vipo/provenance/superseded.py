@@ -24,10 +24,12 @@ _RESULTS: Mapping[str, tuple[str, str]] = {
     "prepare": ("prompts", "manifest.json"),
     "encode": ("embeddings", "eval.safetensors"),
     "train": ("runs", "weights"),
-    "evaluate": ("evaluation", "scores.parquet"),
+    "sample": ("samples", "samples.json"),
+    "score": ("evaluation", "scores.parquet"),
 }
 #: Stages that show results, in seconds: set aside without asking.
 _VIEWS: Mapping[str, tuple[str, ...]] = {
+    "compare": ("comparison/*",),
     "summarize": ("report/data/*",),
     "report": ("report/index.html", "report/time.*", "report/provenance.*"),
     "crate": ("crate/*", "ro-crate-metadata.json*"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from vipo.config.protocol import ProtocolConfig
 from vipo.config.run import Config
 from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.reporting.figures import Plot, draw_figures, draw_time
@@ -40,7 +41,7 @@ def build_data(experiment_dir: Path, runs: Sequence[str], config: Config, output
         StorageError: the disk refused a write; `output` is as it was.
     """
     summary = summarize(read_experiment(experiment_dir, runs, config))
-    files = _data_files(summary, draw_figures(summary))
+    files = _data_files(summary, draw_figures(summary), config.protocol)
     with atomic_folder(output) as folder:
         (folder / "figures").mkdir()
         (folder / "tables").mkdir()
@@ -90,16 +91,25 @@ def report_files(experiment_dir: Path, runs: Sequence[str], config: Config) -> d
     experiment = read_experiment(experiment_dir, runs, config)
     summary = summarize(experiment)
     figures = draw_figures(summary)
-    data = {f"data/{name}": text for name, text in _data_files(summary, figures).items()}
+    data = {f"data/{name}": text for name, text in _data_files(summary, figures, config.protocol).items()}
     return data | _page_files(experiment, summary, figures)
 
 
-def _data_files(summary: Summary, figures: Sequence[Plot]) -> dict[str, str]:
+def _data_files(summary: Summary, figures: Sequence[Plot], protocol: ProtocolConfig | None) -> dict[str, str]:
     return {
         **{f"figures/{figure.name}.svg": figure.standalone() for figure in figures},
-        **{f"tables/{name}.csv": _csv(table) for name, table in summary.tables().items()},
+        **{f"tables/{name}.csv": _csv(_named(table, protocol)) for name, table in summary.tables().items()},
         "report.json": _json(summary.as_json()),
     }
+
+
+def _named(table: pd.DataFrame, protocol: ProtocolConfig | None) -> pd.DataFrame:
+    """A table with the evaluation's protocol in front: without it, a number is nobody else's."""
+    if protocol is None or not len(table.columns):
+        return table
+    named = table.copy()
+    named.insert(0, "protocol", protocol.title)
+    return named
 
 
 def _page_files(experiment: Experiment, summary: Summary, figures: Sequence[Plot]) -> dict[str, str]:

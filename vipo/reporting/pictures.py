@@ -66,10 +66,9 @@ def _shown(experiment: Experiment, run: Run, prompt: str, sample: int) -> Shown:
     if mine.sum() != 1:
         raise ReportError(f"{run.name}: no final sample {sample} of prompt {prompt} in its scores; evaluate it again")
     row = table[mine].iloc[0]
-    folder = experiment.folder / "evaluation" / run.name
     name = f"u{row['update']}-{prompt}-{sample}"
-    frames = _read_frames(folder / "samples" / f"{name}.png")
-    heat, groups = _read_map(folder / "maps.safetensors", name)
+    frames = _read_frames(experiment.folder / "samples" / run.name / "pictures" / f"{name}.png")
+    heat, groups = _read_map(experiment.folder / "evaluation" / run.name / "maps.safetensors", name)
     if groups is None:
         frames, heats = frames[:1], heat[None]
     else:

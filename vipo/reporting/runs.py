@@ -57,13 +57,15 @@ class RunRecords:
         config: of the training, with the section `evaluation` that the evaluation was made with, where it is known.
         training: provenance of the train stage; None for the base, for a run that did not finish, and where it was not
             recorded here: results that were pulled come without it.
-        evaluation: provenance of the evaluate stage; None where it was not made or not recorded here.
+        sampling, evaluation: provenance of the sample and score stages; None where they were not made or not recorded
+            here.
         stale: why the evaluation is not one of this configuration and these weights; None where it is.
     """
 
     experiment: Path
     config: Config
     training: Mapping[str, Any] | None
+    sampling: Mapping[str, Any] | None
     evaluation: Mapping[str, Any] | None
     stale: str | None
 
@@ -81,6 +83,11 @@ class RunRecords:
     def evaluated(self) -> Path:
         """Where it was evaluated."""
         return self.experiment / "evaluation" / self.name
+
+    @property
+    def pictures(self) -> Path:
+        """Where its samples are."""
+        return self.experiment / "samples" / self.name / "pictures"
 
     @property
     def is_trained(self) -> bool:
@@ -108,7 +115,7 @@ class RunRecords:
         """
         place = path.relative_to(self.experiment).as_posix()
         found = file_sha256(path) if path.is_file() else None
-        for record in (self.training, self.evaluation):
+        for record in (self.training, self.sampling, self.evaluation):
             for recorded, sha256 in recorded_files(record, "outputs"):
                 if recorded.endswith(f"/{place}") and found != sha256:
                     return f"{path}: {'missing' if found is None else 'changed since its stage wrote it'}"
@@ -138,9 +145,9 @@ def read_run(path: Path) -> RunRecords:
         )
     records = [
         read_provenance(record) if record.is_file() else None
-        for record in (experiment / part / name / PROVENANCE for part in ("runs", "evaluation"))
+        for record in (experiment / part / name / PROVENANCE for part in ("runs", "samples", "evaluation"))
     ]
-    training, evaluation = records
+    training, sampling, evaluation = records
     config = configs[0]
     # The evaluation's settings may be others than those that the run was trained with.
     if evaluation is not None:
@@ -152,8 +159,8 @@ def read_run(path: Path) -> RunRecords:
     stale: str | None = f"{evaluated.parent}: was made with another configuration; evaluate {name} again"
     if own:
         config = config.model_copy(update={"evaluation": own[0].evaluation})
-        stale = None if evaluation is None else _other_weights(experiment, name, training, evaluation)
-    return RunRecords(experiment, config, training, evaluation, stale)
+        stale = None if evaluation is None else _other_weights(experiment, name, training, sampling or evaluation)
+    return RunRecords(experiment, config, training, sampling, evaluation, stale)
 
 
 def recorded_files(record: Mapping[str, Any] | None, part: str) -> Iterator[tuple[str, str]]:
@@ -164,11 +171,11 @@ def recorded_files(record: Mapping[str, Any] | None, part: str) -> Iterator[tupl
 
 
 def _other_weights(
-    experiment: Path, name: str, training: Mapping[str, Any] | None, evaluation: Mapping[str, Any]
+    experiment: Path, name: str, training: Mapping[str, Any] | None, sampling: Mapping[str, Any]
 ) -> str | None:
     folder = experiment / "runs" / name
     trained = {_below(path, name): sha256 for path, sha256 in recorded_files(training, "outputs")}
-    read = {_below(path, name): sha256 for path, sha256 in recorded_files(evaluation, "inputs") if _below(path, name)}
+    read = {_below(path, name): sha256 for path, sha256 in recorded_files(sampling, "inputs") if _below(path, name)}
     if training is None:
         # Weights that were pulled and evaluated here; what is not here contradicts nothing.
         trained = {place: file_sha256(folder / place) if (folder / place).is_file() else read[place] for place in read}

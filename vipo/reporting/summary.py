@@ -293,6 +293,7 @@ def _facts(experiment: Experiment) -> dict[str, str]:
     return {
         "Generator": f"{config.generator.family}, {config.generator.width} × {config.generator.height} pixels",
         "Checkpoint": config.generator.path,
+        **({} if config.protocol is None else {"Protocol": config.protocol.title}),
         "Trained reward": rewards,
         "Arms × seeds": ", ".join(f"{arm} × {len(experiment.of_arm(arm))}" for arm in experiment.arms),
         "Updates": f"{updates}, each {samples}",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -66,11 +67,23 @@ for name in ("prompts", "embeddings"):
         raise WorkflowError(
             f"experiment {EXPERIMENT}: an arm's overrides change its {name}; all arms share one set"
         )
+drawn = {
+    json.dumps(resolved.as_base().sampling_identity(), sort_keys=True)
+    for resolved in RUNS.values()
+}
+if len(drawn) > 1:
+    raise WorkflowError(
+        f"experiment {EXPERIMENT}: an arm's overrides change how samples are drawn (generator, evaluation, "
+        "sampling.shift or training.threads); all arms are compared with one base, sampled once"
+    )
 for run, resolved in RUNS.items():
     if job_resources(resolved, "train") != job_resources(RUNS[FIRST], "train"):
         raise WorkflowError(
             f"experiment {EXPERIMENT}: run {run} changes its cluster, distribution, device or threads; all runs share one"
         )
+# What every run is compared with, sampled once.
+BASE = RUNS[FIRST].as_base().run_name
+SHARES = RUNS[FIRST].cluster.shares
 TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
 # What the arms' credit is worth, where the experiment asks for it (credit.smk).
@@ -105,7 +118,8 @@ except VipoError as error:
 
 
 wildcard_constraints:
-    run="|".join(RUNS),
+    run="|".join(map(re.escape, RUNS)),
+    share=r"\d+",
 
 
 def config_file(run):
@@ -150,17 +164,60 @@ def backbone_files(run):
 
 
 def prompt_files():
-    """The prompt source where it is a file; a callable source has none."""
-    source = ROOT / RUNS[FIRST].prompts.source
-    return [as_input(source)] if source.is_file() else []
+    """What prompts are made of where it is a file; a callable and a published set have none."""
+    prompts = RUNS[FIRST].prompts
+    named = filter(None, [*prompts.sources.values(), prompts.filters.blocklist])
+    return [as_input(ROOT / name) for name in named if (ROOT / name).is_file()]
 
 
 def finished_run(wildcards):
-    """The finished run that an evaluation reads; the base arm has none."""
+    """The finished run that is sampled; the base arm has none."""
     if RUNS[wildcards.run].is_base:
         return []
     run = f"{EXPERIMENT_DIR}/runs/{wildcards.run}"
     return [f"{run}/config.yaml", f"{run}/weights"]
+
+
+def sampled_from(wildcards):
+    """What a run's samples are drawn from."""
+    return {
+        "config": config_file(wildcards.run),
+        "prompts": f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
+        "manifest": f"{EXPERIMENT_DIR}/prompts/manifest.json",
+        "embeddings": f"{EXPERIMENT_DIR}/embeddings/eval.safetensors",
+        "generator": generator_files(),
+        "run": finished_run(wildcards),
+    }
+
+
+def scored_from(wildcards):
+    """What a run's scores are of: its samples, and the base's."""
+    samples = [f"{EXPERIMENT_DIR}/samples/{run}" for run in (wildcards.run, BASE)]
+    return {
+        "config": config_file(wildcards.run),
+        "prompts": f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
+        "manifest": f"{EXPERIMENT_DIR}/prompts/manifest.json",
+        "backbone": backbone_files(wildcards.run),
+        "samples": [
+            f"{folder}/{name}"
+            for folder in dict.fromkeys(samples)
+            for name in ("samples.json", "pictures")
+        ],
+    }
+
+
+def share_file(place, run, share):
+    """What says that a share of a run's samples or scores is done, until all are put together."""
+    return f"{EXPERIMENT_DIR}/{place}/.{run}-share-{share}.partial"
+
+
+def shares(place, run):
+    """The shares that a run's samples or scores are put together from; none where one job does all."""
+    return (
+        [share_file(place, run, number) for number in range(1, SHARES + 1)]
+        if SHARES > 1
+        else []
+    )
 
 
 def export_image_digest(image):

@@ -2,8 +2,8 @@ rule summarize:
     input:
         config=config_file(FIRST),
         prompts=rules.prepare.output,
-        configs=expand(rules.evaluate.output.config, run=RUNS),
-        scores=expand(rules.evaluate.output.scores, run=RUNS),
+        configs=expand(rules.score.output.config, run=RUNS),
+        scores=expand(rules.score.output.scores, run=RUNS),
         metrics=expand(rules.train.output.metrics, run=TRAINED),
     output:
         data=f"{EXPERIMENT_DIR}/report/data/report.json",
@@ -24,8 +24,8 @@ rule report:
     input:
         config=config_file(FIRST),
         data=rules.summarize.output.data,
-        samples=expand(rules.evaluate.output.samples, run=RUNS),
-        maps=expand(rules.evaluate.output.maps, run=RUNS),
+        samples=expand(rules.sample.output.pictures, run=RUNS),
+        maps=expand(rules.score.output.maps, run=RUNS),
     output:
         page=f"{EXPERIMENT_DIR}/report/index.html",
     log:

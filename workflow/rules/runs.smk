@@ -21,27 +21,39 @@ rule train:
         "{resources.launch}vipo train --config {input.config} > {log} 2>&1"
 
 
-rule evaluate:
+rule sample:
     input:
-        config=lambda wildcards: config_file(wildcards.run),
-        prompts=rules.prepare.output.eval,
-        manifest=rules.prepare.output.manifest,
-        embeddings=rules.encode.output.eval,
-        generator=generator_files(),
-        backbone=lambda wildcards: backbone_files(wildcards.run),
-        run=finished_run,
+        unpack(sampled_from),
+        shares=lambda wildcards: shares("samples", wildcards.run),
+    output:
+        facts=f"{EXPERIMENT_DIR}/samples/{{run}}/samples.json",
+        pictures=directory(f"{EXPERIMENT_DIR}/samples/{{run}}/pictures"),
+    log:
+        f"{EXPERIMENT_DIR}/logs/sample-{{run}}.log",
+    threads: RUNS[FIRST].training.threads
+    resources:
+        **job_resources(RUNS[FIRST], "evaluate"),
+    params:
+        identity=lambda wildcards: identity(wildcards.run, "sampling"),
+    shell:
+        "vipo sample --config {input.config} > {log} 2>&1"
+
+
+rule score:
+    input:
+        unpack(scored_from),
+        shares=lambda wildcards: shares("evaluation", wildcards.run),
     output:
         config=f"{EXPERIMENT_DIR}/evaluation/{{run}}/config.yaml",
         scores=f"{EXPERIMENT_DIR}/evaluation/{{run}}/scores.parquet",
         summary=f"{EXPERIMENT_DIR}/evaluation/{{run}}/summary.json",
         maps=f"{EXPERIMENT_DIR}/evaluation/{{run}}/maps.safetensors",
-        samples=directory(f"{EXPERIMENT_DIR}/evaluation/{{run}}/samples"),
     log:
-        f"{EXPERIMENT_DIR}/logs/evaluate-{{run}}.log",
+        f"{EXPERIMENT_DIR}/logs/score-{{run}}.log",
     threads: RUNS[FIRST].training.threads
     resources:
         **job_resources(RUNS[FIRST], "evaluate"),
     params:
         identity=lambda wildcards: identity(wildcards.run, "evaluation"),
     shell:
-        "vipo evaluate --config {input.config} > {log} 2>&1"
+        "vipo score --config {input.config} > {log} 2>&1"

@@ -1,0 +1,231 @@
+"""Samples and scores as stages: the base once, shares of any number, gone on with in the middle, flat memory."""
+
+import gc
+import itertools
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from torch import Tensor
+
+from vipo.config.compose import load_config, repository_root
+from vipo.config.run import Config
+from vipo.evaluation import sample, score
+from vipo.evaluation.compare import TABLES, compare_runs, write_tables
+from vipo.evaluation.held_out import EvaluationError
+from vipo.evaluation.shares import Share, ShareError
+from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
+
+ROOT = repository_root()
+BATCH, PROMPTS, PER_PROMPT = 3, 4, 2
+BATCHES = -(-PROMPTS * PER_PROMPT // BATCH)
+SETTINGS = (
+    *(f"evaluation.{key}={value}" for key, value in (("prompts", PROMPTS), ("samples_per_prompt", PER_PROMPT))),
+    *(f"evaluation.{key}={value}" for key, value in (("batch", BATCH), ("steps", 2), ("rewards", "[redness]"))),
+    "sampling.steps=4",
+    *(f"training.{key}={value}" for key, value in (("updates", 2), ("save_at", [1]), ("prompts_per_update", 2))),
+    *(f"training.{key}={value}" for key, value in (("group_size", 2), ("micro_batch", 2), ("trained_transitions", 2))),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path, tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Results with one trained run that kept two sets of weights, and the overrides that made it."""
+    results = tmp_path_factory.mktemp("stages") / "results"
+    shutil.copytree(prepared, results)
+    overrides = ["experiment=demo", f"generator.path={tiny_generator}", *SETTINGS]
+    train_stage(load_config([*overrides, "arm=vipo"]), ROOT, results)
+    return results, overrides
+
+
+def _files(results: Path) -> dict[str, bytes]:
+    found = (path for name in ("samples", "evaluation") for path in sorted((results / "demo" / name).rglob("*")))
+    return {
+        path.relative_to(results).as_posix(): path.read_bytes()
+        for path in found
+        if path.is_file() and not path.name.startswith((".lock", "provenance"))
+    }
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
+    """Sizes of the batches that the network draws from now on; the one numbered `fail_at` is not drawn."""
+    calls: list[int] = []
+    original = sample.draw
+
+    def draw(*arguments: Any) -> Tensor:
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        images = original(*arguments)
+        calls.append(len(images))
+        return images
+
+    monkeypatch.setattr(sample, "draw", draw)
+    return calls
+
+
+def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn_once(
+    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, overrides = trained
+    config = load_config([*overrides, "arm=vipo"])
+    whole = shutil.copytree(results, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        calls = _counted(patched)
+        evaluate_stage(config, ROOT, whole)
+        # Two sets of weights and the base.
+        assert len(calls) == 3 * BATCHES
+        evaluate_stage(config.as_base(), ROOT, whole)
+        evaluate_stage(config, ROOT, whole)
+        assert len(calls) == 3 * BATCHES
+    wanted = _files(whole)
+    pictures = [name for name in wanted if name.endswith(".png")]
+    assert len(pictures) == 3 * PROMPTS * PER_PROMPT
+    assert not [name for name in wanted if "partial" in name]
+
+    _check_other_weights_and_tables(config, whole)
+
+    other = shutil.copytree(results, tmp_path / "other")
+    with monkeypatch.context() as patched:
+        drawn = _counted(patched, fail_at=2)
+        with pytest.raises(KeyboardInterrupt):
+            sample_stage(config, ROOT, other)
+    assert len(drawn) == 2
+    assert not (other / "demo/samples/vipo-s0/samples.json").exists()
+    with monkeypatch.context() as patched:
+        drawn = _counted(patched)
+        for number in (3, 1, 2):
+            sample_stage(config, ROOT, other, share=f"{number}/3")
+        # Together what was missing, and what is put together draws nothing.
+        assert len(drawn) == 2 * BATCHES - 2
+        sample_stage(config, ROOT, other)
+        assert len(drawn) == 2 * BATCHES - 2
+        sample_stage(config.as_base(), ROOT, other)
+    with monkeypatch.context() as patched:
+        _failing_score(patched, after=3)
+        with pytest.raises(KeyboardInterrupt):
+            score_stage(config, ROOT, other)
+    for number in range(4, 0, -1):
+        score_stage(config, ROOT, other, share=f"{number}/4")
+    score_stage(config, ROOT, other)
+    score_stage(config.as_base(), ROOT, other)
+    assert _files(other) == wanted
+
+
+def _check_other_weights_and_tables(config: Config, results: Path) -> None:
+    """A kept update, named by its folder, has the scores that it has in its run; and the tables are written."""
+    experiment = results / "demo"
+    evaluate_stage(config, ROOT, results, weights=experiment / "runs/vipo-s0/updates/000001")
+    found = pd.read_parquet(experiment / "evaluation/vipo_s0_u1-s0/scores.parquet")
+    within = pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")
+    within = within[within["update"] == 1].reset_index(drop=True)
+    columns = [name for name in within.columns if "/" in name]
+    assert columns
+    assert found[columns].equals(within[columns])
+    tables = compare_runs(config, experiment, ["base-s0", "vipo-s0"])
+    assert list(tables) == list(TABLES)
+    paths = write_tables(tables, experiment / "comparison")
+    assert [path.read_text().count("\n") for path in paths[1:]] == [1 + len(config.evaluation.rewards)] * 2 + [5, 3]
+
+
+def _failing_score(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    original, calls = score.read_samples, itertools.count()
+
+    def read(*arguments: Any, **options: Any) -> Tensor:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(score, "read_samples", read)
+
+
+def test_several_processes_give_the_bytes_of_one(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    results, overrides = trained
+    found = []
+    for processes in (1, 2):
+        place = shutil.copytree(results, tmp_path / str(processes))
+        config = load_config([*overrides, "arm=base", f"distribution.processes={processes}"])
+        evaluate_stage(config, ROOT, place)
+        found.append({name: data for name, data in _files(place).items() if not name.endswith("config.yaml")})
+    assert found[0] == found[1]
+
+
+def test_memory_does_not_grow_with_prompts_and_one_network_is_there_at_a_time(
+    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By counting what is alive: one batch of pictures while sampling, two while scoring, and one network."""
+    results, overrides = trained
+    place = shutil.copytree(results, tmp_path / "results")
+    alive, most, networks = [0], [0], [0]
+
+    def kept(value: Any, counter: list[int], size: int) -> Any:
+        counter[0] += size
+        weakref.finalize(value, lambda: counter.__setitem__(0, counter[0] - size))
+        return value
+
+    def pictures(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            images = original(*arguments, **options)
+            kept(images, alive, len(images))
+            most[0] = max(most[0], alive[0])
+            return images
+
+        return call
+
+    def network(original: Callable[..., Any], of: Callable[[Any], Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            gc.collect()
+            assert networks[0] == 0
+            found = original(*arguments, **options)
+            kept(of(found), networks, 1)
+            return found
+
+        return call
+
+    monkeypatch.setattr(sample, "draw", pictures(sample.draw))
+    monkeypatch.setattr(score, "read_samples", pictures(score.read_samples))
+    monkeypatch.setattr(sample, "load_generator", network(sample.load_generator, lambda generator: generator))
+    monkeypatch.setattr(score, "load_backbone", network(score.load_backbone, lambda backbone: backbone))
+    peaks = []
+    for prompts in (3, 12):
+        config = load_config([*overrides, "arm=vipo", f"evaluation.prompts={prompts}"])
+        most[0] = 0
+        sample_stage(config, ROOT, place)
+        sample_stage(config.as_base(), ROOT, place)
+        assert most[0] <= BATCH * 2
+        gc.collect()
+        assert networks[0] == 0
+        score_stage(config, ROOT, place)
+        peaks.append(most[0])
+    assert peaks[0] == peaks[1] <= 2 * BATCH * 2
+
+
+def test_an_arm_that_draws_otherwise_is_refused(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+    results, overrides = trained
+    place = shutil.copytree(results, tmp_path / "results")
+    config = load_config([*overrides, "arm=vipo"])
+    with pytest.raises(EvaluationError, match=r"no samples that can be read.*run 'vipo sample' of vipo-s0 first"):
+        score_stage(config, ROOT, place)
+    sample_stage(config, ROOT, place)
+    sample_stage(load_config([*overrides, "arm=base", "evaluation.steps=3"]), ROOT, place)
+    with pytest.raises(EvaluationError, match=r"base-s0: drawn with another .* \(evaluation changed\).*once"):
+        score_stage(config, ROOT, place)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_shares_are_all_parts_once(count: int) -> None:
+    parts = list(range(7))
+    found = [list(Share(number, count).of(parts)) for number in range(1, count + 1)]
+    assert sorted(itertools.chain(*found)) == parts
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    nested = [Share(number, count).split(rank, 3).of(parts) for number in range(1, count + 1) for rank in range(3)]
+    assert sorted(itertools.chain(*nested)) == parts
+
+
+@pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"])
+def test_a_share_that_is_none(text: str) -> None:
+    with pytest.raises(ShareError, match="NUMBER/COUNT"):
+        Share.parse(text)

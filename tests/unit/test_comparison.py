@@ -1,0 +1,132 @@
+"""Tables of a set, against explicit loops and published procedures."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from vipo.evaluation.comparison import by_category, holm, over_metrics, set_totals, win_rates
+from vipo.evaluation.diversity import SIDE, diversity
+from vipo.evaluation.held_out import HeldOut, sample_name, save_sample
+from vipo.evaluation.statistics import ScoresError
+from vipo.prompts import Prompt
+
+COLUMNS = ["reward/a", "reward/b", "reward/c"]
+
+
+def _scores(prompts: int = 30, effect: float = 0.4) -> pd.DataFrame:
+    rng, rows = np.random.default_rng(0), []
+    for prompt, sample in itertools.product(range(prompts), range(2)):
+        base = rng.normal(size=3)
+        for arm, seed in (("base", 0), ("vipo", 0), ("vipo", 1)):
+            gain = np.array([effect, 0.0, -effect]) if arm == "vipo" else np.zeros(3)
+            own = base + (gain + rng.normal(scale=0.5, size=3)) * (arm == "vipo")
+            row = {"run": f"{arm}-s{seed}", "arm": arm, "seed": seed, "update": int(arm == "vipo"), "final": True}
+            rows.append({**row, "prompt_id": f"{prompt:04d}", "sample": sample, **dict(zip(COLUMNS, own, strict=True))})
+    return pd.DataFrame(rows)
+
+
+def test_holm_is_the_step_down_procedure() -> None:
+    values = [0.01, 0.04, 0.03, 0.005]
+    assert holm(values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    # By its definition: reject in order of size while p <= alpha / (m - k).
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        p, alpha = rng.uniform(0, 0.2, size=6), 0.05
+        rejected = set()
+        for k, index in enumerate(np.argsort(p)):
+            if p[index] > alpha / (6 - k):
+                break
+            rejected.add(int(index))
+        assert {int(index) for index in np.flatnonzero(holm(p) <= alpha)} == rejected
+
+
+def test_all_metrics_at_once_are_wider_than_one() -> None:
+    scores = _scores()
+    table = over_metrics(scores, COLUMNS, resamples=4000).set_index("column")
+    alone = over_metrics(scores, COLUMNS[1:2], resamples=4000).set_index("column")
+    means = scores.groupby(["arm", "prompt_id"])[COLUMNS].mean()
+    for column in COLUMNS:
+        difference = means.loc["vipo"][column] - means.loc["base"][column]
+        row = table.loc[column]
+        assert row["difference"] == pytest.approx(difference.mean())
+        expected = stats.ttest_1samp(difference, 0).pvalue
+        assert row["p"] == pytest.approx(expected, abs=0.02)
+        assert row["p_holm"] >= row["p"]
+    # Two prompts prove nothing, however the draws lie.
+    assert over_metrics(scores[scores["prompt_id"] < "0002"], COLUMNS, resamples=4000)["p"].min() > 0.1
+    assert list(table["p_holm"]) == pytest.approx(list(holm(table["p"])))
+    assert table.loc["reward/a", "low"] > 0 > table.loc["reward/c", "high"]
+    # The last one that Holm tests is tested at the plain level.
+    for limit in ("low", "high"):
+        assert table.loc["reward/b", limit] == pytest.approx(alone.loc["reward/b", limit])
+    assert over_metrics(scores, COLUMNS, resamples=4000).set_index("column").equals(table)
+
+
+def test_wins_are_counted_and_a_tie_is_half_a_win() -> None:
+    scores = _scores(4)
+    scores.loc[scores["arm"] == "vipo", "reward/a"] = [1.0] * 16
+    base = scores["arm"] == "base"
+    scores.loc[base, "reward/a"] = [0.0, 1.0, 2.0, 0.0, 0.0, 1.0, 2.0, 2.0]
+    row = win_rates(scores, ["reward/a"]).iloc[0]
+    assert (row["samples"], row["wins"], row["ties"], row["rate"]) == (16, 6, 4, 0.5)
+    with pytest.raises(ScoresError, match="no counterpart"):
+        win_rates(scores[~(base & (scores["prompt_id"] == "0001"))], ["reward/a"])
+
+
+def test_categories_are_means_of_their_prompts() -> None:
+    scores = _scores(6)
+    categories = {f"{number:04d}": ("odd" if number % 2 else "even") for number in range(5)}
+    table = by_category(scores, categories, COLUMNS[:1]).set_index(["arm", "category"])
+    assert dict(table["prompts"]) == {
+        (arm, kind): n for arm in ("base", "vipo") for kind, n in (("even", 3), ("odd", 2))
+    }
+    own = scores[(scores["arm"] == "vipo") & scores["prompt_id"].isin(["0001", "0003"])]
+    assert table.loc[("vipo", "odd"), "reward/a"] == pytest.approx(own["reward/a"].mean())
+
+
+def test_totals_are_of_the_set_or_say_what_is_missing() -> None:
+    rows = [("00", 1.0), ("01", 0.0), ("02", 1.0), ("03", 1.0)]
+    metadata = {prompt: {"tag": "counting" if prompt < "02" else "colors"} for prompt, _ in rows}
+    frame = pd.DataFrame({"arm": "base", "final": True, "prompt_id": [p for p, _ in rows]})
+    frame["reward/geneval"] = [value for _, value in rows]
+    found = set_totals(frame, metadata).set_index("total")
+    assert found.loc["geneval", "value"] == pytest.approx((0.5 + 1) / 2)
+    assert found["value"].isna()["vbench"]
+    assert found.loc["vbench", "note"].startswith("not measured: subject_consistency, ")
+    assert "tag" in set_totals(frame, {}).set_index("total").loc["geneval", "note"]
+    # VBench: of a model that is at the upper bound everywhere, 1; and at the lower one, 0.
+    low = {"subject_consistency": 0.1462, "background_consistency": 0.2615, "temporal_flickering": 0.6293}
+    low |= {"motion_smoothness": 0.706, "appearance_style": 0.0009}
+    high = {"motion_smoothness": 0.9975, "scene": 0.8222, "appearance_style": 0.2855, "temporal_style": 0.364}
+    high |= {"overall_consistency": 0.364}
+    names = [*low, *high, "aesthetic_quality", "imaging_quality", "dynamic_degree", "object_class", "multiple_objects"]
+    names += ["human_action", "color", "spatial_relationship"]
+    for bounds, other, total in ((low, 0.0, 0.0), (high, 1.0, 1.0)):
+        table = frame.assign(**{f"reward/vbench_{name}": bounds.get(name, other) for name in names})
+        assert set_totals(table, metadata).set_index("total").loc["vbench", "value"] == pytest.approx(total)
+    # Quality counts four times, dynamic degree half of another dimension.
+    table = frame.assign(**{f"reward/vbench_{name}": low.get(name, 0.0) for name in names})
+    table["reward/vbench_dynamic_degree"] = 1.0
+    expected = 4 * 0.5 / 6.5 / 5
+    assert set_totals(table, metadata).set_index("total").loc["vbench", "value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("frames", [None, 3])
+def test_diversity_is_the_mean_distance_of_a_prompts_samples(frames: int | None, tmp_path: Path) -> None:
+    shape = (3, 32, 48) if frames is None else (frames, 3, 32, 48)
+    samples = [HeldOut(Prompt(f"{p:016x}", str(p), {}), n) for p in range(2) for n in range(3)]
+    samples.append(HeldOut(Prompt("f" * 16, "alone", {}), 0))
+    pictures = (torch.rand(len(samples), *shape, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    for sample, image in zip(samples, pictures, strict=True):
+        save_sample(image, tmp_path / f"{sample_name(7, sample)}.png", 8)
+    found = diversity(tmp_path, 7, samples, video=frames is not None)
+    assert list(found) == [f"{p:016x}" for p in range(2)]
+    for p in range(2):
+        own = pictures[3 * p : 3 * p + 3].reshape(3, -1, 3, SIDE, 32 // SIDE, SIDE, 48 // SIDE).mean(dim=(4, 6)).numpy()
+        pairs = [np.sqrt(np.mean((own[i] - own[j]) ** 2)) for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert found[f"{p:016x}"] == pytest.approx(np.mean(pairs), rel=1e-5)

@@ -1,0 +1,85 @@
+"""The `compare` stage: an experiment's scores as tables: categories, wins, all metrics at once, totals, diversity."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from vipo.config.run import Config
+from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
+from vipo.evaluation.held_out import EvaluationError, held_out_batches
+from vipo.evaluation.sample import samples_folder
+from vipo.evaluation.statistics import ScoresError
+from vipo.prompts import read_prompts
+from vipo.provenance.files import atomic_file
+
+TABLES = ("categories", "win_rates", "metrics", "totals", "diversity")
+
+
+def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The tables by name. Every row names the protocol, where the evaluation is one.
+
+    Args:
+        config: of any run; of its section `evaluation`, bootstrap, confidence and seed.
+        experiment: ``results/<experiment>``.
+        runs: names of scored runs, the base's among them.
+
+    Raises:
+        EvaluationError: a run is not scored, or its samples are not there.
+        ScoresError: runs were not evaluated on the same prompts and samples.
+    """
+    path = experiment / "prompts" / "eval.jsonl"
+    metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
+    categories = {id_: str(row["category"]) for id_, row in metadata.items() if "category" in row}
+    scores = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
+    columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
+    rewards = [name for name in columns if name.startswith("reward/")]
+    settings = config.evaluation
+    options = {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
+    found = {
+        "categories": by_category(scores, categories, columns),
+        "win_rates": win_rates(scores, rewards),
+        "metrics": over_metrics(scores, rewards, **options),
+        "totals": set_totals(scores, metadata),
+        "diversity": _diversity(config, experiment, runs, scores, path),
+    }
+    if config.protocol is not None:
+        for table in found.values():
+            table.insert(0, "protocol", config.protocol.title)
+    return found
+
+
+def write_tables(tables: dict[str, pd.DataFrame], output: Path) -> list[Path]:
+    """Write each as ``<name>.csv``; the same bytes for the same results."""
+    written = []
+    for name, table in tables.items():
+        with atomic_file(output / f"{name}.csv") as path:
+            table.to_csv(path, index=False, lineterminator="\n")
+        written.append(output / f"{name}.csv")
+    return written
+
+
+def _scores(experiment: Path, run: str) -> pd.DataFrame:
+    path = experiment / "evaluation" / run / "scores.parquet"
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({error}); evaluate {run} first") from error
+
+
+def _diversity(config: Config, experiment: Path, runs: Sequence[str], scores: pd.DataFrame, path: Path) -> pd.DataFrame:
+    # Torch reads pictures; the other tables do without.
+    from vipo.evaluation.diversity import diversity
+
+    samples = [sample for batch in held_out_batches(path, config) for sample in batch]
+    rows = []
+    for run in runs:
+        own = scores[(scores["run"] == run) & scores["final"]]
+        if own.empty:
+            raise ScoresError(f"{run}: has no final scores")
+        update, folder = int(own["update"].iloc[0]), samples_folder(experiment, run) / "pictures"
+        found = diversity(folder, update, samples, video=config.generator.frames is not None)
+        value = sum(found.values()) / len(found) if found else None
+        note = "" if found else "not measured: one sample a prompt"
+        rows.append({"run": run, "arm": own["arm"].iloc[0], "prompts": len(found), "diversity": value, "note": note})
+    return pd.DataFrame(rows, columns=["run", "arm", "prompts", "diversity", "note"])

@@ -1,0 +1,203 @@
+"""What a fixed set of prompts says beside means: categories, wins, all metrics at once, totals.
+
+Pure functions of the rows of `scores.parquet` (`vipo.evaluation.statistics`). A number that cannot be computed is
+missing, and the table says why.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
+
+from vipo.evaluation.statistics import ScoresError, mean_scores, paired_means, tail_probability, trained_rows
+from vipo.keys import keyed_seed
+
+#: Bounds that scale VBench's dimensions (its repository's constants, arXiv 2311.17982), where they are not 0 to 1.
+_VBENCH_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "subject_consistency": (0.1462, 1.0),
+    "background_consistency": (0.2615, 1.0),
+    "temporal_flickering": (0.6293, 1.0),
+    "motion_smoothness": (0.706, 0.9975),
+    "scene": (0.0, 0.8222),
+    "appearance_style": (0.0009, 0.2855),
+    "temporal_style": (0.0, 0.364),
+    "overall_consistency": (0.0, 0.364),
+}
+_VBENCH_QUALITY: Mapping[str, float] = {
+    "subject_consistency": 1,
+    "background_consistency": 1,
+    "temporal_flickering": 1,
+    "motion_smoothness": 1,
+    "aesthetic_quality": 1,
+    "imaging_quality": 1,
+    "dynamic_degree": 0.5,
+}
+_VBENCH_SEMANTIC = (
+    "object_class",
+    "multiple_objects",
+    "human_action",
+    "color",
+    "spatial_relationship",
+    "scene",
+    "appearance_style",
+    "temporal_style",
+    "overall_consistency",
+)
+
+
+def by_category(scores: pd.DataFrame, categories: Mapping[str, str], columns: Sequence[str]) -> pd.DataFrame:
+    """Final means of every arm on the prompts of each category.
+
+    Args:
+        scores: rows of all runs.
+        categories: category by prompt id; prompts without one are left out.
+        columns: scores to average.
+
+    Returns:
+        `arm`, `category`, `prompts` and `columns`.
+    """
+    final = scores[scores["final"]].assign(category=lambda rows: rows["prompt_id"].map(categories))
+    rows = [
+        {"arm": arm, "category": category, "prompts": own["prompt_id"].nunique(), **mean_scores(own, columns)}
+        for (arm, category), own in final.dropna(subset="category").groupby(["arm", "category"], sort=True)
+    ]
+    return pd.DataFrame(rows, columns=["arm", "category", "prompts", *columns])
+
+
+def win_rates(scores: pd.DataFrame, columns: Sequence[str], reference: str = "base") -> pd.DataFrame:
+    """How often an arm's final sample scores above the reference's of the same prompt and noise; a tie is half a win.
+
+    Returns:
+        `arm`, `reference`, `column`, `samples`, `wins`, `ties`, `rate` (in [0, 1]).
+
+    Raises:
+        ScoresError: there is no row of the reference, or an arm's sample has none there.
+    """
+    keys = ["prompt_id", "sample"]
+    final = scores[scores["final"]]
+    theirs = final[final["arm"] == reference]
+    if theirs.empty:
+        raise ScoresError(f"win rates: there is no final row of {reference!r}")
+    means = theirs.groupby(keys)[list(columns)].mean()
+    rows = []
+    for arm, own in final[final["arm"] != reference].groupby("arm", sort=False):
+        other = means.reindex(pd.MultiIndex.from_frame(own[keys]))
+        if bool(other.isna().any(axis=None)):
+            raise ScoresError(f"win rates: samples of {arm} have no counterpart of {reference}")
+        for column in columns:
+            difference = own[column].to_numpy() - other[column].to_numpy()
+            wins, ties = int((difference > 0).sum()), int((difference == 0).sum())
+            rate = (wins + ties / 2) / len(difference)
+            rows.append((arm, reference, column, len(difference), wins, ties, rate))
+    return pd.DataFrame(rows, columns=["arm", "reference", "column", "samples", "wins", "ties", "rate"])
+
+
+def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
+    """Holm's adjusted p-values (1979): rejecting those below alpha keeps the chance of any false one below alpha."""
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(steps, 1)
+    return adjusted
+
+
+def over_metrics(
+    scores: pd.DataFrame,
+    columns: Sequence[str],
+    reference: str = "base",
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Every arm's final difference to the reference on all metrics together, corrected for how many there are.
+
+    Prompts are resampled, the same draws for every metric, after averaging over seeds and samples. `p` is twice the
+    smaller tail of the bootstrap at zero, with one added to both counts; `p_holm` is Holm's over the arm's metrics, and
+    `low` to `high` is the interval at the level at which Holm's procedure tests the metric. Tails are expanded for few
+    prompts, as in `vipo.evaluation.statistics.tail_probability`.
+
+    Returns:
+        `arm`, `reference`, `column`, `difference`, `low`, `high`, `p`, `p_holm`, `note`.
+
+    Raises:
+        ScoresError: as of `paired_difference`.
+    """
+    final, rows = scores[scores["final"]], []
+    theirs = final[final["arm"] == reference]
+    for arm, own in trained_rows(final).groupby("arm", sort=False):
+        if arm == reference:
+            continue
+        differences = np.stack(paired_means(own, theirs, columns), axis=1)
+        prompts = len(differences)
+        if prompts < 2:
+            raise ScoresError("one prompt has no spread to resample; evaluate at least 2 prompts")
+        rng = np.random.default_rng(keyed_seed("bootstrap", seed))
+        weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
+        # Without BLAS: the sums do not depend on the number of threads.
+        draws = np.einsum("bp,pc->bc", weights, differences)
+        below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
+        tails = np.minimum(0.5, (np.minimum(below, above) + 1) / (resamples + 1))
+        # As the interval is expanded, so is the tail: p is below 1 - confidence where the interval lies beside zero.
+        p = 2 * special.stdtr(prompts - 1, special.ndtri(tails) * np.sqrt((prompts - 1) / prompts))
+        ranks = np.argsort(np.argsort(p, kind="stable"), kind="stable")
+        for number, (column, adjusted) in enumerate(zip(columns, holm(p), strict=True)):
+            level = 1 - (1 - confidence) / (len(columns) - int(ranks[number]))
+            tail = tail_probability(level, prompts)
+            low, high = np.quantile(draws[:, number], [tail, 1 - tail])
+            estimate = float(differences[:, number].mean())
+            note = f"{prompts} prompts, {len(columns)} metrics, conditional on these seeds"
+            rows.append((arm, reference, column, estimate, low, high, p[number], adjusted, note))
+    return pd.DataFrame(
+        rows, columns=["arm", "reference", "column", "difference", "low", "high", "p", "p_holm", "note"]
+    )
+
+
+def set_totals(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Numbers of a whole set: GenEval's overall score and VBench's total, of every arm's final samples.
+
+    GenEval's is the mean over its tasks of the share of samples that are right (reward ``geneval`` of 1; the task is
+    the prompt's `tag`). VBench's is the mean of quality, weighed 4, and semantics, weighed 1, each a weighted mean of
+    dimensions scaled to [0, 1] by its published bounds; a dimension is a reward called ``vbench_<dimension>``.
+
+    Args:
+        scores: rows of all runs.
+        metadata: of the prompts, by id.
+
+    Returns:
+        `arm`, `total`, `value` (missing where it cannot be computed) and `note`, which then says what is missing.
+    """
+    final = scores[scores["final"]]
+    rows: list[dict[str, Any]] = []
+    for arm, own in final.groupby("arm", sort=False):
+        for total, (value, note) in (("geneval", _geneval(own, metadata)), ("vbench", _vbench(own))):
+            rows.append({"arm": arm, "total": total, "value": value, "note": note})
+    return pd.DataFrame(rows, columns=["arm", "total", "value", "note"])
+
+
+def _geneval(own: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:
+    if "reward/geneval" not in own:
+        return None, "not measured: reward geneval is not among evaluation.rewards"
+    tags = own["prompt_id"].map(lambda prompt: metadata.get(prompt, {}).get("tag"))
+    if bool(tags.isna().any()):
+        return None, "not measured: prompts without a 'tag', which names GenEval's task"
+    right = (own["reward/geneval"] >= 1).groupby(tags).mean()
+    return float(right.mean()), f"mean of {len(right)} tasks: {', '.join(map(str, right.index))}"
+
+
+def _vbench(own: pd.DataFrame) -> tuple[float | None, str]:
+    wanted = (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)
+    if missing := [name for name in wanted if f"reward/vbench_{name}" not in own]:
+        return None, f"not measured: {', '.join(missing)}"
+    scaled = {}
+    for name in wanted:
+        low, high = _VBENCH_BOUNDS.get(name, (0.0, 1.0))
+        scaled[name] = (float(own[f"reward/vbench_{name}"].mean()) - low) / (high - low)
+    weights = list(_VBENCH_QUALITY.values())
+    quality = float(np.average([scaled[name] for name in _VBENCH_QUALITY], weights=weights))
+    semantic = float(np.mean([scaled[name] for name in _VBENCH_SEMANTIC]))
+    return (4 * quality + semantic) / 5, f"quality {quality:.4f}, semantic {semantic:.4f}"

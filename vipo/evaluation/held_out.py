@@ -1,0 +1,98 @@
+"""What is drawn of the held-out prompts, and the files that hold it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from torch import Tensor
+
+from vipo.config.run import Config
+from vipo.errors import VipoError
+from vipo.prompts import Prompt, read_prompts
+
+
+class EvaluationError(VipoError):
+    """Evaluation cannot start; the message names the missing input."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One sample that every arm draws: a prompt and a sample number, which key its noise."""
+
+    prompt: Prompt
+    number: int
+
+    @property
+    def name(self) -> str:
+        """File-safe name within an update: prompt ids are hexadecimal."""
+        return f"{self.prompt.id}-{self.number}"
+
+
+def held_out_samples(prompts: Sequence[Prompt], config: Config) -> list[HeldOut]:
+    """The samples of the evaluation, prompt by prompt, the same for every arm and seed."""
+    chosen = sorted(prompts, key=lambda prompt: prompt.id)[: config.evaluation.prompts]
+    return [HeldOut(prompt, number) for prompt in chosen for number in range(config.evaluation.samples_per_prompt)]
+
+
+def held_out_batches(prompts: Path, config: Config) -> list[list[HeldOut]]:
+    """`held_out_samples` of prepared prompts in batches of ``evaluation.batch``: the unit of sampling and of scoring.
+
+    Raises:
+        EvaluationError: no prompt is held out.
+        PromptError: the file is missing or damaged.
+    """
+    samples = held_out_samples(read_prompts(prompts), config)
+    if not samples:
+        raise EvaluationError(f"{prompts}: no prompt is held out; raise prompts.eval_share")
+    batch = config.evaluation.batch
+    return [samples[start : start + batch] for start in range(0, len(samples), batch)]
+
+
+def sample_name(update: int, sample: HeldOut) -> str:
+    """Of a picture's file and map, without the suffix."""
+    return f"u{update}-{sample.name}"
+
+
+def save_sample(image: Tensor, path: Path, frame_rate: int | None = None) -> None:
+    """Write a picture ``(3, H, W)`` as PNG, or a video ``(T, 3, H, W)`` as animated PNG with every frame.
+
+    Args:
+        image: in [0, 1]; rounded to multiples of 1/255.
+        path: of the file, whatever its suffix.
+        frame_rate: of a video, frames per second.
+    """
+    pixels = (image * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
+    if image.ndim == 3:
+        Image.fromarray(pixels).save(path, format="PNG")
+        return
+    first, *others = (Image.fromarray(frame) for frame in pixels)
+    # Pillow merges equal neighbours of equal blending into one long frame. Over and source are the same without
+    # transparency, so that alternating them keeps every frame.
+    blend = [number % 2 for number in range(len(pixels))]
+    duration = 1000 / (frame_rate or 1)
+    first.save(
+        path, format="PNG", save_all=True, append_images=others, duration=[duration] * len(pixels), blend=blend, loop=0
+    )
+
+
+def read_samples(folder: Path, update: int, samples: Sequence[HeldOut], *, video: bool) -> Tensor:
+    """Pictures ``(N, 3, H, W)`` or videos ``(N, T, 3, H, W)`` in [0, 1] that `save_sample` wrote.
+
+    Raises:
+        EvaluationError: a file is missing or damaged.
+    """
+    found = []
+    for sample in samples:
+        path = folder / f"{sample_name(update, sample)}.png"
+        try:
+            with Image.open(path) as file:
+                frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise EvaluationError(f"{path}: cannot be read ({error}); run 'vipo sample' again") from error
+        found.append(torch.from_numpy(np.stack(frames) if video else frames[0]).movedim(-1, -3).float() / 255)
+    if len({image.shape for image in found}) > 1:
+        raise EvaluationError(f"{folder}: samples of update {update} differ in size; run 'vipo sample' again")
+    return torch.stack(found)

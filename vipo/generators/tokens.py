@@ -1,0 +1,32 @@
+"""How many tokens a generator's own tokenizers make of a text."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from vipo.config.generator import GeneratorConfig
+from vipo.generators.base import GeneratorError, checkpoint_location
+
+
+def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
+    """A function that counts a text's tokens, special ones included: the largest count of the generator's tokenizers.
+
+    Raises:
+        GeneratorError: it has none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    location = checkpoint_location(config, root)
+    try:
+        if not isinstance(location, Path):
+            location = Path(snapshot_download(location, revision=config.revision, allow_patterns=["tokenizer*/*"]))
+        folders = sorted(path for path in location.iterdir() if path.is_dir() and path.name.startswith("tokenizer"))
+        tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+    except (OSError, ValueError) as error:
+        raise GeneratorError(f"{config.path}: its tokenizers cannot be loaded ({error})") from error
+    if not tokenizers:
+        raise GeneratorError(
+            f"{config.path}: has no tokenizer, so prompts.filters.max_tokens counts nothing; leave it out"
+        )
+    return lambda text: max(len(tokenizer(text).input_ids) for tokenizer in tokenizers)
