@@ -1,0 +1,175 @@
+"""The first screen: a verdict that a person can repeat, beside the pictures that it is about."""
+
+from typing import Any
+
+from vipo.evaluation.statistics import decimals
+from vipo.reporting.sections.context import Page, Section
+from vipo.reporting.summary import Statement, Summary
+from vipo.reporting.verdict import EqualChange, Span
+
+#: Rows and columns of pictures on the first screen.
+_PROMPTS, _ARMS = 2, 4
+
+
+def result(page: Page) -> Section | None:
+    """Verdict, side effects, the first held-out prompts, then everything else that was compared."""
+    summary = page.summary
+    if not summary.headline:
+        return None
+    arms = shown_arms(page)
+    main = next(iter(summary.equal_change), None)
+    return Section(
+        "result",
+        "Result",
+        {
+            "verdict": _at_equal_change(summary, main) if main else _at_the_end(summary, summary.headline[0]),
+            "effects": _effects(summary, main) if main else _effects_at_the_end(summary),
+            "arms": arms,
+            "prompts": [
+                {"id": prompt.id, "text": prompt.text, "shots": [prompt.first(arm) for arm in arms]}
+                for prompt in page.gallery.prompts[:_PROMPTS]
+            ],
+            "gallery": page.gallery,
+            "trained": {column: summary.columns[column] for column in summary.trained},
+            "headline": summary.headline,
+            "columns": summary.columns,
+            "findings": _findings(summary),
+            "side_effects": _side_effects(summary),
+            "caveats": summary.caveats,
+        },
+    )
+
+
+def shown_arms(page: Page) -> list[str]:
+    """The arms beside each other on the first screen: base, GRPO, then those whose credit is no control."""
+    summary, arms = page.summary, page.experiment.arms
+    focus = [item.arm for item in (*summary.equal_change, *summary.headline)]
+    wanted = dict.fromkeys(["base", "grpo", *focus, *arms])
+    count = min(_ARMS, max(3, 2 + len(set(focus))))
+    return [arm for arm in wanted if arm in arms][:count]
+
+
+def method(arm: str) -> str:
+    """An arm's name in a sentence."""
+    return {"vipo": "ViPO", "grpo": "GRPO", "base": "the base"}.get(arm, arm)
+
+
+def _at_equal_change(summary: Summary, item: EqualChange) -> dict[str, Any]:
+    arm, reference, column = method(item.arm), method(item.reference), summary.columns[item.column]
+    if item.share is None:
+        digits = decimals(item.difference.estimate, item.difference.low, item.difference.high)
+        figure = f"{item.difference.estimate:+.{digits}f}".replace("-", "−")
+        sentence = (f"At equal change of the picture, {arm} differed from {reference} by ", figure, f" in {column}")
+        interval = _interval(item.difference, digits)
+        note = f"{reference}'s own gain there is not shown, so no share of it is given. "
+    else:
+        figure = f"{100 * item.share.estimate:.0f} %"
+        sentence = (f"At equal change of the picture, {arm} reached ", figure, f" of {reference}'s gain in {column}")
+        interval = f"{100 * item.share.low:.0f} to {100 * item.share.high:.0f} %"
+        note = ""
+    note += (
+        f"Read where both arms' pictures are {item.level:.3g} away from the base's (mean absolute pixel difference): "
+        f"{arm} at update {item.updates[0]:.0f}, {reference} at {item.updates[1]:.0f}. "
+    )
+    return {
+        "opening": "No difference shown: " if item.word == "not shown" else "",
+        "before": sentence[0] if item.word != "not shown" else sentence[0][0].lower() + sentence[0][1:],
+        "figure": figure,
+        "after": sentence[2],
+        "interval": interval,
+        "word": item.word,
+        "tone": "none" if item.word == "not shown" else item.word,
+        "reach": _reach(item),
+        "note": note,
+    }
+
+
+def _at_the_end(summary: Summary, item: Statement) -> dict[str, Any]:
+    arm, reference = method(item.arm), method(item.reference)
+    shown = item.tone != "none"
+    return {
+        "opening": "" if shown else "No difference shown: ",
+        "before": f"{'After' if shown else 'after'} training, {arm} differs from {reference} by ",
+        "figure": f"{item.estimate:+.{item.digits}f}".replace("-", "−"),
+        "after": f" in {summary.columns[item.column]}",
+        "interval": _interval(Span(item.estimate, item.low, item.high), item.digits),
+        "word": item.word if shown else "not shown",
+        "tone": item.tone,
+        "reach": f"The interval is {item.note}.",
+        "note": "",
+    }
+
+
+def _reach(item: EqualChange) -> str:
+    if item.over_seeds:
+        return f"The interval resamples {min(item.seeds)} seeds and {item.prompts} held-out prompts."
+    counts = " and ".join(str(count) for count in dict.fromkeys(item.seeds))
+    seeds = f"{counts} seed{'s' if max(item.seeds) > 1 else ''}" + (" an arm" if len(set(item.seeds)) == 1 else "")
+    return (
+        f"Only {seeds}: the interval resamples the {item.prompts} held-out prompts alone, so it holds for these seeds "
+        "and says nothing about a new one."
+    )
+
+
+def _interval(span: Span, digits: int) -> str:
+    return f"{span.low:+.{digits}f} to {span.high:+.{digits}f}".replace("-", "−")
+
+
+def _effects(summary: Summary, item: EqualChange) -> list[dict[str, Any]]:
+    """What nobody rewarded at the same change: both arms against the base, and against each other."""
+    effects = []
+    for effect in item.effects:
+        spans = (effect.reference, effect.arm, effect.between)
+        digits = decimals(*(value for span in spans for value in (span.estimate, span.low, span.high)))
+        who = (method(item.reference), method(item.arm), f"{method(item.arm)} against {method(item.reference)}")
+        effects.append(
+            {
+                "label": summary.columns[effect.column],
+                "parts": [
+                    {"who": name, "word": _word(span), "figure": f"{span.estimate:+.{digits}f}".replace("-", "−"),
+                     "interval": _interval(span, digits)}
+                    for name, span in zip(who, spans, strict=True)
+                ],
+            }
+        )  # fmt: skip
+    return effects
+
+
+def _word(span: Span) -> str:
+    return {1: "higher", -1: "lower", 0: "not shown"}[span.against(0)]
+
+
+def _effects_at_the_end(summary: Summary) -> list[dict[str, Any]]:
+    effects: dict[str, dict[str, Any]] = {}
+    for item in summary.side_effects:
+        entry = effects.setdefault(item.column, {"label": summary.columns[item.column], "parts": []})
+        span = Span(item.estimate, item.low, item.high)
+        figure = f"{item.estimate:+.{item.digits}f}".replace("-", "−")
+        entry["parts"].append(
+            {"who": method(item.arm), "word": _word(span), "figure": figure, "interval": _interval(span, item.digits)}
+        )
+    return list(effects.values())
+
+
+def _findings(summary: Summary) -> list[dict[str, Any]]:
+    """The statements below the first screen, in groups."""
+    groups = [
+        ("Trained reward after the last update", summary.headline),
+        ("Trained reward, against the base", summary.against_base),
+        ("Does it matter where the credit goes?", summary.layout),
+    ]
+    groups = [group for number, group in enumerate(groups) if number == 0 or group[1] != summary.headline]
+    return [{"title": title, "items": items} for title, items in groups if items]
+
+
+def _side_effects(summary: Summary) -> list[dict[str, Any]]:
+    """What happened to each untrained reward, its arms gathered by verdict."""
+    effects: dict[str, dict[str, list[str]]] = {}
+    for item in summary.side_effects:
+        entry = item.arm + item.verdict.removeprefix(item.word)
+        effects.setdefault(summary.columns[item.column], {}).setdefault(item.word, []).append(entry)
+    order = ("higher", "lower", "no difference shown")
+    return [
+        {"label": label, "verdicts": [(word, verdicts[word]) for word in order if word in verdicts]}
+        for label, verdicts in effects.items()
+    ]
