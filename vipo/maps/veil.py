@@ -1,7 +1,7 @@
 """A map on its picture as people read it: surroundings dimmed, and at most two lines.
 
-Nothing is tinted, so what matters most is what is changed least. The outer line encloses the positions that hold half of
-the weight, the inner one the tenth of the positions with the largest weights.
+Nothing is tinted, so what matters most is what is changed least. The outer line encloses the positions that hold half
+of the weight, the inner one the tenth of the positions with the largest weights.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 DIMMING = 0.8
 #: What the lines enclose, outer first.
 LINES = ("half of the weight", "the top tenth of positions")
-_LINE_WIDTHS = (0.006, 0.009)
+_LINE_WIDTHS = (0.003, 0.005)
 _SUPERSAMPLING = 2
 
 

@@ -81,7 +81,7 @@ class Plot:
 
     @property
     def inline(self) -> str:
-        """The figure for the page: without its legend, which the page shows once, and with its values for the pointer."""
+        """The figure for the page: without its legend, which the page shows once, and with values for the pointer."""
         opening, rest = self.svg.split(">", 1)
         if self.legend:
             left, top, width, height = re.search(r'viewBox="([^"]+)"', opening)[1].split()  # type: ignore[index]

@@ -79,6 +79,7 @@ def _at_equal_change(summary: Summary, item: EqualChange) -> dict[str, Any]:
         "interval": interval,
         "word": item.word,
         "tone": "none" if item.word == "not shown" else item.word,
+        "over": _over(item),
         "reach": _reach(item),
         "note": note,
     }
@@ -95,20 +96,23 @@ def _at_the_end(summary: Summary, item: Statement) -> dict[str, Any]:
         "interval": _interval(Span(item.estimate, item.low, item.high), item.digits),
         "word": item.word if shown else "not shown",
         "tone": item.tone,
-        "reach": f"The interval is {item.note}.",
+        "over": f", {item.note}",
+        "reach": "",
         "note": "",
     }
 
 
-def _reach(item: EqualChange) -> str:
+def _over(item: EqualChange) -> str:
+    """What the interval is over, as briefly as beside the figure."""
     if item.over_seeds:
-        return f"The interval resamples {min(item.seeds)} seeds and {item.prompts} held-out prompts."
+        return f", over {min(item.seeds)} seeds and {item.prompts} held-out prompts"
     counts = " and ".join(str(count) for count in dict.fromkeys(item.seeds))
     seeds = f"{counts} seed{'s' if max(item.seeds) > 1 else ''}" + (" an arm" if len(set(item.seeds)) == 1 else "")
-    return (
-        f"Only {seeds}: the interval resamples the {item.prompts} held-out prompts alone, so it holds for these seeds "
-        "and says nothing about a new one."
-    )
+    return f", over {item.prompts} held-out prompts, for these {seeds} only"
+
+
+def _reach(item: EqualChange) -> str:
+    return "" if item.over_seeds else "With so few seeds, no interval here says anything about a new one."
 
 
 def _interval(span: Span, digits: int) -> str:
