@@ -256,10 +256,15 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
 
     Times and records that are not here (results that were pulled come without them) are shown as such.
     """
-    from vipo.reporting import TIMES, build_report
+    from vipo.reporting import PICTURES, TIMES, build_report
 
     experiment, runs = experiment_folder(config, results), run_names(config)
     output = experiment / "report"
+
+    def written() -> list[Path]:
+        found = (output / name for name in ("index.html", *TIMES))
+        return [*(path for path in found if path.is_file()), *sorted((output / PICTURES).glob("*"))]
+
     data = output / "data" / "report.json"
     if not data.is_file():
         summarize_stage(config, root, results, wait)
@@ -271,7 +276,7 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
             "report",
             output,
             inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
-            outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
+            outputs=written,
             config=config.report_identity(),
             # The page is checked against the numbers, computed once more.
             seeds=[config.evaluation.seed],
