@@ -217,7 +217,7 @@ def _held_out(summary: Summary, arms: Arms, column: str, number: int) -> list[Pl
                 "matched", f"{summary.columns[other]} over {name}", "held-out means; every path starts at the base",
             )
             for index, other in enumerate([*others, *(key for key in summary.columns if key.startswith("change/"))])
-            if other != "change/total"
+            if other != "change/total" and float(np.ptp(summary.curves[other])) > 1e-9
         ),
     ]  # fmt: skip
 
@@ -437,7 +437,7 @@ def _legend_height(figure: Figure) -> float:
     if not figure.legends or not any(mark.startswith(_ARM_MARK) for mark in drawn):
         return 0.0
     bounds = figure.legends[0].get_window_extent().transformed(figure.transFigure.inverted())
-    return float(bounds.y1 * 72 * figure.get_size_inches()[1])
+    return 4 + float(bounds.y1 * 72 * figure.get_size_inches()[1])
 
 
 def _inline(svg: str, alternative: str) -> str:

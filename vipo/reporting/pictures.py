@@ -17,7 +17,7 @@ from vipo.reporting.inputs import Experiment, Maps, ReportError, Run, read_frame
 
 #: Larger pictures are reduced to this longer side in pixels.
 MAXIMUM_SIDE = 384
-#: Pictures of at most this longer side are stored without loss and keep hard pixel edges when they are enlarged.
+#: Pictures of at most this longer side keep hard pixel edges when enlarged; final ones are stored without loss.
 PIXEL_ART_SIDE = 128
 #: A page holds its pictures itself up to this many bytes of them.
 INLINE_BYTES = 12 * 2**20
@@ -196,7 +196,7 @@ def _encoded(
     result = dict.fromkeys(("veil", "film", "veiled_film"))
     shown = [np.asarray(_thumbnail(Image.fromarray(pixels))) for pixels in frames]
     result["picture"] = store.add(
-        _webp(Image.fromarray(shown[0]), lossless=max(shown[0].shape) <= PIXEL_ART_SIDE), "webp"
+        _webp(Image.fromarray(shown[0]), lossless=heat is not None and max(shown[0].shape) <= PIXEL_ART_SIDE), "webp"
     )
     if groups is not None:
         result["film"] = store.add(encode_film(shown, rate), "webm")
@@ -223,5 +223,5 @@ def _thumbnail(picture: Image.Image) -> Image.Image:
 
 def _webp(picture: Image.Image, lossless: bool = False) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format="WEBP", lossless=lossless, quality=80, method=2)
+    picture.save(stream, format="WEBP", lossless=lossless, quality=90, method=2)
     return stream.getvalue()

@@ -14,7 +14,14 @@ def matched(page: Page) -> Section | None:
     """Tables at matched reward and matched change, and the paths of what was not rewarded."""
     if page.summary.matched.empty:
         return None
-    return Section("matched", "Matched", {"blocks": _blocks(page.summary), "figures": page.drawn("matched")})
+    curves = page.summary.curves
+    flat = [
+        f"{label} stayed at {float(curves[column].iloc[0]):.3g} in every arm."
+        for column, label in page.summary.columns.items()
+        if len(curves) and float(curves[column].max() - curves[column].min()) <= 1e-9
+    ]
+    values = {"blocks": _blocks(page.summary), "figures": page.drawn("matched"), "flat": flat}
+    return Section("matched", "Matched", values)
 
 
 def _blocks(summary: Summary) -> list[dict[str, Any]]:

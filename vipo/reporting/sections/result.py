@@ -9,6 +9,8 @@ from vipo.reporting.verdict import EqualChange, Span
 
 #: Rows and columns of pictures on the first screen.
 _PROMPTS, _ARMS = 2, 4
+# Differences below this are rounding.
+_NOTHING = 1e-9
 
 
 def result(page: Page) -> Section | None:
@@ -119,40 +121,76 @@ def _interval(span: Span, digits: int) -> str:
     return f"{span.low:+.{digits}f} to {span.high:+.{digits}f}".replace("-", "−")
 
 
-def _effects(summary: Summary, item: EqualChange) -> list[dict[str, Any]]:
+def _effects(summary: Summary, item: EqualChange) -> dict[str, Any]:
     """What nobody rewarded at the same change: both arms against the base, and against each other."""
-    effects = []
-    for effect in item.effects:
-        spans = (effect.reference, effect.arm, effect.between)
-        digits = decimals(*(value for span in spans for value in (span.estimate, span.low, span.high)))
-        who = (method(item.reference), method(item.arm), f"{method(item.arm)} against {method(item.reference)}")
-        effects.append(
-            {
-                "label": summary.columns[effect.column],
-                "parts": [
-                    {"who": name, "word": _word(span), "figure": f"{span.estimate:+.{digits}f}".replace("-", "−"),
-                     "interval": _interval(span, digits)}
-                    for name, span in zip(who, spans, strict=True)
-                ],
-            }
-        )  # fmt: skip
-    return effects
+    arm, reference = method(item.arm), method(item.reference)
+    rows = [
+        {
+            "label": summary.columns[effect.column],
+            "cells": [_cell(span) for span in (effect.reference, effect.arm, effect.between)],
+        }
+        for effect in item.effects
+    ]
+    told = [(row["label"], row["cells"][-1]["word"]) for row in rows]
+    return {
+        "title": "Not rewarded, at the same change",
+        "heads": [reference, arm, f"{arm} against {reference}"],
+        "rows": rows,
+        "sentence": _sentence(told, f"than {reference}'s"),
+    }
+
+
+def _effects_at_the_end(summary: Summary) -> dict[str, Any]:
+    arms = list(dict.fromkeys(item.arm for item in summary.side_effects))
+    found: dict[str, dict[str, Span]] = {}
+    for item in summary.side_effects:
+        found.setdefault(item.column, {})[item.arm] = Span(item.estimate, item.low, item.high)
+    first = summary.headline[0].arm
+    rows = [
+        {"label": summary.columns[column], "cells": [_cell(spans[arm]) for arm in arms]}
+        for column, spans in found.items()
+    ]
+    told = [(summary.columns[column], _word(spans[first])) for column, spans in found.items() if first in spans]
+    return {
+        "title": "Not rewarded, against the base",
+        "heads": [method(arm) for arm in arms],
+        "rows": rows,
+        "sentence": _sentence(told, "than the base's"),
+    }
+
+
+def _sentence(told: list[tuple[str, str]], than: str) -> str:
+    """Side effects in words: "scene shape and scene were lower than GRPO's"."""
+    parts = []
+    for word in ("higher", "lower"):
+        names = [label for label, found in told if found == word]
+        if names:
+            parts.append(f"{_listed(names)} {'was' if len(names) == 1 else 'were'} {word} {than}")
+    names = [label for label, found in told if found == "not shown"]
+    if names:
+        parts.append(f"no difference is shown in {_listed(names)}")
+    return f"Of what nobody rewarded, {'; '.join(parts)}." if parts else ""
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _cell(span: Span) -> dict[str, str]:
+    values = [value if abs(value) > _NOTHING else 0.0 for value in (span.estimate, span.low, span.high)]
+    digits = decimals(*values)
+    estimate = f"{values[0]:+.{digits}f}".replace("-", "−")
+    word = _word(span)
+    return {
+        "figure": estimate,
+        "interval": _interval(Span(*values), digits),
+        "word": word,
+        "tone": "none" if word == "not shown" else "shift",
+    }
 
 
 def _word(span: Span) -> str:
     return {1: "higher", -1: "lower", 0: "not shown"}[span.against(0)]
-
-
-def _effects_at_the_end(summary: Summary) -> list[dict[str, Any]]:
-    effects: dict[str, dict[str, Any]] = {}
-    for item in summary.side_effects:
-        entry = effects.setdefault(item.column, {"label": summary.columns[item.column], "parts": []})
-        span = Span(item.estimate, item.low, item.high)
-        figure = f"{item.estimate:+.{item.digits}f}".replace("-", "−")
-        entry["parts"].append(
-            {"who": method(item.arm), "word": _word(span), "figure": figure, "interval": _interval(span, item.digits)}
-        )
-    return list(effects.values())
 
 
 def _findings(summary: Summary) -> list[dict[str, Any]]:
