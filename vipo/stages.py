@@ -8,7 +8,7 @@ other's, from the newest checkpoint if it trains, and ends with the same bytes.
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vipo.config.compose import dump_config
@@ -284,6 +284,13 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
         ),
     ):
         return build_report(experiment, runs, config, output)
+
+
+def watch_stage(config: Config, results: Path, say: Callable[[object], None], every: float) -> None:
+    """The page of an experiment whose runs train, drawn again after each change until it is interrupted."""
+    from vipo.reporting.watch import watch_report
+
+    watch_report(experiment_folder(config, results), run_names(config), config, say, every)
 
 
 def _measured(experiment: Path, runs: Sequence[str]) -> list[Path]:

@@ -43,7 +43,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
 class Collector(HTMLParser):
     """Tags, attributes and text of a page; fails on tags that do not close in order."""
 
-    VOID = frozenset({"meta", "link", "img", "br"})
+    VOID = frozenset({"meta", "link", "img", "br", "input"})
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -322,7 +322,7 @@ def test_a_missing_or_damaged_input_is_named_and_the_old_report_stays(
     ("damage", "message"),
     [
         (_remove(f"evaluation/vipo-s0/samples/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
-        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: map u24-.* cannot be read"),
+        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: cannot be read"),
         (_write("runs/vipo-s0/timing.jsonl", "{"), r"timing\.jsonl, line 1: is not JSON"),
     ],
 )

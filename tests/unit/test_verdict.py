@@ -32,7 +32,7 @@ def scores(gains: dict[str, tuple[float, float, float]], seeds: int = 2, noise: 
     return pd.DataFrame(rows)
 
 
-def compared(table: pd.DataFrame, **changes: object):  # noqa: ANN201
+def compared(table: pd.DataFrame, **changes: object):
     options = {"better": "higher", "resamples": 200, "confidence": 0.95, "seed": 0, **changes}
     return equal_change(table, "vipo", "grpo", "reward/a", ["reward/b"], **options)
 

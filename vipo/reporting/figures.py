@@ -100,6 +100,11 @@ class Plot:
 
 def draw_figures(summary: Summary) -> list[Plot]:
     """All deterministic figures of a report."""
+    return [*draw_comparison(summary), *draw_training(summary, list(summary.arms["arm"]))]
+
+
+def draw_comparison(summary: Summary) -> list[Plot]:
+    """The figures of held-out samples."""
     arms = Arms(list(summary.arms["arm"]))
     figures = [_forest(summary, arms, column, number) for number, column in enumerate(_rewards(summary))]
     figures += [
@@ -107,8 +112,14 @@ def draw_figures(summary: Summary) -> list[Plot]:
     ]
     if {"change/foreground", "change/background"} <= summary.columns.keys():
         figures.append(_change(summary, arms))
+    return figures
+
+
+def draw_training(summary: Summary, names: Sequence[str]) -> list[Plot]:
+    """The training metrics that moved, over updates; `names` are all arms in order, whose colours they have."""
+    arms = Arms(list(names))
     drawn = (metric for metric in METRICS if metric not in summary.flat)
-    figures += [plot for metric in drawn if (plot := _metric(summary, arms, metric)) is not None]
+    figures = [plot for metric in drawn if (plot := _metric(summary, arms, metric)) is not None]
     if len(summary.clip_by_step):
         figures.append(_clip_by_step(summary, arms))
     return figures

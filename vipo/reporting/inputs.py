@@ -109,10 +109,38 @@ def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experi
                 f"{folder / 'evaluation' / run.name / 'scores.parquet'}: columns {list(table.columns)} are not those "
                 f"of {loaded[0].name} ({list(scores[0].columns)}); evaluate both again"
             )
+    return Experiment(folder, tuple(loaded), pd.concat(scores, ignore_index=True), *_read_prompts(folder))
+
+
+def read_training(folder: Path, runs: Sequence[str], config: Config) -> Experiment:
+    """What there is of an experiment while its runs train: configurations, metrics and times, no scores.
+
+    Args:
+        folder, runs, config: as for `read_experiment`; runs that have not begun are left out.
+
+    Raises:
+        ReportError: the prompts are not prepared, or a file is malformed or half written.
+    """
+    found = []
+    for name in runs:
+        path = folder / "runs" / name
+        if (path / "metrics.jsonl").is_file() and (path / "config.yaml").is_file():
+            own = load_config_file(path / "config.yaml")
+            timing = path / "timing.jsonl"
+            times = read_rows(timing) if timing.is_file() else pd.DataFrame()
+            found.append(Run(name, own, read_rows(path / "metrics.jsonl"), times, None))
+    if not found:
+        raise ReportError(f"{folder / 'runs'}: no run has made an update yet; start one with 'vipo train'")
+    order = list(config.experiment.arms)
+    found.sort(key=lambda run: (_position(run, order), run.config.seed))
+    scores = pd.DataFrame({key: pd.Series(dtype="bool" if key == "final" else "object") for key in _SCORE_KEYS})
+    return Experiment(folder, tuple(found), scores, *_read_prompts(folder))
+
+
+def _read_prompts(folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
     prompts = folder / "prompts"
     counts = {name: len(text_lines(_read_text(prompts / f"{name}.jsonl"))) for name in ("train", "eval")}
-    manifest = _read_mapping(prompts / "manifest.json")
-    return Experiment(folder, tuple(loaded), pd.concat(scores, ignore_index=True), counts, manifest)
+    return counts, _read_mapping(prompts / "manifest.json")
 
 
 def _position(run: Run, order: Sequence[str]) -> int:

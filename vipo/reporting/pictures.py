@@ -80,9 +80,25 @@ class Gallery:
     pixelated: bool
     videos: bool
 
+    @property
+    def arms(self) -> list[str]:
+        """Arms that are shown, in order."""
+        return list(dict.fromkeys(shot.arm for prompt in self.prompts[:1] for shot in prompt.shots))
 
-def read_gallery(experiment: Experiment) -> Gallery:
+    @property
+    def runs(self) -> list[Shot]:
+        """The final sample of each run that is shown, of the first prompt."""
+        return [shot for prompt in self.prompts[:1] for shot in prompt.shots if shot.final]
+
+
+NO_PICTURES = Gallery((), {}, (1, 1), pixelated=False, videos=False)
+
+
+def read_gallery(experiment: Experiment, *, inline: bool = False) -> Gallery:
     """The first sample of every held-out prompt: nothing is hand-picked.
+
+    Args:
+        inline: whether the page holds its pictures however many bytes they are.
 
     Raises:
         ReportError: a final sample or its map is missing or unreadable.
@@ -105,7 +121,7 @@ def read_gallery(experiment: Experiment) -> Gallery:
         max(config.width, config.height) <= PIXEL_ART_SIDE,
         config.frames is not None,
     )
-    return store.placed(gallery)
+    return store.placed(gallery, inline)
 
 
 class _Store:
@@ -120,9 +136,9 @@ class _Store:
         self._files[name] = content
         return name
 
-    def placed(self, gallery: Gallery) -> Gallery:
+    def placed(self, gallery: Gallery, inline: bool) -> Gallery:
         """`gallery` with its pictures as data URIs where they are few, else with files beside the page."""
-        if sum(map(len, self._files.values())) > INLINE_BYTES:
+        if not inline and sum(map(len, self._files.values())) > INLINE_BYTES:
             return replace(gallery, files=self._files)
         kinds = {"webp": "image/webp", "webm": "video/webm"}
         uris = {

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -297,6 +297,39 @@ def _equal_change(
     return tuple(item for item in found if item is not None)
 
 
+def summarize_training(experiment: Experiment, evaluated: Summary | None = None) -> Summary:
+    """What can be said while runs train: all curves, beside the numbers of what is evaluated already."""
+    training = _training(experiment, list(METRICS))
+    told: dict[str, Any] = {
+        "training": training,
+        "clip_by_step": _clip_by_step(experiment),
+        "flat": _flat(training, experiment),
+    }
+    if evaluated is not None:
+        return replace(evaluated, **told)
+    empty = compare_arms(experiment.scores, [])
+    return Summary(
+        name=experiment.config.experiment.name,
+        facts=_facts(experiment),
+        columns={},
+        trained={},
+        arms=_arm_table(experiment, []),
+        seed_means=pd.DataFrame(),
+        comparisons=empty,
+        curves=pd.DataFrame(),
+        seed_curves=pd.DataFrame(),
+        matched=pd.DataFrame(),
+        **told,
+        equal_change=(),
+        headline=(),
+        against_base=(),
+        layout=(),
+        side_effects=(),
+        caveats=(),
+        confidence=experiment.config.evaluation.confidence,
+    )
+
+
 def summarize_time(experiment: Experiment) -> pd.DataFrame:
     """Mean seconds of an update by part, one row a run: `run`, `arm`, `updates`, parts, `total`, `peak_bytes`.
 
@@ -365,7 +398,7 @@ def _arm_table(experiment: Experiment, columns: Sequence[str]) -> pd.DataFrame:
                 "arm": arm,
                 "seeds": " ".join(str(run.config.seed) for run in runs),
                 "seed_count": len(runs),
-                "update": int(final["update"].max()),
+                "update": 0 if final.empty else int(final["update"].max()),
                 "objective": "untrained" if arm == "base" else describe(runs[0].config),
                 **{name: mean_score(final, name) for name in columns},
             }

@@ -10,6 +10,7 @@ from vipo.reporting.sections.extremes import extremes
 from vipo.reporting.sections.files import files
 from vipo.reporting.sections.matched import matched
 from vipo.reporting.sections.provenance import provenance
+from vipo.reporting.sections.published import published
 from vipo.reporting.sections.result import result
 from vipo.reporting.sections.run import run
 from vipo.reporting.sections.samples import samples
@@ -22,6 +23,7 @@ SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     samples,
     extremes,
     comparison,
+    published,
     matched,
     change,
     training,

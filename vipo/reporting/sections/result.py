@@ -44,7 +44,7 @@ def result(page: Page) -> Section | None:
 
 def shown_arms(page: Page) -> list[str]:
     """The arms beside each other on the first screen: base, GRPO, then those whose credit is no control."""
-    summary, arms = page.summary, page.experiment.arms
+    summary, arms = page.summary, page.gallery.arms
     focus = [item.arm for item in (*summary.equal_change, *summary.headline)]
     wanted = dict.fromkeys(["base", "grpo", *focus, *arms])
     count = min(_ARMS, max(3, 2 + len(set(focus))))

@@ -12,7 +12,7 @@ def samples(page: Page) -> Section | None:
     gallery, summary = page.gallery, page.summary
     if not gallery.prompts:
         return None
-    arms = page.experiment.arms
+    arms = gallery.arms
     trained = next(iter(summary.trained), None)
     updates = sorted({shot.update for prompt in gallery.prompts for shot in prompt.shots if not shot.final} - {0})
     return Section(
@@ -84,7 +84,7 @@ def _data(page: Page, arms: list[str]) -> dict[str, Any]:
     return {
         "columns": [{"key": column, "label": summary.columns[column]} for column in columns],
         "trained": list(summary.trained),
-        "runs": [{"name": run.name, "arm": run.config.arm, "seed": run.config.seed} for run in page.experiment.runs],
+        "runs": [{"name": shot.run, "arm": shot.arm, "seed": shot.seed} for shot in page.gallery.runs],
         "arms": arms,
         "pixelated": page.gallery.pixelated,
         "size": list(page.gallery.size),
