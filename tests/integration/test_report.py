@@ -7,9 +7,13 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
+import numpy as np
 import pandas as pd
 import pytest
 from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
@@ -17,9 +21,14 @@ from omegaconf import OmegaConf
 
 from vipo.config.compose import load_config_file
 from vipo.evaluation.statistics import ScoresError, paired_difference
+from vipo.maps.veil import DIMMING
 from vipo.provenance import read_provenance
-from vipo.reporting import TIMES, ReportError, build_report
+from vipo.reporting import TIMES, ReportError, build_report, pictures
 from vipo.reporting.inputs import read_experiment
+from vipo.reporting.page import render_page
+from vipo.reporting.pictures import NO_PICTURES
+from vipo.reporting.sections.context import Page
+from vipo.reporting.summary import summarize
 from vipo.stages import report_stage, summarize_stage
 
 Built = tuple[Path, list[str]]
@@ -268,6 +277,51 @@ def test_five_seeds_get_intervals_over_seeds(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "data" / "report.json").read_text())
     assert report["statements"]["headline"][0]["note"] == f"over 5 seeds and {len(PROMPTS)} prompts"
     assert not any("conditional" in text for text in report["caveats"])
+
+
+def test_published_numbers_stand_beside_ours_and_what_was_not_run_says_so(small: Built) -> None:
+    config = load_config_file(small[0] / "evaluation" / "base-s0" / "config.yaml")
+    experiment = read_experiment(small[0], small[1], config)
+    columns = [SimpleNamespace(title=name, metric=f"reward/{name}", domain="in") for name in ("redness", "absent")]
+    rows = {arm: SimpleNamespace(title=f"Their {arm}", values=[0.5, None]) for arm in ("vipo", "average")}
+    table = SimpleNamespace(source="A paper <b>", columns=columns, rows=rows)
+    told = experiment.config.experiment.model_copy(update={"published": table})
+    runs = tuple(replace(run, config=run.config.model_copy(update={"experiment": told})) for run in experiment.runs)
+    experiment = replace(experiment, runs=runs)
+    summary = summarize(experiment)
+    page = render_page(Page(experiment, summary, [], pd.DataFrame(), None, NO_PICTURES))
+    section = page[page.index('id="published"') : page.index('id="matched"')]
+    assert "A paper &lt;b&gt;" in section
+    cells = re.findall(r'<td class="n">(.*?)</td>', section)
+    ours = float(summary.arms.set_index("arm").loc["vipo", "reward/redness"])
+    assert cells[0::2] == ["0.5", "not published", "0.5", "not published"]
+    assert cells[1] == f"{ours:.4f}"
+    assert cells[3::2] == ["not measured", "not run", "not run"]
+
+
+def test_videos_are_films_with_their_maps_over_time(tmp_path: Path) -> None:
+    """Two latent frames of a causal codec, 1 + 4 pictures: each dimmed by the map of its own latent frame."""
+    frames = [np.full((20, 30, 3), 40 * number + 40, np.uint8) for number in range(5)]
+    heat = np.stack([np.zeros((4, 6)), np.ones((4, 6))]).astype(np.float32)
+    heat[0, 0, 0] = heat[1, 0, 0] = 1
+    store = pictures._Store()
+    shown = pictures._encoded(frames, 8.0, heat, [[0, 1], [1, 5]], store)
+    decoded = {}
+    for name in ("film", "veiled_film"):
+        path = tmp_path / f"{name}.webm"
+        path.write_bytes(store._files[shown[name]])
+        with av.open(str(path)) as film:
+            assert film.streams.video[0].average_rate == 8
+            decoded[name] = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    assert len(decoded["film"]) == len(decoded["veiled_film"]) == 5
+    for number, (plain, veiled) in enumerate(zip(decoded["film"], decoded["veiled_film"], strict=True)):
+        assert plain.mean() == pytest.approx(40 * number + 40, abs=4)
+        middle = veiled[40:, 40:].mean()
+        # The first latent frame's map is 0 there, the second one's 1.
+        expected = (1 - DIMMING) * 40 if number == 0 else 40 * number + 40
+        assert middle == pytest.approx(expected, abs=6)
+    again = pictures._Store()
+    assert pictures._encoded(frames, 8.0, heat, [[0, 1], [1, 5]], again) == shown
 
 
 def _remove(name: str) -> Callable[[Path], None]:

@@ -178,7 +178,8 @@ def _listed(names: list[str]) -> str:
 
 def _cell(span: Span) -> dict[str, str]:
     values = [value if abs(value) > _NOTHING else 0.0 for value in (span.estimate, span.low, span.high)]
-    digits = decimals(*values)
+    # Two digits, as this table is read beside pictures; all of them are in report.json.
+    digits = max(1, decimals(*values) - 1)
     estimate = f"{values[0]:+.{digits}f}".replace("-", "−")
     word = _word(span)
     return {

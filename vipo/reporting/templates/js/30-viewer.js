@@ -91,6 +91,8 @@ if (data) {
   const open = id => {
     Object.assign(state, { id, left: firstRun("base").name, right: state.right || firstRun(main).name, update: null });
     title.textContent = $("h3", cardOf(id)).textContent;
+    // What scrolls can be reached by keyboard.
+    title.toggleAttribute("tabindex", title.textContent.length > 300);
     draw();
     if (!dialog.open) dialog.showModal();
   };
