@@ -9,7 +9,9 @@ from integration.report_fixture import build_experiment
 
 from vipo.config.compose import load_config_file
 from vipo.reporting.inputs import ReportError
-from vipo.reporting.watch import build_live
+from vipo.reporting.watch import build_live, watch_report
+
+pytest_plugins = ["command"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,37 @@ def test_the_page_grows_with_what_there_is(built: tuple[Path, list[str]], tmp_pa
     # What trains without an evaluation is among the curves.
     assert "vipo" in page.split('id="training"')[1].split("</section>")[0]
     assert {path.name for path in folder.iterdir()} == {"evaluation", "live.html", "prompts", "runs"}
+
+
+def test_it_draws_again_when_something_changed_and_says_what_it_waits_for(
+    built: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    folder, runs = Path(shutil.copytree(built[0], tmp_path / "demo")), built[1]
+    config = load_config_file(folder / "evaluation" / "base-s0" / "config.yaml")
+    shutil.rmtree(folder / "evaluation")
+    (folder / "runs").rename(tmp_path / "runs")
+    said: list[str] = []
+
+    def say(text: object) -> None:
+        said.append(str(text))
+        if len(said) == 2:
+            raise KeyboardInterrupt
+        (tmp_path / "runs").rename(folder / "runs")
+
+    with pytest.raises(KeyboardInterrupt):
+        watch_report(folder, runs, config, say, 0.05)
+    assert said[0].startswith("not yet: ")
+    assert said[1] == str(folder / "live.html")
+
+
+def test_the_command_watches(tmp_path: Path, vipo, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("vipo.reporting.watch.watch_report", lambda *values: asked.append(values))
+    done = vipo("report", "experiment=demo", "--results", tmp_path, "--watch", "--every", "2")
+    assert done.code == 0, done.err
+    ((folder, runs, _, _, every),) = asked
+    assert (folder, every) == (tmp_path / "demo", 2)
+    assert runs[0] == "base-s0"
 
 
 def test_nothing_begun_is_an_error_that_says_what_to_start(built: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def encode_film(frames: Sequence[NDArray[np.uint8]], rate: float) -> bytes:
     factor = max(1, -(-_MINIMUM_SIDE // max(height, width)))
     factor += factor % 2 * (height % 2 or width % 2)
     stream = io.BytesIO()
-    with av.open(stream, mode="w", format="webm") as container:
+    # Without the flag the file gets a random identity.
+    with av.open(stream, mode="w", format="webm", options={"fflags": "+bitexact"}) as container:
         video = container.add_stream("libvpx-vp9", rate=Fraction(rate).limit_denominator(1000))
         video.width, video.height, video.pix_fmt = width * factor, height * factor, "yuv420p"
         video.options = {"crf": "20", "b:v": "0", "threads": "1", "deadline": "good", "cpu-used": "4"}
