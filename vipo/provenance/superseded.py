@@ -29,7 +29,7 @@ _RESULTS: Mapping[str, tuple[str, str]] = {
 #: Stages that show results, in seconds: set aside without asking.
 _VIEWS: Mapping[str, tuple[str, ...]] = {
     "summarize": ("report/data/*",),
-    "report": ("report/index.html", "report/time.*", "report/provenance.*"),
+    "report": ("report/index.html", "report/thumbs", "report/time.*", "report/provenance.*"),
     "crate": ("crate/*", "ro-crate-metadata.json*"),
 }
 _SHOWN = 6

@@ -12,14 +12,17 @@ def comparison(page: Page) -> Section | None:
     summary = page.summary
     if summary.comparisons.empty:
         return None
-    references = [name for name in ("base", "grpo") if any(summary.final(column, name) for column in summary.columns)]
+    # Where the change falls has a section of its own.
+    columns = {key: label for key, label in summary.columns.items() if not key.startswith("change/")}
+    columns |= {"change/total": summary.columns["change/total"]}
+    references = [name for name in ("base", "grpo") if any(summary.final(column, name) for column in columns)]
     return Section(
         "comparison",
         "Comparison",
         {
             "references": references,
-            "columns": [{"label": label, "kind": _kind(summary, column)} for column, label in summary.columns.items()],
-            "rows": _matrix(summary, references),
+            "columns": [{"label": label, "kind": _kind(summary, column)} for column, label in columns.items()],
+            "rows": _matrix(summary, list(columns), references),
             "arms": [row["arm"] for row in summary.arms.to_dict("records")],
             "forest": page.drawn("forest"),
             "held_out": page.drawn("held_out"),
@@ -33,10 +36,10 @@ def _kind(summary: Summary, column: str) -> str:
     return "against the base's picture" if column.startswith("change/") else "never rewarded"
 
 
-def _matrix(summary: Summary, references: list[str]) -> list[dict[str, Any]]:
+def _matrix(summary: Summary, columns: list[str], references: list[str]) -> list[dict[str, Any]]:
     arms = summary.arms.to_dict("records")
-    digits = {column: decimals(*(row[column] for row in arms)) for column in summary.columns}
-    found = {(column, name): summary.final(column, name) for column in summary.columns for name in references}
+    digits = {column: decimals(*(row[column] for row in arms)) for column in columns}
+    found = {(column, name): summary.final(column, name) for column in columns for name in references}
     return [
         {
             "arm": row["arm"],
@@ -47,7 +50,7 @@ def _matrix(summary: Summary, references: list[str]) -> list[dict[str, Any]]:
                     "digits": digits[column],
                     "against": {name: found[column, name].get(row["arm"]) for name in references},
                 }
-                for column in summary.columns
+                for column in columns
             ],
         }
         for row in arms
