@@ -24,9 +24,9 @@ from vipo.evaluation.statistics import ScoresError, paired_difference
 from vipo.maps.veil import DIMMING
 from vipo.provenance import read_provenance
 from vipo.reporting import TIMES, ReportError, build_report, pictures
+from vipo.reporting.gallery import NO_PICTURES
 from vipo.reporting.inputs import read_experiment
 from vipo.reporting.page import render_page
-from vipo.reporting.pictures import NO_PICTURES
 from vipo.reporting.sections.context import Page
 from vipo.reporting.summary import summarize
 from vipo.stages import report_stage, summarize_stage

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from vipo.reporting.figures import Plot
+from vipo.reporting.gallery import Gallery
 from vipo.reporting.inputs import Experiment
 from vipo.reporting.summary import Summary
-
-if TYPE_CHECKING:
-    from vipo.reporting.pictures import Gallery
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Page:
     figures: Sequence[Plot]
     time: pd.DataFrame
     time_figure: Plot | None
-    gallery: "Gallery"
+    gallery: Gallery
     live: bool = False
 
     def drawn(self, group: str) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vipo.reporting.pictures import HISTORY_PROMPTS, Shot, ShownPrompt
+from vipo.reporting.gallery import HISTORY_PROMPTS, Shot, ShownPrompt
 from vipo.reporting.sections.context import Page, Section
 from vipo.reporting.sections.result import method, shown_arms
 
