@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
 export PYTHON TORCH
 
-.PHONY: help env demo gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
+.PHONY: help axe screenshots env demo gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
   sif test-image test-fresh lock clean
 
 help:  ## this list
@@ -83,8 +83,14 @@ types: env
 unit: env
 	pytest -n 2 --dist loadscope -m 'not browser and not root and not slurm' --durations 15
 
-test-browser: env  ## the report in a real browser (needs Debian's chromium and chromium-driver)
+test-browser: env  ## the report in a real browser (needs Debian's chromium and chromium-driver; with axe-core if `make axe` got it)
 	pytest -m browser tests/system
+
+screenshots: env  ## docs/images/report*.png from results/demo (needs Debian's chromium and chromium-driver)
+	python benchmarks/screenshots.py results/demo/report/index.html -o docs/images
+
+axe:  ## axe-core for test-browser, from npm
+	npm install --prefix .axe --no-save --no-audit --no-fund axe-core@4.11.0
 
 test-root: env  ## full disk and read-only folders on small tmpfs mounts (needs root)
 	pytest -m root tests/system

@@ -257,10 +257,21 @@ def summarize(
 
 
 @app.command()
-def report(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
+def report(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    wait: Wait = 0,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw live.html of what there is so far, again after each change.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between looks.")] = 15,
+) -> None:
     """Build the experiment's HTML report from all its runs (and its numbers first, where they are missing)."""
-    from vipo.stages import report_stage
+    from vipo.stages import report_stage, watch_stage
 
+    if watch:
+        return watch_stage(_configuration(overrides, file), results, _say, every)
     _say(report_stage(_configuration(overrides, file), repository_root(), results, wait))
 
 

@@ -389,10 +389,15 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
 
     Times and records that are not here (results that were pulled come without them) are shown as such.
     """
-    from vipo.reporting import TIMES, build_report
+    from vipo.reporting import PICTURES, TIMES, build_report
 
     experiment, runs = experiment_folder(config, results), run_names(config)
     output = experiment / "report"
+
+    def written() -> list[Path]:
+        found = (output / name for name in ("index.html", *TIMES))
+        return [*(path for path in found if path.is_file()), *sorted((output / PICTURES).glob("*"))]
+
     data = output / "data" / "report.json"
     if not data.is_file():
         summarize_stage(config, root, results, wait)
@@ -405,7 +410,7 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
             "report",
             output,
             inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
-            outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
+            outputs=written,
             config=config.report_identity(),
             # The page is checked against the numbers, computed once more.
             seeds=[config.evaluation.seed],
@@ -413,6 +418,13 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
         ),
     ):
         return build_report(experiment, runs, config, output)
+
+
+def watch_stage(config: Config, results: Path, say: Callable[[object], None], every: float) -> None:
+    """The page of an experiment whose runs train, drawn again after each change until it is interrupted."""
+    from vipo.reporting.watch import watch_report
+
+    watch_report(experiment_folder(config, results), run_names(config), config, say, every)
 
 
 def _measured(experiment: Path, runs: Sequence[str]) -> list[Path]:

@@ -29,8 +29,10 @@ GAINS = {"grpo": (0.20, -0.12), "vipo": (0.215, -0.05), "uniform": (0.17, -0.08)
 UPDATES, KEPT, SAMPLES = 24, (8, 16), 2
 
 
-def build_experiment(root: Path, seeds: Mapping[str, Sequence[int]] = SEEDS) -> tuple[Path, list[str]]:
-    """Write ``root/results/demo``; returns the folder and the names of its runs."""
+def build_experiment(
+    root: Path, seeds: Mapping[str, Sequence[int]] = SEEDS, *, kept: bool = False
+) -> tuple[Path, list[str]]:
+    """Write ``root/results/demo``; returns its folder and runs. `kept`: with samples of all updates."""
     folder = root / "results" / "demo"
     runs = [f"{arm}-s{seed}" for arm, numbers in seeds.items() for seed in numbers]
     (folder / "prompts").mkdir(parents=True)
@@ -47,7 +49,7 @@ def build_experiment(root: Path, seeds: Mapping[str, Sequence[int]] = SEEDS) -> 
             overrides += [f"training.save_at={list(KEPT)}", "evaluation.rewards=[object_redness,redness,scene_shape]"]
             config = load_config(overrides)
             evaluation = folder / "evaluation" / config.run_name
-            _write_evaluation(evaluation, arm, seed)
+            _write_evaluation(evaluation, arm, seed, kept)
             (evaluation / "config.yaml").write_text(dump_config(config))
             if arm != "base":
                 _write_run(folder / "runs" / config.run_name, arm, seed)
@@ -129,7 +131,7 @@ def _write_run(folder: Path, arm: str, seed: int) -> None:
     (folder / "provenance.json").write_text(json.dumps(record))
 
 
-def _write_evaluation(folder: Path, arm: str, seed: int) -> None:
+def _write_evaluation(folder: Path, arm: str, seed: int, kept: bool) -> None:
     pictures = folder.parents[1] / "samples" / folder.name / "pictures"
     for made in (folder, pictures):
         made.mkdir(parents=True)
@@ -163,8 +165,10 @@ def _write_evaluation(folder: Path, arm: str, seed: int) -> None:
                     }
                 )
                 name = f"u{update}-{prompt_id(text)}-{sample}"
-                if update == updates[-1] and sample == 0:
-                    maps[name] = _write_sample(pictures / f"{name}.png", text, gains[0])
+                if sample == 0 and (kept or update == updates[-1]):
+                    heat = _write_sample(pictures / f"{name}.png", text, share * gains[0])
+                    if update == updates[-1]:
+                        maps[name] = heat
     pd.DataFrame(rows).to_parquet(folder / "scores.parquet", index=False)
     save_file(maps, folder / "maps.safetensors")
 

@@ -16,7 +16,8 @@ from vipo.config.perception import PerceptionConfig
 from vipo.demo.scenes import draw, sample_scene
 from vipo.maps import pictures, show
 from vipo.maps.pictures import find_pictures, read_clip, read_image
-from vipo.maps.show import map_images, overlay
+from vipo.maps.show import map_images
+from vipo.maps.veil import DIMMING, contours, dimmed, entropy, levels, strength, top_share, veil
 from vipo.perception import PerceptionError
 from vipo.perception.orientation import Orientation
 
@@ -91,18 +92,52 @@ def test_exif_orientation_is_applied(tmp_path):
     assert torch.allclose(read_image(tmp_path / "turned.png"), expected)
 
 
-def test_overlay_is_coloured_where_the_map_is_high():
+def test_what_the_map_leaves_out_is_dimmed_and_nothing_is_tinted():
     heat = torch.zeros(4, 6)
     heat[:, 3:] = 1.0
-    image = torch.full((3, 16, 24), 0.5)
-    blended = overlay(image, heat)
-    assert blended.shape == (3, 16, 24)
-    assert 0 <= float(blended.min()) <= float(blended.max()) <= 1
-    assert blended[:, :, -1].mean() > blended[:, :, 0].mean() + 0.2
-    assert torch.allclose(blended[:, :, 0], torch.full((3, 16), 0.2), atol=0.02)
-    assert torch.allclose(overlay(image, 3 * heat), blended)
+    image = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(1))
+    shown = dimmed(image, heat)
+    assert torch.allclose(shown[:, :, -4:], image[:, :, -4:], atol=1e-5)
+    assert torch.allclose(shown[:, :, :4], (1 - DIMMING) * image[:, :, :4], atol=1e-5)
+    assert torch.allclose(dimmed(image, 3 * heat), shown, atol=1e-6)
+    assert torch.equal(dimmed(image, torch.ones(4, 6)), image)
     with pytest.raises(ValueError, match="image, heat"):
-        overlay(image[None], heat)
+        dimmed(image[None], heat)
+    laid = np.asarray(veil(heat, (16, 24)))
+    assert laid[8, 1].tolist() == [0, 0, 0, round(255 * DIMMING)]
+    assert laid[8, -1, 3] == 0
+
+
+def test_figures_of_a_map_are_those_of_its_definition():
+    uniform = torch.ones(5, 8)
+    assert entropy(uniform) == pytest.approx(1.0)
+    assert top_share(uniform) == pytest.approx(0.1)
+    assert contours(uniform, (50, 80)) == [[], []]
+    one = torch.zeros(5, 8)
+    one[2, 3] = 1.0
+    assert entropy(one) == pytest.approx(0.0)
+    assert top_share(one) == pytest.approx(1.0)
+    heat = torch.rand(9, 10, generator=torch.Generator().manual_seed(2)).square()
+    weights = sorted((float(value) for value in heat.flatten()), reverse=True)
+    shares = [value / sum(weights) for value in weights]
+    assert entropy(heat) == pytest.approx(-sum(p * np.log(p) for p in shares) / np.log(90))
+    assert top_share(heat) == pytest.approx(sum(shares[:9]))
+    half, tenth = levels(heat)
+    assert sum(value for value in weights if value >= half) >= sum(weights) / 2
+    assert sum(value for value in weights if value > half) < sum(weights) / 2
+    assert sum(value >= tenth for value in weights) == 9
+
+
+def test_lines_run_where_the_map_has_their_level():
+    ys, xs = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    heat = torch.exp(-((ys - 11.5) ** 2 + (xs - 11.5) ** 2) / 40)
+    surface = strength(heat, (96, 96))
+    outer, inner = contours(heat, (96, 96))
+    for lines, level in zip((outer, inner), levels(heat), strict=True):
+        assert len(lines) == 1
+        for x, y in lines[0]:
+            assert abs(float(surface[round(float(y)), round(float(x))]) - level) < 0.05
+    assert np.ptp(outer[0][:, 0]) > np.ptp(inner[0][:, 0])
 
 
 def test_one_picture_to_a_file(scene, tmp_path):
@@ -110,12 +145,26 @@ def test_one_picture_to_a_file(scene, tmp_path):
     assert map_images([scene], target, [PerceptionConfig()]) == [target]
     with Image.open(target) as figure:
         pixels = np.asarray(figure.convert("RGB")).astype(int)
-    assert pixels.shape[1] > 3 * pixels.shape[0] > 900
+    # Two by two, each of at least 600 pixels.
+    assert min(pixels.shape[:2]) > 1200
     assert (pixels.max(axis=2) - pixels.min(axis=2) > 60).mean() > 0.1
     first = target.read_bytes()
     map_images([scene], target, [PerceptionConfig()])
     assert target.read_bytes() == first
     assert [path.name for path in target.parent.iterdir()] == ["map.png"]
+
+
+@pytest.mark.parametrize("style", ["overlay", "contour"])
+def test_a_style_is_the_picture_alone(scene, tmp_path, vipo, style):
+    done = vipo("map", scene, "-o", tmp_path / "map.png", "--style", style)
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "map.png") as shown, Image.open(scene) as picture:
+        assert shown.size == (640, 640)
+        apart = np.abs(np.asarray(shown).astype(int) - np.asarray(picture.resize((640, 640), 0)).astype(int)).max(
+            axis=2
+        )
+    # Lines are a few per cent; what is dimmed is most of the picture.
+    assert (apart > 8).mean() < 0.15 if style == "contour" else (apart > 8).mean() > 0.4
 
 
 def test_the_figure_says_what_its_orientation_rests_on(scene, tmp_path, monkeypatch):
@@ -306,6 +355,7 @@ def test_options_that_do_not_fit_are_refused(scene, tmp_path, vipo):
     several = ("map", scene, "-o", tmp_path / "o.png", "--orientation", "all")
     vipo(*several, "--raw", "npy").refuses("one .npy file cannot hold", "safetensors")
     vipo(*several, "--raw", "zip").refuses("--raw", "'zip'")
+    vipo("map", scene, "-o", tmp_path / "o.png", "--style", "veil").refuses("--style", "sheet, overlay, contour")
     vipo("map", scene, "-o", tmp_path / "o.png", "--orientation", "up").refuses("orientation")
     two = ("--backbone", "efficientnet_lite0", "--backbone", "resnet50", "--weights", "w.safetensors")
     vipo("map", scene, "-o", tmp_path / "o.png", *two).refuses("--weights", "one backbone")

@@ -1,13 +1,19 @@
 """The report's files: complete, deterministic, escaped, and honest about what the numbers carry."""
 
+import base64
+import hashlib
 import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
+import numpy as np
 import pandas as pd
 import pytest
 from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
@@ -15,9 +21,14 @@ from omegaconf import OmegaConf
 
 from vipo.config.compose import load_config_file
 from vipo.evaluation.statistics import ScoresError, paired_difference
+from vipo.maps.veil import DIMMING
 from vipo.provenance import read_provenance
-from vipo.reporting import TIMES, ReportError, build_report
+from vipo.reporting import TIMES, ReportError, build_report, pictures
+from vipo.reporting.gallery import NO_PICTURES
 from vipo.reporting.inputs import read_experiment
+from vipo.reporting.page import render_page
+from vipo.reporting.sections.context import Page
+from vipo.reporting.summary import summarize
 from vipo.stages import report_stage, summarize_stage
 
 Built = tuple[Path, list[str]]
@@ -41,7 +52,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Built:
 class Collector(HTMLParser):
     """Tags, attributes and text of a page; fails on tags that do not close in order."""
 
-    VOID = frozenset({"meta", "link", "img", "br"})
+    VOID = frozenset({"meta", "link", "img", "br", "input"})
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -70,17 +81,24 @@ def test_the_page_is_whole_self_contained_and_escaped(built: Built) -> None:
     page = (built[0] / "report" / "index.html").read_text(encoding="utf-8")
     found = Collector(page)
     names = {name for name, _ in found.tags}
-    assert "script" not in names
+    # Its own script, pinned by hash, and data that no browser runs.
+    scripts = [attributes.get("type") for name, attributes in found.tags if name == "script"]
+    assert scripts == ["application/json", None]
+    policy = next(a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy") or ""
+    script = page[page.rindex("<script>") + len("<script>") : page.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none'; img-src data:;")
     assert not {"iframe", "object", "embed", "form"} & names
-    for _, attributes in found.tags:
+    for name, attributes in found.tags:
         for key in ("src", "href", "xlink:href"):
             value = attributes.get(key) or "data:,"
-            assert value.startswith(("data:", "#")), value
+            assert value.startswith(("data:", "#")) or (name == "a" and not re.match(r"[a-z]+:|//", value)), value
         assert not any(key.startswith("on") for key in attributes)
     assert "@import" not in page
     assert re.search(r"url\((?!#)", page) is None
-    headings = [text for text in found.texts if "<script>" in text]
-    assert headings == [HOSTILE]
+    assert HOSTILE in found.texts
+    assert all(HOSTILE.startswith(text.removesuffix("...")) for text in found.texts if "<script>" in text)
     for text in PROMPTS[:5]:
         assert text in found.texts
     assert all("alt" in attributes for name, attributes in found.tags if name == "img")
@@ -225,7 +243,7 @@ def test_numbers_are_those_of_the_statistics_and_words_follow(built: Built) -> N
     assert matched["inverted"]["reached"] is False
     assert matched["inverted"]["update"] is None
     page = (folder / "report" / "index.html").read_text(encoding="utf-8")
-    assert '<p class="words">no difference shown</p>' in page
+    assert "No difference shown: " in page
     assert "not reached" in page
     table = pd.read_csv(folder / "report" / "data" / "tables" / "comparisons.csv")
     assert set(table["update"]) == {8, 16, 24}
@@ -259,6 +277,51 @@ def test_five_seeds_get_intervals_over_seeds(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "data" / "report.json").read_text())
     assert report["statements"]["headline"][0]["note"] == f"over 5 seeds and {len(PROMPTS)} prompts"
     assert not any("conditional" in text for text in report["caveats"])
+
+
+def test_published_numbers_stand_beside_ours_and_what_was_not_run_says_so(small: Built) -> None:
+    config = load_config_file(small[0] / "evaluation" / "base-s0" / "config.yaml")
+    experiment = read_experiment(small[0], small[1], config)
+    columns = [SimpleNamespace(title=name, metric=f"reward/{name}", domain="in") for name in ("redness", "absent")]
+    rows = {arm: SimpleNamespace(title=f"Their {arm}", values=[0.5, None]) for arm in ("vipo", "average")}
+    table = SimpleNamespace(source="A paper <b>", columns=columns, rows=rows)
+    told = experiment.config.experiment.model_copy(update={"published": table})
+    runs = tuple(replace(run, config=run.config.model_copy(update={"experiment": told})) for run in experiment.runs)
+    experiment = replace(experiment, runs=runs)
+    summary = summarize(experiment)
+    page = render_page(Page(experiment, summary, [], pd.DataFrame(), None, NO_PICTURES))
+    section = page[page.index('id="published"') : page.index('id="matched"')]
+    assert "A paper &lt;b&gt;" in section
+    cells = re.findall(r'<td class="n">(.*?)</td>', section)
+    ours = float(summary.arms.set_index("arm").loc["vipo", "reward/redness"])
+    assert cells[0::2] == ["0.5", "not published", "0.5", "not published"]
+    assert cells[1] == f"{ours:.4f}"
+    assert cells[3::2] == ["not measured", "not run", "not run"]
+
+
+def test_videos_are_films_with_their_maps_over_time(tmp_path: Path) -> None:
+    """Two latent frames of a causal codec, 1 + 4 pictures: each dimmed by the map of its own latent frame."""
+    frames = [np.full((20, 30, 3), 40 * number + 40, np.uint8) for number in range(5)]
+    heat = np.stack([np.zeros((4, 6)), np.ones((4, 6))]).astype(np.float32)
+    heat[0, 0, 0] = heat[1, 0, 0] = 1
+    store = pictures._Store()
+    shown = pictures._encoded(frames, 8.0, heat, [[0, 1], [1, 5]], store)
+    decoded = {}
+    for name in ("film", "veiled_film"):
+        path = tmp_path / f"{name}.webm"
+        path.write_bytes(store._files[shown[name]])
+        with av.open(str(path)) as film:
+            assert film.streams.video[0].average_rate == 8
+            decoded[name] = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    assert len(decoded["film"]) == len(decoded["veiled_film"]) == 5
+    for number, (plain, veiled) in enumerate(zip(decoded["film"], decoded["veiled_film"], strict=True)):
+        assert plain.mean() == pytest.approx(40 * number + 40, abs=4)
+        middle = veiled[40:, 40:].mean()
+        # The first latent frame's map is 0 there, the second one's 1.
+        expected = (1 - DIMMING) * 40 if number == 0 else 40 * number + 40
+        assert middle == pytest.approx(expected, abs=6)
+    again = pictures._Store()
+    assert pictures._encoded(frames, 8.0, heat, [[0, 1], [1, 5]], again) == shown
 
 
 def _remove(name: str) -> Callable[[Path], None]:
@@ -313,7 +376,7 @@ def test_a_missing_or_damaged_input_is_named_and_the_old_report_stays(
     ("damage", "message"),
     [
         (_remove(f"samples/vipo-s0/pictures/u24-{prompt_id(HOSTILE)}-0.png"), r"\.png: cannot be read"),
-        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: map u24-.* cannot be read"),
+        (_write("evaluation/vipo-s0/maps.safetensors", "x"), r"maps\.safetensors: cannot be read"),
         (_write("runs/vipo-s0/timing.jsonl", "{"), r"timing\.jsonl, line 1: is not JSON"),
     ],
 )

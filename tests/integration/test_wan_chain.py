@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pandas as pd
 import pytest
 import torch
@@ -100,9 +101,10 @@ def test_a_video_experiment_from_prompts_to_report(overrides: list[str], tmp_pat
     assert float(maps.std()) > 0
 
     page = report_stage(config, ROOT, results).read_text(encoding="utf-8")
-    assert "frames of each video from top to bottom" in page
-    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="(?:Sample|Allocation)', page)
-    assert len(pictures) == 4
-    for text in pictures:
-        # Three latent frames, one below the other.
-        assert Image.open(io.BytesIO(base64.b64decode(text))).size == (48, 3 * 32)
+    films = dict(re.findall(r'<video class="(plain|mapped)" src="data:video/webm;base64,([^"]+)"', page))
+    assert films.keys() == {"plain", "mapped"}
+    for text in films.values():
+        with av.open(io.BytesIO(base64.b64decode(text))) as film:
+            frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        # Every frame, enlarged by whole pixels.
+        assert [frame.shape for frame in frames] == [(3 * 32, 3 * 48, 3)] * 9

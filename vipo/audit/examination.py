@@ -33,7 +33,7 @@ _STAGES = {
 #: Files beside the results that no equality is claimed for; a signature fixes them, dvc.lock does not.
 VOLATILE = re.compile(
     r"(prompts|embeddings|comparison|report|report/data|(runs|samples|evaluation|credit)/[^/]+)/provenance\.(json|diff|checkout\.diff)"
-    r"|runs/[^/]+/(timing\.jsonl|(tb|sheets|trackers|checkpoints)/.+)|report/(index\.html|time\.(json|csv|svg))"
+    r"|runs/[^/]+/(timing\.jsonl|(tb|sheets|trackers|checkpoints)/.+)|report/(index\.html|time\.(json|csv|svg)|thumbs/[^/]+)|live\.html"
     r"|configs/[^/]+\.yaml|logs/.+|crate/.+|ro-crate-metadata\.json(\.sig)?"
 )
 #: A checkpoint's folder, and a file in it; its ``manifest.json`` names the hashes of the others.

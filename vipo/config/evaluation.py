@@ -29,7 +29,7 @@ class EvaluationConfig(Section):
     seed: Seed = 1234
     bootstrap: Annotated[int, Field(ge=100, le=10**5)] = 2000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    shown_prompts: PositiveInt = Field(6, description="Prompts shown side by side in the report.")
+    shown_prompts: PositiveInt = Field(6, description="Prompts shown side by side in an exported card.")
 
     @field_validator("rewards")
     @classmethod

@@ -71,6 +71,12 @@ def map_command(
     raw: Annotated[
         str | None, typer.Option(help="Also write the arrays: npy (the map) or safetensors (components as well).")
     ] = None,
+    style: Annotated[
+        str,
+        typer.Option(
+            help="sheet (picture, map, components, figures), overlay (surroundings dimmed) or contour (lines)."
+        ),
+    ] = "sheet",
     device: Device = "cpu",
 ) -> None:
     """Draw the allocation map over any picture or clip: where ViPO would send the credit.
@@ -80,6 +86,8 @@ def map_command(
     _check_device(device)
     if raw not in (None, "npy", "safetensors"):
         raise ConfigError(f"--raw: {raw!r} is neither npy nor safetensors")
+    if style not in ("sheet", "overlay", "contour"):
+        raise ConfigError(f"--style: {style!r} is none of sheet, overlay, contour")
     choices = {
         "backbone": backbone,
         "layer": layer,
@@ -89,7 +97,7 @@ def map_command(
     configs = _perception(choices, weights=weights, components=components, smoothing=smoothing)
     from vipo.maps.show import map_images
 
-    for path in map_images(images, output, configs, device, raw):  # type: ignore[arg-type]
+    for path in map_images(images, output, configs, device, raw, style):  # type: ignore[arg-type]
         typer.echo(visible(str(path)))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vipo.maps.show import overlay
+from vipo.maps.veil import dimmed
 from vipo.text import one_line
 
 # Pixels. Smaller pictures are enlarged, so that they can be seen, larger ones made smaller.
@@ -50,7 +50,7 @@ def _tiled(group: ShownGroup) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
     pictures = _resized(group.pictures.nan_to_num().clamp(0, 1))
     lines = [pictures]
     if group.maps is not None:
-        lines.append(torch.stack([overlay(*pair) for pair in zip(pictures, group.maps, strict=True)]))
+        lines.append(torch.stack([dimmed(*pair) for pair in zip(pictures, group.maps, strict=True)]))
     spaced = F.pad(torch.stack(lines), (0, _GAP, 0, _GAP), value=1.0)
     tiled = spaced.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     return (tiled * 255).round().to(torch.uint8).numpy()

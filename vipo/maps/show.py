@@ -1,4 +1,4 @@
-"""Pictures of allocation maps: the overlay, and the figures behind `vipo map`."""
+"""The figures behind `vipo map`: what it reads, maps and writes."""
 
 import json
 import os
@@ -11,56 +11,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from vipo.config.perception import PerceptionConfig
 from vipo.maps.pictures import Clip, find_pictures, map_size, read_clip
-from vipo.perception.allocator import minmax, resize
+from vipo.maps.render import Style, as_image, contoured, enlarged, overlaid, sheet, side_by_side, with_note
+from vipo.perception.allocator import minmax
 from vipo.perception.backbones import load_backbone
 from vipo.perception.components import principal_components
 from vipo.perception.errors import PerceptionError
 from vipo.perception.orientation import orientation_scores
 from vipo.perception.structuring import PerceptualStructuring
 
-COLORMAP = "inferno"
 RawFormat = Literal["npy", "safetensors"]
-_OPACITY = 0.6
-_LONGEST_SIDE = 1024
 _COMPARED = ("backbone", "layer", "input_size", "orientation")
-# Inches: the widest figure and the widest panel.
-_WIDEST, _PANEL = 15.0, 4.2
-# Dots an inch; fewer for comparisons and clips, whose panels and frames add up.
-_DPI, _MANY_DPI = 150, 100
+# Pixels of the longer side of a panel where maps are compared.
+_COMPARED_SIDE = 300
 _FRAMES = 16
-
-
-def overlay(image: Tensor, heat: Tensor) -> Tensor:
-    """Blend a map in colour over the grey picture.
-
-    Args:
-        image: ``(3, H, W)`` in [0, 1].
-        heat: ``(h, w)``, >= 0; divided by its largest value where that exceeds 1, and resized to the picture.
-
-    Returns:
-        ``(3, H, W)`` float32 in [0, 1] on the CPU.
-
-    Raises:
-        ValueError: a shape is wrong.
-    """
-    if image.ndim != 3 or image.shape[0] != 3 or heat.ndim != 2:
-        raise ValueError(
-            f"image, heat: expected shapes (3, H, W) and (h, w), got {tuple(image.shape)} and {tuple(heat.shape)}"
-        )
-    from matplotlib import colormaps
-
-    image, heat = image.detach().float().cpu(), heat.detach().float().cpu()
-    height, width = image.shape[1:]
-    strength = resize((heat / heat.amax().clamp(min=1))[None], (height, width))[0].clamp(0, 1)
-    colour = torch.from_numpy(colormaps[COLORMAP](strength.numpy())[..., :3]).float().permute(2, 0, 1)
-    grey = (image * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=0)
-    return ((1 - _OPACITY) * grey + _OPACITY * colour).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -91,12 +59,12 @@ def map_images(
     configs: Sequence[PerceptionConfig],
     device: str = "cpu",
     raw: RawFormat | None = None,
+    style: Style = "sheet",
 ) -> list[Path]:
     """Draw the allocation maps of pictures and clips as PNG, of a clip as animated PNG (lossless).
 
-    Under one configuration: picture, principal components as colours (the first three as red, green and blue), map
-    and overlay side by side. Under several: the picture and one overlay each; a row where only one of backbone, layer,
-    input size and orientation varies, else one row for each backbone, layer and input size.
+    Under one configuration, as `style` says. Under several: the picture and one map on it each; a row where only one
+    of backbone, layer, input size and orientation varies, else one row for each backbone, layer and input size.
 
     Args:
         paths: pictures and clips that `read_clip` reads, of any size and mode, or folders of them.
@@ -106,6 +74,9 @@ def map_images(
         raw: also write the arrays, beside each figure. ``npy``: the map alone, ``(h, w)``, of a clip ``(T, h, w)``.
             ``safetensors``: `map`, `components`, `explained_variance_ratio` and, as metadata, the configuration; under
             several configurations with a dot and their number from 0 behind each name.
+        style: ``sheet``: two by two, picture, map on it, map as opacity, and principal components as colours, with the
+            map's figures below. ``overlay``: the picture alone, dimmed where the map is low, with the map's lines.
+            ``contour``: the picture as it is, with the lines alone.
 
     Returns:
         The figures written, in the order of the pictures.
@@ -138,7 +109,7 @@ def map_images(
         for structuring in structurings:
             structuring.preflight((clip.frames.shape[2], clip.frames.shape[3]))
         mapped = [_map(clip.frames.to(device), structuring) for structuring in structurings]
-        _draw(clip, mapped, target)
+        _draw(clip, mapped, target, style)
         if raw is not None:
             _write_raw(mapped, target.with_suffix(f".{raw}"), still=len(clip.frames) == 1)
     return targets
@@ -234,50 +205,6 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """One picture of a figure, and how it changes: ``(T, H, W, 3)`` colours or ``(T, h, w)`` values of the map."""
-
-    title: str
-    frames: NDArray[np.float32]
-
-
-def _colours(frames: Tensor) -> NDArray[np.float32]:
-    return frames.permute(0, 2, 3, 1).numpy()
-
-
-def _overlays(frames: Tensor, maps: Tensor) -> NDArray[np.float32]:
-    return _colours(torch.stack([overlay(image, heat) for image, heat in zip(frames, maps, strict=True)]))
-
-
-def _panels(frames: Tensor, mapped: Sequence[_Mapped]) -> list[list[_Panel]]:
-    """Rows of panels; each row starts with the picture."""
-    if len(mapped) == 1:
-        (item,) = mapped
-        red_green_blue = item.components[:, :3]
-        red_green_blue = F.pad(red_green_blue, (0, 0, 0, 0, 0, 3 - red_green_blue.shape[1]))
-        return [
-            [
-                _Panel("picture", _colours(frames)),
-                _Panel("principal components", _colours(red_green_blue)),
-                _Panel("no structure: uniform map" if item.constant else "allocation map", item.maps.numpy()),
-                _Panel("overlay", _overlays(frames, item.maps)),
-            ]
-        ]
-    varying = [name for name in _COMPARED if len({getattr(item.config, name) for item in mapped}) > 1]
-    rows = [list(row) for _, row in groupby(mapped, lambda item: _without_orientation(item.config))]
-    if all(len(row) == 1 for row in rows):
-        rows = [[item for row in rows for item in row]]
-    shared = [name for name in varying if len(rows) > 1 and name != "orientation"]
-    panels = []
-    for row in rows:
-        first = _described(row[0].config, shared) or "picture"
-        titles = [_described(item.config, [name for name in varying if name not in shared]) for item in row]
-        overlays = [_Panel(title, _overlays(frames, item.maps)) for title, item in zip(titles, row, strict=True)]
-        panels.append([_Panel(first, _colours(frames)), *overlays])
-    return panels
-
-
 def _described(config: PerceptionConfig, names: Sequence[str]) -> str:
     told = {
         "backbone": config.backbone,
@@ -288,67 +215,54 @@ def _described(config: PerceptionConfig, names: Sequence[str]) -> str:
     return ", ".join(told[name] for name in names)
 
 
-def _draw(clip: Clip, mapped: Sequence[_Mapped], target: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    count = len(clip.frames)
-    shrink = min(1.0, _LONGEST_SIDE / max(clip.frames.shape[2:]))
-    height, width = (max(1, round(side * shrink)) for side in clip.frames.shape[2:])
-    frames = F.interpolate(clip.frames, size=(height, width), mode="bilinear", antialias=True).clamp(0, 1)
-    rows = _panels(frames, mapped)
-    columns = max(map(len, rows))
-    panel = min(_PANEL, _WIDEST / columns)
-    aspect = height / width
-    breadth, length = (panel, panel * aspect) if aspect <= 1 else (panel / aspect, panel)
-    figure = Figure(
-        figsize=(columns * breadth + 1.1, len(rows) * (length + 0.3) + 0.45),
-        dpi=_DPI if count == len(mapped) == 1 else _MANY_DPI,
-        facecolor="white",
-        layout="constrained",
-    )
-    canvas = FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    highest = max(1.0, *(float(item.maps.max()) for item in mapped))
-    # Nearest keeps small pictures crisp; larger ones have no visible pixels.
-    interpolation = "nearest" if max(height, width) <= 256 else "antialiased"
-    shown = []
-    for row, places in zip(rows, axes, strict=True):
-        for place in places:
-            place.set_axis_off()
-        for item, place in zip(row, places, strict=False):
-            place.set_title(item.title, fontsize=10, parse_math=False)
-            style: dict[str, Any] = {"interpolation": interpolation} if item.frames.ndim == 4 else {}
-            shown.append(
-                (
-                    place.imshow(
-                        item.frames[0], cmap=COLORMAP, vmin=0, vmax=highest, extent=(0, width, height, 0), **style
-                    ),
-                    item.frames,
-                )
-            )
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, highest), COLORMAP), ax=axes, fraction=0.03, pad=0.01, aspect=22 * len(rows)
-    )
-    bar.set_label("weight of the advantage", fontsize=8)
-    bar.ax.tick_params(labelsize=7, length=2)
-    bar.outline.set_visible(False)
-    figure.supxlabel(_note(mapped), fontsize=7, color="0.4", parse_math=False)
-    pages = []
-    for index in range(count):
-        for picture, values in shown:
-            picture.set_data(values[index])
-        canvas.draw()
-        pages.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+def _draw(clip: Clip, mapped: Sequence[_Mapped], target: Path, style: Style) -> None:
+    frames = enlarged(clip.frames) if len(mapped) == 1 else _small(clip.frames)
+    pages = [_page(frames[index], mapped, index, style) for index in range(len(frames))]
     options: dict[str, Any] = {"optimize": True}
-    if count > 1:
+    if len(pages) > 1:
         durations = [round(value) for value in clip.milliseconds]
         options = {"save_all": True, "append_images": pages[1:], "duration": durations, "loop": 0}
     _replace(target, lambda partial: pages[0].save(partial, format="PNG", **options))
+
+
+def _small(frames: Tensor) -> Tensor:
+    """Frames for a comparison, whose panels add up."""
+    scale = _COMPARED_SIDE / max(frames.shape[2:])
+    size = [max(1, round(length * scale)) for length in frames.shape[2:]]
+    if scale > 1:
+        return F.interpolate(frames, size=size, mode="nearest")
+    return F.interpolate(frames, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def _page(picture: Tensor, mapped: Sequence[_Mapped], index: int, style: Style) -> Image.Image:
+    drawn = contoured if style == "contour" else overlaid
+    if len(mapped) == 1:
+        (item,) = mapped
+        if style != "sheet":
+            return drawn(picture, item.maps[index])
+        explained = [float(value) for value in item.explained]
+        return sheet(
+            picture, item.maps[index], item.components[index], explained, constant=item.constant, note=_note(mapped)
+        )
+    rows = [
+        [(first, as_image(picture)), *((title, drawn(picture, item.maps[index])) for title, item in row)]
+        for first, row in _compared(mapped)
+    ]
+    return with_note(side_by_side(rows), _note(mapped).split("\n"))
+
+
+def _compared(mapped: Sequence[_Mapped]) -> list[tuple[str, list[tuple[str, _Mapped]]]]:
+    """Rows of several configurations, each with a name, and a title for each of its maps."""
+    varying = [name for name in _COMPARED if len({getattr(item.config, name) for item in mapped}) > 1]
+    rows = [list(row) for _, row in groupby(mapped, lambda item: _without_orientation(item.config))]
+    if all(len(row) == 1 for row in rows):
+        rows = [[item for row in rows for item in row]]
+    shared = [name for name in varying if len(rows) > 1 and name != "orientation"]
+    own = [name for name in varying if name not in shared]
+    return [
+        (_described(row[0].config, shared) or "picture", [(_described(item.config, own), item) for item in row])
+        for row in rows
+    ]
 
 
 def _note(mapped: Sequence[_Mapped]) -> str:

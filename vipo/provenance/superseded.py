@@ -31,7 +31,7 @@ _RESULTS: Mapping[str, tuple[str, str]] = {
 _VIEWS: Mapping[str, tuple[str, ...]] = {
     "compare": ("comparison/*",),
     "summarize": ("report/data/*",),
-    "report": ("report/index.html", "report/time.*", "report/provenance.*"),
+    "report": ("report/index.html", "report/thumbs", "report/time.*", "report/provenance.*"),
     "crate": ("crate/*", "ro-crate-metadata.json*"),
 }
 _SHOWN = 6

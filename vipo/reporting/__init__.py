@@ -3,7 +3,8 @@
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.reporting.figures import Plot, draw_figures, draw_time
 from vipo.reporting.inputs import Experiment, ReportError, read_experiment
 from vipo.reporting.page import render_page
+from vipo.reporting.sections.context import Page
 from vipo.reporting.summary import Summary, summarize, summarize_time
 
-__all__ = ["TIMES", "ReportError", "build_data", "build_report", "report_files"]
+__all__ = ["PICTURES", "TIMES", "ReportError", "build_data", "build_report", "report_files"]
 
 TIMES = ("time.json", "time.csv", "time.svg")
 """The page's times beside it, where they were recorded here."""
+PICTURES = "thumbs"
+"""Folder of the pictures beside a page that does not hold them itself."""
 
 
 def build_data(experiment_dir: Path, runs: Sequence[str], config: Config, output: Path) -> Path:
@@ -71,7 +75,8 @@ def build_report(experiment_dir: Path, runs: Sequence[str], config: Config, outp
     data = output / "data" / "report.json"
     if not _agree(json.loads(data.read_text()), json.loads(json.dumps(summary.as_json()))):
         raise ReportError(f"{data}: was made from other results; run 'vipo summarize' again")
-    files = _page_files(experiment, summary, draw_figures(summary))
+    files, pictures = _page_files(experiment, summary, draw_figures(summary))
+    _write_pictures(pictures, output)
     # All are written before the first one is renamed into place. The stack unwinds backwards: the page last, for it is
     # what tells that the report is there.
     with contextlib.ExitStack() as stack:
@@ -79,6 +84,8 @@ def build_report(experiment_dir: Path, runs: Sequence[str], config: Config, outp
             stack.enter_context(atomic_file(output / name)).write_text(files[name], encoding="utf-8")
     for name in set(TIMES) - files.keys():
         (output / name).unlink(missing_ok=True)
+    if not pictures and (output / PICTURES).is_dir():
+        shutil.rmtree(output / PICTURES)
     return output / "index.html"
 
 
@@ -92,7 +99,16 @@ def report_files(experiment_dir: Path, runs: Sequence[str], config: Config) -> d
     summary = summarize(experiment)
     figures = draw_figures(summary)
     data = {f"data/{name}": text for name, text in _data_files(summary, figures, config.protocol).items()}
-    return data | _page_files(experiment, summary, figures)
+    return data | _page_files(experiment, summary, figures)[0]
+
+
+def _write_pictures(pictures: Mapping[str, bytes], output: Path) -> None:
+    """Named by their content: an older page's stay whole until the new ones are there."""
+    if not pictures:
+        return
+    with atomic_folder(output / PICTURES) as folder:
+        for name, content in pictures.items():
+            (folder / Path(name).name).write_bytes(content)
 
 
 def _data_files(summary: Summary, figures: Sequence[Plot], protocol: ProtocolConfig | None) -> dict[str, str]:
@@ -112,7 +128,10 @@ def _named(table: pd.DataFrame, protocol: ProtocolConfig | None) -> pd.DataFrame
     return named
 
 
-def _page_files(experiment: Experiment, summary: Summary, figures: Sequence[Plot]) -> dict[str, str]:
+def _page_files(
+    experiment: Experiment, summary: Summary, figures: Sequence[Plot]
+) -> tuple[dict[str, str], Mapping[str, bytes]]:
+    """The texts by name, and the pictures that lie beside the page."""
     time = summarize_time(experiment)
     time_figure = None if time.empty else draw_time(time)
     files = {}
@@ -120,10 +139,11 @@ def _page_files(experiment: Experiment, summary: Summary, figures: Sequence[Plot
         times = _json(json.loads(time.to_json(orient="records", double_precision=15)))
         files = dict(zip(TIMES, (times, _csv(time), time_figure.standalone()), strict=True))
     # Pictures need torch, the numbers do not.
-    from vipo.reporting.pictures import shown_prompts
+    from vipo.reporting.pictures import read_gallery
 
-    page = render_page(experiment, summary, time, figures, time_figure, shown_prompts(experiment))
-    return files | {"index.html": page}
+    gallery = read_gallery(experiment)
+    page = render_page(Page(experiment, summary, figures, time, time_figure, gallery))
+    return files | {"index.html": page}, gallery.files
 
 
 def _agree(written: Any, computed: Any) -> bool:

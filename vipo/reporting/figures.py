@@ -6,6 +6,7 @@ reader's own matplotlibrc has no say. The same numbers give the same bytes.
 
 import html
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,12 +57,18 @@ _STYLE: dict[Any, Any] = {
     "ytick.major.size": 2.5,
     "axes.formatter.useoffset": False,
 }
+_ARM_MARK = "arm-"
 _STANDALONE_STYLE = "<style>svg{color:#1d2127}@media(prefers-color-scheme:dark){svg{color:#e8eaed}}</style>"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: file name, group on the page, title, caption, text alternative and inline SVG."""
+    """One figure: file name, group on the page, title, caption, text alternative and SVG.
+
+    Attributes:
+        points: what the page tells under the pointer: x and y in the drawing's units, the arm's colour, and text.
+        legend: height of the legend at the drawing's foot, in its units; 0 where the page must keep it.
+    """
 
     name: str
     group: str
@@ -69,6 +76,21 @@ class Plot:
     caption: str
     alternative: str
     svg: str
+    points: tuple[tuple[float, float, int, str], ...] = ()
+    legend: float = 0.0
+
+    @property
+    def inline(self) -> str:
+        """The figure for the page: without its legend, which the page shows once, and with values for the pointer."""
+        opening, rest = self.svg.split(">", 1)
+        if self.legend:
+            left, top, width, height = re.search(r'viewBox="([^"]+)"', opening)[1].split()  # type: ignore[index]
+            view = f"{left} {top} {width} {float(height) - self.legend:.6g}"
+            opening = re.sub(r'viewBox="[^"]+"', f'viewBox="{view}"', opening)
+        if self.points:
+            points = json.dumps(self.points, ensure_ascii=False, separators=(",", ":"))
+            opening += f' data-points="{html.escape(points)}"'
+        return f"{opening}>{rest}"
 
     def standalone(self) -> str:
         """The figure as a file of its own, in ink that follows the reader's colour scheme."""
@@ -78,6 +100,11 @@ class Plot:
 
 def draw_figures(summary: Summary) -> list[Plot]:
     """All deterministic figures of a report."""
+    return [*draw_comparison(summary), *draw_training(summary, list(summary.arms["arm"]))]
+
+
+def draw_comparison(summary: Summary) -> list[Plot]:
+    """The figures of held-out samples."""
     arms = Arms(list(summary.arms["arm"]))
     figures = [_forest(summary, arms, column, number) for number, column in enumerate(_rewards(summary))]
     figures += [
@@ -85,7 +112,14 @@ def draw_figures(summary: Summary) -> list[Plot]:
     ]
     if {"change/foreground", "change/background"} <= summary.columns.keys():
         figures.append(_change(summary, arms))
-    figures += [plot for metric in METRICS if (plot := _metric(summary, arms, metric)) is not None]
+    return figures
+
+
+def draw_training(summary: Summary, names: Sequence[str]) -> list[Plot]:
+    """The training metrics that moved, over updates; `names` are all arms in order, whose colours they have."""
+    arms = Arms(list(names))
+    drawn = (metric for metric in METRICS if metric not in summary.flat)
+    figures = [plot for metric in drawn if (plot := _metric(summary, arms, metric)) is not None]
     if len(summary.clip_by_step):
         figures.append(_clip_by_step(summary, arms))
     return figures
@@ -129,6 +163,10 @@ class Arms:
         number = self.names.index(arm)
         return _MARKERS[(number + number // len(ARM_COLORS)) % len(_MARKERS)]
 
+    def mark(self, arm: str) -> str:
+        """What a drawn line of the arm carries, so that the page can show one arm alone."""
+        return f"{_ARM_MARK}{self.names.index(arm) % len(ARM_COLORS)}"
+
     def handles(self, shown: Iterable[str]) -> list[Line2D]:
         """Legend entries of the arms in `shown`."""
         return [
@@ -152,15 +190,15 @@ def _forest(summary: Summary, arms: Arms, column: str, number: int) -> Plot:
     for axes, reference in zip(grid[:, 0], references, strict=True):
         items = summary.final(column, reference)
         for row, (arm, item) in enumerate(items.items()):
-            color = arms.color(arm)
-            axes.plot([item.low, item.high], [row, row], color=color, linewidth=2.2, solid_capstyle="round")
-            axes.plot(item.estimate, row, marker=arms.marker(arm), color=color, markersize=5.2)
+            color, mark = arms.color(arm), arms.mark(arm)
+            axes.plot([item.low, item.high], [row, row], color=color, linewidth=2.2, solid_capstyle="round", gid=mark)
+            axes.plot(item.estimate, row, marker=arms.marker(arm), color=color, markersize=5.2, gid=mark, label=arm)
             _points(axes, _final_seeds(summary, arm, column) - means[reference], row, color)
         axes.axvline(0, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
         axes.set_yticks(range(len(items)), list(items))
         axes.set_ylim(len(items) - 0.4, -0.6)
         axes.set_xlabel(f"difference to {reference}")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         bare_rows(axes)
     texts = [
         f"{item.arm} against {reference} {item.estimate:+.3g} ({item.low:+.3g} to {item.high:+.3g})"
@@ -190,7 +228,7 @@ def _held_out(summary: Summary, arms: Arms, column: str, number: int) -> list[Pl
                 "matched", f"{summary.columns[other]} over {name}", "held-out means; every path starts at the base",
             )
             for index, other in enumerate([*others, *(key for key in summary.columns if key.startswith("change/"))])
-            if other != "change/total"
+            if other != "change/total" and float(np.ptp(summary.curves[other])) > 1e-9
         ),
     ]  # fmt: skip
 
@@ -208,10 +246,15 @@ def _path(
     """Arms as paths over their evaluated updates; `x` and `y` are a column and its label."""
     figure, axes = new_figure(2.3)
     for arm, curve in summary.curves.groupby("arm", sort=False):
-        color = arms.color(str(arm))
-        for _, own in summary.seed_curves[summary.seed_curves["arm"] == arm].groupby("seed"):
-            axes.plot(own[x[0]], own[y[0]], color=color, linewidth=0.7, alpha=0.45)
-        axes.plot(curve[x[0]], curve[y[0]], color=color, marker=arms.marker(str(arm)), markersize=3.6, linewidth=1.5)
+        color, mark = arms.color(str(arm)), arms.mark(str(arm))
+        seeds = summary.seed_curves[summary.seed_curves["arm"] == arm].groupby("seed")
+        for _, own in seeds:
+            axes.plot(own[x[0]], own[y[0]], color=color, linewidth=0.7, alpha=0.45, gid=mark)
+        told = f"{arm}, mean of {seeds.ngroups} seeds" if seeds.ngroups > 1 else str(arm)
+        axes.plot(
+            curve[x[0]], curve[y[0]], color=color, marker=arms.marker(str(arm)), markersize=3.6, linewidth=1.5,
+            gid=mark, label=told,
+        )  # fmt: skip
     axes.set_xlabel(x[1])
     axes.set_ylabel(y[1])
     _finish(figure, axes, arms.handles(summary.curves["arm"]), integers=x[0] == "update")
@@ -288,15 +331,18 @@ def _clip_by_step(summary: Summary, arms: Arms) -> Plot:
 
 def _curves(axes: Axes, arms: Arms, table: pd.DataFrame, x: str, y: str, marker: bool = False) -> None:
     for arm, own in table.groupby("arm", sort=False):
-        color = arms.color(str(arm))
+        color, mark = arms.color(str(arm)), arms.mark(str(arm))
         seeds = own["seed"].nunique()
         for _, run in own.groupby("seed"):
-            axes.plot(run[x], run[y], color=color, linewidth=0.7 if seeds > 1 else 1.4, alpha=0.45 if seeds > 1 else 1)
+            thin = {"linewidth": 0.7, "alpha": 0.45} if seeds > 1 else {"linewidth": 1.4, "label": str(arm)}
+            axes.plot(run[x], run[y], color=color, gid=mark, **thin)
         mean = own.groupby(x, sort=True)[y].mean()
         if seeds > 1:
-            axes.plot(mean.index, mean, color=color, linewidth=1.6)
+            axes.plot(mean.index, mean, color=color, linewidth=1.6, gid=mark, label=f"{arm}, mean of {seeds} seeds")
         if marker:
-            axes.plot(mean.index, mean, color=color, linewidth=0, marker=arms.marker(str(arm)), markersize=3.2)
+            axes.plot(
+                mean.index, mean, color=color, linewidth=0, marker=arms.marker(str(arm)), markersize=3.2, gid=mark
+            )
 
 
 @contextmanager
@@ -324,6 +370,8 @@ def new_row(count: int, height: float, width: float) -> tuple[Figure, list[Axes]
 def _finish(figure: Figure, axes: Axes, handles: Sequence[Line2D], *, integers: bool, log: bool = False) -> None:
     if integers:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         formatter = ScalarFormatter(useMathText=False, useOffset=False)
@@ -367,7 +415,40 @@ def as_plot(figure: Figure, name: str, group: str, title: str, caption: str, alt
     metadata: Mapping[str, None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with _style(f"vipo {name}"):
         figure.savefig(stream, format="svg", metadata=metadata, transparent=True)
-    return Plot(name, group, title, caption, alternative, _inline(stream.getvalue(), alternative))
+    return Plot(
+        name, group, title, caption, alternative, _inline(stream.getvalue(), alternative), _values(figure, title),
+        _legend_height(figure),
+    )  # fmt: skip
+
+
+def _values(figure: Figure, title: str) -> tuple[tuple[float, float, int, str], ...]:
+    """What each named line's points say, where they lie in the drawing."""
+    width, height = 72 * figure.get_size_inches()
+    found = []
+    for axes in figure.axes:
+        x_label, y_label = axes.get_xlabel() or "x", axes.get_ylabel() or title
+        for line in axes.lines:
+            mark, told = str(line.get_gid() or ""), str(line.get_label())
+            if not mark.startswith(_ARM_MARK) or told.startswith("_"):
+                continue
+            data = np.asarray(line.get_xydata(), dtype=np.float64)
+            places = figure.transFigure.inverted().transform(axes.transData.transform(data))
+            for (x, y), (left, bottom) in zip(data, places, strict=True):
+                says = f"{told}: {x_label} {x:.4g}" + (
+                    f", {y_label} {y:.4g}" if axes.get_ylabel() or len(data) > 1 else ""
+                )
+                color = int(mark.removeprefix(_ARM_MARK))
+                found.append((round(left * width, 1), round((1 - bottom) * height, 1), color, says))
+    return tuple(found)
+
+
+def _legend_height(figure: Figure) -> float:
+    """Height of a legend of arms at the figure's foot; one of anything else stays on the page."""
+    drawn = {str(line.get_gid()) for axes in figure.axes for line in axes.lines}
+    if not figure.legends or not any(mark.startswith(_ARM_MARK) for mark in drawn):
+        return 0.0
+    bounds = figure.legends[0].get_window_extent().transformed(figure.transFigure.inverted())
+    return 4 + float(bounds.y1 * 72 * figure.get_size_inches()[1])
 
 
 def _inline(svg: str, alternative: str) -> str:
@@ -382,6 +463,7 @@ def _inline(svg: str, alternative: str) -> str:
         f'role="img" aria-label="{html.escape(alternative)}" stroke-linejoin="round">'
     )
     svg = opening + svg.split(">", 1)[1]
+    svg = re.sub(rf' id="{_ARM_MARK}(\d+)"', r' data-arm="\1"', svg)
     read = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in read else "", svg)
     svg = re.sub(r"'DejaVu Sans'(, sans-serif)?", _SANS, svg)

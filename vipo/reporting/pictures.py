@@ -1,109 +1,174 @@
-"""Samples and their allocation maps as inline pictures; of a video, some of its frames from top to bottom."""
+"""Every shown sample as a small picture and its map as a veil over it: inside the page, or as files beside it."""
 
 import base64
+import hashlib
 import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from numpy.typing import NDArray
+from PIL import Image
 
-from vipo.maps.show import overlay
-from vipo.reporting.inputs import Experiment, ReportError, Run
+from vipo.maps.veil import dimmed, veil
+from vipo.reporting.films import encode_film
+from vipo.reporting.gallery import HISTORY_PROMPTS, Gallery, Shot, ShownPrompt
+from vipo.reporting.inputs import Experiment, Maps, ReportError, Run, read_frames, sample_file
 
-#: Larger pictures are reduced to this longer side in pixels: the page carries all of them.
-MAXIMUM_SIDE = 256
-#: Frames shown of a video.
-MAXIMUM_FRAMES = 4
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One arm's sample: picture and map over it as data URIs, and its trained rewards by column."""
-
-    arm: str
-    seed: int
-    picture: str
-    mapped: str
-    rewards: dict[str, float]
+#: Larger pictures are reduced to this longer side in pixels.
+MAXIMUM_SIDE = 384
+#: Pictures of at most this longer side keep hard pixel edges when enlarged; final ones are stored without loss.
+PIXEL_ART_SIDE = 128
+#: A page holds its pictures itself up to this many bytes of them.
+INLINE_BYTES = 12 * 2**20
+_VEIL_SIDE = 192
 
 
-@dataclass(frozen=True)
-class ShownPrompt:
-    """One prompt with every arm's sample of the same noise."""
+def read_gallery(experiment: Experiment, *, inline: bool = False) -> Gallery:
+    """The first sample of every held-out prompt: nothing is hand-picked.
 
-    text: str
-    sample: int
-    samples: tuple[Shown, ...]
-
-
-def shown_prompts(experiment: Experiment) -> list[ShownPrompt]:
-    """The first held-out prompts of the evaluation, first sample, every arm's first seed: nothing is hand-picked.
+    Args:
+        inline: whether the page holds its pictures however many bytes they are.
 
     Raises:
-        ReportError: a sample or its map is missing or unreadable.
+        ReportError: a final sample or its map is missing or unreadable.
     """
-    scores = experiment.scores
-    base = scores[scores["arm"] == "base"]
-    chosen = base["prompt_id"].drop_duplicates().head(experiment.config.evaluation.shown_prompts)
+    store = _Store()
+    base = experiment.scores[experiment.scores["arm"] == "base"]
     sample = int(base["sample"].min())
-    firsts = [experiment.of_arm(arm)[0] for arm in experiment.arms]
-    texts = base.drop_duplicates("prompt_id").set_index("prompt_id")["prompt"]
-    return [
-        ShownPrompt(str(texts[prompt]), sample, tuple(_shown(experiment, run, str(prompt), sample) for run in firsts))
-        for prompt in chosen
-    ]
+    chosen = base[base["sample"] == sample].drop_duplicates("prompt_id")
+    shots: dict[str, list[Shot]] = {str(prompt): [] for prompt in chosen["prompt_id"]}
+    for run in experiment.runs:
+        for prompt, shot in _shots(experiment, run, list(shots), sample, store):
+            shots[prompt].append(shot)
+    texts = zip(chosen["prompt_id"], chosen["prompt"], strict=True)
+    prompts = tuple(ShownPrompt(str(prompt), str(text), tuple(shots[str(prompt)])) for prompt, text in texts)
+    config = experiment.config.generator
+    gallery = Gallery(
+        prompts,
+        {},
+        (config.width, config.height),
+        max(config.width, config.height) <= PIXEL_ART_SIDE,
+        config.frames is not None,
+    )
+    return store.placed(gallery, inline)
 
 
-def _shown(experiment: Experiment, run: Run, prompt: str, sample: int) -> Shown:
+class _Store:
+    """Encoded pictures by name: by their content, so that equal ones are stored once and none is read for another."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+
+    def add(self, content: bytes, suffix: str) -> str:
+        """A reference to `content`."""
+        name = f"thumbs/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
+        self._files[name] = content
+        return name
+
+    def placed(self, gallery: Gallery, inline: bool) -> Gallery:
+        """`gallery` with its pictures as data URIs where they are few, else with files beside the page."""
+        if not inline and sum(map(len, self._files.values())) > INLINE_BYTES:
+            return replace(gallery, files=self._files)
+        kinds = {"webp": "image/webp", "webm": "video/webm"}
+        uris = {
+            name: f"data:{kinds[name.rpartition('.')[2]]};base64,{base64.b64encode(content).decode('ascii')}"
+            for name, content in self._files.items()
+        }
+        prompts = tuple(
+            replace(
+                prompt,
+                shots=tuple(
+                    replace(
+                        shot,
+                        picture=uris[shot.picture],
+                        veil=uris.get(shot.veil or ""),
+                        film=uris.get(shot.film or ""),
+                        veiled_film=uris.get(shot.veiled_film or ""),
+                    )
+                    for shot in prompt.shots
+                ),
+            )
+            for prompt in gallery.prompts
+        )
+        return replace(gallery, prompts=prompts)
+
+
+def _shots(
+    experiment: Experiment, run: Run, prompts: Sequence[str], sample: int, store: _Store
+) -> Iterator[tuple[str, Shot]]:
     table = experiment.scores
-    mine = (table["run"] == run.name) & table["final"] & (table["prompt_id"] == prompt) & (table["sample"] == sample)
-    if mine.sum() != 1:
-        raise ReportError(f"{run.name}: no final sample {sample} of prompt {prompt} in its scores; evaluate it again")
-    row = table[mine].iloc[0]
-    name = f"u{row['update']}-{prompt}-{sample}"
-    frames = _read_frames(experiment.folder / "samples" / run.name / "pictures" / f"{name}.png")
-    heat, groups = _read_map(experiment.folder / "evaluation" / run.name / "maps.safetensors", name)
+    mine = table[(table["run"] == run.name) & (table["sample"] == sample)]
+    rows = {(str(row["prompt_id"]), int(row["update"])): row for row in mine.to_dict("records")}
+    final = int(mine.loc[mine["final"], "update"].max())
+    updates = sorted({update for _, update in rows})
+    maps = Maps(experiment.folder, run.name)
+    for number, prompt in enumerate(prompts):
+        for update in updates if number < HISTORY_PROMPTS else [final]:
+            path = sample_file(experiment.folder, run.name, update, prompt, sample)
+            if (prompt, update) not in rows:
+                raise ReportError(
+                    f"{run.name}: no sample {sample} of prompt {prompt} at update {update} in its scores; "
+                    "evaluate it again"
+                )
+            # Pictures of kept updates may have been removed to save space; their scores have not.
+            if update != final and not path.is_file():
+                continue
+            frames, rate = read_frames(path)
+            heat = maps.read(final, prompt, sample) if update == final else None
+            row = rows[prompt, update]
+            yield (
+                prompt,
+                Shot(
+                    run=run.name,
+                    arm=run.config.arm,
+                    seed=run.config.seed,
+                    update=update,
+                    final=update == final,
+                    **_encoded(frames, rate, heat, maps.groups, store),
+                    scores={column: float(row[column]) for column in [*experiment.rewards, *experiment.changes]},
+                    original=f"../{path.relative_to(experiment.folder).as_posix()}",
+                ),
+            )
+
+
+def _encoded(
+    frames: Sequence[NDArray[np.uint8]],
+    rate: float,
+    heat: NDArray[np.float32] | None,
+    groups: Sequence[Sequence[int]] | None,
+    store: _Store,
+) -> dict[str, str | None]:
+    result = dict.fromkeys(("veil", "film", "veiled_film"))
+    shown = [np.asarray(_thumbnail(Image.fromarray(pixels))) for pixels in frames]
+    result["picture"] = store.add(
+        _webp(Image.fromarray(shown[0]), lossless=heat is not None and max(shown[0].shape) <= PIXEL_ART_SIDE), "webp"
+    )
+    if groups is not None:
+        result["film"] = store.add(encode_film(shown, rate), "webm")
+    if heat is None:
+        return result
+    heats = torch.from_numpy(heat)
     if groups is None:
-        frames, heats = frames[:1], heat[None]
-    else:
-        # Latent frames in equal steps from first to last, and of each the middle of the frames that it stands for.
-        latent = np.linspace(0, len(groups) - 1, min(MAXIMUM_FRAMES, len(groups))).round().astype(int).tolist()
-        frames = [frames[sum(groups[j]) // 2] for j in latent]
-        heats = heat[latent]
-    mapped = [overlay(image, part) for image, part in zip(frames, heats, strict=True)]
-    rewards = {column: float(row[column]) for column in experiment.rewards}
-    return Shown(run.config.arm, run.config.seed, _data_uri(frames), _data_uri(mapped), rewards)
+        height, width = shown[0].shape[:2]
+        scale = max(1.0, _VEIL_SIDE / max(height, width))
+        result["veil"] = store.add(_webp(veil(heats, (round(height * scale), round(width * scale)))), "webp")
+        return result
+    latent = {frame: number for number, (first, end) in enumerate(groups) for frame in range(first, end)}
+    pictures = [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels in shown]
+    over = [dimmed(picture, heats[latent[number]]) for number, picture in enumerate(pictures)]
+    pages = [(page.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for page in over]
+    result["veiled_film"] = store.add(encode_film(pages, rate), "webm")
+    return result
 
 
-def _read_frames(path: Path) -> list[Tensor]:
-    try:
-        with Image.open(path) as picture:
-            frames = [np.array(frame.convert("RGB"), dtype=np.float32) for frame in ImageSequence.Iterator(picture)]
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read ({error}); evaluate the run again") from error
-    return [torch.from_numpy(pixels / 255).permute(2, 0, 1) for pixels in frames]
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    picture.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE), Image.Resampling.LANCZOS)
+    return picture
 
 
-def _read_map(path: Path, name: str) -> tuple[Tensor, list[list[int]] | None]:
-    """A sample's map, and of a video the frames ``[first, last + 1]`` that each latent frame stands for."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            spans = (file.metadata() or {}).get("frame_groups")
-            return file.get_tensor(name), None if spans is None else json.loads(spans)
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ReportError(f"{path}: map {name} cannot be read ({error}); evaluate the run again") from error
-
-
-def _data_uri(frames: Sequence[Tensor]) -> str:
-    pixels = (torch.cat(list(frames), dim=1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((MAXIMUM_SIDE, MAXIMUM_SIDE * len(frames)), Image.Resampling.LANCZOS)
+def _webp(picture: Image.Image, lossless: bool = False) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    picture.save(stream, format="WEBP", lossless=lossless, quality=90, method=2)
+    return stream.getvalue()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -12,20 +12,28 @@ from vipo.config.objective import NoGateConfig, ObjectiveConfig, RatioGateConfig
 from vipo.config.run import Config
 from vipo.evaluation.matched import evaluation_curves, matched_reward
 from vipo.evaluation.statistics import MINIMUM_SEEDS, Better, Interval, compare_arms, decimals, mean_score, wording
+from vipo.reporting.expected import flat_metrics
 from vipo.reporting.inputs import Experiment
+from vipo.reporting.verdict import EqualChange, equal_change
 
 #: Training metrics that are drawn over updates, with their captions.
 METRICS = {
     "reward/mean": ("Training reward", "mean reward of the update's samples"),
     "grad/norm": ("Gradient norm", "before clipping, mean over optimizer steps"),
     "clip/share": ("Clipped share", "share of terms outside the trust region"),
-    "log_ratio/max_before_first_step": ("max |log ρ| before the first step", "rollout against update; 0 is exact"),
-    "log_ratio/rms_sample": ("Change of the policy, per sample", "root mean square of a sample's log ρ after a step"),
+    "log_ratio/max_before_first_step": (
+        "Rollout against update",
+        "largest |log ratio| before the first step; 0 is exact",
+    ),
+    "log_ratio/rms_sample": (
+        "Change of the policy, per sample",
+        "root mean square of a sample's log ratio after a step",
+    ),
     "log_ratio/rms_position": (
         "Change of the policy, per position",
         "the same per position: what its clip range is for",
     ),
-    "kl": ("KL to the generator as it was", "mean over positions, of the trained transitions"),
+    "kl": ("Divergence from the generator as it was", "KL, mean over positions, of the trained transitions"),
     "distance/reference": (
         "Distance to the generator as it was",
         "mean squared difference of the velocities, on the forward process",
@@ -84,6 +92,8 @@ class Summary:
     matched: pd.DataFrame
     training: pd.DataFrame
     clip_by_step: pd.DataFrame
+    flat: dict[str, str]
+    equal_change: tuple[EqualChange, ...]
     headline: tuple[Statement, ...]
     against_base: tuple[Statement, ...]
     layout: tuple[Statement, ...]
@@ -108,6 +118,8 @@ class Summary:
             "labels": self.columns,
             "trained": self.trained,
             "confidence": self.confidence,
+            "flat": self.flat,
+            "equal_change": [{**asdict(item), "word": item.word} for item in self.equal_change],
             "statements": statements,
             "caveats": list(self.caveats),
             "tables": {
@@ -154,11 +166,16 @@ def _tone(interval: Interval, better: Better | None) -> Tone:
 
 
 def label(column: str) -> str:
-    """The words for a score column: ``reward/object_redness`` is "object_redness", ``change/total`` "change"."""
+    """The name of a score column: ``reward/object_redness`` is "object_redness", ``change/total`` "change"."""
     kind, name = column.split("/", 1)
     if kind == "reward":
         return name
     return "change" if name == "total" else f"{name} change"
+
+
+def words(column: str) -> str:
+    """`label` for a sentence: "object redness"."""
+    return label(column).replace("_", " ")
 
 
 def describe(config: Config) -> str:
@@ -233,10 +250,11 @@ def summarize(experiment: Experiment) -> Summary:
         matched_reward(scores, on, [name for name in columns if name != on], better=better)
         for on, better in [*trained.items(), ("change/total", "higher")]
     ]
+    training = _training(experiment, list(METRICS))
     return Summary(
         name=config.experiment.name,
         facts=_facts(experiment),
-        columns={name: label(name) for name in columns},
+        columns={name: words(name) for name in columns},
         trained=trained,
         arms=_arm_table(experiment, columns),
         seed_means=_seed_means(scores, columns),
@@ -244,14 +262,71 @@ def summarize(experiment: Experiment) -> Summary:
         curves=evaluation_curves(scores, columns),
         seed_curves=evaluation_curves(scores, columns, per_seed=True),
         matched=pd.concat([table.reindex(columns=_MATCHED + columns) for table in matched], ignore_index=True),
-        training=_training(experiment, list(METRICS)),
+        training=training,
         clip_by_step=_clip_by_step(experiment),
+        flat=_flat(training, experiment),
+        equal_change=_equal_change(experiment, focus, trained, side),
         headline=headline,
         against_base=against_base,
         layout=compare(focus, controls, list(trained)),
         side_effects=compare(list(trained_arms), ["base"], side),
         caveats=_caveats(experiment, final, config),
         confidence=config.evaluation.confidence,
+    )
+
+
+def _flat(training: pd.DataFrame, experiment: Experiment) -> dict[str, str]:
+    told = flat_metrics(training, experiment)
+    return {metric: text if text.endswith(".") else f"{METRICS[metric][0]}: {text}." for metric, text in told.items()}
+
+
+def _equal_change(
+    experiment: Experiment, arms: Sequence[str], trained: Mapping[str, Better], side: Sequence[str]
+) -> tuple[EqualChange, ...]:
+    """Every arm with credit of its own against GRPO, on every trained reward."""
+    settings = experiment.config.evaluation
+    found = (
+        equal_change(
+            experiment.scores, arm, "grpo", column, side, better=better,
+            resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed,
+        )
+        for column, better in trained.items()
+        for arm in arms
+        if "grpo" in experiment.arms and arm != "grpo"
+    )  # fmt: skip
+    return tuple(item for item in found if item is not None)
+
+
+def summarize_training(experiment: Experiment, evaluated: Summary | None = None) -> Summary:
+    """What can be said while runs train: all curves, beside the numbers of what is evaluated already."""
+    training = _training(experiment, list(METRICS))
+    told: dict[str, Any] = {
+        "training": training,
+        "clip_by_step": _clip_by_step(experiment),
+        "flat": _flat(training, experiment),
+    }
+    if evaluated is not None:
+        return replace(evaluated, **told)
+    empty = compare_arms(experiment.scores, [])
+    return Summary(
+        name=experiment.config.experiment.name,
+        facts=_facts(experiment),
+        columns={},
+        trained={},
+        arms=_arm_table(experiment, []),
+        seed_means=pd.DataFrame(),
+        comparisons=empty,
+        curves=pd.DataFrame(),
+        seed_curves=pd.DataFrame(),
+        matched=pd.DataFrame(),
+        **told,
+        equal_change=(),
+        headline=(),
+        against_base=(),
+        layout=(),
+        side_effects=(),
+        caveats=(),
+        confidence=experiment.config.evaluation.confidence,
     )
 
 
@@ -324,7 +399,7 @@ def _arm_table(experiment: Experiment, columns: Sequence[str]) -> pd.DataFrame:
                 "arm": arm,
                 "seeds": " ".join(str(run.config.seed) for run in runs),
                 "seed_count": len(runs),
-                "update": int(final["update"].max()),
+                "update": 0 if final.empty else int(final["update"].max()),
                 "objective": "untrained" if arm == "base" else describe(runs[0].config),
                 **{name: mean_score(final, name) for name in columns},
             }

@@ -1,0 +1,76 @@
+"""What the page shows of each prompt: references to pictures, and the scores of what they show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Kept updates are shown of the first so many prompts.
+HISTORY_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One sample of one run at one update.
+
+    Attributes:
+        picture, veil: what an ``img`` reads; a veil, there for final samples alone, lies over the picture.
+        film, veiled_film: of a video, what a ``video`` reads: as it is, and with what its maps leave out dimmed.
+        scores: by column.
+        original: the sample's file, relative to the page.
+    """
+
+    run: str
+    arm: str
+    seed: int
+    update: int
+    final: bool
+    picture: str
+    veil: str | None
+    film: str | None
+    veiled_film: str | None
+    scores: Mapping[str, float]
+    original: str
+
+
+@dataclass(frozen=True)
+class ShownPrompt:
+    """One prompt with the samples of one noise: of every run the final one, and those of kept updates."""
+
+    id: str
+    text: str
+    shots: tuple[Shot, ...]
+
+    def first(self, arm: str) -> Shot:
+        """The final sample of an arm's first seed."""
+        return next(shot for shot in self.shots if shot.arm == arm and shot.final)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All held-out prompts of an experiment, in the evaluation's order.
+
+    Attributes:
+        files: what lies beside the page, by path; empty where the page holds its pictures itself.
+        size: width and height of a picture in pixels.
+        pixelated: whether enlarged pictures keep hard pixel edges.
+        videos: whether samples are videos.
+    """
+
+    prompts: tuple[ShownPrompt, ...]
+    files: Mapping[str, bytes]
+    size: tuple[int, int]
+    pixelated: bool
+    videos: bool
+
+    @property
+    def arms(self) -> list[str]:
+        """Arms that are shown, in order."""
+        return list(dict.fromkeys(shot.arm for prompt in self.prompts[:1] for shot in prompt.shots))
+
+    @property
+    def runs(self) -> list[Shot]:
+        """The final sample of each run that is shown, of the first prompt."""
+        return [shot for prompt in self.prompts[:1] for shot in prompt.shots if shot.final]
+
+
+#: Of an experiment that nothing is evaluated of.
+NO_PICTURES = Gallery((), {}, (1, 1), pixelated=False, videos=False)

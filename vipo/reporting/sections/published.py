@@ -1,0 +1,31 @@
+"""The published table of the experiment's source beside what was measured here."""
+
+from typing import Any
+
+from vipo.evaluation.statistics import decimals
+from vipo.reporting.sections.context import Page, Section
+
+
+def published(page: Page) -> Section | None:
+    """Each published number with ours at its right; what was not run or not measured says so."""
+    table = getattr(page.experiment.config.experiment, "published", None)
+    if table is None:
+        return None
+    arms = {row["arm"]: row for row in page.summary.arms.to_dict("records")}
+    heads = [{"title": column.title, "domain": column.domain} for column in table.columns]
+    rows = []
+    for arm, row in table.rows.items():
+        cells = [
+            {"theirs": "not published" if value is None else f"{value:g}", "ours": _ours(arms.get(arm), column.metric)}
+            for column, value in zip(table.columns, row.values, strict=True)
+        ]
+        rows.append({"arm": arm, "title": row.title, "known": arm in arms, "cells": cells})
+    return Section("published", "Published", {"source": table.source, "heads": heads, "rows": rows})
+
+
+def _ours(row: dict[str, Any] | None, metric: str) -> str:
+    if row is None:
+        return "not run"
+    if metric not in row:
+        return "not measured"
+    return f"{row[metric]:.{max(4, decimals(row[metric]))}f}".replace("-", "−")

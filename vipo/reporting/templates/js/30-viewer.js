@@ -1,0 +1,139 @@
+// One prompt at a time: before and after, zoom, map, updates, and every arm and seed beside each other.
+if (data) {
+  const ids = () => $$(".prompt:not([hidden])").map(card => card.dataset.prompt);
+  const main = data.arms.includes("vipo") ? "vipo" : data.arms.at(-1);
+  const state = { id: null, left: null, right: null, update: null };
+
+  const range = (id, min, max, step, value, oninput) =>
+    make("input", { type: "range", id, min, max, step, value, oninput });
+  const title = make("h2", { id: "viewer-title", dir: "auto" });
+  const before = make("div", { class: "side before" }), after = make("div", { class: "side after" });
+  const stage = make("div", { class: "stage" }, before, after);
+  const names = [make("span"), make("span")];
+  const choose = side => make("select", { id: "viewer-" + side, onchange: event => { state[side] = event.target.value; state.update = null; draw(); } },
+    ...data.runs.map(run => make("option", { value: run.name }, runName(run))));
+  const left = choose("left"), right = choose("right");
+  const split = range("viewer-split", 0, 100, 1, 50, () => stage.style.setProperty("--split", split.value + "%"));
+  const zoom = range("viewer-zoom", 1, 8, .5, 1, () => stage.style.setProperty("--zoom", zoom.value));
+  const update = range("viewer-update", 0, 0, 1, 0, () => { state.update = Number(update.value); draw(); });
+  const updateTold = make("output", { for: "viewer-update" });
+  const map = make("input", { type: "checkbox", id: "viewer-map", onchange: () => draw() });
+  const play = make("button", { type: "button", onclick: () => playAll(!playing()) }, "Play");
+  const original = make("a", { href: "#" }, "file of this sample");
+  const list = make("ul", { class: "runs", "aria-label": "All arms and seeds" });
+  const scores = make("tbody");
+  const label = (control, ...text) => make("label", { for: control.id }, ...text);
+  const updateRow = [label(update, "Update ", updateTold), update];
+  const body = make("div", { class: "viewer-body" },
+    make("div", {},
+      stage,
+      make("div", { class: "stage-names" }, ...names),
+      make("div", { class: "viewer-controls" },
+        label(split, "Before and after"), split, label(zoom, "Zoom"), zoom, ...updateRow,
+        label(left, "Left"), left, label(right, "Right"), right,
+        label(map, "Map"), make("span", {}, map, " ", play, " ", original))),
+    make("div", {}, list,
+      make("div", { class: "viewer-scores" }, make("table", {}, make("caption", {}, "Scores of the left and the right sample."),
+        make("thead", {}, make("tr", {}, ...["Measure", "left", "right", "difference"].map(text => make("th", { scope: "col" }, text)))), scores))));
+  const step = by => { const all = ids(), place = all.indexOf(state.id); location.hash = "#prompt-" + encodeURIComponent(all[(place + by + all.length) % all.length]); };
+  const dialog = make("dialog", { id: "viewer", "aria-labelledby": "viewer-title" },
+    make("div", { class: "viewer-head" }, title,
+      make("button", { type: "button", onclick: () => step(-1), "aria-label": "Previous prompt" }, "←"),
+      make("button", { type: "button", onclick: () => step(1), "aria-label": "Next prompt" }, "→"),
+      make("button", { type: "button", onclick: () => dialog.close() }, "Close")),
+    body);
+  dialog.classList.toggle("pixelated", data.pixelated);
+  stage.style.setProperty("--ratio", data.size[0] + " / " + data.size[1]);
+  stage.style.setProperty("--wide", data.size[0] / data.size[1]);
+  document.body.append(dialog);
+
+  const films = () => $$("video", stage);
+  const playing = () => films().some(film => !film.paused);
+  const playAll = on => {
+    films().forEach(film => { if (on) { film.currentTime = films()[0].currentTime; film.play(); } else film.pause(); });
+    play.textContent = on ? "Pause" : "Play";
+  };
+  const picture = (shot, told) => {
+    if (shot.f) return [make("video", { class: "plain", src: map.checked && shot.m ? shot.m : shot.f, poster: shot.p, muted: true, loop: true, playsinline: true, "aria-label": told })];
+    const veil = map.checked && shot.v ? make("img", { class: "veil-shown", src: shot.v, alt: "" }) : null;
+    return [make("img", { class: "plain", src: shot.p, alt: told }), veil];
+  };
+  const fill = (side, shot, told) => side.replaceChildren(make("div", { class: "zoomed" }, ...picture(shot, told).filter(Boolean)));
+  const at = (name, update) => { const all = shotsOf(state.id, name); return all.findLast(shot => update === null || shot.u <= update) || all[0]; };
+
+  const draw = () => {
+    const all = shotsOf(state.id, state.right);
+    update.max = String(all.length - 1);
+    const place = state.update === null ? all.length - 1 : Math.min(state.update, all.length - 1);
+    update.value = String(place);
+    updateRow.forEach(item => { item.hidden = all.length < 2; });
+    const [one, other] = [finalOf(state.id, state.left), all[place]];
+    updateTold.textContent = place === all.length - 1 ? other.u + " (final)" : String(other.u);
+    const told = [runName(runOf(state.left)), runName(runOf(state.right)) + (all.length > 1 ? ", update " + other.u : "")];
+    names.forEach((item, index) => { item.textContent = told[index]; });
+    fill(before, one, told[0]);
+    fill(after, other, told[1]);
+    left.value = state.left;
+    right.value = state.right;
+    play.hidden = !films().length;
+    play.textContent = "Play";
+    original.href = other.o;
+    list.replaceChildren(...data.runs.filter(run => data.prompts[state.id][run.name]).map(run => {
+      const shot = finalOf(state.id, run.name), first = data.columns[0];
+      return make("li", {}, make("button", { type: "button", "aria-pressed": String(run.name === state.right), onclick: () => { state.right = run.name; state.update = null; draw(); } },
+        make("span", { class: "shot" }, make("img", { class: "plain", src: shot.p, alt: "", width: data.size[0], height: data.size[1] })),
+        runName(run) + " ", make("span", { class: "interval" }, first ? shownNumber(shot.s[0]) : "")));
+    }));
+    scores.replaceChildren(...data.columns.map((column, index) => make("tr", {},
+      make("th", { scope: "row" }, column.label), make("td", {}, shownNumber(one.s[index])), make("td", {}, shownNumber(other.s[index])),
+      make("td", {}, signed(other.s[index] - one.s[index])))));
+  };
+  const open = id => {
+    Object.assign(state, { id, left: firstRun("base").name, right: state.right || firstRun(main).name, update: null });
+    title.textContent = $("h3", cardOf(id)).textContent;
+    // What scrolls can be reached by keyboard.
+    title.toggleAttribute("tabindex", title.textContent.length > 300);
+    draw();
+    if (!dialog.open) dialog.showModal();
+  };
+  const follow = () => {
+    if (!location.hash.startsWith("#prompt-")) return;
+    let id = location.hash.slice("#prompt-".length);
+    try { id = decodeURIComponent(id); } catch { return; }
+    if (Object.hasOwn(data.prompts, id)) open(id);
+  };
+  addEventListener("hashchange", follow);
+  document.addEventListener("click", event => {
+    const link = event.target.closest("a[href^='#prompt-']");
+    if (link && link.hash === location.hash) follow();
+    const card = event.target.closest(".prompt .shot");
+    if (card && !card.querySelector("video")) {
+      const figure = card.closest("figure"), id = card.closest(".prompt").dataset.prompt;
+      if (runOf(figure.dataset.run).arm !== "base") state.right = figure.dataset.run;
+      if (location.hash === "#prompt-" + encodeURIComponent(id)) open(id);
+      else location.hash = "#prompt-" + encodeURIComponent(id);
+    }
+  });
+  dialog.addEventListener("close", () => {
+    playAll(false);
+    const card = cardOf(state.id);
+    // Without a jump of the page: the link stays the prompt's own until then.
+    history.replaceState(null, "", location.pathname + location.search);
+    $(".open", card).focus({ preventScroll: true });
+  });
+  dialog.addEventListener("keydown", event => {
+    if (event.target.matches("input, select")) return;
+    if (event.key === "ArrowLeft") step(-1);
+    if (event.key === "ArrowRight") step(1);
+  });
+  const drag = event => {
+    const box = stage.getBoundingClientRect();
+    const [x, y] = [100 * (event.clientX - box.left) / box.width, 100 * (event.clientY - box.top) / box.height];
+    stage.style.setProperty("--at-x", x + "%");
+    stage.style.setProperty("--at-y", y + "%");
+    if (event.buttons === 1) { split.value = String(Math.round(x)); split.dispatchEvent(new Event("input")); }
+  };
+  stage.addEventListener("pointermove", drag);
+  stage.addEventListener("pointerdown", drag);
+  follow();
+}
