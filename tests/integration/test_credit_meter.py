@@ -20,6 +20,7 @@ from vipo.config.validation import ConfigError
 from vipo.credit.meter.gradients import MeterError
 from vipo.credit.meter.subject import Group, Subject, chain_rewards
 from vipo.evaluation import meter as stage
+from vipo.evaluation.meter_arms import Placement
 from vipo.generators import load_generator
 from vipo.objectives import group_advantages
 from vipo.provenance import ProvenanceError, read_provenance, verify_outputs
@@ -199,9 +200,9 @@ def test_advantages_are_placed_as_training_places_them(
     seen: dict[str, object] = {}
     placed = stage.place_advantages
 
-    def kept(subject: Subject, arms: dict, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    def kept(subject: Subject, arms: dict, groups: Sequence[Group]) -> Placement:
         found = placed(subject, arms, groups)
-        seen.update(subject=subject, arms=arms, groups=groups, found=found)
+        seen.update(subject=subject, arms=arms, groups=groups, found=found.values)
         return found
 
     monkeypatch.setattr(stage, "place_advantages", kept)

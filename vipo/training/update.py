@@ -8,16 +8,24 @@ micro-batches of the rollout are those of learning: the same network calls, henc
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vipo import credit
-from vipo.credit import Credit, Samples
+from vipo.credit import Costs, Credit, Samples
+from vipo.credit.steps import clean_estimate, step_costs
 from vipo.generators.embeddings import stack_conditioning
-from vipo.objectives import Advantages, GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
+from vipo.objectives import (
+    Advantages,
+    GroupAdvantages,
+    allocate_advantages,
+    best_and_worst,
+    group_advantages,
+    step_advantages,
+)
 from vipo.rewards import RewardError, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
@@ -47,6 +55,7 @@ class Rollouts:
         batches: this process's micro-batches, n samples in all; each knows the rows of its samples.
         pictures: ``(n, *sample_shape)`` float32 in [0, 1], decoded from them in their order.
         seen: by credit source, what it saw while each micro-batch was drawn.
+        stochastic: the steps that drew noise.
     """
 
     number: int
@@ -55,6 +64,7 @@ class Rollouts:
     batches: list[MicroBatch]
     pictures: Tensor
     seen: dict[str, list[Any]]
+    stochastic: range
 
     @property
     def rows(self) -> list[int]:
@@ -64,9 +74,17 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of all samples, ``(N,)`` on the CPU, by the label of their term; not finite where there is none."""
+    """Rewards of all samples, by the label of their term, on the CPU; not finite where there is none.
+
+    Attributes:
+        rewards: ``(N,)``.
+        steps: ``(N, S + 1)``, of the estimates of x0 before each transition, and of the sample; {} without step credit.
+        costs: of those estimates, for each sample.
+    """
 
     rewards: dict[str, Tensor]
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
 
 
 Show = Callable[[Rollouts, Tensor | None], None]
@@ -99,7 +117,7 @@ def update(
     with sampling_policy(setup):
         rollouts = roll_out(setup, number, stop_if_asked)
     with setup.timer("reward"):
-        scores = score_samples(setup, rollouts)
+        scores = score_transitions(setup, rollouts, score_samples(setup, rollouts))
     with setup.timer("map"):
         found = assign_credit(setup, rollouts)
     if show is not None:
@@ -107,6 +125,7 @@ def update(
             show(rollouts, found.weights)
     advantages = form_advantages(setup, rollouts, scores, found)
     metrics = reward_metrics(setup, scores, advantages) | dict(found.metrics)
+    metrics |= {f"credit/{name}": float(count) for name, count in (found.costs + scores.costs).counted.items()}
     lesson = choose_lesson(setup, rollouts, found, advantages)
     # The pictures of an update are many, and so is what best_of leaves out; learning is where memory peaks.
     del rollouts, found
@@ -145,7 +164,7 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
         ]
         steps: list[Key] = [(config.seed, "step", number, s.prompt.id, s.index) for s in chunk]
         for source in setup.sources.values():
-            source.before_rollout(setup.generator)
+            source.before_rollout(setup.generator, [sample.prompt for sample in chunk])
         with setup.timer("rollout"):
             trajectory = rollout(
                 setup.generator, conditioning, setup.chain, stochastic, initial, steps, config.sampling.ode or "euler"
@@ -161,24 +180,51 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
                 pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
             pictures[place * size : (place + 1) * size] = decoded
     groups = torch.tensor([sample.group for sample in samples])
-    return Rollouts(number, samples, groups, batches, pictures, seen)
+    return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
 
 
 def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
     """Each reward of all samples."""
+    return Scores(_scored(setup, rollouts, rollouts.pictures))
+
+
+def score_transitions(setup: Setup, rollouts: Rollouts, scores: Scores) -> Scores:
+    """With step credit, each reward of every estimate of x0 along the chains as well; the sample's own are known."""
+    estimate, found = setup.config.credit.steps, []
+    if estimate == "none":
+        return scores
+    for step in setup.chain.trainable:
+        with sampling_policy(setup):
+            estimates = [
+                clean_estimate(
+                    setup.generator,
+                    batch.conditioning,
+                    batch.trajectory,
+                    setup.chain,
+                    step,
+                    stochastic=rollouts.stochastic,
+                    estimate=estimate,
+                )
+                for batch in rollouts.batches
+            ]
+        pictures = torch.cat([setup.generator.pictures(latents) for latents in estimates])
+        found.append(_scored(setup, rollouts, pictures))
+    found.append(scores.rewards)
+    steps = {label: torch.stack([own[label] for own in found], dim=1) for label in setup.rewards}
+    return replace(scores, steps=steps, costs=step_costs(estimate, setup.chain.steps, len(setup.rewards)))
+
+
+def _scored(setup: Setup, rollouts: Rollouts, pictures: Tensor) -> dict[str, Tensor]:
     rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
     for label, reward in setup.rewards.items():
         with in_use(reward):
-            for batch, pictures in zip(rollouts.batches, _pieces(setup, rollouts), strict=True):
+            pieces = pictures.split(setup.config.training.micro_batch)
+            for batch, piece in zip(rollouts.batches, pieces, strict=True):
                 own = [rollouts.samples[row] for row in batch.rows]
                 texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-                rewards[label][list(batch.rows)] = score(label, reward, pictures, texts, metadata)
+                rewards[label][list(batch.rows)] = score(label, reward, piece, texts, metadata)
     rows = rollouts.rows
-    return Scores({name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()})
-
-
-def _pieces(setup: Setup, rollouts: Rollouts) -> tuple[Tensor, ...]:
-    return rollouts.pictures.split(setup.config.training.micro_batch)
+    return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}
 
 
 def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:
@@ -204,7 +250,8 @@ def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:
         update=rollouts.number,
         gather=lambda local: in_order(setup, local, rollouts.batches),
     )
-    return credit.assign_credit(setup.sources, samples, setup.config.credit.control, rollouts.seen)
+    config = setup.config.credit
+    return credit.assign_credit(setup.sources, samples, config.control, rollouts.seen, config.mixture)
 
 
 def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Credit) -> GroupAdvantages:
@@ -214,15 +261,13 @@ def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Cre
         RewardError: no sample has a finite reward.
     """
     config, multiplied = setup.config.advantages, setup.config.credit.multiplies
-    result = group_advantages(
-        scores.rewards,
-        {term.label: term.weight for term in setup.config.reward.terms},
-        rollouts.groups,
-        config.std_floor,
-        config.clip,
-        config.std,
-        found.weights.cpu() if found.weights is not None and multiplied == "reward" else None,
-    )
+    weights = {term.label: term.weight for term in setup.config.reward.terms}
+    options = (rollouts.groups, config.std_floor, config.clip, config.std)
+    if scores.steps:
+        result = step_advantages(scores.steps, weights, *options)
+    else:
+        credit_of = found.weights.cpu() if found.weights is not None and multiplied == "reward" else None
+        result = group_advantages(scores.rewards, weights, *options, credit_of)
     if not bool(result.valid.any()):
         raise RewardError(
             f"update {rollouts.number}: no sample has a finite reward; check the rewards {', '.join(scores.rewards)}"
@@ -260,7 +305,11 @@ def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: G
     values, scalar = values.to(setup.device), scalar.to(setup.device)
     own = Advantages(values, scalar)
     if found.weights is not None and setup.config.credit.multiplies == "advantage":
-        own = Advantages(allocate_advantages(values, found.weights), scalar, found.weights)
+        weights = found.weights
+        if values.ndim == 2 and weights.ndim < batches[0].trajectory.clean.ndim:
+            # One map a sample, and an advantage a transition.
+            weights = weights.unsqueeze(1).expand(-1, values.shape[1], *weights.shape[1:])
+        own = Advantages(allocate_advantages(values, weights), scalar, weights)
     return Lesson(rollouts.number, batches, own, rollouts.samples)
 
 

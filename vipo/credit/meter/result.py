@@ -1,8 +1,8 @@
 """From the records of a measurement to estimates: cosines, gains, ratios to the first source, and what is missing."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,8 @@ class Result:
         agreement: of both estimators; None where one is missing.
         change: what every step changed, in the units of the plan's size.
         needed: None where it cannot be told.
+        costs: by source, what it takes of each sample beyond sampling, decoding and scoring it once; what is 0 is left
+            out.
     """
 
     first: str
@@ -115,6 +117,7 @@ class Result:
     agreement: Agreement | None
     change: float | None
     needed: Needed | None
+    costs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For ``json.dumps``; what is not finite is None."""

@@ -1,9 +1,21 @@
 """A measurement as text for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vipo.credit.meter.result import Along, Result
 from vipo.credit.meter.statistics import Estimate
+
+COSTS: Mapping[str, str] = MappingProxyType(
+    {
+        "backbone_calls": "backbone calls",
+        "network_calls": "network calls",
+        "decodes": "decodes",
+        "reward_calls": "reward calls",
+        "bytes_kept": "bytes kept",
+    }
+)
+"""What is counted of a source (`vipo.credit.costs.Costs`), and what readers see."""
 
 
 def table(result: Result, size: str, confidence: float = 0.95) -> str:
@@ -34,6 +46,8 @@ def table(result: Result, size: str, confidence: float = 0.95) -> str:
             *_steps(result),
             "",
         ]
+    if result.costs:
+        lines += ["cost of each sample, beyond sampling, decoding and scoring it once", *_costs(result), ""]
     lines += _notes(result, confidence)
     return "\n".join(lines)
 
@@ -64,6 +78,16 @@ def _steps(result: Result) -> list[str]:
         shares = {at.step: at.share for at in result.steps if at.source == source}
         cells = (_percent(shares[step]) for step in steps)
         rows.append(f"  {source:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    return rows
+
+
+def _costs(result: Result) -> list[str]:
+    names = [name for name in COSTS if any(name in counted for counted in result.costs.values())]
+    width = max(len("source"), *map(len, result.costs))
+    heads = "".join(f"{COSTS[name]:>18}" for name in names)
+    rows = [f"  {'source':<{width}}{heads}" if names else "  none"]
+    for source, counted in result.costs.items() if names else ():
+        rows.append(f"  {source:<{width}}" + "".join(f"{counted.get(name, 0):>18}" for name in names))
     return rows
 
 
