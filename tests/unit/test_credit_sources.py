@@ -90,7 +90,7 @@ def test_features_of_a_backbone_are_compared_on_the_latents_grid() -> None:
     config = load_config(["experiment=demo", "arm=contrast", "credit.sources=[{name: contrast, of: features}]"])
     assert config.credit.reads_backbone
     assert not load_config(["experiment=demo", "arm=contrast"]).credit.reads_backbone
-    generator, sources = _loaded({"name": "contrast", "of": "features"})
+    _, sources = _loaded({"name": "contrast", "of": "features"})
     pictures = torch.full((2, 3, 64, 64), 0.5)
     pictures[0, :, :32, :32] = 1.0
     samples = Samples(

@@ -128,7 +128,8 @@ def measure_credit(
 
         def advance(records: Sequence[Record]) -> None:
             if len(records) > 2 and (needed := summarise(records, reference, meter.width, meter.confidence).needed):
-                bar.set_postfix({f"for ± {meter.width:g}": f"{needed.updates} updates"}, refresh=False)
+                groups = needed.updates * plan.update_groups
+                bar.set_postfix({f"for ± {meter.width:g}": f"{groups} groups"}, refresh=False)
             bar.update(costs.update + costs.steps * (len(records) <= plan.stepped))
 
         reference = None
@@ -213,7 +214,7 @@ def _plan(meter: MeterConfig, config: Config) -> Plan:
 
 def _identity(configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[Path]) -> str:
     """What decides the parts of a measurement; how many updates, and what is told of them, decide none of it."""
-    told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms"})
+    told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms", "checkpoints"})
     data: dict[str, Any] = {
         "meter": told,
         "arms": {name: config.training_identity() for name, config in configs.items()},
@@ -230,7 +231,7 @@ def write_result(result: Result, configs: Mapping[str, Config], meter: MeterConf
         "seed": first.seed,
         "reward": first.reward.model_dump(mode="json"),
         "arms": {name: config.credit.model_dump(mode="json") for name, config in configs.items()},
-        "meter": meter.model_dump(mode="json"),
+        "meter": meter.model_dump(mode="json", exclude={"checkpoints"}),
         "result": result.as_json(),
     }
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
