@@ -283,7 +283,7 @@ def test_it_is_a_stage_of_an_experiment_that_asks_for_it(tmp_path: Path) -> None
     def planned(*changed: str) -> str:
         words = [*command[:-1], *(changed or command[-1:])]
         # One process, and only its plan.
-        done = subprocess.run([*words, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run([*words, "-n", "-p"], cwd=tmp_path, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
 
     text = planned()

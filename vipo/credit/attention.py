@@ -254,9 +254,10 @@ def words_attention(
         return None
     own = slice(batch - len(words), None)
     q, k = query[own, :, picture : picture + count].float(), key[own].float()
-    chosen = torch.zeros(len(words), keys, device=key.device)
+    chosen = torch.zeros(len(words), keys)
     for row, places in enumerate(words):
         chosen[row, [text + place for place in places]] = 1.0
+    chosen = chosen.to(key.device)
     whole = None if mask is None else mask.expand(batch, *mask.shape[1:-2], queries, keys)[own]
     if whole is not None and whole.ndim == 3:
         whole = whole[:, None]

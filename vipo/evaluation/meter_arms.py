@@ -73,7 +73,7 @@ def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence
     clean = torch.cat([batch.trajectory.clean for batch in batches])
     members = torch.arange(len(groups)).repeat_interleave(subject.group_size)
     rewards = chain_rewards(subject, batches)
-    estimated: dict[str, dict[str, Tensor]] = {"none": {}}
+    estimated: dict[str, dict[str, Tensor]] = {}
     pictures = torch.cat([subject.generator.pictures(batch.trajectory.clean) for batch in batches])
     samples = Samples(
         pictures=pictures,
@@ -95,11 +95,11 @@ def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence
         config, section = arm.config.advantages, arm.config.credit
         credit = assign_credit(arm.sources, samples, section.control, seen, section.mixture)
         weights, costs[name] = credit.weights, credit.costs
-        if section.steps not in estimated:
-            estimated[section.steps] = _step_rewards(subject, batches, rewards, section.steps)
         options = (subject.weights, members, config.std_floor, config.clip, config.std)
         if section.steps != "none":
             costs[name] += step_costs(section.steps, subject.chain.steps, len(rewards))
+            if section.steps not in estimated:
+                estimated[section.steps] = _step_rewards(subject, batches, rewards, section.steps)
             values = step_advantages(estimated[section.steps], *options).values
         else:
             credit_of = weights.cpu() if weights is not None and section.multiplies == "reward" else None

@@ -8,15 +8,13 @@ micro-batches of the rollout are those of learning: the same network calls, henc
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vipo import credit
-from vipo.credit import Costs, Credit, Samples
-from vipo.credit.steps import clean_estimate, step_costs
+from vipo.credit import Credit, Samples
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import (
     Advantages,
@@ -26,65 +24,23 @@ from vipo.objectives import (
     group_advantages,
     step_advantages,
 )
-from vipo.rewards import RewardError, in_use, score
+from vipo.rewards import RewardError
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
+from vipo.training.rollouts import Rollouts, in_order
 from vipo.training.samples import (
     MicroBatch,
-    Sample,
     arrange_samples,
     chosen_transitions,
     concatenated,
     update_prompts,
 )
+from vipo.training.scores import Scores, score_samples, score_transitions
 from vipo.training.setup import Setup
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What an update sampled.
-
-    Attributes:
-        number: of the update.
-        samples: all N of the update, in their order.
-        groups: ``(N,)`` int64, the group of each sample.
-        batches: this process's micro-batches, n samples in all; each knows the rows of its samples.
-        pictures: ``(n, *sample_shape)`` float32 in [0, 1], decoded from them in their order.
-        seen: by credit source, what it saw while each micro-batch was drawn.
-        stochastic: the steps that drew noise.
-    """
-
-    number: int
-    samples: list[Sample]
-    groups: Tensor
-    batches: list[MicroBatch]
-    pictures: Tensor
-    seen: dict[str, list[Any]]
-    stochastic: range
-
-    @property
-    def rows(self) -> list[int]:
-        """Of this process's samples."""
-        return [row for batch in self.batches for row in batch.rows]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Rewards of all samples, by the label of their term, on the CPU; not finite where there is none.
-
-    Attributes:
-        rewards: ``(N,)``.
-        steps: ``(N, S + 1)``, of the estimates of x0 before each transition, and of the sample; {} without step credit.
-        costs: of those estimates, for each sample.
-    """
-
-    rewards: dict[str, Tensor]
-    steps: dict[str, Tensor] = field(default_factory=dict)
-    costs: Costs = field(default_factory=Costs)
 
 
 Show = Callable[[Rollouts, Tensor | None], None]
@@ -181,55 +137,6 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
             pictures[place * size : (place + 1) * size] = decoded
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
-
-
-def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
-    """Each reward of all samples."""
-    return Scores(_scored(setup, rollouts, rollouts.pictures))
-
-
-def score_transitions(setup: Setup, rollouts: Rollouts, scores: Scores) -> Scores:
-    """With step credit, each reward of every estimate of x0 along the chains as well; the sample's own are known."""
-    estimate, found = setup.config.credit.steps, []
-    if estimate == "none":
-        return scores
-    for step in setup.chain.trainable:
-        with sampling_policy(setup):
-            estimates = [
-                clean_estimate(
-                    setup.generator,
-                    batch.conditioning,
-                    batch.trajectory,
-                    setup.chain,
-                    step,
-                    stochastic=rollouts.stochastic,
-                    estimate=estimate,
-                )
-                for batch in rollouts.batches
-            ]
-        pictures = torch.cat([setup.generator.pictures(latents) for latents in estimates])
-        found.append(_scored(setup, rollouts, pictures))
-    found.append(scores.rewards)
-    steps = {label: torch.stack([own[label] for own in found], dim=1) for label in setup.rewards}
-    return replace(scores, steps=steps, costs=step_costs(estimate, setup.chain.steps, len(setup.rewards)))
-
-
-def _scored(setup: Setup, rollouts: Rollouts, pictures: Tensor) -> dict[str, Tensor]:
-    rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
-    for label, reward in setup.rewards.items():
-        with in_use(reward):
-            pieces = pictures.split(setup.config.training.micro_batch)
-            for batch, piece in zip(rollouts.batches, pieces, strict=True):
-                own = [rollouts.samples[row] for row in batch.rows]
-                texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-                rewards[label][list(batch.rows)] = score(label, reward, piece, texts, metadata)
-    rows = rollouts.rows
-    return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}
-
-
-def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:
-    """Values ``(n, ...)`` of this process's samples, gathered to ``(N, ...)`` in the order of all samples."""
-    return setup.distribution.in_order(local, [row for batch in batches for row in batch.rows])
 
 
 def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:
