@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import _len_torch_function_stack
 
 from vipo.credit import CreditError
 from vipo.credit.attention import Capture, chosen_layers, matching_layers, words_attention
@@ -136,6 +137,25 @@ def test_a_capture_averages_layers_call_by_call_keeps_bits_and_leaves_nothing() 
             words_attention(query * (n + 1), key, words=[[1]], where=where, positions=POSITIONS) for n in range(2)
         ]
         torch.testing.assert_close(found[:, call], (layers[0] + layers[1]) / 2)
-    assert not any("forward" in vars(module) for module in network.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     with pytest.raises(CreditError, match=r"cannot be read: .* \(\[0, 0\] calls by layer\)"):
         Capture(modules, where, [[1]], POSITIONS).finish()
+
+
+def test_two_captures_at_once_and_a_call_that_raises_leave_nothing_behind() -> None:
+    """Two arms of a measurement that read attention; they end in the order in which they began."""
+    network, where = _Network(), _where("cross")
+    modules = [network.get_submodule(name) for name in matching_layers(network, where.layers)]
+    query, key = _drawn(1, HEADS, 6, WIDTH), _drawn(1, HEADS, 5, WIDTH, seed=1)
+    first, second = Capture(modules, where, [[1]], POSITIONS), Capture(modules[:1], where, [[2]], POSITIONS)
+    network(query, key)
+    found, other = first.finish(), second.finish()
+    alone = words_attention(query, key, words=[[2]], where=where, positions=POSITIONS)
+    torch.testing.assert_close(other[:, 0], alone)
+    assert not torch.equal(found, other)
+    broken = Capture(modules, where, [[1]], POSITIONS)
+    with pytest.raises(RuntimeError):
+        network(query, key[..., :2])
+    assert _len_torch_function_stack() == 0
+    with pytest.raises(CreditError, match="cannot be read"):
+        broken.finish()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from vipo.config.credit import AttentionCreditConfig
 from vipo.credit.contrast import normalized
@@ -150,17 +151,22 @@ class Capture:
         self._where, self._words, self._positions = where, words, tuple(positions)
         self._maps: list[Tensor] = []
         self._calls = [0] * len(modules)
-        self._modules = [(module, vars(module).get("forward")) for module in modules]
-        for place, module in enumerate(modules):
-            # A wrapped call, and no pair of hooks: an exception inside leaves nothing behind.
-            module.forward = self._listened(module.forward, place)
+        self._hooks = [hook for place, module in enumerate(modules) for hook in self._listen(module, place)]
 
-    def _listened(self, forward: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def listened(*args: Any, **options: Any) -> Any:
-            with _Listener(lambda *given: self._note(place, *given)):
-                return forward(*args, **options)
+    def _listen(self, module: nn.Module, place: int) -> list[RemovableHandle]:
+        listener = _Listener(lambda *given: self._note(place, *given))
 
-        return listened
+        def begin(*_: Any) -> None:
+            listener.__enter__()
+
+        def end(*_: Any) -> None:
+            listener.__exit__(None, None, None)
+
+        # The end comes whatever the call raises, and that of a later listener first.
+        return [
+            module.register_forward_pre_hook(begin),
+            module.register_forward_hook(end, prepend=True, always_call=True),
+        ]
 
     def _note(self, place: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> None:
         found = words_attention(
@@ -176,15 +182,13 @@ class Capture:
             self._maps[call] = self._maps[call] + found
 
     def finish(self) -> Tensor:
-        """The mean over the layers, ``(b, calls, [T,] H, W)`` float32; the modules are as they were.
+        """The mean over the layers, ``(b, calls, [T,] H, W)`` float32; the modules have no hook left.
 
         Raises:
             CreditError: a layer's attention was not seen, or not as often as the others'.
         """
-        for module, own in self._modules:
-            del module.forward
-            if own is not None:
-                module.forward = own
+        for hook in self._hooks:
+            hook.remove()
         if set(self._calls) != {len(self._maps)} or not self._maps:
             raise CreditError(
                 "credit source 'attention': the attention of this network cannot be read: a layer's call of "
