@@ -4,6 +4,7 @@ It is read while samples are drawn, of the very queries and keys that the networ
 itself is left as it is, so that every prediction keeps its bits.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -154,13 +155,13 @@ class Capture:
         self._hooks = [hook for place, module in enumerate(modules) for hook in self._listen(module, place)]
 
     def _listen(self, module: nn.Module, place: int) -> list[RemovableHandle]:
-        listener = _Listener(lambda *given: self._note(place, *given))
+        listener, call = _Listener(lambda *given: self._note(place, *given)), contextlib.ExitStack()
 
         def begin(*_: Any) -> None:
-            listener.__enter__()
+            call.enter_context(listener)
 
         def end(*_: Any) -> None:
-            listener.__exit__(None, None, None)
+            call.close()
 
         # The end comes whatever the call raises, and that of a later listener first.
         return [
