@@ -13,6 +13,7 @@ from vipo.credit import Context, Costs, CreditError, Samples, assign_credit, loa
 from vipo.credit.contrast import group_contrast
 from vipo.credit.occlusion import occlusion_map
 from vipo.credit.uniform import UniformCredit
+from vipo.generators.attention import TextAttention
 from vipo.prompts import Prompt
 from vipo.rewards import Scored
 
@@ -280,3 +281,16 @@ def test_a_patch_of_a_video_is_blurred_in_all_frames() -> None:
         y, x = divmod(place, 2)
         assert differs.sum() == 2 * 16
         assert differs[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].all()
+
+
+def test_attention_that_cannot_be_read_is_refused_by_name_before_the_run() -> None:
+    source, generator = load_sources(CreditConfig(sources=[{"name": "attention"}]))["attention"], ToyGenerator()
+    with pytest.raises(CreditError, match=r"generator\.family 'toy' does not say where its network attends"):
+        source.set_up(_context(generator, {}))
+    generator.text_attention = TextAttention((r"blocks\.\d+",), "cross", lambda config, root, texts: [[0]])
+    with pytest.raises(CreditError, match="ToyNetwork has no layer of the names that family 'toy' gives"):
+        source.set_up(_context(generator, {}))
+    # The network itself stands for a layer.
+    generator.text_attention = TextAttention(("",), "cross", lambda config, root, texts: [[]])
+    with pytest.raises(CreditError, match="the network reads no word of 'a'"):
+        source.set_up(_context(generator, {}))
