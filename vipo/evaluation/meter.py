@@ -116,9 +116,11 @@ def measure_credit(
 
     def placed(groups: Sequence[Group]) -> Mapping[str, Tensor]:
         placement = place_advantages(subject, arms, groups)
-        with atomic_file(folder / _COSTS) as path:
-            found = {name: costs.counted for name, costs in placement.costs.items()}
-            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        if not (folder / _COSTS).is_file():
+            # Of every update the same; an earlier process may have told them.
+            with atomic_file(folder / _COSTS) as path:
+                found = {name: costs.counted for name, costs in placement.costs.items()}
+                path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return placement.values
 
     with progress_bar(total=whole, description="credit", unit="pass") as bar:
