@@ -26,6 +26,7 @@ rule report:
         data=rules.summarize.output.data,
         samples=expand(rules.sample.output.pictures, run=RUNS),
         maps=expand(rules.score.output.maps, run=RUNS),
+        measured=MEASURED,
     output:
         page=f"{EXPERIMENT_DIR}/report/index.html",
     log:

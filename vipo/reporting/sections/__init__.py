@@ -6,6 +6,7 @@ from vipo.reporting.sections.change import change
 from vipo.reporting.sections.comparison import comparison
 from vipo.reporting.sections.configuration import configuration
 from vipo.reporting.sections.context import Page, Section
+from vipo.reporting.sections.credit import credit
 from vipo.reporting.sections.extremes import extremes
 from vipo.reporting.sections.files import files
 from vipo.reporting.sections.matched import matched
@@ -26,6 +27,7 @@ SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     published,
     matched,
     change,
+    credit,
     training,
     time,
     run,
