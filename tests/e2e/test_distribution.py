@@ -167,6 +167,23 @@ def test_kept_policies_are_the_same_on_any_number_of_processes(
             assert float((states[0][name] - other[name]).abs().max()) <= 1e-5, name
 
 
+def test_a_step_of_one_length_is_the_same_on_any_number_of_processes(
+    prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    """Its norm is that of all shards; whole in each of two, and in shards of two that one process takes up."""
+    alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
+    chosen = [*overrides, "training.updates=4", "optimizer=normalised", "optimizer.learning_rate=0.01"]
+    sharded = [*chosen, "distribution.strategy=fsdp"]
+    assert _ranks(
+        {"world": 1, "results": alone, "overrides": chosen},
+        {"world": 2, "results": two, "overrides": chosen},
+        {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
+        {"world": 1, "results": moved, "overrides": sharded},
+    ) == [[0], [0] * 2, [75, 75], [0]]
+    assert _largest_difference(alone, two) <= 1e-5
+    assert _largest_difference(alone, moved) <= 1e-5
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_processes_end_with_the_same_bytes(
     prepared: Path, overrides: list[str], tmp_path: Path, strategy: str

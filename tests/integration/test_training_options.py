@@ -210,6 +210,9 @@ RESUMED = {
     "slide": ["arm=vipo", "sampling.window={size: 2, every: 1}"],
     "kl": ["arm=vipo", "objective.kl_weight=0.1"],
     "kl-lora-best_of": ["arm=vipo", "objective.kl_weight=0.1", LORA, *MANY],
+    "sgd-lora": ["arm=vipo", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.learning_rate=0.1", LORA],
+    "normalised": ["arm=vipo", "optimizer=normalised", "optimizer.learning_rate=0.01"],
+    "adamw_8bit": ["arm=vipo", "optimizer=adamw_8bit"],
 }
 
 

@@ -1,23 +1,12 @@
-"""Sections `training`, `optimizer` and `distribution`."""
+"""Sections `training` and `distribution`."""
 
 import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from vipo.config.section import LARGEST_INT, MOST_SAMPLES, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from vipo.config.section import LARGEST_INT, MOST_SAMPLES, PositiveFloat, PositiveInt, Section
 from vipo.config.values import divisors
-
-
-class OptimizerConfig(Section):
-    """AdamW on fp32 weights."""
-
-    learning_rate: PositiveFloat = 1e-5
-    weight_decay: NonNegativeFloat = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), strict=False
-    )
-    max_grad_norm: PositiveFloat = 1.0
 
 
 class LoraConfig(Section):
@@ -120,7 +109,8 @@ class DistributionConfig(Section):
     """The processes that train one run together: how fast it is, and of its result no more than the order of sums."""
 
     strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="The network whole in every process, or its weights, gradients and AdamW state in shards."
+        "ddp",
+        description="The network whole in every process, or its weights, gradients and optimizer state in shards.",
     )
     processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Processes on each node, one a GPU.")
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1

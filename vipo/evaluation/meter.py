@@ -31,7 +31,7 @@ from vipo.prompts import read_prompts
 from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
-from vipo.training.setup import load_optimizer
+from vipo.training.optimizers import load_optimizer
 from vipo.training.state import content_hash
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,6 @@ from vipo.training.errors import TrainingError
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _FP32 = 4
-_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         "autoencoder": _bytes(generator.vae.parameters()),
         "reference": weights // shards if copied else 0,
         "kept policies": len(keeps) * gradients,
-        "AdamW": _MOMENTS * gradients,
+        config.optimizer.title: round(config.optimizer.state_bytes * trained) // shards,
         "embeddings": (prompts + own) * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
     }
@@ -194,7 +193,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared},
         flops=(drawn.get_total_flops() * (samples * steps + lessons * compared) + learned.get_total_flops() * lessons)
         // size,
-        disk=run_bytes(training, trained, len(keeps)),
+        disk=run_bytes(config, trained, len(keeps)),
     )
 
 

@@ -4,7 +4,6 @@ import copy
 import itertools
 import logging
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
-from vipo.config.training import OptimizerConfig
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
@@ -29,6 +27,7 @@ from vipo.training.checkpoints import run_bytes
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.old_policy import OldPolicy
+from vipo.training.optimizers import load_optimizer
 from vipo.training.samples import update_prompts
 
 log = logging.getLogger(__name__)
@@ -166,15 +165,6 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     return setup
 
 
-def load_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = False
-) -> torch.optim.AdamW:
-    """The optimizer of a run, before its first step; `fused` is PyTorch's one kernel, which rounds otherwise."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
-    )
-
-
 def load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
     """The chain of training samples; tells in what it, or the evaluation's, is not the checkpoint's.
 
@@ -220,7 +210,7 @@ def _check_resources(setup: Setup) -> None:
     config, folder = setup.config, setup.folder
     count = sum(value.numel() for value in setup.trainable.values())
     kept = len(setup.kept)
-    needed = run_bytes(config.training, count, kept)
+    needed = run_bytes(config, count, kept)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -232,10 +222,10 @@ def _check_resources(setup: Setup) -> None:
         total = torch.cuda.get_device_properties(setup.device).total_memory
         frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())
         shards = setup.distribution.processes if config.distribution.strategy == "fsdp" else 1
-        state = (4 * (4 + kept) * count + 4 * frozen) / shards
+        state = ((4 * (2 + kept) + config.optimizer.state_bytes) * count + 4 * frozen) / shards
         if state > total:
             raise TrainingError(
-                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference and the "
+                f"weights, gradients and optimizer state of {count / 1e9:.1f} G parameters, and the reference and the "
                 f"{kept} policies that the objective keeps beside them, need {state / 2**30:.0f} GiB in each "
                 f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp "
                 "on more devices"

@@ -85,8 +85,7 @@ def _check(setup: Setup, identity: str, checkpoint: Checkpoint) -> None:
         check_tensors(tensors.below("network"), setup.trainable, what)
         for name, policy in setup.kept.items():
             check_tensors(tensors.below(f"kept/{name}"), policy.tensors, what)
-        parameters = [value for group in setup.optimizer.param_groups for value in group["params"]]
-        check_optimizer(tensors.below("optimizer"), parameters, count, what)
+        check_optimizer(tensors.below("optimizer"), setup.optimizer, count, what)
 
 
 def set_aside_other(setup: Setup, identity: str) -> None:
