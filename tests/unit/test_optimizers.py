@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from vipo.config.compose import load_config, repository_root
@@ -23,7 +24,7 @@ from vipo.training.checkpoints import (
     save_checkpoint,
 )
 from vipo.training.errors import TrainingError
-from vipo.training.optimizers import load_optimizer
+from vipo.training.optimizers import learning_rate, load_optimizer, set_learning_rate
 
 SHAPES = ((64, 128), (3,), (5, 7))
 CONFIGS: dict[str, OptimizerConfig] = {
@@ -174,3 +175,41 @@ def test_files_and_overrides_choose() -> None:
     ):
         with pytest.raises(ConfigError, match=told):
             load_config(["experiment=demo", *overrides])
+
+
+def test_the_rate_is_that_of_the_libraries_schedule() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    for schedule, warmup in (("cosine", 0), ("cosine", 4), ("constant", 3), ("constant", 0)):
+        config = CONFIGS["sgd"].model_copy(update={"schedule": schedule, "warmup_updates": warmup})
+        optimizer = load_optimizer(config, [parameter])
+        # They count from 0, and begin their warm-up at a rate of 0.
+        make = transformers.get_cosine_schedule_with_warmup if schedule == "cosine" else None
+        made = (
+            transformers.get_constant_schedule_with_warmup(optimizer, warmup)
+            if make is None
+            else make(optimizer, warmup, 20)
+        )
+        rates = []
+        for _ in range(20):
+            rates.append(made.get_last_lr()[0])
+            optimizer.step()
+            made.step()
+        own = [learning_rate(config, update, 20) for update in range(1, 21)]
+        assert own[warmup:] == pytest.approx(rates[warmup:])
+        assert own[:warmup] == pytest.approx([1e-2 * (update + 1) / warmup for update in range(warmup)])
+        assert config.is_constant == (len(set(own)) == 1)
+        set_learning_rate(optimizer, own[0])
+        parameter.grad = torch.ones(1)
+        before = float(parameter)
+        optimizer.step()
+        assert before - float(parameter) == pytest.approx(own[0], rel=1e-3)
+        optimizer.zero_grad()
+
+
+def test_what_never_happens_is_refused() -> None:
+    for override, told in (
+        ("optimizer.warmup_updates=30", "optimizer.warmup_updates 30 leaves none of the 30 updates"),
+        ("evaluation.weights=ema", "needs training.ema_decay"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            load_config(["experiment=demo", override])

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vipo.config.parts import by_name
-from vipo.config.section import NonNegativeFloat, PositiveFloat, Section
+from vipo.config.section import LARGEST_INT, NonNegativeFloat, PositiveFloat, Section
 
 _FP32 = 4
 _BLOCK = 256
@@ -20,6 +20,17 @@ class _Optimizer(Section):
     name: str
     learning_rate: PositiveFloat = 1e-5
     max_grad_norm: PositiveFloat = Field(1.0, description="Longer gradients are cut to this length, before the step.")
+    warmup_updates: Annotated[int, Field(ge=0, le=LARGEST_INT)] = Field(
+        0, description="Updates in which the rate rises in equal steps; the last of them has the whole rate."
+    )
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="The rate after the warm-up; cosine: half a cosine, which would be 0 one update later."
+    )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all updates have one rate."""
+        return self.schedule == "constant" and not self.warmup_updates
 
     @property
     def title(self) -> str:

@@ -107,6 +107,18 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _reaches(self) -> Self:
+        warmup, updates = self.optimizer.warmup_updates, self.training.updates
+        if warmup >= updates:
+            raise ValueError(
+                f"optimizer.warmup_updates {warmup} leaves none of the {updates} updates of training.updates at the "
+                "whole rate; lower it"
+            )
+        if self.evaluation.weights == "ema" and self.training.ema_decay is None:
+            raise ValueError("evaluation.weights ema needs training.ema_decay, such as 0.99, which keeps that mean")
+        return self
+
     def _fits(self, objective: SurrogateConfig) -> None:
         if self.sampling.ode is not None:
             raise ValueError(

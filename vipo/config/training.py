@@ -8,6 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from vipo.config.section import LARGEST_INT, MOST_SAMPLES, PositiveFloat, PositiveInt, Section
 from vipo.config.values import divisors
 
+EMA = "ema"
+"""What the mean of the trained weights is called: as a kept policy, and its folder below that of the trained ones."""
+
 
 class LoraConfig(Section):
     """Low-rank adaptation (peft) instead of full fine-tuning."""
@@ -52,6 +55,11 @@ class TrainingConfig(Section):
         "counts over the transition's std, and by `channels`: docs/method.md, 'On-policy check'.",
     )
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Keep a mean of the trained weights too, in fp32, which is this share of itself after each update "
+        "(less in the first ones); evaluation.weights chooses it.",
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="CPU threads of a process; part of the result's identity."
     )

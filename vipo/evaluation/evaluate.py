@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vipo.config.compose import dump_config, load_config_file
 from vipo.config.run import Config
+from vipo.config.training import EMA
 from vipo.demo.scenes import foreground
 from vipo.determinism import deterministic_algorithms
 from vipo.errors import VipoError
@@ -228,7 +229,7 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
         raise EvaluationError(f"{', '.join(missing)}: kept weights are missing; train {config.run_name} again")
     for folder in kept.values():
         check_finite(folder)
-    return kept
+    return {number: folder / EMA for number, folder in kept.items()} if config.evaluation.weights == EMA else kept
 
 
 def score_pictures(

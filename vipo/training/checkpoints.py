@@ -54,11 +54,12 @@ def run_bytes(config: Config, parameters: int, kept: int) -> int:
     Args:
         config: says how many checkpoints and weights are kept, and what the optimizer keeps.
         parameters: that are trained, in fp32.
-        kept: policies that the objective keeps beside them.
+        kept: policies that are kept beside them.
     """
     training = config.training
     checkpoint = 4 * (1 + kept) + config.optimizer.state_bytes
-    return round(parameters * (checkpoint * (training.keep_checkpoints + 1) + 4 * (1 + len(training.save_at))))
+    weights = 4 * (1 + len(training.save_at)) * (1 if training.ema_decay is None else 2)
+    return round(parameters * (checkpoint * (training.keep_checkpoints + 1) + weights))
 
 
 def save_checkpoint(

@@ -1,5 +1,6 @@
 """The optimizers of a run, and what each keeps of a parameter."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,25 @@ def load_optimizer(
             return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
         case NormalisedConfig():
             return Normalised(parameters, lr=config.learning_rate, momentum=config.momentum)
+
+
+def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
+    """The rate of an update, from 1: a function of its number alone, so that a resume needs no state of it.
+
+    Rising linearly in the warm-up; the cosine is that of Loshchilov and Hutter (arXiv:1608.03983) without restarts.
+    """
+    warmup = config.warmup_updates
+    if update <= warmup:
+        return config.learning_rate * update / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (1 + math.cos(math.pi * (update - warmup - 1) / (updates - warmup))) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the optimizer's steps have this rate from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 class Normalised(torch.optim.Optimizer):

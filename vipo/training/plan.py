@@ -167,6 +167,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
 
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
+    policies = len(keeps) + (training.ema_decay is not None)
     compared = objective.needs_old + objective.needs_reference + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
     own = samples // config.distribution.world_size
@@ -181,7 +182,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         "network": weights // shards,
         "autoencoder": _bytes(generator.vae.parameters()),
         "reference": weights // shards if copied else 0,
-        "kept policies": len(keeps) * gradients,
+        "kept policies": policies * gradients,
         config.optimizer.title: round(config.optimizer.state_bytes * trained) // shards,
         "embeddings": (prompts + own) * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
@@ -193,7 +194,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared},
         flops=(drawn.get_total_flops() * (samples * steps + lessons * compared) + learned.get_total_flops() * lessons)
         // size,
-        disk=run_bytes(config, trained, len(keeps)),
+        disk=run_bytes(config, trained, policies),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
+from vipo.config.training import EMA
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
@@ -49,7 +50,7 @@ class Setup:
         rewards: by the label of their term.
         sources: of credit, by name; none where the advantage is a scalar.
         objective: the loss.
-        kept: policies that follow the trained one, as the objective asks.
+        kept: policies that follow the trained one, as the objective asks, and `EMA` where it is kept.
         chain: noise levels and transition.
         trainable: parameters that are trained, by name; of a sharded network this process's shards.
         optimizer: of those.
@@ -143,6 +144,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
     optimizer = load_optimizer(config.optimizer, trainable.values(), fused=True)
+    kept = [*keeps, *([] if config.training.ema_decay is None else [EMA])]
     setup = Setup(
         config,
         experiment,
@@ -154,7 +156,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         rewards,
         sources,
         objective,
-        {name: OldPolicy(generator.network, trainable) for name in keeps},
+        {name: OldPolicy(generator.network, trainable) for name in kept},
         chain,
         trainable,
         optimizer,
@@ -226,7 +228,7 @@ def _check_resources(setup: Setup) -> None:
         if state > total:
             raise TrainingError(
                 f"weights, gradients and optimizer state of {count / 1e9:.1f} G parameters, and the reference and the "
-                f"{kept} policies that the objective keeps beside them, need {state / 2**30:.0f} GiB in each "
+                f"{kept} policies that are kept beside them, need {state / 2**30:.0f} GiB in each "
                 f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp "
                 "on more devices"
             )
