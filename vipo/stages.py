@@ -102,12 +102,13 @@ def _encode(config: Config, root: Path, results: Path) -> None:
     import torch
 
     from vipo.generators.base import checkpoint_inputs
-    from vipo.generators.embeddings import encode_prompt_file
+    from vipo.generators.encoding import encode_prompt_file
     from vipo.memory import memory_errors
 
     torch.set_num_threads(config.training.threads)
     experiment = experiment_folder(config, results)
     prompts, folder = experiment / "prompts", experiment / "embeddings"
+    files: list[Path] = []
     remedy = "Give this stage a device with more memory, or raise cluster.encode.memory_mb"
     with (
         memory_errors("encode", remedy),
@@ -115,7 +116,7 @@ def _encode(config: Config, root: Path, results: Path) -> None:
             "encode",
             folder,
             inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
-            outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
+            outputs=lambda: files,
             config=config.embeddings_identity(),
             root=root,
             experiment=experiment,
@@ -123,7 +124,8 @@ def _encode(config: Config, root: Path, results: Path) -> None:
     ):
         for split in ("train", "eval"):
             source, output = prompts / f"{split}.jsonl", folder / f"{split}.safetensors"
-            encode_prompt_file(config.generator, root, source, output, config.embeddings_identity())
+            identity, processes = config.embeddings_identity(), config.distribution.processes
+            files += encode_prompt_file(config.generator, root, source, output, identity, processes)
 
 
 def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:

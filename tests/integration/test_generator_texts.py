@@ -17,7 +17,8 @@ from vipo.config.compose import load_config
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.base import resolve_class
-from vipo.generators.embeddings import check_embeddings, encode_prompt_file, encoder_hashes, load_embeddings
+from vipo.generators.embeddings import check_embeddings, encoder_hashes, load_embeddings
+from vipo.generators.encoding import encode_prompt_file
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, train_stage

@@ -217,7 +217,9 @@ class Config(Section):
         generator = self.generator.model_dump(
             mode="json", include={"family", "path", "revision", "device", "max_sequence_length", "negative_prompt"}
         )
-        return {**generator, "threads": self.training.threads}
+        # What was encoded before there was a choice keeps its identity.
+        chosen = {} if self.generator.encoders == "fp32" else {"encoders": self.generator.encoders}
+        return {**generator, **chosen, "threads": self.training.threads}
 
     def evaluation_identity(self) -> dict[str, Any]:
         """What decides an evaluation's samples and scores, beside the trained weights."""

@@ -69,7 +69,7 @@ def held_out_samples(prompts: Sequence[Prompt], config: Config) -> list[HeldOut]
 def sample_held_out(
     generator: Generator,
     samples: Sequence[HeldOut],
-    embeddings: dict[str, dict[str, Tensor]],
+    embeddings: Mapping[str, Mapping[str, Tensor]],
     config: Config,
     progress: "tqdm[Any] | None" = None,
 ) -> Tensor:

@@ -70,9 +70,10 @@ def measure_credit(
     generator = load_generator(first.generator, root)
     parameters = _trainable(first, generator, weights)
     widths, device = generator.conditioning_widths(first.generator, root), generator.device
-    embeddings: dict[str, dict[str, Tensor]] = {}
-    for split, prompts in (("train", train), ("eval", held)):
-        embeddings |= load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
+    known, other = (
+        load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
+        for split, prompts in (("train", train), ("eval", held))
+    )
     rewards = load_rewards(first.reward.terms, first.generator.device)
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
@@ -84,7 +85,7 @@ def measure_credit(
         parameters,
         chain,
         stochastic_steps(first.sampling.window, len(chain.trainable), first.seed, 1),
-        embeddings,
+        known | other,
         rewards,
         {term.label: term.weight for term in first.reward.terms},
         first.seed,

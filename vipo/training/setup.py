@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
@@ -17,7 +17,7 @@ from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
-from vipo.generators.embeddings import load_embeddings
+from vipo.generators.embeddings import Embeddings, load_embeddings
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
@@ -46,7 +46,7 @@ class Setup:
         generator: the policy; its network is wrapped by `distribution`.
         reference: the network as it was, for the KL divergence of full fine-tuning; with LoRA it is the policy without
             its adapter, and None here.
-        embeddings: conditioning by prompt id.
+        embeddings: conditioning by prompt id, in files.
         rewards: by the label of their term.
         sources: of credit, by name; none where the advantage is a scalar.
         objective: the loss.
@@ -64,7 +64,7 @@ class Setup:
     prompts: list[Prompt]
     generator: Generator
     reference: nn.Module | None
-    embeddings: dict[str, dict[str, Tensor]]
+    embeddings: Embeddings
     rewards: dict[str, Reward]
     sources: dict[str, CreditSource]
     objective: Objective
