@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vipo.config.compose import load_config, repository_root
+from vipo.config.validation import ConfigError
 from vipo.errors import Preempted
 from vipo.evaluation.evaluate import trained_weights
 from vipo.objectives import Advantages, Points, best_and_worst
@@ -204,6 +205,39 @@ def test_best_of_learns_from_the_best_and_the_worst(
     for half in (rows[:4], rows[4:]):
         assert groups[half].tolist() == [0, 0, 1, 1]
         assert all(float(seen["advantages"][a]) >= float(seen["advantages"][b]) for a, b in (half[:2], half[2:]))
+
+
+def test_other_batches_in_rollout_decoding_and_rewards(prepared: Path, tiny_overrides: list[str]) -> None:
+    """The same samples but for rounding; the check before the first step measures what the ratio makes of it."""
+    own = ["training.rollout_batch=8", "training.decode_batch=3", "training.reward_batch=5"]
+    chosen = ["arm=vipo", "training.micro_batch=2", "training.log_ratio_tolerance=1e-3"]
+    sizes: dict[str, list[int]] = {"predict": [], "pictures": [], "reward": []}
+    setups = [_setup(prepared, [*tiny_overrides, *chosen], *more) for more in ([], own)]
+    first = update(setups[0], 1)
+    generator, (label,) = setups[1].generator, setups[1].rewards
+    for name in ("predict", "pictures"):
+        call = getattr(generator, name)
+
+        def noted(latents: Tensor, *rest: Any, name: str = name, call: Callable[..., Any] = call) -> Any:
+            sizes[name].append(len(latents))
+            return call(latents, *rest)
+
+        setattr(generator, name, noted)
+    reward = setups[1].rewards[label]
+
+    def scored(pictures: Tensor, *rest: Any) -> Any:
+        sizes["reward"].append(len(pictures))
+        return reward(pictures, *rest)
+
+    setups[1].rewards[label] = scored
+    second = update(setups[1], 1)
+    assert sizes["predict"] == [8] * setups[1].config.sampling.steps + [2] * 8
+    assert sizes["pictures"] == [3, 3, 2]
+    assert sizes["reward"] == [5, 3]
+    assert second["reward/mean"] == pytest.approx(first["reward/mean"], rel=1e-4)
+    assert first["log_ratio/max_before_first_step"] == 0 <= second["log_ratio/max_before_first_step"] <= 1e-3
+    with pytest.raises(ConfigError, match="rollout_batch 3 is not a multiple of micro_batch 2"):
+        load_config([*tiny_overrides, *chosen, "training.rollout_batch=3"])
 
 
 # ---- resume ----------------------------------------------------------------------------------------

@@ -42,7 +42,18 @@ class TrainingConfig(Section):
         "update; or the first ones.",
     )
     micro_batch: PositiveInt = Field(
-        4, description="Samples in one network call, in the rollout and in the update alike."
+        4, description="Samples in one network call of the update, and of the rollout unless rollout_batch differs."
+    )
+    rollout_batch: PositiveInt | None = Field(
+        None,
+        description="Samples in one network call of the rollout, a multiple of micro_batch; null: micro_batch. The "
+        "ratio is then no longer 1 by construction: log_ratio_tolerance judges what this device makes of it.",
+    )
+    decode_batch: PositiveInt | None = Field(
+        None, description="Samples decoded at a time; null: micro_batch. The ratio does not depend on it."
+    )
+    reward_batch: PositiveInt | None = Field(
+        None, description="Samples that a reward is given at a time; null: micro_batch. As decode_batch."
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
@@ -103,6 +114,8 @@ class TrainingConfig(Section):
                     f"(prompts_per_update * {name} / optimizer_steps_per_update); micro_batch may be "
                     f"{divisors(math.gcd(*self.samples_per_step().values()))}"
                 )
+        if self.rollout_batch is not None and self.rollout_batch % self.micro_batch:
+            raise ValueError(f"rollout_batch {self.rollout_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
 
     def samples_per_step(self) -> dict[str, int]:

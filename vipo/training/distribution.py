@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -124,6 +125,11 @@ class Distribution:
         """Which of them this one is."""
         return self.rank
 
+    @property
+    def shards(self) -> bool:
+        """Whether each process has some rows of the network only."""
+        return self.processes > 1 and self.config.strategy == "fsdp"
+
     # ---- the network ------------------------------------------------------------------------------
 
     def wrap(self, network: nn.Module, precision: str) -> nn.Module:
@@ -133,14 +139,19 @@ class Distribution:
         reduced in fp32. A network without gradients is sharded too.
 
         Args:
-            network: on this process's device, the same on every process.
+            network: on this process's device, the same on every process. One that is to be sharded may be in main
+                memory, from where it is moved block by block, and without weights (on the meta device) everywhere but
+                in the main process, whose weights each then has its rows of.
             precision: ``generator.precision``.
         """
         if self.processes == 1:
             return network
-        if self.config.strategy == "ddp":
+        if not self.shards:
             trained = any(value.requires_grad for value in network.parameters())
             return self._accelerator.prepare_model(network, evaluation_mode=False).eval() if trained else network
+        empty = any(value.is_meta for value in network.parameters())
+        some_empty = any(self.everyones(empty))
+        whole = dict(network.state_dict()) if some_empty and self.is_main else {}
         mesh = init_device_mesh(self.device.type, (self.processes,), mesh_dim_names=("data",))
         policy = MixedPrecisionPolicy()
         if precision == "bf16":
@@ -151,6 +162,11 @@ class Distribution:
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh, mp_policy=policy)
         fully_shard(network, mesh=mesh, mp_policy=policy)
+        if empty:
+            _make_room(network, self.device)
+        if some_empty:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(network, whole, options=options)
         return network
 
     def unwrap(self, network: nn.Module) -> nn.Module:
@@ -291,6 +307,15 @@ class Distribution:
         """Give the group back; nothing may be gathered any more."""
         if self.processes > 1:
             self._accelerator.end_training()
+
+
+def _make_room(network: nn.Module, device: torch.device) -> None:
+    """Give a network without weights memory for them on a device, and leave its buffers as they are."""
+    buffers = dict(network.named_buffers())
+    network.to_empty(device=device)
+    with torch.no_grad():
+        for name, value in buffers.items():
+            network.get_buffer(name).copy_(value)
 
 
 def _collective(error: BaseException) -> bool:

@@ -138,6 +138,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     conditioning = longest_conditioning(generator, root, size, mode)
     with mode:
         latents, times = torch.empty(size, *generator.latent_shape), torch.empty(size)
+        clean = torch.empty(training.decode_batch or size, *generator.latent_shape)
 
     def predict() -> Tensor:
         return generator.predict(latents, times, conditioning)
@@ -145,7 +146,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     def lesson() -> None:
         predict().square().mean().backward()
 
-    known = [latents, times, *conditioning.values()]
+    known = [latents, clean, times, *conditioning.values()]
     # First, for it leaves the gradients that every later backward pass adds to.
     try:
         with mode, FlopCounterMode(display=False) as learned:
@@ -163,7 +164,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     learns = peak_bytes(mode, generator, known, lesson)
     with torch.no_grad():
         draws = peak_bytes(mode, generator, known, predict)
-        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(latents))
+        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(clean))
 
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
@@ -184,7 +185,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         "reference": weights // shards if copied else 0,
         "kept policies": policies * gradients,
         config.optimizer.title: round(config.optimizer.state_bytes * trained) // shards,
-        "embeddings": (prompts + own) * a_prompt,
+        "embeddings": own * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
     }
     return Plan(

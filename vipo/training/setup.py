@@ -18,6 +18,7 @@ from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import Embeddings, load_embeddings
+from vipo.generators.sharded import load_to_shard
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
@@ -120,7 +121,10 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     device = distribution.device
     prompts = read_prompts(prompts_path(experiment))
     update_prompts(prompts, config.seed, 1, config.training.prompts_per_update)
-    generator = load_generator(config.generator, root)
+    if distribution.shards:
+        generator = load_to_shard(config.generator, root, whole=distribution.is_main)
+    else:
+        generator = load_generator(config.generator, root)
     weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)

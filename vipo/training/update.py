@@ -22,6 +22,7 @@ from vipo.rewards import RewardError, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
+from vipo.training.errors import TrainingError
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
 from vipo.training.samples import (
     MicroBatch,
@@ -132,12 +133,13 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
     trained = setup.chain.trainable if setup.objective.needs == "none" else stochastic
     transitions = chosen_transitions(samples, config.training, trained, config.seed, number).to(setup.device)
     starts = range(0, len(samples), size)[setup.distribution.data_rank :: setup.distribution.data_processes]
+    together = (config.training.rollout_batch or size) // size
     batches: list[MicroBatch] = []
     seen: dict[str, list[Any]] = {name: [] for name in setup.sources}
-    pictures = torch.empty(0)
-    for place, start in enumerate(starts):
+    for first in range(0, len(starts), together):
         stop_if_asked(number - 1)
-        chunk = samples[start : start + size]
+        rows = [row for start in starts[first : first + together] for row in range(start, start + size)]
+        chunk = [samples[row] for row in rows]
         conditioning = stack_conditioning(setup.embeddings, [sample.prompt.id for sample in chunk])
         initial: list[Key] = [
             (config.seed, "initial", number, s.prompt.id, -1 if config.sampling.same_initial_noise else s.index)
@@ -152,33 +154,46 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
             )
         for name, source in setup.sources.items():
             seen[name].append(source.after_rollout(setup.generator))
-        rows = tuple(range(start, start + len(chunk)))
-        batches.append(MicroBatch(rows, conditioning, trajectory, transitions[start : start + size]))
-        with setup.timer("decode"):
-            decoded = setup.generator.pictures(trajectory.clean)
-            if not place:
-                # One tensor from the start: to join them afterwards would need them twice.
-                pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
-            pictures[place * size : (place + 1) * size] = decoded
+            if together > 1 and seen[name][-1] is not None:
+                raise TrainingError(
+                    f"training.rollout_batch {config.training.rollout_batch}: credit source {name!r} watches the "
+                    "rollout of each micro-batch; set training.rollout_batch=null"
+                )
+        whole = MicroBatch(tuple(rows), conditioning, trajectory, transitions[rows])
+        pieces = [whole.select(rows[start : start + size]) for start in range(0, len(rows), size)]
+        batches += pieces if together > 1 else [whole]
+    pictures = _decoded(setup, torch.cat([batch.trajectory.clean for batch in batches]))
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen)
+
+
+def _decoded(setup: Setup, clean: Tensor) -> Tensor:
+    with setup.timer("decode"):
+        pictures = torch.empty(0)
+        place = 0
+        for latents in clean.split(setup.config.training.decode_batch or setup.config.training.micro_batch):
+            decoded = setup.generator.pictures(latents)
+            if not place:
+                # One tensor from the start: to join them afterwards would need them twice.
+                pictures = decoded.new_empty(len(clean), *decoded.shape[1:])
+            pictures[place : place + len(decoded)] = decoded
+            place += len(decoded)
+    return pictures
 
 
 def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
     """Each reward of all samples."""
     rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
+    size = setup.config.training.reward_batch or setup.config.training.micro_batch
     for label, reward in setup.rewards.items():
         with in_use(reward):
-            for batch, pictures in zip(rollouts.batches, _pieces(setup, rollouts), strict=True):
-                own = [rollouts.samples[row] for row in batch.rows]
+            for start, pictures in zip(range(0, len(rollouts.rows), size), rollouts.pictures.split(size), strict=True):
+                part = rollouts.rows[start : start + size]
+                own = [rollouts.samples[row] for row in part]
                 texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-                rewards[label][list(batch.rows)] = score(label, reward, pictures, texts, metadata)
+                rewards[label][part] = score(label, reward, pictures, texts, metadata)
     rows = rollouts.rows
     return Scores({name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()})
-
-
-def _pieces(setup: Setup, rollouts: Rollouts) -> tuple[Tensor, ...]:
-    return rollouts.pictures.split(setup.config.training.micro_batch)
 
 
 def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:
