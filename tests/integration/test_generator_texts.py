@@ -93,7 +93,7 @@ def test_embeddings_that_name_no_encoder_or_do_not_fit_are_refused(tiny_wan: Pat
     wide = {key: torch.zeros(16, 48) for key in tensors}
     assert "width 48, but the network of generator.path takes 32; run the encode stage again" in told(wide)
     assert "not finite float32" in told({name: torch.full((16, 32), float("nan"))})
-    assert "not finite float32 (torch.int32)" in told({name: torch.zeros(16, 32, dtype=torch.int32)})
+    assert "not finite float32 (I32)" in told({name: torch.zeros(16, 32, dtype=torch.int32)})
     assert "tensors" in told({f"{prompts[0].id}/other": torch.zeros(1)})
     del origin["encoders"]
     save_file(tensors, output, metadata={"origin": json.dumps(origin)})

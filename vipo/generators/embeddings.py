@@ -4,6 +4,7 @@ A prompt's tensors stay in their file until they are asked for: neither main mem
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -216,7 +217,7 @@ def load_embeddings(
     device: torch.device | str = "cpu",
     widths: Mapping[str, int] = MappingProxyType({}),
 ) -> Embeddings:
-    """Conditioning by prompt id, for `prompts`, none of which is read yet but for its shape.
+    """Conditioning by prompt id, for `prompts`, none of which is held.
 
     Args:
         path: file that `vipo.generators.encoding.encode_prompt_file` wrote.
@@ -235,21 +236,27 @@ def load_embeddings(
         head = safe_open(path, framework="pt", device="cpu")
         listed = dict(json.loads((head.metadata() or {}).get(ORIGIN, "{}"))).get(FILES, {})
         negative = {name: head.get_tensor(name).to(device).float() for name in sorted(head.keys()) if "/" not in name}
-        for stream in (head, *(safe_open(path.parent / name, framework="pt", device="cpu") for name in listed)):
+        for stream in (head, *(safe_open(path.parent / Path(name).name, "pt", device="cpu") for name in listed)):
             for key in sorted(stream.keys()):
                 owner, _, name = key.rpartition("/")
                 if owner in wanted:
                     streams[owner] = stream
                     part = stream.get_slice(key)
                     if part.get_dtype() not in ("F32", "BF16"):
-                        raise GeneratorError(f"{path}: {name}: not float32 or bf16 ({part.get_dtype()}){_AGAIN}")
+                        raise GeneratorError(f"{path}: {name}: not finite float32 ({part.get_dtype()}){_AGAIN}")
                     shapes.setdefault(owner, {})[name] = tuple(part.get_shape())
     except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise GeneratorError(f"{path}: embeddings cannot be read ({error}){_AGAIN}") from error
     missing = [prompt.text for prompt in prompts if prompt.id not in streams]
     if missing:
         raise GeneratorError(f"{path}: lacks {len(missing)} prompts, first {missing[0]!r}{_AGAIN}")
-    _check_values(str(path), [negative], _AGAIN)
+    # Of several files it would take as long as to read them: each value is checked when it is used.
+    own_rows = (
+        {name: head.get_tensor(f"{owner}/{name}").float() for name in shapes[owner]}
+        for owner, stream in streams.items()
+        if stream is head
+    )
+    _check_values(str(path), itertools.chain([negative], own_rows), _AGAIN)
     own = {name: tuple(value.shape) for name, value in negative.items()}
     _check_shapes(str(path), ({**own, **shapes[prompt.id]} for prompt in prompts), widths, _AGAIN)
     names = list(shapes[prompts[0].id]) if prompts else []

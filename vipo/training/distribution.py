@@ -16,16 +16,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.training import DistributionConfig
 from vipo.training.errors import TrainingError
 from vipo.training.ranks import drop_foreign, own_place
+from vipo.training.sharding import fill, shard
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
@@ -152,21 +150,9 @@ class Distribution:
         empty = any(value.is_meta for value in network.parameters())
         some_empty = any(self.everyones(empty))
         whole = dict(network.state_dict()) if some_empty and self.is_main else {}
-        mesh = init_device_mesh(self.device.type, (self.processes,), mesh_dim_names=("data",))
-        policy = MixedPrecisionPolicy()
-        if precision == "bf16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        # The blocks that diffusers keeps whole on one device are what is gathered at a time.
-        blocks = set(getattr(network, "_no_split_modules", None) or ())
-        for module in reversed(list(network.modules())):
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(network, mesh=mesh, mp_policy=policy)
-        if empty:
-            _make_room(network, self.device)
+        shard(network, self.device, self.processes, precision)
         if some_empty:
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(network, whole, options=options)
+            fill(network, self.device, whole)
         return network
 
     def unwrap(self, network: nn.Module) -> nn.Module:
@@ -307,15 +293,6 @@ class Distribution:
         """Give the group back; nothing may be gathered any more."""
         if self.processes > 1:
             self._accelerator.end_training()
-
-
-def _make_room(network: nn.Module, device: torch.device) -> None:
-    """Give a network without weights memory for them on a device, and leave its buffers as they are."""
-    buffers = dict(network.named_buffers())
-    network.to_empty(device=device)
-    with torch.no_grad():
-        for name, value in buffers.items():
-            network.get_buffer(name).copy_(value)
 
 
 def _collective(error: BaseException) -> bool:
