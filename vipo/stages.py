@@ -16,6 +16,7 @@ from vipo.config.experiment import check_run
 from vipo.config.meter import MeterConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.run import Config
+from vipo.config.training import EMA
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
 from vipo.provenance.lineage import PROVENANCE
@@ -378,10 +379,12 @@ def credit_stage(
 
 
 def checkpoint_label(weights: Path | None) -> str:
-    """Name of a checkpoint's folder: ``base``, ``<run>``, ``<run>-u12``, or that of any other folder."""
+    """Name of a checkpoint's folder: ``base``, ``<run>``, ``<run>-u12``, ``<run>-ema``, or that of any other folder."""
     if weights is None:
         return "base"
     folder = weights.resolve()
+    if folder.name == EMA:
+        return f"{checkpoint_label(folder.parent)}-{EMA}"
     if folder.name == "weights":
         return folder.parent.name
     return f"{folder.parent.parent.name}-u{int(folder.name)}" if folder.parent.name == "updates" else folder.name
