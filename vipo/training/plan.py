@@ -48,6 +48,7 @@ class Plan:
         evaluations: of the network by one sample at one step, an update, by phase; guidance doubles the work of each.
         flops: an update's floating point operations in the network, of all processes.
         disk: bytes of a run's folder, at most.
+        embeddings: bytes of the training prompts' embeddings, on disk.
     """
 
     held: Mapping[str, int]
@@ -56,6 +57,7 @@ class Plan:
     evaluations: Mapping[str, int]
     flops: int
     disk: int
+    embeddings: int
 
     @property
     def peak(self) -> int:
@@ -74,6 +76,7 @@ class Plan:
         if tflops is not None:
             rows.append((f"an update at {tflops:g} TFLOP/s", f"{self.flops / tflops / 1e12:,.1f} s"))
         rows.append(("disk of the run", _gib(self.disk)))
+        rows.append(("disk of the embeddings", _gib(self.embeddings)))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>18}" for name, value in rows)
 
@@ -120,7 +123,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     Args:
         config: of a run that trains.
         root: repository root, for relative paths.
-        prompts: of the training split, whose embeddings are held.
+        prompts: of the training split.
 
     Raises:
         TrainingError: the arm trains nothing.
@@ -196,6 +199,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         flops=(drawn.get_total_flops() * (samples * steps + lessons * compared) + learned.get_total_flops() * lessons)
         // size,
         disk=run_bytes(config, trained, policies),
+        embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
     )
 
 
