@@ -42,6 +42,8 @@ class Reader(Generator):
     @classmethod
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         cls.calls.append(len(texts))
+        if config.negative_prompt in texts:
+            raise RuntimeError("unreadable")
         if len(cls.calls) == cls.stop_at:
             raise KeyboardInterrupt
         return [cls._row(text) for text in texts]
@@ -91,7 +93,12 @@ def _source(folder: Path, count: int) -> tuple[Path, list[Prompt]]:
 def _encode(folder: Path, count: int, **options: Any) -> tuple[list[Path], list[Prompt]]:
     source, prompts = _source(folder, count)
     config = GeneratorConfig(
-        family="test_embeddings:Reader", path="nowhere", height=8, width=8, encoders=options.pop("encoders", "fp32")
+        family="test_embeddings:Reader",
+        path="nowhere",
+        height=8,
+        width=8,
+        encoders=options.pop("encoders", "fp32"),
+        negative_prompt=options.pop("bad", ""),
     )
     return encode_prompt_file(config, folder, source, folder / "train.safetensors", {"a": 1}, **options), prompts
 
@@ -150,6 +157,9 @@ def test_processes_share_the_files(tmp_path: Path) -> None:
     Reader.calls.clear()
     assert _bytes(_encode(tmp_path / "shared", 10, per_file=4, processes=2)[0]) == alone
     assert Reader.calls == []
+    # Their error is one line, and nobody waits for the others.
+    with pytest.raises(GeneratorError, match="raised RuntimeError: unreadable"):
+        _encode(tmp_path / "failing", 10, per_file=4, processes=2, bad="scene 9")
 
 
 @pytest.mark.usefixtures("fresh")

@@ -8,8 +8,9 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE
+from vipo.generators.base import NEGATIVE, GeneratorError
 from vipo.generators.embeddings import FILES, ORIGIN, encode_prompts, encoder_hashes, origin
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance.files import atomic_file, file_sha256
@@ -114,7 +115,19 @@ def _share(work: _Work, processes: int) -> None:
         ]
     # Fresh ones: CUDA does not survive a fork.
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_encode, shares))
+        try:
+            list(pool.map(_encode, shares))
+        except BaseException as error:
+            # A signal, or another one's error: nobody waits for the rest of their files.
+            for child in active_children():
+                child.terminate()
+            if not isinstance(error, BrokenProcessPool):
+                raise
+            raise GeneratorError(
+                f"{work.config.path}: one of {count} processes that encode prompts was killed, perhaps for want of "
+                "main memory; lower distribution.processes or raise cluster.encode.memory_mb, and run the stage "
+                "again: it goes on"
+            ) from error
 
 
 def _encode(work: _Work) -> None:
