@@ -50,7 +50,8 @@ class Drawn(Generator):
     def _absent(self, *_: object, **__: object) -> None:
         raise NotImplementedError
 
-    _predict = decode = add_lora = save_network = load_network = _absent
+    _predict = decode = _absent  # type: ignore[assignment]
+    add_lora = save_network = load_network = _absent
 
 
 def own_memory() -> int:

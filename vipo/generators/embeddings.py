@@ -233,7 +233,7 @@ def load_embeddings(
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     try:
         # Held open: the run goes on with these files, whatever takes their place.
-        head = safe_open(path, framework="pt", device="cpu")
+        head: Any = safe_open(path, framework="pt", device="cpu")
         listed = dict(json.loads((head.metadata() or {}).get(ORIGIN, "{}"))).get(FILES, {})
         negative = {name: head.get_tensor(name).to(device).float() for name in sorted(head.keys()) if "/" not in name}
         for stream in (head, *(safe_open(path.parent / Path(name).name, "pt", device="cpu") for name in listed)):
