@@ -236,7 +236,8 @@ def load_embeddings(
         head: Any = safe_open(path, framework="pt", device="cpu")
         listed = dict(json.loads((head.metadata() or {}).get(ORIGIN, "{}"))).get(FILES, {})
         negative = {name: head.get_tensor(name).to(device).float() for name in sorted(head.keys()) if "/" not in name}
-        for stream in (head, *(safe_open(path.parent / Path(name).name, "pt", device="cpu") for name in listed)):
+        others: list[Any] = [safe_open(path.parent / Path(name).name, "pt", device="cpu") for name in listed]
+        for stream in (head, *others):
             for key in sorted(stream.keys()):
                 owner, _, name = key.rpartition("/")
                 if owner in wanted:
