@@ -72,6 +72,8 @@ def end_plainly(work: Callable[[], object]) -> None:
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[handler])
     for noisy in ("httpx", "matplotlib", "fontTools", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # That kernels which nothing here calls are absent, wherever it is imported, and peft imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Python's own way to standard error shows a warning's text as it is.
     logging.captureWarnings(True)
     try:

@@ -22,6 +22,7 @@ from vipo.config.meter import MeterConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.run import Config
 from vipo.config.section import LONGEST_NAME
+from vipo.config.training import EMA
 from vipo.config.validation import ConfigError
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
 from vipo.provenance import ProvenanceError, record_stage, run_lock, sign_file
@@ -118,12 +119,13 @@ def _encode(config: Config, root: Path, results: Path) -> None:
     import torch
 
     from vipo.generators.base import checkpoint_inputs
-    from vipo.generators.embeddings import encode_prompt_file
+    from vipo.generators.encoding import encode_prompt_file
     from vipo.memory import memory_errors
 
     torch.set_num_threads(config.training.threads)
     experiment = experiment_folder(config, results)
     prompts, folder = experiment / "prompts", experiment / "embeddings"
+    files: list[Path] = []
     remedy = "Give this stage a device with more memory, or raise cluster.encode.memory_mb"
     with (
         memory_errors("encode", remedy),
@@ -131,7 +133,7 @@ def _encode(config: Config, root: Path, results: Path) -> None:
             "encode",
             folder,
             inputs=[prompts / "train.jsonl", prompts / "eval.jsonl", *checkpoint_inputs(config.generator, root)],
-            outputs=[folder / "train.safetensors", folder / "eval.safetensors"],
+            outputs=lambda: files,
             config=config.embeddings_identity(),
             root=root,
             experiment=experiment,
@@ -139,7 +141,8 @@ def _encode(config: Config, root: Path, results: Path) -> None:
     ):
         for split in ("train", "eval"):
             source, output = prompts / f"{split}.jsonl", folder / f"{split}.safetensors"
-            encode_prompt_file(config.generator, root, source, output, config.embeddings_identity())
+            identity, processes = config.embeddings_identity(), config.distribution.processes
+            files += encode_prompt_file(config.generator, root, source, output, identity, processes)
 
 
 def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -529,10 +532,12 @@ def credit_stage(
 
 
 def checkpoint_label(weights: Path | None) -> str:
-    """Name of a checkpoint's folder: ``base``, ``<run>``, ``<run>-u12``, or that of any other folder."""
+    """Name of a checkpoint's folder: ``base``, ``<run>``, ``<run>-u12``, ``<run>-ema``, or that of any other folder."""
     if weights is None:
         return "base"
     folder = weights.resolve()
+    if folder.name == EMA:
+        return f"{checkpoint_label(folder.parent)}-{EMA}"
     if folder.name == "weights":
         return folder.parent.name
     return f"{folder.parent.parent.name}-u{int(folder.name)}" if folder.parent.name == "updates" else folder.name

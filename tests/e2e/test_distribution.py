@@ -61,9 +61,16 @@ def _artifacts(results: Path) -> dict[str, bytes]:
 
 
 def _largest_difference(a: Path, b: Path) -> float:
-    (x,), (y,) = (list((results / RUN / "weights").rglob("*.safetensors")) for results in (a, b))
-    first, second = load_file(x), load_file(y)
+    first, second = (
+        {
+            f"{file.relative_to(results)}/{name}": value
+            for file in (results / RUN / "weights").rglob("*.safetensors")
+            for name, value in load_file(file).items()
+        }
+        for results in (a, b)
+    )
     assert first.keys() == second.keys()
+    assert first
     return max(float((value - second[name]).abs().max()) for name, value in first.items())
 
 
@@ -165,6 +172,25 @@ def test_kept_policies_are_the_same_on_any_number_of_processes(
     for name in kept:
         for other in states[1:]:
             assert float((states[0][name] - other[name]).abs().max()) <= 1e-5, name
+
+
+def test_a_step_of_one_length_is_the_same_on_any_number_of_processes(
+    prepared: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    """And its rate, and the mean of the weights; whole in each of two, and in shards that one process takes up."""
+    alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
+    chosen = [*overrides, "training.updates=4", "optimizer=normalised", "optimizer.learning_rate=0.01"]
+    chosen += ["optimizer.schedule=cosine", "optimizer.warmup_updates=1", "training.ema_decay=0.25"]
+    sharded = [*chosen, "distribution.strategy=fsdp"]
+    assert _ranks(
+        {"world": 1, "results": alone, "overrides": chosen},
+        {"world": 2, "results": two, "overrides": chosen},
+        {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
+        {"world": 1, "results": moved, "overrides": sharded},
+    ) == [[0], [0] * 2, [75, 75], [0]]
+    assert _largest_difference(alone, two) <= 1e-5
+    assert _largest_difference(alone, moved) <= 1e-5
+    assert len(list((moved / RUN / "weights/ema").rglob("*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

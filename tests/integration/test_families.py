@@ -22,7 +22,8 @@ from vipo.config.sampling import SamplingConfig
 from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.base import resolve_class
-from vipo.generators.embeddings import encode_prompt_file, load_embeddings, stack_conditioning
+from vipo.generators.embeddings import load_embeddings, stack_conditioning
+from vipo.generators.encoding import encode_prompt_file
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id

@@ -1,7 +1,9 @@
 """The adapter against the stock FluxPipeline, on the shipped checkpoint and on tiny ones of the same class."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.flux import FluxGenerator, image_ids
 from vipo.generators.packing import pack_latents, unpack_latents
+from vipo.generators.sharded import load_to_shard
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout, sample_ode
@@ -248,3 +251,36 @@ def test_bad_checkpoints_are_named(tmp_path: Path, tiny_generator: Path) -> None
     if not torch.cuda.is_available():
         with pytest.raises(GeneratorError, match="0 CUDA devices"):
             load_generator(_config(tiny_generator, device="cuda"), ROOT)
+
+
+def test_other_weights_are_loaded_after_the_first_were_let_go_of(
+    tmp_path: Path, tiny_generator: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = load_generator(_config(tiny_generator), ROOT)
+    generator.save_network(tmp_path)
+    old, seen = weakref.ref(generator.network), []
+    load = FluxTransformer2DModel.from_pretrained
+
+    def loading(*arguments: object, **options: object) -> object:
+        gc.collect()
+        seen.append(old())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", loading)
+    generator.load_network(tmp_path)
+    assert seen == [None]
+    assert all(not value.is_meta for value in generator.network.parameters())
+
+
+def test_what_waits_for_its_rows_reads_no_weights(tiny_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(tiny_generator)
+    whole = load_to_shard(config, ROOT, whole=True)
+    assert isinstance(whole, FluxGenerator)
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", None)
+    empty = load_to_shard(config, ROOT, whole=False)
+    assert all(value.is_meta and value.dtype == torch.float32 for value in empty.network.parameters())
+    shapes = [{name: value.shape for name, value in each.network.named_parameters()} for each in (whole, empty)]
+    assert shapes[0] == shapes[1]
+    assert not any(value.is_meta for value in (*empty.network.buffers(), *empty.vae.parameters()))
+    assert empty.latent_shape == whole.latent_shape
+    assert not empty.network.training

@@ -17,7 +17,8 @@ from vipo.config.compose import load_config
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.base import resolve_class
-from vipo.generators.embeddings import check_embeddings, encode_prompt_file, encoder_hashes, load_embeddings
+from vipo.generators.embeddings import check_embeddings, encoder_hashes, load_embeddings
+from vipo.generators.encoding import encode_prompt_file
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.stages import encode_stage, evaluate_stage, prepare_stage, train_stage
@@ -92,7 +93,7 @@ def test_embeddings_that_name_no_encoder_or_do_not_fit_are_refused(tiny_wan: Pat
     wide = {key: torch.zeros(16, 48) for key in tensors}
     assert "width 48, but the network of generator.path takes 32; run the encode stage again" in told(wide)
     assert "not finite float32" in told({name: torch.full((16, 32), float("nan"))})
-    assert "not finite float32 (torch.int32)" in told({name: torch.zeros(16, 32, dtype=torch.int32)})
+    assert "not finite float32 (I32)" in told({name: torch.zeros(16, 32, dtype=torch.int32)})
     assert "tensors" in told({f"{prompts[0].id}/other": torch.zeros(1)})
     del origin["encoders"]
     save_file(tensors, output, metadata={"origin": json.dumps(origin)})

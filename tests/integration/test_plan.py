@@ -33,6 +33,12 @@ def test_parts_are_those_of_the_run(tiny_overrides: list[str]) -> None:
     assert found.evaluations == {"rollouts": samples * config.sampling.steps, "learning": lessons, "comparing": 0}
     # Weights and two moments of a checkpoint, twice while the next one is written; the final weights.
     assert found.disk == 4 * weights * (3 * 2 + 1)
+    # Held are those of the update's samples, on the disk those of all prompts.
+    assert found.embeddings == 10 * found.held["embeddings"] // samples
+    more = ["optimizer=sgd", "optimizer.momentum=0.5", "training.ema_decay=0.5", "training.decode_batch=1"]
+    other = plan(load_config([*tiny_overrides, "arm=vipo", *more]), ROOT, prompts=10)
+    assert other.held["SGD with momentum 0.5"] == other.held["kept policies"] == 4 * weights
+    assert other.phases["decodes"] < found.phases["decodes"]
     assert found.phases["learns"] > found.phases["rolls out"] > 0
 
 

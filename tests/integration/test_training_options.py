@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from vipo.evaluation.evaluate import trained_weights
 
 from vipo.config.compose import load_config, repository_root
+from vipo.config.validation import ConfigError
 from vipo.errors import Preempted
 from vipo.objectives import Advantages, Points, best_and_worst
 from vipo.provenance import file_sha256, read_provenance
@@ -204,13 +207,76 @@ def test_best_of_learns_from_the_best_and_the_worst(
         assert all(float(seen["advantages"][a]) >= float(seen["advantages"][b]) for a, b in (half[:2], half[2:]))
 
 
+def test_other_batches_in_rollout_decoding_and_rewards(prepared: Path, tiny_overrides: list[str]) -> None:
+    """The same samples but for rounding; the check before the first step measures what the ratio makes of it."""
+    own = ["training.rollout_batch=8", "training.decode_batch=3", "training.reward_batch=5"]
+    chosen = ["arm=vipo", "training.micro_batch=2", "training.log_ratio_tolerance=1e-3"]
+    sizes: dict[str, list[int]] = {"predict": [], "pictures": [], "reward": []}
+    setups = [_setup(prepared, [*tiny_overrides, *chosen], *more) for more in ([], own)]
+    first = update(setups[0], 1)
+    generator, (label,) = setups[1].generator, setups[1].rewards
+    for name in ("predict", "pictures"):
+        call = getattr(generator, name)
+
+        def noted(latents: Tensor, *rest: Any, name: str = name, call: Callable[..., Any] = call) -> Any:
+            sizes[name].append(len(latents))
+            return call(latents, *rest)
+
+        setattr(generator, name, noted)
+    reward = setups[1].rewards[label]
+
+    def scored(pictures: Tensor, *rest: Any) -> Any:
+        sizes["reward"].append(len(pictures))
+        return reward(pictures, *rest)
+
+    setups[1].rewards[label] = scored
+    second = update(setups[1], 1)
+    assert sizes["predict"] == [8] * setups[1].config.sampling.steps + [2] * 8
+    assert sizes["pictures"] == [3, 3, 2]
+    assert sizes["reward"] == [5, 3]
+    assert second["reward/mean"] == pytest.approx(first["reward/mean"], rel=1e-4)
+    assert first["log_ratio/max_before_first_step"] == 0 <= second["log_ratio/max_before_first_step"] <= 1e-3
+    with pytest.raises(ConfigError, match="rollout_batch 3 is not a multiple of micro_batch 2"):
+        load_config([*tiny_overrides, *chosen, "training.rollout_batch=3"])
+
+
 # ---- resume ----------------------------------------------------------------------------------------
 
 RESUMED = {
     "slide": ["arm=vipo", "sampling.window={size: 2, every: 1}"],
     "kl": ["arm=vipo", "objective.kl_weight=0.1"],
     "kl-lora-best_of": ["arm=vipo", "objective.kl_weight=0.1", LORA, *MANY],
+    "sgd-lora": ["arm=vipo", "optimizer=sgd", "optimizer.momentum=0.9", "optimizer.learning_rate=0.1", LORA],
+    "normalised": ["arm=vipo", "optimizer=normalised", "optimizer.learning_rate=0.01"],
+    "adamw_8bit": ["arm=vipo", "optimizer=adamw_8bit"],
+    "ema-cosine-lora": ["arm=vipo", "training.ema_decay=0.5", "optimizer.schedule=cosine", LORA],
 }
+
+
+def test_the_mean_of_the_weights_is_that_of_a_loop(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+    results = shutil.copytree(prepared, tmp_path / "results")
+    chosen = ["arm=vipo", "training.updates=3", "training.save_at=[1, 2]", "training.ema_decay=0.28"]
+    setup = _setup(results, [*tiny_overrides, *chosen, "optimizer.schedule=cosine", "optimizer.warmup_updates=1"])
+    mean = {name: value.detach().double() for name, value in setup.trainable.items()}
+    run_module.train(setup, run_identity(setup))
+    run = setup.folder
+    kept = [run / "updates/000001", run / "updates/000002", run / "weights"]
+    for number, folder in enumerate(kept, 1):
+        trained, found = (load_file(*(part / "transformer").glob("*.safetensors")) for part in (folder, folder / "ema"))
+        decay = min(0.28, (1 + number) / (10 + number))
+        mean = {name: decay * value + (1 - decay) * trained[name].double() for name, value in mean.items()}
+        assert found.keys() == mean.keys() == trained.keys()
+        for name, value in found.items():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value.double(), mean[name], atol=1e-7, rtol=1e-6)
+        assert any(not torch.equal(found[name], trained[name]) for name in found)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rate = setup.config.optimizer.learning_rate
+    assert [row["optimizer/learning_rate"] for row in rows] == pytest.approx([rate, rate, rate / 2])
+    # What an evaluation of it reads.
+    config = load_config([*tiny_overrides, *chosen, "evaluation.weights=ema", "optimizer.schedule=cosine"])
+    config = config.model_copy(update={"optimizer": setup.config.optimizer})
+    assert trained_weights(config, run, ROOT) == {n: folder / "ema" for n, folder in enumerate(kept, 1)}
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -1,6 +1,6 @@
 """Section `evaluation`."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,9 @@ class EvaluationConfig(Section):
         strict=False,
         description="Rewards that are reported: names, labels of trained terms, or name, label and options. Those that "
         "are trained are added by themselves.",
+    )
+    weights: Literal["trained", "ema"] = Field(
+        "trained", description="Which of a run's weights are evaluated, and handed over; ema: training.ema_decay's."
     )
     seed: Seed = 1234
     bootstrap: Annotated[int, Field(ge=100, le=10**5)] = 2000

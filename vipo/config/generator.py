@@ -33,6 +33,9 @@ class GeneratorConfig(Section):
         "and below.",
     )
     negative_prompt: str = Field("", description="The prompt that classifier-free guidance leads away from.")
+    encoders: Literal["fp32", "bf16"] = Field(
+        "fp32", description="In what text encoders are held and compute; embeddings are kept in it."
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
     )

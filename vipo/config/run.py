@@ -12,6 +12,7 @@ from vipo.config.evaluation import REPORTED, EvaluationConfig
 from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.generator import GeneratorConfig
 from vipo.config.objective import ObjectiveConfig, SurrogateConfig
+from vipo.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig
 from vipo.config.perception import PerceptionConfig
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.prompts import PromptsConfig
@@ -21,7 +22,7 @@ from vipo.config.reward import RewardConfig, RewardSpec, referred
 from vipo.config.sampling import SamplingConfig
 from vipo.config.section import MOST_CALLS, Section, Seed
 from vipo.config.tracking import TrackingConfig
-from vipo.config.training import DistributionConfig, OptimizerConfig, TrainingConfig
+from vipo.config.training import DistributionConfig, TrainingConfig
 
 
 class Config(Section):
@@ -38,7 +39,7 @@ class Config(Section):
     credit: CreditConfig = CreditConfig()
     advantages: AdvantagesConfig = AdvantagesConfig()
     objective: ObjectiveConfig = SurrogateConfig()
-    optimizer: OptimizerConfig
+    optimizer: OptimizerConfig = AdamWConfig()
     training: TrainingConfig
     distribution: DistributionConfig = DistributionConfig()
     evaluation: EvaluationConfig
@@ -104,7 +105,7 @@ class Config(Section):
         if self.generator.weights == "bf16" and not self.is_base:
             if self.training.lora is None:
                 raise ValueError(
-                    "generator.weights bf16 needs training.lora: AdamW on bf16 weights rounds small updates away; set "
+                    "generator.weights bf16 needs training.lora: a step on bf16 weights rounds small updates away; set "
                     "training.lora={} or generator.weights=fp32"
                 )
             if self.distribution.strategy == "fsdp":
@@ -112,6 +113,27 @@ class Config(Section):
                     "generator.weights bf16 and distribution.strategy fsdp: shards hold one precision; set "
                     "generator.weights=fp32 (gathered in bf16), or distribution.strategy=ddp"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _shards(self) -> Self:
+        if isinstance(self.optimizer, AdamW8bitConfig) and self.distribution.strategy == "fsdp":
+            raise ValueError(
+                "optimizer.name adamw_8bit and distribution.strategy fsdp: its blocks of 256 values do not end where a "
+                "process's rows do; use optimizer=adamw, whose state is sharded, or distribution.strategy=ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reaches(self) -> Self:
+        warmup, updates = self.optimizer.warmup_updates, self.training.updates
+        if warmup >= updates:
+            raise ValueError(
+                f"optimizer.warmup_updates {warmup} leaves none of the {updates} updates of training.updates at the "
+                "whole rate; lower it"
+            )
+        if self.evaluation.weights == "ema" and self.training.ema_decay is None:
+            raise ValueError("evaluation.weights ema needs training.ema_decay, such as 0.99, which keeps that mean")
         return self
 
     def _fits(self, objective: SurrogateConfig) -> None:
@@ -217,7 +239,9 @@ class Config(Section):
         generator = self.generator.model_dump(
             mode="json", include={"family", "path", "revision", "device", "max_sequence_length", "negative_prompt"}
         )
-        return {**generator, "threads": self.training.threads}
+        # What was encoded before there was a choice keeps its identity.
+        chosen = {} if self.generator.encoders == "fp32" else {"encoders": self.generator.encoders}
+        return {**generator, **chosen, "threads": self.training.threads}
 
     def evaluation_identity(self) -> dict[str, Any]:
         """What decides an evaluation's samples and scores, beside the trained weights."""

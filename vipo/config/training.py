@@ -1,23 +1,15 @@
-"""Sections `training`, `optimizer` and `distribution`."""
+"""Sections `training` and `distribution`."""
 
 import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from vipo.config.section import LARGEST_INT, MOST_SAMPLES, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from vipo.config.section import LARGEST_INT, MOST_SAMPLES, PositiveFloat, PositiveInt, Section
 from vipo.config.values import divisors
 
-
-class OptimizerConfig(Section):
-    """AdamW on fp32 weights."""
-
-    learning_rate: PositiveFloat = 1e-5
-    weight_decay: NonNegativeFloat = 1e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), strict=False
-    )
-    max_grad_norm: PositiveFloat = 1.0
+EMA = "ema"
+"""What the mean of the trained weights is called: as a kept policy, and its folder below that of the trained ones."""
 
 
 class LoraConfig(Section):
@@ -50,7 +42,18 @@ class TrainingConfig(Section):
         "update; or the first ones.",
     )
     micro_batch: PositiveInt = Field(
-        4, description="Samples in one network call, in the rollout and in the update alike."
+        4, description="Samples in one network call of the update, and of the rollout unless rollout_batch differs."
+    )
+    rollout_batch: PositiveInt | None = Field(
+        None,
+        description="Samples in one network call of the rollout, a multiple of micro_batch; null: micro_batch. The "
+        "ratio is then no longer 1 by construction: log_ratio_tolerance judges what this device makes of it.",
+    )
+    decode_batch: PositiveInt | None = Field(
+        None, description="Samples decoded at a time; null: micro_batch. The ratio does not depend on it."
+    )
+    reward_batch: PositiveInt | None = Field(
+        None, description="Samples that a reward is given at a time; null: micro_batch. As decode_batch."
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass instead of keeping them."
@@ -63,6 +66,11 @@ class TrainingConfig(Section):
         "counts over the transition's std, and by `channels`: docs/method.md, 'On-policy check'.",
     )
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Keep a mean of the trained weights too, in fp32, which is this share of itself after each update "
+        "(less in the first ones); evaluation.weights chooses it.",
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="CPU threads of a process; part of the result's identity."
     )
@@ -106,6 +114,8 @@ class TrainingConfig(Section):
                     f"(prompts_per_update * {name} / optimizer_steps_per_update); micro_batch may be "
                     f"{divisors(math.gcd(*self.samples_per_step().values()))}"
                 )
+        if self.rollout_batch is not None and self.rollout_batch % self.micro_batch:
+            raise ValueError(f"rollout_batch {self.rollout_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
 
     def samples_per_step(self) -> dict[str, int]:
@@ -120,7 +130,8 @@ class DistributionConfig(Section):
     """The processes that train one run together: how fast it is, and of its result no more than the order of sums."""
 
     strategy: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="The network whole in every process, or its weights, gradients and AdamW state in shards."
+        "ddp",
+        description="The network whole in every process, or its weights, gradients and optimizer state in shards.",
     )
     processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Processes on each node, one a GPU.")
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1

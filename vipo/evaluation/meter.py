@@ -32,7 +32,7 @@ from vipo.provenance.files import atomic_file
 from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
-from vipo.training.setup import load_optimizer
+from vipo.training.optimizers import load_optimizer
 from vipo.training.state import content_hash
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,10 @@ def measure_credit(
     generator = load_generator(first.generator, root)
     parameters = _trainable(first, generator, weights)
     widths, device = generator.conditioning_widths(first.generator, root), generator.device
-    embeddings: dict[str, dict[str, Tensor]] = {}
-    for split, prompts in (("train", train), ("eval", held)):
-        embeddings |= load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
+    known, other = (
+        load_embeddings(experiment / "embeddings" / f"{split}.safetensors", prompts, device, widths)
+        for split, prompts in (("train", train), ("eval", held))
+    )
     rewards = load_rewards(first.reward.terms, first.generator.device)
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
@@ -87,7 +88,7 @@ def measure_credit(
         parameters,
         chain,
         stochastic_steps(first.sampling.window, len(chain.trainable), first.seed, 1),
-        embeddings,
+        known | other,
         rewards,
         {term.label: term.weight for term in first.reward.terms},
         first.seed,

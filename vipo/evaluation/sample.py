@@ -5,7 +5,7 @@ One batch of samples is in memory at a time, and one network. Whoever draws a ba
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vipo.config.compose import load_config_file
 from vipo.config.run import Config
+from vipo.config.training import EMA
 from vipo.determinism import deterministic_algorithms
 from vipo.evaluation.held_out import EvaluationError, HeldOut, held_out_batches, sample_name, save_sample
 from vipo.evaluation.shares import Share, Work
@@ -56,7 +57,7 @@ def draw(
     generator: Generator,
     chain: Chain,
     samples: Sequence[HeldOut],
-    embeddings: dict[str, dict[str, Tensor]],
+    embeddings: Mapping[str, Mapping[str, Tensor]],
     config: Config,
 ) -> Tensor:
     """Images ``(N, 3, H, W)`` or videos ``(N, T, 3, H, W)`` in [0, 1], on the CPU.
@@ -220,7 +221,7 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
         raise EvaluationError(f"{', '.join(missing)}: kept weights are missing; train {config.run_name} again")
     for folder in kept.values():
         check_finite(folder)
-    return kept
+    return {number: folder / EMA for number, folder in kept.items()} if config.evaluation.weights == EMA else kept
 
 
 def prepare_process(config: Config, local_rank: int = 0) -> None:

@@ -234,15 +234,20 @@ def resolve_class(config: GeneratorConfig) -> type[Generator]:
 
 
 @without_loading_bars()
-def load_generator(config: GeneratorConfig, root: Path) -> Generator:
+def load_generator(config: GeneratorConfig, root: Path, adapter: type[Generator] | None = None) -> Generator:
     """Load the configured generator on its device.
+
+    Args:
+        config: section `generator`.
+        root: repository root, for relative paths.
+        adapter: that loads it; None: the configured family's.
 
     Raises:
         GeneratorError: the checkpoint cannot be loaded, the device is absent, or the adapter does not hold weights as
             `config.weights` says; whatever the adapter raises.
     """
     check_device(config)
-    generator = resolve_class(config).load(config, root)
+    generator = (adapter or resolve_class(config)).load(config, root)
     if config.weights == "bf16" and all(value.dtype != torch.bfloat16 for value in generator.network.parameters()):
         raise GeneratorError(
             f"generator.weights bf16: family {config.family!r} holds its weights in fp32; set generator.weights=fp32"

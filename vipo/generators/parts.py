@@ -87,10 +87,10 @@ def load_part(
     config: GeneratorConfig,
     *,
     weights: bool = True,
+    dtype: torch.dtype = torch.float32,
     remedy: str = AGAIN,
 ) -> T:
-    """One part of a checkpoint by its class's `from_pretrained`; weights only from safetensors, and in fp32: AdamW on
-    bf16 weights rounds small updates away.
+    """One part of a checkpoint by its class's `from_pretrained`; weights only from safetensors.
 
     A part that is there only as a variant (``*.fp16.safetensors``) is read from it.
 
@@ -100,6 +100,7 @@ def load_part(
         part: subfolder.
         config: section `generator`.
         weights: whether the part has any.
+        dtype: of the weights. A step on bf16 weights rounds small updates away: what is trained has fp32.
         remedy: what to do, for the message.
 
     Raises:
@@ -110,7 +111,7 @@ def load_part(
     if weights:
         options = {
             "use_safetensors": True,
-            "torch_dtype": torch.float32,
+            "torch_dtype": dtype,
             "output_loading_info": True,
             # Told below, by name: the libraries fill such a tensor at random, or leave it without storage.
             "ignore_mismatched_sizes": True,

@@ -76,8 +76,12 @@ class PipelineGenerator(Generator):
             raise GeneratorError(f"generator.frames {config.frames}: family {config.family!r} makes {what}")
         self.config = config
         self.device = torch.device(config.device)
-        self.network = network.to(self.device).requires_grad_(False).eval()
+        self.network = self.placed(network).requires_grad_(False).eval()
         self.vae = vae.to(self.device).requires_grad_(False).eval()
+
+    def placed(self, network: Any) -> Any:
+        """The network where it is used, on the generator's device."""
+        return network.to(self.device)
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
@@ -300,6 +304,8 @@ class PipelineGenerator(Generator):
         if getattr(self.network, "peft_config", None):
             self.network.unload_lora()
         if not (folder / LORA_FILE).is_file():
+            # Let go of before the other is read: there is never memory for two.
+            self.network = None
             remedy = "train the run again"
             # Nobody needs its weights any more, and two networks may be more than there is memory for.
             self.network.to("meta")

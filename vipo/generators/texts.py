@@ -48,7 +48,8 @@ def load_text_encoder(
     """
     words = load_tokenizer(tokenizer[0], location, tokenizer[1], config)
     place = f"{location}/{tokenizer[1]}"
-    model = load_part(encoder[0].from_pretrained, location, encoder[1], config)
+    dtype = torch.bfloat16 if config.encoders == "bf16" else torch.float32
+    model = load_part(encoder[0].from_pretrained, location, encoder[1], config, dtype=dtype)
     rows = model.get_input_embeddings().weight.shape[0]
     if without := sorted((row, token) for token, row in words.get_vocab().items() if row >= rows):
         raise GeneratorError(

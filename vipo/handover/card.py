@@ -274,13 +274,15 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
 def _facts(config: Config) -> dict[str, str]:
     training, terms = config.training, config.reward.terms
     lora = training.lora
+    mean = f", their mean with decay {training.ema_decay:g}" if config.evaluation.weights == "ema" else ""
     return {
         "Arm": f"{config.arm}, {describe(config)}",
         "Seed": str(config.seed),
-        "Trained": "all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}",
+        "Trained": ("all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}")
+        + mean,
         "Reward": " + ".join(term.title if len(terms) == 1 else f"{term.weight:g} {term.title}" for term in terms),
         "Updates": f"{training.updates}, each {training.prompts_per_update} prompts × {training.group_size} samples",
-        "Optimizer": f"AdamW, learning rate {config.optimizer.learning_rate:g}",
+        "Optimizer": f"{config.optimizer.title}, learning rate {config.optimizer.learning_rate:g}",
         "Sampling chain": f"{config.sampling.steps} steps, {config.sampling.transition}, eta {config.sampling.eta:g}",
         "Map backbone": config.perception.backbone if config.credit.reads_backbone else "none",
         "Prompts": config.prompts.source,

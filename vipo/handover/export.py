@@ -20,6 +20,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from vipo.config.compose import dump_config
 from vipo.config.run import Config
+from vipo.config.training import EMA
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location
@@ -197,7 +198,7 @@ def _base(run: RunRecords, root: Path, base_model: str | None) -> _Base:
         raise ExportError(f"{location}/model_index.json: names no class of diffusers; its own code is not handed over")
     parts: tuple[str, ...] = ()
     if run.config.training.lora is None:
-        trained = {name.split("/", 1)[0] for name in run.weights}
+        trained = {name.split("/", 1)[0] for name in _handed_over(run)}
         parts = tuple(
             name for name, entry in index.items() if isinstance(entry, list) and entry[-1] and name not in trained
         )
@@ -272,8 +273,8 @@ def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame) -> lis
 
 
 def _copy_weights(run: RunRecords, base: _Base, folder: Path) -> None:
-    for name in run.weights:
-        _copy(run.folder / "weights" / name, folder / name)
+    for name, place in _handed_over(run).items():
+        _copy(run.folder / "weights" / place, folder / name)
     if base.parts:
         _copy(base.folder / "model_index.json", folder / "model_index.json")
     for part in base.parts:
@@ -284,6 +285,13 @@ def _copy_weights(run: RunRecords, base: _Base, folder: Path) -> None:
             raise ExportError(f"{base.folder / part}: has no safetensors weights, and pickles are not handed over")
         for name in names:
             _copy(base.folder / part / name, folder / part / name)
+
+
+def _handed_over(run: RunRecords) -> dict[str, str]:
+    """Files of the weights that were evaluated, for the scores are theirs: their places below ``weights/``, by name."""
+    mean = run.config.evaluation.weights == EMA
+    below = {place: place.removeprefix(f"{EMA}/") for place in run.weights}
+    return {name: place for place, name in below.items() if (place != name) == mean}
 
 
 def _copy(source: Path, target: Path) -> None:

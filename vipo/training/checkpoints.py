@@ -9,7 +9,7 @@ file a process, each naming the rows that it holds: any other number of processe
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from vipo.config.training import TrainingConfig
+from vipo.config.run import Config
 from vipo.provenance.files import atomic_folder, file_sha256, fsync_path, named_write_errors, partial_path
 from vipo.training.distribution import Distribution
+from vipo.training.optimizers import state_like
 from vipo.training.stored import ROWS, CheckpointError, StoredTensors, own_rows
 
 log = logging.getLogger(__name__)
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,18 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def run_bytes(training: TrainingConfig, parameters: int, kept: int) -> int:
+def run_bytes(config: Config, parameters: int, kept: int) -> int:
     """Bytes of a run's folder, at most: its checkpoints and the one that is being written, and the weights it leaves.
 
     Args:
-        training: says how many checkpoints and weights are kept.
+        config: says how many checkpoints and weights are kept, and what the optimizer keeps.
         parameters: that are trained, in fp32.
-        kept: policies that the objective keeps beside them.
+        kept: policies that are kept beside them.
     """
-    # Weights and AdamW's two moments.
-    return 4 * parameters * ((3 + kept) * (training.keep_checkpoints + 1) + 1 + len(training.save_at))
+    training = config.training
+    checkpoint = 4 * (1 + kept) + config.optimizer.state_bytes
+    weights = 4 * (1 + len(training.save_at)) * (1 if training.ema_decay is None else 2)
+    return round(parameters * (checkpoint * (training.keep_checkpoints + 1) + weights))
 
 
 def save_checkpoint(
@@ -209,12 +218,12 @@ def check_tensors(stored: StoredTensors, like: Mapping[str, Tensor], what: str) 
             raise CheckpointError(f"{what}: damaged (tensor {name!r} is not finite)")
 
 
-def check_optimizer(stored: StoredTensors, parameters: Sequence[Tensor], count: int | None, what: str) -> None:
-    """Check that the tensors are AdamW's state of some of `parameters`, as `optimizer_tensors` names them.
+def check_optimizer(stored: StoredTensors, optimizer: torch.optim.Optimizer, count: int | None, what: str) -> None:
+    """Check that the tensors are state of the optimizer's parameters, as `optimizer_tensors` names them.
 
     Args:
         stored: below their prefix.
-        parameters: in the optimizer's order. One that never had a gradient has no state.
+        optimizer: that is to go on with them. A parameter that never had a gradient has no state.
         count: how many tensors there were; None where the checkpoint does not tell.
         what: of which checkpoint, for the message.
 
@@ -223,12 +232,13 @@ def check_optimizer(stored: StoredTensors, parameters: Sequence[Tensor], count: 
     """
     if count is not None and count != len(stored):
         raise CheckpointError(f"{what}: damaged ({len(stored)} tensors of the optimizer, {count} were written)")
-    step = torch.zeros(())
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
     like: dict[str, Tensor] = {}
     for index in {name.split(".", 1)[0] for name in stored}:
         if not (index.isdecimal() and int(index) < len(parameters)):
             raise CheckpointError(f"{what}: damaged (the optimizer has no parameter {index!r})")
-        like |= {f"{index}.step": step, **{f"{index}.{entry}": parameters[int(index)] for entry in _MOMENTS}}
+        own = state_like(optimizer, parameters[int(index)])
+        like |= {f"{index}.{entry}": tensor for entry, tensor in own.items()}
     check_tensors(stored, like, what)
 
 

@@ -44,11 +44,12 @@ def check_consistency(
         channels = (
             f"sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here {config.objective.channels!r})"
         )
+    layout = ", another batch layout: set training.rollout_batch=null" if config.training.rollout_batch else ""
     raise TrainingError(
         f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
         f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
-        f"sample {named(sample)}. Rollout and update do not evaluate the same network: a "
-        "dropout or norm layer in training mode, another dtype or autocast, a kernel that depends on gradients. "
+        f"sample {named(sample)}. Rollout and update do not evaluate the same network: a dropout or norm layer in "
+        f"training mode, another dtype or autocast, a kernel that depends on gradients{layout}. "
         "Rounding alone gives log rho the size of its error in the transition's mean over the transition's std, "
         f"divided by {channels}: docs/method.md tells how to choose the tolerance by it"
     )

@@ -16,15 +16,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from vipo.config.training import DistributionConfig
 from vipo.training.errors import TrainingError
 from vipo.training.ranks import drop_foreign, own_place
+from vipo.training.sharding import fill, shard
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
@@ -124,6 +123,11 @@ class Distribution:
         """Which of them this one is."""
         return self.rank
 
+    @property
+    def shards(self) -> bool:
+        """Whether each process has some rows of the network only."""
+        return self.processes > 1 and self.config.strategy == "fsdp"
+
     # ---- the network ------------------------------------------------------------------------------
 
     def wrap(self, network: nn.Module, precision: str) -> nn.Module:
@@ -133,24 +137,22 @@ class Distribution:
         reduced in fp32. A network without gradients is sharded too.
 
         Args:
-            network: on this process's device, the same on every process.
+            network: on this process's device, the same on every process. One that is to be sharded may be in main
+                memory, from where it is moved block by block, and without weights (on the meta device) everywhere but
+                in the main process, whose weights each then has its rows of.
             precision: ``generator.precision``.
         """
         if self.processes == 1:
             return network
-        if self.config.strategy == "ddp":
+        if not self.shards:
             trained = any(value.requires_grad for value in network.parameters())
             return self._accelerator.prepare_model(network, evaluation_mode=False).eval() if trained else network
-        mesh = init_device_mesh(self.device.type, (self.processes,), mesh_dim_names=("data",))
-        policy = MixedPrecisionPolicy()
-        if precision == "bf16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        # The blocks that diffusers keeps whole on one device are what is gathered at a time.
-        blocks = set(getattr(network, "_no_split_modules", None) or ())
-        for module in reversed(list(network.modules())):
-            if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh, mp_policy=policy)
-        fully_shard(network, mesh=mesh, mp_policy=policy)
+        empty = any(value.is_meta for value in network.parameters())
+        some_empty = any(self.everyones(empty))
+        whole = dict(network.state_dict()) if some_empty and self.is_main else {}
+        shard(network, self.device, self.processes, precision)
+        if some_empty:
+            fill(network, self.device, whole)
         return network
 
     def unwrap(self, network: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vipo.config.training import EMA
 from vipo.objectives import Advantages, Outcome, Points, Predictions, Share, checked_outcome, checked_points
 from vipo.objectives.forward import ramped_decay
 from vipo.sampling.noise import keyed_generator
@@ -17,6 +18,7 @@ from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.observed import Observed
+from vipo.training.optimizers import learning_rate, set_learning_rate
 from vipo.training.samples import MicroBatch, Sample, named
 from vipo.training.setup import Setup
 
@@ -61,7 +63,9 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
         ObjectiveError: the objective or its gate raised, or gave what cannot be used.
         TrainingError: before the first step the policy is not the one that sampled; or a gradient is not finite.
     """
-    seen = Observed(setup.config.sampling.steps - 1, setup.device)
+    seen, config = Observed(setup.config.sampling.steps - 1, setup.device), setup.config
+    rate = learning_rate(config.optimizer, lesson.number, config.training.updates)
+    set_learning_rate(setup.optimizer, rate)
     steps = places(setup, lesson)
     old, anchor = old_predictions(setup, lesson, steps), anchor_predictions(setup, lesson, steps)
     for step, own in enumerate(steps):
@@ -83,7 +87,8 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
         total, norm = take_step(setup, lesson, calls, step)
         seen.losses.append(total)
         seen.norms.append(norm)
-    return seen.metrics(setup.distribution)
+    told = {} if config.optimizer.is_constant else {"optimizer/learning_rate": rate}
+    return seen.metrics(setup.distribution) | told
 
 
 def places(setup: Setup, lesson: Lesson) -> list[list[Place]]:
@@ -153,6 +158,9 @@ def follow(setup: Setup, number: int) -> None:
     steps = number * setup.config.training.epochs * setup.config.training.optimizer_steps_per_update
     for name, decay in setup.objective.keeps.items():
         setup.kept[name].follow(ramped_decay(steps, flat=decay.flat, rate=decay.rate, hold=decay.hold))
+    if (ema := setup.config.training.ema_decay) is not None:
+        # As diffusers' EMAModel: at first a plain mean, so that the start is not what a short run averages.
+        setup.kept[EMA].follow(min(ema, (1 + number) / (10 + number)))
 
 
 def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None, anchor: Tensor | None = None) -> Outcome:

@@ -36,7 +36,6 @@ from vipo.training.errors import TrainingError
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _FP32 = 4
-_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Plan:
         evaluations: of the network by one sample at one step, an update, by phase; guidance doubles the work of each.
         flops: an update's floating point operations in the network, of all processes.
         disk: bytes of a run's folder, at most.
+        embeddings: bytes of the training prompts' embeddings, on disk.
     """
 
     held: Mapping[str, int]
@@ -58,6 +58,7 @@ class Plan:
     evaluations: Mapping[str, int]
     flops: int
     disk: int
+    embeddings: int
 
     @property
     def peak(self) -> int:
@@ -76,6 +77,7 @@ class Plan:
         if tflops is not None:
             rows.append((f"an update at {tflops:g} TFLOP/s", f"{self.flops / tflops / 1e12:,.1f} s"))
         rows.append(("disk of the run", _gib(self.disk)))
+        rows.append(("disk of the embeddings", _gib(self.embeddings)))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>18}" for name, value in rows)
 
@@ -122,7 +124,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     Args:
         config: of a run that trains.
         root: repository root, for relative paths.
-        prompts: of the training split, whose embeddings are held.
+        prompts: of the training split.
 
     Raises:
         TrainingError: the arm trains nothing.
@@ -140,6 +142,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     conditioning = longest_conditioning(generator, root, size, mode)
     with mode:
         latents, times = torch.empty(size, *generator.latent_shape), torch.empty(size)
+        clean = torch.empty(training.decode_batch or size, *generator.latent_shape)
 
     def predict() -> Tensor:
         return generator.predict(latents, times, conditioning)
@@ -147,7 +150,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     def lesson() -> None:
         predict().square().mean().backward()
 
-    known = [latents, times, *conditioning.values()]
+    known = [latents, clean, times, *conditioning.values()]
     # First, for it leaves the gradients that every later backward pass adds to.
     try:
         with mode, FlopCounterMode(display=False) as learned:
@@ -165,10 +168,11 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     learns = peak_bytes(mode, generator, known, lesson)
     with torch.no_grad():
         draws = peak_bytes(mode, generator, known, predict)
-        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(latents))
+        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(clean))
 
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
+    policies = len(keeps) + (training.ema_decay is not None)
     compared = objective.needs_old + objective.needs_reference + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
     own = samples // config.distribution.world_size
@@ -185,9 +189,9 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         "network": weights // shards,
         "autoencoder": _bytes(generator.vae.parameters()),
         "reference": weights // shards if copied else 0,
-        "kept policies": len(keeps) * gradients,
-        "AdamW": _MOMENTS * gradients,
-        "embeddings": (prompts + own) * a_prompt,
+        "kept policies": policies * gradients,
+        config.optimizer.title: round(config.optimizer.state_bytes * trained) // shards,
+        "embeddings": own * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
     }
     return Plan(
@@ -200,7 +204,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
             + learned.get_total_flops() * lessons
         )
         // size,
-        disk=run_bytes(training, trained, len(keeps)),
+        disk=run_bytes(config, trained, policies),
+        embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
     )
 
 

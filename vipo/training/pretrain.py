@@ -197,7 +197,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         for part in ("model", "average"):
             check_tensors(checkpoint.tensors.below(part), parameters, what)
         moments = checkpoint.tensors.below("optimizer")
-        check_optimizer(moments, list(parameters.values()), checkpoint.state.get("optimizer_tensors"), what)
+        check_optimizer(moments, optimizer, checkpoint.state.get("optimizer_tensors"), what)
 
     newest = load_newest(work / "denoiser", check)
     if newest is not None:

@@ -10,9 +10,9 @@ from vipo.training.setup import Setup, embeddings_path, prompts_path, set_up
 from vipo.training.state import run_identity, set_aside_other
 
 _STATE_REMEDY = (
-    "That is weights, gradients, AdamW's state, and the reference where there is one: set training.lora={}, or "
-    "distribution.strategy=fsdp with more processes (each loads the whole network once, so that one device must hold "
-    "it), choose a smaller generator, or raise cluster.train.memory_mb where main memory ran out"
+    "That is weights, gradients, the optimizer's state, and the reference where there is one: set training.lora={}, or "
+    "distribution.strategy=fsdp with more processes (the first of a node reads the whole network into main memory), "
+    "choose a smaller generator, or raise cluster.train.memory_mb where main memory ran out"
 )
 
 

@@ -61,12 +61,12 @@ def score_transitions(setup: Setup, rollouts: Rollouts, scores: Scores) -> Score
 
 def _scored(setup: Setup, rollouts: Rollouts, pictures: Tensor) -> dict[str, Tensor]:
     rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
+    rows, size = rollouts.rows, setup.config.training.reward_batch or setup.config.training.micro_batch
     for label, reward in setup.rewards.items():
         with in_use(reward):
-            pieces = pictures.split(setup.config.training.micro_batch)
-            for batch, piece in zip(rollouts.batches, pieces, strict=True):
-                own = [rollouts.samples[row] for row in batch.rows]
+            for start, piece in zip(range(0, len(rows), size), pictures.split(size), strict=True):
+                part = rows[start : start + size]
+                own = [rollouts.samples[row] for row in part]
                 texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-                rewards[label][list(batch.rows)] = score(label, reward, piece, texts, metadata)
-    rows = rollouts.rows
+                rewards[label][part] = score(label, reward, piece, texts, metadata)
     return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}

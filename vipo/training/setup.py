@@ -4,21 +4,21 @@ import copy
 import itertools
 import logging
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vipo.config.experiment import check_processes
 from vipo.config.run import Config
-from vipo.config.training import OptimizerConfig
+from vipo.config.training import EMA
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
-from vipo.generators.embeddings import load_embeddings
+from vipo.generators.embeddings import Embeddings, load_embeddings
+from vipo.generators.sharded import load_to_shard
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
@@ -29,6 +29,7 @@ from vipo.training.checkpoints import run_bytes
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.old_policy import OldPolicy
+from vipo.training.optimizers import load_optimizer
 from vipo.training.samples import update_prompts
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ class Setup:
         generator: the policy; its network is wrapped by `distribution`.
         reference: the network as it was, for the KL divergence of full fine-tuning; with LoRA it is the policy without
             its adapter, and None here.
-        embeddings: conditioning by prompt id.
+        embeddings: conditioning by prompt id, in files.
         rewards: by the label of their term.
         sources: of credit, by name; none where the advantage is a scalar.
         objective: the loss.
-        kept: policies that follow the trained one, as the objective asks.
+        kept: policies that follow the trained one, as the objective asks, and `EMA` where it is kept.
         chain: noise levels and transition.
         trainable: parameters that are trained, by name; of a sharded network this process's shards.
         optimizer: of those.
@@ -64,7 +65,7 @@ class Setup:
     prompts: list[Prompt]
     generator: Generator
     reference: nn.Module | None
-    embeddings: dict[str, dict[str, Tensor]]
+    embeddings: Embeddings
     rewards: dict[str, Reward]
     sources: dict[str, CreditSource]
     objective: Objective
@@ -120,7 +121,10 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     device = distribution.device
     prompts = read_prompts(prompts_path(experiment))
     update_prompts(prompts, config.seed, 1, config.training.prompts_per_update)
-    generator = load_generator(config.generator, root)
+    if distribution.shards:
+        generator = load_to_shard(config.generator, root, whole=distribution.is_main)
+    else:
+        generator = load_generator(config.generator, root)
     weight_inputs = {f"generator {i}": path for i, path in enumerate(checkpoint_inputs(config.generator, root))}
     widths = generator.conditioning_widths(config.generator, root)
     embeddings = load_embeddings(embeddings_path(experiment), prompts, device, widths)
@@ -149,6 +153,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
     optimizer = load_optimizer(config.optimizer, trainable.values(), fused=True)
+    kept = [*keeps, *([] if config.training.ema_decay is None else [EMA])]
     setup = Setup(
         config,
         experiment,
@@ -160,7 +165,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         rewards,
         sources,
         objective,
-        {name: OldPolicy(generator.network, trainable) for name in keeps},
+        {name: OldPolicy(generator.network, trainable) for name in kept},
         chain,
         trainable,
         optimizer,
@@ -169,15 +174,6 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     )
     _check_resources(setup)
     return setup
-
-
-def load_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = False
-) -> torch.optim.AdamW:
-    """The optimizer of a run, before its first step; `fused` is PyTorch's one kernel, which rounds otherwise."""
-    return torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
-    )
 
 
 def load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
@@ -225,7 +221,7 @@ def _check_resources(setup: Setup) -> None:
     config, folder = setup.config, setup.folder
     count = sum(value.numel() for value in setup.trainable.values())
     kept = len(setup.kept)
-    needed = run_bytes(config.training, count, kept)
+    needed = run_bytes(config, count, kept)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -237,11 +233,11 @@ def _check_resources(setup: Setup) -> None:
         total = torch.cuda.get_device_properties(setup.device).total_memory
         frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())
         shards = setup.distribution.processes if config.distribution.strategy == "fsdp" else 1
-        state = (4 * (4 + kept) * count + 4 * frozen) / shards
+        state = ((4 * (2 + kept) + config.optimizer.state_bytes) * count + 4 * frozen) / shards
         if state > total:
             raise TrainingError(
-                f"weights, gradients and AdamW state of {count / 1e9:.1f} G parameters, and the reference and the "
-                f"{kept} policies that the objective keeps beside them, need {state / 2**30:.0f} GiB in each "
+                f"weights, gradients and optimizer state of {count / 1e9:.1f} G parameters, and the reference and the "
+                f"{kept} policies that are kept beside them, need {state / 2**30:.0f} GiB in each "
                 f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp "
                 "on more devices"
             )

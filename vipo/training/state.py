@@ -1,5 +1,6 @@
 """A run on disk: what identifies it, what it goes on from, and what it keeps."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from vipo.config.compose import dump_config
+from vipo.config.training import EMA
 from vipo.config.values import config_hash
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256, text_lines
 from vipo.provenance.lineage import PROVENANCE
@@ -85,8 +87,7 @@ def _check(setup: Setup, identity: str, checkpoint: Checkpoint) -> None:
         check_tensors(tensors.below("network"), setup.trainable, what)
         for name, policy in setup.kept.items():
             check_tensors(tensors.below(f"kept/{name}"), policy.tensors, what)
-        parameters = [value for group in setup.optimizer.param_groups for value in group["params"]]
-        check_optimizer(tensors.below("optimizer"), parameters, count, what)
+        check_optimizer(tensors.below("optimizer"), setup.optimizer, count, what)
 
 
 def set_aside_other(setup: Setup, identity: str) -> None:
@@ -213,11 +214,21 @@ def check_weights(setup: Setup, number: int) -> None:
 
 
 def save_weights(setup: Setup, folder: Path) -> None:
-    """Write the network as stock diffusers loads it; every process calls it."""
+    """Write the network as stock diffusers loads it, and below it in `EMA` the mean of the weights, where it is kept.
+
+    Every process calls it.
+    """
     wrapped = setup.generator.network
     setup.generator.network = setup.distribution.unwrap(wrapped)
-    state = setup.distribution.full_state(setup.generator.network)
-    if setup.distribution.is_main:
-        with atomic_folder(folder) as temporary:
-            setup.generator.save_network(temporary, state)
+    with atomic_folder(folder) if setup.distribution.is_main else contextlib.nullcontext() as temporary:
+        _write_network(setup, temporary)
+        if EMA in setup.kept:
+            with setup.kept[EMA].instead():
+                _write_network(setup, None if temporary is None else temporary / EMA)
     setup.generator.network = wrapped
+
+
+def _write_network(setup: Setup, folder: Path | None) -> None:
+    state = setup.distribution.full_state(setup.generator.network)
+    if folder is not None:
+        setup.generator.save_network(folder, state)

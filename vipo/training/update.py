@@ -28,6 +28,7 @@ from vipo.rewards import RewardError
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
+from vipo.training.errors import TrainingError
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
 from vipo.training.rollouts import Rollouts, in_order
 from vipo.training.samples import (
@@ -107,12 +108,13 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
     trained = setup.chain.trainable if setup.objective.needs == "none" else stochastic
     transitions = chosen_transitions(samples, config.training, trained, config.seed, number).to(setup.device)
     starts = range(0, len(samples), size)[setup.distribution.data_rank :: setup.distribution.data_processes]
+    together = (config.training.rollout_batch or size) // size
     batches: list[MicroBatch] = []
     seen: dict[str, list[Any]] = {name: [] for name in setup.sources}
-    pictures = torch.empty(0)
-    for place, start in enumerate(starts):
+    for first in range(0, len(starts), together):
         stop_if_asked(number - 1)
-        chunk = samples[start : start + size]
+        rows = [row for start in starts[first : first + together] for row in range(start, start + size)]
+        chunk = [samples[row] for row in rows]
         conditioning = stack_conditioning(setup.embeddings, [sample.prompt.id for sample in chunk])
         initial: list[Key] = [
             (config.seed, "initial", number, s.prompt.id, -1 if config.sampling.same_initial_noise else s.index)
@@ -127,16 +129,31 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
             )
         for name, source in setup.sources.items():
             seen[name].append(source.after_rollout(setup.generator))
-        rows = tuple(range(start, start + len(chunk)))
-        batches.append(MicroBatch(rows, conditioning, trajectory, transitions[start : start + size]))
-        with setup.timer("decode"):
-            decoded = setup.generator.pictures(trajectory.clean)
-            if not place:
-                # One tensor from the start: to join them afterwards would need them twice.
-                pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
-            pictures[place * size : (place + 1) * size] = decoded
+            if together > 1 and seen[name][-1] is not None:
+                raise TrainingError(
+                    f"training.rollout_batch {config.training.rollout_batch}: credit source {name!r} watches the "
+                    "rollout of each micro-batch; set training.rollout_batch=null"
+                )
+        whole = MicroBatch(tuple(rows), conditioning, trajectory, transitions[rows])
+        pieces = [whole.select(rows[start : start + size]) for start in range(0, len(rows), size)]
+        batches += pieces if together > 1 else [whole]
+    pictures = _decoded(setup, torch.cat([batch.trajectory.clean for batch in batches]))
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
+
+
+def _decoded(setup: Setup, clean: Tensor) -> Tensor:
+    with setup.timer("decode"):
+        pictures = torch.empty(0)
+        place = 0
+        for latents in clean.split(setup.config.training.decode_batch or setup.config.training.micro_batch):
+            decoded = setup.generator.pictures(latents)
+            if not place:
+                # One tensor from the start: to join them afterwards would need them twice.
+                pictures = decoded.new_empty(len(clean), *decoded.shape[1:])
+            pictures[place : place + len(decoded)] = decoded
+            place += len(decoded)
+    return pictures
 
 
 def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:

@@ -42,7 +42,7 @@ class Subject:
     parameters: Mapping[str, nn.Parameter]
     chain: Chain
     stochastic: range
-    embeddings: dict[str, dict[str, Tensor]]
+    embeddings: Mapping[str, Mapping[str, Tensor]]
     rewards: Mapping[str, Reward]
     weights: Mapping[str, float]
     seed: int

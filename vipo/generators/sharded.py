@@ -1,0 +1,53 @@
+"""Loading a network that is about to be sharded: no device, and one process of a node, ever holds the whole of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+
+from vipo.config.generator import GeneratorConfig
+from vipo.generators.base import Generator, load_generator, resolve_class
+from vipo.generators.parts import load_part
+from vipo.generators.pipeline import PipelineGenerator
+
+
+def load_to_shard(config: GeneratorConfig, root: Path, *, whole: bool) -> Generator:
+    """The configured generator with its network in main memory, or without its weights; the rest is on its device.
+
+    An adapter that is no `PipelineGenerator` loads the whole network on its device.
+
+    Args:
+        config: section `generator`.
+        root: repository root, for relative paths.
+        whole: read the weights; else parameters are on PyTorch's meta device, and buffers as the class makes them.
+
+    Raises:
+        GeneratorError: as `load_generator`.
+    """
+    adapter = resolve_class(config)
+    if not issubclass(adapter, PipelineGenerator):
+        return load_generator(config, root)
+    changed: dict[str, Any] = {"placed": _as_it_is}
+    if not whole:
+        changed["load_parts"] = classmethod(_without_weights)
+    return load_generator(config, root, type(adapter.__name__, (adapter,), changed))
+
+
+def _as_it_is(_: PipelineGenerator, network: nn.Module) -> nn.Module:
+    return network
+
+
+def _without_weights(
+    cls: type[PipelineGenerator], config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]
+) -> list[Any]:
+    parts = []
+    for part, kind in kinds.items():
+        if part == cls.network_folder:
+            settings = load_part(kind.load_config, location, part, config, weights=False)
+            with init_empty_weights(include_buffers=False):
+                parts.append(kind.from_config(settings))
+        else:
+            parts.append(load_part(kind.from_pretrained, location, part, config))
+    return parts
