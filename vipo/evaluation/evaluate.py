@@ -25,10 +25,10 @@ from vipo.determinism import deterministic_algorithms
 from vipo.errors import VipoError
 from vipo.evaluation.summary import summarize
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.finite import check_finite
 from vipo.generators.lora import check_adapted
+from vipo.generators.starting import checkpoint_inputs
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs

@@ -25,7 +25,7 @@ from vipo.generators.variants import refuse_channels, refuse_settings
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
-        "patch_size_t": "takes two latent frames together, the first of them to be thrown away (CogVideoX 1.5)",
+        "patch_size_t": "takes latent frames by twos, so that one of them stands for no decoded frame (CogVideoX 1.5)",
         "ofs_embed_dim": "takes a second embedding (CogVideoX 1.5 image-to-video)",
         "use_learned_positional_embeddings": "takes a picture as well (image-to-video)",
     }
@@ -71,6 +71,14 @@ class CogVideoXGenerator(PipelineGenerator):
                 f"generator.max_sequence_length {config.max_sequence_length}: the network takes "
                 f"{settings.max_text_seq_length} text tokens (max_text_seq_length); set it to that"
             )
+
+    @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2)
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        return stepped.transpose(1, 2)
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:

@@ -1,7 +1,7 @@
 """What generators share whose checkpoint is a diffusers pipeline: loading, guidance, LoRA, and what is saved."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
-from vipo.generators.lora import LORA_FILE, check_file, check_targets
+from vipo.generators.lora import check_file, check_targets, lora_file
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
-from vipo.generators.variants import check_options
+from vipo.generators.starting import check_start, load_started
+from vipo.generators.variants import NOT_HELD, check_options, check_pair
 from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -40,6 +41,7 @@ class PipelineGenerator(Generator):
         vae: the autoencoder, frozen.
         pipeline_class: the stock pipeline.
         network_class: of the trained network.
+        second_folder: subfolder of a second network of the same class, which acts at low noise.
         autoencoders: autoencoder classes by name.
         guides: whether the family is guided away from `negative_prompt`.
         neutral_guidance: the `guidance_scale` at which, and below, the stock pipeline guides no more.
@@ -56,6 +58,7 @@ class PipelineGenerator(Generator):
     pipeline_class: ClassVar[Any]
     network_class: ClassVar[Any]
     network_folder: ClassVar[str] = "transformer"
+    second_folder: ClassVar[str | None] = None
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
     guides: ClassVar[bool] = True
     neutral_guidance: ClassVar[float] = 1.0
@@ -84,12 +87,14 @@ class PipelineGenerator(Generator):
         cls.check(config, root)
         location = checkpoint_location(config, root)
         index = model_index(location, config.revision)
-        parts = cls.load_parts(config, location, cls.part_classes(location, index))
-        # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
-        parts[0].register_to_config(_name_or_path=config.path)
-        if config.weights == "bf16":
-            hold_in_bf16(parts[0])
-        generator = cls(config, *parts)
+        parts = cls.load_parts(config, root, location, cls.part_classes(location, index))
+        *networks, vae = parts
+        for network in networks:
+            # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
+            network.register_to_config(_name_or_path=config.path)
+            if config.weights == "bf16":
+                hold_in_bf16(network)
+        generator = cls(config, cls.joined(config, index, networks), vae)
         if cls.prediction == "velocity":
             generator.flow_shift = generator.checkpoint_shift(location)
         else:
@@ -99,13 +104,40 @@ class PipelineGenerator(Generator):
         return generator
 
     @classmethod
-    def load_parts(cls, config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]) -> list[Any]:
+    def joined(cls, config: GeneratorConfig, index: Mapping[str, Any], networks: Sequence[Any]) -> Any:
+        """The policy of a checkpoint's networks; of a family with several, it is overridden.
+
+        Args:
+            config: section `generator`.
+            index: content of ``model_index.json``.
+            networks: as `part_classes` orders them.
+        """
+        [network] = networks
+        return network
+
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        """What is trained, by the subfolders of the diffusers layout."""
+        return {self.network_folder: self.network}
+
+    def read_no_values(self) -> None:
+        """From now on, calls are made without data, as `vipo plan` does: lengths are the longest ones."""
+
+    @classmethod
+    def load_parts(
+        cls, config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
+    ) -> list[Any]:
         """Network and autoencoder, by the subfolders that hold their weights.
 
         Raises:
             GeneratorError: one is missing or damaged.
         """
-        return [load_part(kind.from_pretrained, location, part, config) for part, kind in kinds.items()]
+        return [
+            load_part(kind.from_pretrained, location, part, config)
+            if part == "vae"
+            else load_started(cls.pipeline_class, kind, location, part, config, root)
+            for part, kind in kinds.items()
+        ]
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:
@@ -114,13 +146,16 @@ class PipelineGenerator(Generator):
         if (kind := index.get("_class_name", cls.pipeline_class.__name__)) != cls.pipeline_class.__name__:
             raise GeneratorError(
                 f"{location}/model_index.json: _class_name {kind!r}; family {config.family!r} holds "
-                f"{cls.pipeline_class.__name__}: give such a checkpoint, or another generator.family"
+                f"{cls.pipeline_class.__name__}: "
+                + NOT_HELD.get(str(kind), "give such a checkpoint, or another generator.family")
             )
         cls.check_index(location, index)
-        network, vae = (
+        check_start(config, root, cls.network_class, cls.second_folder is not None)
+        *networks, vae = (
             part_settings(kind, location, part, config) for part, kind in cls.part_classes(location, index).items()
         )
-        cls.check_parts(location, network, vae)
+        for network in networks:
+            cls.check_parts(location, network, vae)
         if cls.prediction == "velocity":
             check_levels(location, config, cls.token_side is not None)
         else:
@@ -135,6 +170,7 @@ class PipelineGenerator(Generator):
                 config.path,
             )
         check_options(config, cls.pipeline_class.__name__, cls.guides, cls.neutral_guidance, cls.longest_sequence)
+        check_pair(config, cls.second_folder is not None)
 
     @classmethod
     def part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,10 +180,10 @@ class PipelineGenerator(Generator):
             GeneratorError: the index names one that the adapter does not know.
         """
         named = {cls.network_class.__name__: cls.network_class}
-        return {
-            part: part_class(location, index, part, known)
-            for part, known in ((cls.network_folder, named), ("vae", cls.autoencoders))
-        }
+        parts = {cls.network_folder: named, "vae": cls.autoencoders}
+        if cls.second_folder is not None:
+            parts = {cls.network_folder: named, cls.second_folder: named, "vae": cls.autoencoders}
+        return {part: part_class(location, index, part, known) for part, known in parts.items()}
 
     @classmethod
     def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
@@ -179,6 +215,16 @@ class PipelineGenerator(Generator):
         Raises:
             GeneratorError: the checkpoint is such a variant.
         """
+
+    @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        """Latents ``(B, *latent_shape)`` as the stock pipeline takes them; a family that packs them says how."""
+        return latents
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        """What the stock pipeline gives its scheduler, as `predict` has it: ``(B, *latent_shape)``, here `shape`."""
+        return stepped
 
     def checkpoint_shift(self, location: Path | str) -> float | Callable[[int], float]:
         """What `flow_shift` is, by the checkpoint's scheduler; it may be overridden."""
@@ -235,9 +281,13 @@ class PipelineGenerator(Generator):
             return call(latents, time, positive)
         both = {name: torch.cat([conditioning[NEGATIVE + name], value]) for name, value in positive.items()}
         without, wanted = call(torch.cat([latents] * 2), torch.cat([time] * 2), both).float().chunk(2)
-        return self.combined(without, wanted, 1 + above)
+        return self.combined(without, wanted, 1 + self.guidance_at(time) - self.neutral_guidance)
 
-    def combined(self, without: Tensor, wanted: Tensor, scale: float) -> Tensor:
+    def guidance_at(self, time: Tensor) -> Any:
+        """The guidance scale at each sample's time, a number or what broadcasts with latents."""
+        return self.config.guidance_scale
+
+    def combined(self, without: Tensor, wanted: Tensor, scale: Any) -> Tensor:
         """``n + scale (p - n)`` of the negative and the positive prediction, both as the network gives them."""
         return without + scale * (wanted - without)
 
@@ -247,21 +297,22 @@ class PipelineGenerator(Generator):
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
-        check_targets(self.network, config.targets)
         # peft draws the initial A matrices from the global generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "lora"))
-            try:
-                self.network.add_adapter(
-                    PeftLoraConfig(
-                        r=config.rank,
-                        lora_alpha=config.alpha,
-                        init_lora_weights=True,
-                        target_modules=list(config.targets),
+            for network in self.networks.values():
+                check_targets(network, config.targets)
+                try:
+                    network.add_adapter(
+                        PeftLoraConfig(
+                            r=config.rank,
+                            lora_alpha=config.alpha,
+                            init_lora_weights=True,
+                            target_modules=list(config.targets),
+                        )
                     )
-                )
-            except ValueError as error:
-                raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
+                except ValueError as error:
+                    raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
         self._adapter_in_fp32()
 
     def _adapter_in_fp32(self) -> None:
@@ -272,53 +323,71 @@ class PipelineGenerator(Generator):
                 module.lora_B.float()
 
     def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        if getattr(self.network, "peft_config", None):
-            # Loaders take alpha for the rank unless metadata says otherwise, and metadata is written in random order:
-            # with the scale in B, every loader has the trained policy and the file has the same bytes each time.
-            (adapter,) = self.network.peft_config.values()
-            scale = adapter.lora_alpha / adapter.r
-            layers = {
-                f"{self.network_folder}.{name}": value * scale if ".lora_B." in name else value.contiguous()
-                for name, value in get_peft_model_state_dict(
-                    self.network, None if state is None else dict(state)
-                ).items()
-            }
-            # As the pipelines' own `save_lora_weights` do, which not all of them have.
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
-        else:
-            network = self.network
+        for part, network in self.networks.items():
+            # A policy of several networks has them under their names.
+            prefix = "" if network is self.network else f"{part}."
+            own = None
             if state is not None:
-                with torch.device("meta"):
-                    network = self.network_class.from_config(self.network.config)
-                network.load_state_dict(state, assign=True)
-            # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
-            network.register_to_config(_name_or_path=self.config.path)
-            network.save_pretrained(folder / self.network_folder, safe_serialization=True)
+                own = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
+            if getattr(network, "peft_config", None):
+                self._save_lora(folder, part, network, own)
+            else:
+                self._save_whole(folder, part, network, own)
+
+    def _save_lora(self, folder: Path, part: str, network: Any, state: dict[str, Tensor] | None) -> None:
+        # Loaders take alpha for the rank unless metadata says otherwise, and metadata is written in random order:
+        # with the scale in B, every loader has the trained policy and the file has the same bytes each time.
+        (adapter,) = network.peft_config.values()
+        scale = adapter.lora_alpha / adapter.r
+        layers = {
+            f"{self.network_folder}.{name}": value * scale if ".lora_B." in name else value.contiguous()
+            for name, value in get_peft_model_state_dict(network, state).items()
+        }
+        # As the pipelines' own `save_lora_weights` do, which not all of them have.
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(layers, folder / lora_file(part), metadata={"format": "pt"})
+
+    def _save_whole(self, folder: Path, part: str, network: Any, state: dict[str, Tensor] | None) -> None:
+        if state is not None:
+            with torch.device("meta"):
+                network = self.network_class.from_config(network.config)
+            network.load_state_dict(state, assign=True)
+        # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
+        network.register_to_config(_name_or_path=self.config.path)
+        network.save_pretrained(folder / part, safe_serialization=True)
 
     def load_network(self, folder: Path) -> None:
-        if getattr(self.network, "peft_config", None):
-            self.network.unload_lora()
-        if not (folder / LORA_FILE).is_file():
-            remedy = "train the run again"
-            loaded = load_part(
-                self.network_class.from_pretrained, folder, self.network_folder, self.config, remedy=remedy
-            )
-            self.network = loaded.to(self.device).requires_grad_(False).eval()
-            return
+        for part, network in self.networks.items():
+            if getattr(network, "peft_config", None):
+                network.unload_lora()
+            if not (folder / lora_file(part)).is_file():
+                remedy = "train the run again"
+                loaded = load_part(self.network_class.from_pretrained, folder, part, self.config, remedy=remedy)
+                self.replace_network(part, loaded.to(self.device).requires_grad_(False).eval())
+            else:
+                self._load_lora(folder / lora_file(part), network)
+
+    def replace_network(self, part: str, loaded: Any) -> None:
+        """Take another network for one of `networks`."""
+        self.network = loaded
+
+    def _load_lora(self, file: Path, network: Any) -> None:
+        prefix = self.network_folder
         try:
-            check_file(folder / LORA_FILE, self.network, self.network_folder)
-            self.network.load_lora_adapter(folder, prefix=self.network_folder, use_safetensors=True)
+            check_file(file, network, prefix)
+            network.load_lora_adapter(file.parent, prefix=prefix, weight_name=file.name, use_safetensors=True)
             if self.config.weights == "bf16":
                 self._adapter_in_fp32()
-                stored = load_file(folder / LORA_FILE, device=str(self.device))
-                layers = {name.removeprefix(f"{self.network_folder}."): value for name, value in stored.items()}
-                (name,) = self.network.peft_config
-                set_peft_model_state_dict(self.network, layers, name)
+                stored = load_file(file, device=str(self.device))
+                (name,) = network.peft_config
+                layers = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}
+                set_peft_model_state_dict(network, layers, name)
         except GeneratorError:
             raise
         except Exception as error:
-            raise GeneratorError(f"{folder}: trained weights cannot be loaded: {error}; train the run again") from error
+            raise GeneratorError(
+                f"{file.parent}: trained weights cannot be loaded: {error}; train the run again"
+            ) from error
 
 
 def hold_in_bf16(network: nn.Module) -> None:

@@ -17,8 +17,8 @@ from vipo.config.training import OptimizerConfig
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
+from vipo.generators.starting import checkpoint_inputs
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
