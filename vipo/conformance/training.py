@@ -16,7 +16,7 @@ from vipo.generators.pipeline import PipelineGenerator
 from vipo.keys import keyed_seed
 from vipo.text import listed
 
-# Of what rounds more than the checkpoint's own weights.
+# Of what rounds more than the checkpoint's own weights, relative to the largest prediction where that is above 1.
 _EXPORTED = 5e-5
 _LEARNING_RATE = 1e-3
 _SHOWN = 2
@@ -114,13 +114,13 @@ def export(compared: Subject, mode: Mode) -> list[Finding]:
     with torch.no_grad():
         predicted = generator.predict(compared.noise, time, compared.conditioning)
     faults = []
-    if not largest(ours - compared.sampled.pictures) > 4 * _EXPORTED:
-        faults.append("the trained weights make the same pictures as the checkpoint's")
+    if not largest(predicted - compared.sampled.prediction) > 100 * _EXPORTED:
+        faults.append("the trained weights predict what the checkpoint's do")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generator.save_network(folder)
         del generator
-        stock = compared.sample(load_trained(compared.kind, compared.stock, folder)).pictures
+        stock = compared.sample(load_trained(compared.kind, compared.stock, folder))
         started = compared.load(start=str(folder)) if mode == "lora" else None
         again = compared.load()
         # Twice: what was loaded before must not stay.
@@ -128,14 +128,16 @@ def export(compared: Subject, mode: Mode) -> list[Finding]:
             again.load_network(folder)
     with torch.no_grad():
         loaded = again.predict(compared.noise, time, compared.conditioning)
+    limit = _EXPORTED * max(1.0, largest(predicted))
+    apart = max(largest(stock.pictures - ours), largest(stock.prediction - predicted))
     found = [
-        finding(f"the stock pipeline with exported weights, {mode}", largest(stock - ours), _EXPORTED, faults),
-        finding(f"exported weights loaded again, {mode}", largest(loaded - predicted), EXACT),
+        finding(f"the stock pipeline with exported weights, {mode}", apart, limit, faults),
+        finding(f"exported weights loaded again, {mode}", largest(loaded - predicted), limit),
     ]
     if started is not None:
         with torch.no_grad():
             merged = started.predict(compared.noise, time, compared.conditioning)
-        found.append(finding("exported LoRA, merged as a start", largest(merged - predicted), _EXPORTED))
+        found.append(finding("exported LoRA, merged as a start", largest(merged - predicted), limit))
     return found
 
 

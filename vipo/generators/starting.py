@@ -230,7 +230,8 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
             )
         if hasattr(pipeline_class, "load_lora_weights"):
             parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
-            pipeline = pipeline_class(**parts | {part: network})
+            # The files of a second network name the first one.
+            pipeline = pipeline_class(**parts | {part.removesuffix("_2"): network})
             pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, local_files_only=True)
         else:
             network.load_lora_adapter(load_file(file), prefix=part)
