@@ -179,7 +179,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             {**_GUIDED, "frames": 9},
             steps=4,
             refused=(
-                (_NETWORK, {"patch_size_t": 2}, "patch_size_t 2: .*CogVideoX 1.5"),
                 (_NETWORK, {"ofs_embed_dim": 512}, "ofs_embed_dim 512: .*image-to-video"),
                 (_NETWORK, {"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings True"),
                 (_NETWORK, {"in_channels": 8}, "in_channels 8 and out_channels 4, as in image-to-video and control"),
@@ -187,6 +186,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (_INDEX, {"_class_name": "CogVideoXImageToVideoPipeline"}, "'CogVideoXImageToVideoPipeline'; family"),
             ),
             misfits=(({"frames": 13}, r"generator\.frames 13 is not of the form 1 \+ 8 k"),),
+        ),
+        "cogvideox_15": Family(
+            "cogvideox",
+            lambda folder: write_cogvideox(folder, rotary=True, pairs=True),
+            (),
+            {**_GUIDED, "frames": 9},
+            steps=4,
         ),
         "cogvideox_rotary": Family(
             "cogvideox",

@@ -158,6 +158,20 @@ def test_prompts_are_encoded_apart_and_the_negative_one_is_stored_once(case: Cas
         assert torch.equal(value[0], value[1]) == name.startswith("negative_") or name.endswith("mask"), name
 
 
+def test_every_frame_of_a_video_is_some_latent_frames(case: Case) -> None:
+    generator, frames = case.load(), case.config.frames
+    if frames is None:
+        assert generator.frame_groups is None
+        return
+    groups = generator.frame_groups
+    assert groups is not None
+    assert len(groups) == generator.latent_shape[1]
+    # In order, and none is empty: one that is not decoded (CogVideoX 1.5) has its neighbour's.
+    assert sorted({frame for group in groups for frame in group}) == list(range(frames))
+    assert all(groups)
+    assert [group.start for group in groups] == sorted(group.start for group in groups)
+
+
 def test_what_is_sharded_over_processes_is_a_block_of_the_network(case: Case) -> None:
     network: Any = case.load().network
     if isinstance(network, Experts):

@@ -15,7 +15,6 @@ JOBS = {
     "z_image": "ddp",
     "hunyuan_video": "fsdp",
     "cogvideox": "fsdp",
-    "qwen_image": "fsdp",
     # The first process's sample needs one of its networks, the second's the other.
     "wan22_a14b": "ddp",
 }
