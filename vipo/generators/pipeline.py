@@ -8,21 +8,15 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from peft import LoraConfig as PeftLoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
-from vipo.config.training import LoraConfig
-from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
-from vipo.generators.lora import check_file, check_targets, lora_file
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
+from vipo.generators.trained import TrainedNetworks
 from vipo.generators.variants import NOT_HELD, check_options, check_pair
-from vipo.keys import keyed_seed
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
     {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -31,8 +25,8 @@ PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
 log = logging.getLogger(__name__)
 
 
-class PipelineGenerator(Generator):
-    """One network and one autoencoder of a diffusers pipeline.
+class PipelineGenerator(TrainedNetworks):
+    """The network of a diffusers pipeline, or two by noise level, and its autoencoder.
 
     A family gives the class attributes, sets `latent_shape` (videos: `frame_groups` too), and writes `encode_prompts`,
     `_predict` and, for videos, `decode`.
@@ -40,7 +34,6 @@ class PipelineGenerator(Generator):
     Attributes:
         vae: the autoencoder, frozen.
         pipeline_class: the stock pipeline.
-        network_class: of the trained network.
         second_folder: subfolder of a second network of the same class, which acts at low noise.
         autoencoders: autoencoder classes by name.
         guides: whether the family is guided away from `negative_prompt`.
@@ -53,11 +46,8 @@ class PipelineGenerator(Generator):
         masks: conditioning tensors that tell which of the tokens are the prompt's.
     """
 
-    network: Any
     vae: Any
     pipeline_class: ClassVar[Any]
-    network_class: ClassVar[Any]
-    network_folder: ClassVar[str] = "transformer"
     second_folder: ClassVar[str | None] = None
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
     guides: ClassVar[bool] = True
@@ -114,11 +104,6 @@ class PipelineGenerator(Generator):
         """
         [network] = networks
         return network
-
-    @property
-    def networks(self) -> Mapping[str, Any]:
-        """What is trained, by the subfolders of the diffusers layout."""
-        return {self.network_folder: self.network}
 
     def read_no_values(self) -> None:
         """From now on, calls are made without data, as `vipo plan` does: lengths are the longest ones."""
@@ -295,99 +280,6 @@ class PipelineGenerator(Generator):
         settings = self.vae.config
         scaled = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-    def add_lora(self, config: LoraConfig, seed: int) -> None:
-        # peft draws the initial A matrices from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(seed, "lora"))
-            for network in self.networks.values():
-                check_targets(network, config.targets)
-                try:
-                    network.add_adapter(
-                        PeftLoraConfig(
-                            r=config.rank,
-                            lora_alpha=config.alpha,
-                            init_lora_weights=True,
-                            target_modules=list(config.targets),
-                        )
-                    )
-                except ValueError as error:
-                    raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
-        self._adapter_in_fp32()
-
-    def _adapter_in_fp32(self) -> None:
-        # peft gives an adapter the type of the weights beside it.
-        for module in self.network.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_A.float()
-                module.lora_B.float()
-
-    def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        for part, network in self.networks.items():
-            # A policy of several networks has them under their names.
-            prefix = "" if network is self.network else f"{part}."
-            own = None
-            if state is not None:
-                own = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
-            if getattr(network, "peft_config", None):
-                self._save_lora(folder, part, network, own)
-            else:
-                self._save_whole(folder, part, network, own)
-
-    def _save_lora(self, folder: Path, part: str, network: Any, state: dict[str, Tensor] | None) -> None:
-        # Loaders take alpha for the rank unless metadata says otherwise, and metadata is written in random order:
-        # with the scale in B, every loader has the trained policy and the file has the same bytes each time.
-        (adapter,) = network.peft_config.values()
-        scale = adapter.lora_alpha / adapter.r
-        layers = {
-            f"{self.network_folder}.{name}": value * scale if ".lora_B." in name else value.contiguous()
-            for name, value in get_peft_model_state_dict(network, state).items()
-        }
-        # As the pipelines' own `save_lora_weights` do, which not all of them have.
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(layers, folder / lora_file(part), metadata={"format": "pt"})
-
-    def _save_whole(self, folder: Path, part: str, network: Any, state: dict[str, Tensor] | None) -> None:
-        if state is not None:
-            with torch.device("meta"):
-                network = self.network_class.from_config(network.config)
-            network.load_state_dict(state, assign=True)
-        # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
-        network.register_to_config(_name_or_path=self.config.path)
-        network.save_pretrained(folder / part, safe_serialization=True)
-
-    def load_network(self, folder: Path) -> None:
-        for part, network in self.networks.items():
-            if getattr(network, "peft_config", None):
-                network.unload_lora()
-            if not (folder / lora_file(part)).is_file():
-                remedy = "train the run again"
-                loaded = load_part(self.network_class.from_pretrained, folder, part, self.config, remedy=remedy)
-                self.replace_network(part, loaded.to(self.device).requires_grad_(False).eval())
-            else:
-                self._load_lora(folder / lora_file(part), network)
-
-    def replace_network(self, part: str, loaded: Any) -> None:
-        """Take another network for one of `networks`."""
-        self.network = loaded
-
-    def _load_lora(self, file: Path, network: Any) -> None:
-        prefix = self.network_folder
-        try:
-            check_file(file, network, prefix)
-            network.load_lora_adapter(file.parent, prefix=prefix, weight_name=file.name, use_safetensors=True)
-            if self.config.weights == "bf16":
-                self._adapter_in_fp32()
-                stored = load_file(file, device=str(self.device))
-                (name,) = network.peft_config
-                layers = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}
-                set_peft_model_state_dict(network, layers, name)
-        except GeneratorError:
-            raise
-        except Exception as error:
-            raise GeneratorError(
-                f"{file.parent}: trained weights cannot be loaded: {error}; train the run again"
-            ) from error
 
 
 def hold_in_bf16(network: nn.Module) -> None:
