@@ -99,7 +99,7 @@ def _gradients(
 ) -> dict[str, Tensor]:
     for part in parts:
         given = {name: value[part] for name, value in compared.conditioning.items()}
-        (loss_of(taught.select(part).log_ratios(generator, given)) / len(parts)).backward()  # type: ignore[no-untyped-call]
+        (loss_of(taught.select(part).log_ratios(generator, given)) / len(parts)).backward()
     found = {name: value.grad for name, value in generator.network.named_parameters() if value.grad is not None}
     generator.network.zero_grad(set_to_none=True)
     return found
@@ -119,7 +119,7 @@ def bf16(compared: Subject) -> list[Finding]:
         sampled = generator.predict(compared.noise, time, compared.conditioning)
     learned = generator.predict(compared.noise, time, compared.conditioning)
     faults = [] if torch.equal(sampled, learned.detach()) else ["with gradients its bits are others"]
-    learned.square().mean().backward()  # type: ignore[no-untyped-call]
+    learned.square().mean().backward()
     if not all(value.grad is None or value.grad.isfinite().all() for value in generator.network.parameters()):
         faults.append("a gradient is not finite")
     error = float((sampled - expected).norm() / expected.norm())

@@ -33,7 +33,7 @@ def update(compared: Subject, mode: Mode) -> list[Finding]:
 
     def step(policy: PipelineGenerator, chosen: torch.optim.Optimizer) -> float:
         log_ratio = taught.log_ratios(policy, compared.conditioning)
-        loss_of(log_ratio).backward()  # type: ignore[no-untyped-call]
+        loss_of(log_ratio).backward()
         chosen.step()
         chosen.zero_grad(set_to_none=True)
         return largest(log_ratio)

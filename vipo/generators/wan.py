@@ -134,7 +134,8 @@ class Wan22PairGenerator(WanGenerator):
     @classmethod
     def joined(cls, config: GeneratorConfig, index: Mapping[str, Any], networks: Sequence[Any]) -> Any:
         trained = {"both": _FOLDERS, "high_noise": _FOLDERS[:1], "low_noise": _FOLDERS[1:]}[config.experts]
-        return Experts(*networks, 1000 * index["boundary_ratio"], trained)
+        high, low = networks
+        return Experts(high, low, 1000 * index["boundary_ratio"], trained)
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
