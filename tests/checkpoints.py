@@ -65,7 +65,24 @@ def picture_autoencoder(shift: float | None = None) -> AutoencoderKL:
     )
 
 
-def _write_wan(folder: Path, channels: int, vae: Mapping[str, object], shift: float, **options: object) -> Path:
+def _wan_network(channels: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=64,
+    )
+
+
+def _write_wan(
+    folder: Path, channels: int, vae: Mapping[str, object], shift: float, *, pair: bool = False, **options: object
+) -> Path:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     WanPipeline(
@@ -83,18 +100,8 @@ def _write_wan(folder: Path, channels: int, vae: Mapping[str, object], shift: fl
             **vae,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=channels,
-            out_channels=channels,
-            text_dim=32,
-            freq_dim=32,
-            ffn_dim=32,
-            num_layers=2,
-            cross_attn_norm=True,
-            rope_max_seq_len=64,
-        ),
+        transformer=_wan_network(channels),
+        transformer_2=_wan_network(channels) if pair else None,
         **options,
     ).save_pretrained(folder)
     return folder
@@ -103,6 +110,11 @@ def _write_wan(folder: Path, channels: int, vae: Mapping[str, object], shift: fl
 def write_wan(folder: Path) -> Path:
     """Wan 2.1: videos with sides in multiples of 16 and 1 + 4 k frames."""
     return _write_wan(folder, 16, {}, shift=3.0)
+
+
+def write_wan22_a14b(folder: Path) -> Path:
+    """Wan 2.2 T2V-A14B: two transformers, the first for noise levels from 0.875 on; otherwise as Wan 2.1."""
+    return _write_wan(folder, 16, {}, shift=3.0, pair=True, boundary_ratio=0.875)
 
 
 def write_wan22_ti2v(folder: Path) -> Path:

@@ -66,8 +66,9 @@ def write_hunyuan_video(folder: Path) -> Path:
     return folder
 
 
-def write_cogvideox(folder: Path, rotary: bool = False) -> Path:
-    """CogVideoX 2B, or with rotary positions 5B: no signal at the first timestep; sides in multiples of 8."""
+def write_cogvideox(folder: Path, rotary: bool = False, pairs: bool = False) -> Path:
+    """CogVideoX 2B, rotary 5B, with pairs of latent frames 1.5: no signal at the first timestep; sides in
+    multiples of 8."""
     torch.manual_seed(0)
     CogVideoXPipeline(
         tokenizer=t5_tokenizer(),
@@ -95,6 +96,8 @@ def write_cogvideox(folder: Path, rotary: bool = False) -> Path:
             sample_frames=9,
             max_text_seq_length=12,
             use_rotary_positional_embeddings=rotary,
+            patch_size_t=2 if pairs else None,
+            patch_bias=not pairs,
         ),
         scheduler=CogVideoXDDIMScheduler(
             prediction_type="v_prediction",

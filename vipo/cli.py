@@ -14,6 +14,7 @@ from vipo.config.compose import (
     dump_config,
     load_config,
     load_config_file,
+    load_generator_sections,
     repository_root,
 )
 from vipo.config.run import Config
@@ -170,6 +171,39 @@ def plan(
     typer.echo(json.dumps(found.as_json(), indent=2) if as_json else found.text(tflops))
     if memory is not None:
         require_fit(chosen, root, prompts, found, memory * 2**30)
+
+
+@app.command("check-generator")
+def check_generator(
+    overrides: Overrides = None,
+    height: Annotated[int, typer.Option(min=1, help="Of the compared pictures, in pixels.")] = 128,
+    width: Annotated[int, typer.Option(min=1, help="Likewise.")] = 192,
+    frames: Annotated[int, typer.Option(min=1, help="Likewise, where the family makes videos.")] = 9,
+    steps: Annotated[int, typer.Option(min=2, max=1000, help="Of the compared sample.")] = 4,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Two or more; default: two short ones.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="A check to leave out, such as update_full.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare a generator's adapter with its stock pipeline on the configured checkpoint; status 1 where one fails.
+
+    Section generator says which (generator=NAME, generator.path=...), but for its size; training.lora what LoRA adapts.
+    The network is held in fp32, for update_full and gradients with its gradients and AdamW: 16 bytes a weight.
+    """
+    from vipo.conformance.command import compare
+
+    results = compare(
+        *load_generator_sections(overrides or []),
+        repository_root(),
+        size=(height, width, frames),
+        steps=steps,
+        prompts=prompts,
+        without=without or (),
+        said=(lambda _: None) if as_json else _say,
+    )
+    if as_json:
+        typer.echo(json.dumps([vars(found) for found in results], indent=2))
+    if any(found.result == "fails" for found in results):
+        raise typer.Exit(1)
 
 
 @app.command()

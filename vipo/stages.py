@@ -118,8 +118,8 @@ def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
 def _encode(config: Config, root: Path, results: Path) -> None:
     import torch
 
-    from vipo.generators.base import checkpoint_inputs
     from vipo.generators.encoding import encode_prompt_file
+    from vipo.generators.starting import checkpoint_inputs
     from vipo.memory import memory_errors
 
     torch.set_num_threads(config.training.threads)

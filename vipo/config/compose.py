@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vipo.config.arms import ArmConfig, check_arm_name
+from vipo.config.generator import GeneratorConfig
 from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
 from vipo.config.run import Config
+from vipo.config.training import TrainingConfig
 from vipo.config.validation import ConfigError, cut, validate_section
 from vipo.regular import read_regular
 
@@ -63,6 +65,20 @@ def load_config(overrides: Sequence[str]) -> Config:
     if own:
         data = _compose([*file, *own, *rest]) | {"arm": data.get("arm")}
     return validate_config(data)
+
+
+def load_generator_sections(overrides: Sequence[str]) -> tuple[GeneratorConfig, TrainingConfig]:
+    """Sections `generator` and `training` alone, which need not fit an experiment's rewards and sampling.
+
+    Raises:
+        ConfigError: an unknown group or key, or a wrong type.
+    """
+    named = any(text.startswith("experiment=") for text in overrides)
+    data = _compose([*([] if named else ["experiment=demo"]), *overrides])
+    return (
+        validate_section(GeneratorConfig, data["generator"], "generator."),
+        validate_section(TrainingConfig, data["training"], "training."),
+    )
 
 
 def _check_arm(name: str) -> None:

@@ -19,6 +19,19 @@ class GeneratorConfig(Section):
     revision: Commit | None = Field(
         None, description="Commit of the hub repository, all 40 digits, where `path` is a hub id."
     )
+    file: UserPath | None = Field(
+        None,
+        description="A .safetensors file with the network's weights, in any naming that diffusers reads; everything "
+        "else is read from `path`.",
+    )
+    start: UserPath | None = Field(
+        None,
+        description="What training starts from: a LoRA's .safetensors file, which is merged, or the folder of a "
+        "trained run of the same checkpoint.",
+    )
+    start_scale: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
+        1.0, description="Of the LoRA in `start`, beside its own."
+    )
     height: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image height in pixels.")
     width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="Image width in pixels.")
     frames: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
@@ -31,6 +44,12 @@ class GeneratorConfig(Section):
         3.5,
         description="Embedded guidance of guidance-distilled models ('flux'), or classifier-free guidance, off at 1 "
         "and below.",
+    )
+    guidance_scale_2: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        None, description="Of the network for low noise, where a family has two; null: `guidance_scale`."
+    )
+    experts: Literal["both", "high_noise", "low_noise"] = Field(
+        "both", description="Which networks are trained, where a family has two."
     )
     negative_prompt: str = Field("", description="The prompt that classifier-free guidance leads away from.")
     encoders: Literal["fp32", "bf16"] = Field(
@@ -54,6 +73,12 @@ class GeneratorConfig(Section):
     @classmethod
     def _known_family(cls, value: str) -> str:
         return registered(value, FAMILIES, "generator family")
+
+    @model_validator(mode="after")
+    def _scales_something(self) -> Self:
+        if self.start is None and self.start_scale != 1:
+            raise ValueError(f"start_scale {self.start_scale:g} has no effect: start is not set")
+        return self
 
     @model_validator(mode="after")
     def _computed_as_held(self) -> Self:

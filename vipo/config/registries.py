@@ -20,6 +20,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "sdxl": "vipo.generators.stable_diffusion_xl:StableDiffusionXLGenerator",
         "sd3": "vipo.generators.stable_diffusion_3:StableDiffusion3Generator",
         "wan": "vipo.generators.wan:WanGenerator",
+        "wan22_a14b": "vipo.generators.wan:Wan22PairGenerator",
         "wan22_ti2v": "vipo.generators.wan:Wan22TextImageGenerator",
     }
 )

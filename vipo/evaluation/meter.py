@@ -25,8 +25,8 @@ from vipo.credit.meter.subject import Group, Subject
 from vipo.determinism import deterministic_algorithms
 from vipo.evaluation.meter_arms import load_arms, place_advantages
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
+from vipo.generators.starting import checkpoint_inputs
 from vipo.prompts import read_prompts
 from vipo.provenance.files import atomic_file
 from vipo.rewards import load_rewards, weight_files

@@ -19,10 +19,10 @@ from vipo.determinism import deterministic_algorithms
 from vipo.evaluation.held_out import EvaluationError, HeldOut, held_out_batches, sample_name, save_sample
 from vipo.evaluation.shares import Share, Work
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.finite import check_finite
 from vipo.generators.lora import check_adapted
+from vipo.generators.starting import checkpoint_inputs
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.sampling.chain import Chain, sampling_chain

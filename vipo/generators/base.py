@@ -299,9 +299,3 @@ def checkpoint_location(config: GeneratorConfig, root: Path) -> Path | str:
             "or a hub id together with generator.revision, the commit of its weights"
         )
     return config.path
-
-
-def checkpoint_inputs(config: GeneratorConfig, root: Path) -> list[Path]:
-    """The checkpoint as an input of a stage: its local folder, or nothing for a hub id (the commit pins it)."""
-    location = checkpoint_location(config, root)
-    return [location] if isinstance(location, Path) else []

@@ -27,7 +27,6 @@ from vipo.generators.words import COGVIDEOX
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
-        "patch_size_t": "takes two latent frames together, the first of them to be thrown away (CogVideoX 1.5)",
         "ofs_embed_dim": "takes a second embedding (CogVideoX 1.5 image-to-video)",
         "use_learned_positional_embeddings": "takes a picture as well (image-to-video)",
     }
@@ -36,7 +35,10 @@ _SEQUENCE = "encoder_hidden_states"
 
 
 class CogVideoXGenerator(PipelineGenerator):
-    """CogVideoX 2B and 5B."""
+    """CogVideoX 2B, 5B and 1.5.
+
+    The network of 1.5 takes latent frames by twos: one more stands before those that are decoded, at the first frame.
+    """
 
     frame_rate: ClassVar[int | None] = 8
     text_attention: ClassVar[TextAttention | None] = COGVIDEOX
@@ -58,6 +60,9 @@ class CogVideoXGenerator(PipelineGenerator):
             raise GeneratorError(
                 f"generator.frames {config.frames} is not of the form 1 + {2 * factor} k (odd latent frames)"
             )
+        self._before = -frames % (network.config.patch_size_t or 1)
+        self.frame_groups = (*self.frame_groups[:1] * self._before, *self.frame_groups)
+        frames += self._before
         self.latent_shape = (network.config.in_channels, frames, config.height // space, config.width // space)
         self._rotary = None
         if network.config.use_rotary_positional_embeddings:
@@ -74,6 +79,14 @@ class CogVideoXGenerator(PipelineGenerator):
                 f"generator.max_sequence_length {config.max_sequence_length}: the network takes "
                 f"{settings.max_text_seq_length} text tokens (max_text_seq_length); set it to that"
             )
+
+    @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        return latents.transpose(1, 2)
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        return stepped.transpose(1, 2)
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
@@ -115,4 +128,4 @@ class CogVideoXGenerator(PipelineGenerator):
         return self.guided(call, latents, time, conditioning)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents).transpose(1, 2)
+        return super().decode(latents[:, :, self._before :]).transpose(1, 2)

@@ -56,6 +56,14 @@ class FluxGenerator(PipelineGenerator):
             )
 
     @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        return pack_latents(latents)
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        return unpack_latents(stepped, *shape[-2:])
+
+    @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
         variants = "FLUX Fill, Control and Depth, which take a picture as well"
         refuse_channels(location, "transformer", network, ("latent_channels", vae.latent_channels), variants, folded=4)

@@ -48,6 +48,16 @@ class _Flux2Generator(PipelineGenerator):
         ).to(self.device)
 
     @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        # Tokens' channels over rows and columns of tokens.
+        height, width = latents.shape[-2:]
+        return pack_latents(latents).mT.unflatten(2, (height // 2, width // 2))
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        return unpack_latents(stepped, *shape[-2:])
+
+    @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
         latent = ("latent_channels", vae.latent_channels)
         refuse_channels(location, "transformer", network, latent, "editing checkpoints", folded=4)

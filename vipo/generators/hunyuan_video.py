@@ -1,7 +1,9 @@
 """HunyuanVideo 1.5 (`HunyuanVideo15Transformer3DModel`): a language model reads prompts, ByT5 quoted words."""
 
+import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
@@ -10,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
@@ -23,6 +26,25 @@ from vipo.generators.words import HUNYUAN_VIDEO
 
 _NEEDS: Mapping[str, str] = MappingProxyType({"use_meanflow": "takes a second timestep (MeanFlow)"})
 _NAMES = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2")
+
+
+class _AllWords(TorchFunctionMode):
+    """Masks hold no data: what they choose is everything, and what they leave is nothing.
+
+    The network puts the chosen tokens of its texts before the others, which are as many either way.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__:
+            return True
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0][:0] if getattr(args[1], "inverted", False) else args[0]
+        made = func(*args, **(kwargs or {}))
+        if func is Tensor.__invert__:
+            made.inverted = True
+        return made
 
 
 class HunyuanVideo15Generator(PipelineGenerator):
@@ -41,6 +63,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
+        self._lengths: AbstractContextManager[Any] = contextlib.nullcontext()
         # The mask of its attention fits one video alone (diffusers 0.42).
         self.vae.enable_slicing()
         settings = vae.config
@@ -50,6 +73,9 @@ class HunyuanVideo15Generator(PipelineGenerator):
         channels = settings.latent_channels
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         self._image_width = network.config.image_embed_dim
+
+    def read_no_values(self) -> None:
+        self._lengths = _AllWords()
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
@@ -96,13 +122,14 @@ class HunyuanVideo15Generator(PipelineGenerator):
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
             # No first frame: its latents, its mask and its embedding are zeros.
-            velocity: Tensor = self.network(
-                hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
-                timestep=1000 * sigma,
-                image_embeds=x.new_zeros(len(x), 1, self._image_width),
-                return_dict=False,
-                **given,
-            )[0]
+            with self._lengths:
+                velocity: Tensor = self.network(
+                    hidden_states=torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], dim=1),
+                    timestep=1000 * sigma,
+                    image_embeds=x.new_zeros(len(x), 1, self._image_width),
+                    return_dict=False,
+                    **given,
+                )[0]
             return velocity
 
         return self.guided(call, latents, time, conditioning)

@@ -9,11 +9,19 @@ from typing import Any
 from safetensors import safe_open
 
 from vipo.generators.base import GeneratorError
+from vipo.generators.experts import Experts
 from vipo.generators.parts import not_floating, stored_dtypes
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
+_SECOND_LORA_FILE = "pytorch_lora_weights_2.safetensors"
+
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight\Z")
+
+
+def lora_file(part: str) -> str:
+    """Name of the LoRA file of a network, by its subfolder; of a second network it is another one."""
+    return _SECOND_LORA_FILE if part.endswith("_2") else LORA_FILE
 
 
 def check_targets(network: Any, targets: Sequence[str]) -> None:
@@ -46,7 +54,8 @@ def check_adapted(network: Any, targets: Sequence[str], folder: Path) -> None:
     """
     if not getattr(network, "peft_config", None):
         return
-    for name, module in network.named_modules():
+    trained = [getattr(network, name) for name in network.trained] if isinstance(network, Experts) else [network]
+    for name, module in (named for part in trained for named in part.named_modules()):
         if any(_names(target, name) for target in targets) and not hasattr(module, "lora_A"):
             raise _fault(folder, "missing", f"{name}.lora_A.weight and {name}.lora_B.weight")
 

@@ -41,6 +41,7 @@ def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: Lor
         generator.network.requires_grad_(True)
     else:
         generator.add_lora(lora, 0)
+    generator.read_no_values()
     generator.config, generator.device = config.model_copy(update={"device": "cpu"}), torch.device("cpu")
     with mode:
         for module in (generator.network, generator.vae):
@@ -52,7 +53,7 @@ def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: Lor
 
 
 def _shapes(
-    cls: type[PipelineGenerator], config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]
+    cls: type[PipelineGenerator], config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
 ) -> list[Any]:
     parts = []
     for part, kind in kinds.items():

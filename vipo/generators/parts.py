@@ -116,7 +116,7 @@ def load_part(
             # Told below, by name: the libraries fill such a tensor at random, or leave it without storage.
             "ignore_mismatched_sizes": True,
         }
-        if (variant := _variant(location, part)) is not None:
+        if (variant := variant_of(location, part)) is not None:
             options["variant"] = variant
     try:
         loaded: Any = loader(location, subfolder=part, revision=config.revision, **options)
@@ -148,7 +148,12 @@ def _weight_files(folder: Path) -> dict[str | None, list[Path]]:
     return found
 
 
-def _variant(location: Path | str, part: str) -> str | None:
+def variant_of(location: Path | str, part: str) -> str | None:
+    """The variant that a part is there in alone, such as ``fp16``; None: the plain files are there, or it is a hub id.
+
+    Raises:
+        GeneratorError: there are several variants, and none of them is fp16.
+    """
     if not isinstance(location, Path):
         return None
     files = _weight_files(location / part)

@@ -1,27 +1,22 @@
 """What generators share whose checkpoint is a diffusers pipeline: loading, guidance, LoRA, and what is saved."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from peft import LoraConfig as PeftLoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
-from vipo.config.training import LoraConfig
-from vipo.generators.base import NEGATIVE, Conditioning, Generator, GeneratorError, checkpoint_location
-from vipo.generators.lora import LORA_FILE, check_file, check_targets
+from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import load_part, model_index, part_class, part_settings
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
-from vipo.generators.variants import check_options
-from vipo.keys import keyed_seed
+from vipo.generators.starting import check_start, load_started
+from vipo.generators.trained import TrainedNetworks
+from vipo.generators.variants import NOT_HELD, check_options, check_pair
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
     {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -30,8 +25,8 @@ PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
 log = logging.getLogger(__name__)
 
 
-class PipelineGenerator(Generator):
-    """One network and one autoencoder of a diffusers pipeline.
+class PipelineGenerator(TrainedNetworks):
+    """The network of a diffusers pipeline, or two by noise level, and its autoencoder.
 
     A family gives the class attributes, sets `latent_shape` (videos: `frame_groups` too), and writes `encode_prompts`,
     `_predict` and, for videos, `decode`.
@@ -39,7 +34,7 @@ class PipelineGenerator(Generator):
     Attributes:
         vae: the autoencoder, frozen.
         pipeline_class: the stock pipeline.
-        network_class: of the trained network.
+        second_folder: subfolder of a second network of the same class, which acts at low noise.
         autoencoders: autoencoder classes by name.
         guides: whether the family is guided away from `negative_prompt`.
         neutral_guidance: the `guidance_scale` at which, and below, the stock pipeline guides no more.
@@ -51,11 +46,9 @@ class PipelineGenerator(Generator):
         masks: conditioning tensors that tell which of the tokens are the prompt's.
     """
 
-    network: Any
     vae: Any
     pipeline_class: ClassVar[Any]
-    network_class: ClassVar[Any]
-    network_folder: ClassVar[str] = "transformer"
+    second_folder: ClassVar[str | None] = None
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
     guides: ClassVar[bool] = True
     neutral_guidance: ClassVar[float] = 1.0
@@ -79,21 +72,19 @@ class PipelineGenerator(Generator):
         self.network = self.placed(network).requires_grad_(False).eval()
         self.vae = vae.to(self.device).requires_grad_(False).eval()
 
-    def placed(self, network: Any) -> Any:
-        """The network where it is used, on the generator's device."""
-        return network.to(self.device)
-
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
         cls.check(config, root)
         location = checkpoint_location(config, root)
         index = model_index(location, config.revision)
-        parts = cls.load_parts(config, location, cls.part_classes(location, index))
-        # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
-        parts[0].register_to_config(_name_or_path=config.path)
-        if config.weights == "bf16":
-            hold_in_bf16(parts[0])
-        generator = cls(config, *parts)
+        parts = cls.load_parts(config, root, location, cls.part_classes(location, index))
+        *networks, vae = parts
+        for network in networks:
+            # Saved beside trained weights: as the configuration names it, not where this machine or image keeps it.
+            network.register_to_config(_name_or_path=config.path)
+            if config.weights == "bf16":
+                hold_in_bf16(network)
+        generator = cls(config, cls.joined(config, index, networks), vae)
         if cls.prediction == "velocity":
             generator.flow_shift = generator.checkpoint_shift(location)
         else:
@@ -103,13 +94,35 @@ class PipelineGenerator(Generator):
         return generator
 
     @classmethod
-    def load_parts(cls, config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]) -> list[Any]:
+    def joined(cls, config: GeneratorConfig, index: Mapping[str, Any], networks: Sequence[Any]) -> Any:
+        """The policy of a checkpoint's networks; of a family with several, it is overridden.
+
+        Args:
+            config: section `generator`.
+            index: content of ``model_index.json``.
+            networks: as `part_classes` orders them.
+        """
+        [network] = networks
+        return network
+
+    def read_no_values(self) -> None:
+        """From now on, calls are made without data, as `vipo plan` does: lengths are the longest ones."""
+
+    @classmethod
+    def load_parts(
+        cls, config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
+    ) -> list[Any]:
         """Network and autoencoder, by the subfolders that hold their weights.
 
         Raises:
             GeneratorError: one is missing or damaged.
         """
-        return [load_part(kind.from_pretrained, location, part, config) for part, kind in kinds.items()]
+        return [
+            load_part(kind.from_pretrained, location, part, config)
+            if part == "vae"
+            else load_started(cls.pipeline_class, kind, location, part, config, root)
+            for part, kind in kinds.items()
+        ]
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:
@@ -118,13 +131,16 @@ class PipelineGenerator(Generator):
         if (kind := index.get("_class_name", cls.pipeline_class.__name__)) != cls.pipeline_class.__name__:
             raise GeneratorError(
                 f"{location}/model_index.json: _class_name {kind!r}; family {config.family!r} holds "
-                f"{cls.pipeline_class.__name__}: give such a checkpoint, or another generator.family"
+                f"{cls.pipeline_class.__name__}: "
+                + NOT_HELD.get(str(kind), "give such a checkpoint, or another generator.family")
             )
         cls.check_index(location, index)
-        network, vae = (
+        check_start(config, root, cls.network_class, cls.second_folder is not None)
+        *networks, vae = (
             part_settings(kind, location, part, config) for part, kind in cls.part_classes(location, index).items()
         )
-        cls.check_parts(location, network, vae)
+        for network in networks:
+            cls.check_parts(location, network, vae)
         if cls.prediction == "velocity":
             check_levels(location, config, cls.token_side is not None)
         else:
@@ -139,6 +155,7 @@ class PipelineGenerator(Generator):
                 config.path,
             )
         check_options(config, cls.pipeline_class.__name__, cls.guides, cls.neutral_guidance, cls.longest_sequence)
+        check_pair(config, cls.second_folder is not None)
 
     @classmethod
     def part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,10 +165,10 @@ class PipelineGenerator(Generator):
             GeneratorError: the index names one that the adapter does not know.
         """
         named = {cls.network_class.__name__: cls.network_class}
-        return {
-            part: part_class(location, index, part, known)
-            for part, known in ((cls.network_folder, named), ("vae", cls.autoencoders))
-        }
+        parts = {cls.network_folder: named, "vae": cls.autoencoders}
+        if cls.second_folder is not None:
+            parts = {cls.network_folder: named, cls.second_folder: named, "vae": cls.autoencoders}
+        return {part: part_class(location, index, part, known) for part, known in parts.items()}
 
     @classmethod
     def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
@@ -183,6 +200,16 @@ class PipelineGenerator(Generator):
         Raises:
             GeneratorError: the checkpoint is such a variant.
         """
+
+    @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        """Latents ``(B, *latent_shape)`` as the stock pipeline takes them; a family that packs them says how."""
+        return latents
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        """What the stock pipeline gives its scheduler, as `predict` has it: ``(B, *latent_shape)``, here `shape`."""
+        return stepped
 
     def checkpoint_shift(self, location: Path | str) -> float | Callable[[int], float]:
         """What `flow_shift` is, by the checkpoint's scheduler; it may be overridden."""
@@ -239,9 +266,13 @@ class PipelineGenerator(Generator):
             return call(latents, time, positive)
         both = {name: torch.cat([conditioning[NEGATIVE + name], value]) for name, value in positive.items()}
         without, wanted = call(torch.cat([latents] * 2), torch.cat([time] * 2), both).float().chunk(2)
-        return self.combined(without, wanted, 1 + above)
+        return self.combined(without, wanted, 1 + self.guidance_at(time) - self.neutral_guidance)
 
-    def combined(self, without: Tensor, wanted: Tensor, scale: float) -> Tensor:
+    def guidance_at(self, time: Tensor) -> Any:
+        """The guidance scale at each sample's time, a number or what broadcasts with latents."""
+        return self.config.guidance_scale
+
+    def combined(self, without: Tensor, wanted: Tensor, scale: Any) -> Tensor:
         """``n + scale (p - n)`` of the negative and the positive prediction, both as the network gives them."""
         return without + scale * (wanted - without)
 
@@ -249,84 +280,6 @@ class PipelineGenerator(Generator):
         settings = self.vae.config
         scaled = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-    def add_lora(self, config: LoraConfig, seed: int) -> None:
-        check_targets(self.network, config.targets)
-        # peft draws the initial A matrices from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(seed, "lora"))
-            try:
-                self.network.add_adapter(
-                    PeftLoraConfig(
-                        r=config.rank,
-                        lora_alpha=config.alpha,
-                        init_lora_weights=True,
-                        target_modules=list(config.targets),
-                    )
-                )
-            except ValueError as error:
-                raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
-        self._adapter_in_fp32()
-
-    def _adapter_in_fp32(self) -> None:
-        # peft gives an adapter the type of the weights beside it.
-        for module in self.network.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_A.float()
-                module.lora_B.float()
-
-    def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        if getattr(self.network, "peft_config", None):
-            # Loaders take alpha for the rank unless metadata says otherwise, and metadata is written in random order:
-            # with the scale in B, every loader has the trained policy and the file has the same bytes each time.
-            (adapter,) = self.network.peft_config.values()
-            scale = adapter.lora_alpha / adapter.r
-            layers = {
-                f"{self.network_folder}.{name}": value * scale if ".lora_B." in name else value.contiguous()
-                for name, value in get_peft_model_state_dict(
-                    self.network, None if state is None else dict(state)
-                ).items()
-            }
-            # As the pipelines' own `save_lora_weights` do, which not all of them have.
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(layers, folder / LORA_FILE, metadata={"format": "pt"})
-        else:
-            network = self.network
-            if state is not None:
-                with torch.device("meta"):
-                    network = self.network_class.from_config(self.network.config)
-                network.load_state_dict(state, assign=True)
-            # Loading noted the folder's absolute path: the same weights would have other bytes in another checkout.
-            network.register_to_config(_name_or_path=self.config.path)
-            network.save_pretrained(folder / self.network_folder, safe_serialization=True)
-
-    def load_network(self, folder: Path) -> None:
-        if getattr(self.network, "peft_config", None):
-            self.network.unload_lora()
-        if not (folder / LORA_FILE).is_file():
-            # Let go of before the other is read: there is never memory for two.
-            self.network = None
-            remedy = "train the run again"
-            # Nobody needs its weights any more, and two networks may be more than there is memory for.
-            self.network.to("meta")
-            loaded = load_part(
-                self.network_class.from_pretrained, folder, self.network_folder, self.config, remedy=remedy
-            )
-            self.network = loaded.to(self.device).requires_grad_(False).eval()
-            return
-        try:
-            check_file(folder / LORA_FILE, self.network, self.network_folder)
-            self.network.load_lora_adapter(folder, prefix=self.network_folder, use_safetensors=True)
-            if self.config.weights == "bf16":
-                self._adapter_in_fp32()
-                stored = load_file(folder / LORA_FILE, device=str(self.device))
-                layers = {name.removeprefix(f"{self.network_folder}."): value for name, value in stored.items()}
-                (name,) = self.network.peft_config
-                set_peft_model_state_dict(self.network, layers, name)
-        except GeneratorError:
-            raise
-        except Exception as error:
-            raise GeneratorError(f"{folder}: trained weights cannot be loaded: {error}; train the run again") from error
 
 
 def hold_in_bf16(network: nn.Module) -> None:

@@ -53,6 +53,14 @@ class QwenImageGenerator(PipelineGenerator):
         )
 
     @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        return pack_latents(latents)
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        return unpack_latents(stepped, *shape[-2:])
+
+    @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
         refuse_settings(location, "transformer", network, _NEEDS)
         # Its out_channels are those of one latent pixel.

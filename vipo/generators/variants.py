@@ -3,10 +3,19 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
+
+NOT_HELD: Mapping[str, str] = MappingProxyType(
+    {
+        "LTX2Pipeline": "LTX-2 draws sound and picture as one state whose parts attend to each other, and vipo's chain "
+        "has one latent, of pictures: there is no video alone that the stock pipeline would draw",
+    }
+)
+"""Why a stock pipeline's checkpoints are not held by any family, where there is more to say than that."""
 
 log = logging.getLogger(__name__)
 
@@ -88,3 +97,23 @@ def check_options(
             f"generator.max_sequence_length {config.max_sequence_length} is above {longest_sequence}, the "
             f"limit of {pipeline}"
         )
+
+
+def check_pair(config: GeneratorConfig, pair: bool) -> None:
+    """Refuse options of two networks where a family has one.
+
+    Args:
+        config: section `generator`.
+        pair: whether it has two, for high and low noise.
+
+    Raises:
+        GeneratorError: naming the key.
+    """
+    if pair:
+        return
+    for key, value, neutral in (
+        ("experts", config.experts, "both"),
+        ("guidance_scale_2", config.guidance_scale_2, None),
+    ):
+        if value != neutral:
+            raise GeneratorError(f"generator.{key} {value}: family {config.family!r} has one network; leave it out")

@@ -14,6 +14,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.experts import Experts
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
@@ -27,6 +28,9 @@ _NEEDS: Mapping[str, str] = MappingProxyType(
         "pos_embed_seq_len": "takes the embeddings of a first and a last picture",
     }
 )
+
+
+_FOLDERS = ("transformer", "transformer_2")
 
 
 class WanGenerator(PipelineGenerator):
@@ -65,10 +69,9 @@ class WanGenerator(PipelineGenerator):
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
-        if index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ()):
-            raise GeneratorError(
-                f"{location}: has two transformers (Wan 2.2), and one would stay untrained; give a Wan 2.1 checkpoint"
-            )
+        pair = index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ())
+        if pair and cls.second_folder is None:
+            raise GeneratorError(f"{location}: has two transformers (Wan 2.2 A14B); set generator.family=wan22_a14b")
         if bool(index.get("expand_timesteps")) != cls.times_of_tokens:
             kind = "one timestep" if cls.times_of_tokens else "its own timestep"
             other = "wan" if cls.times_of_tokens else "wan22_ti2v"
@@ -121,3 +124,64 @@ class Wan22TextImageGenerator(WanGenerator):
 
     frame_rate: ClassVar[int | None] = 24
     times_of_tokens: ClassVar[bool] = True
+
+
+class Wan22PairGenerator(WanGenerator):
+    """Wan 2.2 T2V-A14B: `transformer` acts from the noise level ``boundary_ratio`` on, `transformer_2` below.
+
+    Each has its own guidance scale; `generator.experts` says which are trained.
+    """
+
+    second_folder: ClassVar[str | None] = "transformer_2"
+
+    @classmethod
+    def joined(cls, config: GeneratorConfig, index: Mapping[str, Any], networks: Sequence[Any]) -> Any:
+        trained = {"both": _FOLDERS, "high_noise": _FOLDERS[:1], "low_noise": _FOLDERS[1:]}[config.experts]
+        high, low = networks
+        return Experts(high, low, 1000 * index["boundary_ratio"], trained)
+
+    @classmethod
+    def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
+        super().check_index(location, index)
+        ratio = index.get("boundary_ratio")
+        if not isinstance(ratio, float) or not 0 < ratio < 1:
+            raise GeneratorError(
+                f"{location}/model_index.json: boundary_ratio {ratio!r}: no noise level between 0 and 1 at which one "
+                "transformer follows the other, as Wan 2.2 A14B has it"
+            )
+
+    @classmethod
+    def check(cls, config: GeneratorConfig, root: Path) -> None:
+        super().check(config, root)
+        # As in the stock pipeline, the first scale decides whether there is guidance at all.
+        if config.guidance_scale_2 is not None and config.guidance_scale <= cls.neutral_guidance:
+            raise GeneratorError(
+                f"generator.guidance_scale_2 {config.guidance_scale_2}: guidance_scale {config.guidance_scale} turns "
+                "guidance off for both transformers; leave it out, or raise guidance_scale above 1"
+            )
+
+    @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        return {"guidance_scale_2": config.guidance_scale_2}
+
+    def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
+        super().__init__(config, network, vae)
+        # A wrapper of the network may take its place.
+        self._boundary = network.boundary
+
+    @property
+    def networks(self) -> Mapping[str, Any]:
+        return {part: getattr(self.network, part) for part in self.network.trained}
+
+    def replace_network(self, part: str, loaded: Any) -> None:
+        setattr(self.network, part, loaded)
+
+    def read_no_values(self) -> None:
+        self.network.reads_times = False
+
+    def guidance_at(self, time: Tensor) -> Any:
+        low = self.config.guidance_scale_2
+        if low is None:
+            return self.config.guidance_scale
+        high = 1000 * time >= self._boundary
+        return torch.where(high, self.config.guidance_scale, low).view(-1, 1, 1, 1, 1)

@@ -39,6 +39,7 @@ class ZImageGenerator(PipelineGenerator):
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
+        self._reads_lengths = True
         self.use_picture_grid(network.config.in_channels, patch=2)
         words, *sides = network.config.axes_lens
         filled = config.max_sequence_length + -config.max_sequence_length % _MULTIPLE
@@ -52,6 +53,9 @@ class ZImageGenerator(PipelineGenerator):
                     f"generator.{key} {getattr(config, key)} needs {wanted} positions, the network has {known} "
                     "(axes_lens); lower it"
                 )
+
+    def read_no_values(self) -> None:
+        self._reads_lengths = False
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
@@ -92,7 +96,8 @@ class ZImageGenerator(PipelineGenerator):
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
             # Positions of the picture follow the prompt's length, so that it has to be known here.
-            lengths = given[f"{_SEQUENCE}_mask"].sum(dim=1).long().tolist()
+            mask = given[f"{_SEQUENCE}_mask"]
+            lengths = mask.sum(dim=1).long().tolist() if self._reads_lengths else [mask.shape[1]] * len(mask)
             prompts = [rows[:length] for rows, length in zip(given[_SEQUENCE], lengths, strict=True)]
             made = self.network(list(x.unsqueeze(2)), 1 - sigma, prompts, return_dict=False)[0]
             return -torch.stack(made).squeeze(2)

@@ -16,9 +16,9 @@ from vipo.config.training import EMA
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import Embeddings, load_embeddings
 from vipo.generators.sharded import load_to_shard
+from vipo.generators.starting import checkpoint_inputs
 from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts

@@ -139,12 +139,25 @@ def as_input(path):
 
 
 def generator_files():
-    """The files of a local generator, but for the record of its making; none for a hub id, whose revision pins it."""
-    folder = ROOT / RUNS[FIRST].generator.path
+    """The files of a local generator, but for the record of its making; none for a hub id, whose revision pins it.
+
+    And what it starts from: a file, or the weights of a run.
+    """
+    generator = RUNS[FIRST].generator
+    folder = ROOT / generator.path
+    beside = [ROOT / name for name in (generator.file, generator.start) if name]
+    folders = [
+        folder,
+        *(path / "weights" if (path / "weights").is_dir() else path for path in beside),
+    ]
     return sorted(
         as_input(path)
-        for kind in ("safetensors", "json")
-        for path in folder.rglob(f"*.{kind}")
+        for place in folders
+        for path in (
+            [place]
+            if place.is_file()
+            else [*place.rglob("*.safetensors"), *place.rglob("*.json")]
+        )
         if path != folder / PROVENANCE
     )
 

@@ -1,0 +1,108 @@
+"""Wan 2.2 A14B's two transformers: which acts, which is trained, and what a batch of several noise levels gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import generator_config, write_wan22_a14b
+from safetensors import safe_open
+from torch import Tensor
+
+from vipo.config.training import LoraConfig
+from vipo.generators import GeneratorError, load_generator
+from vipo.generators.lora import check_adapted
+from vipo.generators.wan import Wan22PairGenerator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wan22_a14b(tmp_path_factory.mktemp("pair") / "wan")
+
+
+def _load(folder: Path, **changes: object) -> Wan22PairGenerator:
+    found = load_generator(generator_config("wan22_a14b", folder, frames=5, **changes), ROOT)
+    assert isinstance(found, Wan22PairGenerator)
+    return found
+
+
+def _given(generator: Wan22PairGenerator, rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    drawn = torch.Generator().manual_seed(0)
+    words, negative = (torch.randn(rows, 16, 32, generator=drawn) for _ in range(2))
+    noise = torch.randn(rows, *generator.latent_shape, generator=drawn)
+    return noise, {"encoder_hidden_states": words, "negative_encoder_hidden_states": negative}
+
+
+def test_each_level_has_its_network_and_its_scale_in_any_batch(folder: Path) -> None:
+    """Against the networks called one by one: 0.875 itself is the first one's, as in the stock pipeline."""
+    generator = _load(folder, guidance_scale_2=2.0)
+    levels = [1.0, 0.9, 0.875, 0.87, 0.1]
+    noise, given = _given(generator, len(levels))
+    with torch.no_grad():
+        found = generator.predict(noise, torch.tensor(levels), given)
+        for row, level in enumerate(levels):
+            network, scale = (
+                (generator.network.transformer, 4.0) if level >= 0.875 else (generator.network.transformer_2, 2.0)
+            )
+            one = slice(row, row + 1)
+            negative, wanted = (
+                network(noise[one], torch.tensor([1000 * level]), given[f"{name}encoder_hidden_states"][one])[0]
+                for name in ("negative_", "")
+            )
+            torch.testing.assert_close(found[one], negative + scale * (wanted - negative), atol=1e-5, rtol=0)
+        # Not by a neighbour's level.
+        first = generator.predict(noise, torch.ones(len(levels)), given)[:1]
+    assert torch.equal(first, found[:1])
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("experts", ["high_noise", "low_noise"])
+def test_one_alone_is_trained_and_saved(experts: str, mode: str, folder: Path, tmp_path: Path) -> None:
+    generator = _load(folder, experts=experts)
+    trained = "transformer" if experts == "high_noise" else "transformer_2"
+    if mode == "lora":
+        generator.add_lora(LoraConfig(rank=2), seed=0)
+    else:
+        generator.network.requires_grad_(True)
+    grads = {name for name, value in generator.network.named_parameters() if value.requires_grad}
+    assert grads
+    assert all(name.startswith(f"{trained}.") for name in grads)
+    noise, given = _given(generator, 1)
+    # Where the other one acts there is a gradient too, of zeros: other processes have theirs.
+    for level in (1.0, 0.5):
+        generator.predict(noise, torch.tensor([level]), given).sum().backward()
+        acts = (level >= 0.875) == (trained == "transformer")
+        values = [value.grad for name, value in generator.network.named_parameters() if name in grads]
+        assert all(value is not None for value in values)
+        assert any(bool(value.any()) for value in values if value is not None) == acts
+        generator.network.zero_grad()
+    with torch.no_grad():
+        for name, value in generator.network.named_parameters():
+            if name in grads:
+                value.add_(0.02)
+        expected = generator.predict(noise, torch.tensor([0.5]), given), generator.predict(noise, torch.ones(1), given)
+    generator.save_network(tmp_path)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    second = "_2" if experts == "low_noise" else ""
+    assert files == [f"pytorch_lora_weights{second}.safetensors" if mode == "lora" else trained]
+    if mode == "lora":
+        with safe_open(tmp_path / files[0], "pt") as stream:
+            # As the stock pipeline's load_into_transformer_2 wants it.
+            assert all(name.startswith("transformer.blocks.") for name in stream.keys())  # noqa: SIM118
+    again = _load(folder, experts=experts)
+    again.load_network(tmp_path)
+    check_adapted(again.network, LoraConfig().targets, tmp_path)
+    with torch.no_grad():
+        found = again.predict(noise, torch.tensor([0.5]), given), again.predict(noise, torch.ones(1), given)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_options_of_two_networks_are_refused_of_one(tiny_wan: Path, folder: Path, tmp_path: Path) -> None:
+    for key, value in (("experts", "low_noise"), ("guidance_scale_2", 2.0)):
+        with pytest.raises(GeneratorError, match=rf"generator\.{key} {value}: family 'wan' has one network"):
+            load_generator(generator_config("wan", tiny_wan, **{key: value}), ROOT)
+    (tmp_path / "lora.safetensors").write_bytes(b"")
+    with pytest.raises(GeneratorError, match=r"generator\.start: family 'wan22_a14b' has two networks"):
+        _load(folder, start=str(tmp_path / "lora.safetensors"))

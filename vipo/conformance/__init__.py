@@ -1,0 +1,1 @@
+"""A family's adapter against its stock pipeline: what `vipo check-generator` prints, and what the tests assert."""

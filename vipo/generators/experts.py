@@ -1,0 +1,81 @@
+"""Two networks as one: one acts at high noise, the other at low (Wan 2.2 A14B)."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """A policy of two networks, of which one or both are trained.
+
+    Each sample is predicted by the network of its own noise level. Where a batch needs both, each sees the whole batch,
+    so that a sample's prediction does not depend on its neighbours' levels. A trained one that no sample needs has
+    gradients of zero: processes whose samples need others still sum the same gradients.
+
+    Attributes:
+        transformer: for timesteps from `boundary` on.
+        transformer_2: for those below.
+        boundary: timestep in [0, 1000].
+        trained: the names of those that `requires_grad_` concerns.
+        reads_times: False: both act on every batch, whatever its times, as `vipo plan` counts.
+    """
+
+    def __init__(self, transformer: Any, transformer_2: Any, boundary: float, trained: tuple[str, ...]) -> None:
+        super().__init__()
+        self.transformer, self.transformer_2 = transformer, transformer_2
+        self.boundary, self.trained, self.reads_times = boundary, trained, True
+
+    @property
+    def config(self) -> Any:
+        """Settings of both but for their names."""
+        return self.transformer.config
+
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """Of the adapters that are trained; without one, empty."""
+        found: Mapping[str, Any] = getattr(getattr(self, self.trained[0]), "peft_config", {})
+        return found
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
+        """The prediction of each sample's network, as a tuple of one."""
+        high = timestep >= self.boundary
+        acting = {"transformer": True, "transformer_2": True}
+        if self.reads_times:
+            acting = {"transformer": bool(high.any()), "transformer_2": not bool(high.all())}
+        made = [
+            getattr(self, name)(hidden_states=hidden_states, timestep=timestep, **given)[0]
+            for name, acts in acting.items()
+            if acts
+        ]
+        predicted = made[0]
+        if len(made) == 2:
+            predicted = torch.where(high.view(-1, *[1] * (predicted.ndim - 1)), *made)
+        if torch.is_grad_enabled():
+            for name, acts in acting.items():
+                for value in () if acts else getattr(self, name).parameters():
+                    if value.requires_grad:
+                        predicted = predicted + 0 * value.reshape(-1)[0]
+        return (predicted,)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Of the trained ones; without gradients, of both."""
+        for name in self.trained if requires_grad else ("transformer", "transformer_2"):
+            getattr(self, name).requires_grad_(requires_grad)
+        return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Of both."""
+        self.transformer.enable_gradient_checkpointing()
+        self.transformer_2.enable_gradient_checkpointing()
+
+    def enable_adapters(self) -> None:
+        """Of the trained ones."""
+        for name in self.trained:
+            getattr(self, name).enable_adapters()
+
+    def disable_adapters(self) -> None:
+        """Of the trained ones."""
+        for name in self.trained:
+            getattr(self, name).disable_adapters()

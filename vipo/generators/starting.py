@@ -1,0 +1,249 @@
+"""What a policy starts from beside a pipeline's folder: a network in one file, a LoRA, a trained run."""
+
+import inspect
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from vipo.config.generator import GeneratorConfig
+from vipo.config.resolved import read_mapping
+from vipo.config.validation import ConfigError, validate_section
+from vipo.generators.base import GeneratorError, checkpoint_location
+from vipo.generators.lora import lora_file
+from vipo.generators.parts import load_part
+from vipo.text import listed
+
+log = logging.getLogger(__name__)
+
+_TEXT_ENCODERS = re.compile(r"(text_encoder|lora_te|conditioner|cond_stage)")
+_LONGEST_CAUSE = 300
+_NAMED = 2
+_RUN = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that the checkpoint's are replaced by, or that are merged into them.
+
+    Attributes:
+        path: a LoRA's file, or the folder of `Generator.save_network`.
+        scale: of a LoRA.
+    """
+
+    path: Path
+    scale: float
+
+    def lora(self, part: str) -> Path | None:
+        """The LoRA's file of a network; None: there is none."""
+        file = self.path if self.path.is_file() else self.path / lora_file(part)
+        return file if file.is_file() else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are whole weights."""
+        return self.path.is_dir() and not any(self.path.glob("*.safetensors"))
+
+
+def starts(config: GeneratorConfig, root: Path) -> list[Start]:
+    """What `config.start` names, in the order in which it is applied: what a run started from comes before its own.
+
+    Raises:
+        GeneratorError: there is nothing, it is a run of another generator, or one that is not finished.
+    """
+    found: list[Start] = []
+    while config.start is not None:
+        path = (root / config.start).resolve()
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise GeneratorError(f"generator.start {config.start!r}: is no .safetensors file, and no folder")
+            return [Start(path, config.start_scale), *found]
+        run = path.parent if path.name == "weights" else path.parent.parent if path.parent.name == "updates" else path
+        weights = path / "weights" if run == path else path
+        if not (run / _RUN).is_file() and any(path.glob("pytorch_lora_weights*.safetensors")):
+            return [Start(path, config.start_scale), *found]
+        if not (run / _RUN).is_file() or not weights.is_dir():
+            raise GeneratorError(
+                f"generator.start {config.start!r}: no LoRA file, and no trained run: give "
+                "results/<experiment>/runs/<arm>-s<seed>, its weights/, or a LoRA's .safetensors file"
+            )
+        if any(start.path == weights for start in found):
+            raise GeneratorError(f"generator.start {config.start!r}: the run started from itself")
+        trained = _trained(run / _RUN)
+        for key in ("family", "path", "revision", "file"):
+            if (own := getattr(trained, key)) != (now := getattr(config, key)):
+                raise GeneratorError(
+                    f"generator.start {config.start!r}: that run trained generator.{key} {own!r}, not {now!r}; its "
+                    "weights belong to that checkpoint"
+                )
+        found.insert(0, Start(weights, config.start_scale))
+        # Whole weights hold all that came before them.
+        if found[0].whole:
+            if found[0].scale != 1:
+                raise GeneratorError(
+                    f"generator.start_scale {found[0].scale:g}: {weights} holds whole weights, no LoRA; leave it at 1"
+                )
+            if trained.experts == "both":
+                return found
+        config = trained
+    return found
+
+
+def _trained(file: Path) -> GeneratorConfig:
+    try:
+        return validate_section(GeneratorConfig, read_mapping(file).get("generator"), "generator.")
+    except (ValueError, ConfigError) as error:
+        raise GeneratorError(f"generator.start: {file} is no run's configuration: {error}") from error
+
+
+def checkpoint_inputs(config: GeneratorConfig, root: Path) -> list[Path]:
+    """The checkpoint as inputs of a stage: its local folder (a hub id is pinned by its commit), file and start."""
+    location = checkpoint_location(config, root)
+    file = [] if config.file is None else [single_file(config, root)]
+    folder = [location] if isinstance(location, Path) else []
+    return [*folder, *file, *(start.path for start in starts(config, root))]
+
+
+def single_file(config: GeneratorConfig, root: Path) -> Path:
+    """The file that `config.file` names.
+
+    Raises:
+        GeneratorError: there is none, or it is no safetensors file.
+    """
+    path = (root / str(config.file)).resolve()
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise GeneratorError(
+            f"generator.file {config.file!r}: there is no such .safetensors file; generator.path is then the folder "
+            "with the pipeline's configurations, tokenizers, text encoders and autoencoder"
+        )
+    return path
+
+
+def check_start(config: GeneratorConfig, root: Path, network_class: Any, pair: bool) -> None:
+    """Refuse what weights cannot be started from, before any are read.
+
+    Args:
+        config: section `generator`.
+        root: repository root, for relative paths.
+        network_class: of the network, or of both.
+        pair: whether the family has two networks.
+
+    Raises:
+        GeneratorError: naming the key.
+    """
+    found = starts(config, root)
+    if pair and (config.file is not None or any(start.path.is_file() for start in found)):
+        raise GeneratorError(
+            f"generator.{'start' if config.file is None else 'file'}: family {config.family!r} has two networks, and "
+            "one file does not say which; give the pipeline's folder, or a trained run"
+        )
+    if config.file is None:
+        return
+    single_file(config, root)
+    if not hasattr(network_class, "from_single_file"):
+        raise GeneratorError(
+            f"generator.file: diffusers reads no single file of {network_class.__name__}; give the pipeline's folder "
+            "as generator.path alone"
+        )
+
+
+def load_started(
+    pipeline_class: Any, kind: Any, location: Path | str, part: str, config: GeneratorConfig, root: Path
+) -> Any:
+    """A network as the configuration starts it: of the folder, one file or a run, with LoRAs merged; in fp32.
+
+    Args:
+        pipeline_class: the stock pipeline.
+        kind: class of the network.
+        location: folder or hub id.
+        part: subfolder of the network.
+        config: section `generator`.
+        root: repository root, for relative paths.
+
+    Raises:
+        GeneratorError: a file is missing or damaged, or does not hold what the network takes.
+    """
+    found = starts(config, root)
+    if config.file is not None:
+        network = _load_file(kind, location, part, config, single_file(config, root))
+    else:
+        network = load_part(kind.from_pretrained, location, part, config)
+    for start in found:
+        if (file := start.lora(part)) is not None:
+            merge_lora(pipeline_class, part, network, file, start.scale)
+        elif start.whole and (start.path / part).is_dir():
+            network = load_part(kind.from_pretrained, start.path, part, config, remedy="train that run again")
+    return network
+
+
+def _load_file(kind: Any, location: Path | str, part: str, config: GeneratorConfig, file: Path) -> Any:
+    place = f"{file}: does not hold what {kind.__name__} with the settings of {location}/{part} takes"
+    try:
+        network = kind.from_single_file(
+            str(file),
+            config=str(location),
+            subfolder=part,
+            config_revision=config.revision,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+        )
+    except Exception as error:
+        raise GeneratorError(f"{place} ({_cause(error)})") from error
+    for fault, names in {
+        "missing": [name for name, value in network.named_parameters() if value.is_meta],
+        "not finite": [n for n, v in network.named_parameters() if not v.is_meta and not bool(v.isfinite().all())],
+    }.items():
+        if names:
+            raise GeneratorError(f"{place}: {fault}: {listed(names, _NAMED)}")
+    return network
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
+
+
+def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: float) -> None:
+    """Add a LoRA to a network's weights, as the stock pipeline reads it: in any naming it knows, with its alpha.
+
+    Args:
+        pipeline_class: the stock pipeline.
+        part: subfolder of the network.
+        network: in fp32, without an adapter; changed in place.
+        file: safetensors.
+        scale: beside the file's own.
+
+    Raises:
+        GeneratorError: the file is damaged, adapts text encoders, or fits no module.
+    """
+    try:
+        with safe_open(file, framework="pt") as stream:
+            names = list(stream.keys())
+        if texts := [name for name in names if _TEXT_ENCODERS.match(name)]:
+            raise GeneratorError(
+                f"{file}: adapts text encoders too ({texts[0]}), which vipo does not; give the file without them"
+            )
+        if hasattr(pipeline_class, "load_lora_weights"):
+            parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
+            # The files of a second network name the first one.
+            pipeline = pipeline_class(**parts | {part.removesuffix("_2"): network})
+            pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, local_files_only=True)
+        else:
+            network.load_lora_adapter(load_file(file), prefix=part)
+        adapted = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
+        if not adapted:
+            raise GeneratorError(f"{file}: adapts no module of {type(network).__name__} ({names[0]}, …)")
+        network.fuse_lora(lora_scale=scale, safe_fusing=True)
+        network.unload_lora()
+    except GeneratorError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise GeneratorError(f"{file}: cannot be read: {error}") from error
+    except Exception as error:
+        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({_cause(error)})") from error
+    log.info("%s: merged into %d modules of the %s, scale %g", file, len(adapted), part, scale)
