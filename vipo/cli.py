@@ -168,6 +168,32 @@ def plan(
 
 
 @app.command()
+def check(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    online: Annotated[bool, typer.Option("--online", help="Ask the hub too: access, commits, sizes.")] = False,
+    pin: Annotated[
+        Path | None,
+        typer.Option("--pin", metavar="FILE", help="Write commits that are not named yet into this file."),
+    ] = None,
+    branch: Annotated[str, typer.Option("--branch", help="Whose commits --pin writes.")] = "main",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Look at all that an experiment needs before it starts: a line each, ok or what to do (exit status 1)."""
+    from vipo.check.commands import check_command
+
+    lines = check_command(overrides, file, results, online=online, pin=pin, branch=branch)
+    if as_json:
+        typer.echo(json.dumps([line.as_json() for line in lines], indent=2))
+    else:
+        width = max(len(line.subject) for line in lines)
+        typer.echo("\n".join(line.text(width) for line in lines))
+    if any(line.verdict == "to do" for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(overrides: Overrides = None, file: ConfigFile = None, results: Results = _RESULTS, wait: Wait = 0) -> None:
     """Sample the held-out prompts with one run's weights and score them with all rewards."""
     from vipo.stages import evaluate_stage
@@ -254,6 +280,18 @@ def study(
 
     configs = [load_config([f"experiment={name}", "arm=base"]) for name in experiments]
     _say(study_stage(configs, results, output))
+
+
+@app.command()
+def published(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+) -> None:
+    """Show an experiment's means beside the published table that it is to fill again, in Markdown."""
+    from vipo.reporting.published import published_table
+
+    typer.echo(published_table(_configuration(overrides, file), results), nl=False)
 
 
 @app.command()

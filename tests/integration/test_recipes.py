@@ -1,0 +1,148 @@
+"""Setups, hardware and recipes: each composes, is planned on a tiny checkpoint of its family, and is looked at."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from families import FAMILIES
+
+from vipo.check import check_experiment
+from vipo.cli import app
+from vipo.config.compose import load_config, repository_root
+from vipo.config.experiment import check_runs
+from vipo.config.run import Config
+from vipo.config.validation import ConfigError
+from vipo.errors import VipoError
+from vipo.reporting.published import published_table
+from vipo.training.plan import plan, require_fit
+
+ROOT = repository_root()
+HARDWARE = ("1x24gb", "1x80gb", "8x80gb", "8x80gb_lora")
+SETUPS = ("flux_paper", "wan_paper", "sd35_medium", "flux2_klein", "qwen_image")
+RECIPES = ("flux_hps", "wan_videoalign", "sd35_pickscore", "sd35_ocr", "paper_flux", "paper_wan")
+TINY = {
+    "flux": {},
+    "wan": {"frames": 9},
+    "sd3": {},
+    "flux2_klein": {"max_sequence_length": 60},
+    "qwen_image": {"width": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("recipes")
+    return {name: FAMILIES[name].write(folder / name) for name in TINY}
+
+
+def _tiny(checkpoints: dict[str, Path], overrides: list[str]) -> Config:
+    """The configuration as it is, on a tiny checkpoint of its family and pictures that this one takes."""
+    config = load_config([*overrides, "prompts.source=prompts.txt"])
+    family = config.generator.family
+    small = {"path": str(checkpoints[family]), "height": 32, "width": 32, "max_sequence_length": 16, **TINY[family]}
+    return load_config(
+        [*overrides, "prompts.source=prompts.txt", *(f"generator.{key}={value}" for key, value in small.items())]
+    )
+
+
+@pytest.mark.parametrize("hardware", HARDWARE)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_setup_is_planned_on_its_hardware(setup: str, hardware: str, checkpoints: dict[str, Path]) -> None:
+    """Accepted with what it needs, refused with less, and told what would fit."""
+    reward = ["reward=flicker"] if setup == "wan_paper" else ["reward=redness"]
+    given = ["experiment=ablation", f"setup={setup}", f"hardware={hardware}", *reward, "evaluation.rewards=[]"]
+    config = _tiny(checkpoints, given)
+    lora = hardware != "8x80gb"
+    assert (config.training.lora is not None, config.generator.weights == "bf16") == (lora, lora)
+    assert config.distribution.world_size == int(hardware[0])
+    assert config.generator.precision == "bf16"
+    assert config.training.gradient_checkpointing
+    check_runs({"base-s0": load_config([*given, "prompts.source=p.txt", "arm=base"]), "vipo-s0": config})
+    found = plan(config, ROOT, prompts=8)
+    require_fit(config, ROOT, 8, found, found.peak)
+    told = "with training.micro_batch=1|shard it" if lora else "raise distribution.processes|it would fit with"
+    with pytest.raises(VipoError, match=told):
+        require_fit(config, ROOT, 8, found, found.peak - 1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_composes_and_is_looked_at(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    first = load_config([f"experiment={name}", "prompts.source=prompts.txt"])
+    assert {"base", "grpo", "vipo"} <= first.experiment.arms.keys()
+    runs = {arm: _tiny(checkpoints, [f"experiment={name}", f"arm={arm}"]) for arm in first.experiment.arms}
+    lines = {line.subject: line for line in check_experiment(runs, ROOT, tmp_path)}
+    assert lines["configuration"].verdict == "ok", lines["configuration"]
+    assert not [line for line in lines.values() if "could not be checked" in line.said]
+    assert lines["GPUs"].said.startswith("8 wanted")
+    assert "memory" in lines
+
+
+def test_setups_and_recipes_of_the_paper_have_the_same_numbers() -> None:
+    """A recipe is whole in its own file: what it says again is what the setup says."""
+    for recipe, setup in (
+        ("flux_hps", "flux_paper"),
+        ("wan_videoalign", "wan_paper"),
+        ("sd35_pickscore", "sd35_medium"),
+    ):
+        for hardware in HARDWARE:
+            given = [f"hardware={hardware}", "prompts.source=p.txt"]
+            one = load_config([f"experiment={recipe}", *given])
+            other = load_config(["experiment=ablation", f"setup={setup}", *given])
+            for section in ("generator", "sampling", "objective", "advantages", "optimizer", "training", "perception"):
+                left, right = getattr(one, section), getattr(other, section)
+                if section == "training":
+                    left, right = (part.model_copy(update={"save_at": ()}) for part in (left, right))
+                assert left == right, (recipe, section)
+
+
+def test_hardware_leaves_the_update_as_it_is() -> None:
+    """How many samples an update has, and in how many steps, is no matter of how many GPUs there are."""
+    for setup in SETUPS:
+        given = ["experiment=ablation", f"setup={setup}", "prompts.source=p.txt"]
+        updates = [load_config([*given, f"hardware={hardware}"]).training for hardware in HARDWARE]
+        volatile = {"lora", "micro_batch"}
+        assert len({one.model_dump_json(exclude=volatile) for one in updates}) == 1
+
+
+def test_the_published_tables_are_on_their_page(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/paper.md").read_text()
+    for name in ("paper_flux", "paper_wan"):
+        app(
+            ["published", f"experiment={name}", "prompts.source=p.txt", "--results", "no/results"],
+            standalone_mode=False,
+        )
+        assert capsys.readouterr().out in page, name
+    with pytest.raises(ConfigError, match="has no published table"):
+        published_table(load_config(["experiment=demo"]), Path())
+
+
+def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = "experiment.arms={base: {seeds: [0]}, grpo: {seeds: [0, 1]}, vipo: {seeds: [0]}}"
+    table = (
+        "experiment.published={source: 'A | b', columns: [{title: R, metric: reward/redness, domain: in}, "
+        "{title: V, metric: vbench/total, domain: out}], rows: {base: {title: base, values: [1.5, null]}, "
+        "grpo: {title: G, values: [2, 3]}, vipo: {title: V, values: [2, 3]}}}"
+    )
+    config = load_config(["experiment=demo", arms, table])
+
+    class Records:
+        stale = None
+
+        def __init__(self, path: Path) -> None:
+            self.config = config
+            self.stale = "old" if path.name == "vipo-s0" else None
+
+    monkeypatch.setattr("vipo.reporting.published.read_run", Records)
+    monkeypatch.setattr("vipo.reporting.published.read_scores", lambda file, _: pd.read_parquet(file))
+    for run, values in (("base-s0", [0.1, 0.3, 9]), ("grpo-s1", [0.5, 0.7, 9]), ("vipo-s0", [1, 1, 9])):
+        folder = tmp_path / "demo/evaluation" / run
+        folder.mkdir(parents=True)
+        scores = {"prompt_id": ["a", "b", "a"], "reward/redness": values, "final": [True, True, False]}
+        pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
+    rows = published_table(config, tmp_path).splitlines()
+    assert rows[0] == "Published: A \\| b."
+    assert rows[4:] == [
+        "| base (`base`) | 1.5 | 0.2000 | not published | not measured |",
+        "| G (`grpo`) | 2 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
+        "| V (`vipo`) | 2 | not run | 3 | not run |",
+    ]
