@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -363,11 +363,24 @@ def export(
         str | None,
         typer.Option("--base-model", help="Hub id of the base generator, where the run read it from a folder."),
     ] = None,
+    layout: Annotated[
+        Literal["diffusers", "comfyui"],
+        typer.Option("--format", help="comfyui: one file under the names of the family's original repository."),
+    ] = "diffusers",
 ) -> None:
     """Write a folder that is ready for the Hub: weights, model card, samples, configuration, provenance."""
     from vipo.handover.export import export_run
 
-    _say(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
+    _say(
+        export_run(
+            run,
+            output,
+            repository_root(),
+            license_id=license_id,
+            base_model=base_model,
+            comfyui=layout == "comfyui",
+        )
+    )
 
 
 @app.command()

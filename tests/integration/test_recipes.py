@@ -1,16 +1,19 @@
 """Setups, hardware and recipes: each composes, is planned on a tiny checkpoint of its family, and is looked at."""
 
+import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 from families import FAMILIES
 
 from vipo.check import check_experiment
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import check_runs
-from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
 from vipo.reporting.published import published_table
@@ -18,15 +21,29 @@ from vipo.training.plan import plan, require_fit
 
 ROOT = repository_root()
 HARDWARE = ("1x24gb", "1x80gb", "8x80gb", "8x80gb_lora")
-SETUPS = ("flux_paper", "wan_paper", "sd35_medium", "flux2_klein", "qwen_image")
-RECIPES = ("flux_hps", "wan_videoalign", "sd35_pickscore", "sd35_ocr", "paper_flux", "paper_wan")
-TINY = {
+SETUPS = {
+    "flux_paper": "flux",
+    "wan_paper": "wan",
+    "sd35_medium": "sd3",
+    "flux2_klein": "flux2_klein",
+    "qwen_image": "qwen_image",
+}
+RECIPES = {
+    "flux_hps": "flux",
+    "wan_videoalign": "wan",
+    "sd35_pickscore": "sd3",
+    "sd35_ocr": "sd3",
+    "paper_flux": "flux",
+    "paper_wan": "wan",
+}
+TINY: Mapping[str, Mapping[str, int]] = {
     "flux": {},
     "wan": {"frames": 9},
     "sd3": {},
     "flux2_klein": {"max_sequence_length": 60},
     "qwen_image": {"width": 48},
 }
+"""Families, and the sizes that their tiny checkpoints take."""
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +52,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: FAMILIES[name].write(folder / name) for name in TINY}
 
 
-def _tiny(checkpoints: dict[str, Path], overrides: list[str]) -> Config:
-    """The configuration as it is, on a tiny checkpoint of its family and pictures that this one takes."""
-    config = load_config([*overrides, "prompts.source=prompts.txt"])
-    family = config.generator.family
+def _tiny(family: str, checkpoints: dict[str, Path]) -> list[str]:
+    """Overrides: a tiny checkpoint of a family, and pictures that this one takes."""
     small = {"path": str(checkpoints[family]), "height": 32, "width": 32, "max_sequence_length": 16, **TINY[family]}
-    return load_config(
-        [*overrides, "prompts.source=prompts.txt", *(f"generator.{key}={value}" for key, value in small.items())]
-    )
+    return ["prompts.source=prompts.txt", *(f"generator.{key}={value}" for key, value in small.items())]
 
 
 @pytest.mark.parametrize("hardware", HARDWARE)
@@ -51,7 +64,7 @@ def test_a_setup_is_planned_on_its_hardware(setup: str, hardware: str, checkpoin
     """Accepted with what it needs, refused with less, and told what would fit."""
     reward = ["reward=flicker"] if setup == "wan_paper" else ["reward=redness"]
     given = ["experiment=ablation", f"setup={setup}", f"hardware={hardware}", *reward, "evaluation.rewards=[]"]
-    config = _tiny(checkpoints, given)
+    config = load_config([*given, *_tiny(SETUPS[setup], checkpoints)])
     lora = hardware != "8x80gb"
     assert (config.training.lora is not None, config.generator.weights == "bf16") == (lora, lora)
     assert config.distribution.world_size == int(hardware[0])
@@ -67,9 +80,10 @@ def test_a_setup_is_planned_on_its_hardware(setup: str, hardware: str, checkpoin
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_composes_and_is_looked_at(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    first = load_config([f"experiment={name}", "prompts.source=prompts.txt"])
+    given = [f"experiment={name}", *_tiny(RECIPES[name], checkpoints)]
+    first = load_config(given)
     assert {"base", "grpo", "vipo"} <= first.experiment.arms.keys()
-    runs = {arm: _tiny(checkpoints, [f"experiment={name}", f"arm={arm}"]) for arm in first.experiment.arms}
+    runs = {arm: load_config([*given, f"arm={arm}"]) for arm in first.experiment.arms}
     lines = {line.subject: line for line in check_experiment(runs, ROOT, tmp_path)}
     assert lines["configuration"].verdict == "ok", lines["configuration"]
     assert not [line for line in lines.values() if "could not be checked" in line.said]
@@ -138,6 +152,7 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
         folder = tmp_path / "demo/evaluation" / run
         folder.mkdir(parents=True)
         scores = {"prompt_id": ["a", "b", "a"], "reward/redness": values, "final": [True, True, False]}
+        scores |= {"seed": [0] * 3, "sample": [0] * 3, "update": [1, 1, 0]}
         pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
     rows = published_table(config, tmp_path).splitlines()
     assert rows[0] == "Published: A \\| b."
@@ -146,3 +161,23 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
         "| G (`grpo`) | 2 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
         "| V (`vipo`) | 2 | not run | 3 | not run |",
     ]
+
+
+def _documented() -> list[str]:
+    pages = [
+        ROOT / "docs/recipes.md",
+        ROOT / "docs/paper.md",
+        *(ROOT / f"configs/experiment/{name}.yaml" for name in RECIPES),
+    ]
+    found = [re.findall(r"^(?:#   )?vipo (.*)$", page.read_text(), re.MULTILINE) for page in pages]
+    return sorted({line for lines in found for line in lines})
+
+
+@pytest.mark.parametrize("command", _documented())
+def test_documented_commands_parse_and_compose(command: str) -> None:
+    group = typer.main.get_command(app)
+    words = shlex.split(command, comments=True)
+    with group.make_context("vipo", words) as context:
+        name, subcommand, rest = group.resolve_command(context, words)
+    with subcommand.make_context(name, rest) as parsed:
+        load_config(list(parsed.params["overrides"]))
