@@ -164,7 +164,10 @@ class _Hub(BaseHTTPRequestHandler):
         if "/acme/big/" in self.path:
             if self.path.split("?")[0].endswith(("/revision/main", f"/revision/{NEW}")):
                 status, headers = 200, {}
-                files = [{"rfilename": "x.safetensors", "size": 3 * 2**30}, {"rfilename": "x.ckpt", "size": 2**40}]
+                files = [
+                    {"rfilename": "vae/x.safetensors", "size": 3 * 2**30},
+                    {"rfilename": "x.safetensors", "size": 2**40},
+                ]
                 told = {"id": "acme/big", "sha": NEW, "gated": False, "siblings": files}
             else:
                 headers = {"X-Error-Code": "RevisionNotFound"}

@@ -15,6 +15,8 @@ _SECONDS = 20.0
 _NAMED = 3
 # What `vipo.handover` and the loaders never read.
 _UNREAD = ("safety_checker", "feature_extractor", "image_encoder")
+_TOP = ("model_index.json", "README.md", "LICENSE*")
+_OTHER_FORMATS = ("*.bin", "*.ckpt", "*.pth", "*.msgpack", "*.onnx*")
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor")
 
 
@@ -82,11 +84,18 @@ def fetch_command(item: Wanted, commit: str | None) -> str:
     """What brings it into the cache, for a shell."""
     words = ["hf", "download", str(item.repository)]
     words += ["--revision", commit] if commit else []
-    for pattern in () if item.is_pipeline else (*item.files, "*.json", "*.txt"):
-        words += ["--include", pattern]
-    # A pipeline's repository may hold everything once more in one file, and in other formats.
-    words += ["--exclude", "*.bin", "--exclude", "*.ckpt", "--exclude", "*.pth"] if item.is_pipeline else []
+    included, excluded = _patterns(item)
+    words += [word for pattern in included for word in ("--include", pattern)]
+    words += [word for pattern in excluded for word in ("--exclude", pattern)]
     return shlex.join(words)
+
+
+def _patterns(item: Wanted) -> tuple[Sequence[str], Sequence[str]]:
+    """Names of the files that are fetched, and of those among them that are not."""
+    if item.is_pipeline:
+        # Its repository may hold everything once more in one file at the top, and in other formats.
+        return (*_TOP, "*/*"), _OTHER_FORMATS
+    return (*item.files, "*.json", "*.txt"), ()
 
 
 @dataclass(frozen=True)
@@ -105,14 +114,12 @@ class Told:
 
     def size(self, item: Wanted) -> int:
         """Bytes of what `fetch_command` brings."""
-        names = [name for name in self.sizes if not _excluded(item, name)]
-        return sum(self.sizes[name] for name in names)
+        included, excluded = _patterns(item)
+        return sum(size for name, size in self.sizes.items() if _any(name, included) and not _any(name, excluded))
 
 
-def _excluded(item: Wanted, name: str) -> bool:
-    if item.is_pipeline:
-        return name.endswith((".bin", ".ckpt", ".pth"))
-    return not any(fnmatchcase(name, pattern) for pattern in (*item.files, "*.json", "*.txt"))
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Refused(Exception):

@@ -250,8 +250,8 @@ NAMES: Mapping[str, Rules] = MappingProxyType(
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "SanaTransformer2DModel": "the original holds tensors that diffusers' layout lacks, and ComfyUI has no Sana",
-        "CogVideoXTransformer3DModel": "ComfyUI has no CogVideoX of its own; nodes for it read diffusers' names",
+        "SanaTransformer2DModel": "the original holds tensors that diffusers' layout lacks",
+        "CogVideoXTransformer3DModel": "diffusers has no converter that its map could be tested by",
         "HunyuanVideo15Transformer3DModel": "diffusers has no converter that its map could be tested by",
     }
 )
