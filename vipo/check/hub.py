@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vipo.check.wanted import Wanted
+from vipo.check.wanted import WEIGHTS, Wanted
 from vipo.text import listed
 
 _SECONDS = 20.0
@@ -95,7 +95,9 @@ def _patterns(item: Wanted) -> tuple[Sequence[str], Sequence[str]]:
     if item.is_pipeline:
         # Its repository may hold everything once more in one file at the top, and in other formats.
         return (*_TOP, "*/*"), _OTHER_FORMATS
-    return (*item.files, "*.json", "*.txt"), ()
+    # Of several formats the first: repositories hold the same weights in more than one.
+    files = item.files[:1] if item.files == WEIGHTS else item.files
+    return (*files, "*.json", "*.txt"), ()
 
 
 @dataclass(frozen=True)

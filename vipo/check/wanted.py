@@ -1,5 +1,6 @@
 """What an experiment reads that is not in the repository: weights and tokenizers, in folders, files or on the hub."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ _FILES = {
     ("imagereward", "path"): ("ImageReward.*", "med_config.json"),
 }
 _EACH = frozenset({("imagereward", "path")})
+# As the hub has them.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 _PACKAGED = "efficientnet_lite0"
 _HUB = "hf-hub:"
 
@@ -128,5 +131,4 @@ def _of_backbone(config: Config, root: Path) -> Iterator[Wanted]:
 
 def _repository(path: str) -> str | None:
     """`path` as a hub id, ``owner/name``; None where it cannot be one."""
-    owner, slash, name = path.partition("/")
-    return path if slash and owner.strip(".~") and name and "/" not in name else None
+    return path if _REPOSITORY.fullmatch(path) else None

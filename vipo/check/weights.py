@@ -68,7 +68,7 @@ def _on_hub(item: Wanted, online: bool) -> Iterator[Line]:
 def _to_fetch(item: Wanted, commit: str | None, missing: list[str] | None, told: Told | None) -> str:
     absent = "is not in the cache" if missing is None else f"lacks {named(missing)} in the cache"
     access = "" if told is None else f" ({told.size(item) / 2**30:.1f} GiB{', gated: you have access' * told.gated})"
-    hint = "" if told is not None else " (a gated one asks for its terms on its page and for 'hf auth login' first)"
+    hint = "" if told is not None else " (if it is gated: accept its terms on its page, then 'hf auth login')"
     return f"{item.repository} {absent}: {fetch_command(item, commit)}{access}{hint}"
 
 
