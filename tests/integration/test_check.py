@@ -128,6 +128,9 @@ def test_a_cached_checkpoint_is_whole_or_told_what_it_lacks(cache: Path) -> None
     [line] = weight_lines([item], ROOT, False)
     assert line.verdict == "to do"
     assert f"hf download acme/big --revision {OLD}" in line.said
+    assert commits([_item()], ROOT, "main", False) == ({("path", "acme/big"): OLD}, [])
+    [line] = commits([_item()], ROOT, "other", False)[1]
+    assert "its branch 'other' was never fetched here; add --online" in line.said
     # Another commit than the cached one.
     [line] = weight_lines([_item(revision=NEW)], ROOT, False)
     assert "is not in the cache" in line.said
@@ -200,7 +203,9 @@ def test_the_hub_tells_commit_size_and_access() -> None:
     assert f"hf download acme/big --revision {NEW}" in said["generator"][1]
     assert "(3.0 GiB)" in said["generator"][1]
     assert f"generator.revision={NEW}" in said["generator: revision"][1]
-    assert commits([_item(), _item(revision=OLD)], ROOT, "main", True) == {("path", "acme/big"): NEW}
+    found, lines = commits([_item(), _item(revision=OLD), _item(repository="acme/terms")], ROOT, "main", True)
+    assert found == {("path", "acme/big"): NEW}
+    assert [line.subject for line in lines] == ["generator: pinned"]
     for changes, told in (
         ({"repository": "acme/terms"}, "acme/terms is gated and this account may not read it: accept its terms"),
         ({"revision": OLD}, f"acme/big has no revision '{OLD}'"),

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vipo.check.experiment import check_experiment, wanted_once
-from vipo.check.hub import Refused
-from vipo.check.line import Line, ok, to_do
+from vipo.check.line import Line, ok
 from vipo.check.pin import pin as write_commits
 from vipo.check.weights import commits
 from vipo.config.compose import load_config, load_config_file, repository_root
@@ -33,15 +32,12 @@ def check_command(
     if file is not None and overrides:
         raise ConfigError(f"give overrides or --config {file}, not both: a resolved file is complete")
     given, root = list(overrides or ()), repository_root()
-    runs, lines = _runs(given, file), []
+    runs, lines = _runs(given, file), list[Line]()
     if pin is not None:
-        try:
-            found = commits(wanted_once(list(runs.values()), root), root, branch, online)
-            written = write_commits(pin, found) if found else 0
-            lines.append(ok("pinned", f"{written} commits written into {pin}" if found else "all commits are named"))
+        found, lines = commits(wanted_once(list(runs.values()), root), root, branch, online)
+        if found:
+            lines.append(ok("pinned", f"{write_commits(pin, found)} commits written into {pin}"))
             runs = _runs(given, file)
-        except Refused as error:
-            lines.append(to_do("pinned", str(error)))
     whole = file is None and not _chosen(given)
     return [*lines, *check_experiment(runs, root, results, online=online, whole=whole)]
 

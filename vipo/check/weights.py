@@ -80,7 +80,9 @@ def _to_pin(item: Wanted, told: Told | None) -> str:
     return f"no commit of {item.repository} is named: {where}={commit}, or --pin FILE writes it"
 
 
-def commits(items: Iterable[Wanted], root: Path, branch: str, online: bool) -> dict[tuple[str, str], str]:
+def commits(
+    items: Iterable[Wanted], root: Path, branch: str, online: bool
+) -> tuple[dict[tuple[str, str], str], list[Line]]:
     """The commits that a branch stands for of what names none, by the key and the text that name the repository.
 
     Args:
@@ -88,16 +90,23 @@ def commits(items: Iterable[Wanted], root: Path, branch: str, online: bool) -> d
         branch: or tag.
         online: ask the hub; else the branch is what it was when it was last fetched.
 
-    Raises:
-        Refused: the hub does not say.
+    Returns:
+        Commits, and a line for each repository of which none is known.
     """
-    found = {}
+    found: dict[tuple[str, str], str] = {}
+    lines = []
     for item in items:
         if item.repository is None or item.revision is not None or item.revision_field is None:
             continue
         if item.local(root) is None:
-            commit = ask(item.repository, branch).commit if online else cached_commit(item.repository, branch)
+            try:
+                commit = ask(item.repository, branch).commit if online else cached_commit(item.repository, branch)
+            except Refused as error:
+                lines.append(to_do(f"{item.what}: pinned", str(error)))
+                continue
             if commit is None:
-                raise Refused(f"{item.repository}: its branch {branch!r} was never fetched here; add --online")
-            found[item.field, item.written] = commit
-    return found
+                told = f"{item.repository}: its branch {branch!r} was never fetched here; add --online"
+                lines.append(to_do(f"{item.what}: pinned", told))
+            else:
+                found[item.field, item.written] = commit
+    return found, lines
