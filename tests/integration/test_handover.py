@@ -27,7 +27,7 @@ from vipo.evaluation.side_by_side import side_by_side
 from vipo.evaluation.statistics import compare_arms
 from vipo.generators import GeneratorError
 from vipo.generators.packing import pack_latents
-from vipo.handover.comfyui import check_comfyui
+from vipo.handover.comfyui import check_comfyui, write_comfyui
 from vipo.handover.export import export_run
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.noise import keyed_normal
@@ -509,3 +509,16 @@ def test_a_family_without_original_names_is_refused_for_comfyui(demo: Path, tmp_
         generator = config.generator.model_copy(update={"family": family})
         with pytest.raises(VipoError, match=told):
             check_comfyui(config.model_copy(update={"generator": generator}))
+
+
+def test_a_second_network_has_a_file_of_its_own(demo: Path, tmp_path: Path) -> None:
+    """As Wan 2.2's pair has, whose second network's files end in _2."""
+    run = demo / "runs/vipo-s1"
+    config, weights = load_config_file(run / "config.yaml"), tmp_path / "weights"
+    weights.mkdir()
+    for name in ("pytorch_lora_weights", "pytorch_lora_weights_2"):
+        shutil.copyfile(run / "weights/pytorch_lora_weights.safetensors", weights / f"{name}.safetensors")
+    written = write_comfyui(config, weights, tmp_path, ROOT)
+    assert written.names == ("demo-vipo-s1-transformer.safetensors", "demo-vipo-s1-transformer_2.safetensors")
+    assert written.held == 2 * len(load_file(run / "weights/pytorch_lora_weights.safetensors")) // 2
+    assert load_file(tmp_path / written.names[0]).keys() == load_file(tmp_path / written.names[1]).keys()

@@ -16,7 +16,7 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
 from vipo.generators.base import resolve_class
-from vipo.handover.comfyui import ComfyFile
+from vipo.handover.comfyui import ComfyFiles
 from vipo.provenance import package_sha256
 from vipo.reporting.summary import describe, label
 from vipo.text import visible
@@ -114,7 +114,7 @@ def model_card(
     pipeline_class: str,
     hub_id: str | None,
     revision: str | None,
-    comfyui: ComfyFile | None = None,
+    comfyui: ComfyFiles | None = None,
 ) -> ModelCard:
     """The card of a run. Every text of the configuration or of a prompt is escaped.
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from vipo.config.run import Config
 from vipo.generators.base import checkpoint_location, resolve_class
@@ -18,18 +17,18 @@ from vipo.handover.original_names import NAMES, REFUSED
 
 
 @dataclass(frozen=True)
-class ComfyFile:
+class ComfyFiles:
     """What was written.
 
     Attributes:
-        name: of the file.
-        folder: of ComfyUI that it belongs into, below its own.
-        held: layers of ours that it holds under original names: those that were adapted, or of all weights every
+        names: of the files, one a trained network.
+        folder: of ComfyUI that they belong into, below its own.
+        held: layers of ours that they hold under original names: those that were adapted, or of all weights every
             tensor; none is left out, or nothing is written.
         original: layers (LoRA) or tensors of the original that they make.
     """
 
-    name: str
+    names: tuple[str, ...]
     folder: str
     held: int
     original: int
@@ -44,8 +43,10 @@ def check_comfyui(config: Config) -> None:
     _rules(config)
 
 
-def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> ComfyFile:
+def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> ComfyFiles:
     """Write ``<experiment>-<run>.safetensors``: the trained network, or its LoRA weights.
+
+    Where a run trained several networks, the name of each one's part stands behind: ``...-transformer_2.safetensors``.
 
     Args:
         config: of the run.
@@ -58,24 +59,28 @@ def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> Co
         GeneratorError: the base's settings cannot be read.
     """
     adapter, rules = _rules(config)
-    part, name = adapter.network_folder, f"{config.experiment.name}-{config.run_name}.safetensors"
+    part = adapter.network_folder
     location = checkpoint_location(config.generator, root)
     settings = load_part(adapter.network_class.load_config, location, part, config.generator, weights=False)
     with torch.device("meta"):
         network = adapter.network_class.from_config(settings)
     named = rules(network.config)
-    if config.training.lora is None:
-        state = _tensors(sorted((weights / part).glob("*.safetensors")))
-        found = original_state(state, named)
-        written = ComfyFile(name, "models/diffusion_models", len(state), len(found))
-    else:
-        prefix = f"{part}."
-        layers = {key.removeprefix(prefix): value for key, value in load_file(weights / LORA_FILE).items()}
-        rows = {key.removesuffix(".weight"): len(value) for key, value in network.state_dict().items()}
-        found, held = original_lora(layers, rows, named)
-        written = ComfyFile(name, "models/loras", held, len(found) // 2)
-    save_file(found, folder / name, metadata={"format": "pt"})
-    return written
+    lora = config.training.lora is not None
+    rows = {key.removesuffix(".weight"): len(value) for key, value in network.state_dict().items()}
+    trained = _lora_files(part, weights) if lora else _weight_files(weights)
+    names, held, original = [], 0, 0
+    for own, files in trained.items():
+        state = {key: value for file in files for key, value in load_file(file).items()}
+        if lora:
+            state = {key.removeprefix(f"{part}."): value for key, value in state.items()}
+            found, count = original_lora(state, rows, named)
+        else:
+            found, count = original_state(state, named), len(state)
+        behind = f"-{own}" if len(trained) > 1 else ""
+        names.append(f"{config.experiment.name}-{config.run_name}{behind}.safetensors")
+        save_file(found, folder / names[-1], metadata={"format": "pt"})
+        held, original = held + count, original + len(found) // (2 if lora else 1)
+    return ComfyFiles(tuple(names), "models/loras" if lora else "models/diffusion_models", held, original)
 
 
 def _rules(config: Config) -> tuple[type[PipelineGenerator], Any]:
@@ -92,8 +97,14 @@ def _rules(config: Config) -> tuple[type[PipelineGenerator], Any]:
     return adapter, NAMES[network]
 
 
-def _tensors(files: list[Path]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in files:
-        found |= load_file(file)
-    return found
+def _weight_files(weights: Path) -> dict[str, list[Path]]:
+    """Files of each whole network, by its subfolder."""
+    folders = sorted(path for path in weights.iterdir() if path.is_dir())
+    found = {path.name: sorted(path.glob("*.safetensors")) for path in folders}
+    return {name: files for name, files in found.items() if files}
+
+
+def _lora_files(part: str, weights: Path) -> dict[str, list[Path]]:
+    """The file of each adapted network, by its subfolder in the base: of a second one the file's name ends so too."""
+    stem = Path(LORA_FILE).stem
+    return {f"{part}{path.stem.removeprefix(stem)}": [path] for path in sorted(weights.glob(f"{stem}*.safetensors"))}
