@@ -74,8 +74,8 @@ def test_hardware_leaves_the_update_as_it_is(setup: str) -> None:
         check_run(config)
 
 
-@pytest.mark.parametrize("hardware", ["1x24gb", "8x80gb"])
-@pytest.mark.parametrize("setup", SETUPS)
+# Recipes are planned on their own hardware, 8x80gb, below.
+@pytest.mark.parametrize(("setup", "hardware"), [("flux_paper", "8x80gb"), *((setup, "1x24gb") for setup in SETUPS)])
 def test_a_setup_is_planned_on_its_hardware(setup: str, hardware: str, checkpoints: dict[str, Path]) -> None:
     """Accepted with what it needs; with less, the paper's is refused and told what would fit."""
     reward = ["reward=flicker"] if setup == "wan_paper" else ["reward=redness"]
@@ -92,7 +92,9 @@ def test_a_setup_is_planned_on_its_hardware(setup: str, hardware: str, checkpoin
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_looked_at(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    given = [f"experiment={name}", *_tiny(RECIPES[name], checkpoints)]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\nan owl\n" * 20)
+    given = [f"experiment={name}", *_tiny(RECIPES[name], checkpoints), f"prompts.source={prompts}"]
     runs = {arm: load_config([*given, f"arm={arm}"]) for arm in ("base", "grpo", "vipo")}
     lines = {line.subject: line for line in check_experiment(runs, ROOT, tmp_path)}
     assert lines["configuration"].verdict == "ok", lines["configuration"]

@@ -1,6 +1,7 @@
 """All lines of an experiment, the quick ones first."""
 
 import importlib.metadata
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -138,22 +139,36 @@ def _planned(config: Config, configs: list[Config], root: Path, experiment: Path
     # From the very folder: a hub id might be asked for at the hub.
     generator = config.generator.model_copy(update={"path": str(place), "revision": None})
     local = config.model_copy(update={"generator": generator})
-    prompts = config.training.prompts_per_update
+    prompts = _training_prompts(config, root, experiment)
     counted = plan(local, root, prompts)
     device = _device_memory(config, present)
     if device is None:
         yield not_known("memory", f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}; no GPU is here")
     else:
-        yield from found("memory", partial(_memory, local, root, counted, device))
+        yield from found("memory", partial(_memory, local, root, prompts, counted, device))
     trained = [item for item in configs if not item.is_base]
     runs = sum(len(item.experiment.arms[item.arm].seeds) if item.arm in item.experiment.arms else 1 for item in trained)
     yield disk_line(experiment, runs, counted.disk)
 
 
-def _memory(config: Config, root: Path, counted: "Plan", device: float) -> Iterator[Line]:
+def _training_prompts(config: Config, root: Path, experiment: Path) -> int:
+    """How many there are, or will be about: their embeddings take memory."""
+    from vipo.prompts import read_prompts
+    from vipo.prompts.sources import read_source
+    from vipo.training.setup import prompts_path
+
+    if (prepared := prompts_path(experiment)).is_file():
+        return len(read_prompts(prepared))
+    if is_import_path(config.prompts.source):
+        return config.training.prompts_per_update
+    rows = read_source(config.prompts.source, config.prompts.text_key, root).rows
+    return math.ceil(len(rows) * (1 - config.prompts.eval_share))
+
+
+def _memory(config: Config, root: Path, prompts: int, counted: "Plan", device: float) -> Iterator[Line]:
     from vipo.training.plan import require_fit
 
-    require_fit(config, root, config.training.prompts_per_update, counted, device)
+    require_fit(config, root, prompts, counted, device)
     needed = f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}"
     yield ok("memory", f"{needed}, {device / 2**30:.1f} GiB are there")
 
