@@ -164,7 +164,7 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
 
 def _documented() -> list[str]:
     pages = [
-        ROOT / "docs/recipes.md",
+        ROOT / "docs/hardware.md",
         ROOT / "docs/paper.md",
         *(ROOT / f"configs/experiment/{name}.yaml" for name in RECIPES),
     ]
