@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -207,6 +207,32 @@ def check_generator(
 
 
 @app.command()
+def check(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+    online: Annotated[bool, typer.Option("--online", help="Ask the hub too: access, commits, sizes.")] = False,
+    pin: Annotated[
+        Path | None,
+        typer.Option("--pin", metavar="FILE", help="Write commits that are not named yet into this file."),
+    ] = None,
+    branch: Annotated[str, typer.Option("--branch", help="Whose commits --pin writes.")] = "main",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Look at all that an experiment needs before it starts: a line each, ok or what to do (exit status 1)."""
+    from vipo.check.commands import check_command
+
+    lines = check_command(overrides, file, results, online=online, pin=pin, branch=branch)
+    if as_json:
+        typer.echo(json.dumps([line.as_json() for line in lines], indent=2))
+    else:
+        width = max(len(line.subject) for line in lines)
+        typer.echo("\n".join(line.text(width) for line in lines))
+    if any(line.verdict == "to do" for line in lines):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     overrides: Overrides = None,
     file: ConfigFile = None,
@@ -353,6 +379,18 @@ def study(
 
 
 @app.command()
+def published(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = _RESULTS,
+) -> None:
+    """Show an experiment's means beside the published table that it is to fill again, in Markdown."""
+    from vipo.reporting.published import published_table
+
+    typer.echo(published_table(_configuration(overrides, file), results), nl=False)
+
+
+@app.command()
 def crate(
     overrides: Overrides = None,
     file: ConfigFile = None,
@@ -421,11 +459,24 @@ def export(
         str | None,
         typer.Option("--base-model", help="Hub id of the base generator, where the run read it from a folder."),
     ] = None,
+    layout: Annotated[
+        Literal["diffusers", "comfyui"],
+        typer.Option("--format", help="comfyui: one file under the names of the family's original repository."),
+    ] = "diffusers",
 ) -> None:
     """Write a folder that is ready for the Hub: weights, model card, samples, configuration, provenance."""
     from vipo.handover.export import export_run
 
-    _say(export_run(run, output, repository_root(), license_id=license_id, base_model=base_model))
+    _say(
+        export_run(
+            run,
+            output,
+            repository_root(),
+            license_id=license_id,
+            base_model=base_model,
+            comfyui=layout == "comfyui",
+        )
+    )
 
 
 @app.command()

@@ -146,7 +146,8 @@ def _parameters(stage: str, config: Config, root: Path) -> Iterator[Any]:
             # An arm's overrides may hold keys of both; the Snakefile refuses those of what all arms share.
             if group == "experiment" and stage in ("train", "sample", "score"):
                 keys.append(f"experiment.arms.{config.arm}")
-            yield {path: keys}
+            if keys:
+                yield {path: keys}
         elif group in READ[stage]:
             yield {path: None}
 

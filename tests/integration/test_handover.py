@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from tiny import OTHER_FAMILY
 
 from vipo.cli import app
-from vipo.config.compose import load_config, repository_root
+from vipo.config.compose import load_config, load_config_file, repository_root
 from vipo.errors import VipoError
 from vipo.evaluation.side_by_side import side_by_side
 from vipo.evaluation.statistics import compare_arms
 from vipo.generators import GeneratorError
 from vipo.generators.packing import pack_latents
+from vipo.handover.comfyui import check_comfyui, write_comfyui
 from vipo.handover.export import export_run
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.noise import keyed_normal
@@ -471,3 +472,54 @@ def test_weights_without_numbers_are_not_handed_over(copied: Path, tmp_path: Pat
     with pytest.raises(GeneratorError, match="holds values that are not finite"):
         export_run(copied / "runs/vipo-s0", tmp_path / "out", ROOT)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("run", ["vipo-s0", "vipo-s1"], ids=["full", "lora"])
+def test_for_comfyui_it_is_one_file_under_the_original_names(demo: Path, tmp_path: Path, run: str) -> None:
+    """Nothing is left out; the names begin as ComfyUI asks; the card says how many layers, and shows no Python."""
+    command = ["export", str(demo / "runs" / run), "--output", str(tmp_path / "export"), "--format", "comfyui"]
+    app(command, standalone_mode=False)
+    [file] = (tmp_path / "export").glob("*.safetensors")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "```python" not in card
+    assert ModelCard(card).data["library_name"] == "diffusion-single-file"
+    tensors = load_file(file)
+    if run == "vipo-s0":
+        trained = load_file(demo / "runs" / run / "weights/transformer/diffusion_pytorch_model.safetensors")
+        assert sum(value.numel() for value in tensors.values()) == sum(value.numel() for value in trained.values())
+        qkv = [trained[f"transformer_blocks.0.attn.to_{part}.weight"] for part in "qkv"]
+        assert torch.equal(tensors["double_blocks.0.img_attn.qkv.weight"], torch.cat(qkv))
+        assert f"all {len(trained)} tensors" in card
+        assert "models/diffusion_models" in card
+        return
+    layers = load_file(demo / "runs" / run / "weights/pytorch_lora_weights.safetensors")
+    name = "transformer.transformer_blocks.0.attn.to_{}.lora_{}.weight"
+    up, down = (tensors[f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{side}.weight"] for side in "BA")
+    whole = torch.cat([layers[name.format(part, "B")] @ layers[name.format(part, "A")] for part in "qkv"])
+    assert torch.allclose(up @ down, whole, atol=1e-6)
+    assert f"all {len(layers) // 2} layers that were adapted" in card
+    assert "models/loras" in card
+
+
+def test_a_family_without_original_names_is_refused_for_comfyui(demo: Path, tmp_path: Path) -> None:
+    config = load_config_file(demo / "runs/vipo-s0/config.yaml")
+    for family, told in (
+        ("sana", "'sana' .* layout lacks"),
+        ("cogvideox", "CogVideoXTransformer3DModel.*no converter"),
+    ):
+        generator = config.generator.model_copy(update={"family": family})
+        with pytest.raises(VipoError, match=told):
+            check_comfyui(config.model_copy(update={"generator": generator}))
+
+
+def test_a_second_network_has_a_file_of_its_own(demo: Path, tmp_path: Path) -> None:
+    """As Wan 2.2's pair has, whose second network's files end in _2."""
+    run = demo / "runs/vipo-s1"
+    config, weights = load_config_file(run / "config.yaml"), tmp_path / "weights"
+    weights.mkdir()
+    for name in ("pytorch_lora_weights", "pytorch_lora_weights_2"):
+        shutil.copyfile(run / "weights/pytorch_lora_weights.safetensors", weights / f"{name}.safetensors")
+    written = write_comfyui(config, weights, tmp_path, ROOT)
+    assert written.names == ("demo-vipo-s1-transformer.safetensors", "demo-vipo-s1-transformer_2.safetensors")
+    assert written.held == 2 * len(load_file(run / "weights/pytorch_lora_weights.safetensors")) // 2
+    assert load_file(tmp_path / written.names[0]).keys() == load_file(tmp_path / written.names[1]).keys()

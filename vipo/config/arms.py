@@ -1,11 +1,19 @@
 """Section `experiment`: its arms, and the study that it belongs to."""
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from vipo.config.meter import MeterConfig
+from vipo.config.published import PublishedConfig
 from vipo.config.section import LONGEST_NAME, Section, Seed
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
@@ -69,6 +77,14 @@ class ExperimentConfig(Section):
     arms: dict[str, ArmConfig] = Field(min_length=1)
     study: StudyConfig | None = Field(None, description="The decision that the experiment was run for, if any.")
     meter: MeterConfig | None = Field(None, description="What `vipo credit` measures; null: its defaults.")
+    published: PublishedConfig | None = Field(None, description="A table of others that `vipo published` shows beside.")
+
+    @model_validator(mode="after")
+    def _published_has_its_arms(self) -> Self:
+        absent = [] if self.published is None else sorted(self.published.rows.keys() - self.arms.keys())
+        if absent:
+            raise ValueError(f"published.rows: {', '.join(absent)}: no such arm; name it in experiment.arms too")
+        return self
 
     @model_validator(mode="after")
     def _study_has_its_runs(self) -> Self:
@@ -79,6 +95,13 @@ class ExperimentConfig(Section):
                 if absent:
                     raise ValueError(f"study: arm {name!r} lacks the seeds {sorted(absent)}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_table_that_is_not(self, dump: SerializerFunctionWrapHandler) -> Any:
+        data = dump(self)
+        if self.published is None:
+            del data["published"]
+        return data
 
     @field_validator("meter")
     @classmethod

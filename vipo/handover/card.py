@@ -16,6 +16,7 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
 from vipo.generators.base import resolve_class
+from vipo.handover.comfyui import ComfyFiles
 from vipo.provenance import package_sha256
 from vipo.reporting.summary import describe, label
 from vipo.text import visible
@@ -113,6 +114,7 @@ def model_card(
     pipeline_class: str,
     hub_id: str | None,
     revision: str | None,
+    comfyui: ComfyFiles | None = None,
 ) -> ModelCard:
     """The card of a run. Every text of the configuration or of a prompt is escaped.
 
@@ -126,12 +128,13 @@ def model_card(
         pipeline_class: name in diffusers.
         hub_id: of the base; None: it is known by its folder alone.
         revision: of `hub_id`.
+        comfyui: the file under original names, where the weights are handed over so.
 
     Raises:
         CardError: the metadata does not survive being written and read.
     """
     base = hub_id or config.generator.path
-    data = _metadata(config, scores, samples, licence, counts, hub_id)
+    data = _metadata(config, scores, samples, licence, counts, hub_id, comfyui is not None)
     environment = Environment(
         loader=PackageLoader("vipo.handover"),
         finalize=escape_markdown,
@@ -153,7 +156,8 @@ def model_card(
         base_sha256=generator[0]["sha256"] if generator else None,
         config=config,
         flow=config.sampling.transition != "ddim",
-        code=Markup(_usage(config, samples[0].text, pipeline_class, base, revision)),
+        comfyui=comfyui,
+        code=None if comfyui else Markup(_usage(config, samples[0].text, pipeline_class, base, revision)),
         counts=counts,
         confidence=f"{config.evaluation.confidence:.0%}",
         scores=scores,
@@ -202,6 +206,7 @@ def _metadata(
     licence: Licence,
     counts: tuple[int, int],
     hub_id: str | None,
+    comfyui: bool,
 ) -> ModelCardData:
     task = "text-to-image" if config.generator.frames is None else "text-to-video"
     lora = config.training.lora is not None
@@ -221,11 +226,11 @@ def _metadata(
     relation = {} if hub_id is None else {"base_model_relation": "adapter" if lora else "finetune"}
     return ModelCardData(
         **licence.metadata(),
-        library_name="diffusers",
+        library_name="diffusion-single-file" if comfyui else "diffusers",
         pipeline_tag=task,
         base_model=hub_id,
         **relation,
-        tags=[task, "diffusers", "diffusers-training", "vipo", *(["lora"] if lora else [])],
+        tags=[task, "comfyui" if comfyui else "diffusers", "diffusers-training", "vipo", *(["lora"] if lora else [])],
         model_name=f"{config.experiment.name}-{config.run_name}",
         eval_results=results,
         widget=[{"text": sample.text, "output": {"url": sample.mine}} for sample in samples],

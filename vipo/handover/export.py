@@ -1,7 +1,8 @@
 """Hand-over of a run: a folder that is ready for the Hub and that the stock pipeline loads.
 
 Full fine-tuning gives a whole pipeline: the base's parts as the run read them, with the trained network in place of
-the base's. LoRA gives ``pytorch_lora_weights.safetensors`` alone. Beside the weights: ``README.md`` (the model card),
+the base's. LoRA gives ``pytorch_lora_weights.safetensors`` alone. For ComfyUI either is one file, under the names of
+the family's original repository. Beside the weights: ``README.md`` (the model card),
 the base's licence files, ``samples/``, ``provenance/`` and ``SHA256SUMS``.
 """
 
@@ -27,6 +28,7 @@ from vipo.generators.base import checkpoint_location
 from vipo.generators.finite import check_finite
 from vipo.generators.parts import model_index
 from vipo.handover.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
+from vipo.handover.comfyui import check_comfyui, write_comfyui
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
 from vipo.provenance.lineage import PROVENANCE, absolute_path
 from vipo.reporting.inputs import read_scores
@@ -58,7 +60,13 @@ class _Base:
 
 
 def export_run(
-    path: Path, output: Path | None, root: Path, *, license_id: str | None = None, base_model: str | None = None
+    path: Path,
+    output: Path | None,
+    root: Path,
+    *,
+    license_id: str | None = None,
+    base_model: str | None = None,
+    comfyui: bool = False,
 ) -> Path:
     """Write the hand-over folder of a trained and evaluated run; the same run gives the same bytes.
 
@@ -68,6 +76,7 @@ def export_run(
         root: repository root, where recorded paths start.
         license_id: the Hub's identifier of the licence; None: the one that the base's own card states.
         base_model: id on the Hub of a base that the run read from a folder.
+        comfyui: write the weights as one file under original names instead of for diffusers.
 
     Returns:
         The folder.
@@ -76,6 +85,7 @@ def export_run(
         ExportError: the run or the base is not trained, not evaluated, not recorded here or not as recorded, the
             licence is not known, the base changed since, or `output` is in use.
         ReportError, ConfigError, ProvenanceError: no run is there, or its files are damaged.
+        NamesError: for ComfyUI, a family or a layer has no original name.
         GeneratorError: the base cannot be found, or the weights are not finite.
         StorageError: the disk refused a write.
     """
@@ -85,25 +95,32 @@ def export_run(
         raise ExportError(f"{target}: exists; remove it or choose another folder with --output")
     if run.config.is_base:
         raise ExportError(f"{path}: the base is the generator as it was; export a trained run")
+    if comfyui:
+        check_comfyui(run.config)
     reference = _checked(run, root)
-    base = _base(run, root, base_model)
+    base = _base(run, root, base_model, whole=run.config.training.lora is None and not comfyui)
     licence = _licence(base, license_id)
     final, others = (_final(item) for item in (run, reference))
     samples = _samples(run, reference, final)
     scores = _scores(run.config, final, others)
-    card = model_card(
-        run.config,
-        read_provenance(run.folder / PROVENANCE),
-        scores,
-        samples,
-        licence,
-        counts=(final["prompt_id"].nunique(), final["sample"].nunique()),
-        pipeline_class=base.pipeline_class,
-        hub_id=base.hub_id,
-        revision=base.revision,
-    )
     with atomic_folder(target) as folder:
-        _copy_weights(run, base, folder)
+        weights = run.folder / "weights"
+        evaluated = weights / EMA if run.config.evaluation.weights == EMA else weights
+        written = write_comfyui(run.config, evaluated, folder, root) if comfyui else None
+        card = model_card(
+            run.config,
+            read_provenance(run.folder / PROVENANCE),
+            scores,
+            samples,
+            licence,
+            counts=(final["prompt_id"].nunique(), final["sample"].nunique()),
+            pipeline_class=base.pipeline_class,
+            hub_id=base.hub_id,
+            revision=base.revision,
+            comfyui=written,
+        )
+        if written is None:
+            _copy_weights(run, base, folder)
         for name in licence.files:
             _copy(base.folder / name, folder / name)
         for sample in samples:
@@ -180,7 +197,7 @@ def _sampling(config: Config) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key not in ("kept", "perception")}
 
 
-def _base(run: RunRecords, root: Path, base_model: str | None) -> _Base:
+def _base(run: RunRecords, root: Path, base_model: str | None, *, whole: bool) -> _Base:
     config = run.config.generator
     location = checkpoint_location(config, root)
     hub_id = base_model
@@ -197,7 +214,7 @@ def _base(run: RunRecords, root: Path, base_model: str | None) -> _Base:
     if not isinstance(index.get("_class_name"), str):
         raise ExportError(f"{location}/model_index.json: names no class of diffusers; its own code is not handed over")
     parts: tuple[str, ...] = ()
-    if run.config.training.lora is None:
+    if whole:
         trained = {name.split("/", 1)[0] for name in _handed_over(run)}
         parts = tuple(
             name for name, entry in index.items() if isinstance(entry, list) and entry[-1] and name not in trained

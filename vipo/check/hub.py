@@ -1,0 +1,171 @@
+"""What is in the local cache of the hub, and what the hub itself says: the one place that may open a connection."""
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from vipo.check.wanted import WEIGHTS, Wanted
+from vipo.text import listed
+
+_SECONDS = 20.0
+_NAMED = 3
+# What `vipo.handover` and the loaders never read.
+_UNREAD = ("safety_checker", "feature_extractor", "image_encoder")
+_TOP = ("model_index.json", "README.md", "LICENSE*")
+_OTHER_FORMATS = ("*.bin", "*.ckpt", "*.pth", "*.msgpack", "*.onnx*")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor")
+
+
+def cached_folder(repository: str) -> Path:
+    """Where the cache keeps a repository of models."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
+
+
+def cached_commit(repository: str, branch: str) -> str | None:
+    """The commit that a branch had when it was last fetched; None where it never was."""
+    reference = cached_folder(repository) / "refs" / branch
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
+
+
+def snapshot_of(item: Wanted) -> Path | None:
+    """The cached folder of what is wanted, at its commit or else its newest one; None where there is none."""
+    assert item.repository is not None
+    commit = item.revision or cached_commit(item.repository, "main")
+    folder = None if commit is None else cached_folder(item.repository) / "snapshots" / commit
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def missing_files(item: Wanted, place: Path) -> list[str]:
+    """What is wanted and not in a file's or folder's place: names, or patterns of names."""
+    if place.is_file():
+        return []
+    if item.is_pipeline:
+        return list(_missing_parts(place))
+    names = [path.name for path in place.iterdir()]
+    absent = [pattern for pattern in item.files if not any(fnmatchcase(name, pattern) for name in names)]
+    if item.each:
+        return absent
+    return [" or ".join(item.files)] if len(absent) == len(item.files) else []
+
+
+def _missing_parts(folder: Path) -> Iterator[str]:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        yield index.name
+        return
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    for name, entry in parts.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]) or name in _UNREAD:
+            continue
+        part = folder / name
+        if not part.is_dir() or not any(part.iterdir()):
+            yield f"{name}/"
+        elif not name.startswith(_WITHOUT_WEIGHTS):
+            yield from (f"{name}/{file}" for file in _missing_weights(part))
+
+
+def _missing_weights(part: Path) -> Iterator[str]:
+    indices = sorted(part.glob("*.safetensors.index.json"))
+    for index in indices:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        yield from sorted(name for name in map(str, shards) if not (part / name).is_file())
+    if not indices and not any(part.glob("*.safetensors")):
+        yield "*.safetensors"
+
+
+def fetch_command(item: Wanted, commit: str | None) -> str:
+    """What brings it into the cache, for a shell."""
+    words = ["hf", "download", str(item.repository)]
+    words += ["--revision", commit] if commit else []
+    included, excluded = _patterns(item)
+    words += [word for pattern in included for word in ("--include", pattern)]
+    words += [word for pattern in excluded for word in ("--exclude", pattern)]
+    return shlex.join(words)
+
+
+def _patterns(item: Wanted) -> tuple[Sequence[str], Sequence[str]]:
+    """Names of the files that are fetched, and of those among them that are not."""
+    if item.is_pipeline:
+        # Its repository may hold everything once more in one file at the top, and in other formats.
+        return (*_TOP, "*/*"), _OTHER_FORMATS
+    # Of several formats the first: repositories hold the same weights in more than one.
+    files = item.files[:1] if item.files == WEIGHTS else item.files
+    return (*files, "*.json", "*.txt"), ()
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the hub says of a repository.
+
+    Attributes:
+        commit: of the revision that was asked for.
+        gated: whether it asks for the acceptance of terms.
+        sizes: bytes of its files, by name.
+    """
+
+    commit: str
+    gated: bool
+    sizes: dict[str, int]
+
+    def size(self, item: Wanted) -> int:
+        """Bytes of what `fetch_command` brings."""
+        included, excluded = _patterns(item)
+        return sum(size for name, size in self.sizes.items() if _any(name, included) and not _any(name, excluded))
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+class Refused(Exception):
+    """The hub does not give a repository; the message says what to do."""
+
+
+def ask(repository: str, revision: str) -> Told:
+    """Ask the hub for a repository at a branch, a tag or a commit.
+
+    Raises:
+        Refused: it cannot be reached, has no such repository or revision, or this account may not read it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi()
+    try:
+        info = api.model_info(repository, revision=revision, timeout=_SECONDS, files_metadata=True)
+        if info.gated:
+            api.auth_check(repository)
+    except GatedRepoError as error:
+        raise Refused(
+            f"{repository} is gated and this account may not read it: accept its terms on its page of the hub, then "
+            "'hf auth login'"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise Refused(f"{repository} has no revision {revision!r}; mend it") from error
+    except RepositoryNotFoundError as error:
+        raise Refused(
+            f"{repository}: there is no such repository, or it is private: mend the id, or 'hf auth login'"
+        ) from error
+    # Of the network, a proxy or the server: each of its own kind.
+    except Exception as error:
+        raise Refused(
+            f"{repository}: the hub could not be asked ({type(error).__name__}: {error}); look at the network, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from error
+    return Told(str(info.sha), bool(info.gated), _sizes(info.siblings or ()))
+
+
+def _sizes(files: Sequence[Any]) -> dict[str, int]:
+    return {str(file.rfilename): int(file.size or 0) for file in files}
+
+
+def named(files: Sequence[str]) -> str:
+    """The first names of what is missing."""
+    return listed(list(files), _NAMED)

@@ -1,0 +1,84 @@
+"""A published table beside our own numbers: every cell that nothing was run for says so."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from vipo.config.run import Config
+from vipo.config.validation import ConfigError
+from vipo.evaluation.statistics import mean_score
+from vipo.reporting.inputs import read_scores
+from vipo.reporting.runs import read_run
+from vipo.text import visible
+
+NOT_RUN, NOT_MEASURED = "not run", "not measured"
+_DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
+
+
+def published_table(config: Config, results: Path) -> str:
+    """The table of `experiment.published` in Markdown, each number of the publication with ours at its right.
+
+    Ours is the mean over an arm's seeds of the mean over final held-out samples; where fewer seeds are evaluated than
+    the arm has, it says how many. An evaluation that belongs to other weights or settings counts as not run.
+
+    Raises:
+        ConfigError: the experiment has no published table.
+        ReportError, ProvenanceError: files of an evaluation are damaged.
+    """
+    table = config.experiment.published
+    if table is None:
+        raise ConfigError(
+            f"experiment {config.experiment.name!r} has no published table (experiment.published); "
+            "experiment=paper_flux and experiment=paper_wan do"
+        )
+    heads = [f"{column.title} ({_DOMAINS[column.domain]})" for column in table.columns]
+    lines = [_row(["", *(text for head in heads for text in (f"{head}, published", "ours"))])]
+    lines.append("|---|" + "---:|" * 2 * len(heads))
+    for arm, row in table.rows.items():
+        seeds = config.experiment.arms[arm].seeds
+        scores = [found for seed in seeds if (found := _scores(results / config.experiment.name, f"{arm}-s{seed}"))]
+        cells = [f"{row.title} (`{arm}`)"]
+        for column, value in zip(table.columns, row.values, strict=True):
+            cells += ["not published" if value is None else f"{value:g}", _ours(scores, column.metric, len(seeds))]
+        lines.append(_row(cells))
+    return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(_cell(text) for text in cells)} |"
+
+
+def _cell(text: str) -> str:
+    return visible(" ".join(text.split())).replace("|", "\\|")
+
+
+def _ours(scores: list["_Scores"], metric: str, seeds: int) -> str:
+    if not scores:
+        return NOT_RUN
+    means = [found.mean(metric) for found in scores]
+    if any(mean is None for mean in means):
+        return NOT_MEASURED
+    mean = sum(value for value in means if value is not None) / len(means)
+    return f"{mean:.4f}" + (f" ({len(scores)} of {seeds} seeds)" if len(scores) < seeds else "")
+
+
+class _Scores:
+    """Final scores of one evaluated run."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self._table = table
+
+    def mean(self, metric: str) -> float | None:
+        """Of a column; None where there is none."""
+        return mean_score(self._table, metric) if metric in self._table.columns else None
+
+
+def _scores(experiment: Path, run: str) -> _Scores | None:
+    file = experiment / "evaluation" / run / "scores.parquet"
+    if not file.is_file():
+        return None
+    records = read_run(experiment / "runs" / run)
+    if records.stale is not None:
+        return None
+    scores = read_scores(file, records.config)
+    return _Scores(scores[scores["final"]])
