@@ -274,6 +274,24 @@ def crate(
         _say(path)
 
 
+@app.command("serve-reward")
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="A registered reward, or an import path 'package.module:object'.")],
+    arguments: Annotated[str, typer.Option(help="Its options, as JSON.")] = "{}",
+    device: Annotated[str, typer.Option(help="Where it computes: cpu, cuda, cuda:1.")] = "cpu",
+    host: Annotated[str, typer.Option(help="Where it listens; others than this machine need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, told on standard output.")] = 0,
+    token_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the token.")
+    ] = None,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input does.")] = False,
+) -> None:
+    """Answer other processes' questions for a reward's scores over HTTP (docs/reward_process.md)."""
+    from vipo.rewards.serving import serve_reward as serve
+
+    serve(name, arguments, device, host, port, token_env, with_parent=with_parent)
+
+
 app.command("map")(map_command)
 app.command()(orientation)
 

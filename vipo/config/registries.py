@@ -42,6 +42,7 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "geneval": "vipo.rewards.geneval:GenEval",
         "flicker": "vipo.rewards.flicker:flicker",
         "motion": "vipo.rewards.motion:Motion",
+        "process": "vipo.rewards.process:Process",
     }
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from vipo.config.reward_process import ProcessOptions
 from vipo.config.section import Commit, Section, UserPath
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -129,6 +130,7 @@ REWARD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "ocr": OcrOptions,
         "geneval": GenEvalOptions,
         "motion": MotionOptions,
+        "process": ProcessOptions,
     }
 )
 """Those of a registered reward, checked without its code being imported. A reward that is not here takes none."""

@@ -184,6 +184,7 @@ class Config(Section):
         )
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
+        data["reward"]["terms"] = [term.deciding for term in self.reward.terms]
         return data
 
     def prompts_identity(self) -> dict[str, Any]:
@@ -203,7 +204,10 @@ class Config(Section):
         return {
             "generator": self.generator.model_dump(mode="json"),
             "perception": self.perception.model_dump(mode="json"),
-            "evaluation": self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
+            "evaluation": {
+                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
+                "rewards": [reward.deciding for reward in self.evaluation.rewards],
+            },
             "shift": self.sampling.shift,
             "threads": self.training.threads,
             "kept": kept,

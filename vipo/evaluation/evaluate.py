@@ -33,7 +33,8 @@ from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance import record_stage, verify_outputs
 from vipo.provenance.files import atomic_file, atomic_folder
-from vipo.rewards import Reward, in_use, load_rewards, score, weight_files
+from vipo.provenance.lineage import PROVENANCE, read_provenance
+from vipo.rewards import Reward, check_identities, identities, in_use, load_rewards, score, weight_files
 from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
@@ -126,6 +127,11 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
     rewards = load_rewards(config.evaluation.rewards, config.generator.device)
     inputs += [path for reward in rewards.values() for path in weight_files(reward)]
     inputs += [path for folder in weights.values() for path in sorted(folder.rglob("*.safetensors"))]
+    processes = identities(rewards)
+    if not config.is_base and processes:
+        record = experiment / "runs" / config.run_name / PROVENANCE
+        trained = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
+        check_identities(trained, processes, record)
     files = [output / name for name in ("config.yaml", "scores.parquet", "summary.json", "maps.safetensors")]
     with record_stage(
         "evaluate",
@@ -136,7 +142,9 @@ def evaluate_run(config: Config, root: Path, experiment: Path) -> None:
         seeds=[config.seed, config.evaluation.seed],
         root=root,
         experiment=experiment,
-    ):
+    ) as facts:
+        if processes:
+            facts["reward_processes"] = processes
         samples = held_out_samples(read_prompts(prompts_path), config)
         if not samples:
             raise EvaluationError(f"{prompts_path}: no prompt is held out; raise prompts.eval_share")

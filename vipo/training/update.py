@@ -18,7 +18,7 @@ from vipo import credit
 from vipo.credit import Credit, Samples
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import Advantages, GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
-from vipo.rewards import RewardError, in_use, score
+from vipo.rewards import RewardError, begin, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
@@ -160,6 +160,8 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
                 # One tensor from the start: to join them afterwards would need them twice.
                 pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
             pictures[place * size : (place + 1) * size] = decoded
+        for reward in setup.rewards.values():
+            begin(reward, decoded, [s.prompt.text for s in chunk], [s.prompt.metadata for s in chunk])
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen)
 
