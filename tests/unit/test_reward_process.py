@@ -133,10 +133,10 @@ def test_what_begins_ahead_is_what_is_given_afterwards(bare: Path) -> None:
     alone = [reward(part, ["a", "b"], rows) for part in images.split(2)]
     for part in images.split(2):
         begin(reward, part, ["a", "b"], rows)
-    assert len(reward._begun) == 2
+    assert len(reward._ahead._begun) == 2
     ahead = [reward(part, ["a", "b"], rows) for part in images.split(2)]
     assert torch.equal(torch.cat(alone), torch.cat(ahead))
-    assert reward._begun == {}
+    assert reward._ahead._begun == {}
     # Of another text, another question.
     begin(reward, images[:2], ["a", "b"], rows)
     assert reward(images[:2], ["a", "bb"], rows)[1] == 2 * alone[0][1]

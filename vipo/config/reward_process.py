@@ -123,7 +123,7 @@ class ProcessOptions(RemoteOptions):
         return self
 
 
-ASKED = frozenset({"process"})
+ASKED = frozenset({"process", "judge"})
 """Rewards that are asked over HTTP."""
 
 WHERE_IT_RUNS = frozenset({"environment", "url", "device", "start_timeout", *RemoteOptions.model_fields})

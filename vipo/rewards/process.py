@@ -7,8 +7,8 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from vipo.config.compose import repository_root
 from vipo.config.registries import REWARDS
 from vipo.config.reward_process import ProcessOptions
+from vipo.rewards.ahead import Ahead
 from vipo.rewards.child import Child, python_of
 from vipo.rewards.errors import RewardError
 from vipo.rewards.registry import Scored
@@ -73,14 +74,12 @@ class Process:
         gone = (lambda: None) if self._child is None else self._child.gone
         self._endpoint = Endpoint(url, options, called, token, gone)
         self.identity = self._checked_identity()
-        self._pool = ThreadPoolExecutor(options.concurrency, thread_name_prefix="reward")
-        self._begun: dict[bytes, Future[_Answer]] = {}
+        self._ahead: Ahead[_Answer] = Ahead(options.concurrency)
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Ask for the scores of what will be scored, and return at once; a call with the same samples gives them."""
         for request in self._requests(images, prompts, metadata):
-            if request.key not in self._begun:
-                self._begun[request.key] = self._pool.submit(self._ask, request)
+            self._ahead.begin(request.key, partial(self._ask, request))
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -90,16 +89,8 @@ class Process:
         Raises:
             RewardError: no answer, or one that cannot be used.
         """
-        waiting = []
-        for request in self._requests(images, prompts, metadata):
-            begun = self._begun.pop(request.key, None)
-            waiting.append(self._pool.submit(self._ask, request) if begun is None else begun)
-        try:
-            found = [each.result() for each in waiting]
-        except BaseException:
-            for each in (*waiting, *self._begun.values()):
-                each.cancel()
-            raise
+        requests = self._requests(images, prompts, metadata)
+        found = self._ahead.answers((request.key, partial(self._ask, request)) for request in requests)
         scores = torch.tensor([score for part, _ in found for score in part], dtype=torch.float64)
         maps = [where for _, where in found if where is not None]
         if not maps:

@@ -110,7 +110,22 @@ def load_rewards(specs: Iterable[RewardSpec], device: str = "cpu") -> dict[str, 
     Raises:
         RewardError: as of `load_reward`.
     """
-    return {spec.label: load_reward(spec.name, device, spec.options) for spec in specs}
+    loaded: dict[str, Reward] = {}
+    for spec in specs:
+        twin = _twin(loaded.values(), spec)
+        loaded[spec.label] = load_reward(spec.name, device, spec.options) if twin is None else twin
+    return loaded
+
+
+def _twin(loaded: Iterable[Reward], spec: RewardSpec) -> Reward | None:
+    """One of vipo's own on a network that is loaded already."""
+    for other in loaded:
+        if spec.name in REWARDS and hasattr(other, "sharing"):
+            found, options = find_reward(spec.name, spec.options)
+            if type(other) is found and (twin := other.sharing(options)) is not None:
+                shared: Reward = twin
+                return shared
+    return None
 
 
 def weight_files(reward: Reward) -> list[Path]:

@@ -3,8 +3,8 @@
 The object is a callable ``(pictures, prompts, metadata) -> scores`` of equally long lists, or a class that gives one
 when it is called with ``device=...`` and its arguments. A picture is a Pillow image in RGB, a clip a list of them.
 Scores are B numbers; NaN where there is none. ``(scores, where)`` also tells where: ``(B, h, w)``, of clips
-``(B, T, h, w)``, as nested lists or as an array. Its attribute `weight_files`, if there is one, lists the files that its
-weights are read from.
+``(B, T, h, w)``, as nested lists or as an array. Its attribute `weight_files`, if there is one, lists the files that
+its weights are read from.
 
 ``GET /identity`` tells what scores: packages, hashes of code and weights. ``POST /score`` takes
 ``{"samples": [{"prompt": str, "metadata": {...}, "clip": bool, "frames": [base64 of PNG or WebP]}]}`` and answers
