@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from vipo.config.advantages import AdvantagesConfig
+from vipo.config.alarms import AlarmsConfig
 from vipo.config.arms import ExperimentConfig, check_arm_name
 from vipo.config.credit import CreditConfig
 from vipo.config.evaluation import REPORTED, EvaluationConfig
@@ -43,6 +44,7 @@ class Config(Section):
     evaluation: EvaluationConfig
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 
     @model_validator(mode="after")
@@ -180,7 +182,8 @@ class Config(Section):
         and the processes: a run goes on with others of them.
         """
         data = self.model_dump(
-            mode="json", exclude={"experiment", "distribution", "evaluation", "cluster", "tracking", "pretrain"}
+            mode="json",
+            exclude={"experiment", "distribution", "evaluation", "cluster", "tracking", "alarms", "pretrain"},
         )
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]

@@ -14,6 +14,7 @@ from vipo.config.compose import dump_config
 from vipo.config.objective import SurrogateConfig
 from vipo.evaluation.statistics import decimals
 from vipo.provenance.files import text_lines
+from vipo.reporting.alarms import alarm_section
 from vipo.reporting.figures import ARM_COLORS, PART_COLORS, Plot, time_parts
 from vipo.reporting.inputs import Experiment, Run
 from vipo.reporting.summary import Summary
@@ -70,6 +71,7 @@ def render_page(
         configurations=_configurations(experiment.runs),
         checks=_checks(experiment),
         provenance=[_provenance(run) for run in experiment.runs if not run.config.is_base],
+        alarms=alarm_section(experiment),
         manifest=json.dumps(experiment.manifest, indent=2, sort_keys=True, ensure_ascii=False),
     )
 

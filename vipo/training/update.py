@@ -22,6 +22,7 @@ from vipo.rewards import RewardError, begin, in_use, score
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
+from vipo.training.alarms import alarm_metrics, picture_signs, thumbnails
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
 from vipo.training.samples import (
     MicroBatch,
@@ -106,7 +107,7 @@ def update(
         with setup.timer("sheet"):
             show(rollouts, found.weights)
     advantages = form_advantages(setup, rollouts, scores, found)
-    metrics = reward_metrics(setup, scores, advantages) | dict(found.metrics)
+    metrics = reward_metrics(setup, scores, advantages) | sign_metrics(setup, rollouts) | dict(found.metrics)
     lesson = choose_lesson(setup, rollouts, found, advantages)
     # The pictures of an update are many, and so is what best_of leaves out; learning is where memory peaks.
     del rollouts, found
@@ -252,6 +253,14 @@ def reward_metrics(setup: Setup, scores: Scores, advantages: GroupAdvantages) ->
     metrics["group/std"] = float(advantages.group_std.mean())
     metrics["group/zero_std_share"] = float(advantages.zero_std.float().mean())
     return metrics
+
+
+def sign_metrics(setup: Setup, rollouts: Rollouts) -> dict[str, float]:
+    """Signs of reward hacking in the pictures of all processes."""
+    pieces = _pieces(setup, rollouts)
+    signs, thumbs = (torch.cat([of(piece) for piece in pieces]) for of in (picture_signs, thumbnails))
+    whole = in_order(setup, torch.cat([signs, thumbs], dim=1).to(setup.device), rollouts.batches).cpu()
+    return alarm_metrics(whole[:, : signs.shape[1]], whole[:, signs.shape[1] :], rollouts.groups)
 
 
 def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: GroupAdvantages) -> Lesson:
