@@ -292,6 +292,34 @@ def serve_reward(
     serve(name, arguments, device, host, port, token_env, with_parent=with_parent)
 
 
+@app.command("score-beside")
+def score_beside(
+    name: Annotated[str, typer.Argument(help="A reward of ours, such as hpsv2.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    prompts: Annotated[list[str], typer.Option("--prompt", help="One for all pictures, or one each.")],
+    environment: Annotated[
+        str | None, typer.Option(help="Virtual environment of its own package; default: envs/NAME.")
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option(metavar="MODULE:OBJECT", help="What is served there; known for hpsv2 and the like.")
+    ] = None,
+    options: Annotated[str, typer.Option(help="Our reward's options, as JSON.")] = "{}",
+    arguments: Annotated[str, typer.Option(help="The original's, as JSON.")] = "{}",
+    device: Annotated[str, typer.Option(help="Where both compute.")] = "cpu",
+) -> None:
+    """Score pictures with a reward of ours and with its authors' own package, side by side."""
+    from vipo.rewards.beside import score_beside as beside
+
+    try:
+        own, theirs = json.loads(options), json.loads(arguments)
+    except ValueError as error:
+        raise ConfigError(f'--options and --arguments are JSON such as \'{{"path": "weights/x"}}\': {error}') from error
+    process = {"environment": environment or f"envs/{name}", "arguments": theirs}
+    if original is not None:
+        process["reward"] = original
+    _say(beside(name, own, process, pictures, prompts, device).text())
+
+
 app.command("map")(map_command)
 app.command()(orientation)
 

@@ -130,7 +130,7 @@ def test_what_is_no_metric_is_told_at_the_first_update() -> None:
 
 
 def test_bounds_that_hold_nothing_are_refused() -> None:
-    for wrong, told in (({}, "give above, below or both"), ({"above": 1.0, "below": 2.0}, "leave nothing between")):
+    for wrong, told in (({}, "give above, below or both"), ({"above": 1.0, "below": 2.0}, "leave no value between")):
         with pytest.raises(ValidationError, match=told):
             AlarmsConfig.model_validate({"stop": [{"metric": "m", **wrong}]})
 

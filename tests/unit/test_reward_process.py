@@ -22,6 +22,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -519,6 +520,38 @@ def test_others_need_a_token() -> None:
     with pytest.raises(ValueError, match="the environment has no ABSENT"):
         serve.token_of("ABSENT", "127.0.0.1")
     assert serve.token_of(None, "127.0.0.1") is None
+
+
+# --- Beside the original
+
+
+def test_a_reward_is_scored_beside_its_original(bare: Path, tmp_path: Path) -> None:
+    from vipo.rewards.beside import score_beside
+
+    levels = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
+    levels[..., 1:] = 0
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for file, picture in zip(files, levels, strict=True):
+        Image.fromarray(picture).save(file)
+    original = {"reward": "bare_rewards:red", "environment": str(bare / "env")}
+    found = score_beside("redness", {}, original, files, ["a"])
+    # Of red alone, both are the mean of the red levels.
+    assert found.largest < 1e-6
+    assert found.ours == pytest.approx([float(p[..., 0].mean() / 255) for p in levels])
+    assert "largest difference" in found.text()
+    missing = score_beside("redness", {}, {**original, "environment": str(tmp_path / "no")}, files, ["a"])
+    assert missing.ours == []
+    assert "skipped, nothing was scored: reward 'process' raised RewardError: environment" in missing.text() or (
+        "there is no" in missing.text()
+    )
+    for wrong in ([], ["a", "b", "c"]):
+        with pytest.raises(RewardError, match="give one prompt, or one a picture"):
+            score_beside("redness", {}, original, files, wrong)
+    with pytest.raises(RewardError, match="name its original"):
+        score_beside("redness", {}, {}, files, ["a"])
+    (tmp_path / "x.png").write_text("no")
+    with pytest.raises(RewardError, match="is no picture"):
+        score_beside("redness", {}, original, [tmp_path / "x.png"], ["a"])
 
 
 # --- Options
