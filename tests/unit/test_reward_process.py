@@ -447,7 +447,12 @@ def test_maps_of_two_sizes_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("identity", "told"),
-    [({}, "is no server of protocol 1"), ({**IDENTITY, "code": 1}, r"does not say what it is \(code\)")],
+    [
+        ({}, "is no server of protocol 1"),
+        ({**IDENTITY, "code": 1}, r"does not say what it is \(code\)"),
+        ({**IDENTITY, "packages": {"a": {"b": []}}}, "something else than texts"),
+        ({**IDENTITY, "weights": {"a": "b" * 2**20}}, "or too much"),
+    ],
 )
 def test_who_does_not_say_what_it_is_is_refused(identity: dict[str, Any], told: str) -> None:
     server = serve.Server(("127.0.0.1", 0), lambda *_: [], {}, None)

@@ -30,6 +30,7 @@ _SERVE = Path(__file__).parent / "served" / "serve.py"
 _PROTOCOL = 1
 # Of an answer, beside its maps: a score of each sample.
 _MOST_BESIDE, _MOST_OF_SCORE, _MOST_IDENTITY = 2**16, 64, 2**22
+_LISTS, _MOST_TOLD = ("packages", "code", "weights"), 2**20
 _TOLD = {"reward": str, "arguments": dict, "packages": dict, "code": dict, "weights": dict}
 
 _Answer = tuple[list[float], Tensor | None]
@@ -174,6 +175,10 @@ class Process:
         if wrong := [name for name, kind in _TOLD.items() if not isinstance(identity.get(name), kind)]:
             raise RewardError(f"{called}: does not say what it is ({', '.join(wrong)})")
         told = {name: identity[name] for name in _TOLD}
+        # It goes into records as it is.
+        plain = all(isinstance(value, str) for name in _LISTS for value in told[name].values())
+        if not plain or len(json.dumps(told)) > _MOST_TOLD:
+            raise RewardError(f"{called}: says of {', '.join(_LISTS)} something else than texts, or too much")
         for name, wanted in (("reward", self._options.reward), ("arguments", self._options.arguments)):
             if name == "arguments" and self._options.reward in REWARDS:
                 # With defaults filled in there.
