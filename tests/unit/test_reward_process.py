@@ -445,6 +445,28 @@ def test_maps_of_two_sizes_are_refused() -> None:
             reward(pictures(4, 3, 4, 4), [""] * 4, [{}] * 4)
 
 
+def test_a_server_that_is_exchanged_is_noticed() -> None:
+    own = OnPillow("redness", {}, "cpu")
+    with served(own, own.identity) as url:
+        reward = process(None, "redness", url=url)
+        images = pictures(1, 3, 4, 4)
+        assert reward(images, [""], [{}]).shape == (1,)
+        reward._digest = "another"
+        with pytest.raises(RewardError, match="another one answers than at the start of this run"):
+            reward(images, [""], [{}])
+
+
+def test_what_was_begun_and_failed_stops_what_would_follow() -> None:
+    with raw(message(b"{}")) as url:
+        reward = process(None, "a:b", url=url)
+        begin(reward, pictures(1, 3, 4, 4), ["a"], [{}])
+        (future,) = reward._ahead._begun.values()
+        assert future.exception() is not None
+        with pytest.raises(RewardError, match="expected 1 scores"):
+            begin(reward, pictures(1, 3, 4, 4), ["b"], [{}])
+        assert reward._ahead._begun == {}
+
+
 @pytest.mark.parametrize(
     ("identity", "told"),
     [

@@ -138,6 +138,11 @@ class Process:
         return base64.b64encode(buffer.getvalue()).decode()
 
     def _checked(self, answer: Mapping[str, Any], request: _Request) -> _Answer:
+        if answer.get("digest") != self._digest:
+            raise RewardError(
+                f"{self._endpoint.called}: another one answers than at the start of this run; start the same command "
+                "again, which then looks at what it is"
+            )
         scores, count = answer.get("scores"), len(request.prompts)
         if not isinstance(scores, list) or len(scores) != count:
             told = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
@@ -174,6 +179,7 @@ class Process:
             raise RewardError(f"{called}: is no server of protocol {_PROTOCOL}; start one with 'vipo serve-reward'")
         if wrong := [name for name, kind in _TOLD.items() if not isinstance(identity.get(name), kind)]:
             raise RewardError(f"{called}: does not say what it is ({', '.join(wrong)})")
+        self._digest = identity.get("digest")
         told = {name: identity[name] for name in _TOLD}
         # It goes into records as it is.
         plain = all(isinstance(value, str) for name in _LISTS for value in told[name].values())

@@ -8,8 +8,9 @@ its weights are read from.
 
 ``GET /identity`` tells what scores: packages, hashes of code and weights. ``POST /score`` takes
 ``{"samples": [{"prompt": str, "metadata": {...}, "clip": bool, "frames": [base64 of PNG or WebP]}]}`` and answers
-``{"scores": [number or null], "where": null or {"shape": [...], "float32": base64, little endian}}``. What is wrong is
-told as ``{"error": text}`` with a status of 400 and above.
+``{"scores": [number or null], "where": null or {"shape": [...], "float32": base64, little endian}, "digest": text}``:
+the digest is the identity's, so that a server that was exchanged is noticed. What is wrong is told as
+``{"error": text}`` with a status of 400 and above.
 """
 
 from __future__ import annotations
@@ -167,7 +168,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], score: Score, identity: dict[str, Any], token: str | None) -> None:
         super().__init__(address, _Handler)
-        self.score, self.identity, self.token = score, {"protocol": PROTOCOL, **identity}, token
+        self.score, self.token = score, token
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.identity = {"protocol": PROTOCOL, "digest": digest, **identity}
         self.turn = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -196,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"is no JSON ({type(error).__name__})") from error
         with self.server.turn:
-            return answer(self.server.score, request)
+            return {**answer(self.server.score, request), "digest": self.server.identity.get("digest")}
 
     def _answered(self, path: str, answered: Callable[[], dict[str, Any]]) -> None:
         try:
