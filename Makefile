@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 export PYTHON TORCH
 
 .PHONY: help axe screenshots env demo gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
-  sif test-image test-fresh lock clean
+  reward-env reward-locks sif test-image test-fresh lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -111,6 +111,17 @@ test-image: env  ## build twice on a Debian base made here, run an experiment an
 
 test-fresh:  ## make env and a tiny experiment on a Debian that holds the README's packages alone (root, debootstrap, network)
 	containers/test-fresh.sh
+
+reward-env: | $(UV)  ## envs/NAME, another package's own reward: make reward-env NAME=hpsv2
+	[ -f containers/rewards/$(NAME).lock ] || { echo "error: NAME=$(NAME): one of $$(cd containers/rewards; echo *.lock)" >&2; exit 1; }
+	$(UV) venv --clear --python 3.10 envs/$(NAME)
+	$(UV) pip sync --python envs/$(NAME)/bin/python --require-hashes containers/rewards/$(NAME).lock
+
+reward-locks: | $(UV)  ## resolve the locks of those again
+	for name in hpsv2 imagereward hpsv3 vbench; do \
+	  $(UV) pip compile containers/rewards/$$name.in --generate-hashes --python-version 3.10 \
+	    --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet --output-file containers/rewards/$$name.lock; \
+	done
 
 lock: | $(UV)  ## resolve requirements.lock again
 	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \

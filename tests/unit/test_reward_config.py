@@ -57,7 +57,7 @@ def test_arguments_decide_both_identities() -> None:
 
 
 def test_an_import_path_s_arguments_are_kept_as_they_are() -> None:
-    config = load_config([DEMO, 'reward.terms=[{name: "mine:Judge", label: judge, options: {url: x, n: [1, {a: b}]}}]'])
+    config = load_config([DEMO, 'reward.terms=[{name: "mine:Judge", label: own, options: {url: x, n: [1, {a: b}]}}]'])
     assert config.reward.terms[0].options == {"url": "x", "n": [1, {"a": "b"}]}
 
 

@@ -13,6 +13,7 @@ from vipo.config.compose import load_config
 from vipo.config.prompts import PromptsConfig
 from vipo.config.reward import RewardConfig
 from vipo.config.reward_options import REWARD_OPTIONS
+from vipo.config.reward_process import ASKED
 from vipo.prompts import prepare_prompts, read_prompts
 from vipo.rewards import REWARDS, load_reward, score
 
@@ -31,7 +32,7 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _yaml_blocks() -> dict[str, Any]:
-    blocks = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "hpsv2" not in text]
+    blocks = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if not re.search("hpsv2|alarms", text)]
     merged = OmegaConf.merge(*(OmegaConf.create(text) for text in blocks))
     plain = OmegaConf.to_container(merged)
     assert isinstance(plain, dict)
@@ -77,10 +78,11 @@ def test_the_page_lists_every_option_with_its_default() -> None:
         if line.startswith("| `"):
             names, _, default, _ = line.strip("| ").split(" | ")
             rows |= {name: default.strip("`") for name in re.findall(r"`(\w+)`", names)}
-    fields = {name: field for model in REWARD_OPTIONS.values() for name, field in model.model_fields.items()}
+    own = [model for name, model in REWARD_OPTIONS.items() if name not in ASKED]
+    fields = {name: field for model in own for name, field in model.model_fields.items()}
     assert rows.keys() == fields.keys()
     for name, field in fields.items():
-        hub = name.split("_")[0] in ("path", "tokenizer", "detector")
+        hub = name.split("_")[0] in ("path", "tokenizer", "detector", "base", "instruction")
         assert hub or rows[name] == ("null" if field.default is None else str(field.default)), name
 
 

@@ -8,6 +8,7 @@ from vipo.audit.examination import Examination, irregular_files, printable
 from vipo.audit.findings import Anchor, Audit, Checked
 from vipo.audit.lineage import check_code, check_lineage, read_records
 from vipo.audit.numbers import check_numbers
+from vipo.audit.processes import check_processes
 from vipo.audit.rerun import rerun_stage
 from vipo.errors import VipoError
 
@@ -87,6 +88,7 @@ def _examine(
     read_records(examination, locked)
     configurations = check_configurations(examination, locked)
     check_lineage(examination)
+    check_processes(examination)
     check_code(examination)
     check_numbers(examination)
     if rerun is not None:

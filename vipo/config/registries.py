@@ -43,6 +43,10 @@ REWARDS: Mapping[str, str] = MappingProxyType(
         "geneval": "vipo.rewards.geneval:GenEval",
         "flicker": "vipo.rewards.flicker:flicker",
         "motion": "vipo.rewards.motion:Motion",
+        "videoalign": "vipo.rewards.videoalign:VideoAlign",
+        "hpsv3": "vipo.rewards.hpsv3:HPSv3",
+        "process": "vipo.rewards.process:Process",
+        "judge": "vipo.rewards.judge:Judge",
     }
 )
 """Import paths of the rewards that ship, by name: a mistyped name is found before anything heavy is imported."""
@@ -88,11 +92,11 @@ GATES: Mapping[str, str] = MappingProxyType(
 """Gates by name; the options of each are a section of `vipo.config.objective`."""
 
 PICTURE_REWARDS = frozenset(
-    {"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr", "geneval"}
+    {"object_redness", "clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward", "ocr", "geneval", "hpsv3"}
 )
 """Rewards that take pictures of any size, and no videos."""
 
-CLIP_REWARDS = frozenset({"flicker", "motion"})
+CLIP_REWARDS = frozenset({"flicker", "motion", "videoalign"})
 """Rewards that take videos, and no pictures."""
 
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})

@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema
 
 from vipo.config.registries import REWARDS, registered
 from vipo.config.reward_options import REWARD_OPTIONS
+from vipo.config.reward_process import ASKED, deciding
 from vipo.config.section import LONGEST_NAME, Section, check_saved
 from vipo.config.validation import ConfigError, validate_section
 
@@ -98,6 +99,13 @@ class RewardSpec(Section):
     def title(self) -> str:
         """For people: its label, and what that stands for."""
         return self.label if self.label == self.name else f"{self.label} ({self.name})"
+
+    @property
+    def deciding(self) -> Any:
+        """As it is saved, without the options that decide no score: where a process runs, and how it is asked."""
+        if self.name not in ASKED:
+            return self.model_dump(mode="json")
+        return self.model_copy(update={"options": deciding(self.options)}).model_dump(mode="json")
 
     @property
     def identity(self) -> tuple[str, str, str]:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from vipo.config.reward_judge import JudgeOptions
+from vipo.config.reward_process import ProcessOptions
 from vipo.config.section import Commit, Section, UserPath
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -91,6 +93,37 @@ class MotionOptions(NetworkOptions):
     path: UserPath = "weights/raft_large_C_T_SKHT_V2-ff5fadd5.pth"
 
 
+class OnQwenOptions(ModelOptions):
+    """What those take that are a Qwen2-VL."""
+
+    base: UserPath = Field(description="The Qwen2-VL it was trained from: configuration and tokenizer.")
+    base_revision: Commit | None = Field(None, description="Commit of the base's hub repository.")
+    instruction: UserPath = Field(
+        description="The published Python file that holds the text which these models are asked with. It is read, not "
+        "run."
+    )
+
+
+class VideoAlignOptions(OnQwenOptions):
+    """Of `videoalign`."""
+
+    path: UserPath = "KwaiVGI/VideoReward"
+    base: UserPath = "Qwen/Qwen2-VL-2B-Instruct"
+    instruction: UserPath = "weights/prompt_template.py"
+    dimension: Literal["VQ", "MQ", "TA"] = Field(
+        "VQ", description="VQ: visual quality; MQ: motion quality; TA: text alignment."
+    )
+    frame_rate: Annotated[float, Field(gt=0, le=1000)] = Field(16.0, description="Frames per second of the clips.")
+
+
+class HPSv3Options(OnQwenOptions):
+    """Of `hpsv3`."""
+
+    path: UserPath = "MizzenAI/HPSv3"
+    base: UserPath = "Qwen/Qwen2-VL-7B-Instruct"
+    instruction: UserPath = "weights/data_collator_qwen.py"
+
+
 class GenEvalOptions(ModelOptions):
     """Of `geneval`: `path` is the CLIP that tells colours."""
 
@@ -129,6 +162,10 @@ REWARD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "ocr": OcrOptions,
         "geneval": GenEvalOptions,
         "motion": MotionOptions,
+        "videoalign": VideoAlignOptions,
+        "hpsv3": HPSv3Options,
+        "process": ProcessOptions,
+        "judge": JudgeOptions,
     }
 )
 """Those of a registered reward, checked without its code being imported. A reward that is not here takes none."""

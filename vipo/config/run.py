@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from vipo.config.advantages import AdvantagesConfig
+from vipo.config.alarms import AlarmsConfig
 from vipo.config.arms import ExperimentConfig, check_arm_name
 from vipo.config.credit import CreditConfig
 from vipo.config.evaluation import REPORTED, EvaluationConfig
@@ -46,6 +47,7 @@ class Config(Section):
     protocol: ProtocolConfig | None = Field(None, description="The pinned evaluation that this is; null: one's own.")
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 
     @model_validator(mode="after")
@@ -221,10 +223,20 @@ class Config(Section):
         """
         data = self.model_dump(
             mode="json",
-            exclude={"experiment", "distribution", "evaluation", "protocol", "cluster", "tracking", "pretrain"},
+            exclude={
+                "experiment",
+                "distribution",
+                "evaluation",
+                "protocol",
+                "cluster",
+                "tracking",
+                "alarms",
+                "pretrain",
+            },
         )
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
+        data["reward"]["terms"] = [term.deciding for term in self.reward.terms]
         return data
 
     def prompts_identity(self) -> dict[str, Any]:
@@ -249,7 +261,10 @@ class Config(Section):
         return {
             "generator": self.generator.model_dump(mode="json"),
             "perception": self.perception.model_dump(mode="json"),
-            "evaluation": self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
+            "evaluation": {
+                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
+                "rewards": [reward.deciding for reward in self.evaluation.rewards],
+            },
             "shift": self.sampling.shift,
             "threads": self.training.threads,
             "kept": kept,

@@ -31,8 +31,8 @@ from vipo.evaluation.summary import summarize
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
-from vipo.provenance.lineage import PROVENANCE
-from vipo.rewards import in_use, load_reward, score, weight_files
+from vipo.provenance.lineage import PROVENANCE, read_provenance
+from vipo.rewards import check_identities, identities, in_use, load_reward, score, weight_files
 from vipo.tracking.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,12 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     batches = held_out_batches(prompts, config)
     found = [prompts, *dict.fromkeys(folder / name for folder in (pictures, reference) for name in (FACTS, "pictures"))]
     measures = _measures(config, root, facts, batches)
-    inputs = hashed("score", [*found, *_weights(config, root)], root)
+    files, processes = _weights(config, root)
+    if processes and not config.is_base:
+        record = experiment / "runs" / config.run_name / PROVENANCE
+        trained = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
+        check_identities(trained, processes, record)
+    inputs = hashed("score", [*found, *files], root)
     if is_made("score", output, inputs, identity, root):
         log.info("%s: its samples are scored already, in %s", config.run_name, output)
         return
@@ -131,7 +136,9 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         seeds=[config.seed, config.evaluation.seed],
         root=root,
         experiment=experiment,
-    ):
+    ) as told:
+        if processes:
+            told["reward_processes"] = processes
         with work.shared(Share(), wait):
             _measure_missing(config, measures, read, work, Share(), batches[0][0])
         scores = _table(config, facts["updates"], batches, measures[1:], work)
@@ -252,17 +259,25 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
     return result
 
 
-def _weights(config: Config, root: Path) -> list[Path]:
-    """Files that the measures read their networks from; the backbone is tried, and gone again."""
+def _weights(config: Config, root: Path) -> tuple[list[Path], dict[str, dict[str, Any]]]:
+    """Files that the measures read their networks from, and what rewards elsewhere tell of themselves.
+
+    Each is loaded, and gone again.
+    """
     generator, device = config.generator, config.generator.device
     structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
     structuring.preflight((generator.height, generator.width))
     found = [] if structuring.backbone.source is None else [structuring.backbone.source]
     del structuring
     _free(device)
+    processes: dict[str, dict[str, Any]] = {}
     for spec in config.evaluation.rewards:
-        found += weight_files(load_reward(spec.name, device, spec.options))
-    return found
+        reward = load_reward(spec.name, device, spec.options)
+        found += weight_files(reward)
+        processes |= identities({spec.label: reward})
+        del reward
+        _free(device)
+    return found, processes
 
 
 def _try(config: Config, sample: HeldOut) -> None:

@@ -47,6 +47,12 @@ def grey_levels(images: Tensor) -> Tensor:
     return rounded
 
 
+def rounded(levels: Tensor) -> Tensor:
+    """Grey levels that a resize has made, rounded and held in [0, 255] as an 8-bit picture has them."""
+    whole: Tensor = _Rounded.apply(levels)
+    return whole
+
+
 def pil_bicubic(levels: Tensor, height: int, width: int) -> Tensor:
     """Bicubic resize as Pillow does it to an 8-bit picture: first its rows, then its columns, each rounded.
 

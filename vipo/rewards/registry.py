@@ -15,6 +15,9 @@ from vipo.config.reward import RewardSpec
 from vipo.config.validation import ConfigError, validate_section
 from vipo.foreign import foreign, resolve
 from vipo.rewards.errors import RewardError
+from vipo.text import listed
+
+_TOLD = 5
 
 
 class Scored(NamedTuple):
@@ -107,13 +110,76 @@ def load_rewards(specs: Iterable[RewardSpec], device: str = "cpu") -> dict[str, 
     Raises:
         RewardError: as of `load_reward`.
     """
-    return {spec.label: load_reward(spec.name, device, spec.options) for spec in specs}
+    loaded: dict[str, Reward] = {}
+    for spec in specs:
+        twin = _twin(loaded.values(), spec)
+        loaded[spec.label] = load_reward(spec.name, device, spec.options) if twin is None else twin
+    return loaded
+
+
+def _twin(loaded: Iterable[Reward], spec: RewardSpec) -> Reward | None:
+    """One of vipo's own on a network that is loaded already."""
+    for other in loaded:
+        if spec.name in REWARDS and hasattr(other, "sharing"):
+            found, options = find_reward(spec.name, spec.options)
+            if type(other) is found and (twin := other.sharing(options)) is not None:
+                shared: Reward = twin
+                return shared
+    return None
 
 
 def weight_files(reward: Reward) -> list[Path]:
     """The files and folders that a reward of vipo's reads its weights from; of another one nothing is known."""
     files: list[Path] = getattr(reward, "weight_files", []) if type(reward).__module__.startswith("vipo.") else []
     return files
+
+
+def begin(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+    """Let a reward that computes elsewhere begin with samples that `score` will be called with; others do nothing.
+
+    What is found is the same with and without it.
+    """
+    ahead = getattr(reward, "begin", None) if type(reward).__module__.startswith("vipo.") else None
+    if ahead is not None:
+        ahead(images, prompts, metadata)
+
+
+def identities(rewards: Mapping[str, Reward]) -> dict[str, dict[str, Any]]:
+    """What rewards that compute elsewhere tell of themselves, by label: packages, hashes of code and of weights."""
+    own = {label: reward for label, reward in rewards.items() if type(reward).__module__.startswith("vipo.")}
+    return {label: reward.identity for label, reward in own.items() if hasattr(reward, "identity")}
+
+
+def check_identities(
+    trained: Mapping[str, Mapping[str, Any]], here: Mapping[str, Mapping[str, Any]], record: Path
+) -> None:
+    """Refuse to measure with another program or other weights than what was trained on.
+
+    Args:
+        trained, here: as `identities` gives them; a label that one of them lacks is not compared.
+        record: where `trained` was read, for messages.
+
+    Raises:
+        RewardError: they differ; the message names in what.
+    """
+    for label in trained.keys() & here.keys():
+        before, now = trained[label], here[label]
+        if before == now:
+            continue
+        parts = [(part, name) for part in now for name in _differing(before.get(part), now[part])]
+        told = listed([f"{part} {name}".strip() for part, name in parts], _TOLD)
+        raise RewardError(
+            f"{_called(label)}: is not the process that {record} tells of: {told}; start that one again, or train again"
+        )
+
+
+def _differing(before: Any, now: Any) -> list[str]:
+    if before == now:
+        return []
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return [""]
+    names = sorted(before.keys() | now.keys())
+    return [f"{n} ({before.get(n)!s:.40}, now {now.get(n)!s:.40})" for n in names if before.get(n) != now.get(n)]
 
 
 def _import_path(name: str, reward: Reward) -> str:

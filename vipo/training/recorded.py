@@ -5,6 +5,7 @@ from pathlib import Path
 from vipo.config.run import Config
 from vipo.memory import memory_errors
 from vipo.provenance import code_identity, record_stage, run_lock
+from vipo.rewards import identities
 from vipo.training.run import packages, train
 from vipo.training.setup import Setup, embeddings_path, prompts_path, set_up
 from vipo.training.state import run_identity, set_aside_other
@@ -67,6 +68,8 @@ def _train_recorded(setup: Setup, root: Path, wait: float) -> None:
             seeds=[setup.config.seed],
             root=root,
         ) as facts:
+            if processes := identities(setup.rewards):
+                facts["reward_processes"] = processes
             made_by = train(setup, identity)
             # In the usual case one code made them all, that of the record.
             if packages(made_by) != ours:

@@ -11,10 +11,13 @@ import torch
 from vipo.errors import Preempted
 from vipo.memory import memory_errors
 from vipo.provenance import code_identity
+from vipo.provenance.files import text_lines
 from vipo.signals import handled
 from vipo.tracking.progress import progress_bar
 from vipo.tracking.rows import Rows
 from vipo.tracking.trackers import Trackers
+from vipo.training.alarms import AlarmRaised, Alarms
+from vipo.training.checkpoints import Checkpoint
 from vipo.training.setup import Setup
 from vipo.training.sheets import sheet_of
 from vipo.training.state import UNKNOWN_CODE, check_weights, resume, save_state, save_weights
@@ -40,6 +43,7 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
 
     Raises:
         Preempted: SIGTERM or SIGUSR1 arrived; the newest checkpoint holds every finished update.
+        AlarmRaised: a bound of section `alarms` is broken; so does it then.
     """
     training, main, stop = setup.config.training, setup.distribution.is_main, Stop(setup)
     code = code_identity() if main else UNKNOWN_CODE
@@ -52,7 +56,8 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
         done = saved = 0 if newest is None else newest.update
         # A checkpoint of an earlier format does not tell.
         made_by = [] if newest is None else list(newest.state.get("code", [UNKNOWN_CODE]))
-        first = None if newest is None else json.loads(newest.state["metrics"].splitlines()[0])["reward/mean"]
+        first = None if newest is None else _metrics(newest)[0]["reward/mean"]
+        alarms = Alarms(setup.config.alarms.stop, () if newest is None else _metrics(newest))
         rows = stack.enter_context(Rows(setup.folder, done)) if main else None
         trackers = None
         if rows is not None:
@@ -76,6 +81,7 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
             save_state(setup, done, state)
 
         try:
+            alarms.check()
             for number in range(done + 1, training.updates + 1):
                 with setup.timer("total"), memory_errors(f"update {number}", _UPDATE_REMEDY):
                     metrics = update(setup, number, stop.if_asked, sheet_of(setup, number))
@@ -95,8 +101,10 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
                 if number % training.checkpoint_every == 0 or number == training.updates:
                     save()
                     saved = number
+                alarms.see({"update": number, **metrics})
+                alarms.check()
                 stop.if_asked(number)
-        except Preempted:
+        except (Preempted, AlarmRaised):
             if done > saved:
                 save()
             raise
@@ -107,6 +115,10 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
 def packages(made_by: list[dict[str, Any]]) -> list[str | None]:
     """Hashes of the packages that made a run's updates, in order; None for one that is not known."""
     return [made["package_sha256"] for made in made_by]
+
+
+def _metrics(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text_lines(checkpoint.state["metrics"])]
 
 
 def _shown(first: float, metrics: dict[str, float]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from vipo.config.values import config_hash
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256, text_lines
 from vipo.provenance.lineage import PROVENANCE
 from vipo.provenance.superseded import is_finished, set_aside
+from vipo.rewards import identities
 from vipo.training.checkpoints import (
     Checkpoint,
     check_optimizer,
@@ -45,6 +46,7 @@ def run_identity(setup: Setup) -> str:
     paths = (prompts_path(setup.experiment), embeddings_path(setup.experiment))
     inputs = {path.name: file_sha256(path) for path in paths}
     inputs |= {name: content_hash(path) for name, path in setup.weight_inputs.items()}
+    inputs |= {f"reward process {label}": config_hash(told) for label, told in identities(setup.rewards).items()}
     return config_hash({"config": setup.config.training_identity(), "inputs": inputs})
 
 

@@ -7,7 +7,7 @@ micro-batches of the rollout are those of learning: the same network calls, henc
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,17 @@ from vipo.objectives import (
     group_advantages,
     step_advantages,
 )
-from vipo.rewards import RewardError
+from vipo.rewards import RewardError, begin
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
+from vipo.training.alarms import alarm_metrics, picture_signs, thumbnails
 from vipo.training.errors import TrainingError
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
 from vipo.training.rollouts import Rollouts, in_order
 from vipo.training.samples import (
     MicroBatch,
+    Sample,
     arrange_samples,
     chosen_transitions,
     concatenated,
@@ -81,7 +83,7 @@ def update(
         with setup.timer("sheet"):
             show(rollouts, found.weights)
     advantages = form_advantages(setup, rollouts, scores, found)
-    metrics = reward_metrics(setup, scores, advantages) | dict(found.metrics)
+    metrics = reward_metrics(setup, scores, advantages) | sign_metrics(setup, rollouts) | dict(found.metrics)
     metrics |= {f"credit/{name}": float(count) for name, count in (found.costs + scores.costs).counted.items()}
     lesson = choose_lesson(setup, rollouts, found, advantages)
     # The pictures of an update are many, and so is what best_of leaves out; learning is where memory peaks.
@@ -111,6 +113,7 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
     together = (config.training.rollout_batch or size) // size
     batches: list[MicroBatch] = []
     seen: dict[str, list[Any]] = {name: [] for name in setup.sources}
+    pictures = torch.empty(0)
     for first in range(0, len(starts), together):
         stop_if_asked(number - 1)
         rows = [row for start in starts[first : first + together] for row in range(start, start + size)]
@@ -137,23 +140,34 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
         whole = MicroBatch(tuple(rows), conditioning, trajectory, transitions[rows])
         pieces = [whole.select(rows[start : start + size]) for start in range(0, len(rows), size)]
         batches += pieces if together > 1 else [whole]
-    pictures = _decoded(setup, torch.cat([batch.trajectory.clean for batch in batches]))
+        decoded = _decoded(setup, trajectory.clean)
+        _begin_rewards(setup, decoded, chunk)
+        if not first:
+            # One tensor from the start: to join them afterwards would need them twice.
+            pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
+        pictures[first * size : first * size + len(chunk)] = decoded
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
 
 
 def _decoded(setup: Setup, clean: Tensor) -> Tensor:
+    size = setup.config.training.decode_batch or setup.config.training.micro_batch
     with setup.timer("decode"):
-        pictures = torch.empty(0)
-        place = 0
-        for latents in clean.split(setup.config.training.decode_batch or setup.config.training.micro_batch):
-            decoded = setup.generator.pictures(latents)
-            if not place:
-                # One tensor from the start: to join them afterwards would need them twice.
-                pictures = decoded.new_empty(len(clean), *decoded.shape[1:])
-            pictures[place : place + len(decoded)] = decoded
-            place += len(decoded)
-    return pictures
+        parts = [setup.generator.pictures(latents) for latents in clean.split(size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _begin_rewards(setup: Setup, pictures: Tensor, chunk: Sequence[Sample]) -> None:
+    """Let rewards elsewhere start on samples while others are drawn, in the batches that they will be asked for."""
+    size = setup.config.training.reward_batch or setup.config.training.micro_batch
+    if len(chunk) % size:
+        return
+    for start in range(0, len(chunk), size):
+        part = chunk[start : start + size]
+        for reward in setup.rewards.values():
+            begin(
+                reward, pictures[start : start + size], [s.prompt.text for s in part], [s.prompt.metadata for s in part]
+            )
 
 
 def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:
@@ -219,6 +233,14 @@ def reward_metrics(setup: Setup, scores: Scores, advantages: GroupAdvantages) ->
     metrics["group/std"] = float(advantages.group_std.mean())
     metrics["group/zero_std_share"] = float(advantages.zero_std.float().mean())
     return metrics
+
+
+def sign_metrics(setup: Setup, rollouts: Rollouts) -> dict[str, float]:
+    """Signs of reward hacking in the pictures of all processes."""
+    pieces = rollouts.pictures.split(setup.config.training.micro_batch)
+    signs, thumbs = (torch.cat([of(piece) for piece in pieces]) for of in (picture_signs, thumbnails))
+    whole = in_order(setup, torch.cat([signs, thumbs], dim=1).to(setup.device), rollouts.batches).cpu()
+    return alarm_metrics(whole[:, : signs.shape[1]], whole[:, signs.shape[1] :], rollouts.groups)
 
 
 def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: GroupAdvantages) -> Lesson:

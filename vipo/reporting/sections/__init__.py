@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from vipo.reporting.sections.alarms import alarms
 from vipo.reporting.sections.change import change
 from vipo.reporting.sections.comparison import comparison
 from vipo.reporting.sections.configuration import configuration
@@ -29,6 +30,7 @@ SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     change,
     credit,
     training,
+    alarms,
     time,
     run,
     configuration,

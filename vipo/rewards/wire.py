@@ -1,0 +1,177 @@
+"""Asking a server that may be broken or hostile: bounded in time and bytes, and everything it says is checked."""
+
+import contextlib
+import http.client
+import json
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from vipo.config.reward_process import RemoteOptions
+from vipo.rewards.errors import RewardError
+from vipo.text import one_line
+
+_BLOCK = 2**20
+_SHOWN = 300
+# What may pass: a gateway that is restarted, or too many at once.
+_AGAIN = frozenset({429, 502, 503, 504})
+_LONGEST_PAUSE = 30.0
+
+
+class _Failed(Exception):
+    """The connection failed: it may be tried again."""
+
+
+class Endpoint:
+    """One server.
+
+    Args:
+        url: ``http(s)://host[:port][/path]``.
+        options: how it is asked.
+        called: begins each message.
+        token: sent with each request; None: the value of the environment's ``token_env``, if that is set.
+        gone: whether, and how, the server has ended for good: nothing is tried again then.
+
+    Raises:
+        RewardError: the environment has no such variable, or no token that a header can hold.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        options: RemoteOptions,
+        called: str,
+        token: str | None = None,
+        gone: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.called = f"{called} at {url}"
+        self._parts = urlsplit(url)
+        self._options, self._gone = options, gone
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        # No compressed answer: a small one could become any number of bytes.
+        self._headers["Accept-Encoding"] = "identity"
+        if options.token_env is not None:
+            token = os.environ.get(options.token_env)
+            if not token:
+                raise RewardError(f"{self.called}: the environment has no {options.token_env}; put the token there")
+        if token is not None:
+            if not token.isascii() or not token.isprintable():
+                raise RewardError(f"{self.called}: the token holds what a header cannot; give it without line ends")
+            self._headers["Authorization"] = f"Bearer {token}"
+
+    def ask(self, path: str, question: Mapping[str, Any] | None, most: int) -> dict[str, Any]:
+        """What the server answers: a JSON object.
+
+        Args:
+            path: below the address.
+            question: posted as JSON; None: nothing is posted.
+            most: bytes of an answer, at most.
+
+        Raises:
+            RewardError: it cannot be reached, took too long, refused, or said something else than a JSON object.
+        """
+        body = None if question is None else json.dumps(question, allow_nan=False).encode()
+        for number in range(self._options.retries + 1):
+            try:
+                return self._object(*self._once(path, body, most))
+            except _Failed as failure:
+                if (how := self._gone()) is not None:
+                    raise RewardError(f"{self.called}: its process ended ({how})") from failure
+                if number == self._options.retries:
+                    tries = f"{number + 1} tries" if number else "one try"
+                    raise RewardError(
+                        f"{self.called}: no answer in {tries}, the last one: {failure}; see whether it runs, or raise "
+                        "timeout or retries"
+                    ) from failure
+            time.sleep(min(0.5 * 2**number, _LONGEST_PAUSE))
+        raise AssertionError
+
+    def _once(self, path: str, body: bytes | None, most: int) -> tuple[int, bytes]:
+        secure = self._parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        limit = self._options.timeout
+        connection = kind(str(self._parts.hostname), self._parts.port, timeout=limit)
+        late = threading.Event()
+
+        def hang_up() -> None:
+            # A timeout of each read would never end a server that sends a byte at a time.
+            late.set()
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(limit, hang_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.request("GET" if body is None else "POST", self._parts.path + path, body, self._headers)
+            response = connection.getresponse()
+            found = self._read(response, most)
+            if late.is_set():
+                raise _Failed(f"it took more than {limit:g} s")
+            if response.status in _AGAIN:
+                raise _Failed(f"status {response.status}")
+            return response.status, found
+        except (OSError, http.client.HTTPException, ValueError, _Failed) as error:
+            if late.is_set() or isinstance(error, TimeoutError):
+                raise _Failed(f"it took more than {limit:g} s") from error
+            if isinstance(error, _Failed):
+                raise
+            raise _Failed(f"{type(error).__name__}: {one_line(str(error), _SHOWN)}") from error
+        finally:
+            timer.cancel()
+            connection.close()
+
+    def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        if encoding != "identity":
+            self._refuse(f"the answer is compressed ({one_line(encoding, _SHOWN)}), which was not asked for")
+        if (response.length or 0) > most:
+            self._refuse(f"the answer has {response.length} bytes, more than the {most} that it can need")
+        found, block = bytearray(), memoryview(bytearray(min(_BLOCK, most + 1)))
+        # Into a buffer of ours: what is read of a chunk whose length is below 0 would have no end.
+        while count := response.readinto(block):
+            found += block[:count]
+            if len(found) > most:
+                self._refuse(f"the answer has more than the {most} bytes that it can need")
+        if response.length:
+            raise _Failed(f"the answer ended {response.length} bytes early")
+        return bytes(found)
+
+    def _object(self, status: int, body: bytes) -> dict[str, Any]:
+        if 300 <= status < 400:
+            self._refuse(f"it redirects (status {status}), which is not followed; give the address itself")
+        try:
+            found = json.loads(body.decode(), parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            start = one_line(repr(body[:80]), _SHOWN)
+            self._refuse(f"status {status}, and the answer is no JSON ({type(error).__name__}): {start}")
+        if not isinstance(found, dict):
+            self._refuse(f"status {status}, and the answer is a {type(found).__name__}, not an object")
+        if status != 200:
+            told = found.get("error", found)
+            self._refuse(f"status {status}: {one_line(str(told), _SHOWN)}")
+        return found
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise RewardError(f"{self.called}: {why}")
+
+
+def finite_number(value: Any) -> float | None:
+    """A number of JSON as a float; None for anything else, and for one that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
