@@ -17,6 +17,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ LOADED = {
 }
 # Variables that no library reads while it is imported; where another one differs, nothing is forked.
 FREE = re.compile(
-    r"PATH|PYTHONPATH|PWD|OLDPWD|SHLVL|_|PYTEST_\w+|PYTHON|TORCH|MAKE\w*|MFLAGS|STAND|(VIPO|STAND|GIT|DVC|APPTAINER\w*?)_\w+"
+    r"PATH|PYTHONPATH|PWD|OLDPWD|SHLVL|_|PYTEST_\w+|PYTHON|TORCH|MAKE\w*|MFLAGS|STAND|TE?MP(DIR)?|(VIPO|STAND|GIT|DVC|APPTAINER\w*?)_\w+"
 )
 # Of the nurseries alone, so that no library has a thread beside the one that forks. Snakemake sets the first ones too.
 THREADLESS = {
@@ -49,6 +51,8 @@ THREADLESS = {
     **dict.fromkeys(("VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
+
+SESSION = b"another session"
 
 Connection = socket.socket
 
@@ -77,6 +81,9 @@ def _asked(
     except OSError:
         answer = b""
     if not answer.isdigit():
+        if answer != SESSION:
+            with place.with_name("refused").open("a") as refused:
+                refused.write(f"{shlex.join(command)}: {answer.decode()}\n")
         connection.close()
         return None
     return connection, int(answer)
@@ -202,6 +209,9 @@ class Nurseries:
             assert process.stdin is not None
             process.stdin.close()
             process.wait()
+        refused = self._folder / "refused"
+        if refused.exists():
+            warnings.warn(f"started, not forked, for these variables differ:\n{refused.read_text()}", stacklevel=1)
 
 
 @contextlib.contextmanager
@@ -252,7 +262,7 @@ def _begun(connection: Connection, mine: Mapping[str, str]) -> dict[str, Any]:
     differing = _differing(request["environment"], mine)
     # The process group of another session cannot be entered.
     if differing or request["session"] != os.getsid(0):
-        connection.sendall(f"no: {' '.join(differing) or 'another session'}\n".encode())
+        connection.sendall((" ".join(differing).encode() or SESSION) + b"\n")
         os._exit(0)
     child = os.fork()
     if child == 0:
@@ -290,6 +300,7 @@ def _become(command: Sequence[str], environment: Mapping[str, str], first: str, 
     # -P: nothing of the script's or working directory's.
     sys.path[:] = [*([first] if first else []), *entries, *(entry for entry in own if entry not in entries)]
     sys.path_importer_cache.clear()
+    tempfile.tempdir = None
     sys.argv = list(command)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
