@@ -1,5 +1,6 @@
 """What is forked is as what is started; where it would not be, it is started."""
 
+import contextlib
 import json
 import os
 import signal
@@ -61,11 +62,14 @@ def test_what_a_library_may_have_read_at_its_import_is_not_forked(tmp_path: Path
         done = subprocess.run([programs / "dvc", "--version"], check=True, capture_output=True, text=True, **how)  # type: ignore[call-overload]
         return str(done.stdout)
 
-    with pytest.warns(UserWarning, match="HF_HOME") as warned, nurseries() as own:
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(nurseries())
         programs = own.need("dvc")
         real = version(Path(sys.executable).parent)
         assert version(programs) == version(programs, start_new_session=True) == real
         assert version(programs, env=os.environ | refused) == real
+        with pytest.warns(UserWarning, match="HF_HOME") as warned:
+            stack.close()
     (warning,) = warned
     assert "dvc --version: " in str(warning.message)
     assert "PYTHONHASHSEED" in str(warning.message)
