@@ -354,11 +354,11 @@ def test_faults_of_launched_processes(
     # The launcher is gone: its ranks write a checkpoint, though none is due, and end.
     launched = _Launched(results, [*chosen, "training.checkpoint_every=400"], tmp_path / "launcher.txt", forks)
     launched.updated()
-    ranks = launched.ranks()
-    assert sorted(ranks) == [0, 1]
+    processes = launched.ranks()
+    assert sorted(processes) == [0, 1]
     launched.process.kill()
     launched.process.wait()
-    eventually("both ranks have ended", lambda: all(map(_gone, ranks.values())))
+    eventually("both ranks have ended", lambda: all(map(_gone, processes.values())))
     assert int(list_checkpoints(results / RUN / "checkpoints")[0].name) >= launched.start + 2
 
     launched = _Launched(results, [*chosen, f"distribution.timeout_seconds={PARTNER}"], tmp_path / "hangs.txt", forks)
