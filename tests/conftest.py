@@ -1,9 +1,13 @@
 """A tiny generator of the demo's own class and layout, and the configuration that runs on it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait for each other do not spin: tests run side by side, some with more threads than there are cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What starts a container tells a run of it; the tests tell it themselves.
 os.environ.pop("VIPO_GIT_COMMIT", None)
 os.environ.pop("VIPO_IMAGE_DIGEST", None)
@@ -12,6 +16,7 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.environ.get("TMPDIR", "
 import hypothesis
 import pytest
 from filelock import FileLock
+from nursery import Nurseries, nurseries
 from tiny import TINY_PRETRAIN
 
 # How long an example takes, or drawing some, depends on what else the machine does.
@@ -43,6 +48,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             return next((group for start, group in WORKER_GROUPS.items() if nodeid.startswith(start)), nodeid)
 
     return Grouped(config, log)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Nurseries]:
+    """Commands as forks of processes that have imported everything; what starts one pays nothing for it."""
+    with nurseries() as begun:
+        yield begun
 
 
 @pytest.fixture(scope="session")

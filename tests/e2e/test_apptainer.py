@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nursery import Nurseries
 
 from vipo.config.compose import repository_root
 from vipo.provenance import read_provenance
@@ -32,25 +33,28 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def _snakemake(project: Path, overrides: list[str], *targets: str) -> subprocess.CompletedProcess[str]:
-    tools = f"{ROOT / 'tests' / 'stand_ins'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+def _snakemake(project: Path, overrides: list[str], forks: Nurseries) -> subprocess.CompletedProcess[str]:
+    programs = forks.need("vipo", "snakemake")
+    tools = f"{ROOT / 'tests' / 'stand_ins'}:{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     log = str(project / "apptainer.jsonl")
     environment = os.environ | {"PATH": tools, "OMP_NUM_THREADS": "1", "APPTAINER_STAND_IN_LOG": log}
-    command = ["snakemake", *targets, "--profile", "workflow/profiles/local", "--sdm", "apptainer"]
+    command = ["snakemake", "--profile", "workflow/profiles/local", "--sdm", "apptainer"]
     command += ["--config", "experiment=demo", f"overrides={json.dumps(overrides)}"]
     return subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
 
 
-def test_every_stage_runs_in_the_image_and_records_its_digest(project: Path, tiny_overrides: list[str]) -> None:
+def test_every_stage_runs_in_the_image_and_records_its_digest(
+    project: Path, tiny_overrides: list[str], forks: Nurseries
+) -> None:
     overrides = [text for text in tiny_overrides if not text.startswith("experiment=")]
     overrides += ["~experiment.arms.vipo", "~experiment.arms.uniform", "~experiment.arms.inverted"]
     overrides += ["experiment.arms.grpo.seeds=[0]", "training.updates=1", "training.save_at=[]"]
-    refused = _snakemake(project, overrides)
+    refused = _snakemake(project, overrides, forks)
     assert refused.returncode != 0
     assert "containers/vipo.sif: is missing; `make sif` builds it" in refused.stdout + refused.stderr
 
     (project / "containers/vipo.sif").write_bytes(b"an image")
-    finished = _snakemake(project, overrides)
+    finished = _snakemake(project, overrides, forks)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     calls = [json.loads(line) for line in (project / "apptainer.jsonl").read_text().splitlines()]
     stages = []

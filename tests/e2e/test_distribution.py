@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from nursery import Forked, Nurseries
 from safetensors.torch import load_file
 from waits import SECONDS, ended, eventually
 
@@ -31,8 +33,8 @@ RUN = "demo/runs/vipo-s0"
 # Another number than accelerate would take for two processes on this machine.
 THREADS = (psutil.cpu_count(logical=False) or 1) // 2 + 1
 # Seconds to wait for a partner, where one does not come: longer than a sound one may be held up by what else the
-# machine does. Where each loads by itself, they may be as far apart as they take for that.
-PARTNER, LOADING_PARTNER = 10, 20
+# machine does. All ranks that wait so are forks, which load in a second.
+PARTNER = 10
 
 
 @pytest.fixture
@@ -41,16 +43,34 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [*tiny_overrides, "arm=vipo", "training.updates=5", "training.group_size=8", "training.micro_batch=2"]
 
 
-def _ranks(*jobs: dict[str, Any], errors: Path | None = None) -> list[list[int]]:
-    """Run jobs (see ranks.py) one after the other: the exit statuses of each one's ranks; `errors` takes stderr."""
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), json.dumps(jobs, default=str)]
-    # As most users have it; training.threads decides.
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    finished = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    sys.stderr.write(finished.stderr)
-    if errors is not None:
-        errors.write_text(finished.stderr)
-    return [json.loads(line) for line in finished.stdout.splitlines()]
+Ranks = Callable[..., list[list[int]]]
+
+
+@pytest.fixture
+def ranks(forks: Nurseries) -> Ranks:
+    """``ranks(*jobs)`` runs jobs (see ranks.py) one after the other: the exit statuses of each one's ranks.
+
+    `errors` takes standard error; `started` is of a process of its own that no variable tells how many threads it may
+    have, as most users have it: training.threads decides.
+    """
+    script = str(Path(__file__).with_name("ranks.py"))
+
+    def run(*jobs: dict[str, Any], errors: Path | None = None, started: bool = False) -> list[list[int]]:
+        told = json.dumps(jobs, default=str)
+        if started:
+            environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+            command = [sys.executable, script, told]
+            finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            status, out, err = finished.returncode, finished.stdout, finished.stderr
+        else:
+            status, out, err = forks.run(script, told, cwd=ROOT)
+        sys.stderr.write(err)
+        assert status == 0
+        if errors is not None:
+            errors.write_text(err)
+        return [json.loads(line) for line in out.splitlines()]
+
+    return run
 
 
 def _artifacts(results: Path) -> dict[str, bytes]:
@@ -90,19 +110,20 @@ def _largest_difference(a: Path, b: Path) -> float:
     ],
 )
 def test_an_update_is_the_same_on_any_number_of_processes(
-    prepared: Path, overrides: list[str], tmp_path: Path, options: list[str]
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, options: list[str]
 ) -> None:
     jobs: list[dict[str, Any]] = []
     # With the options, each number of processes and each strategy once.
     worlds = [(1, "ddp"), (2, "fsdp"), (4, "ddp")]
     if not options:
         worlds += [(2, "ddp"), (4, "fsdp")]
+    threads = 1 if options else THREADS
     for world, strategy in worlds:
         results, parts = tmp_path / f"{world}{strategy}", tmp_path / f"{world}{strategy}.safetensors"
-        chosen = [*overrides, *options, f"training.threads={THREADS}", f"distribution.strategy={strategy}"]
+        chosen = [*overrides, *options, f"training.threads={threads}", f"distribution.strategy={strategy}"]
         jobs.append({"world": world, "results": results, "overrides": chosen, "parts": parts})
         shutil.copytree(prepared, results)
-    assert _ranks(*jobs) == [[0] * world for world, _ in worlds]
+    assert ranks(*jobs, started=not options) == [[0] * world for world, _ in worlds]
     found = {job["parts"].stem: load_file(job["parts"]) for job in jobs}
     alone = found.pop("1ddp")
     assert float(alone["latents"].std()) > 0.5
@@ -110,7 +131,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(
     largest = max(float(value.abs().max()) for name, value in alone.items() if name.startswith("gradient/"))
     for parts in found.values():
         assert parts.keys() == alone.keys()
-        assert parts["threads"] == THREADS
+        assert parts["threads"] == threads
         assert (parts["latents"] == alone["latents"]).all()
         assert (parts["advantages"] == alone["advantages"]).all()
         for name, value in alone.items():
@@ -121,13 +142,13 @@ def test_an_update_is_the_same_on_any_number_of_processes(
 
 
 def test_other_numbers_of_processes_reach_the_same_weights(
-    prepared: Path, overrides: list[str], tmp_path: Path
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks
 ) -> None:
     """Four from the start; and two whose shards one process reads, whose whole tensors four read."""
     alone, four, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "four", "moved"))
     chosen = [*overrides, "training.updates=12"]
     sharded = [*chosen, "distribution.strategy=fsdp"]
-    assert _ranks(
+    assert ranks(
         {"world": 1, "results": alone, "overrides": chosen},
         {"world": 4, "results": four, "overrides": chosen},
         {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
@@ -136,7 +157,7 @@ def test_other_numbers_of_processes_reach_the_same_weights(
     assert 2 <= int(newest.name) < 12
     pieces = {path.name for path in newest.glob("*.safetensors")}
     assert pieces == {f"tensors-0000{rank}-of-00002.safetensors" for rank in (0, 1)}
-    assert _ranks(
+    assert ranks(
         {"world": 1, "results": moved, "overrides": sharded, "stop_at": int(newest.name) + 2},
         {"world": 4, "results": moved, "overrides": sharded},
     ) == [[75], [0] * 4]
@@ -152,13 +173,13 @@ def test_other_numbers_of_processes_reach_the_same_weights(
     ids=["nft", "awm"],
 )
 def test_kept_policies_are_the_same_on_any_number_of_processes(
-    prepared: Path, overrides: list[str], tmp_path: Path, objective: str
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, objective: str
 ) -> None:
     """Whole in each of two, and in shards of two that one process takes up."""
     alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
     chosen = [*overrides, "training.updates=6", f"objective={objective}"]
     sharded = [*chosen, "distribution.strategy=fsdp"]
-    assert _ranks(
+    assert ranks(
         {"world": 1, "results": alone, "overrides": chosen},
         {"world": 2, "results": two, "overrides": chosen},
         {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
@@ -195,11 +216,11 @@ def test_a_step_of_one_length_is_the_same_on_any_number_of_processes(
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_killed_processes_end_with_the_same_bytes(
-    prepared: Path, overrides: list[str], tmp_path: Path, strategy: str
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, strategy: str
 ) -> None:
     chosen = [*overrides, "training.updates=8", f"distribution.strategy={strategy}"]
     whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
-    assert _ranks(
+    assert ranks(
         {"world": 2, "results": whole, "overrides": chosen},
         {"world": 2, "results": disturbed, "overrides": chosen, "kill_at": 3},
         {"world": 2, "results": disturbed, "overrides": chosen},
@@ -208,12 +229,14 @@ def test_killed_processes_end_with_the_same_bytes(
     assert not list((disturbed / RUN).rglob("*.partial"))
 
 
-def test_sharded_weights_stay_fp32_with_bf16(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_sharded_weights_stay_fp32_with_bf16(
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks
+) -> None:
     results = shutil.copytree(prepared, tmp_path / "results")
     chosen = [*overrides, "training.updates=2", "distribution.strategy=fsdp", "generator.precision=bf16"]
     # bf16's rounding is far above the tolerance of fp32.
     chosen += ["training.log_ratio_tolerance=1"]
-    assert _ranks({"world": 2, "results": results, "overrides": chosen}) == [[0, 0]]
+    assert ranks({"world": 2, "results": results, "overrides": chosen}) == [[0, 0]]
     newest = list_checkpoints(results / RUN / "checkpoints")[0]
     assert newest.name == "000002"
     (weights,) = (results / RUN / "weights").rglob("*.safetensors")
@@ -224,14 +247,14 @@ def test_sharded_weights_stay_fp32_with_bf16(prepared: Path, overrides: list[str
 
 
 def test_a_full_disk_and_a_damaged_file_of_a_sharded_checkpoint(
-    prepared: Path, overrides: list[str], tmp_path: Path
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks
 ) -> None:
     whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
     chosen = [*overrides, "distribution.strategy=fsdp", f"distribution.timeout_seconds={PARTNER}"]
     full: dict[str, Any] = {"world": 2, "results": disturbed, "overrides": chosen}
     # Each of both cannot write the third checkpoint.
     errors = tmp_path / "errors.txt"
-    assert _ranks(full | {"full_at": [1, 3]}, full | {"full_at": [0, 1]}, errors=errors) == [[1, 1], [1, 1]]
+    assert ranks(full | {"full_at": [1, 3]}, full | {"full_at": [0, 1]}, errors=errors) == [[1, 1], [1, 1]]
     told = "checkpoints/000003: cannot be written (No space left on device); free disk space"
     assert errors.read_text().count(told) == 2, errors.read_text()
     folder = disturbed / RUN / "checkpoints"
@@ -242,12 +265,14 @@ def test_a_full_disk_and_a_damaged_file_of_a_sharded_checkpoint(
     content = piece.read_bytes()
     piece.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     whole_run = {"world": 2, "results": whole, "overrides": chosen}
-    assert _ranks(full, whole_run, errors=errors) == [[0, 0], [0, 0]]
+    assert ranks(full, whole_run, errors=errors) == [[0, 0], [0, 0]]
     assert f"000002/{piece.name}: damaged (SHA-256" in errors.read_text()
     assert _artifacts(disturbed) == _artifacts(whole)
 
 
-def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_a_process_that_hangs_while_it_learns_is_named(
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks
+) -> None:
     """In the second call of the second update, while the others wait for its gradients, or for its weights."""
     jobs: list[dict[str, Any]] = []
     for strategy in ("ddp", "fsdp"):
@@ -255,7 +280,7 @@ def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides
         chosen = [*overrides, f"distribution.timeout_seconds={PARTNER}", f"distribution.strategy={strategy}"]
         # Two samples a micro-batch: of sixteen each process has two an optimizer step, with two transitions each.
         jobs.append({"world": 2, "results": results, "overrides": chosen, "hang_at": 2 * 4 + 2})
-    assert _ranks(*jobs, errors=tmp_path / "errors.txt") == [[1, 9], [1, 9]]
+    assert ranks(*jobs, errors=tmp_path / "errors.txt") == [[1, 9], [1, 9]]
     told = f"rank 1 did not come within distribution.timeout_seconds {PARTNER}: it hangs, or its node is gone ("
     said = (tmp_path / "errors.txt").read_text()
     assert said.count(f"TrainingError: {told}last seen at update 2, optimizer step 1, call 2)") == 2, said
@@ -265,15 +290,19 @@ def test_a_process_that_hangs_while_it_learns_is_named(prepared: Path, overrides
 
 
 class _Launched:
-    """`vipo train` on two processes in the background, its ranks by number."""
+    """`vipo train` on two processes in the background, its ranks by number; with `forks` all of them are forks."""
 
-    def __init__(self, results: Path, overrides: list[str], errors: Path) -> None:
+    def __init__(self, results: Path, overrides: list[str], errors: Path, forks: Nurseries | None = None) -> None:
         self.metrics, self.errors = results / RUN / "metrics.jsonl", errors
         checkpoints = list_checkpoints(results / RUN / "checkpoints")
         self.start = int(checkpoints[0].name) if checkpoints else 0
         command = [VIPO, "train", *overrides, "distribution.processes=2", "--results", str(results)]
+        self.process: subprocess.Popen[bytes] | Forked
         with errors.open("wb") as stream:
-            self.process = subprocess.Popen(command, cwd=ROOT, stderr=stream)
+            if forks is None:
+                self.process = subprocess.Popen(command, cwd=ROOT, stderr=stream)
+            else:
+                self.process = forks.start(*command, cwd=ROOT, stderr=stream, forked_ranks=True)
 
     def wait(self, told: str, holds: Callable[[], object]) -> None:
         """Wait until something holds that these processes do."""
@@ -293,9 +322,10 @@ class _Launched:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    environment = child.environ()
-                    if "RANK" in environment:
-                        found[int(environment["RANK"])] = child
+                    # A fork's name says which it is; the environment that it was started with is its parent's.
+                    fork, environment = re.fullmatch(r"rank (\d+)", child.name()), child.environ()
+                    if fork or "RANK" in environment:
+                        found[int(fork[1] if fork else environment["RANK"])] = child
         return found
 
     def started(self) -> dict[int, psutil.Process]:
@@ -324,7 +354,9 @@ def _error_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if "error: " in line or line.startswith("ERROR ")]
 
 
-def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_faults_of_launched_processes(
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, forks: Nurseries
+) -> None:
     """One run: a rank that is asked to stop while it loads, a rank killed, the launcher killed, a rank that hangs,
     pre-emption beside a second job; then the undisturbed bytes."""
     whole, results = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "results")
@@ -336,7 +368,7 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     assert status == 75, text
     assert "all ranks have stopped" in text
 
-    launched = _Launched(results, chosen, tmp_path / "killed.txt")
+    launched = _Launched(results, chosen, tmp_path / "killed.txt", forks)
     launched.updated()
     launched.ranks()[1].kill()
     status, text = launched.ended()
@@ -346,35 +378,33 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     assert "was killed by SIGKILL" in first
 
     # The launcher is gone: its ranks write a checkpoint, though none is due, and end.
-    launched = _Launched(results, [*chosen, "training.checkpoint_every=400"], tmp_path / "launcher.txt")
+    launched = _Launched(results, [*chosen, "training.checkpoint_every=400"], tmp_path / "launcher.txt", forks)
     launched.updated()
-    ranks = launched.ranks()
-    assert sorted(ranks) == [0, 1]
+    processes = launched.ranks()
+    assert sorted(processes) == [0, 1]
     launched.process.kill()
     launched.process.wait()
-    eventually("both ranks have ended", lambda: all(map(_gone, ranks.values())))
+    eventually("both ranks have ended", lambda: all(map(_gone, processes.values())))
     assert int(list_checkpoints(results / RUN / "checkpoints")[0].name) >= launched.start + 2
 
-    launched = _Launched(results, [*chosen, f"distribution.timeout_seconds={LOADING_PARTNER}"], tmp_path / "hangs.txt")
+    launched = _Launched(results, [*chosen, f"distribution.timeout_seconds={PARTNER}"], tmp_path / "hangs.txt", forks)
     launched.updated()
     launched.ranks()[1].suspend()
     status, text = launched.ended()
     assert status == 1, text
-    assert f"rank 1 did not come within distribution.timeout_seconds {LOADING_PARTNER}" in _error_lines(text)[0], text
+    assert f"rank 1 did not come within distribution.timeout_seconds {PARTNER}" in _error_lines(text)[0], text
 
-    launched = _Launched(results, chosen, tmp_path / "preempted.txt")
+    launched = _Launched(results, chosen, tmp_path / "preempted.txt", forks)
     launched.updated()
     # Two jobs on one run folder: the second says who writes it, and changes nothing.
     # The first stands still meanwhile, or it might have ended.
     launched.ranks()[0].suspend()
     before = _beside_the_run(results)
     other = [*chosen, "distribution.processes=2", "optimizer.learning_rate=9e-4"]
-    twice = subprocess.run(
-        [VIPO, "train", *other, "--results", str(results)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    assert twice.returncode == 1
+    status, _, text = forks.run(VIPO, "train", *other, "--results", str(results), cwd=ROOT, forked_ranks=True)
+    assert status == 1
     assert _beside_the_run(results) == before
-    assert "another process writes it (process" in _error_lines(twice.stderr)[0]
+    assert "another process writes it (process" in _error_lines(text)[0]
     launched.ranks()[0].resume()
     launched.process.send_signal(signal.SIGTERM)
     status, text = launched.ended()
@@ -385,7 +415,7 @@ def test_faults_of_launched_processes(prepared: Path, overrides: list[str], tmp_
     assert stopped.update >= launched.start + 2
 
     # As many updates undisturbed: the same state, byte for byte, whatever happened in between.
-    assert _ranks({"world": 2, "results": whole, "overrides": chosen, "stop_at": stopped.update}) == [[75, 75]]
+    assert ranks({"world": 2, "results": whole, "overrides": chosen, "stop_at": stopped.update}) == [[75, 75]]
     same = whole / RUN / "checkpoints" / newest.name
     assert (same / "tensors.safetensors").read_bytes() == (newest / "tensors.safetensors").read_bytes()
     assert load_checkpoint(same).state == stopped.state
@@ -406,16 +436,16 @@ def test_torchrun_starts_the_same_run(prepared: Path, overrides: list[str], tmp_
 
 
 def test_the_others_wait_while_the_first_rank_waits_for_a_lock(
-    prepared: Path, overrides: list[str], tmp_path: Path
+    prepared: Path, overrides: list[str], tmp_path: Path, forks: Nurseries
 ) -> None:
     results = shutil.copytree(prepared, tmp_path / "results")
     chosen = [*overrides, "training.updates=1", "training.save_at=[]"]
-    chosen += [f"distribution.timeout_seconds={LOADING_PARTNER}", f"--wait={SECONDS}"]
+    chosen += [f"distribution.timeout_seconds={PARTNER}", f"--wait={SECONDS}"]
     with run_lock(results / RUN):
-        launched = _Launched(results, chosen, tmp_path / "waited.txt")
+        launched = _Launched(results, chosen, tmp_path / "waited.txt", forks)
         launched.wait("the first rank waits", lambda: "waiting for it" in launched.errors.read_text())
         # Longer than the others would wait for a partner that is not known to wait.
-        time.sleep(LOADING_PARTNER + 2)
+        time.sleep(PARTNER + 2)
     status, text = launched.ended()
     assert status == 0, text
     given = ["vipo", "train", *chosen, "distribution.processes=2", "--results", str(results)]

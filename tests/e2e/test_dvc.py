@@ -16,6 +16,7 @@ from typing import Any
 import asyncssh
 import pytest
 import yaml
+from nursery import Nurseries
 
 from vipo.config.compose import repository_root
 from vipo.provenance import git_state
@@ -38,11 +39,19 @@ VOLATILE = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(forks: Nurseries) -> Iterator[None]:
+    """Snakemake, DVC and the stages are forks, but where a test asks for real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        tools = [str(forks.need("vipo", "snakemake", "dvc")), str(Path(sys.executable).parent), os.environ["PATH"]]
+        patch.setenv("PATH", os.pathsep.join(tools))
+        yield
+
+
 def _run(project: Path, *command: str | Path, code: int = 0) -> str:
     """Standard output and error of a command that ends with `code`, in a project with this environment's tools."""
     name = {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     environment = os.environ | name | {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment["DVC_SITE_CACHE_DIR"] = str(project.parent / "dvc-site")
     result = subprocess.run(
         list(map(str, command)),
@@ -192,8 +201,12 @@ def test_dvc_lock_alone_makes_no_run_dirty(project: Path) -> None:
         lock.write_text(text)
 
 
-def test_same_result_twice(project: Path) -> None:
-    """A fresh clone, run by DVC where the first was run by Snakemake: the same bytes, hence the same lock."""
+def test_same_result_twice(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh clone, run by DVC where the first was run by Snakemake: the same bytes, hence the same lock.
+
+    By real starts, each with a hash seed of its own.
+    """
+    monkeypatch.setenv("PATH", os.environ["PATH"].partition(os.pathsep)[2])
     clone = _clone(project, "twice")
     shown = _run(clone, "dvc", "repro")
     assert "Running stage 'train-vipo-s0'" in shown

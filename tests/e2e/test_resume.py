@@ -8,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from bad_rewards import standing
+from nursery import Nurseries
 from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import load_config, repository_root
@@ -34,16 +36,24 @@ def _artifacts(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def _train(overrides: list[str], *jobs: tuple[Path, list[list[float] | None]]) -> list[str]:
+Train = Callable[..., list[str]]
+
+
+@pytest.fixture
+def train(forks: Nurseries) -> Train:
     """Train in each results folder, killed at the given moments (see kill_and_resume.py): how each try ended."""
-    command = [sys.executable, str(HERE / "kill_and_resume.py"), json.dumps(jobs, default=str), *overrides]
-    finished = subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE)
-    return finished.stdout.splitlines()
+
+    def run(overrides: list[str], *jobs: tuple[Path, list[list[float] | None]]) -> list[str]:
+        status, out, err = forks.run(HERE / "kill_and_resume.py", json.dumps(jobs, default=str), *overrides, cwd=ROOT)
+        assert status == 0, err
+        return out.splitlines()
+
+    return run
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_killed_anywhere_ends_identically(
-    prepared: Path, tiny_overrides: list[str], tmp_path: Path, lora: bool
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, train: Train, lora: bool
 ) -> None:
     overrides = [
         *tiny_overrides,
@@ -59,7 +69,7 @@ def test_killed_anywhere_ends_identically(
     moments, seconds = random.Random(7), 0.08
     kills: list[list[float] | None] = [[0, moments.uniform(0.1, 0.8)]]
     kills += [[updates, moments.uniform(0, seconds)] for updates in ((1, 4, 8, 11, 15, 18) if not lora else (3, 9))]
-    undisturbed, *outcomes = _train(overrides, (whole, [None]), (disturbed, [*kills, None]))
+    undisturbed, *outcomes = train(overrides, (whole, [None]), (disturbed, [*kills, None]))
     assert [text.split()[0] for text in outcomes[:-1]] == ["killed"] * len(kills)
     assert undisturbed == outcomes[-1] == "finished 0 24"
     run = "demo/runs/vipo-s0"
@@ -67,7 +77,9 @@ def test_killed_anywhere_ends_identically(
     assert not list((disturbed / run).rglob("*.partial"))
 
 
-def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_preemption_writes_a_checkpoint_first(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, train: Train, forks: Nurseries
+) -> None:
     """Through the command line: SIGTERM, exit 75, rerun, the same bytes."""
     overrides = [
         *tiny_overrides,
@@ -97,9 +109,9 @@ def test_preemption_writes_a_checkpoint_first(prepared: Path, tiny_overrides: li
     (checkpoint,) = list_checkpoints(run / "checkpoints")
     assert 2 <= int(checkpoint.name) < 6
     assert not (run / "provenance.json").exists()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert forks.run(*command, cwd=ROOT, env=environment)[0] == 0
     whole = shutil.copytree(prepared, tmp_path / "whole")
-    assert _train(overrides, (whole, [None])) == ["finished 0 6"]
+    assert train(overrides, (whole, [None])) == ["finished 0 6"]
     assert _artifacts(run) == _artifacts(whole / "demo/runs/grpo-s0")
 
 

@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from bad_rewards import standing
+from nursery import Nurseries
 from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import repository_root
@@ -34,8 +35,17 @@ REWARD = "reward.terms=[{name: 'bad_rewards:Stands'}]"
 REPORTS = {"summarize", "report", "crate"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs(forks: Nurseries) -> Iterator[None]:
+    """Snakemake and the stages are forks; those that a test stops, in a session of their own, are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        tools = [str(forks.need("vipo", "snakemake")), str(Path(sys.executable).parent), os.environ["PATH"]]
+        patch.setenv("PATH", os.pathsep.join(tools))
+        yield
+
+
 def _environment(**more: object) -> dict[str, str]:
-    here = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parent)}
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
     return os.environ | here | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in more.items()}
 
 

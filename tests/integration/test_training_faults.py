@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nursery import Nurseries
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
@@ -86,17 +85,17 @@ def test_nan_before_the_first_step_names_the_sample(
 
 
 def test_memory_that_runs_out_names_the_settings_that_lower_it(
-    prepared: Path, tiny_overrides: list[str], tmp_path: Path
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, forks: Nurseries
 ) -> None:
     """The real thing: the process may take 64 MiB more than it has when the update begins."""
     results = shutil.copytree(prepared, tmp_path / "results")
     overrides = [*tiny_overrides, "arm=vipo", "training.group_size=128", "training.micro_batch=128"]
     job = {"world": 1, "results": str(results), "overrides": overrides}
-    command = [sys.executable, str(ROOT / "tests/e2e/ranks.py"), json.dumps([job | {"memory": 64}, job])]
-    finished = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    jobs = json.dumps([job | {"memory": 64}, job])
+    status, out, shown = forks.run(ROOT / "tests/e2e/ranks.py", jobs, cwd=ROOT)
+    assert status == 0, shown
     # And without that limit, it is enough.
-    assert finished.stdout.splitlines() == ["[1]", "[0]"]
-    shown = finished.stderr
+    assert out.splitlines() == ["[1]", "[0]"]
     assert "OutOfMemory: update 1: out of memory (" in shown
     for setting in ("training.micro_batch", "training.gradient_checkpointing=true", "training.lora", "strategy=fsdp"):
         assert setting in shown

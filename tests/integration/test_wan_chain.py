@@ -5,14 +5,13 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import av
 import pandas as pd
 import pytest
 import torch
+from nursery import Nurseries
 from PIL import Image
 from safetensors import safe_open
 from tiny import OTHER_FAMILY
@@ -61,7 +60,7 @@ def _artifacts(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def test_a_video_experiment_from_prompts_to_report(overrides: list[str], tmp_path: Path) -> None:
+def test_a_video_experiment_from_prompts_to_report(overrides: list[str], tmp_path: Path, forks: Nurseries) -> None:
     results, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     config, base = (load_config([*overrides, f"arm={arm}"]) for arm in ("vipo", "base"))
     prepare_stage(config, ROOT, results)
@@ -71,10 +70,9 @@ def test_a_video_experiment_from_prompts_to_report(overrides: list[str], tmp_pat
 
     script = ROOT / "tests" / "e2e" / "kill_and_resume.py"
     jobs = json.dumps([[str(disturbed), [[1, 0.05], None]]])
-    command = [sys.executable, str(script), jobs, *overrides, "arm=vipo"]
-    killed, finished = subprocess.run(
-        command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
-    ).stdout.splitlines()
+    status, out, err = forks.run(script, jobs, *overrides, "arm=vipo", cwd=ROOT)
+    assert status == 0, err
+    killed, finished = out.splitlines()
     assert killed.split()[0] == "killed"
     assert finished == "finished 0 3"
     run = "demo/runs/vipo-s0"
