@@ -68,7 +68,7 @@ def measure(setup: Setup) -> dict[str, float]:
     was = copy.deepcopy(network.state_dict())
     generator = torch.Generator().manual_seed(0)
     for value in network.parameters():
-        value += CHANGE * value.square().mean().sqrt() * torch.randn(value.shape, generator=generator)
+        value.add_(CHANGE * value.square().mean().sqrt() * torch.randn(value.shape, generator=generator))
     for channels in ("mean", "sum"):
         ratio = _log_probs(setup, drawn, conditioning, channels) - _old(setup, drawn, channels)
         figures[f"channels {channels}: rms log rho, position"] = float(ratio.square().mean().sqrt())

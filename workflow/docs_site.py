@@ -62,9 +62,8 @@ def commands_page() -> str:
     from vipo.cli import app
 
     command = typer.main.get_command(app)
-    with command.make_context("vipo", [], resilient_parsing=True) as context:
-        text: str = get_docs_for_click(obj=command, ctx=context, name="vipo", title="Commands")
-    return text
+    context = typer.Context(command, info_name="vipo")
+    return get_docs_for_click(obj=command, ctx=context, name="vipo", title="Commands")
 
 
 def configuration_page() -> str:
@@ -79,7 +78,7 @@ def configuration_page() -> str:
         "`vipo config experiment=demo arm=vipo` prints a whole one. An unknown key is an error that names the known.",
         "",
     ]
-    sections = {"Top level": schema}
+    sections: dict[str, Mapping[str, Any]] = {"Top level": schema}
     # Grows while it is walked: a section's keys name others.
     for title in (titles := list(sections)):
         section = sections[title]

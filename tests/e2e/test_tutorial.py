@@ -25,5 +25,5 @@ def test_the_tutorial_is_followed(tmp_path: Path) -> None:
     scores = pd.read_parquet(results / "evaluation" / "vipo-s0" / "scores.parquet")
     assert {"reward/warm:warmth", "reward/warm:brightness"} <= set(scores)
     assert (results / "report" / "index.html").is_file()
-    assert (folder / "mine" / "star.png").is_file()
+    assert (folder / "mine" / "triangle.png").is_file()
     assert any((folder / "mine" / "export").rglob("*.safetensors"))
