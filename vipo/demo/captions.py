@@ -25,7 +25,8 @@ def write_demo_prompts(folder: Path) -> list[Path]:
         The files' paths.
     """
     colourless = list(one_object_captions(named_color=False))
-    pairs = sorted(two_object_captions(), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:_PAIRS]
+    # Not the text's own hash, which the split goes by.
+    pairs = sorted(two_object_captions(), key=lambda row: hashlib.sha256(f"pairs {row[0]}".encode()).digest())[:_PAIRS]
     folder.mkdir(parents=True, exist_ok=True)
     return [
         _write(folder / "colourless.jsonl", colourless),
