@@ -13,8 +13,8 @@ export PATH := $(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
 export PYTHON TORCH
 
-.PHONY: help axe screenshots env demo gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root test-slurm image \
-  reward-env reward-locks sif test-image test-fresh lock clean
+.PHONY: help axe screenshots env demo docs docs-run gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root \
+  test-slurm image reward-env reward-locks sif test-image test-fresh lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,13 @@ study: env  ## the study behind docs/method.md: does the map direct credit? (a f
 
 gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md
 	benchmarks/gpu/run.sh
+
+docs: env  ## the documentation site, results/site/index.html; broken links stop it
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "documentation: file://$(abspath results/site/index.html)"
+
+docs-run: env  ## follow the tutorial as it stands, in a folder of its own under results/ (half an hour)
+	python workflow/tutorial.py results/tutorial
 
 schemas: env  ## configs/schema again, after a change of a configuration section
 	vipo config --schemas configs/schema

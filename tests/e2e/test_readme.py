@@ -1,4 +1,4 @@
-"""The README's commands are the ones that exist; the cheap ones are run."""
+"""The commands of the README and of docs/steps.md are the ones that exist; the cheap ones are run."""
 
 import re
 import shlex
@@ -12,9 +12,9 @@ from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 
 ROOT = repository_root()
-README = (ROOT / "README.md").read_text()
+STEPS = "".join((ROOT / page).read_text() for page in ("README.md", "docs/steps.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-TEXTS = "".join([README, *((ROOT / name).read_text() for name in ("docs/evaluation.md", "data/README.md"))])
+TEXTS = STEPS + "".join((ROOT / name).read_text() for name in ("docs/evaluation.md", "data/README.md"))
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^vipo .*$", TEXTS, re.MULTILINE)]
 
 

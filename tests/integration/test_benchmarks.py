@@ -19,3 +19,18 @@ def test_one_command_compares_the_maps_and_gives_their_share_of_a_training_step(
     assert compared["reference_over_ours"]["median"] > 0
     assert share["experiment"] == "demo"
     assert 0 < share["module_share"]["median"] < 1
+
+
+def test_the_pitfalls_are_measured(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import pitfalls
+
+    shown: list[str] = []
+    monkeypatch.setattr("builtins.print", shown.append)
+    monkeypatch.setattr("sys.argv", ["pitfalls", *tiny_overrides, "arm=uniform"])
+    pitfalls.main()
+    figures = json.loads(shown[-1])
+    assert figures["nothing wrong: max |log rho|"] == 0
+    assert figures["latents stored in bf16: max |log rho|, position"] > 1e-3
+    channels = 4
+    ratio = figures["channels sum: rms log rho, position"] / figures["channels mean: rms log rho, position"]
+    assert ratio == pytest.approx(channels, rel=1e-3)

@@ -13,6 +13,7 @@ from vipo.demo.scenes import (
     COLORS,
     IMAGE_SIZE,
     POSITIONS,
+    RELATIONS,
     SHAPES,
     SIZES,
     CaptionParts,
@@ -30,6 +31,7 @@ from vipo.demo.scenes import (
     read_scenes,
     sample_scene,
     scene_metadata,
+    two_object_captions,
 )
 
 ALL_WORDS = CaptionParts()
@@ -193,6 +195,15 @@ def test_captions_and_metadata_name_the_same_words(scenes: list[Scene], flags: t
             claimed = {item[key] for item in claim["objects"] if key in item}
             assert claimed == {word for word in words if f" {word} " in f" {subject} "}
         assert claim.get("relation") == scene.relation
+
+
+def test_two_object_captions_are_all_there_and_distinct() -> None:
+    captions = dict(two_object_captions())
+    pairs = len(SHAPES) ** 2 * len(COLORS) * (len(COLORS) - 1)
+    assert len(captions) == len(list(two_object_captions())) == pairs * len(RELATIONS) * len(BACKGROUNDS)
+    for text, claim in captions.items():
+        first, second = (f"a {item['color']} {item['shape']}" for item in claim["objects"])
+        assert text == f"{first} {claim['relation']} {second} on a {claim['background']} background"
 
 
 def test_one_object_captions_are_all_there_and_distinct() -> None:

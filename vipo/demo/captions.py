@@ -1,22 +1,46 @@
 """The demo's prompt files, written from the scenes' own captions."""
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from vipo.demo.scenes import one_object_captions
+from vipo.demo.scenes import one_object_captions, two_object_captions
+
+#: Of the 2,160 captions of two objects.
+_PAIRS = 240
 
 
-def write_demo_prompts(folder: Path) -> Path:
-    """Write ``colourless.jsonl``: every one-object caption that names no colour, with what it claims, sorted.
+def write_demo_prompts(folder: Path) -> list[Path]:
+    """Write the demo's prompts with what they claim, sorted; `data/prompts` holds the committed copies.
+
+    ``colourless.jsonl``: every one-object caption that names no colour; ``small.jsonl`` and ``large.jsonl``: those that
+    name that size; ``pairs.jsonl``: some captions of two objects, colours and relation named.
 
     Args:
-        folder: created where missing; ``data/prompts`` holds the committed copy.
+        folder: created where missing.
 
     Returns:
-        The file's path.
+        The files' paths.
     """
-    rows = sorted(one_object_captions(named_color=False), key=lambda row: row[0])
-    path = folder / "colourless.jsonl"
+    colourless = list(one_object_captions(named_color=False))
+    # Not the text's own hash, which the split goes by.
+    pairs = sorted(two_object_captions(), key=lambda row: hashlib.sha256(f"pairs {row[0]}".encode()).digest())[:_PAIRS]
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"prompt": text, **claims}) + "\n" for text, claims in rows), encoding="utf-8")
+    return [
+        _write(folder / "colourless.jsonl", colourless),
+        *(
+            _write(folder / f"{size}.jsonl", [row for row in colourless if size in row[0]])
+            for size in ("small", "large")
+        ),
+        _write(folder / "pairs.jsonl", pairs),
+    ]
+
+
+def _write(path: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Path:
+    ordered = sorted(rows, key=lambda row: row[0])
+    path.write_text(
+        "".join(json.dumps({"prompt": text, **claims}) + "\n" for text, claims in ordered), encoding="utf-8"
+    )
     return path

@@ -194,6 +194,17 @@ def one_object_captions(named_color: bool) -> Iterator[tuple[str, dict[str, Any]
         yield caption(scene, parts), scene_metadata(scene, parts)
 
 
+def two_object_captions() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every caption of two objects with its metadata; colours and relation are named."""
+    for shapes, colors, relation, background in itertools.product(
+        itertools.product(SHAPES, repeat=2), itertools.permutations(COLORS, 2), RELATIONS, BACKGROUNDS
+    ):
+        pair = zip(shapes, colors, strict=True)
+        objects = tuple(SceneObject(shape, color, "small", "", 0.0, 0.0, 10.0) for shape, color in pair)
+        scene = Scene(objects, background, relation)
+        yield caption(scene, CaptionParts()), scene_metadata(scene, CaptionParts())
+
+
 @dataclass(frozen=True)
 class SeenObject:
     """What the checker read off one connected region. `shape` is None where no outline fits."""
