@@ -196,14 +196,14 @@ def test_kept_policies_are_the_same_on_any_number_of_processes(
 
 
 def test_a_step_of_one_length_is_the_same_on_any_number_of_processes(
-    prepared: Path, overrides: list[str], tmp_path: Path
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks
 ) -> None:
     """And its rate, and the mean of the weights; whole in each of two, and in shards that one process takes up."""
     alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
     chosen = [*overrides, "training.updates=4", "optimizer=normalised", "optimizer.learning_rate=0.01"]
     chosen += ["optimizer.schedule=cosine", "optimizer.warmup_updates=1", "training.ema_decay=0.25"]
     sharded = [*chosen, "distribution.strategy=fsdp"]
-    assert _ranks(
+    assert ranks(
         {"world": 1, "results": alone, "overrides": chosen},
         {"world": 2, "results": two, "overrides": chosen},
         {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
