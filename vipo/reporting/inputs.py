@@ -298,8 +298,9 @@ class Maps:
         self._path = folder / "evaluation" / run / "maps.safetensors"
         self.groups: list[list[int]] | None = None
         try:
-            self._file: Any = safe_open(self._path, framework="np")
-            spans = (self._file.metadata() or {}).get("frame_groups")
+            file: Any = safe_open(self._path, framework="np")
+            self._file = file
+            spans = (file.metadata() or {}).get("frame_groups")
             self.groups = None if spans is None else json.loads(spans)
         except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise ReportError(f"{self._path}: cannot be read ({error}); evaluate the run again") from error
