@@ -15,7 +15,8 @@ from PIL import Image
 from vipo.maps.veil import dimmed, veil
 from vipo.reporting.films import encode_film
 from vipo.reporting.gallery import HISTORY_PROMPTS, Gallery, Shot, ShownPrompt
-from vipo.reporting.inputs import Experiment, Maps, ReportError, Run, read_frames, sample_file
+from vipo.reporting.inputs import Experiment, ReportError, Run
+from vipo.reporting.sampled import Maps, read_frames, sample_file
 
 #: Larger pictures are reduced to this longer side in pixels.
 MAXIMUM_SIDE = 384
