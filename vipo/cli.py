@@ -330,9 +330,11 @@ def report(
     """Build the experiment's HTML report from all its runs (and its numbers first, where they are missing)."""
     from vipo.stages import report_stage, watch_stage
 
+    config = _configuration(overrides, file)
     if watch:
-        return watch_stage(_configuration(overrides, file), results, _say, every)
-    _say(report_stage(_configuration(overrides, file), repository_root(), results, wait))
+        watch_stage(config, results, _say, every)
+    else:
+        _say(report_stage(config, repository_root(), results, wait))
 
 
 @app.command()

@@ -309,7 +309,7 @@ def test_videos_are_films_with_their_maps_over_time(tmp_path: Path) -> None:
     decoded = {}
     for name in ("film", "veiled_film"):
         path = tmp_path / f"{name}.webm"
-        path.write_bytes(store._files[shown[name]])
+        path.write_bytes(store._files[getattr(shown, name)])
         with av.open(str(path)) as film:
             assert film.streams.video[0].average_rate == 8
             decoded[name] = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from PIL import Image, ImageSequence
-from safetensors import SafetensorError, safe_open
 
 from vipo.config.compose import load_config_file
 from vipo.config.evaluation import REPORTED
@@ -256,62 +253,3 @@ def read_scores(path: Path, config: Config) -> pd.DataFrame:
     if config.is_base != bool((table["update"] == 0).all()) or not table["final"].any():
         raise ReportError(f"{path}: a trained run has updates above 0 and final rows, the base update 0 alone")
     return table
-
-
-def sample_file(folder: Path, run: str, update: int, prompt_id: str, sample: int) -> Path:
-    """Where an evaluation wrote a sample: a PNG, of a video an animated one.
-
-    Args:
-        folder: ``results/<experiment>``.
-    """
-    return folder / "samples" / run / "pictures" / f"u{update}-{prompt_id}-{sample}.png"
-
-
-def read_frames(path: Path) -> tuple[list[NDArray[np.uint8]], float]:
-    """The frames ``(H, W, 3)`` of a sample, one of a picture, and a video's frames a second.
-
-    Raises:
-        ReportError: the file is missing or is no picture.
-    """
-    try:
-        with Image.open(path) as picture:
-            frames = [np.array(frame.convert("RGB"), dtype=np.uint8) for frame in ImageSequence.Iterator(picture)]
-            milliseconds = float(picture.info.get("duration") or 0)
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read ({error}); evaluate the run again") from error
-    return frames, 1000 / milliseconds if milliseconds else 8.0
-
-
-class Maps:
-    """The allocation maps of a run's final samples, read one by one.
-
-    Attributes:
-        groups: of videos, the frames ``[first, last + 1]`` that each latent frame stands for.
-    """
-
-    def __init__(self, folder: Path, run: str) -> None:
-        """`folder`: ``results/<experiment>``.
-
-        Raises:
-            ReportError: the run's maps are missing or damaged.
-        """
-        self._path = folder / "evaluation" / run / "maps.safetensors"
-        self.groups: list[list[int]] | None = None
-        try:
-            self._file = safe_open(self._path, framework="np")
-            spans = (self._file.metadata() or {}).get("frame_groups")
-            self.groups = None if spans is None else json.loads(spans)
-        except (OSError, SafetensorError, ValueError, RecursionError) as error:
-            raise ReportError(f"{self._path}: cannot be read ({error}); evaluate the run again") from error
-
-    def read(self, update: int, prompt_id: str, sample: int) -> NDArray[np.float32]:
-        """``(h, w)``, of a video ``(T_lat, h, w)``.
-
-        Raises:
-            ReportError: there is no such map.
-        """
-        name = f"u{update}-{prompt_id}-{sample}"
-        try:
-            return np.asarray(self._file.get_tensor(name), dtype=np.float32)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ReportError(f"{self._path}: map {name} cannot be read ({error}); evaluate the run again") from error

@@ -5,6 +5,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from PIL import Image
 from vipo.maps.veil import dimmed, veil
 from vipo.reporting.films import encode_film
 from vipo.reporting.gallery import HISTORY_PROMPTS, Gallery, Shot, ShownPrompt
-from vipo.reporting.inputs import Experiment, Maps, ReportError, Run, read_frames, sample_file
+from vipo.reporting.inputs import Experiment, ReportError, Run
+from vipo.reporting.sampled import Maps, read_frames, sample_file
 
 #: Larger pictures are reduced to this longer side in pixels.
 MAXIMUM_SIDE = 384
@@ -126,11 +128,20 @@ def _shots(
                     seed=run.config.seed,
                     update=update,
                     final=update == final,
-                    **_encoded(frames, rate, heat, maps.groups, store),
+                    **_encoded(frames, rate, heat, maps.groups, store)._asdict(),
                     scores={column: float(row[column]) for column in [*experiment.rewards, *experiment.changes]},
                     original=f"../{path.relative_to(experiment.folder).as_posix()}",
                 ),
             )
+
+
+class _Media(NamedTuple):
+    """References to what `Shot` has of the same names."""
+
+    picture: str
+    veil: str | None
+    film: str | None
+    veiled_film: str | None
 
 
 def _encoded(
@@ -139,28 +150,25 @@ def _encoded(
     heat: NDArray[np.float32] | None,
     groups: Sequence[Sequence[int]] | None,
     store: _Store,
-) -> dict[str, str | None]:
-    result = dict.fromkeys(("veil", "film", "veiled_film"))
+) -> _Media:
     shown = [np.asarray(_thumbnail(Image.fromarray(pixels))) for pixels in frames]
-    result["picture"] = store.add(
+    picture = store.add(
         _webp(Image.fromarray(shown[0]), lossless=heat is not None and max(shown[0].shape) <= PIXEL_ART_SIDE), "webp"
     )
-    if groups is not None:
-        result["film"] = store.add(encode_film(shown, rate), "webm")
+    film = None if groups is None else store.add(encode_film(shown, rate), "webm")
     if heat is None:
-        return result
+        return _Media(picture, None, film, None)
     heats = torch.from_numpy(heat)
     if groups is None:
         height, width = shown[0].shape[:2]
         scale = max(1.0, _VEIL_SIDE / max(height, width))
-        result["veil"] = store.add(_webp(veil(heats, (round(height * scale), round(width * scale)))), "webp")
-        return result
+        laid = veil(heats, (round(height * scale), round(width * scale)))
+        return _Media(picture, store.add(_webp(laid), "webp"), None, None)
     latent = {frame: number for number, (first, end) in enumerate(groups) for frame in range(first, end)}
-    pictures = [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels in shown]
-    over = [dimmed(picture, heats[latent[number]]) for number, picture in enumerate(pictures)]
+    plain = [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels in shown]
+    over = [dimmed(page, heats[latent[number]]) for number, page in enumerate(plain)]
     pages = [(page.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for page in over]
-    result["veiled_film"] = store.add(encode_film(pages, rate), "webm")
-    return result
+    return _Media(picture, None, film, store.add(encode_film(pages, rate), "webm"))
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:

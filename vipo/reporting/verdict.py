@@ -109,7 +109,7 @@ def equal_change(
     if base.empty or any(side.empty for side in sides):
         return None
     cubes = [_cube(rows, columns) for rows in (base, *sides)]
-    start, *curves = (cube for cube in cubes if cube is not None)
+    start, *curves = [cube for cube in cubes if cube is not None] or [np.empty(0)]
     if len(curves) < len(sides):
         return None
     updates = [np.array([0, *sorted(side["update"].unique())], dtype=np.float64) for side in sides]

@@ -31,7 +31,7 @@ def extremes(page: Page) -> Section | None:
 
 
 def _ranked(page: Page, arm: str, column: str, sign: int) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for prompt in page.gallery.prompts:
         base, shot = prompt.first("base"), prompt.first(arm)
         moved = shot.scores[column] - base.scores[column]

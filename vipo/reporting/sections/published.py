@@ -1,5 +1,6 @@
 """The published table of the experiment's source beside what was measured here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vipo.evaluation.statistics import decimals
@@ -23,7 +24,7 @@ def published(page: Page) -> Section | None:
     return Section("published", "Published", {"source": table.source, "heads": heads, "rows": rows})
 
 
-def _ours(row: dict[str, Any] | None, metric: str) -> str:
+def _ours(row: Mapping[Any, Any] | None, metric: str) -> str:
     if row is None:
         return "not run"
     if metric not in row:

@@ -45,7 +45,7 @@ def result(page: Page) -> Section | None:
 def shown_arms(page: Page) -> list[str]:
     """The arms beside each other on the first screen: base, GRPO, then those whose credit is no control."""
     summary, arms = page.summary, page.gallery.arms
-    focus = [item.arm for item in (*summary.equal_change, *summary.headline)]
+    focus = [*(item.arm for item in summary.equal_change), *(item.arm for item in summary.headline)]
     wanted = dict.fromkeys(["base", "grpo", *focus, *arms])
     count = min(_ARMS, max(3, 2 + len(set(focus))))
     return [arm for arm in wanted if arm in arms][:count]
@@ -124,7 +124,7 @@ def _interval(span: Span, digits: int) -> str:
 def _effects(summary: Summary, item: EqualChange) -> dict[str, Any]:
     """What nobody rewarded at the same change: both arms against the base, and against each other."""
     arm, reference = method(item.arm), method(item.reference)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "label": summary.columns[effect.column],
             "cells": [_cell(span) for span in (effect.reference, effect.arm, effect.between)],
