@@ -45,7 +45,7 @@ class Ahead(Generic[Answer]):
         Raises:
             Whatever one of them raises; the others are called off.
         """
-        waiting = [self._begun.pop(key, None) or self._submitted(call) for key, call in calls]
+        waiting = [self._begun.pop(key) if key in self._begun else self._submitted(call) for key, call in calls]
         try:
             return [each.result() for each in waiting]
         except BaseException:
