@@ -24,7 +24,8 @@ class Ahead(Generic[Answer]):
         self._begun: dict[bytes, Future[Answer]] = {}
         for _ in range(most):
             threading.Thread(target=_work, args=(self._queue,), name="reward", daemon=True).start()
-        weakref.finalize(self, _stop, self._queue, most)
+        # Not at the interpreter's end, where a thread that wakes up is ended within whatever it calls.
+        weakref.finalize(self, _stop, self._queue, most).atexit = False
 
     def begin(self, key: bytes, call: Callable[[], Answer]) -> None:
         """Start what will be asked for.
