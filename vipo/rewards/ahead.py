@@ -24,7 +24,8 @@ class Ahead(Generic[Answer]):
         self._begun: dict[bytes, Future[Answer]] = {}
         for _ in range(most):
             threading.Thread(target=_work, args=(self._queue,), name="reward", daemon=True).start()
-        weakref.finalize(self, _stop, self._queue, most)
+        # Not at the interpreter's end, where a thread that wakes up is ended within whatever it calls.
+        weakref.finalize(self, _stop, self._queue, most).atexit = False
 
     def begin(self, key: bytes, call: Callable[[], Answer]) -> None:
         """Start what will be asked for.
@@ -45,7 +46,7 @@ class Ahead(Generic[Answer]):
         Raises:
             Whatever one of them raises; the others are called off.
         """
-        waiting = [self._begun.pop(key, None) or self._submitted(call) for key, call in calls]
+        waiting = [self._begun.pop(key) if key in self._begun else self._submitted(call) for key, call in calls]
         try:
             return [each.result() for each in waiting]
         except BaseException:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vipo.rewards.errors import RewardError
-from vipo.rewards.registry import load_reward, score
+from vipo.rewards.registry import Reward, load_reward, score
 
 ORIGINALS: Mapping[str, str] = MappingProxyType(
     {"hpsv2": "originals:HPSv2", "imagereward": "originals:ImageReward", "hpsv3": "originals:HPSv3"}
@@ -82,11 +82,11 @@ def score_beside(
         theirs = load_reward("process", device, {"reward": ORIGINALS.get(name), **original})
     except RewardError as error:
         return Beside([], [], [], str(error))
-    scored = []
-    for label, reward in ((name, ours), ("original", theirs)):
-        parts = [score(label, reward, image, [text], [{}]) for image, text in zip(images, texts, strict=True)]
-        scored.append(torch.cat(parts).double().tolist())
-    return Beside([str(path) for path in pictures], *scored)
+
+    def scored(label: str, reward: Reward) -> list[float]:
+        return [float(score(label, reward, image, [text], [{}])) for image, text in zip(images, texts, strict=True)]
+
+    return Beside([str(path) for path in pictures], scored(name, ours), scored("original", theirs))
 
 
 def _read(path: Path) -> torch.Tensor:

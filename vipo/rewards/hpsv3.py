@@ -62,7 +62,7 @@ class HPSv3:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Scores ``(B,)`` float32 of pictures ``(B, 3, H, W)`` in [0, 1]."""
         need_pictures(images)
-        size = smart_size(*images.shape[2:], _PIXELS, _PIXELS)
+        size = smart_size(images.shape[2], images.shape[3], _PIXELS, _PIXELS)
         with self.resident as networks:
             found = []
             for start in range(0, len(images), self._batch):

@@ -23,6 +23,7 @@ from vipo.config.reward_process import ProcessOptions
 from vipo.rewards.ahead import Ahead
 from vipo.rewards.child import Child, python_of
 from vipo.rewards.errors import RewardError
+from vipo.rewards.pixels import grey_levels
 from vipo.rewards.registry import Scored
 from vipo.rewards.wire import Endpoint, finite_number
 
@@ -103,7 +104,7 @@ class Process:
     def _requests(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[_Request]:
-        levels = (images.detach().nan_to_num(0.0) * 255 + 0.5).floor().clamp(0, 255).byte()
+        levels = grey_levels(images.detach().nan_to_num(0.0)).byte()
         pixels = levels.movedim(-3, -1).contiguous().cpu().numpy()
         requests = []
         for start in range(0, len(pixels), self._options.batch):

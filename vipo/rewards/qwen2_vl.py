@@ -186,7 +186,9 @@ def merged(tensors: Mapping[str, Tensor], scale: float, source: object) -> dict[
     Raises:
         RewardError: half of a pair is missing, or a pair fits no weight.
     """
-    plain, downs, ups = {}, {}, {}
+    plain: dict[str, Tensor] = {}
+    downs: dict[str, Tensor] = {}
+    ups: dict[str, Tensor] = {}
     for name, value in tensors.items():
         short = name.removeprefix("base_model.model.").replace(".default.", ".").replace(".base_layer.", ".")
         short = short.replace(".modules_to_save.", ".")
@@ -222,7 +224,8 @@ def head_of(tensors: Mapping[str, Tensor], width: int, source: object) -> nn.Mod
         head = fill(linear, {name: value.float() for name, value in own.items()}, source, "fp32")
     elif places := sorted({int(name.partition(".")[0]) for name in own if name.partition(".")[0].isdigit()}):
         layers: list[nn.Module] = []
-        given, before = {}, width
+        given: dict[str, Tensor] = {}
+        before = width
         for place in places:
             weight = own.get(f"{place}.weight")
             if weight is None or weight.ndim != 2:

@@ -43,7 +43,8 @@ class OnPillow:
             levels = np.stack([_levels(picture) for picture in pictures])
         except ValueError as error:
             raise RewardError("the samples of a request are pictures of one size, or clips of one length") from error
-        images = torch.from_numpy(levels).movedim(-1, -3).to(self._device, torch.float32) / 255
+        # Contiguous, as a generator's pictures are: sums over another layout are added in another order.
+        images = torch.from_numpy(levels).movedim(-1, -3).contiguous().to(self._device, torch.float32) / 255
         found = score_where(self._name, self._reward, images, prompts, metadata)
         if found.where is None:
             return found.scores

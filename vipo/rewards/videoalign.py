@@ -88,7 +88,7 @@ class _Shared:
     def _scores(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
         frames = _chosen(videos.shape[1], self._options.frame_rate, self._data)
         levels = grey_levels(videos[:, frames])
-        height, width = smart_size(*levels.shape[3:], _LEAST_PIXELS, self._data["max_frame_pixels"])
+        height, width = smart_size(levels.shape[3], levels.shape[4], _LEAST_PIXELS, self._data["max_frame_pixels"])
         with self.resident as networks:
             seen = [vision_of(rounded(resized(clip.float(), height, width))) for clip in levels]
             texts = [with_prompt(self._template, prompt) for prompt in prompts]
@@ -129,7 +129,7 @@ class VideoAlign:
 
     def __init__(self, device: str, options: VideoAlignOptions, twin: "VideoAlign | None" = None) -> None:
         self._own, self._device = options, device
-        self._shared = _Shared(device, options) if twin is None else twin._shared
+        self._shared: _Shared = _Shared(device, options) if twin is None else twin._shared
         self._place = _DIMENSIONS.index(options.dimension)
 
     def sharing(self, options: VideoAlignOptions) -> "VideoAlign | None":

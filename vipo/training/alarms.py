@@ -143,8 +143,8 @@ class Alarms:
 
 def _small(frames: Tensor, side: int) -> Tensor:
     """``(T, 3, h, w)`` float64 on the CPU, no side longer than `side`."""
-    sizes = [min(side, length) for length in frames.shape[2:]]
+    height, width = (min(side, length) for length in frames.shape[2:])
     frames = frames.nan_to_num(0.0).clamp(0, 1).float()
-    if sizes != list(frames.shape[2:]):
-        frames = F.adaptive_avg_pool2d(frames, sizes)
+    if (height, width) != tuple(frames.shape[2:]):
+        frames = F.adaptive_avg_pool2d(frames, (height, width))
     return frames.cpu().double()
