@@ -251,7 +251,9 @@ def sample_stage(
     from vipo.evaluation.sample import sample_run
 
     _check_shared(config, root, experiment_folder(config, results), "eval")
-    run = sample_run if weights is None else partial(sample_run, weights=weights)
+    run: Callable[[Config, Path, Path, Share | None, float], None] = (
+        sample_run if weights is None else partial(sample_run, weights=weights)
+    )
     _evaluate("sample", run, config, root, results, wait, share)
 
 

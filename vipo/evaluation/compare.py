@@ -35,11 +35,12 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
     rewards = [name for name in columns if name.startswith("reward/")]
     settings = config.evaluation
-    options = {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
     found = {
         "categories": by_category(scores, categories, columns),
         "win_rates": win_rates(scores, rewards),
-        "metrics": over_metrics(scores, rewards, **options),
+        "metrics": over_metrics(
+            scores, rewards, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
+        ),
         "totals": set_totals(scores, metadata),
         "diversity": _diversity(config, experiment, runs, scores, path),
     }

@@ -48,7 +48,8 @@ def prepare_prompts(
     """
     filters = load_filters(config.filters, root, tokens)
     found = _cleaned(config, read_source(config.source, config.text_key, root), filters)
-    train, held_out, others = found, Cleaned.none(), {}
+    train, held_out = found, Cleaned.none()
+    others: dict[str, Any] = {}
     if config.eval is None:
         train, held_out = found.split(lambda identity: is_evaluation(identity, config.eval_share))
         counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
