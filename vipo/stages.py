@@ -257,6 +257,7 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
     Times and records that are not here (results that were pulled come without them) are shown as such.
     """
     from vipo.reporting import TIMES, build_report
+    from vipo.reporting.measured import measurement_files
 
     experiment, runs = experiment_folder(config, results), run_names(config)
     output = experiment / "report"
@@ -270,7 +271,13 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
         record_stage(
             "report",
             output,
-            inputs=[data, *_measured(experiment, runs), *shown, *(path for path in volatile if path.is_file())],
+            inputs=[
+                data,
+                *_measured(experiment, runs),
+                *shown,
+                *measurement_files(experiment, config.experiment.meter),
+                *(path for path in volatile if path.is_file()),
+            ],
             outputs=lambda: [path for name in ("index.html", *TIMES) if (path := output / name).is_file()],
             config=config.report_identity(),
             # The page is checked against the numbers, computed once more.
@@ -362,7 +369,7 @@ def credit_stage(
             inputs=read,
             outputs=files,
             config={
-                "meter": meter.model_dump(mode="json"),
+                "meter": meter.model_dump(mode="json", exclude={"checkpoints"}),
                 "arms": {name: own.training_identity() for name, own in configs.items()},
             },
             seeds=[config.seed],

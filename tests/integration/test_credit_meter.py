@@ -20,9 +20,11 @@ from vipo.config.validation import ConfigError
 from vipo.credit.meter.gradients import MeterError
 from vipo.credit.meter.subject import Group, Subject, chain_rewards
 from vipo.evaluation import meter as stage
+from vipo.evaluation.meter_arms import Placement
 from vipo.generators import load_generator
 from vipo.objectives import group_advantages
 from vipo.provenance import ProvenanceError, read_provenance, verify_outputs
+from vipo.rewards import score
 from vipo.stages import MEASURED, checkpoint_label, credit_stage
 from vipo.training.setup import set_up
 from vipo.training.update import update
@@ -199,16 +201,21 @@ def test_advantages_are_placed_as_training_places_them(
     seen: dict[str, object] = {}
     placed = stage.place_advantages
 
-    def kept(subject: Subject, arms: dict, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+    def kept(subject: Subject, arms: dict, groups: Sequence[Group]) -> Placement:
         found = placed(subject, arms, groups)
-        seen.update(subject=subject, arms=arms, groups=groups, found=found)
+        seen.update(subject=subject, arms=arms, groups=groups, found=found.values)
         return found
 
     monkeypatch.setattr(stage, "place_advantages", kept)
     results = shutil.copytree(prepared, tmp_path / "results")
     cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
-    _measure(results, tiny_overrides, *cheap)
+    text = _measure(results, tiny_overrides, *cheap, "experiment.meter.arms=[grpo,vipo,contrast,step_tweedie]")
     subject, groups, found = seen["subject"], seen["groups"], seen["found"]
+    counted = json.loads((results / "demo/credit/base/credit.json").read_text())["result"]["costs"]
+    assert counted == {
+        "grpo": {}, "vipo": {"backbone_calls": 1}, "contrast": {}, "step_tweedie": {"decodes": 3, "reward_calls": 3},
+    }  # fmt: skip
+    assert "backbone calls" in text
     batches = [batch for group in groups for batch in group.batches]
     index = torch.tensor([0] * 4 + [1] * 4)
     scalar = group_advantages(chain_rewards(subject, batches), {"object_redness": 1.0}, index, 1e-4, 5.0).values
@@ -222,6 +229,20 @@ def test_advantages_are_placed_as_training_places_them(
     own = (clean[4:] - clean[4:].mean(dim=0)).square().mean(dim=1).sqrt()
     own = own / own.mean(dim=(1, 2), keepdim=True)
     torch.testing.assert_close(found["contrast"][4:, 0], own * scalar[4:, None, None])
+    # Of the first transition: the reward of x0 before it, by a call of the network, and after it.
+    gains = []
+    for batch in batches:
+        values = []
+        for step in (0, 1):
+            x, sigma = batch.trajectory.latents[:, step], subject.chain.levels[step]
+            with torch.no_grad():
+                velocity = subject.generator.predict(x, sigma.expand(len(x)), batch.conditioning)
+            pictures = subject.generator.pictures(x - sigma * velocity)
+            values.append(score("one", subject.rewards["object_redness"], pictures, batch.texts, batch.metadata))
+        gains.append((values[1] - values[0]).double())
+    expected = group_advantages({"one": torch.cat(gains)}, {"one": 1.0}, index, 1e-4, 5.0).values
+    assert found["step_tweedie"].shape == (8, 3, 1, 1)
+    torch.testing.assert_close(found["step_tweedie"][:, 0].flatten(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_arms_of_contrast_train(prepared: Path, tiny_overrides: list[str]) -> None:
@@ -262,11 +283,16 @@ def test_it_is_a_stage_of_an_experiment_that_asks_for_it(tmp_path: Path) -> None
     def planned(*changed: str) -> str:
         words = [*command[:-1], *(changed or command[-1:])]
         # One process, and only its plan.
-        done = subprocess.run([*words, "-n"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run([*words, "-n", "-p"], cwd=tmp_path, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
 
     text = planned()
     assert "rule credit:" in text, text
     assert "credit/base/credit.json" in text.split("rule crate:")[1].split("output:")[0]
     assert "not among experiment.arms" in planned("overrides=[experiment.meter.arms=[grpo,contrast]]")
+    more = "experiment.meter.checkpoints=[base,grpo-s0@12,grpo-s0]"
+    text = planned(f"overrides=[experiment.meter.arms=[grpo,vipo],{more}]")
+    assert "--weights results/demo/runs/grpo-s0/updates/000012" in text, text
+    shown = text.split("rule report:")[1].split("output:")[0]
+    assert all(f"credit/{label}/credit.json" in shown for label in ("base", "grpo-s0-u12", "grpo-s0"))
     assert "rule credit:" not in planned("overrides=[]")

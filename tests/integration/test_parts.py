@@ -31,6 +31,12 @@ SOURCE = "credit.sources=[{name: 'my_credit:Brightness', power: 2.0}]"
 # What each run is: its own overrides beside the demo's, and the words of its metrics that no other has.
 RUNS = {
     "source-gate": [SOURCE, "objective.gate={name: 'my_gate:FarAway', bound: 1.0e-5}"],
+    "attention": ["credit.sources=[{name: attention}]", "objective.gate={name: 'my_gate:FarAway', bound: 1.0e-5}"],
+    "steps": [
+        "credit.steps=ode",
+        "credit.sources=[{name: contrast}]",
+        "objective.gate={name: 'my_gate:FarAway', bound: 1.0e-5}",
+    ],
     "objective": [SOURCE, "objective={name: 'my_objective:WeightedMatching', pull: 0.2}"],
 }
 
@@ -296,7 +302,7 @@ class Watches(CreditSource):
     def set_up(self, context):
         self.steps = len(context.prompts) and 4
 
-    def before_rollout(self, generator):
+    def before_rollout(self, generator, prompts):
         self.found = []
         self.hook = generator.network.register_forward_hook(lambda *given: self.found.append(1.0 + len(self.found)))
 

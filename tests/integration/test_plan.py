@@ -50,6 +50,9 @@ def test_what_saves_memory_is_counted(tiny_overrides: list[str]) -> None:
     assert recomputed["flops"] > plain["flops"]
     # The reference is compared with at every transition that is trained.
     assert whole["evaluations"] > plain["evaluations"]
+    training, steps = load_config(tiny_overrides).training, load_config(tiny_overrides).sampling.steps
+    samples = training.prompts_per_update * training.group_size
+    assert of("credit.steps=ode")["evaluations"] - plain["evaluations"] == samples * steps * (steps - 1) // 2
     sharded = of("distribution={strategy: fsdp, processes: 2}")
     assert sharded["AdamW"] == plain["AdamW"] // 2
 

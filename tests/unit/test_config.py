@@ -109,6 +109,30 @@ DECISIVE: dict[str, dict[str, Any]] = {
         "credit.sources": [*BACKBONE, CONTRAST],
         "perception.normalize": "mean",
     },
+    "attention": {
+        "objective.ratio": "position",
+        "credit.sources": [{"name": "attention", "layers": 4, "exponent": 1.0, "normalize": "mean"}],
+    },
+    **{
+        f"step_{estimate}": {"objective.ratio": "sample", "credit.sources": [], "credit.steps": estimate}
+        for estimate in ("tweedie", "ode")
+    },
+    "released_flux": {
+        "objective.ratio": "sample",
+        "objective.gate.range": 1e-4,
+        "credit.sources": BACKBONE,
+        "credit.control": "mean",
+        "perception.orientation": "inverted_sklearn",
+        "advantages.std_floor": 1e-8,
+    },
+    "released_wan": {
+        **POSITION,
+        "objective.channels": "sum",
+        "objective.gate.scope": "position",
+        "objective.gate.range": 1e-4,
+        "perception.orientation": "inverted_sklearn",
+        "advantages.std_floor": 1e-8,
+    },
     "shuffled_contrast": {
         "objective.ratio": "position",
         "credit.sources": [CONTRAST],

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from toy_generator import ToyGenerator, left_redness
 
 from vipo.config.compose import load_config
 from vipo.config.credit import CreditConfig
-from vipo.credit import Context, CreditError, Samples, assign_credit, load_sources, source_inputs
+from vipo.credit import Context, Costs, CreditError, Samples, assign_credit, load_sources, source_inputs
 from vipo.credit.contrast import group_contrast
+from vipo.credit.occlusion import occlusion_map
 from vipo.credit.uniform import UniformCredit
+from vipo.generators.attention import TextAttention
 from vipo.prompts import Prompt
 from vipo.rewards import Scored
 
@@ -88,7 +91,7 @@ def test_features_of_a_backbone_are_compared_on_the_latents_grid() -> None:
     config = load_config(["experiment=demo", "arm=contrast", "credit.sources=[{name: contrast, of: features}]"])
     assert config.credit.reads_backbone
     assert not load_config(["experiment=demo", "arm=contrast"]).credit.reads_backbone
-    generator, sources = _loaded({"name": "contrast", "of": "features"})
+    _, sources = _loaded({"name": "contrast", "of": "features"})
     pictures = torch.full((2, 3, 64, 64), 0.5)
     pictures[0, :, :32, :32] = 1.0
     samples = Samples(
@@ -98,9 +101,44 @@ def test_features_of_a_backbone_are_compared_on_the_latents_grid() -> None:
     weights = sources["contrast"](samples).values
     assert weights.shape == (2, 16, 16)
     assert float(weights[0, :8, :8].mean()) > 1.5 * float(weights[0, 8:, 8:].mean())
-    generator.frame_groups = (range(1),)
-    with pytest.raises(CreditError, match="of: latents"):
-        sources["contrast"].set_up(_context(generator, {}))
+    found = sources["contrast"](samples)
+    assert found.costs == Costs(backbone_calls=1, bytes_kept=sources["contrast"].backbone(pictures)[0].nbytes)
+
+
+def test_features_of_videos_are_averaged_as_the_latents_cover_the_frames() -> None:
+    """A backbone that is the picture: features of each frame, their mean over a latent frame's frames."""
+    _, sources = _loaded({"name": "contrast"})
+    source = sources["contrast"]
+    source.backbone = lambda pictures: pictures
+    clips = torch.rand(3, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    groups = torch.tensor([0, 0, 0])
+    samples = Samples(
+        pictures=clips, clean=torch.zeros(3, 2, 2, 4, 4), groups=groups, prompts=[Prompt("a", "a", {})] * 3,
+        numbers=[0, 1, 2], frame_groups=(range(0, 1), range(1, 5)), batch=2,
+    )  # fmt: skip
+    found = source(samples)
+    means = torch.stack([clips[:, 0], clips[:, 1:].mean(dim=1)], dim=2)
+    torch.testing.assert_close(found.values, group_contrast(means, groups).weights)
+    assert found.costs == Costs(backbone_calls=5, bytes_kept=3 * 2 * 16 * 4)
+
+
+def test_a_mixture_is_the_mean_by_shares() -> None:
+    generator = ToyGenerator()
+    sources = load_sources(CreditConfig(sources=[{"name": "contrast"}, {"name": "reward"}]))
+    for source in sources.values():
+        source.set_up(_context(generator, {"left": left_redness}))
+    samples = _samples(generator)
+    contrast, reward = (assign_credit({name: sources[name]}, samples).weights for name in sources)
+    found = assign_credit(sources, samples, mixture=(1.0, 3.0))
+    torch.testing.assert_close(found.weights, 0.25 * contrast + 0.75 * reward)
+    assert found.metrics["map/mean"] == pytest.approx(1)
+    assert found.costs == Costs(decodes=1, reward_calls=1)
+    config = CreditConfig(sources=[{"name": "contrast"}, {"name": "uniform"}], mixture=[1, 2])
+    assert config.mixture == (1.0, 2.0)
+    with pytest.raises(ValueError, match="mixture has 1 shares of 2 sources"):
+        CreditConfig(sources=[{"name": "contrast"}, {"name": "uniform"}], mixture=[1])
+    with pytest.raises(ValueError, match="greater than 0"):
+        CreditConfig(sources=[{"name": "contrast"}, {"name": "uniform"}], mixture=[1, 0])
 
 
 def test_the_rewards_gradient_is_finite_differences() -> None:
@@ -196,3 +234,63 @@ def test_the_gradient_of_a_reward_that_says_where_is_its_scores() -> None:
     )
     samples = _samples(generator)
     assert torch.equal(sources["reward"](samples).values, plain["reward"](samples).values)
+
+
+def _steps(images: torch.Tensor, *_: object) -> torch.Tensor:
+    """A reward without gradient, which reads the left half: how many of its pixels are bright."""
+    return (images[..., : images.shape[-1] // 2].detach() > 0.5).float().mean(dim=(1, 2, 3))
+
+
+def test_occlusion_is_the_change_by_each_patch_blurred() -> None:
+    generator, sources = _loaded({"name": "reward", "reads": "occlusion", "patches": 4}, {"steps": _steps})
+    samples = _samples(generator)
+    found = sources["reward"](samples)
+    expected = torch.zeros(4, 4, 4, dtype=torch.float64)
+    for row in range(4):
+        picture = samples.pictures[row]
+        # Scipy's Gaussian: of half a patch, which is two pixels wide, cut off at two of them; borders as torchvision's.
+        blurred = torch.stack(
+            [torch.from_numpy(gaussian_filter(channel.numpy(), 1.0, mode="mirror", radius=2)) for channel in picture]
+        )
+        for y in range(4):
+            for x in range(4):
+                shown = picture.clone()
+                place = (slice(None), slice(2 * y, 2 * y + 2), slice(2 * x, 2 * x + 2))
+                shown[place] = blurred[place]
+                expected[row, y, x] = (_steps(shown[None]) - _steps(picture[None])).abs().double()
+    weights = expected / expected.mean(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(found.values.double(), weights, rtol=1e-5, atol=1e-6)
+    assert found.values[..., 2:].count_nonzero() == 0
+    assert found.costs == Costs(reward_calls=17)
+    with pytest.raises(CreditError, match="9 patches a side of 8x8 pixels; lower it"):
+        _loaded({"name": "reward", "reads": "occlusion", "patches": 9}, {"steps": _steps})
+
+
+def test_a_patch_of_a_video_is_blurred_in_all_frames() -> None:
+    clips = torch.rand(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+
+    def reward(shown: torch.Tensor) -> torch.Tensor:
+        seen.append(shown)
+        return shown.mean(dim=(1, 2, 3, 4))
+
+    assert occlusion_map(reward, clips, 2).shape == (2, 2, 2)
+    assert len(seen) == 5
+    for place, shown in enumerate(seen[1:]):
+        differs = (shown != clips).any(dim=2).all(dim=1)
+        y, x = divmod(place, 2)
+        assert differs.sum() == 2 * 16
+        assert differs[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].all()
+
+
+def test_attention_that_cannot_be_read_is_refused_by_name_before_the_run() -> None:
+    source, generator = load_sources(CreditConfig(sources=[{"name": "attention"}]))["attention"], ToyGenerator()
+    with pytest.raises(CreditError, match=r"generator\.family 'toy' does not say where its network attends"):
+        source.set_up(_context(generator, {}))
+    generator.text_attention = TextAttention((r"blocks\.\d+",), "cross", lambda config, root, texts: [[0]])
+    with pytest.raises(CreditError, match="ToyNetwork has no layer of the names that family 'toy' gives"):
+        source.set_up(_context(generator, {}))
+    # The network itself stands for a layer.
+    generator.text_attention = TextAttention(("",), "cross", lambda config, root, texts: [[]])
+    with pytest.raises(CreditError, match="the network reads no word of 'a'"):
+        source.set_up(_context(generator, {}))

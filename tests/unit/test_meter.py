@@ -2,17 +2,23 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 from toy_generator import ToyGenerator, left_redness
 
+from vipo.config.compose import load_config
+from vipo.config.meter import MeterConfig, check_checkpoints, measured_weights, measurement_label
 from vipo.config.sampling import SamplingConfig
+from vipo.config.validation import ConfigError
 from vipo.credit.meter.directions import Change, Directions, moved_by
 from vipo.credit.meter.gradients import MeterError
 from vipo.credit.meter.held_out import HeldOut
@@ -20,10 +26,14 @@ from vipo.credit.meter.measure import measure_reference, measure_updates
 from vipo.credit.meter.plan import Plan, Record
 from vipo.credit.meter.result import summarise
 from vipo.credit.meter.space import CountSketch, Whole
+from vipo.credit.meter.stored import read_stored
 from vipo.credit.meter.subject import Group, Subject, chain_rewards, drawn_prompts, sample_chains
 from vipo.credit.meter.table import table
+from vipo.evaluation.meter import write_result
 from vipo.reporting.credit import draw_credit
+from vipo.reporting.measured import credit_section, measurement_files
 from vipo.sampling.chain import sampling_chain
+from vipo.stages import checkpoint_label
 
 PROMPTS = [SimpleNamespace(id=f"p{i}", text=f"prompt {i}", metadata={}) for i in range(5)]
 HELD_OUT = [SimpleNamespace(id=f"h{i}", text=f"held-out {i}", metadata={}) for i in range(4)]
@@ -284,3 +294,68 @@ def test_the_table_and_the_json_say_what_was_found(measured: tuple[list[Record],
     read = json.loads(json.dumps(result.as_json(), allow_nan=False))
     assert read["pathwise"][1]["source"] == "oracle"
     assert read["pathwise"][1]["ratio"]["value"] == result.pathwise[1].ratio.value
+
+
+def test_what_is_needed_is_told_of_rewards_without_gradient_too(measured: tuple[list[Record], object]) -> None:
+    result = summarise(measured[0], None, width=0.01)
+    assert result.needed is not None
+    assert result.needed.of == "held-out prompts"
+    errors = {(along.source, along.kind): along.ratio.error for along in result.directional if along.source != "grpo"}
+    assert max(errors, key=errors.get) == (result.needed.source, result.needed.kind)
+    updates = (1.959964 * max(errors.values()) / 0.01) ** 2 * 2
+    assert result.needed.updates == pytest.approx(updates, rel=1e-5)
+
+
+def test_costs_are_told_by_source_where_there_are_any(measured: tuple[list[Record], object]) -> None:
+    result = summarise(*measured)
+    assert "cost of each sample" not in table(result, "kl")
+    costed = replace(result, costs={"grpo": {}, "oracle": {"backbone_calls": 1, "bytes_kept": 2048}})
+    lines = table(costed, "kl").splitlines()
+    place = next(n for n, line in enumerate(lines) if line.startswith("cost of each sample"))
+    assert lines[place + 1].split() == ["source", "backbone", "calls", "bytes", "kept"]
+    assert [line.split() for line in lines[place + 2 : place + 4]] == [["grpo", "0", "0"], ["oracle", "1", "2048"]]
+
+
+def test_the_pages_section_has_what_the_file_has(measured: tuple[list[Record], object], tmp_path: Path) -> None:
+    result = replace(summarise(*measured), costs={"grpo": {}, "oracle": {"decodes": 1}})
+    meter = MeterConfig(checkpoints=["base", "grpo-s0@12"], arms=["grpo"])
+    folder = tmp_path / "credit/base"
+    folder.mkdir(parents=True)
+    write_result(result, {"grpo": load_config(["experiment=demo", "arm=grpo"])}, meter, folder / "credit.json")
+    assert read_stored(folder / "credit.json").result.as_json() == result.as_json()
+    assert measurement_files(tmp_path, meter) == [folder / "credit.json"]
+    section = credit_section(tmp_path, meter)
+    environment = Environment(loader=PackageLoader("vipo.reporting"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("credit.html.j2").render(credit=section)
+    found = next(a for a in result.pathwise if (a.source, a.kind) == ("oracle", "sgd"))
+    value, ratio = f"{found.value.value:.4f} ±", f"{found.ratio.value:.2f} ±"
+    assert re.search(rf"oracle</th><td>sgd</td><td class=\"n\">{value}.*?</td><td class=\"n\">\(?{ratio}", page)
+    assert "<svg" in page
+    assert "Share of the gain by transition" in page
+    assert "Not measured yet: grpo-s0@12." in page
+    assert re.search(r"oracle</th>\s*<td class=\"n\">1</td>", page)
+    assert environment.get_template("credit.html.j2").render(credit=credit_section(tmp_path, None)).strip() == ""
+    (folder / "credit.json").write_text("{}")
+    with pytest.raises(MeterError, match=r"credit\.json: no measurement that this vipo reads"):
+        credit_section(tmp_path, meter)
+
+
+def test_checkpoints_are_named_by_run_and_update() -> None:
+    experiment = Path("results/demo")
+    for name, label, weights in (
+        ("base", "base", None),
+        ("grpo-s0", "grpo-s0", experiment / "runs/grpo-s0/weights"),
+        ("k1.5-s3@12", "k1.5-s3-u12", experiment / "runs/k1.5-s3/updates/000012"),
+    ):
+        assert measured_weights(name, experiment) == weights
+        assert measurement_label(name) == label == checkpoint_label(weights)
+        assert MeterConfig(checkpoints=[name]).checkpoints == (name,)
+    for wrong in ("grpo", "grpo-s0@", "../x-s0", "grpo-s0@0"):
+        with pytest.raises(ValueError, match="checkpoints"):
+            MeterConfig(checkpoints=[wrong])
+    saved = {"grpo-s0": (12,)}
+    check_checkpoints(MeterConfig(checkpoints=["base", "grpo-s0", "grpo-s0@12"]), saved)
+    with pytest.raises(ConfigError, match="no run 'vipo-s0' is trained; one of grpo-s0"):
+        check_checkpoints(MeterConfig(checkpoints=["vipo-s0"]), saved)
+    with pytest.raises(ConfigError, match=r"update 8 of it is not kept \(12 are\)"):
+        check_checkpoints(MeterConfig(checkpoints=["grpo-s0@8"]), saved)

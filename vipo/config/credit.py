@@ -46,14 +46,25 @@ class RewardCreditConfig(Section):
     """Where a reward looks: by its gradient, or by the map of where that it returns beside its scores."""
 
     name: Literal["reward"]
-    reads: Literal["gradient", "where"] = Field(
+    reads: Literal["gradient", "occlusion", "where"] = Field(
         "gradient",
-        description="gradient: the size of the reward's gradient by the latents at a position; where: what the reward "
-        "itself says, such as the boxes of the words that were read.",
+        description="gradient: the size of the reward's gradient by the latents at a position; occlusion: by how much "
+        "the reward changes where a patch is blurred, for rewards without gradient; where: what the reward itself "
+        "says, such as the boxes of the words that were read.",
     )
+    patches: int = Field(8, ge=2, le=64, description="Of occlusion, a side: patches^2 more scores of each sample.")
     term: str | None = Field(None, description="Which of reward.terms; null: the only one.")
     exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     normalize: Literal["minmax", "mean"] = "mean"
+
+
+class AttentionCreditConfig(Section):
+    """Where the generator's own picture attends to the prompt's words, for each transition; no call of its own."""
+
+    name: Literal["attention"]
+    layers: int = Field(4, ge=1, le=1000, description="How many, evenly spaced over the middle half of them.")
+    exponent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
+    normalize: Literal["minmax", "mean"] = Field("mean", description="Of each transition's map by itself.")
 
 
 class ImportedCreditConfig(ImportedPart):
@@ -68,6 +79,7 @@ CreditSourceConfig = Annotated[
     | OracleCreditConfig
     | ContrastCreditConfig
     | RewardCreditConfig
+    | AttentionCreditConfig
     | ImportedCreditConfig,
     by_name(
         BackboneCreditConfig,
@@ -75,6 +87,7 @@ CreditSourceConfig = Annotated[
         OracleCreditConfig,
         ContrastCreditConfig,
         RewardCreditConfig,
+        AttentionCreditConfig,
         ImportedCreditConfig,
     ),
 ]
@@ -90,14 +103,25 @@ class CreditConfig(Section):
         strict=False,
         description="Their weights are multiplied; []: nowhere in particular, the advantage is a scalar (GRPO).",
     )
+    mixture: tuple[Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)], ...] | None = Field(
+        None,
+        strict=False,
+        description="A share of each source, such as [0.7, 0.3]: their weights are added by these, not multiplied.",
+    )
     control: Control = Field(
         "none",
-        description="Around the product. inverted: turned upside down; shuffled: the same weights elsewhere; mean: the "
-        "sample's own mean everywhere; group: averaged over the group.",
+        description="Around the product or mixture. inverted: turned upside down; shuffled: the same weights "
+        "elsewhere; mean: the sample's own mean everywhere; group: averaged over the group.",
     )
     multiplies: Literal["advantage", "reward"] = Field(
         "advantage",
         description="What the weights are multiplied into: the advantage, or the reward before the group statistics.",
+    )
+    steps: Literal["none", "tweedie", "ode"] = Field(
+        "none",
+        description="Whose gain an advantage is. none: the sample's; else each transition's own, signed, by the reward "
+        "of x0 as estimated before and after it. tweedie: its mean, by the prediction that was sampled with; ode: the "
+        "end of the deterministic chain from there.",
     )
 
     @property
@@ -123,6 +147,16 @@ class CreditConfig(Section):
     def _consistent(self) -> Self:
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"a source is named twice: {', '.join(self.names)}")
+        if self.mixture is not None and len(self.mixture) != len(self.sources):
+            raise ValueError(
+                f"mixture has {len(self.mixture)} shares of {len(self.sources)} sources; give one of each, or null for "
+                "their product"
+            )
+        if self.steps != "none" and self.multiplies == "reward":
+            raise ValueError(
+                f"steps {self.steps!r} gives transitions advantages of their own, and multiplies 'reward' leaves none "
+                "to give; use multiplies=advantage"
+            )
         if not self.sources:
             for key, default in (("control", "none"), ("multiplies", "advantage")):
                 if getattr(self, key) != default:

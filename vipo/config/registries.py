@@ -62,6 +62,7 @@ CREDIT_SOURCES: Mapping[str, str] = MappingProxyType(
         "oracle": "vipo.credit.oracle:OracleCredit",
         "contrast": "vipo.credit.contrast:ContrastCredit",
         "reward": "vipo.credit.reward:RewardCredit",
+        "attention": "vipo.credit.attention:AttentionCredit",
     }
 )
 """Credit sources by name; the options of each are a section of `vipo.config.credit`."""

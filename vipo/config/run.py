@@ -68,6 +68,12 @@ class Config(Section):
                 "objective.name 'awm' places credit in a sample's likelihood, and needs one advantage a sample: use "
                 "credit.multiplies=advantage"
             )
+        if self.credit.steps != "none" and (forward or self.sampling.ode is not None):
+            raise ValueError(
+                f"credit.steps {self.credit.steps!r} gives transitions advantages of their own, and "
+                + (f"objective.name {self.objective.name!r}" if forward else f"sampling.ode {self.sampling.ode!r}")
+                + " has none to train; set credit.steps=none"
+            )
         study = self.experiment.study
         if study is not None:
             changes = {f"change/{part}" for part in ("total", "foreground", "background")}
@@ -107,10 +113,11 @@ class Config(Section):
             raise ValueError(
                 "objective.ratio_norm 'guard' weights steps by 1 / dt, which fits the transitions dance and flow alone"
             )
-        if objective.ratio == "sample" and self.credit.sources:
+        if objective.ratio == "sample" and self.credit.sources and self.credit.control != "mean":
             raise ValueError(
                 f"objective.ratio 'sample' cannot carry credit.sources ({', '.join(self.credit.names)}): the layout "
-                "would not reach the gradient; use objective.ratio=position, or credit.sources=[]"
+                "would not reach the gradient; use objective.ratio=position, credit.sources=[], or credit.control=mean "
+                "(each sample's mean weight)"
             )
         if objective.ratio == "position" and not self.credit.sources:
             raise ValueError(

@@ -1,8 +1,10 @@
 """From an update's samples to the weights of their advantages."""
 
+import functools
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from vipo.config.credit import Control, CreditConfig
 from vipo.config.registries import CREDIT_SOURCES
 from vipo.credit.controls import controlled, divided_by_mean
+from vipo.credit.costs import Costs
 from vipo.credit.source import CreditError, CreditSource, Samples, Weights
 from vipo.parts import load_part, told
 
@@ -26,10 +29,12 @@ class Credit:
         weights: ``(N, [T,] H, W)`` float32, finite and not negative, or ``(N, S, [T,] H, W)`` where each of the S
             transitions has its own; None: nowhere in particular, the advantage is a scalar.
         metrics: what is logged of them.
+        costs: of the sources, for each sample.
     """
 
     weights: Tensor | None
     metrics: Mapping[str, float]
+    costs: Costs = field(default_factory=Costs)
 
 
 def load_sources(config: CreditConfig) -> dict[str, CreditSource]:
@@ -77,16 +82,18 @@ def assign_credit(
     samples: Samples,
     control: Control = "none",
     seen: Mapping[str, Sequence[Any]] | None = None,
+    mixture: Sequence[float] | None = None,
 ) -> Credit:
-    """The product of the sources' weights under a control, of the samples of all processes.
+    """The sources' weights, multiplied or mixed, under a control; of the samples of all processes.
 
     Products of weights that are all divided by their mean are divided by theirs.
 
     Args:
         sources: by name.
         samples: of this process.
-        control: around the product.
+        control: around the product or mixture.
         seen: by name, what each source's `after_rollout` gave.
+        mixture: None: they are multiplied; else their mean, weighted by these shares.
 
     Raises:
         CreditError: a source raised, or gave something that is no weights of these samples; the message names it.
@@ -97,7 +104,7 @@ def assign_credit(
         checked(name, source(replace(samples, seen=(seen or {}).get(name, ()))), samples)
         for name, source in sources.items()
     ]
-    product = _product(given, samples)
+    product = _combined(given, samples, mixture)
     values, constant, converged, groups = (
         samples.gather(part)
         for part in (
@@ -121,6 +128,7 @@ def assign_credit(
             "map/constant_share": float(constant.float().mean()),
             "map/unconverged_share": float((~converged).float().mean()),
         },
+        functools.reduce(operator.add, [weights.costs for weights in given]),
     )
 
 
@@ -161,17 +169,20 @@ def checked(name: str, found: Any, samples: Samples) -> Weights:
     return replace(given, values=values)
 
 
-def _product(given: Sequence[Weights], samples: Samples) -> Weights:
+def _combined(given: Sequence[Weights], samples: Samples, mixture: Sequence[float] | None) -> Weights:
     if len(given) == 1:
         return given[0]
     widest = max(weights.values.ndim for weights in given)
-    values = torch.ones((), device=samples.clean.device)
-    for weights in given:
-        values = values * (weights.values if weights.values.ndim == widest else weights.values.unsqueeze(1))
+    aligned = [weights.values if weights.values.ndim == widest else weights.values.unsqueeze(1) for weights in given]
+    if mixture is None:
+        values = functools.reduce(torch.mul, aligned)
+    else:
+        shares = [share / sum(mixture) for share in mixture]
+        values = functools.reduce(torch.add, [s * own for s, own in zip(shares, aligned, strict=True)])
     constant = torch.stack([_flags(weights.constant, samples, False) for weights in given]).all(dim=0)
     converged = torch.stack([_flags(weights.converged, samples, True) for weights in given]).all(dim=0)
     mean_one = all(weights.mean_one for weights in given)
-    return Weights(divided_by_mean(values) if mean_one else values, constant, converged, mean_one)
+    return Weights(divided_by_mean(values) if mean_one and mixture is None else values, constant, converged, mean_one)
 
 
 def _flags(flags: Tensor | None, samples: Samples, default: bool) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from vipo.credit.costs import Costs
 from vipo.credit.source import Context, CreditSource, Samples, Weights
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.perception.backbones import NOT_MEASURED
@@ -60,4 +61,5 @@ class BackboneCredit(CreditSource):
             torch.cat([part.constant for part in found]),
             torch.cat([part.converged for part in found]),
             mean_one=self.structuring.config.normalize == "mean",
+            costs=Costs(backbone_calls=1 if samples.pictures.ndim == 4 else samples.pictures.shape[1]),
         )

@@ -5,7 +5,7 @@ choose and no call of the network: the clean latents of the group are all that i
 group what is left between siblings is what the chain's own noise made of them, which is what was rewarded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vipo.config.credit import ContrastCreditConfig
-from vipo.credit.source import Context, CreditError, CreditSource, Samples, Weights
+from vipo.credit.costs import Costs
+from vipo.credit.source import Context, CreditSource, Samples, Weights
 from vipo.perception import Backbone, load_backbone
 from vipo.perception.allocator import resize
 
@@ -35,16 +36,10 @@ class ContrastCredit(CreditSource):
         """Load the backbone whose features are compared, where it is features.
 
         Raises:
-            CreditError: of features, the generator makes videos.
             PerceptionError: the backbone cannot be loaded.
         """
         if self.options.of == "latents":
             return
-        if context.generator.frame_groups is not None:
-            raise CreditError(
-                "credit source 'contrast' compares features of pictures, and this generator makes videos; set "
-                "of: latents in credit.sources"
-            )
         self.backbone = load_backbone(context.perception, context.generator.config.device, context.root)
 
     @property
@@ -55,10 +50,13 @@ class ContrastCredit(CreditSource):
 
     def __call__(self, samples: Samples) -> Weights:
         """The weights; of a sample that agrees with its siblings everywhere, 0 everywhere."""
+        costs = Costs()
         if self.backbone is None:
             values = samples.clean
         else:
-            values = torch.cat([self.backbone(pictures) for pictures in samples.pieces()])
+            values = torch.cat([self._features(pictures, samples.frame_groups) for pictures in samples.pieces()])
+            frames = 1 if samples.frame_groups is None else sum(map(len, samples.frame_groups))
+            costs = Costs(backbone_calls=frames, bytes_kept=values[0].nbytes)
         found = group_contrast(
             values,
             samples.groups,
@@ -68,7 +66,21 @@ class ContrastCredit(CreditSource):
             size=samples.grid,
             among=(samples.gather(values), samples.gather(samples.groups)),
         )
-        return Weights(found.weights, mean_one=self.options.normalize == "mean")
+        return Weights(found.weights, mean_one=self.options.normalize == "mean", costs=costs)
+
+    def _features(self, pictures: Tensor, frame_groups: Sequence[range] | None) -> Tensor:
+        """``(b, d, h, w)``, of videos ``(b, d, T, h, w)``: the mean over the frames that a latent frame covers."""
+        assert self.backbone is not None
+        if frame_groups is None:
+            return self.backbone(pictures)
+        # Frame by frame: the features of a whole clip are many.
+        return torch.stack(
+            [
+                torch.stack([self.backbone(pictures[:, frame]) for frame in frames]).mean(dim=0)
+                for frames in frame_groups
+            ],
+            dim=2,
+        )
 
 
 @dataclass(frozen=True)

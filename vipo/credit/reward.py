@@ -1,5 +1,6 @@
 """The source `reward`: an advantage goes where the reward looks, as the size of its gradient by the latents."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,13 +9,15 @@ from torch import Tensor
 
 from vipo.config.credit import RewardCreditConfig
 from vipo.credit.contrast import normalized
+from vipo.credit.costs import Costs
+from vipo.credit.occlusion import occlusion_map
 from vipo.credit.source import Context, CreditError, CreditSource, Samples, Weights
 from vipo.foreign import foreign
 from vipo.generators.base import Generator
 from vipo.perception.allocator import resize
 from vipo.perception.temporal import average_groups
 from vipo.prompts import Prompt
-from vipo.rewards import Reward, RewardError, Scored, in_use, score_where
+from vipo.rewards import Reward, RewardError, Scored, in_use, score, score_where
 
 
 def reward_gradient(
@@ -70,7 +73,9 @@ class RewardCredit(CreditSource):
 
     By its gradient, ``W_i(p)`` is proportional to ``sqrt(mean over channels of (d r_i / d x0_i(p))^2)``: one decoder's
     backward pass. It is where a small change of the latents changes the reward, not where the reward came from. By
-    the reward's own map of where, that map, resized to the latents' grid and averaged over each latent frame's frames.
+    occlusion (`vipo.credit.occlusion`), it is by how much the reward changes where a patch of the picture is blurred.
+    By the reward's own map of where, that map, resized to the latents' grid and averaged over each latent frame's
+    frames.
     """
 
     options: RewardCreditConfig
@@ -97,6 +102,8 @@ class RewardCredit(CreditSource):
         with in_use(self.reward):
             if self.options.reads == "where":
                 self._where(self.generator.pictures(blank), [prompt])
+            elif self.options.reads == "occlusion":
+                self._check_patches()
             else:
                 self._gradient(blank, [prompt.text], [prompt.metadata])
 
@@ -104,7 +111,11 @@ class RewardCredit(CreditSource):
         """The weights. Of a sample whose reward no position changes, 0 everywhere; of one that the reward says nothing
         of, 1."""
         with in_use(self.reward):
-            return self._told(samples) if self.options.reads == "where" else self._read(samples)
+            if self.options.reads == "where":
+                return self._told(samples)
+            if self.options.reads == "occlusion":
+                return self._normalized(self._occluded(samples), Costs(reward_calls=1 + self.options.patches**2))
+            return self._normalized(self._sizes(samples), Costs(decodes=1, reward_calls=1))
 
     def _told(self, samples: Samples) -> Weights:
         found, start = [], 0
@@ -119,7 +130,7 @@ class RewardCredit(CreditSource):
         silent = values.flatten(1).amax(dim=1) == 0
         weights = normalized(values**self.options.exponent, self.options.normalize).float()
         weights[silent] = 1.0
-        return Weights(weights, constant=silent, mean_one=self.options.normalize == "mean")
+        return Weights(weights, constant=silent, mean_one=self.options.normalize == "mean", costs=Costs(reward_calls=1))
 
     def _where(self, pictures: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
@@ -131,17 +142,39 @@ class RewardCredit(CreditSource):
             )
         return where
 
-    def _read(self, samples: Samples) -> Weights:
+    def _check_patches(self) -> None:
+        height, width = self.generator.config.sample_shape[-2:]
+        if (patches := self.options.patches) > min(height, width):
+            raise CreditError(f"credit source 'reward': {patches} patches a side of {height}x{width} pixels; lower it")
+
+    def _occluded(self, samples: Samples) -> Tensor:
+        found, start = [], 0
+        for pictures in samples.pieces():
+            own = samples.prompts[start : start + len(pictures)]
+            given = [prompt.text for prompt in own], [prompt.metadata for prompt in own]
+            reward = functools.partial(score, self.name, self.reward, prompts=given[0], metadata=given[1])
+            found.append(occlusion_map(reward, pictures, self.options.patches))
+            start += len(pictures)
+        maps = resize(torch.cat(found), samples.grid)
+        # Of a video, one map for all its frames.
+        frames = samples.positions[:-2]
+        return maps.reshape(len(maps), *[1] * len(frames), *samples.grid).expand(-1, *samples.positions)
+
+    def _sizes(self, samples: Samples) -> Tensor:
         found, start = [], 0
         for latents in samples.clean.split(samples.batch or len(samples)):
             own = samples.prompts[start : start + len(latents)]
             gradient = self._gradient(latents, [prompt.text for prompt in own], [prompt.metadata for prompt in own])
             found.append(gradient.double().square().mean(dim=1).sqrt())
             start += len(latents)
-        weights = torch.cat(found).nan_to_num(0.0, 0.0, 0.0)
+        return torch.cat(found)
+
+    def _normalized(self, sizes: Tensor, costs: Costs) -> Weights:
+        weights = sizes.nan_to_num(0.0, 0.0, 0.0)
         return Weights(
             normalized(weights**self.options.exponent, self.options.normalize).float(),
             mean_one=self.options.normalize == "mean",
+            costs=costs,
         )
 
     def _gradient(self, latents: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:

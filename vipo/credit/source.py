@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vipo.config.perception import PerceptionConfig
+from vipo.credit.costs import Costs
 from vipo.errors import VipoError
 from vipo.generators import Generator
 from vipo.parts import Part
@@ -112,12 +113,14 @@ class Weights:
         constant: ``(n,)`` bool, samples of which the source has nothing to say: ones, which controls leave as they are.
         converged: ``(n,)`` bool, False where the weights are approximate.
         mean_one: whether they were divided by their mean over a sample's positions, so that what is made of them is.
+        costs: of each sample; shown, and no part of the result.
     """
 
     values: Tensor
     constant: Tensor | None = None
     converged: Tensor | None = None
     mean_one: bool = False
+    costs: Costs = field(default_factory=Costs)
 
 
 class CreditSource(Part, ABC):
@@ -135,8 +138,8 @@ class CreditSource(Part, ABC):
         """Files or folders of weights that `set_up` read, by what they are: a part of the run's identity."""
         return {}
 
-    def before_rollout(self, generator: Generator) -> None:
-        """Called before a piece of samples is drawn: the place for hooks in the generator's network."""
+    def before_rollout(self, generator: Generator, prompts: Sequence[Prompt]) -> None:
+        """Called before a piece of samples of `prompts` is drawn: the place for hooks in the generator's network."""
 
     def after_rollout(self, generator: Generator) -> Any:
         """Called when the piece is drawn, before it is decoded; what it gives stands in `Samples.seen`."""

@@ -1,87 +1,72 @@
-"""Step credit: how much of a sample's reward each transition of its chain made, as a signed advantage per step.
+"""Step credit: how much of a sample's reward each transition of its chain made.
 
 The reward of the estimate of x0 along the chain, ``r_0, ..., r_S`` (before the first transition, ..., after the last),
 tells what each transition gained: ``r_(t+1) - r_t``, which sums to the whole chain's gain. Compared within the group,
-step by step, it is an advantage of that transition alone.
+step by step, it is a signed advantage of that transition alone (`vipo.objectives.step_advantages`).
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vipo.credit.costs import Costs
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
 
+Estimate = Literal["tweedie", "ode"]
+
 
 @torch.no_grad()
-def clean_estimates(
+def clean_estimate(
     generator: Generator,
     conditioning: Conditioning,
     trajectory: Trajectory,
     chain: Chain,
+    start: int,
     *,
-    ode_steps: bool = False,
+    stochastic: range,
+    estimate: Estimate,
 ) -> Tensor:
-    """The estimate of x0 before each transition, and the sample itself after the last: ``(B, S + 1, C, [T,] H, W)``.
+    """The estimate of x0 before transition `start`, ``(B, C, [T,] H, W)``; after the last one it is the sample.
 
     Args:
         generator: the policy that sampled.
         conditioning: of the batch.
         trajectory: T states, of which S = T - 1 transitions lead on.
         chain: as it was sampled by.
-        ode_steps: False ('tweedie'): one network call a state gives ``x0_hat = E[x0 | x_t]``, T - 1 more calls in all
-            (Stepwise-Flow-GRPO, arXiv 2603.28718); True ('ode'): the deterministic chain is followed to its end from
-            every state, whose estimate is a sample and no mean, T (T - 1) / 2 more calls (DenseGRPO, arXiv 2601.20218).
+        start: in [0, S).
+        stochastic: the steps that drew noise.
+        estimate: 'tweedie': ``x0_hat = E[x0 | x_t]`` by the prediction that was sampled with, no network call
+            (Stepwise-Flow-GRPO, arXiv 2603.28718); 'ode': the deterministic chain is followed to its end from the
+            state, whose estimate is a sample and no mean, ``T - 1 - start`` calls (DenseGRPO, arXiv 2601.20218).
     """
-    found = []
-    for start in range(chain.steps - 1):
-        x = trajectory.latents[:, start]
-        if ode_steps:
-            for step in range(start, chain.steps):
-                x = chain.ode(x, _predicted(generator, conditioning, chain, x, step), step)
-        else:
-            x = chain.ode(x, _predicted(generator, conditioning, chain, x, start), start, chain.steps)
-        found.append(x)
-    # The last state's estimate is the sample, in both.
-    return torch.stack([*found, trajectory.clean], dim=1)
+    x = trajectory.latents[:, start]
+    prediction = sampled_prediction(trajectory, chain, start, stochastic)
+    if estimate == "tweedie":
+        return chain.ode(x, prediction, start, chain.steps)
+    x = chain.ode(x, prediction, start)
+    for step in range(start + 1, chain.steps):
+        x = chain.ode(x, generator.predict(x, chain.times[step].expand(len(x)), conditioning), step)
+    return x
 
 
-def step_advantages(rewards: Tensor, groups: Tensor, std_floor: float, clip: float) -> Tensor:
-    """Signed advantages of the transitions: each one's gain, normalised within the group and the step.
+def sampled_prediction(trajectory: Trajectory, chain: Chain, step: int, stochastic: range) -> Tensor:
+    """What the network predicted at a state, to rounding: every transition's mean is affine in the prediction."""
+    x = trajectory.latents[:, step]
+    where = torch.full((len(x),), step, device=x.device)
 
-    ``A_i,t = (d_i,t - mean_t) / (std_t + floor)`` with ``d_i,t = r_i,t+1 - r_i,t``, the group's mean and standard
-    deviation (ddof 1) at that step.
+    def mean(latents: Tensor, prediction: Tensor) -> Tensor:
+        if step in stochastic:
+            return chain.gaussian(latents, prediction, where)[0]
+        return chain.ode(latents, prediction, step)
 
-    Args:
-        rewards: ``(N, S + 1)`` of the estimates before each transition and of the sample; a sample with a value that
-            is not finite is left out and gets 0.
-        groups: ``(N,)`` int64 group index of each sample, from 0.
-        std_floor: added to each standard deviation.
-        clip: the advantages are clipped to [-clip, clip].
-
-    Returns:
-        ``(N, S)`` float32. At a step where all siblings gained as much, 0.
-
-    Raises:
-        ValueError: shapes disagree.
-    """
-    if rewards.ndim != 2 or rewards.shape[1] < 2 or groups.shape != rewards.shape[:1]:
-        raise ValueError(
-            f"rewards, groups: expected (N, S + 1) and (N,), got {tuple(rewards.shape)} and {tuple(groups.shape)}"
-        )
-    gains = rewards.double().diff(dim=1)
-    valid = rewards.isfinite().all(dim=1)
-    values = torch.zeros_like(gains)
-    for group in groups.unique().tolist():
-        members = (groups == group) & valid
-        own = gains[members]
-        if len(own) < 2:
-            continue
-        differs = (own != own[:1]).any(dim=0)
-        normal = (own - own.mean(dim=0)) / (own.std(dim=0) + std_floor)
-        values[members] = torch.where(differs, normal, 0.0)
-    return values.clamp(-clip, clip).float()
+    nothing = torch.zeros_like(x)
+    return (trajectory.means[:, step] - mean(x, nothing)) / mean(nothing, torch.ones_like(x))
 
 
-def _predicted(generator: Generator, conditioning: Conditioning, chain: Chain, x: Tensor, step: int) -> Tensor:
-    return generator.predict(x, chain.times[step].expand(len(x)), conditioning)
+def step_costs(estimate: Estimate, steps: int, rewards: int) -> Costs:
+    """Of each sample's estimates over a chain of `steps` steps, scored by `rewards` rewards."""
+    calls = steps * (steps - 1) // 2 if estimate == "ode" else 0
+    return Costs(network_calls=calls, decodes=steps - 1, reward_calls=(steps - 1) * rewards)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.base import checkpoint_inputs
 from vipo.generators.embeddings import load_embeddings
 from vipo.prompts import read_prompts
+from vipo.provenance.files import atomic_file
 from vipo.rewards import load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 _SHARED = ("generator", "prompts", "reward", "sampling", "optimizer", "training", "advantages", "seed")
 # Beside the gradients of the sources (whole, and of one transition) and the reference.
 _OTHER_VECTORS = 4
+# Beside the parts of a measurement.
+_COSTS = "costs.json"
 
 
 def measure_credit(
@@ -112,7 +115,13 @@ def measure_credit(
     whole = costs.reference * plan.reference_batches + costs.update * plan.updates + costs.steps * plan.stepped
 
     def placed(groups: Sequence[Group]) -> Mapping[str, Tensor]:
-        return place_advantages(subject, arms, groups)
+        placement = place_advantages(subject, arms, groups)
+        if not (folder / _COSTS).is_file():
+            # Of every update the same; an earlier process may have told them.
+            with atomic_file(folder / _COSTS) as path:
+                found = {name: costs.counted for name, costs in placement.costs.items()}
+                path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return placement.values
 
     with progress_bar(total=whole, description="credit", unit="pass") as bar:
 
@@ -121,14 +130,17 @@ def measure_credit(
 
         def advance(records: Sequence[Record]) -> None:
             if len(records) > 2 and (needed := summarise(records, reference, meter.width, meter.confidence).needed):
-                bar.set_postfix({f"for ± {meter.width:g}": f"{needed.updates} updates"}, refresh=False)
+                groups = needed.updates * plan.update_groups
+                bar.set_postfix({f"for ± {meter.width:g}": f"{groups} groups"}, refresh=False)
             bar.update(costs.update + costs.steps * (len(records) <= plan.stepped))
 
         reference = None
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
         records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
-    return summarise(records, reference, meter.width, meter.confidence), list(dict.fromkeys(read))
+    costs = json.loads((folder / _COSTS).read_text(encoding="utf-8"))
+    result = replace(summarise(records, reference, meter.width, meter.confidence), costs=costs)
+    return result, list(dict.fromkeys(read))
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ def _plan(meter: MeterConfig, config: Config) -> Plan:
 
 def _identity(configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[Path]) -> str:
     """What decides the parts of a measurement; how many updates, and what is told of them, decide none of it."""
-    told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms"})
+    told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms", "checkpoints"})
     data: dict[str, Any] = {
         "meter": told,
         "arms": {name: config.training_identity() for name, config in configs.items()},
@@ -221,7 +233,7 @@ def write_result(result: Result, configs: Mapping[str, Config], meter: MeterConf
         "seed": first.seed,
         "reward": first.reward.model_dump(mode="json"),
         "arms": {name: config.credit.model_dump(mode="json") for name, config in configs.items()},
-        "meter": meter.model_dump(mode="json"),
+        "meter": meter.model_dump(mode="json", exclude={"checkpoints"}),
         "result": result.as_json(),
     }
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

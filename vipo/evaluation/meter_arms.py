@@ -8,9 +8,11 @@ from torch import Tensor
 
 from vipo.config.run import Config
 from vipo.config.values import config_hash
-from vipo.credit import Context, CreditSource, Samples, assign_credit, load_sources
+from vipo.credit import Context, Costs, CreditSource, Samples, assign_credit, load_sources
+from vipo.credit.meter.gradients import Chains
 from vipo.credit.meter.subject import Group, Subject, chain_rewards
-from vipo.objectives import allocate_advantages, group_advantages
+from vipo.credit.steps import Estimate, clean_estimate, step_costs
+from vipo.objectives import allocate_advantages, group_advantages, step_advantages
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,26 @@ def load_arms(configs: Mapping[str, Config], context: Context) -> dict[str, Arm]
     return arms
 
 
-def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Each arm's advantages of the groups of one update, ``(N, S or 1, [T,] H, W)``, as training places them."""
+@dataclass(frozen=True)
+class Placement:
+    """Where the arms place the advantages of one update.
+
+    Attributes:
+        values: by arm, ``(N, S or 1, [T,] H, W)``.
+        costs: by arm, of each sample.
+    """
+
+    values: dict[str, Tensor]
+    costs: dict[str, Costs]
+
+
+def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence[Group]) -> Placement:
+    """Each arm's advantages of the groups of one update, as training places them."""
     batches = [batch for group in groups for batch in group.batches]
     clean = torch.cat([batch.trajectory.clean for batch in batches])
     members = torch.arange(len(groups)).repeat_interleave(subject.group_size)
     rewards = chain_rewards(subject, batches)
+    estimated: dict[str, dict[str, Tensor]] = {}
     pictures = torch.cat([subject.generator.pictures(batch.trajectory.clean) for batch in batches])
     samples = Samples(
         pictures=pictures,
@@ -71,26 +87,56 @@ def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence
         seed=subject.seed,
         update=1 + groups[0].number // len(groups),
     )
-    found = {}
+    found, costs = {}, {}
     for name, arm in arms.items():
         seen = {
             source: [given for group in groups for given in group.seen[f"{arm.key}/{source}"]] for source in arm.sources
         }
-        weights = assign_credit(arm.sources, samples, arm.config.credit.control, seen).weights
-        config, multiplied = arm.config.advantages, arm.config.credit.multiplies
-        values = group_advantages(
-            rewards,
-            subject.weights,
-            members,
-            config.std_floor,
-            config.clip,
-            config.std,
-            weights.cpu() if weights is not None and multiplied == "reward" else None,
-        ).values.to(clean.device)
-        if weights is not None and multiplied == "advantage":
+        config, section = arm.config.advantages, arm.config.credit
+        credit = assign_credit(arm.sources, samples, section.control, seen, section.mixture)
+        weights, costs[name] = credit.weights, credit.costs
+        options = (subject.weights, members, config.std_floor, config.clip, config.std)
+        if section.steps != "none":
+            costs[name] += step_costs(section.steps, subject.chain.steps, len(rewards))
+            if section.steps not in estimated:
+                estimated[section.steps] = _step_rewards(subject, batches, rewards, section.steps)
+            values = step_advantages(estimated[section.steps], *options).values
+        else:
+            credit_of = weights.cpu() if weights is not None and section.multiplies == "reward" else None
+            values = group_advantages(rewards, *options, credit_of).values
+        values = values.to(clean.device)
+        if weights is not None and section.multiplies == "advantage":
+            if values.ndim == 2 and weights.ndim < clean.ndim:
+                weights = weights.unsqueeze(1)
             values = allocate_advantages(values, weights)
-        if values.ndim == 1:
-            values = values.reshape(-1, *([1] * len(samples.positions)))
+        if values.ndim <= 2:
+            values = values.reshape(*values.shape, *([1] * len(samples.positions)))
         # Where transitions have weights of their own there is a dimension more: that of the channels.
         found[name] = values if values.ndim == clean.ndim else values.unsqueeze(1)
-    return found
+    return Placement(found, costs)
+
+
+def _step_rewards(
+    subject: Subject, batches: Sequence[Chains], final: Mapping[str, Tensor], estimate: Estimate
+) -> dict[str, Tensor]:
+    """Each term of the estimates of x0 before every transition, and of the samples, ``(N, S + 1)``."""
+    found = []
+    for step in subject.chain.trainable:
+        estimates = [
+            clean_estimate(
+                subject.generator,
+                batch.conditioning,
+                batch.trajectory,
+                subject.chain,
+                step,
+                stochastic=subject.stochastic,
+                estimate=estimate,
+            )
+            for batch in batches
+        ]
+        at_step = [
+            replace(batch, trajectory=replace(batch.trajectory, clean=clean))
+            for batch, clean in zip(batches, estimates, strict=True)
+        ]
+        found.append(chain_rewards(subject, at_step))
+    return {name: torch.stack([*(own[name] for own in found), final[name]], dim=1) for name in final}

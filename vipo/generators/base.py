@@ -14,6 +14,7 @@ from vipo.config.registries import FAMILIES
 from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.foreign import foreign, guarded_class, resolve
+from vipo.generators.attention import TextAttention
 from vipo.generators.loading import without_loading_bars
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Generator(ABC):
         frame_groups: of a video, the decoded frames that each latent frame stands for; None for images.
         frame_rate: frames per second at which the family's videos play; None for images.
         network_folder: subfolder of the network in the diffusers layout.
+        text_attention: where the network attends to the prompt, and to which words; None: it is not known.
         prediction: what the network predicts.
         alphas_cumprod: where that is noise or v, the share of signal variance at each training timestep,
             ``(timesteps,)`` float32 on the CPU; None for flow matching.
@@ -63,6 +65,7 @@ class Generator(ABC):
     timesteps: Callable[[int], Tensor] | None = None
     flow_shift: float | Callable[[int], float] | None = None
     network_folder: ClassVar[str]
+    text_attention: ClassVar[TextAttention | None] = None
     prediction: Prediction = "velocity"
 
     @property

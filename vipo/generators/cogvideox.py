@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, Prediction, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.parts import part_settings
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder, token_ids
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import COGVIDEOX
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
@@ -37,6 +39,7 @@ class CogVideoXGenerator(PipelineGenerator):
     """CogVideoX 2B and 5B."""
 
     frame_rate: ClassVar[int | None] = 8
+    text_attention: ClassVar[TextAttention | None] = COGVIDEOX
     pipeline_class: ClassVar[Any] = CogVideoXPipeline
     network_class: ClassVar[Any] = CogVideoXTransformer3DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLCogVideoX": AutoencoderKLCogVideoX})

@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder, token_ids
 from vipo.generators.variants import refuse_channels
+from vipo.generators.words import FLUX
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ def image_ids(height: int, width: int, device: torch.device | str) -> Tensor:
 class FluxGenerator(PipelineGenerator):
     """FLUX.1 and the demo generator."""
 
+    text_attention: ClassVar[TextAttention | None] = FLUX
     pipeline_class: ClassVar[Any] = FluxPipeline
     network_class: ClassVar[Any] = FluxTransformer2DModel
     guides: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Mistral3ForConditionalGeneration, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.parts import model_index
@@ -21,6 +22,7 @@ from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.schedules import dynamic_shift, flow_settings
 from vipo.generators.texts import as_chat, load_text_encoder
 from vipo.generators.variants import refuse_channels
+from vipo.generators.words import FLUX2_DEV, FLUX2_KLEIN
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class _Flux2Generator(PipelineGenerator):
 class Flux2DevGenerator(_Flux2Generator):
     """FLUX.2-dev: read by Mistral 3, guidance embedded."""
 
+    text_attention: ClassVar[TextAttention | None] = FLUX2_DEV
     pipeline_class: ClassVar[Any] = Flux2Pipeline
     guides: ClassVar[bool] = False
 
@@ -128,6 +131,7 @@ class Flux2DevGenerator(_Flux2Generator):
 class Flux2KleinGenerator(_Flux2Generator):
     """FLUX.2 klein: read by Qwen 3, guided away from the negative prompt where it is not distilled."""
 
+    text_attention: ClassVar[TextAttention | None] = FLUX2_KLEIN
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
 
     _distilled = False

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import as_chat, load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import HUNYUAN_VIDEO
 
 _NEEDS: Mapping[str, str] = MappingProxyType({"use_meanflow": "takes a second timestep (MeanFlow)"})
 _NAMES = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2")
@@ -27,6 +29,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
     """HunyuanVideo 1.5 text-to-video."""
 
     frame_rate: ClassVar[int | None] = 24
+    text_attention: ClassVar[TextAttention | None] = HUNYUAN_VIDEO
     pipeline_class: ClassVar[Any] = HunyuanVideo15Pipeline
     network_class: ClassVar[Any] = HunyuanVideo15Transformer3DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType(

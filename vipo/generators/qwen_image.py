@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder, padded
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import QWEN_IMAGE
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
@@ -31,6 +33,7 @@ _SEQUENCE = "encoder_hidden_states"
 class QwenImageGenerator(PipelineGenerator):
     """Qwen-Image; `generator.guidance_scale` is the stock pipeline's ``true_cfg_scale``."""
 
+    text_attention: ClassVar[TextAttention | None] = QWEN_IMAGE
     pipeline_class: ClassVar[Any] = QwenImagePipeline
     network_class: ClassVar[Any] = QwenImageTransformer2DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLQwenImage": AutoencoderKLQwenImage})

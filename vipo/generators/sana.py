@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, Gemma2Model
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import SANA
 
 _NEEDS: Mapping[str, str] = MappingProxyType({"guidance_embeds": "takes the guidance scale as an embedding (Sprint)"})
 _NAMES = ("encoder_hidden_states", "encoder_attention_mask")
@@ -24,6 +26,7 @@ _NAMES = ("encoder_hidden_states", "encoder_attention_mask")
 class SanaGenerator(PipelineGenerator):
     """Sana at the size that is asked for: pictures are not made at a near trained size and cropped."""
 
+    text_attention: ClassVar[TextAttention | None] = SANA
     pipeline_class: ClassVar[Any] = SanaPipeline
     network_class: ClassVar[Any] = SanaTransformer2DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderDC": AutoencoderDC})

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, Prediction, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import SD
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class StableDiffusionGenerator(PipelineGenerator):
         needs: what a setting of the network asks for that the adapter does not give, by its name.
     """
 
+    text_attention: ClassVar[TextAttention | None] = SD
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     network_class: ClassVar[Any] = UNet2DConditionModel
     network_folder: ClassVar[str] = "unet"

@@ -12,16 +12,19 @@ from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_settings
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder, token_ids
 from vipo.generators.variants import refuse_channels
+from vipo.generators.words import SD3
 
 
 class StableDiffusion3Generator(PipelineGenerator):
     """Stable Diffusion 3 and 3.5, medium and large, with T5 or without; skip-layer guidance is not used."""
 
+    text_attention: ClassVar[TextAttention | None] = SD3
     pipeline_class: ClassVar[Any] = StableDiffusion3Pipeline
     network_class: ClassVar[Any] = SD3Transformer2DModel
     token_side: ClassVar[int | None] = 2

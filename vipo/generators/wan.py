@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import WAN
 
 _NEEDS: Mapping[str, str] = MappingProxyType(
     {
@@ -36,6 +38,7 @@ class WanGenerator(PipelineGenerator):
 
     times_of_tokens: ClassVar[bool] = False
     frame_rate: ClassVar[int | None] = 16
+    text_attention: ClassVar[TextAttention | None] = WAN
     pipeline_class: ClassVar[Any] = WanPipeline
     network_class: ClassVar[Any] = WanTransformer3DModel
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLWan": AutoencoderKLWan})

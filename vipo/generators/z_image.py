@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_class
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import as_chat, load_text_encoder, padded
 from vipo.generators.variants import refuse_channels, refuse_settings
+from vipo.generators.words import Z_IMAGE
 
 _ENCODERS: Mapping[str, Any] = MappingProxyType({"Qwen3Model": Qwen3Model, "Qwen3ForCausalLM": Qwen3ForCausalLM})
 _NEEDS: Mapping[str, str] = MappingProxyType({"siglip_feat_dim": "takes pictures as well (Z-Image Omni)"})
@@ -27,6 +29,7 @@ _MULTIPLE = 32
 class ZImageGenerator(PipelineGenerator):
     """Z-Image; its guidance scale counts from 0, ``p + scale (p - n)``."""
 
+    text_attention: ClassVar[TextAttention | None] = Z_IMAGE
     pipeline_class: ClassVar[Any] = ZImagePipeline
     network_class: ClassVar[Any] = ZImageTransformer2DModel
     neutral_guidance: ClassVar[float] = 0.0

@@ -6,6 +6,7 @@ from vipo.objectives.advantages import (
     allocate_advantages,
     best_and_worst,
     group_advantages,
+    step_advantages,
 )
 from vipo.objectives.gates import Gate, Gated, Moved, load_gate
 from vipo.objectives.objective import (
@@ -39,4 +40,5 @@ __all__ = [
     "group_advantages",
     "load_gate",
     "load_objective",
+    "step_advantages",
 ]

@@ -1,7 +1,7 @@
 """From rewards to advantages per sample and per position (docs/method.md, Advantages)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,8 @@ class GroupAdvantages:
     """Advantages of one update.
 
     Attributes:
-        values: ``(N,)`` or ``(N, [S,] [T,] H, W)`` float32, clipped; 0 for samples that are left out.
+        values: ``(N,)``, ``(N, S)`` where each transition has its own, or ``(N, [S,] [T,] H, W)``; float32, clipped; 0
+            for samples that are left out.
         valid: ``(N,)`` bool, False where a reward was not finite.
         group_std: ``(groups,)`` standard deviation of the weighted reward within each group, its mean over positions;
             0 where all rewards are equal.
@@ -31,9 +32,10 @@ class Advantages:
     """What samples are worth, and where.
 
     Attributes:
-        values: ``(B,)``, with credit ``(B, [T,] H, W)``: A, or W(p) A. Of an update, ``(N, S, [T,] H, W)`` where each
-            of the S transitions has credit of its own.
-        scalar: ``(B,)``, A; where credit is multiplied into the reward, the mean of `values`.
+        values: ``(B,)``, with credit ``(B, [T,] H, W)``: A, or W(p) A. Of an update, ``(N, S, [T,] H, W)``, or without
+            credit ``(N, S)``, where each of the S transitions has credit or an advantage of its own.
+        scalar: ``(B,)``, A; where credit is multiplied into the reward, or each transition has its own advantage, the
+            mean of them.
         weights: like `values`, W(p); None without credit, or where it is multiplied into the reward.
     """
 
@@ -104,6 +106,56 @@ def group_advantages(
     return GroupAdvantages(values.clamp(-clip, clip).float(), valid, group_std.float(), zero_std)
 
 
+def step_advantages(
+    rewards: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    groups: Tensor,
+    std_floor: float,
+    clip: float,
+    std: Literal["group", "batch"] = "group",
+) -> GroupAdvantages:
+    """Signed advantages of transitions: what each gained of every reward, as `group_advantages` has it of samples.
+
+    ``A_i,t = sum_k w_k (d_ik,t - mean_k,t) / (std_k,t + floor)`` with ``d_ik,t = r_ik,t+1 - r_ik,t``, the statistics of
+    the group at that step. A reward whose samples end alike adds 0 at every step: what none of them won, no transition
+    made.
+
+    Args:
+        rewards: ``(N, S + 1)`` per reward name, of the estimates of x0 before each transition and of the sample; a
+            sample with a value that is not finite is left out.
+        weights, groups, std_floor, clip, std: as of `group_advantages`.
+
+    Returns:
+        ``(N, S)``; all else as of the samples' own rewards.
+
+    Raises:
+        ValueError: names or shapes disagree.
+
+    Source: Stepwise-Flow-GRPO (arXiv 2603.28718) and DenseGRPO (arXiv 2601.20218): a transition's own gain, normalised
+    within the group and the step.
+    """
+    for name, reward in rewards.items():
+        if reward.ndim != 2 or reward.shape[1] < 2:
+            raise ValueError(f"rewards[{name!r}]: expected (N, S + 1), got {tuple(reward.shape)}")
+    sound = torch.stack([reward.isfinite().all(dim=1) for reward in rewards.values()]).all(dim=0)
+    final = {name: torch.where(sound, reward[:, -1], torch.nan) for name, reward in rewards.items()}
+    whole = group_advantages(final, weights, groups, std_floor, clip, std)
+    gains = {}
+    for name, reward in rewards.items():
+        own = torch.where(sound[:, None], reward.double().diff(dim=1), torch.nan)
+        for group in groups.unique():
+            members = (groups == group) & sound
+            if bool((final[name][members] == final[name][members][:1]).all()):
+                own[members] = 0
+        gains[name] = own
+    steps = next(iter(gains.values())).shape[1]
+    found = [
+        group_advantages({name: own[:, step] for name, own in gains.items()}, weights, groups, std_floor, clip, std)
+        for step in range(steps)
+    ]
+    return replace(whole, values=torch.stack([step.values for step in found], dim=1))
+
+
 def best_and_worst(advantages: Tensor, groups: Tensor, count: int) -> Tensor:
     """Rows of the `count` / 2 highest and `count` / 2 lowest advantages of each group.
 
@@ -132,7 +184,7 @@ def best_and_worst(advantages: Tensor, groups: Tensor, count: int) -> Tensor:
 
 
 def allocate_advantages(advantages: Tensor, credit: Tensor) -> Tensor:
-    """``A_i^p = W_i(p) A_i``: ``(N,)`` and ``(N, [S,] [T,] H, W)`` to the latter.
+    """``A_i^p = W_i(p) A_i``: ``(N,)`` and ``(N, [S,] [T,] H, W)`` to the latter; ``(N, S)`` with ``(N, S or 1, ...)``.
 
     Raises:
         ValueError: a weight is negative (it would flip an advantage's sign), or shapes disagree.
@@ -143,4 +195,4 @@ def allocate_advantages(advantages: Tensor, credit: Tensor) -> Tensor:
         )
     if bool((credit < 0).any()):
         raise ValueError(f"credit: a value is negative ({float(credit.min())}); it would flip the sign of an advantage")
-    return credit * advantages.reshape(-1, *([1] * (credit.ndim - 1)))
+    return credit * advantages.reshape(*advantages.shape, *([1] * (credit.ndim - advantages.ndim)))

@@ -26,7 +26,7 @@ Kept = Literal["sampler", "anchor"]
 
 # What the records of every update are called, or begin with.
 _TAKEN = frozenset(
-    {"update", "loss", "grad", "log_ratio", "clip", "reward", "samples", "group", "map", "time", "memory"}
+    {"update", "loss", "grad", "log_ratio", "clip", "reward", "samples", "group", "map", "credit", "time", "memory"}
 )
 
 

@@ -47,9 +47,13 @@ class Surrogate(Objective):
             # GRPO-Guard's second half: a step's gradient is proportional to dt, this makes the steps count alike.
             weights = 1 / (chain.levels[steps] - chain.levels[steps + 1])
             gated = normalized_log_ratio(log_ratio, kl, std.flatten())
-        moved = Moved(gated.detach(), advantages.values, mean.detach(), old_mean, std)
+        values = advantages.values
+        if options.ratio == "sample" and values.ndim > 1:
+            # Credit without a layout: the same weight everywhere.
+            values = values.flatten(1).mean(dim=1)
+        moved = Moved(gated.detach(), values, mean.detach(), old_mean, std)
         decided = checked_gated(options.gate.name, self.gate(moved), moved)
-        found = gated_surrogate(gated, advantages.values, decided, ratio=options.ratio, weights=weights)
+        found = gated_surrogate(gated, values, decided, ratio=options.ratio, weights=weights)
         loss, metrics = found.loss, {}
         if predictions.reference is not None:
             reference, _ = chain.gaussian(points.latents, predictions.reference, steps)

@@ -45,6 +45,9 @@ def render_page(
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": _signed, "number": _number, "words": _against, "one_line": one_line}
+    # What was measured needs torch, the page does not.
+    from vipo.reporting.measured import credit_section
+
     configs = [run.config for run in experiment.runs]
     size = max(configs[0].generator.width, configs[0].generator.height)
     return environment.get_template("report.html.j2").render(
@@ -69,6 +72,7 @@ def render_page(
         differing=_differing(experiment.runs),
         configurations=_configurations(experiment.runs),
         checks=_checks(experiment),
+        credit=credit_section(experiment.folder, experiment.config.experiment.meter),
         provenance=[_provenance(run) for run in experiment.runs if not run.config.is_base],
         manifest=json.dumps(experiment.manifest, indent=2, sort_keys=True, ensure_ascii=False),
     )

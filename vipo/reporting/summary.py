@@ -164,9 +164,11 @@ def label(column: str) -> str:
 def describe(config: Config) -> str:
     """What an arm trains, in a few words."""
     ratio, gate = _described(config.objective)
+    by_step = "" if config.credit.steps == "none" else f" and transition ({config.credit.steps})"
     if not config.credit.sources:
-        return f"{ratio} and one advantage per sample{gate}"
-    return f"{ratio}, {config.credit.multiplies} weighted by {_weights(config.credit)}{gate}"
+        return f"{ratio} and one advantage per sample{by_step}{gate}"
+    given = f"{config.credit.multiplies}{by_step.replace(' and', ' per')}"
+    return f"{ratio}, {given} weighted by {_weights(config.credit)}{gate}"
 
 
 def _described(objective: ObjectiveConfig) -> tuple[str, str]:
@@ -186,9 +188,10 @@ def _weights(credit: CreditConfig) -> str:
         "uniform": "ones",
         "oracle": "the object's own pixels",
         "contrast": "the contrast to siblings",
-        "reward": "the reward's gradient",
+        "reward": "where the reward looks",
+        "attention": "the attention to the prompt's words",
     }
-    product = " times ".join(known.get(name, name) for name in credit.names)
+    product = (" times " if credit.mixture is None else " and ").join(known.get(name, name) for name in credit.names)
     bare = product.removeprefix("the ")
     return {
         "none": product,

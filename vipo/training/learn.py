@@ -171,7 +171,8 @@ def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Advantages:
 
     def own(values: Tensor) -> Tensor:
         found = values[list(batch.rows)]
-        return found[torch.arange(len(found)), steps] if found.ndim == batch.trajectory.clean.ndim else found
+        # Positions alone are two dimensions or more: with one dimension beside the samples', it is the transitions'.
+        return found[torch.arange(len(found)), steps] if found.ndim in (2, batch.trajectory.clean.ndim) else found
 
     whole = lesson.advantages
     return Advantages(own(whole.values), own(whole.scalar), None if whole.weights is None else own(whole.weights))

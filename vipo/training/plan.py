@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from vipo.config.run import Config
+from vipo.credit.steps import step_costs
 from vipo.generators.base import GeneratorError
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
@@ -178,6 +179,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     copied = objective.needs_reference and training.lora is None
     a_prompt = _bytes(conditioning.values()) // size
     pictures = own * math.prod(config.generator.sample_shape) * _FP32
+    estimate = config.credit.steps
+    credited = {"crediting": samples * step_costs(estimate, steps, 0).network_calls} if estimate == "ode" else {}
     held = {
         "network": weights // shards,
         "autoencoder": _bytes(generator.vae.parameters()),
@@ -191,8 +194,11 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         held=held,
         phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns + gradients},
         trained=trained,
-        evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared},
-        flops=(drawn.get_total_flops() * (samples * steps + lessons * compared) + learned.get_total_flops() * lessons)
+        evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared} | credited,
+        flops=(
+            drawn.get_total_flops() * (samples * steps + lessons * compared + sum(credited.values()))
+            + learned.get_total_flops() * lessons
+        )
         // size,
         disk=run_bytes(training, trained, len(keeps)),
     )

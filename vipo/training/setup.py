@@ -134,6 +134,11 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
             f"sampling.ode {config.sampling.ode!r}: objective {config.objective.name!r} needs noise in the chain's "
             "steps; set sampling.ode=null"
         )
+    if config.credit.steps != "none" and objective.needs == "none":
+        raise TrainingError(
+            f"credit.steps {config.credit.steps!r} gives transitions advantages of their own, and objective "
+            f"{config.objective.name!r} trains none; set credit.steps=none"
+        )
     context = Context(generator, prompts, rewards, config.perception, root, distribution.is_main)
     for source in sources.values():
         source.set_up(context)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vipo.provenance.files import StorageError, atomic_file
 from vipo.tracking.trackers import sheet_path
+from vipo.training.rollouts import Rollouts
 from vipo.training.setup import Setup
-from vipo.training.update import Rollouts, Show
+from vipo.training.update import Show
 
 log = logging.getLogger(__name__)
 

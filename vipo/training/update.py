@@ -8,7 +8,6 @@ micro-batches of the rollout are those of learning: the same network calls, henc
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,56 +16,31 @@ from torch import Tensor
 from vipo import credit
 from vipo.credit import Credit, Samples
 from vipo.generators.embeddings import stack_conditioning
-from vipo.objectives import Advantages, GroupAdvantages, allocate_advantages, best_and_worst, group_advantages
-from vipo.rewards import RewardError, in_use, score
+from vipo.objectives import (
+    Advantages,
+    GroupAdvantages,
+    allocate_advantages,
+    best_and_worst,
+    group_advantages,
+    step_advantages,
+)
+from vipo.rewards import RewardError
 from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
+from vipo.training.rollouts import Rollouts, in_order
 from vipo.training.samples import (
     MicroBatch,
-    Sample,
     arrange_samples,
     chosen_transitions,
     concatenated,
     update_prompts,
 )
+from vipo.training.scores import Scores, score_samples, score_transitions
 from vipo.training.setup import Setup
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What an update sampled.
-
-    Attributes:
-        number: of the update.
-        samples: all N of the update, in their order.
-        groups: ``(N,)`` int64, the group of each sample.
-        batches: this process's micro-batches, n samples in all; each knows the rows of its samples.
-        pictures: ``(n, *sample_shape)`` float32 in [0, 1], decoded from them in their order.
-        seen: by credit source, what it saw while each micro-batch was drawn.
-    """
-
-    number: int
-    samples: list[Sample]
-    groups: Tensor
-    batches: list[MicroBatch]
-    pictures: Tensor
-    seen: dict[str, list[Any]]
-
-    @property
-    def rows(self) -> list[int]:
-        """Of this process's samples."""
-        return [row for batch in self.batches for row in batch.rows]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Rewards of all samples, ``(N,)`` on the CPU, by the label of their term; not finite where there is none."""
-
-    rewards: dict[str, Tensor]
 
 
 Show = Callable[[Rollouts, Tensor | None], None]
@@ -99,7 +73,7 @@ def update(
     with sampling_policy(setup):
         rollouts = roll_out(setup, number, stop_if_asked)
     with setup.timer("reward"):
-        scores = score_samples(setup, rollouts)
+        scores = score_transitions(setup, rollouts, score_samples(setup, rollouts))
     with setup.timer("map"):
         found = assign_credit(setup, rollouts)
     if show is not None:
@@ -107,6 +81,7 @@ def update(
             show(rollouts, found.weights)
     advantages = form_advantages(setup, rollouts, scores, found)
     metrics = reward_metrics(setup, scores, advantages) | dict(found.metrics)
+    metrics |= {f"credit/{name}": float(count) for name, count in (found.costs + scores.costs).counted.items()}
     lesson = choose_lesson(setup, rollouts, found, advantages)
     # The pictures of an update are many, and so is what best_of leaves out; learning is where memory peaks.
     del rollouts, found
@@ -145,7 +120,7 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
         ]
         steps: list[Key] = [(config.seed, "step", number, s.prompt.id, s.index) for s in chunk]
         for source in setup.sources.values():
-            source.before_rollout(setup.generator)
+            source.before_rollout(setup.generator, [sample.prompt for sample in chunk])
         with setup.timer("rollout"):
             trajectory = rollout(
                 setup.generator, conditioning, setup.chain, stochastic, initial, steps, config.sampling.ode or "euler"
@@ -161,29 +136,7 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
                 pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
             pictures[place * size : (place + 1) * size] = decoded
     groups = torch.tensor([sample.group for sample in samples])
-    return Rollouts(number, samples, groups, batches, pictures, seen)
-
-
-def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
-    """Each reward of all samples."""
-    rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
-    for label, reward in setup.rewards.items():
-        with in_use(reward):
-            for batch, pictures in zip(rollouts.batches, _pieces(setup, rollouts), strict=True):
-                own = [rollouts.samples[row] for row in batch.rows]
-                texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-                rewards[label][list(batch.rows)] = score(label, reward, pictures, texts, metadata)
-    rows = rollouts.rows
-    return Scores({name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()})
-
-
-def _pieces(setup: Setup, rollouts: Rollouts) -> tuple[Tensor, ...]:
-    return rollouts.pictures.split(setup.config.training.micro_batch)
-
-
-def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:
-    """Values ``(n, ...)`` of this process's samples, gathered to ``(N, ...)`` in the order of all samples."""
-    return setup.distribution.in_order(local, [row for batch in batches for row in batch.rows])
+    return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
 
 
 def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:
@@ -204,7 +157,8 @@ def assign_credit(setup: Setup, rollouts: Rollouts) -> Credit:
         update=rollouts.number,
         gather=lambda local: in_order(setup, local, rollouts.batches),
     )
-    return credit.assign_credit(setup.sources, samples, setup.config.credit.control, rollouts.seen)
+    config = setup.config.credit
+    return credit.assign_credit(setup.sources, samples, config.control, rollouts.seen, config.mixture)
 
 
 def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Credit) -> GroupAdvantages:
@@ -214,15 +168,13 @@ def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Cre
         RewardError: no sample has a finite reward.
     """
     config, multiplied = setup.config.advantages, setup.config.credit.multiplies
-    result = group_advantages(
-        scores.rewards,
-        {term.label: term.weight for term in setup.config.reward.terms},
-        rollouts.groups,
-        config.std_floor,
-        config.clip,
-        config.std,
-        found.weights.cpu() if found.weights is not None and multiplied == "reward" else None,
-    )
+    weights = {term.label: term.weight for term in setup.config.reward.terms}
+    options = (rollouts.groups, config.std_floor, config.clip, config.std)
+    if scores.steps:
+        result = step_advantages(scores.steps, weights, *options)
+    else:
+        credit_of = found.weights.cpu() if found.weights is not None and multiplied == "reward" else None
+        result = group_advantages(scores.rewards, weights, *options, credit_of)
     if not bool(result.valid.any()):
         raise RewardError(
             f"update {rollouts.number}: no sample has a finite reward; check the rewards {', '.join(scores.rewards)}"
@@ -260,7 +212,11 @@ def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: G
     values, scalar = values.to(setup.device), scalar.to(setup.device)
     own = Advantages(values, scalar)
     if found.weights is not None and setup.config.credit.multiplies == "advantage":
-        own = Advantages(allocate_advantages(values, found.weights), scalar, found.weights)
+        weights = found.weights
+        if values.ndim == 2 and weights.ndim < batches[0].trajectory.clean.ndim:
+            # One map a sample, and an advantage a transition.
+            weights = weights.unsqueeze(1).expand(-1, values.shape[1], *weights.shape[1:])
+        own = Advantages(allocate_advantages(values, weights), scalar, weights)
     return Lesson(rollouts.number, batches, own, rollouts.samples)
 
 

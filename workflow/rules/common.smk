@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -14,6 +15,7 @@ from vipo.config.compose import (
     write_if_changed,
 )
 from vipo.config.experiment import check_runs
+from vipo.config.meter import measured_weights, measurement_label
 from vipo.config.validation import ConfigError
 from vipo.config.workflow import read_workflow_config
 from vipo.errors import VipoError
@@ -74,11 +76,11 @@ for run, resolved in RUNS.items():
 TRAINED = [run for run, resolved in RUNS.items() if not resolved.is_base]
 EXPERIMENT_DIR = f"results/{RUNS[FIRST].experiment.name}"
 # What the arms' credit is worth, where the experiment asks for it (credit.smk).
-MEASURED = (
-    [f"{EXPERIMENT_DIR}/credit/base/credit.json"]
-    if RUNS[FIRST].experiment.meter
-    else []
-)
+METER = RUNS[FIRST].experiment.meter
+MEASURED = [
+    f"{EXPERIMENT_DIR}/credit/{measurement_label(name)}/credit.json"
+    for name in (METER.checkpoints if METER else ())
+]
 
 # What stood there before, for a start that is refused.
 EARLIER = {}

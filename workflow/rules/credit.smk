@@ -1,11 +1,36 @@
-"""What the credit of the experiment's arms is worth at the generator as it is, where section experiment.meter asks."""
+"""What the credit of the experiment's arms is worth at the checkpoints that section experiment.meter names."""
 
-METER = RUNS[FIRST].experiment.meter
+from vipo.config.meter import check_checkpoints
+
 ARMS = RUNS[FIRST].experiment.arms
 if absent := [arm for arm in METER.arms if arm not in ARMS]:
     raise WorkflowError(
         f"experiment {EXPERIMENT}: experiment.meter.arms: {', '.join(absent)}: not among experiment.arms; add them there"
     )
+try:
+    check_checkpoints(METER, {run: RUNS[run].training.save_at for run in TRAINED})
+except ConfigError as error:
+    raise WorkflowError(f"experiment {EXPERIMENT}: {error}") from error
+WEIGHTS = {
+    measurement_label(name): measured_weights(name, Path(EXPERIMENT_DIR))
+    for name in METER.checkpoints
+}
+
+
+def measured_run(wildcards):
+    """The finished run whose weights are measured; the generator as it is needs none."""
+    weights = WEIGHTS[wildcards.checkpoint]
+    return (
+        []
+        if weights is None
+        else f"{EXPERIMENT_DIR}/runs/{weights.relative_to(f'{EXPERIMENT_DIR}/runs').parts[0]}/weights"
+    )
+
+
+def weights_option(wildcards):
+    """How `vipo credit` is told of them."""
+    weights = WEIGHTS[wildcards.checkpoint]
+    return "" if weights is None else f"--weights {weights}"
 
 
 rule credit:
@@ -14,23 +39,27 @@ rule credit:
         prompts=rules.prepare.output,
         embeddings=rules.encode.output,
         generator=generator_files(),
+        run=measured_run,
     output:
-        data=MEASURED[0],
-        figure=f"{EXPERIMENT_DIR}/credit/base/credit.svg",
+        data=f"{EXPERIMENT_DIR}/credit/{{checkpoint}}/credit.json",
+        figure=f"{EXPERIMENT_DIR}/credit/{{checkpoint}}/credit.svg",
     log:
-        f"{EXPERIMENT_DIR}/logs/credit.log",
+        f"{EXPERIMENT_DIR}/logs/credit-{{checkpoint}}.log",
+    wildcard_constraints:
+        checkpoint="|".join(map(re.escape, WEIGHTS)),
     threads: RUNS[FIRST].training.threads
     resources:
         **job_resources(RUNS[FIRST], "train"),
     params:
         identity=json.dumps(
             [
-                METER.model_dump(mode="json"),
+                METER.model_dump(mode="json", exclude={"checkpoints"}),
                 *(
                     identity(f"{arm}-s{ARMS[arm].seeds[0]}", "training")
                     for arm in METER.arms
                 ),
             ]
         ),
+        weights=weights_option,
     shell:
-        "vipo credit --config {input.config} > {log} 2>&1"
+        "vipo credit --config {input.config} {params.weights} > {log} 2>&1"

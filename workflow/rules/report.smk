@@ -26,6 +26,7 @@ rule report:
         data=rules.summarize.output.data,
         samples=expand(rules.evaluate.output.samples, run=RUNS),
         maps=expand(rules.evaluate.output.maps, run=RUNS),
+        measured=MEASURED,
     output:
         page=f"{EXPERIMENT_DIR}/report/index.html",
     log:

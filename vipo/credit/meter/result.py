@@ -1,9 +1,9 @@
 """From the records of a measurement to estimates: cosines, gains, ratios to the first source, and what is missing."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,20 +70,26 @@ class Agreement:
     steps: int
 
 
+Units = Literal["reference batches", "held-out prompts"]
+
+
 @dataclass(frozen=True)
 class Needed:
     """What an interval of half-width `width` of a ratio would take, by the errors so far.
 
     Attributes:
         source, kind: of the ratio with the widest interval.
-        updates, reference_batches: in all, not in addition.
+        updates, units: in all, not in addition.
+        of: what the units are, by the estimator: reference batches (pathwise), or where there are none, held-out
+            prompts (directional; the updates are those along which steps are taken).
     """
 
     width: float
     source: str
     kind: str
     updates: int
-    reference_batches: int
+    units: int
+    of: Units
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class Result:
         agreement: of both estimators; None where one is missing.
         change: what every step changed, in the units of the plan's size.
         needed: None where it cannot be told.
+        costs: by source, what it takes of each sample beyond sampling, decoding and scoring it once; what is 0 is left
+            out.
     """
 
     first: str
@@ -115,6 +123,7 @@ class Result:
     agreement: Agreement | None
     change: float | None
     needed: Needed | None
+    costs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For ``json.dumps``; what is not finite is None."""
@@ -161,7 +170,7 @@ def summarise(
         steps,
         _agreement(stepped, pairs, reference, confidence),
         next((record["change"] for record in stepped if record["change"] is not None), None),
-        _needed(pathwise, names[0], len(records), reference, width, confidence),
+        _needed(pathwise, directional, names[0], len(records), stepped, reference, width, confidence),
     )
 
 
@@ -252,23 +261,30 @@ def _agreement(
 
 def _needed(
     pathwise: Sequence[Along],
+    directional: Sequence[Along],
     first: str,
     updates: int,
+    stepped: Sequence[Record],
     reference: Reference | None,
     width: float,
     confidence: float,
 ) -> Needed | None:
     factors = [
         (factor, along)
-        for along in pathwise
+        for along in pathwise or directional
         if along.source != first and (factor := factor_for(along.ratio, width, confidence)) is not None
     ]
-    if not factors or reference is None:
+    if not factors:
         return None
     factor, widest = max(factors, key=lambda pair: pair[0])
-    return Needed(
-        width, widest.source, widest.kind, math.ceil(factor * updates), math.ceil(factor * sum(reference.batches))
-    )
+    if reference is not None:
+        counts = updates, sum(reference.batches)
+    else:
+        gains = stepped[0]["sources"][first]["kinds"][widest.kind]["step"]["gains"]
+        counts = len(stepped), len(gains)
+    more, units = (math.ceil(factor * count) for count in counts)
+    of: Units = "held-out prompts" if reference is None else "reference batches"
+    return Needed(width, widest.source, widest.kind, more, units, of)
 
 
 def _plain(value: Any) -> Any:

@@ -99,7 +99,7 @@ def sample_group(subject: Subject, purpose: str, number: int, prompt: Prompt) ->
     for start in range(0, subject.group_size, subject.micro_batch):
         rows = range(start, min(subject.group_size, start + subject.micro_batch))
         for source in subject.watching.values():
-            source.before_rollout(subject.generator)
+            source.before_rollout(subject.generator, [prompt] * len(rows))
         wanted = [(prompt, index) for index in rows]
         (batch,) = sample_chains(subject, purpose, number, wanted, same_initial_noise=subject.same_initial_noise)
         for name, source in subject.watching.items():

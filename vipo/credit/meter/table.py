@@ -1,9 +1,21 @@
 """A measurement as text for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from vipo.credit.meter.result import Along, Result
 from vipo.credit.meter.statistics import Estimate
+
+COSTS: Mapping[str, str] = MappingProxyType(
+    {
+        "backbone_calls": "backbone calls",
+        "network_calls": "network calls",
+        "decodes": "decodes",
+        "reward_calls": "reward calls",
+        "bytes_kept": "bytes kept",
+    }
+)
+"""What is counted of a source (`vipo.credit.costs.Costs`), and what readers see."""
 
 
 def table(result: Result, size: str, confidence: float = 0.95) -> str:
@@ -34,6 +46,8 @@ def table(result: Result, size: str, confidence: float = 0.95) -> str:
             *_steps(result),
             "",
         ]
+    if result.costs:
+        lines += ["cost of each sample, beyond sampling, decoding and scoring it once", *_costs(result), ""]
     lines += _notes(result, confidence)
     return "\n".join(lines)
 
@@ -41,12 +55,16 @@ def table(result: Result, size: str, confidence: float = 0.95) -> str:
 def _rows(found: Sequence[Along], first: str, value: str) -> list[str]:
     width = max(len("source"), *(len(along.source) for along in found))
     rows = [f"  {'source':<{width}}  {'direction':<9}  {value:>22}  {'ratio to ' + first:>22}"]
-    weak = _weak(found, first)
     for along in found:
-        ratio = "1" if along.source == first else _shown(along.ratio, 2)
-        ratio = f"({ratio})" if along.kind in weak else ratio
-        rows.append(f"  {along.source:<{width}}  {along.kind:<9}  {_shown(along.value, 4):>22}  {ratio:>22}")
+        ratio = "1" if along.source == first else shown(along.ratio, 2)
+        ratio = f"({ratio})" if is_weak(found, first, along.kind) else ratio
+        rows.append(f"  {along.source:<{width}}  {along.kind:<9}  {shown(along.value, 4):>22}  {ratio:>22}")
     return rows
+
+
+def is_weak(found: Sequence[Along], first: str, kind: str) -> bool:
+    """Whether the first source's own value may be zero along that direction, so that ratios to it say little."""
+    return kind in _weak(found, first)
 
 
 def _weak(found: Sequence[Along], first: str) -> list[str]:
@@ -62,8 +80,18 @@ def _steps(result: Result) -> list[str]:
     rows = ["  " + " " * width + "".join(f"{step:>12}" for step in steps)]
     for source in sources:
         shares = {at.step: at.share for at in result.steps if at.source == source}
-        cells = (_percent(shares[step]) for step in steps)
+        cells = (percent(shares[step]) for step in steps)
         rows.append(f"  {source:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    return rows
+
+
+def _costs(result: Result) -> list[str]:
+    names = [name for name in COSTS if any(name in counted for counted in result.costs.values())]
+    width = max(len("source"), *map(len, result.costs))
+    heads = "".join(f"{COSTS[name]:>18}" for name in names)
+    rows = [f"  {'source':<{width}}{heads}" if names else "  none"]
+    for source, counted in result.costs.items() if names else ():
+        rows.append(f"  {source:<{width}}" + "".join(f"{counted.get(name, 0):>18}" for name in names))
     return rows
 
 
@@ -78,7 +106,7 @@ def _notes(result: Result, confidence: float) -> list[str]:
     if result.reliability is not None:
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
     if result.agreement is not None:
-        slope = _shown(result.agreement.slope, 2)
+        slope = shown(result.agreement.slope, 2)
         notes.append(
             f"Over {result.agreement.steps} steps, the gain found is {slope} times what the pathwise gradient predicts "
             f"(1: both estimators agree); correlation {result.agreement.correlation:.2f}."
@@ -87,12 +115,13 @@ def _notes(result: Result, confidence: float) -> list[str]:
         needed = result.needed
         notes.append(
             f"For a ratio to within {needed.width:g} ({needed.source}, {needed.kind}): about {needed.updates} updates "
-            f"and {needed.reference_batches} reference batches."
+            f"and {needed.units} {needed.of}."
         )
     return notes
 
 
-def _shown(estimate: Estimate, digits: int) -> str:
+def shown(estimate: Estimate, digits: int) -> str:
+    """A value and half of its interval."""
     if estimate.value != estimate.value:
         return "not known"
     if estimate.low is None or estimate.high is None:
@@ -100,7 +129,8 @@ def _shown(estimate: Estimate, digits: int) -> str:
     return f"{estimate.value:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
 
 
-def _percent(estimate: Estimate) -> str:
+def percent(estimate: Estimate) -> str:
+    """A share and half of its interval, in percent."""
     if estimate.value != estimate.value:
         return "-"
     half = "" if estimate.low is None or estimate.high is None else f" ± {50 * (estimate.high - estimate.low):.0f}"

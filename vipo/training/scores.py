@@ -1,0 +1,72 @@
+"""The rewards of an update's samples, and with step credit of the estimates of x0 along their chains."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vipo.credit import Costs
+from vipo.credit.steps import clean_estimate, step_costs
+from vipo.rewards import in_use, score
+from vipo.training.learn import sampling_policy
+from vipo.training.rollouts import Rollouts, in_order
+from vipo.training.setup import Setup
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of all samples, by the label of their term, on the CPU; not finite where there is none.
+
+    Attributes:
+        rewards: ``(N,)``.
+        steps: ``(N, S + 1)``, of the estimates of x0 before each transition, and of the sample; {} without step credit.
+        costs: of those estimates, for each sample.
+    """
+
+    rewards: dict[str, Tensor]
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
+
+
+def score_samples(setup: Setup, rollouts: Rollouts) -> Scores:
+    """Each reward of all samples."""
+    return Scores(_scored(setup, rollouts, rollouts.pictures))
+
+
+def score_transitions(setup: Setup, rollouts: Rollouts, scores: Scores) -> Scores:
+    """With step credit, each reward of every estimate of x0 along the chains as well; the sample's own are known."""
+    estimate, found = setup.config.credit.steps, []
+    if estimate == "none":
+        return scores
+    for step in setup.chain.trainable:
+        with sampling_policy(setup):
+            estimates = [
+                clean_estimate(
+                    setup.generator,
+                    batch.conditioning,
+                    batch.trajectory,
+                    setup.chain,
+                    step,
+                    stochastic=rollouts.stochastic,
+                    estimate=estimate,
+                )
+                for batch in rollouts.batches
+            ]
+        pictures = torch.cat([setup.generator.pictures(latents) for latents in estimates])
+        found.append(_scored(setup, rollouts, pictures))
+    found.append(scores.rewards)
+    steps = {label: torch.stack([own[label] for own in found], dim=1) for label in setup.rewards}
+    return replace(scores, steps=steps, costs=step_costs(estimate, setup.chain.steps, len(setup.rewards)))
+
+
+def _scored(setup: Setup, rollouts: Rollouts, pictures: Tensor) -> dict[str, Tensor]:
+    rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
+    for label, reward in setup.rewards.items():
+        with in_use(reward):
+            pieces = pictures.split(setup.config.training.micro_batch)
+            for batch, piece in zip(rollouts.batches, pieces, strict=True):
+                own = [rollouts.samples[row] for row in batch.rows]
+                texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
+                rewards[label][list(batch.rows)] = score(label, reward, piece, texts, metadata)
+    rows = rollouts.rows
+    return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}
