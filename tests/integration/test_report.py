@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,6 +19,7 @@ from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, promp
 from omegaconf import OmegaConf
 
 from vipo.config.compose import load_config_file
+from vipo.config.published import PublishedConfig
 from vipo.evaluation.statistics import ScoresError, paired_difference
 from vipo.maps.veil import DIMMING
 from vipo.provenance import read_provenance
@@ -282,9 +282,9 @@ def test_five_seeds_get_intervals_over_seeds(tmp_path: Path) -> None:
 def test_published_numbers_stand_beside_ours_and_what_was_not_run_says_so(small: Built) -> None:
     config = load_config_file(small[0] / "evaluation" / "base-s0" / "config.yaml")
     experiment = read_experiment(small[0], small[1], config)
-    columns = [SimpleNamespace(title=name, metric=f"reward/{name}", domain="in") for name in ("redness", "absent")]
-    rows = {arm: SimpleNamespace(title=f"Their {arm}", values=[0.5, None]) for arm in ("vipo", "average")}
-    table = SimpleNamespace(source="A paper <b>", columns=columns, rows=rows)
+    columns = [{"title": name, "metric": f"reward/{name}", "domain": "in"} for name in ("redness", "absent")]
+    rows = {arm: {"title": f"Their {arm}", "values": [0.5, None]} for arm in ("vipo", "average")}
+    table = PublishedConfig.model_validate({"source": "A paper <b>", "columns": columns, "rows": rows})
     told = experiment.config.experiment.model_copy(update={"published": table})
     runs = tuple(replace(run, config=run.config.model_copy(update={"experiment": told})) for run in experiment.runs)
     experiment = replace(experiment, runs=runs)

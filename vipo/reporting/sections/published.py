@@ -9,7 +9,7 @@ from vipo.reporting.sections.context import Page, Section
 
 def published(page: Page) -> Section | None:
     """Each published number with ours at its right; what was not run or not measured says so."""
-    table = getattr(page.experiment.config.experiment, "published", None)
+    table = page.experiment.config.experiment.published
     if table is None:
         return None
     arms = {row["arm"]: row for row in page.summary.arms.to_dict("records")}
