@@ -64,7 +64,7 @@ def test_consistent_results_that_nothing_anchors_are_called_so(
     assert (finding.severity, finding.check) == ("remark", "anchor")
     assert finding.message.startswith("consistent, not anchored")
     assert result.anchors == ()
-    assert result.checked.stages == 9
+    assert result.checked.stages == 12
     # In configs, beside the runs that were trained, and beside every evaluation.
     assert result.checked.configurations == 3 + 2 + 3
     assert result.checked.numbers > 500
