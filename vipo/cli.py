@@ -3,10 +3,11 @@
 import os
 import re
 import sys
+from collections.abc import Callable
 
 import typer
 
-from vipo.commands.evaluation import compare, credit, draw, evaluate, sample, score
+from vipo.commands.evaluation import compare, credit, evaluate, sample
 from vipo.commands.results import audit, crate, diff, export, published, report, study, summarize, upload
 from vipo.commands.rewards import score_beside, serve_reward
 from vipo.commands.runs import base, check, check_generator, config, encode, plan, prepare, train
@@ -23,15 +24,14 @@ app = typer.Typer(
     "or a resolved configuration file (--config), reads files under results/ and writes files there.",
 )
 # In the order of `vipo --help`; typer names each as its function, with `-` for `_`.
-for _command in (
+_COMMANDS: tuple[Callable[..., None], ...] = (
     *(config, prepare, encode, train, plan, check_generator, check),
-    *(evaluate, sample, score, compare, draw, summarize, report, credit, study, published, crate),
-    *(serve_reward, score_beside),
-):
-    app.command()(_command)
-app.command("map")(map_command)
-for _command in (orientation, base, diff, export, upload, audit):
-    app.command()(_command)
+    *(evaluate, compare, sample, summarize, report, credit, study, published, crate),
+    *(serve_reward, score_beside, map_command, orientation),
+    *(base, diff, export, upload, audit),
+)
+for _command in _COMMANDS:
+    app.command("map" if _command is map_command else None)(_command)
 
 _HOME = re.compile(r"(--[\w-]+=|-\w)?(~|~[\w.-]*/.*)", re.DOTALL)
 

@@ -1,11 +1,11 @@
-"""Commands that sample, score and compare: `vipo evaluate` to `vipo draw`, and `vipo credit`."""
+"""Commands that sample, score and compare: `vipo evaluate`, `compare`, `sample` and `credit`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from vipo.commands.options import RESULTS, ConfigFile, Overrides, Part, Results, Wait, checked, configuration, say
+from vipo.commands.options import RESULTS, ConfigFile, Overrides, Results, Wait, checked, configuration, say
 from vipo.config.compose import repository_root
 from vipo.config.validation import ConfigError
 
@@ -19,37 +19,27 @@ def evaluate(
         Path | None,
         typer.Option(help="Other weights of the generator: a run's weights/, one of its updates/, a LoRA's folder."),
     ] = None,
+    only: Annotated[
+        Literal["sample", "score"] | None,
+        typer.Option(help="This stage alone, of this run alone: sample (the base with arm=base), or score."),
+    ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(metavar="N/COUNT", help="With --only: this part of its work; without it, what is missing."),
+    ] = None,
 ) -> None:
     """Sample the held-out prompts with one run's weights and score them: `sample`, of the base too, then `score`."""
-    from vipo.stages import evaluate_stage
+    if only is None and share is not None:
+        raise ConfigError(f"--share {share}: is of one stage; add --only sample or --only score")
+    if only is not None and weights is not None:
+        raise ConfigError(f"--weights {weights}: is sampled and scored in one go; leave out --only")
+    from vipo.stages import evaluate_stage, sample_stage, score_stage
 
-    evaluate_stage(checked(overrides, file), repository_root(), results, wait, weights)
-
-
-def sample(
-    overrides: Overrides = None,
-    file: ConfigFile = None,
-    results: Results = RESULTS,
-    wait: Wait = 0,
-    share: Part = None,
-) -> None:
-    """Draw the held-out prompts with one run's weights, or with the base: resumable, shared where asked for."""
-    from vipo.stages import sample_stage
-
-    sample_stage(checked(overrides, file), repository_root(), results, wait, share)
-
-
-def score(
-    overrides: Overrides = None,
-    file: ConfigFile = None,
-    results: Results = RESULTS,
-    wait: Wait = 0,
-    share: Part = None,
-) -> None:
-    """Score one run's samples with all rewards, and against the base's samples: resumable, shared where asked for."""
-    from vipo.stages import score_stage
-
-    score_stage(checked(overrides, file), repository_root(), results, wait, share)
+    chosen, root = checked(overrides, file), repository_root()
+    if only is None:
+        evaluate_stage(chosen, root, results, wait, weights)
+    else:
+        (sample_stage if only == "sample" else score_stage)(chosen, root, results, wait, share=share)
 
 
 def compare(overrides: Overrides = None, file: ConfigFile = None, results: Results = RESULTS, wait: Wait = 0) -> None:
@@ -60,7 +50,7 @@ def compare(overrides: Overrides = None, file: ConfigFile = None, results: Resul
         say(path)
 
 
-def draw(
+def sample(
     run: Annotated[Path, typer.Argument(help="Folder results/<experiment>/runs/<arm>-s<seed>, trained.")],
     prompts: Annotated[list[str], typer.Argument(help="Prompts, each in quotes.")],
     output: Annotated[

@@ -39,10 +39,6 @@ Wait = Annotated[
         help="Seconds to wait for another process that writes the same files; 0 stops at once.",
     ),
 ]
-Part = Annotated[
-    str | None,
-    typer.Option("--share", metavar="N/COUNT", help="This part of the work alone; without it, what is missing."),
-]
 
 RESULTS = Path("results")
 

@@ -162,7 +162,7 @@ def _check_samples(config: Config, experiment: Path, root: Path) -> dict[str, An
         EvaluationError: they are missing, damaged, or of another configuration.
     """
     folder = samples_folder(experiment, config.run_name)
-    again = f"run 'vipo sample' of {config.run_name} {'again' if folder.is_dir() else 'first'}"
+    again = f"run 'vipo evaluate --only sample' of {config.run_name} {'again' if folder.is_dir() else 'first'}"
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
         made = facts["sampling"]

@@ -135,7 +135,8 @@ def _evaluate(
     # Weights that are no run's are not handed on to other processes.
     if config.distribution.processes > 1 and not isinstance(run, partial):
         if not is_rank():
-            launch_ranks(stage, config, results, wait, [] if share is None else ["--share", share], nodes=1)
+            part = [] if share is None else ["--share", share]
+            launch_ranks(["evaluate", "--only", stage, *part], config, results, wait, nodes=1)
         else:
             stop_with_launcher()
             place = own_place(os.environ)

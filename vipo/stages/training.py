@@ -71,4 +71,4 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
         stop_with_launcher()
         train_run(config, root, experiment, wait)
         return
-    launch_ranks("train", config, results, wait, [], config.distribution.nodes)
+    launch_ranks(["train"], config, results, wait, config.distribution.nodes)
