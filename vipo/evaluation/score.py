@@ -31,7 +31,7 @@ from vipo.evaluation.summary import summarize
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
-from vipo.provenance.lineage import PROVENANCE, read_provenance
+from vipo.provenance.records import PROVENANCE, read_provenance
 from vipo.rewards import check_identities, identities, in_use, load_reward, score, weight_files
 from vipo.tracking.progress import progress_bar
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vipo.config.run import Config
 from vipo.provenance import record_stage, run_lock, sign_file
-from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.records import PROVENANCE
 from vipo.stages.names import experiment_folder, run_names
 
 
