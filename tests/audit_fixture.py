@@ -158,11 +158,11 @@ def write_lock(root: Path) -> None:
             stages[f"train-{run}"] = (f"vipo train experiment=demo arm={arm} seed=0", deps, outs)
         drawn = {run: [f"{EXPERIMENT}/samples/{run}/{name}" for name in ("pictures", "samples.json")] for run in RUNS}
         deps = ["data/generator", embeddings[0], prompts[0], *weights]
-        stages[f"sample-{run}"] = (f"vipo sample experiment=demo arm={arm} seed=0", deps, drawn[run])
+        stages[f"sample-{run}"] = (f"vipo evaluate --only sample experiment=demo arm={arm} seed=0", deps, drawn[run])
         names = ("config.yaml", "maps.safetensors", "scores.parquet", "summary.json")
         outs = [f"{evaluated}/{name}" for name in names if (root / evaluated / name).exists()]
         deps = [prompts[0], *dict.fromkeys([*drawn[run], *drawn["base-s0"]])]
-        stages[f"score-{run}"] = (f"vipo score experiment=demo arm={arm} seed=0", deps, outs)
+        stages[f"score-{run}"] = (f"vipo evaluate --only score experiment=demo arm={arm} seed=0", deps, outs)
         scores.append(f"{evaluated}/scores.parquet")
     data = f"{EXPERIMENT}/report/data"
     outs = [f"{data}/{name}" for name in ("figures", "report.json", "tables")]

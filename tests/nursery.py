@@ -32,7 +32,7 @@ LOADED = {
         *("timm", "diffusers", "transformers", "peft", "torch.distributed.fsdp"),
         *("tensorboard.compat", "torch.utils.tensorboard", "matplotlib.pyplot", "pandas", "pyarrow.parquet"),
         *("rocrate.rocrate", "jinja2", "scipy.stats", "vipo.cli", "vipo.stages", "vipo.generators.flux"),
-        *("vipo.training.recorded", "vipo.evaluation.evaluate", "vipo.reporting"),
+        *("vipo.training.recorded", "vipo.evaluation.sample", "vipo.evaluation.score", "vipo.reporting"),
     ),
     "snakemake": ("snakemake.cli", "snakemake.executors.local", "pandas", "vipo.config.compose", "vipo.stages"),
     "dvc": ("dvc.cli", "dvc.repo", "dvc.commands.repro"),

@@ -82,7 +82,7 @@ def pipeline(root: Path) -> dict[str, Any]:
     order = list(READ)
     jobs = [job for job in planned_jobs() if job["rule_name"] in READ]
     for job in sorted(jobs, key=lambda job: (order.index(job["rule_name"]), job["shellcmd"])):
-        rule, file = _command(job["shellcmd"])
+        rule, (words, file) = job["rule_name"], _command(job["shellcmd"])
         config = load_config_file(Path(file))
         # Derived from the tracked files, which are named as parameters.
         deps = [_relative(path, root) for path in job["input"] if path != file]
@@ -100,7 +100,7 @@ def pipeline(root: Path) -> dict[str, Any]:
                 deps.append(kept)
         metrics += [path for path in job["output"] if Path(path).name == "summary.json"]
         stages[rule if run is None else f"{rule}-{run}"] = {
-            "cmd": f"vipo {rule} experiment={EXPERIMENT} arm={config.arm} seed={config.seed}",
+            "cmd": f"vipo {words} experiment={EXPERIMENT} arm={config.arm} seed={config.seed}",
             "deps": sorted(deps),
             "params": list(_parameters(rule, config, root)),
             "outs": outs,
@@ -114,11 +114,12 @@ def pipeline(root: Path) -> dict[str, Any]:
 
 
 def _command(shell: str) -> tuple[str, str]:
-    """Stage and configuration file of ``… vipo STAGE --config FILE …``; what starts it is Snakemake's own matter."""
+    """Command and file of ``… vipo COMMAND --config FILE …``; what starts it is Snakemake's own matter."""
     words = shlex.split(shell)
-    if "vipo" not in words or words[(start := words.index("vipo")) + 2] != "--config":
-        raise ValueError(f"{shell!r}: a rule that DVC runs as well is 'vipo STAGE --config FILE'")
-    return words[start + 1], words[start + 3]
+    if "vipo" not in words or "--config" not in words[(start := words.index("vipo")) :]:
+        raise ValueError(f"{shell!r}: a rule that DVC runs as well is 'vipo COMMAND --config FILE'")
+    end = words.index("--config", start)
+    return shlex.join(words[start + 1 : end]), words[end + 1]
 
 
 def _relative(path: str, root: Path) -> str:

@@ -556,11 +556,22 @@ def test_a_locked_run_is_left_alone(vipo: Command, overrides: list[str], results
 
 
 @pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--share", "1/2"], ["--share 1/2", "--only sample or --only score"]),
+        (["--only", "sample", "--weights", "weights"], ["--weights weights", "leave out --only"]),
+    ],
+)
+def test_one_stage_of_an_evaluation_takes_what_is_its_own(vipo: Command, arguments: list[str], told: list[str]) -> None:
+    vipo("evaluate", "experiment=demo", *arguments).refuses(*told)
+
+
+@pytest.mark.parametrize(
     ("stage", "folder"),
     [
         ("prepare", "prompts"),
         ("encode", "embeddings"),
-        ("sample", "samples/base-s0"),
+        ("evaluate --only sample", "samples/base-s0"),
         ("summarize", "report"),
         ("report", "report"),
         ("crate", "crate"),
@@ -575,7 +586,7 @@ def test_every_stage_leaves_a_locked_folder_alone(
         (results / "demo/report/data").mkdir()
         (results / "demo/report/data/report.json").write_text("{}")
     before = files(results)
-    arguments = [stage, *overrides, "arm=base", "--results", results]
+    arguments = [*stage.split(), *overrides, "arm=base", "--results", results]
     with held(results / "demo" / folder):
         vipo(*arguments).refuses(f"demo/{folder}", "another process writes it")
         vipo(*arguments, "--wait", "0.2").refuses(f"demo/{folder}", "another process writes it")

@@ -17,8 +17,8 @@ from nursery import Nurseries
 from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import repository_root
-from vipo.provenance.lineage import experiment_files
 from vipo.provenance.locks import run_lock
+from vipo.provenance.records import experiment_files
 
 ROOT = repository_root()
 

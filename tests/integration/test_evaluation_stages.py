@@ -207,7 +207,9 @@ def test_an_arm_that_draws_otherwise_is_refused(trained: tuple[Path, list[str]],
     results, overrides = trained
     place = shutil.copytree(results, tmp_path / "results")
     config = load_config([*overrides, "arm=vipo"])
-    with pytest.raises(EvaluationError, match=r"no samples that can be read.*run 'vipo sample' of vipo-s0 first"):
+    with pytest.raises(
+        EvaluationError, match=r"no samples that can be read.*run 'vipo evaluate --only sample' of vipo-s0 first"
+    ):
         score_stage(config, ROOT, place)
     sample_stage(config, ROOT, place)
     sample_stage(load_config([*overrides, "arm=base", "evaluation.steps=3"]), ROOT, place)

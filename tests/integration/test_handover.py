@@ -95,12 +95,12 @@ def demo(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("run", ["vipo-s0", "vipo-s1"])
 def test_a_held_out_prompt_is_drawn_as_it_was_evaluated(run: str, demo: Path, tmp_path: Path) -> None:
-    """`vipo draw`, for all weights and LoRA: base above, trained below, the very pixels of the evaluation's files."""
+    """`vipo sample`, for all weights and LoRA: base above, trained below, the very pixels of the evaluation's files."""
     scores = pd.read_parquet(demo / "evaluation" / run / "scores.parquet")
     text, unseen = scores["prompt"].iloc[0], "a quokka on a raft " * 12
     identity, count = scores["prompt_id"].iloc[0], scores["sample"].nunique()
     output = tmp_path / "drawn.png"
-    command = ["draw", str(demo / "runs" / run), unseen, f" {text}\n", text, "--samples", str(count)]
+    command = ["sample", str(demo / "runs" / run), unseen, f" {text}\n", text, "--samples", str(count)]
     app([*command, "--output", str(output)], standalone_mode=False)
     sheet = torch.from_numpy(np.array(Image.open(output)))
     side = 192
@@ -125,7 +125,7 @@ def test_a_held_out_prompt_is_drawn_as_it_was_evaluated(run: str, demo: Path, tm
 )
 def test_samples_that_cannot_be_drawn_are_refused(arguments: list[str], told: str, demo: Path) -> None:
     with pytest.raises(VipoError, match=re.escape(told)):
-        app(["draw", str(demo / arguments[0]), *arguments[1:]], standalone_mode=False)
+        app(["sample", str(demo / arguments[0]), *arguments[1:]], standalone_mode=False)
 
 
 def test_clips_are_drawn_frame_by_frame() -> None:

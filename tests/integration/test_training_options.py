@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from vipo.evaluation.evaluate import trained_weights
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError
 from vipo.errors import Preempted
+from vipo.evaluation.sample import trained_weights
 from vipo.objectives import Advantages, Points, best_and_worst
 from vipo.provenance import file_sha256, read_provenance
 from vipo.sampling.chain import stochastic_steps

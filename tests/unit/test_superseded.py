@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vipo.provenance.lineage import experiment_files, record_stage
+from vipo.provenance.lineage import record_stage
 from vipo.provenance.locks import RunLocked, run_lock
+from vipo.provenance.records import experiment_files
 from vipo.provenance.superseded import PlannedJob, WouldReplace, make_way, set_aside
 
 HOW = "the same command with set_aside=true"

@@ -13,7 +13,7 @@ from vipo.provenance.crate import METADATA, SIGNATURE, crate_files
 from vipo.provenance.dvc import LOCK, LockedStage, dvc_md5, parse_lock
 from vipo.provenance.files import text_lines
 from vipo.provenance.git import ForgedObject, MissingObject, find_repository, repository_problem
-from vipo.provenance.lineage import ProvenanceError, files_below
+from vipo.provenance.records import ProvenanceError, files_below
 from vipo.provenance.signature import SignatureError, verify_file
 from vipo.provenance.upload import MANIFEST
 

@@ -11,7 +11,7 @@ from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import package_sha256
-from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.records import PROVENANCE
 
 #: What of a configuration decides a stage's result, as the stage records it.
 _IDENTITIES: Mapping[str, Callable[[Config], dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from vipo.provenance.commits import commit_file
 from vipo.provenance.environment import package_sha256_at
 from vipo.provenance.files import file_sha256
 from vipo.provenance.git import MissingObject
-from vipo.provenance.lineage import absolute_path, experiment_files, files_below
+from vipo.provenance.records import absolute_path, experiment_files, files_below
 from vipo.text import one_line
 
 #: The stage that records in a folder of the experiment, by a pattern of the folder's path.

@@ -12,14 +12,7 @@ from vipo.provenance.commits import commit_file, has_commit, is_whole
 from vipo.provenance.dvc import LockedStage
 from vipo.provenance.environment import package_sha256, versions
 from vipo.provenance.git import MissingObject, find_repository
-from vipo.provenance.lineage import (
-    CHECKOUT_DIFF,
-    DIFF,
-    PROVENANCE,
-    entry_files,
-    read_provenance,
-    recorded_prefix,
-)
+from vipo.provenance.records import CHECKOUT_DIFF, DIFF, PROVENANCE, entry_files, read_provenance, recorded_prefix
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: What every record names.

@@ -7,7 +7,7 @@ from typing import Any
 from vipo.audit.examination import Examination
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_process import ASKED
-from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.records import PROVENANCE
 
 
 def check_processes(examination: Examination) -> None:

@@ -8,7 +8,7 @@ from vipo.audit.examination import VOLATILE, Examination
 from vipo.config.run import Config
 from vipo.errors import Preempted, VipoError
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import ProvenanceError, experiment_files
+from vipo.provenance.records import ProvenanceError, experiment_files
 from vipo.provenance.superseded import SUPERSEDED
 from vipo.stages import (
     compare_stage,

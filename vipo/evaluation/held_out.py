@@ -91,8 +91,12 @@ def read_samples(folder: Path, update: int, samples: Sequence[HeldOut], *, video
             with Image.open(path) as file:
                 frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
         except (OSError, ValueError, SyntaxError) as error:
-            raise EvaluationError(f"{path}: cannot be read ({error}); run 'vipo sample' again") from error
+            raise EvaluationError(
+                f"{path}: cannot be read ({error}); run 'vipo evaluate --only sample' again"
+            ) from error
         found.append(torch.from_numpy(np.stack(frames) if video else frames[0]).movedim(-1, -3).float() / 255)
     if len({image.shape for image in found}) > 1:
-        raise EvaluationError(f"{folder}: samples of update {update} differ in size; run 'vipo sample' again")
+        raise EvaluationError(
+            f"{folder}: samples of update {update} differ in size; run 'vipo evaluate --only sample' again"
+        )
     return torch.stack(found)

@@ -31,7 +31,7 @@ from vipo.evaluation.summary import summarize
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
-from vipo.provenance.lineage import PROVENANCE, read_provenance
+from vipo.provenance.records import PROVENANCE, read_provenance
 from vipo.rewards import check_identities, identities, in_use, load_reward, score, weight_files
 from vipo.tracking.progress import progress_bar
 
@@ -162,7 +162,7 @@ def _check_samples(config: Config, experiment: Path, root: Path) -> dict[str, An
         EvaluationError: they are missing, damaged, or of another configuration.
     """
     folder = samples_folder(experiment, config.run_name)
-    again = f"run 'vipo sample' of {config.run_name} {'again' if folder.is_dir() else 'first'}"
+    again = f"run 'vipo evaluate --only sample' of {config.run_name} {'again' if folder.is_dir() else 'first'}"
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
         made = facts["sampling"]

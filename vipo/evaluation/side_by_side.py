@@ -1,4 +1,4 @@
-"""`vipo draw`: pictures of a trained run beside the base's, from the same prompts and noise."""
+"""`vipo sample`: pictures of a trained run beside the base's, from the same prompts and noise."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -18,7 +18,7 @@ from vipo.evaluation.statistics import Better, Interval, decimals, wording
 from vipo.generators.base import resolve_class
 from vipo.handover.comfyui import ComfyFiles
 from vipo.provenance import package_sha256
-from vipo.reporting.summary import describe, label
+from vipo.reporting.wording import describe, label
 from vipo.text import visible
 
 LICENCE_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*\Z")

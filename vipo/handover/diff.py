@@ -11,7 +11,7 @@ import pandas as pd
 from vipo.config.run import Config
 from vipo.config.values import flattened
 from vipo.evaluation.statistics import Better, independent_difference, mean_score, wording
-from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.records import PROVENANCE
 from vipo.reporting.inputs import read_rows, read_scores
 from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
 

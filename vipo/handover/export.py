@@ -30,7 +30,7 @@ from vipo.generators.parts import model_index
 from vipo.handover.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
 from vipo.handover.comfyui import check_comfyui, write_comfyui
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
-from vipo.provenance.lineage import PROVENANCE, absolute_path
+from vipo.provenance.records import PROVENANCE, absolute_path
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
 

@@ -2,8 +2,9 @@
 
 from vipo.provenance.environment import code_identity, git_state, package_sha256
 from vipo.provenance.files import StorageError, atomic_file, atomic_folder, file_sha256, fsync_path
-from vipo.provenance.lineage import ProvenanceError, hashed, is_made, read_provenance, record_stage, verify_outputs
+from vipo.provenance.lineage import hashed, is_made, record_stage
 from vipo.provenance.locks import RunLocked, run_lock
+from vipo.provenance.records import ProvenanceError, read_provenance, verify_outputs
 from vipo.provenance.signature import SignatureError, sign_file, verify_file
 
 __all__ = [

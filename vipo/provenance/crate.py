@@ -16,7 +16,7 @@ import yaml
 
 from vipo.provenance.crate_description import COPIES, CrateDescription
 from vipo.provenance.files import atomic_file
-from vipo.provenance.lineage import (
+from vipo.provenance.records import (
     PROVENANCE,
     ProvenanceError,
     entry_files,

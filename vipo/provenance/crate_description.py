@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from vipo.config.resolved import read_mapping
 from vipo.config.values import flattened
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import PROVENANCE, ProvenanceError, absolute_path, entry_files
+from vipo.provenance.records import PROVENANCE, ProvenanceError, absolute_path, entry_files
 
 if TYPE_CHECKING:
     from rocrate.model.entity import Entity

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from vipo.provenance.lineage import ProvenanceError, files_below
+from vipo.provenance.records import ProvenanceError, files_below
 
 LOCK = "dvc.lock"
 

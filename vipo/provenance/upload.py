@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vipo.errors import VipoError
 from vipo.provenance.files import file_sha256, text_lines
-from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, located, read_provenance
+from vipo.provenance.records import PROVENANCE, absolute_path, entry_files, files_below, located, read_provenance
 
 MANIFEST = "SHA256SUMS"
 

@@ -13,11 +13,13 @@ import pandas as pd
 from vipo.config.protocol import ProtocolConfig
 from vipo.config.run import Config
 from vipo.provenance.files import atomic_file, atomic_folder
-from vipo.reporting.figures import Plot, draw_figures, draw_time
+from vipo.reporting.drawing import Plot
+from vipo.reporting.figures import draw_figures, draw_time
 from vipo.reporting.inputs import Experiment, ReportError, read_experiment
 from vipo.reporting.page import render_page
 from vipo.reporting.sections.context import Page
-from vipo.reporting.summary import Summary, summarize, summarize_time
+from vipo.reporting.summary import Summary, summarize
+from vipo.reporting.tables import summarize_time
 
 __all__ = ["PICTURES", "TIMES", "ReportError", "build_data", "build_report", "report_files"]
 

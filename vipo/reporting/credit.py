@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from vipo.credit.meter.result import Along, Result
-from vipo.reporting.figures import ARM_COLORS, INK, WIDTH, Plot, add_legend, as_plot, bare_rows, new_row
+from vipo.reporting.drawing import ARM_COLORS, INK, WIDTH, Plot, add_legend, as_plot, bare_rows, new_row
 
 _KINDS = {"sgd": ("o", ARM_COLORS[1]), "sign": ("s", ARM_COLORS[2]), "optimizer": ("D", ARM_COLORS[3])}
 _ROW, _APART = 0.42, 0.2

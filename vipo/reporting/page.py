@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vipo.reporting.figures import ARM_COLORS
+from vipo.reporting.drawing import ARM_COLORS
 from vipo.reporting.sections import SECTIONS
 from vipo.reporting.sections.context import Page, Section
 from vipo.text import one_line

@@ -13,7 +13,7 @@ from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.evaluation.statistics import Better, Interval, paired_difference
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import PROVENANCE, absolute_path, entry_files, files_below, read_provenance
+from vipo.provenance.records import PROVENANCE, absolute_path, entry_files, files_below, read_provenance
 from vipo.reporting.inputs import ReportError
 
 

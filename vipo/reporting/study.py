@@ -16,9 +16,9 @@ from vipo.errors import VipoError
 from vipo.evaluation.matched import evaluation_curves
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.provenance.files import atomic_folder
-from vipo.reporting.figures import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure, new_row
+from vipo.reporting.drawing import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_figure, new_row
 from vipo.reporting.inputs import Experiment, read_experiment
-from vipo.reporting.summary import label
+from vipo.reporting.wording import label
 from vipo.text import one_line
 
 _DECISION, _PAGE = "decision.json", "README.md"

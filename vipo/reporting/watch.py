@@ -8,13 +8,15 @@ from pathlib import Path
 from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.provenance.files import atomic_file
-from vipo.reporting.figures import Plot, draw_comparison, draw_time, draw_training
+from vipo.reporting.drawing import Plot
+from vipo.reporting.figures import draw_comparison, draw_time, draw_training
 from vipo.reporting.gallery import NO_PICTURES
 from vipo.reporting.inputs import Experiment, read_experiment, read_training
 from vipo.reporting.page import render_page
 from vipo.reporting.pictures import read_gallery
 from vipo.reporting.sections.context import Page
-from vipo.reporting.summary import Summary, summarize, summarize_time, summarize_training
+from vipo.reporting.summary import Summary, summarize, summarize_training
+from vipo.reporting.tables import summarize_time
 
 LIVE = "live.html"
 

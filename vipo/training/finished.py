@@ -7,7 +7,7 @@ from typing import Any
 
 from vipo.config.run import Config
 from vipo.config.values import config_hash
-from vipo.provenance.lineage import (
+from vipo.provenance.records import (
     PROVENANCE,
     ProvenanceError,
     absolute_path,

@@ -13,7 +13,7 @@ from vipo.config.compose import dump_config
 from vipo.config.training import EMA
 from vipo.config.values import config_hash
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256, text_lines
-from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.records import PROVENANCE
 from vipo.provenance.superseded import is_finished, set_aside
 from vipo.rewards import identities
 from vipo.training.checkpoints import (

@@ -21,7 +21,7 @@ from vipo.config.workflow import read_workflow_config
 from vipo.errors import VipoError
 from vipo.imports import check_imports
 from vipo.provenance.files import file_sha256
-from vipo.provenance.lineage import PROVENANCE
+from vipo.provenance.records import PROVENANCE
 from vipo.text import message
 
 ROOT = repository_root()

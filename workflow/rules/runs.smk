@@ -36,7 +36,7 @@ rule sample:
     params:
         identity=lambda wildcards: identity(wildcards.run, "sampling"),
     shell:
-        "vipo sample --config {input.config} > {log} 2>&1"
+        "vipo evaluate --only sample --config {input.config} > {log} 2>&1"
 
 
 rule score:
@@ -56,4 +56,4 @@ rule score:
     params:
         identity=lambda wildcards: identity(wildcards.run, "evaluation"),
     shell:
-        "vipo score --config {input.config} > {log} 2>&1"
+        "vipo evaluate --only score --config {input.config} > {log} 2>&1"

@@ -15,7 +15,7 @@ rule sample_share:
         identity=lambda wildcards: identity(wildcards.run, "sampling"),
         shares=SHARES,
     shell:
-        "vipo sample --config {input.config} --share {wildcards.share}/{params.shares} > {log} 2>&1"
+        "vipo evaluate --only sample --config {input.config} --share {wildcards.share}/{params.shares} > {log} 2>&1"
 
 
 rule score_share:
@@ -32,4 +32,4 @@ rule score_share:
         identity=lambda wildcards: identity(wildcards.run, "evaluation"),
         shares=SHARES,
     shell:
-        "vipo score --config {input.config} --share {wildcards.share}/{params.shares} > {log} 2>&1"
+        "vipo evaluate --only score --config {input.config} --share {wildcards.share}/{params.shares} > {log} 2>&1"

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from vipo.reporting.figures import Plot
+from vipo.reporting.drawing import Plot
 from vipo.reporting.gallery import Gallery
 from vipo.reporting.inputs import Experiment
 from vipo.reporting.summary import Summary

@@ -4,8 +4,9 @@ from typing import Any
 
 from vipo.evaluation.statistics import decimals
 from vipo.reporting.sections.context import Page, Section
-from vipo.reporting.summary import Statement, Summary
+from vipo.reporting.summary import Summary
 from vipo.reporting.verdict import EqualChange, Span
+from vipo.reporting.wording import Statement
 
 #: Rows and columns of pictures on the first screen.
 _PROMPTS, _ARMS = 2, 4

@@ -1,6 +1,7 @@
 """Where the time goes: volatile records of this machine."""
 
-from vipo.reporting.figures import PART_COLORS, time_parts
+from vipo.reporting.drawing import PART_COLORS
+from vipo.reporting.figures import time_parts
 from vipo.reporting.sections.context import Page, Section, drawn
 
 

@@ -1,0 +1,78 @@
+"""The stage that measures credit at a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from vipo.config.meter import MeterConfig
+from vipo.config.run import Config
+from vipo.provenance import record_stage, run_lock
+from vipo.stages.inputs import check_shared, make_missing
+from vipo.stages.names import checkpoint_label, experiment_folder
+
+#: In a measurement's folder: what it is resumed from.
+MEASURED = ".measured.partial"
+
+
+def credit_stage(
+    configs: Mapping[str, Config],
+    meter: MeterConfig,
+    root: Path,
+    results: Path,
+    weights: Path | None = None,
+    wait: float = 0,
+) -> str:
+    """What the arms' credit is worth at one checkpoint, into ``credit/<checkpoint>``.
+
+    Prompts and embeddings are made first where they are missing.
+
+    Args:
+        configs: the arms by name; the first is what the others are compared with.
+        meter: how much is measured.
+        root, results, wait: as of every stage.
+        weights: folder of a run's weights; None: the generator as it is.
+
+    Returns:
+        The table, and where the files are.
+
+    Raises:
+        MeterError: what cannot be measured as asked.
+        Others: as of training.
+    """
+    from vipo.credit.meter.gradients import MeterError
+    from vipo.credit.meter.table import table
+    from vipo.evaluation.meter import measure_credit, write_result
+    from vipo.generators.base import check_device
+    from vipo.memory import memory_errors
+    from vipo.provenance.files import atomic_file
+    from vipo.reporting.credit import draw_credit
+
+    if weights is not None and not weights.is_dir():
+        raise MeterError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
+    config = next(iter(configs.values()))
+    check_device(config.generator)
+    experiment = experiment_folder(config, results)
+    make_missing(config, root, results, wait)
+    for split in ("train", "eval"):
+        check_shared(config, root, experiment, split)
+    output = experiment / "credit" / checkpoint_label(weights)
+    files = [output / name for name in ("credit.json", "credit.svg")]
+    remedy = "Lower experiment.meter.memory_mb or training.micro_batch, or set training.lora={}"
+    with run_lock(output, wait_seconds=wait), memory_errors("vipo credit", remedy):
+        result, read = measure_credit(configs, meter, root, experiment, output / MEASURED, weights)
+        with record_stage(
+            "credit",
+            output,
+            inputs=read,
+            outputs=files,
+            config={
+                "meter": meter.model_dump(mode="json", exclude={"checkpoints"}),
+                "arms": {name: own.training_identity() for name, own in configs.items()},
+            },
+            seeds=[config.seed],
+            root=root,
+        ):
+            with atomic_file(files[0]) as path:
+                write_result(result, configs, meter, path)
+            with atomic_file(files[1]) as path:
+                path.write_text(draw_credit(result, meter.confidence).standalone(), encoding="utf-8")
+    return "\n".join([table(result, meter.size, meter.confidence), "", *map(str, files)])

@@ -1,0 +1,151 @@
+"""The stages that sample, score and compare runs."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vipo.config.run import Config
+from vipo.config.section import LONGEST_NAME
+from vipo.config.validation import ConfigError
+from vipo.prompts import check_prompts
+from vipo.provenance import record_stage, run_lock
+from vipo.stages.inputs import check_shared
+from vipo.stages.names import checkpoint_label, experiment_folder, run_names
+from vipo.stages.ranks import launch_ranks
+
+if TYPE_CHECKING:
+    from vipo.evaluation.shares import Share
+
+
+def sample_stage(
+    config: Config,
+    root: Path,
+    results: Path,
+    wait: float = 0,
+    share: str | None = None,
+    weights: Path | None = None,
+) -> None:
+    """The held-out samples of one run's weights, or of the base, to ``samples/<arm>-s<seed>``.
+
+    Where ``distribution.processes`` says so, several processes draw them together.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        share: ``NUMBER/COUNT``: draw this part of the work alone, for the stage to put together later.
+        weights: see `evaluate_stage`.
+    """
+    from vipo.evaluation.sample import sample_run
+
+    check_shared(config, root, experiment_folder(config, results), "eval")
+    run: Callable[[Config, Path, Path, Share | None, float], None] = (
+        sample_run if weights is None else partial(sample_run, weights=weights)
+    )
+    _evaluate("sample", run, config, root, results, wait, share)
+
+
+def score_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
+    """The samples of one run, scored beside those of the base, to ``evaluation/<arm>-s<seed>``; as `sample_stage`."""
+    from vipo.evaluation.score import score_run
+
+    check_prompts(experiment_folder(config, results) / "prompts", config.prompts)
+    _evaluate("score", score_run, config, root, results, wait, share)
+
+
+def compare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> list[Path]:
+    """The scores of all runs to tables in ``comparison/``.
+
+    Returns:
+        The files.
+    """
+    from vipo.evaluation.compare import TABLES, compare_runs, write_tables
+
+    experiment, runs = experiment_folder(config, results), run_names(config)
+    output = experiment / "comparison"
+    inputs = [experiment / "prompts" / "eval.jsonl"]
+    inputs += [experiment / "evaluation" / run / "scores.parquet" for run in runs]
+    inputs += [experiment / "samples" / run / "pictures" for run in runs]
+    with (
+        run_lock(output, wait_seconds=wait),
+        record_stage(
+            "compare",
+            output,
+            inputs=inputs,
+            outputs=[output / f"{name}.csv" for name in TABLES],
+            config=config.report_identity(),
+            # Of the bootstrap.
+            seeds=[config.evaluation.seed],
+            root=root,
+        ),
+    ):
+        return write_tables(compare_runs(config, experiment, runs), output)
+
+
+def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, weights: Path | None = None) -> None:
+    """Sample one run, and the base where nobody has, and score the run.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        weights: folder of weights of this generator in place of the run's: a checkpoint's, an average's, a LoRA. Their
+            evaluation is called as the folder is.
+    """
+    if weights is not None:
+        config = _of_weights(config, weights)
+    sample_stage(config, root, results, wait, weights=weights)
+    if not config.is_base:
+        sample_stage(config.as_base(), root, results, wait)
+    score_stage(config, root, results, wait)
+
+
+def _of_weights(config: Config, weights: Path) -> Config:
+    """A run that is these weights alone."""
+    if not weights.is_dir():
+        raise ConfigError(
+            f"--weights {weights}: no such folder; give a run's weights/, one of its updates/, or a LoRA's"
+        )
+    label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_")[:LONGEST_NAME]
+    if label == "base":
+        raise ConfigError(f"--weights {weights}: 'base' is what every arm is compared with; rename the folder")
+    training = config.training.model_copy(update={"save_at": ()})
+    return config.model_copy(update={"arm": label or "weights", "training": training})
+
+
+def _evaluate(
+    stage: str,
+    run: "Callable[[Config, Path, Path, Share | None, float], None]",
+    config: Config,
+    root: Path,
+    results: Path,
+    wait: float,
+    share: str | None,
+) -> None:
+    from vipo.evaluation.sample import prepare_process
+    from vipo.evaluation.shares import Share
+    from vipo.generators.base import check_device
+    from vipo.memory import memory_errors
+    from vipo.training.launch import stop_with_launcher
+    from vipo.training.ranks import is_rank, own_place
+
+    check_device(config.generator)
+    experiment = experiment_folder(config, results)
+    own, local = None if share is None else Share.parse(share), 0
+    # Weights that are no run's are not handed on to other processes.
+    if config.distribution.processes > 1 and not isinstance(run, partial):
+        if not is_rank():
+            part = [] if share is None else ["--share", share]
+            launch_ranks(["evaluate", "--only", stage, *part], config, results, wait, nodes=1)
+        else:
+            stop_with_launcher()
+            place = own_place(os.environ)
+            own = (own or Share()).split(place.rank, place.size)
+            local = place.local_rank
+    prepare_process(config, local)
+    remedy = "Lower evaluation.batch, or raise cluster.evaluate.memory_mb"
+    with memory_errors(f"{stage} of {config.run_name}", remedy), contextlib.ExitStack() as locked:
+        if own is None:
+            folder = experiment / ("samples" if stage == "sample" else "evaluation") / config.run_name
+            locked.enter_context(run_lock(folder, wait_seconds=wait))
+        run(config, root, experiment, own, wait)
