@@ -130,8 +130,11 @@ reward-locks: | $(UV)  ## resolve the locks of those again
 	    --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet --output-file containers/rewards/$$name.lock; \
 	done
 
+# Not adamw_8bit: where bitsandbytes is installed, peft imports it at each start (.8 s), whoever needs it or not.
+LOCKED := workflow cloud wandb mlflow dev
+
 lock: | $(UV)  ## resolve requirements.lock again
-	$(UV) pip compile pyproject.toml --all-extras --generate-hashes --universal --python-version 3.11 \
+	$(UV) pip compile pyproject.toml $(LOCKED:%=--extra %) --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file requirements.lock
 	echo uv | $(UV) pip compile - --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file containers/installer.lock
