@@ -62,7 +62,7 @@ def test_every_stage_runs_in_the_image_and_records_its_digest(
         assert command[:3] == ["exec", "--home", str(project)]
         assert "--nv" in command
         assert command[-4:-1] == ["containers/vipo.sif", "bash", "-c"]
-        stages += re.findall(r"\bvipo (\w+) ", command[-1])
+        stages += re.findall(r"\bvipo (?:evaluate .*--only )?(\w+) ", command[-1])
     assert sorted(stages) == [
         "crate", "encode", "prepare", "report", "sample", "sample", "score", "score", "summarize", "train"
     ]  # fmt: skip
