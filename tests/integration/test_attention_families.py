@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
-from family import PROMPTS, Family, training_chain
+from family import Family
 from torch import Tensor, nn
 
 from vipo.config.compose import load_config
 from vipo.config.credit import CreditConfig
+from vipo.conformance.stock import training_chain
+from vipo.conformance.subject import PROMPTS
 from vipo.credit import Context, Samples, assign_credit, load_sources
 from vipo.credit.attention import matching_layers
 from vipo.generators import Generator, load_generator

@@ -263,12 +263,13 @@ def test_other_weights_are_loaded_after_the_first_were_let_go_of(
 
     def loading(*arguments: object, **options: object) -> object:
         gc.collect()
-        seen.append(old())
+        first = old()
+        seen.append(first is None or all(value.is_meta for value in first.parameters()))
         return load(*arguments, **options)
 
     monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", loading)
     generator.load_network(tmp_path)
-    assert seen == [None]
+    assert seen == [True]
     assert all(not value.is_meta for value in generator.network.parameters())
 
 

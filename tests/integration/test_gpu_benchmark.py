@@ -33,8 +33,9 @@ def test_the_cpu_agrees_with_itself_and_its_waits_are_counted(tmp_path: Path) ->
     figures = read_figures(tmp_path / "figures")
     assert figures["sd.log_prob.difference"] == figures["sd.update.largest_weight_difference"] == 0
     more = figures["host_waits.4_micro_batches"] - figures["host_waits.2_micro_batches"]
-    # A constant number a micro-batch: none that grows faster.
-    assert 0 <= more <= 2 * 4
+    # A constant number a micro-batch, none that grows faster: four, and a read of each of its prompt's two embeddings
+    # from a file, for which no device is waited for.
+    assert 0 <= more <= 2 * (4 + 2)
 
 
 def test_a_killed_run_leaves_the_same_bytes(tmp_path: Path) -> None:

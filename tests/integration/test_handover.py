@@ -379,7 +379,7 @@ def test_the_commands_of_the_documentation(
             assert json.loads(shown)["training"]["same_weights"] is False
         elif command.startswith("diff"):
             assert "## Evaluation: held-out scores" in shown
-        elif command.startswith("draw"):
+        elif command.startswith("sample"):
             assert Image.open(shown.strip()).format == "PNG"
         else:
             assert ModelCard.load(Path(shown.strip()) / "README.md").data.license

@@ -54,7 +54,7 @@ def test_the_page_grows_with_what_there_is(built: tuple[Path, list[str]], tmp_pa
     assert [run["name"] for run in data["runs"]] == ["base-s0", "grpo-s0"]
     # What trains without an evaluation is among the curves.
     assert "vipo" in page.split('id="training"')[1].split("</section>")[0]
-    assert {path.name for path in folder.iterdir()} == {"evaluation", "live.html", "prompts", "runs"}
+    assert {path.name for path in folder.iterdir()} == {"evaluation", "live.html", "prompts", "runs", "samples"}
 
 
 def test_it_draws_again_when_something_changed_and_says_what_it_waits_for(

@@ -89,7 +89,7 @@ def test_a_video_experiment_from_prompts_to_report(overrides: list[str], tmp_pat
     assert len(scores) == 4
     assert (scores["change/total"] > 0).all()
     assert not any(name.startswith("change/fore") for name in scores)
-    for path in (folder / "samples").iterdir():
+    for path in (results / "demo" / "samples" / "vipo-s0" / "pictures").iterdir():
         with Image.open(path) as file:
             assert (file.n_frames, file.size) == (9, (48, 32))
     with safe_open(folder / "maps.safetensors", framework="pt") as file:

@@ -103,7 +103,7 @@ def test_two_empty_results_are_not_the_same_bytes(tmp_path: Path) -> None:
 
     runs = [tmp_path / results / "demo" / "runs" for results in ("results", "here/results")]
     for folder in runs:
-        for name in ("prompts", "embeddings", "runs", "evaluation"):
+        for name in ("prompts", "embeddings", "runs", "samples", "evaluation"):
             (folder.parent / name).mkdir(parents=True)
     assert compared().returncode != 0
     for folder in runs:

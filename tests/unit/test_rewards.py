@@ -261,7 +261,12 @@ def test_an_import_path_s_own_options_are_checked_and_given() -> None:
 
 @pytest.mark.parametrize("name", REWARD_OPTIONS)
 def test_a_registered_reward_takes_what_the_configuration_checks(name: str) -> None:
-    found, _ = find_reward(name)
+    # What has no default.
+    required = {
+        "process": {"reward": "redness", "environment": "envs/redness"},
+        "judge": {"url": "http://127.0.0.1:9", "model": "m"},
+    }
+    found, _ = find_reward(name, required.get(name))
     assert found.Options is REWARD_OPTIONS[name]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -204,11 +205,12 @@ class Embeddings(Mapping[str, dict[str, Tensor]]):
 
     def __getitem__(self, owner: str) -> dict[str, Tensor]:
         stream = self._streams[owner]
-        row = {name: stream.get_tensor(f"{owner}/{name}").to(self._device).float() for name in self._names}
+        row = {name: stream.get_tensor(f"{owner}/{name}").float() for name in self._names}
         for name, value in row.items():
-            if not bool(value.isfinite().all()):
+            # Before it is on the device, which nobody waits for then.
+            if not np.isfinite(value.numpy()).all():
                 raise GeneratorError(f"embeddings of prompt {owner}: {name} is not finite{_AGAIN}")
-        return {**self._negative, **row}
+        return {**self._negative, **{name: value.to(self._device) for name, value in row.items()}}
 
 
 def load_embeddings(

@@ -40,11 +40,11 @@ def _as_it_is(_: PipelineGenerator, network: nn.Module) -> nn.Module:
 
 
 def _without_weights(
-    cls: type[PipelineGenerator], config: GeneratorConfig, location: Path | str, kinds: Mapping[str, Any]
+    cls: type[PipelineGenerator], config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
 ) -> list[Any]:
     parts = []
     for part, kind in kinds.items():
-        if part == cls.network_folder:
+        if part != "vae":
             settings = load_part(kind.load_config, location, part, config, weights=False)
             with init_empty_weights(include_buffers=False):
                 parts.append(kind.from_config(settings))

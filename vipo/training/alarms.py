@@ -41,8 +41,7 @@ def picture_signs(pictures: Tensor) -> Tensor:
         ``(n, 5)`` float64 on the CPU: the same on any device but for the averaging of large pictures.
     """
     rows = []
-    for sample in pictures:
-        frames = _small(sample if sample.ndim == 4 else sample[None], _SIDE)
+    for frames in _small(pictures, _SIDE):
         luma = (frames * torch.tensor(_LUMA, dtype=frames.dtype).view(1, 3, 1, 1)).sum(dim=1)
         across = (luma[:, :-1, 1:] - luma[:, :-1, :-1]).abs()
         down = (luma[:, 1:, :-1] - luma[:, :-1, :-1]).abs()
@@ -63,8 +62,7 @@ def picture_signs(pictures: Tensor) -> Tensor:
 
 def thumbnails(pictures: Tensor) -> Tensor:
     """Each sample averaged to at most 16 x 16, of a clip its mean over frames: ``(n, 3 * h * w)`` float64, CPU."""
-    small = [_small(sample if sample.ndim == 4 else sample[None], _THUMBNAIL).mean(dim=0) for sample in pictures]
-    return torch.stack(small).flatten(1)
+    return _small(pictures, _THUMBNAIL).mean(dim=1).flatten(1)
 
 
 def group_diversity(values: Tensor, groups: Tensor) -> float:
@@ -141,10 +139,11 @@ class Alarms:
                 )
 
 
-def _small(frames: Tensor, side: int) -> Tensor:
-    """``(T, 3, h, w)`` float64 on the CPU, no side longer than `side`."""
+def _small(pictures: Tensor, side: int) -> Tensor:
+    """``(n, T, 3, h, w)`` float64 on the CPU, no side longer than `side`; fetched from the device at once."""
+    frames = pictures.reshape(-1, *pictures.shape[-3:])
     height, width = (min(side, length) for length in frames.shape[2:])
     frames = frames.nan_to_num(0.0).clamp(0, 1).float()
     if (height, width) != tuple(frames.shape[2:]):
         frames = F.adaptive_avg_pool2d(frames, (height, width))
-    return frames.cpu().double()
+    return frames.cpu().double().reshape(len(pictures), -1, 3, height, width)
