@@ -22,7 +22,7 @@ class AdamW8bit(_AdamW8bit):
         """As any optimizer's."""
         state = {index: self._plain(self.state[value]) for index, value in enumerate(self._parameters())}
         return {
-            **super().state_dict(),  # type: ignore[no-untyped-call]
+            **super().state_dict(),
             "state": {index: own for index, own in state.items() if own},
         }
 

@@ -34,9 +34,7 @@ def load_optimizer(
                     f"optimizer.name 'adamw_8bit' needs bitsandbytes ({error}): pip install 'vipo[adamw_8bit]', or "
                     "choose another optimizer"
                 ) from error
-            return AdamW8bit(  # type: ignore[no-untyped-call]
-                parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-            )
+            return AdamW8bit(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         case AdamWConfig():
             return torch.optim.AdamW(
                 parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
