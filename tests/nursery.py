@@ -37,10 +37,11 @@ LOADED = {
     "snakemake": ("snakemake.cli", "snakemake.executors.local", "pandas", "vipo.config.compose", "vipo.stages"),
     "dvc": ("dvc.cli", "dvc.repo", "dvc.commands.repro"),
 }
-# Variables that no library reads while it is imported; where another one differs, nothing is forked.
+# Variables that no library reads while it is imported, and what PyTorch sets for its inductor; where another one
+# differs, nothing is forked.
 FREE = re.compile(
     r"PATH|PYTHONPATH|PWD|OLDPWD|SHLVL|_|TE?MP(DIR)?|PYTHON|TORCH|MAKE\w*|MFLAGS|STAND"
-    r"|(VIPO|STAND|GIT|DVC|PYTEST|APPTAINER\w*?)_\w+"
+    r"|(VIPO|STAND|GIT|DVC|PYTEST|TORCHINDUCTOR|APPTAINER\w*?)_\w+"
 )
 # Of the nurseries alone, so that no library has a thread beside the one that forks. Snakemake sets the first ones too.
 THREADLESS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vipo.check.wanted import WEIGHTS, Wanted
+from vipo.errors import VipoError
 from vipo.text import listed
 
 _SECONDS = 20.0
@@ -124,7 +125,7 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-class Refused(Exception):
+class Refused(VipoError):
     """The hub does not give a repository; the message says what to do."""
 
 
