@@ -50,6 +50,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return Grouped(config, log)
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What libraries leave in the environment ends with the test: PyTorch sets a folder when its inductor is imported."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Nurseries]:
     """Commands as forks of processes that have imported everything; what starts one pays nothing for it."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from vipo.config.reward_process import RemoteOptions
+from vipo.errors import VipoError
 from vipo.rewards.errors import RewardError
 from vipo.text import one_line
 
@@ -23,7 +24,7 @@ _AGAIN = frozenset({429, 502, 503, 504})
 _LONGEST_PAUSE = 30.0
 
 
-class _Failed(Exception):
+class _Failed(VipoError):
     """The connection failed: it may be tried again."""
 
 
