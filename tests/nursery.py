@@ -41,7 +41,7 @@ LOADED = {
 # differs, nothing is forked.
 FREE = re.compile(
     r"PATH|PYTHONPATH|PWD|OLDPWD|SHLVL|_|TE?MP(DIR)?|PYTHON|TORCH|MAKE\w*|MFLAGS|STAND"
-    r"|(VIPO|STAND|GIT|DVC|PYTEST|TORCHINDUCTOR|APPTAINER\w*?)_\w+"
+    r"|(VIPO|STAND|GIT|DVC|PYTEST|TORCHINDUCTOR|CUBLAS|APPTAINER\w*?)_\w+"
 )
 # Of the nurseries alone, so that no library has a thread beside the one that forks. Snakemake sets the first ones too.
 THREADLESS = {
@@ -187,7 +187,9 @@ class Nurseries:
             if env is not None:
                 more["environment"] = dict(env)
             begun = _asked(self._folder / "vipo", list(map(str, command)), streams, **more)
-        assert begun is not None, f"is not forked, for its environment differs from the nursery's: {command}"
+        if begun is None:
+            refused = (self._folder / "refused").read_text().splitlines()[-1].rpartition(": ")[2]
+            raise AssertionError(f"not forked: {refused} differ from the nursery's ({command[0]})")
         return Forked(*begun)
 
     def run(self, *command: str | Path, cwd: Path, **how: Any) -> tuple[int, str, str]:

@@ -275,7 +275,7 @@ def test_shares_of_samples_and_scores_are_jobs_and_all_arms_share_one_base(proje
     jobs = _planned(project, [*overrides, "experiment.name=shared", "cluster.shares=2"])
     runs = ("base-s0", "grpo-s0", "vipo-s0")
     assert jobs >= {f"{stage} {run}" for stage in ("sample_share", "sample", "score_share", "score") for run in runs}
-    changed = [*overrides, 'experiment.arms.grpo.overrides=["sampling.shift=2.0"]']
+    changed = [*overrides, 'experiment.arms.grpo.overrides=["sampling.shift=3.0"]']
     result = _snakemake(project, changed, "--dry-run")
     assert result.returncode != 0
     assert "change how samples are drawn" in result.stdout + result.stderr

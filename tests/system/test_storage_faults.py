@@ -196,7 +196,7 @@ def test_full_disk_in_the_other_stages(
         code, shown = vipo(stage, *overrides, "--results", disk)
         assert code == 0, shown
     _fill(disk)
-    _refused(vipo("evaluate", *overrides, "--results", disk), "samples/.grpo-s0", "No space left on device", "free")
+    _refused(vipo("evaluate", *overrides, "--results", disk), "demo/samples/grpo-s0", "No space left on device", "free")
     assert not [path for path in (disk / "demo").glob("samples/grpo-s0/**/[!.]*") if path.is_file()]
     (disk / "filler").unlink()
     assert vipo("evaluate", *overrides, "--results", disk)[0] == 0
