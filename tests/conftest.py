@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """What libraries leave in the environment ends with the test: PyTorch sets a folder, whoever imports its inductor."""
+    """What libraries leave in the environment ends with the test; PyTorch sets a folder for its inductor."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
