@@ -164,6 +164,8 @@ def _draw_missing(
             path.write_text(json.dumps({"updates": list(weights), **_facts(generator)}))
     chain, device = evaluation_chain(generator, config), config.generator.device
     widths = generator.conditioning_widths(config.generator, root)
+    prompts = {sample.prompt.id: sample.prompt for some in wanted.values() for batch in some for sample in batch}
+    conditioning = load_embeddings(embeddings, list(prompts.values()), device, widths)
     total = sum(len(batch) for some in wanted.values() for batch in some)
     with progress_bar(total=total, description=f"{config.run_name}: samples", unit="sample") as progress:
         for update, some in wanted.items():
@@ -172,8 +174,7 @@ def _draw_missing(
                 if config.training.lora is not None:
                     check_adapted(generator.network, config.training.lora.targets, folder)
             for batch in some:
-                prompts = list({sample.prompt.id: sample.prompt for sample in batch}.values())
-                images = draw(generator, chain, batch, load_embeddings(embeddings, prompts, device, widths), config)
+                images = draw(generator, chain, batch, conditioning, config)
                 for sample, image in zip(batch, images, strict=True):
                     with atomic_file(work.parts / f"{sample_name(update, sample)}.png") as path:
                         save_sample(image, path, generator.frame_rate)
