@@ -99,12 +99,13 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     output, identity = experiment / "evaluation" / config.run_name, config.evaluation_identity()
     prompts = experiment / "prompts" / "eval.jsonl"
     facts = _check_samples(config, experiment, root)
-    _check_samples(config.as_base(), experiment, root)
+    if not config.is_base:
+        _check_samples(config.as_base(), experiment, root)
     pictures, reference = (samples_folder(experiment, own.run_name) for own in (config, config.as_base()))
     batches = held_out_batches(prompts, config)
     found = [prompts, *dict.fromkeys(folder / name for folder in (pictures, reference) for name in (FACTS, "pictures"))]
     measures = _measures(config, root, facts, batches)
-    files, processes = _weights(config, root)
+    files, processes = _tried(config, root, batches[0][0])
     if processes and not config.is_base:
         record = experiment / "runs" / config.run_name / PROVENANCE
         trained = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
@@ -124,7 +125,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
 
     if share is not None:
         with work.shared(share, wait):
-            _measure_missing(config, measures, read, work, share, batches[0][0])
+            _measure_missing(config, measures, read, work, share)
         return
     names = ("config.yaml", "scores.parquet", "summary.json", "maps.safetensors")
     with record_stage(
@@ -140,7 +141,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         if processes:
             told["reward_processes"] = processes
         with work.shared(Share(), wait):
-            _measure_missing(config, measures, read, work, Share(), batches[0][0])
+            _measure_missing(config, measures, read, work, Share())
         scores = _table(config, facts["updates"], batches, measures[1:], work)
         maps = _together(measures[0], work)
         with atomic_file(output / "maps.safetensors") as path:
@@ -259,10 +260,11 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
     return result
 
 
-def _weights(config: Config, root: Path) -> tuple[list[Path], dict[str, dict[str, Any]]]:
+def _tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict[str, dict[str, Any]]]:
     """Files that the measures read their networks from, and what rewards elsewhere tell of themselves.
 
-    Each is loaded, and gone again.
+    One after the other is loaded, tried on a blank, and gone again, before a picture is read: the last one may be the
+    one that cannot be run.
     """
     generator, device = config.generator, config.generator.device
     structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
@@ -271,26 +273,16 @@ def _weights(config: Config, root: Path) -> tuple[list[Path], dict[str, dict[str
     del structuring
     _free(device)
     processes: dict[str, dict[str, Any]] = {}
+    blank = torch.zeros(1, *generator.sample_shape, device=device)
     for spec in config.evaluation.rewards:
         reward = load_reward(spec.name, device, spec.options)
         found += weight_files(reward)
         processes |= identities({spec.label: reward})
-        del reward
-        _free(device)
-    return found, processes
-
-
-def _try(config: Config, sample: HeldOut) -> None:
-    """Score a blank with every reward, one after the other, before a picture is read: the last one may be the one that
-    cannot be loaded."""
-    device = config.generator.device
-    blank = torch.zeros(1, *config.generator.sample_shape, device=device)
-    for spec in config.evaluation.rewards:
-        reward = load_reward(spec.name, device, spec.options)
         with in_use(reward):
             score(spec.label, reward, blank, [sample.prompt.text], [sample.prompt.metadata])
         del reward
         _free(device)
+    return found, processes
 
 
 def _free(device: str) -> None:
@@ -308,7 +300,6 @@ def _measure_missing(
     read: Callable[[int, int], Batch],
     work: Work,
     share: Share,
-    first: HeldOut,
 ) -> None:
     there = work.present()
     wanted = {
@@ -316,8 +307,6 @@ def _measure_missing(
         for measure in measures
     }
     total = sum(map(len, wanted.values()))
-    if total:
-        _try(config, first)
     with progress_bar(total=total, description=f"{config.run_name}: scores", unit="batch") as progress:
         for measure in measures:
             if not wanted[measure.name]:
