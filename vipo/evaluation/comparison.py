@@ -12,7 +12,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from vipo.evaluation.statistics import ScoresError, mean_scores, paired_means, tail_probability, trained_rows
+from vipo.evaluation.statistics import (
+    ScoresError,
+    mean_scores,
+    paired_means,
+    resampled,
+    tail_probability,
+    trained_rows,
+)
 from vipo.keys import keyed_seed
 
 #: Bounds that scale VBench's dimensions (its repository's constants, arXiv 2311.17982), where they are not 0 to 1.
@@ -137,9 +144,8 @@ def over_metrics(
         if prompts < 2:
             raise ScoresError("one prompt has no spread to resample; evaluate at least 2 prompts")
         rng = np.random.default_rng(keyed_seed("bootstrap", seed))
-        weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
         # Without BLAS: the sums do not depend on the number of threads.
-        draws = np.einsum("bp,pc->bc", weights, differences)
+        draws = np.einsum("bp,pc->bc", resampled(rng, prompts, resamples), differences)
         below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
         tails = np.minimum(0.5, (np.minimum(below, above) + 1) / (resamples + 1))
         # As the interval is expanded, so is the tail: p is below 1 - confidence where the interval lies beside zero.

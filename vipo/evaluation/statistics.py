@@ -95,10 +95,10 @@ def _paired(ours: "_Side", theirs: "_Side", column: str, resamples: int, confide
     fewest = min(seed_counts, default=0)
 
     rng = np.random.default_rng(keyed_seed("bootstrap", seed))
-    prompt_weights = _weights(rng, prompts, resamples)
+    prompt_weights = resampled(rng, prompts, resamples)
     if fewest >= MINIMUM_SEEDS:
-        weights = _weights(rng, len(values), resamples)
-        other_weights = weights if ours.seeds.equals(theirs.seeds) else _weights(rng, len(others), resamples)
+        weights = resampled(rng, len(values), resamples)
+        other_weights = weights if ours.seeds.equals(theirs.seeds) else resampled(rng, len(others), resamples)
         draws = _crossed(weights, values, prompt_weights) - _crossed(other_weights, others, prompt_weights)
         unit: Literal["seeds", "prompts"] = "seeds"
         units, note = fewest, f"over {fewest} seeds and {prompts} prompts"
@@ -368,7 +368,7 @@ def _named(pairs: pd.DataFrame) -> str:
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
-def _weights(rng: np.random.Generator, units: int, resamples: int) -> NDArray[np.float64]:
+def resampled(rng: np.random.Generator, units: int, resamples: int) -> NDArray[np.float64]:
     """``(resamples, units)``: how often a draw with replacement takes each unit, as shares that sum to 1."""
     return rng.multinomial(units, np.full(units, 1 / units), size=resamples) / units
 
