@@ -41,10 +41,9 @@ def sample_stage(
     from vipo.evaluation.sample import sample_run
 
     check_shared(config, root, experiment_folder(config, results), "eval")
-    run: Callable[[Config, Path, Path, Share | None, float], None] = (
-        sample_run if weights is None else partial(sample_run, weights=weights)
-    )
-    _evaluate("sample", run, config, root, results, wait, share)
+    # Weights that are no run's are not handed on to other processes.
+    processes = config.distribution.processes if weights is None else 1
+    _evaluate("sample", partial(sample_run, weights=weights), config, root, results, wait, share, processes)
 
 
 def score_stage(config: Config, root: Path, results: Path, wait: float = 0, share: str | None = None) -> None:
@@ -52,7 +51,7 @@ def score_stage(config: Config, root: Path, results: Path, wait: float = 0, shar
     from vipo.evaluation.score import score_run
 
     check_prompts(experiment_folder(config, results) / "prompts", config.prompts)
-    _evaluate("score", score_run, config, root, results, wait, share)
+    _evaluate("score", score_run, config, root, results, wait, share, config.distribution.processes)
 
 
 def compare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> list[Path]:
@@ -121,6 +120,7 @@ def _evaluate(
     results: Path,
     wait: float,
     share: str | None,
+    processes: int,
 ) -> None:
     from vipo.evaluation.sample import prepare_process
     from vipo.evaluation.shares import Share
@@ -132,8 +132,7 @@ def _evaluate(
     check_device(config.generator)
     experiment = experiment_folder(config, results)
     own, local = None if share is None else Share.parse(share), 0
-    # Weights that are no run's are not handed on to other processes.
-    if config.distribution.processes > 1 and not isinstance(run, partial):
+    if processes > 1:
         if not is_rank():
             part = [] if share is None else ["--share", share]
             launch_ranks(["evaluate", "--only", stage, *part], config, results, wait, nodes=1)
