@@ -139,8 +139,8 @@ def measure_credit(
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
         records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
-    costs = json.loads((folder / _COSTS).read_text(encoding="utf-8"))
-    result = replace(summarise(records, reference, meter.width, meter.confidence), costs=costs)
+    told = json.loads((folder / _COSTS).read_text(encoding="utf-8"))
+    result = replace(summarise(records, reference, meter.width, meter.confidence), costs=told)
     return result, list(dict.fromkeys(read))
 
 
