@@ -7,9 +7,8 @@ from vipo.check.experiment import check_experiment, wanted_once
 from vipo.check.line import Line, ok
 from vipo.check.pin import pin as write_commits
 from vipo.check.weights import commits
-from vipo.config.compose import load_config, load_config_file, repository_root
+from vipo.config.compose import configuration, load_config, repository_root
 from vipo.config.run import Config
-from vipo.config.validation import ConfigError
 
 
 def check_command(
@@ -29,8 +28,6 @@ def check_command(
     Raises:
         ConfigError: both are given, the configuration cannot be composed, or `pin` cannot be edited.
     """
-    if file is not None and overrides:
-        raise ConfigError(f"give overrides or --config {file}, not both: a resolved file is complete")
     given, root = list(overrides or ()), repository_root()
     runs, lines = _runs(given, file), list[Line]()
     if pin is not None:
@@ -47,10 +44,7 @@ def _chosen(overrides: Sequence[str]) -> bool:
 
 
 def _runs(overrides: list[str], file: Path | None) -> dict[str, Config]:
-    if file is not None:
-        config = load_config_file(file)
-        return {config.arm: config}
-    first = load_config(overrides)
-    if _chosen(overrides):
+    first = configuration(overrides, file)
+    if file is not None or _chosen(overrides):
         return {first.arm: first}
     return {name: load_config([*overrides, f"arm={name}"]) for name in first.experiment.arms}

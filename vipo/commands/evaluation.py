@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from vipo.commands.options import RESULTS, ConfigFile, Overrides, Results, Wait, checked, configuration, say
-from vipo.config.compose import repository_root
+from vipo.commands.options import RESULTS, ConfigFile, Overrides, Results, Wait, checked, say
+from vipo.config.compose import configuration, repository_root
 from vipo.config.validation import ConfigError
 
 

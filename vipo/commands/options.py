@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from vipo.config.compose import load_config, load_config_file
+from vipo.config.compose import configuration
 from vipo.config.run import Config
-from vipo.config.validation import ConfigError
 from vipo.ending import Place
 from vipo.imports import check_imports
 from vipo.text import visible
@@ -41,15 +40,6 @@ Wait = Annotated[
 ]
 
 RESULTS = Path("results")
-
-
-def configuration(overrides: list[str] | None, file: Path | None) -> Config:
-    """The configuration that overrides or a resolved file choose."""
-    if file is None:
-        return load_config(overrides or [])
-    if overrides:
-        raise ConfigError(f"give overrides or --config {file}, not both: a resolved file is complete")
-    return load_config_file(file)
 
 
 def checked(overrides: list[str] | None, file: Path | None) -> Config:

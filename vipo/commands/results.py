@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from vipo.commands.options import RESULTS, ConfigFile, Overrides, Results, Wait, configuration, say
-from vipo.config.compose import load_config, repository_root
+from vipo.commands.options import RESULTS, ConfigFile, Overrides, Results, Wait, say
+from vipo.config.compose import configuration, load_config, repository_root
 from vipo.text import visible
 
 

@@ -112,6 +112,19 @@ def load_config_file(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def configuration(overrides: Sequence[str] | None, file: Path | None) -> Config:
+    """The configuration that a command's overrides or its ``--config FILE`` choose.
+
+    Raises:
+        ConfigError: both are given, or as of `load_config` and `load_config_file`.
+    """
+    if file is None:
+        return load_config(overrides or [])
+    if overrides:
+        raise ConfigError(f"give overrides or --config {file}, not both: a resolved file is complete")
+    return load_config_file(file)
+
+
 def validate_config(data: Any) -> Config:
     """Validate plain data against `Config`.
 
