@@ -1,6 +1,7 @@
 """Import paths of a configuration, tried before anything is computed."""
 
 from vipo.config.objective import SurrogateConfig
+from vipo.config.prompts import is_called
 from vipo.config.run import Config
 from vipo.foreign import is_import_path
 
@@ -14,7 +15,7 @@ def check_imports(config: Config) -> None:
     Raises:
         VipoError: of the part's own kind; one cannot be imported, or is not what it should be.
     """
-    for source in filter(is_import_path, config.prompts.sources.values()):
+    for source in filter(is_called, config.prompts.sources.values()):
         from vipo.prompts.sources import find_source
 
         find_source(source)

@@ -92,6 +92,17 @@ def test_what_runs_here_is_ok_without_a_connection(
 
 
 @pytest.mark.usefixtures("cache", "offline")
+@pytest.mark.parametrize("source", ["set:parti", f"hub:acme/prompts@{NEW}/a.jsonl"])
+def test_published_prompts_are_not_fetched_to_be_looked_at(
+    source: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    config = load_config([*tiny_overrides, "arm=vipo", f"prompts.source='{source}'"])
+    lines = _said(list(check_experiment({"vipo": config}, ROOT, tmp_path, whole=False)))
+    assert lines["prompts"][0] == "open"
+    assert {lines[subject][0] for subject in ("import paths", "memory", "disk")} == {"ok"}
+
+
+@pytest.mark.usefixtures("cache", "offline")
 def test_what_is_missing_is_a_line_each_and_status_1(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

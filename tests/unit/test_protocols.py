@@ -7,6 +7,7 @@ import pytest
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.imports import check_imports
 
 JUDGES = {"geneval": "evaluation.rewards=[geneval]", "hpd": "evaluation.rewards=[hpsv2]"}
 NAMES = sorted(path.stem for path in (repository_root() / "configs/protocol").glob("*.yaml"))
@@ -30,6 +31,8 @@ def test_a_protocol_pins_what_its_numbers_depend_on(name: str) -> None:
     assert {"steps", "seed", "prompts", "samples_per_prompt"} <= config.protocol.pins["evaluation"].keys()
     assert config.evaluation_identity()["protocol"] == config.report_identity()["protocol"] == config.protocol.title
     assert "protocol" not in config.sampling_identity()
+    # The set's name has the form of an import path, and is none.
+    check_imports(config)
     with pytest.raises(ConfigError, match=rf"{name}.* pins evaluation\.steps {config.evaluation.steps}, is 7"):
         _load(name, "evaluation.steps=7")
 

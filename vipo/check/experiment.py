@@ -17,8 +17,8 @@ from vipo.check.places import disk_line, folder_lines
 from vipo.check.wanted import Wanted, packaged_backbone, wanted
 from vipo.check.weights import weight_lines
 from vipo.config.experiment import check_run, check_runs
+from vipo.config.prompts import is_called, is_published
 from vipo.config.run import Config
-from vipo.foreign import is_import_path
 from vipo.imports import check_imports
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def _prompts(config: Config, root: Path) -> Iterator[Line]:
     from vipo.prompts.sources import read_source
 
     source, key = config.prompts.source, config.prompts.text_key
-    if is_import_path(source):
+    if is_called(source) or is_published(source):
         # Its rows may be downloaded ones; `import paths` has tried the rest.
-        yield not_known("prompts", f"{source}: its rows are made when 'vipo prepare' calls it")
+        yield not_known("prompts", f"{source}: its rows are made when 'vipo prepare' calls or fetches it")
         return
     rows = read_source(source, key, root).rows
     if not any(key in row for _, row in rows):
@@ -159,7 +159,7 @@ def _training_prompts(config: Config, root: Path, experiment: Path) -> int:
 
     if (prepared := prompts_path(experiment)).is_file():
         return len(read_prompts(prepared))
-    if is_import_path(config.prompts.source):
+    if is_called(config.prompts.source) or is_published(config.prompts.source):
         return config.training.prompts_per_update
     rows = read_source(config.prompts.source, config.prompts.text_key, root).rows
     return math.ceil(len(rows) * (1 - config.prompts.eval_share))

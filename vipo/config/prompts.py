@@ -5,6 +5,17 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from vipo.config.section import PositiveInt, Section, UserPath
+from vipo.foreign import is_import_path
+
+
+def is_published(source: str) -> bool:
+    """Whether a source is fetched: ``set:NAME`` or ``hub:OWNER/NAME@COMMIT/PATH``."""
+    return source.startswith(("set:", "hub:"))
+
+
+def is_called(source: str) -> bool:
+    """Whether a source is a callable, by its import path; the name of a published set has the same form."""
+    return is_import_path(source) and not is_published(source)
 
 
 class FilterConfig(Section):

@@ -73,11 +73,6 @@ SETS: Mapping[str, PublishedSet] = MappingProxyType(
 )
 
 
-def is_published(name: str) -> bool:
-    """Whether a source is fetched: ``set:NAME`` or ``hub:OWNER/NAME@COMMIT/PATH``."""
-    return name.startswith(("set:", "hub:"))
-
-
 def published_key(name: str, text_key: str) -> str:
     """The key that holds the prompt: a set's own, unless another one than the default is asked for."""
     known = SETS.get(name.removeprefix("set:")) if name.startswith("set:") else None
@@ -88,7 +83,7 @@ def fetch_published(name: str, root: Path) -> dict[str, bytes]:
     """The files of a published source by name, as they were at the first fetch.
 
     Args:
-        name: see `is_published`.
+        name: see `vipo.config.prompts.is_published`.
         root: repository root; `LOCK` lies below it.
 
     Raises:

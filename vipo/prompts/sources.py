@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vipo.foreign import foreign, is_import_path, resolve
+from vipo.config.prompts import is_called, is_published
+from vipo.foreign import foreign, resolve
 from vipo.prompts.prompt import PromptError
-from vipo.prompts.published import fetch_published, is_published, published_key
+from vipo.prompts.published import fetch_published, published_key
 from vipo.regular import read_regular
 
 MOST_BYTES = 2**29
@@ -52,7 +53,7 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
     """
     if is_published(name):
         return _published(name, text_key, root)
-    if is_import_path(name):
+    if is_called(name):
         return _called(name, root)
     reader = _READERS.get(Path(name).suffix.lower())
     if reader is None:
