@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
-from vipo.evaluation import sample, score
+from vipo.evaluation import measures, sample, score
 from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
@@ -188,7 +188,7 @@ def test_memory_does_not_grow_with_prompts_and_one_network_is_there_at_a_time(
     monkeypatch.setattr(sample, "draw", pictures(sample.draw))
     monkeypatch.setattr(score, "read_samples", pictures(score.read_samples))
     monkeypatch.setattr(sample, "load_generator", network(sample.load_generator, lambda generator: generator))
-    monkeypatch.setattr(score, "load_backbone", network(score.load_backbone, lambda backbone: backbone))
+    monkeypatch.setattr(measures, "load_backbone", network(measures.load_backbone, lambda backbone: backbone))
     peaks = []
     for prompts in (3, 12):
         config = load_config([*overrides, "arm=vipo", f"evaluation.prompts={prompts}"])

@@ -11,7 +11,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from vipo.evaluation.held_out import save_sample
-from vipo.evaluation.score import image_change
+from vipo.evaluation.measures import image_change
 
 
 def _read(path: Path) -> Tensor:

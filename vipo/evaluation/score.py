@@ -4,91 +4,39 @@ One batch of pictures is in memory at a time, and one network: what measures goe
 is loaded.
 """
 
-import contextlib
-import gc
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from vipo.config.compose import dump_config
-from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
-from vipo.demo.scenes import foreground
-from vipo.evaluation.held_out import EvaluationError, HeldOut, held_out_batches, read_samples, sample_name
+from vipo.evaluation.held_out import EvaluationError, HeldOut, held_out_batches, read_samples
+from vipo.evaluation.measures import Batch, Measure, Measured, free, measures_of, tried
 from vipo.evaluation.sample import FACTS, samples_folder
 from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
-from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROVENANCE, read_provenance
-from vipo.rewards import check_identities, identities, in_use, load_reward, score, weight_files
+from vipo.rewards import check_identities
 from vipo.tracking.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-#: Samples of the final weights whose maps are kept, the first ones: the report shows some of them.
-MAPPED = 512
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one update, with their pictures and the base's, ``(N, [T,] 3, H, W)`` in [0, 1]."""
-
-    update: int
-    samples: Sequence[HeldOut]
-    images: Tensor
-    base: Tensor
-
-    @property
-    def texts(self) -> list[str]:
-        """Prompts."""
-        return [sample.prompt.text for sample in self.samples]
-
-    @property
-    def metadata(self) -> list[dict[str, Any]]:
-        """What the prompts carry."""
-        return [sample.prompt.metadata for sample in self.samples]
-
-
-Measured = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is measured on every batch of `parts`: pairs of an update and the number of a batch.
-
-    Attributes:
-        name: file-safe.
-        opened: loads what measures, for the block, and gives it.
-    """
-
-    name: str
-    parts: Sequence[tuple[int, int]]
-    opened: Callable[[], AbstractContextManager[Callable[[Batch], Measured]]]
-
-    def file(self, update: int, number: int) -> str:
-        """Of one part."""
-        return f"{self.name}-{update}-{number}.safetensors"
 
 
 def score_run(config: Config, root: Path, experiment: Path, share: Share | None = None, wait: float = 0) -> None:
     """Score one run's samples into ``evaluation/<arm>-s<seed>``, against those of the experiment's base.
 
     Writes ``config.yaml`` (resolved, complete), ``scores.parquet`` (one row per update and sample), ``summary.json``
-    and ``maps.safetensors``: allocation maps of the first `MAPPED` final samples, ``(h, w)`` or ``(T_lat, h, w)``. A
-    video's file says in its metadata `frame_groups` which frames ``[first, last + 1]`` each latent frame stands for
-    (JSON). What is there already, of this work, is not made again.
+    and ``maps.safetensors``: allocation maps of the first final samples (`vipo.evaluation.measures.MAPPED`), ``(h, w)``
+    or ``(T_lat, h, w)``. A video's file says in its metadata `frame_groups` which frames ``[first, last + 1]`` each
+    latent frame stands for (JSON). What is there already, of this work, is not made again.
 
     Args:
         config, root, experiment, share, wait: as of `vipo.evaluation.sample.sample_run`.
@@ -104,8 +52,8 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     pictures, reference = (samples_folder(experiment, own.run_name) for own in (config, config.as_base()))
     batches = held_out_batches(prompts, config)
     found = [prompts, *dict.fromkeys(folder / name for folder in (pictures, reference) for name in (FACTS, "pictures"))]
-    measures = _measures(config, root, facts, batches)
-    files, processes = _tried(config, root, batches[0][0])
+    measures = measures_of(config, root, facts, batches)
+    files, processes = tried(config, root, batches[0][0])
     if processes and not config.is_base:
         record = experiment / "runs" / config.run_name / PROVENANCE
         trained = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
@@ -181,119 +129,6 @@ def _check_samples(config: Config, experiment: Path, root: Path) -> dict[str, An
     return facts
 
 
-# ---- what is measured ---------------------------------------------------------------------------------------------
-
-
-def _measures(config: Config, root: Path, facts: dict[str, Any], batches: Sequence[Sequence[HeldOut]]) -> list[Measure]:
-    """Maps, then every column of the table in order."""
-    updates, count = facts["updates"], len(batches)
-    every = [(update, number) for update in updates for number in range(count)]
-    mapped = -(-MAPPED // config.evaluation.batch)
-    final = [(updates[-1], number) for number in range(min(count, mapped))]
-    scene = config.generator.frames is None and all(
-        "objects" in sample.prompt.metadata for batch in batches for sample in batch
-    )
-    rewards = [
-        Measure(f"reward{number}", every, partial(_reward, spec, config))
-        for number, spec in enumerate(config.evaluation.rewards)
-    ]
-    change = Measure("change", every, partial(_change, scene))
-    return [Measure("maps", final, partial(_maps, config, root, facts)), *rewards, change]
-
-
-@contextlib.contextmanager
-def _maps(config: Config, root: Path, facts: dict[str, Any]) -> Iterator[Callable[[Batch], Measured]]:
-    device, groups = config.generator.device, facts["frame_groups"]
-    structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
-    structuring.preflight((config.generator.height, config.generator.width))
-    spans = None if groups is None else [range(first, last) for first, last in groups]
-
-    def measure(batch: Batch) -> Measured:
-        found = structuring(batch.images.to(device), tuple(facts["grid"]), spans)
-        found.check()
-        named = zip(batch.samples, found.maps, strict=True)
-        return {sample_name(batch.update, sample): heat.cpu().clone() for sample, heat in named}
-
-    yield measure
-
-
-@contextlib.contextmanager
-def _reward(spec: RewardSpec, config: Config) -> Iterator[Callable[[Batch], Measured]]:
-    device = config.generator.device
-    reward = load_reward(spec.name, device, spec.options)
-
-    def measure(batch: Batch) -> Measured:
-        values = score(spec.label, reward, batch.images.to(device), batch.texts, batch.metadata)
-        if not bool(values.isfinite().all()):
-            worst = batch.samples[int((~values.isfinite()).nonzero()[0])]
-            raise EvaluationError(
-                f"reward {spec.label!r} is not finite for {worst.prompt.text!r}, sample {worst.number}, update "
-                f"{batch.update}; mend it, or leave it out of evaluation.rewards"
-            )
-        return {f"reward/{spec.label}": values}
-
-    with in_use(reward):
-        yield measure
-
-
-@contextlib.contextmanager
-def _change(scene: bool) -> Iterator[Callable[[Batch], Measured]]:
-    yield lambda batch: image_change(batch.images, batch.base, scene)
-
-
-def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]:
-    """Mean absolute pixel change against the base's sample of the same prompt and noise, ``(N,)`` each in [0, 1].
-
-    Args:
-        images, base: ``(N, 3, H, W)``, or videos ``(N, T, 3, H, W)``.
-        scene: whether the base's object can be told from its background by the border's colour; then the change is
-            also split into the base picture's foreground and background.
-    """
-    change = (images - base).abs().mean(dim=-3)
-    result = {"change/total": change.mean(dim=tuple(range(1, change.ndim)))}
-    if scene:
-        inside = foreground(base).float()
-        result["change/foreground"] = (change * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp_min(1)
-        result["change/background"] = (change * (1 - inside)).sum(dim=(1, 2)) / (1 - inside).sum(dim=(1, 2)).clamp_min(
-            1
-        )
-    return result
-
-
-def _tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict[str, dict[str, Any]]]:
-    """Files that the measures read their networks from, and what rewards elsewhere tell of themselves.
-
-    One after the other is loaded, tried on a blank, and gone again, before a picture is read: the last one may be the
-    one that cannot be run.
-    """
-    generator, device = config.generator, config.generator.device
-    structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
-    structuring.preflight((generator.height, generator.width))
-    found = [] if structuring.backbone.source is None else [structuring.backbone.source]
-    del structuring
-    _free(device)
-    processes: dict[str, dict[str, Any]] = {}
-    blank = torch.zeros(1, *generator.sample_shape, device=device)
-    for spec in config.evaluation.rewards:
-        reward = load_reward(spec.name, device, spec.options)
-        found += weight_files(reward)
-        processes |= identities({spec.label: reward})
-        with in_use(reward):
-            score(spec.label, reward, blank, [sample.prompt.text], [sample.prompt.metadata])
-        del reward
-        _free(device)
-    return found, processes
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.empty_cache()
-
-
-# ---- parts --------------------------------------------------------------------------------------------------------
-
-
 def _measure_missing(
     config: Config,
     measures: Sequence[Measure],
@@ -317,7 +152,7 @@ def _measure_missing(
                     with atomic_file(work.parts / measure.file(*part)) as path:
                         save_file(found, path)
                     progress.update(1)
-            _free(config.generator.device)
+            free(config.generator.device)
 
 
 def _together(measure: Measure, work: Work) -> Measured:
