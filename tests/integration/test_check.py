@@ -103,6 +103,18 @@ def test_published_prompts_are_not_fetched_to_be_looked_at(
 
 
 @pytest.mark.usefixtures("cache", "offline")
+def test_held_out_prompts_of_their_own_are_looked_at(tiny_overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text('{"text": "a fox"}\n')
+    told = []
+    for source in ("nowhere.txt", tmp_path / "held.jsonl"):
+        config = load_config([*tiny_overrides, "arm=vipo", f"prompts.eval={{source: '{source}'}}"])
+        told.append(_said(list(check_experiment({"vipo": config}, ROOT, tmp_path, whole=False)))["prompts.eval"])
+    assert [verdict for verdict, _ in told] == ["to do", "to do"]
+    assert "nowhere.txt" in told[0][1]
+    assert "set prompts.eval.text_key" in told[1][1]
+
+
+@pytest.mark.usefixtures("cache", "offline")
 def test_what_is_missing_is_a_line_each_and_status_1(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,7 +42,10 @@ def check_experiment(
     experiment = results / first.experiment.name
     yield from found("configuration", lambda: _configuration(runs, whole))
     yield from found("import paths", lambda: _imports(configs))
-    yield from found("prompts", lambda: _prompts(first, root))
+    own = first.prompts
+    yield from found("prompts", lambda: _prompts("prompts", own.source, own.text_key, root))
+    if (held := own.eval) is not None:
+        yield from found("prompts.eval", lambda: _prompts("prompts.eval", held.source, held.text_key, root))
     yield from found("token", _token)
     yield from found("folders", lambda: folder_lines(_folders(experiment)))
     present = gpus()
@@ -83,19 +86,18 @@ def _imports(configs: list[Config]) -> Iterator[Line]:
     yield ok("import paths", "all can be imported")
 
 
-def _prompts(config: Config, root: Path) -> Iterator[Line]:
+def _prompts(section: str, source: str, key: str, root: Path) -> Iterator[Line]:
     from vipo.prompts.sources import read_source
 
-    source, key = config.prompts.source, config.prompts.text_key
     if is_called(source) or is_published(source):
         # Its rows may be downloaded ones; `import paths` has tried the rest.
-        yield not_known("prompts", f"{source}: its rows are made when 'vipo prepare' calls or fetches it")
+        yield not_known(section, f"{source}: its rows are made when 'vipo prepare' calls or fetches it")
         return
     rows = read_source(source, key, root).rows
     if not any(key in row for _, row in rows):
-        yield to_do("prompts", f"{source}: no row has the key {key!r}; set prompts.text_key to the one that holds it")
+        yield to_do(section, f"{source}: no row has the key {key!r}; set {section}.text_key to the one that holds it")
         return
-    yield ok("prompts", f"{source}: {len(rows)} rows")
+    yield ok(section, f"{source}: {len(rows)} rows")
 
 
 def _token() -> Iterator[Line]:
@@ -162,7 +164,8 @@ def _training_prompts(config: Config, root: Path, experiment: Path) -> int:
     if is_called(config.prompts.source) or is_published(config.prompts.source):
         return config.training.prompts_per_update
     rows = read_source(config.prompts.source, config.prompts.text_key, root).rows
-    return math.ceil(len(rows) * (1 - config.prompts.eval_share))
+    share = config.prompts.eval_share if config.prompts.eval is None else 0
+    return math.ceil(len(rows) * (1 - share))
 
 
 def _memory(config: Config, root: Path, prompts: int, counted: "Plan", device: float) -> Iterator[Line]:
