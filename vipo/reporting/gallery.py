@@ -52,14 +52,12 @@ class Gallery:
         files: what lies beside the page, by path; empty where the page holds its pictures itself.
         size: width and height of a picture in pixels.
         pixelated: whether enlarged pictures keep hard pixel edges.
-        videos: whether samples are videos.
     """
 
     prompts: tuple[ShownPrompt, ...]
     files: Mapping[str, bytes]
     size: tuple[int, int]
     pixelated: bool
-    videos: bool
 
     @property
     def arms(self) -> list[str]:
@@ -73,4 +71,4 @@ class Gallery:
 
 
 #: Of an experiment that nothing is evaluated of.
-NO_PICTURES = Gallery((), {}, (1, 1), pixelated=False, videos=False)
+NO_PICTURES = Gallery((), {}, (1, 1), pixelated=False)

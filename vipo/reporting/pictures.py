@@ -52,7 +52,6 @@ def read_gallery(experiment: Experiment, *, inline: bool = False) -> Gallery:
         {},
         (config.width, config.height),
         max(config.width, config.height) <= PIXEL_ART_SIDE,
-        config.frames is not None,
     )
     return store.placed(gallery, inline)
 

@@ -33,8 +33,6 @@ def result(page: Page) -> Section | None:
                 for prompt in page.gallery.prompts[:_PROMPTS]
             ],
             "gallery": page.gallery,
-            "trained": {column: summary.columns[column] for column in summary.trained},
-            "headline": summary.headline,
             "columns": summary.columns,
             "findings": _findings(summary),
             "side_effects": _side_effects(summary),
