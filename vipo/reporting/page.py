@@ -41,7 +41,9 @@ def _environment(page: Page) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": _signed, "number": _number, "words": _against, "one_line": one_line}
-    environment.globals["arm_index"] = {arm: index % len(ARM_COLORS) for index, arm in enumerate(page.experiment.arms)}
+    environment.globals["arm_index"] = {
+        arm: index % len(ARM_COLORS) for index, arm in enumerate(page.experiment.coloured)
+    }
     environment.globals["percent"] = f"{100 * page.summary.confidence:g}"
     return environment
 
