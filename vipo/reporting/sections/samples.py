@@ -24,7 +24,7 @@ def samples(page: Page) -> Section | None:
             "label": summary.columns[trained] if trained else "",
             "sorts": _sorts(page),
             "updates": updates,
-            "history": min(HISTORY_PROMPTS, len(gallery.prompts)) if gallery.files else None,
+            "history": HISTORY_PROMPTS if len(gallery.prompts) > HISTORY_PROMPTS else None,
             "data": _data(page, arms),
         },
     )
