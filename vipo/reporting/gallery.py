@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+#: Folder of the pictures beside a page that does not hold them itself.
+PICTURES = "thumbs"
 #: Kept updates are shown of the first so many prompts.
 HISTORY_PROMPTS = 64
 
