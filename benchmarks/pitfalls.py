@@ -26,7 +26,7 @@ from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import Setup, set_up
 
 GROUP = 8
-#: Size of a weight's random change beside the weight's own tensor (root mean square): about what an update does.
+#: Size of a weight's random change, relative to the root mean square of its tensor.
 CHANGE = 1e-3
 
 
@@ -49,7 +49,7 @@ def measure(setup: Setup) -> dict[str, float]:
     keys = [(setup.config.seed, "pitfalls", prompt.id, row) for row in range(GROUP)]
     conditioning = stack_conditioning(setup.embeddings, [prompt.id] * GROUP)
     drawn = rollout(setup.generator, conditioning, setup.chain, setup.chain.trainable, [keys[0]] * GROUP, keys)
-    right = _log_probs(setup, drawn, conditioning)
+    right = _old(setup, drawn, "mean")
     figures = {"nothing wrong: max |log rho|": _largest(_log_probs(setup, drawn, conditioning) - right)}
 
     rounded = Trajectory(drawn.latents.bfloat16().float(), drawn.means, drawn.clean)

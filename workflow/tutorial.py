@@ -1,5 +1,6 @@
 """Follow docs/tutorial.md as a reader does: write its files, type its commands. `make docs-run` runs it whole."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -82,8 +83,6 @@ def follow(folder: Path, replaced: Mapping[str, str], environment: Mapping[str, 
 
 
 if __name__ == "__main__":
-    import os
-
     place = Path(sys.argv[1])
     checkout(place)
     follow(place, {}, os.environ)

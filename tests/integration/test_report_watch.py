@@ -37,6 +37,9 @@ def test_the_page_grows_with_what_there_is(built: tuple[Path, list[str]], tmp_pa
     assert 'id="training"' in page
     assert 'id="result"' not in page
     assert "Training reward" in page
+    # The legend's colours are the curves', and they stay when the base is evaluated.
+    legend = '<span class="arm" data-arm="1" style="--swatch: var(--arm-1)">grpo</span>'
+    assert legend in page
 
     # Half a line, as a reader may meet it: said, and the page before stays.
     metrics.write_text(whole[:-30])
@@ -50,6 +53,7 @@ def test_the_page_grows_with_what_there_is(built: tuple[Path, list[str]], tmp_pa
         shutil.copytree(tmp_path / "evaluation" / run, evaluated / run)
     page = build_live(folder, runs, config).read_text(encoding="utf-8")
     assert 'id="result"' in page
+    assert legend in page
     data = json.loads(page.split('id="page-data">')[1].split("</script>")[0])
     assert [run["name"] for run in data["runs"]] == ["base-s0", "grpo-s0"]
     # What trains without an evaluation is among the curves.

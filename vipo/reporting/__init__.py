@@ -15,6 +15,7 @@ from vipo.config.run import Config
 from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.reporting.drawing import Plot
 from vipo.reporting.figures import draw_figures, draw_time
+from vipo.reporting.gallery import PICTURES
 from vipo.reporting.inputs import Experiment, ReportError, read_experiment
 from vipo.reporting.page import render_page
 from vipo.reporting.sections.context import Page
@@ -25,8 +26,6 @@ __all__ = ["PICTURES", "TIMES", "ReportError", "build_data", "build_report", "re
 
 TIMES = ("time.json", "time.csv", "time.svg")
 """The page's times beside it, where they were recorded here."""
-PICTURES = "thumbs"
-"""Folder of the pictures beside a page that does not hold them itself."""
 
 
 def build_data(experiment_dir: Path, runs: Sequence[str], config: Config, output: Path) -> Path:

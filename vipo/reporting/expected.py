@@ -1,5 +1,7 @@
 """Training metrics that stay where they should: told in one line each instead of drawn."""
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from vipo.reporting.inputs import Experiment
@@ -11,11 +13,12 @@ _EXPECTED = {
 }
 
 
-def flat_metrics(training: pd.DataFrame, experiment: Experiment) -> dict[str, str]:
+def flat_metrics(training: pd.DataFrame, experiment: Experiment, titles: Mapping[str, str]) -> dict[str, str]:
     """Of metrics that are flat as expected, or the same number throughout, a sentence each.
 
     Args:
         training: tidy rows with `metric` and `value`.
+        titles: of metrics of which nothing is expected.
     """
     trained = [run.config for run in experiment.runs if not run.config.is_base]
     tolerance = min(config.training.log_ratio_tolerance for config in trained)
@@ -29,5 +32,5 @@ def flat_metrics(training: pd.DataFrame, experiment: Experiment) -> dict[str, st
             measured = "" if low == high == expected else f": at most {high:.1e} in any update, tolerance {allowed:.0e}"
             found[str(metric)] = f"As expected, {told}{measured}."
         elif low == high:
-            found[str(metric)] = f"{low:.3g} in every update of every run"
+            found[str(metric)] = f"{titles[str(metric)]}: {low:.3g} in every update of every run."
     return found

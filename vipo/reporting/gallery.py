@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+#: Folder of the pictures beside a page that does not hold them itself.
+PICTURES = "thumbs"
 #: Kept updates are shown of the first so many prompts.
 HISTORY_PROMPTS = 64
 
@@ -52,14 +54,12 @@ class Gallery:
         files: what lies beside the page, by path; empty where the page holds its pictures itself.
         size: width and height of a picture in pixels.
         pixelated: whether enlarged pictures keep hard pixel edges.
-        videos: whether samples are videos.
     """
 
     prompts: tuple[ShownPrompt, ...]
     files: Mapping[str, bytes]
     size: tuple[int, int]
     pixelated: bool
-    videos: bool
 
     @property
     def arms(self) -> list[str]:
@@ -73,4 +73,4 @@ class Gallery:
 
 
 #: Of an experiment that nothing is evaluated of.
-NO_PICTURES = Gallery((), {}, (1, 1), pixelated=False, videos=False)
+NO_PICTURES = Gallery((), {}, (1, 1), pixelated=False)

@@ -59,6 +59,11 @@ class Experiment:
         """Arms in order, the base first."""
         return list(dict.fromkeys(run.config.arm for run in self.runs))
 
+    @property
+    def coloured(self) -> list[str]:
+        """Arms in the order of their colours: the first is the base's, also while nothing of it is evaluated."""
+        return list(dict.fromkeys(["base", *self.arms]))
+
     def of_arm(self, arm: str) -> list[Run]:
         """The runs of one arm, by seed."""
         return [run for run in self.runs if run.config.arm == arm]

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from vipo.config.meter import MeterConfig, measurement_label
 from vipo.credit.meter.result import Along, Result
 from vipo.credit.meter.stored import read_stored
 from vipo.credit.meter.table import COSTS, is_weak, percent, shown
 from vipo.reporting.credit import draw_credit
+from vipo.reporting.sections.context import drawn
 
 
 def measurement_files(experiment: Path, meter: MeterConfig | None) -> list[Path]:
@@ -41,7 +40,6 @@ def _places(experiment: Path, meter: MeterConfig | None) -> list[tuple[str, Path
 def _measured(checkpoint: str, path: Path) -> dict[str, Any]:
     stored = read_stored(path)
     result = stored.result
-    plot = draw_credit(result, stored.confidence)
     whole = f"{result.updates} updates, {result.reference_batches} reference batches"
     stepped = f"{result.stepped} updates, steps of equal {stored.size}"
     estimators = [
@@ -52,7 +50,7 @@ def _measured(checkpoint: str, path: Path) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "first": result.first,
         "confidence": f"{100 * stored.confidence:g}",
-        "figure": {"title": plot.title, "caption": plot.caption, "svg": Markup(plot.svg)},
+        "figure": drawn(draw_credit(result, stored.confidence)),
         "estimators": [
             {"name": name, "value": value, "rests_on": rests_on, "rows": _rows(found, result.first)}
             for name, value, rests_on, found in estimators

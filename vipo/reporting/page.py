@@ -11,6 +11,7 @@ from markupsafe import Markup
 from vipo.reporting.drawing import ARM_COLORS
 from vipo.reporting.sections import SECTIONS
 from vipo.reporting.sections.context import Page, Section
+from vipo.reporting.wording import number, signed
 from vipo.text import one_line
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -40,8 +41,10 @@ def _environment(page: Page) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": _signed, "number": _number, "words": _against, "one_line": one_line}
-    environment.globals["arm_index"] = {arm: index % len(ARM_COLORS) for index, arm in enumerate(page.experiment.arms)}
+    environment.filters |= {"signed": signed, "number": number, "words": _against, "one_line": one_line}
+    environment.globals["arm_index"] = {
+        arm: index % len(ARM_COLORS) for index, arm in enumerate(page.experiment.coloured)
+    }
     environment.globals["percent"] = f"{100 * page.summary.confidence:g}"
     return environment
 
@@ -64,14 +67,6 @@ def _policy(script: str, *, beside: bool) -> str:
         f"default-src 'none'; img-src {source}; media-src {source}; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _against(verdict: str, reference: str) -> str:

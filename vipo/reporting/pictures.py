@@ -14,7 +14,7 @@ from PIL import Image
 
 from vipo.maps.veil import dimmed, veil
 from vipo.reporting.films import encode_film
-from vipo.reporting.gallery import HISTORY_PROMPTS, Gallery, Shot, ShownPrompt
+from vipo.reporting.gallery import HISTORY_PROMPTS, PICTURES, Gallery, Shot, ShownPrompt
 from vipo.reporting.inputs import Experiment, ReportError, Run
 from vipo.reporting.sampled import Maps, read_frames, sample_file
 
@@ -52,7 +52,6 @@ def read_gallery(experiment: Experiment, *, inline: bool = False) -> Gallery:
         {},
         (config.width, config.height),
         max(config.width, config.height) <= PIXEL_ART_SIDE,
-        config.frames is not None,
     )
     return store.placed(gallery, inline)
 
@@ -65,7 +64,7 @@ class _Store:
 
     def add(self, content: bytes, suffix: str) -> str:
         """A reference to `content`."""
-        name = f"thumbs/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
+        name = f"{PICTURES}/{hashlib.sha256(content).hexdigest()[:20]}.{suffix}"
         self._files[name] = content
         return name
 

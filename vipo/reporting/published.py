@@ -36,10 +36,11 @@ def published_table(config: Config, results: Path) -> str:
     lines.append("|---|" + "---:|" * 2 * len(heads))
     for arm, row in table.rows.items():
         seeds = config.experiment.arms[arm].seeds
-        scores = [found for seed in seeds if (found := _scores(results / config.experiment.name, f"{arm}-s{seed}"))]
+        found = (_final_scores(results / config.experiment.name, f"{arm}-s{seed}") for seed in seeds)
+        scores = [own for own in found if own is not None]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, row.values, strict=True):
-            cells += ["not published" if value is None else f"{value:g}", _ours(scores, column.metric, len(seeds))]
+            cells += [published_value(value), _ours(scores, column.metric, len(seeds))]
         lines.append(_row(cells))
     return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
 
@@ -52,28 +53,22 @@ def _cell(text: str) -> str:
     return visible(" ".join(text.split())).replace("|", "\\|")
 
 
-def _ours(scores: list["_Scores"], metric: str, seeds: int) -> str:
+def published_value(value: float | None) -> str:
+    """A cell of the publication."""
+    return "not published" if value is None else f"{value:g}"
+
+
+def _ours(scores: list[pd.DataFrame], metric: str, seeds: int) -> str:
     if not scores:
         return NOT_RUN
-    means = [found.mean(metric) for found in scores]
-    if any(mean is None for mean in means):
+    if not all(metric in table.columns for table in scores):
         return NOT_MEASURED
-    mean = sum(value for value in means if value is not None) / len(means)
+    mean = sum(mean_score(table, metric) for table in scores) / len(scores)
     return f"{mean:.4f}" + (f" ({len(scores)} of {seeds} seeds)" if len(scores) < seeds else "")
 
 
-class _Scores:
-    """Final scores of one evaluated run."""
-
-    def __init__(self, table: pd.DataFrame) -> None:
-        self._table = table
-
-    def mean(self, metric: str) -> float | None:
-        """Of a column; None where there is none."""
-        return mean_score(self._table, metric) if metric in self._table.columns else None
-
-
-def _scores(experiment: Path, run: str) -> _Scores | None:
+def _final_scores(experiment: Path, run: str) -> pd.DataFrame | None:
+    """Of an evaluated run; None where nothing was evaluated, or with other weights or settings than it has now."""
     file = experiment / "evaluation" / run / "scores.parquet"
     if not file.is_file():
         return None
@@ -81,4 +76,4 @@ def _scores(experiment: Path, run: str) -> _Scores | None:
     if records.stale is not None:
         return None
     scores = read_scores(file, records.config)
-    return _Scores(scores[scores["final"]])
+    return scores[scores["final"]]

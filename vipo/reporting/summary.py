@@ -44,6 +44,7 @@ METRICS = {
     "group/std": ("Group standard deviation", "of the reward within a prompt's samples"),
     "group/zero_std_share": ("Groups without signal", "share of groups whose rewards are all equal"),
 }
+_TITLES = {metric: title for metric, (title, _) in METRICS.items()}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def summarize(experiment: Experiment) -> Summary:
         matched=pd.concat([table.reindex(columns=_MATCHED + columns) for table in matched], ignore_index=True),
         training=training,
         clip_by_step=clip_by_step(experiment),
-        flat=_flat(training, experiment),
+        flat=flat_metrics(training, experiment, _TITLES),
         equal_change=_equal_change(experiment, focus, trained, side),
         headline=headline,
         against_base=against_base,
@@ -162,11 +163,6 @@ def summarize(experiment: Experiment) -> Summary:
         caveats=caveats(experiment, final, config),
         confidence=config.evaluation.confidence,
     )
-
-
-def _flat(training: pd.DataFrame, experiment: Experiment) -> dict[str, str]:
-    told = flat_metrics(training, experiment)
-    return {metric: text if text.endswith(".") else f"{METRICS[metric][0]}: {text}." for metric, text in told.items()}
 
 
 def _equal_change(
@@ -192,7 +188,7 @@ def summarize_training(experiment: Experiment, evaluated: Summary | None = None)
     told: dict[str, Any] = {
         "training": training,
         "clip_by_step": clip_by_step(experiment),
-        "flat": _flat(training, experiment),
+        "flat": flat_metrics(training, experiment, _TITLES),
     }
     if evaluated is not None:
         return replace(evaluated, **told)

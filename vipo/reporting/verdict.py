@@ -13,7 +13,7 @@ from vipo.evaluation.statistics import MINIMUM_SEEDS, Better, tail_probability, 
 from vipo.keys import keyed_seed
 
 CHANGE = "change/total"
-Word = Literal["better", "worse", "higher", "lower", "not shown"]
+Word = Literal["better", "worse", "not shown"]
 _Array = NDArray[np.float64]
 
 
@@ -108,10 +108,10 @@ def equal_change(
     sides = [trained_rows(scores[scores["arm"] == name]) for name in (arm, reference)]
     if base.empty or any(side.empty for side in sides):
         return None
-    cubes = [_cube(rows, columns) for rows in (base, *sides)]
-    start, *curves = [cube for cube in cubes if cube is not None] or [np.empty(0)]
-    if len(curves) < len(sides):
+    cubes = [cube for rows in (base, *sides) if (cube := _cube(rows, columns)) is not None]
+    if len(cubes) <= len(sides):
         return None
+    start, *curves = cubes
     updates = [np.array([0, *sorted(side["update"].unique())], dtype=np.float64) for side in sides]
     prompts, seeds = start.shape[-1], (curves[0].shape[1], curves[1].shape[1])
     over_seeds = min(seeds) >= MINIMUM_SEEDS

@@ -8,14 +8,13 @@ from pathlib import Path
 from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.provenance.files import atomic_file
-from vipo.reporting.drawing import Plot
 from vipo.reporting.figures import draw_comparison, draw_time, draw_training
 from vipo.reporting.gallery import NO_PICTURES
 from vipo.reporting.inputs import Experiment, read_experiment, read_training
 from vipo.reporting.page import render_page
 from vipo.reporting.pictures import read_gallery
 from vipo.reporting.sections.context import Page
-from vipo.reporting.summary import Summary, summarize, summarize_training
+from vipo.reporting.summary import summarize, summarize_training
 from vipo.reporting.tables import summarize_time
 
 LIVE = "live.html"
@@ -63,12 +62,12 @@ def build_live(experiment_dir: Path, runs: Sequence[str], config: Config) -> Pat
         compared_names = {run.name for run in compared.runs}
         others = tuple(run for run in experiment.runs if run.name not in compared_names)
         experiment = replace(compared, runs=(*compared.runs, *others))
-    figures = _figures(summary, experiment)
+    compared_figures = draw_comparison(summary) if summary.headline else []
     times = summarize_time(experiment)
     page = Page(
         experiment,
         summary,
-        figures,
+        [*compared_figures, *draw_training(summary, experiment.coloured)],
         times,
         None if times.empty else draw_time(times),
         NO_PICTURES if compared is None else read_gallery(compared, inline=True),
@@ -88,12 +87,6 @@ def _evaluated(experiment_dir: Path, runs: Sequence[str], config: Config) -> Exp
     if not trained or len(trained) == len(done):
         return None
     return read_experiment(experiment_dir, done, config)
-
-
-def _figures(summary: Summary, experiment: Experiment) -> list[Plot]:
-    arms = ["base", *(arm for arm in experiment.arms if arm != "base")]
-    compared = draw_comparison(summary) if summary.headline else []
-    return [*compared, *draw_training(summary, arms)]
 
 
 def _state(experiment_dir: Path) -> object:

@@ -82,6 +82,16 @@ def words(column: str) -> str:
     return label(column).replace("_", " ")
 
 
+def number(value: float, digits: int = 3) -> str:
+    """A number with so many decimal places, with a minus sign in place of a hyphen."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int) -> str:
+    """`number` with its sign, whichever it is."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def describe(config: Config) -> str:
     """What an arm trains, in a few words."""
     ratio, gate = _described(config.objective)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from vipo.evaluation.statistics import decimals
+from vipo.reporting.published import NOT_MEASURED, NOT_RUN, published_value
 from vipo.reporting.sections.context import Page, Section
+from vipo.reporting.wording import number
 
 
 def published(page: Page) -> Section | None:
@@ -17,7 +19,7 @@ def published(page: Page) -> Section | None:
     rows = []
     for arm, row in table.rows.items():
         cells = [
-            {"theirs": "not published" if value is None else f"{value:g}", "ours": _ours(arms.get(arm), column.metric)}
+            {"theirs": published_value(value), "ours": _ours(arms.get(arm), column.metric)}
             for column, value in zip(table.columns, row.values, strict=True)
         ]
         rows.append({"arm": arm, "title": row.title, "known": arm in arms, "cells": cells})
@@ -26,7 +28,7 @@ def published(page: Page) -> Section | None:
 
 def _ours(row: Mapping[Any, Any] | None, metric: str) -> str:
     if row is None:
-        return "not run"
+        return NOT_RUN
     if metric not in row:
-        return "not measured"
-    return f"{row[metric]:.{max(4, decimals(row[metric]))}f}".replace("-", "−")
+        return NOT_MEASURED
+    return number(row[metric], max(4, decimals(row[metric])))

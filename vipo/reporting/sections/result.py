@@ -6,7 +6,7 @@ from vipo.evaluation.statistics import decimals
 from vipo.reporting.sections.context import Page, Section
 from vipo.reporting.summary import Summary
 from vipo.reporting.verdict import EqualChange, Span
-from vipo.reporting.wording import Statement
+from vipo.reporting.wording import Statement, signed
 
 #: Rows and columns of pictures on the first screen.
 _PROMPTS, _ARMS = 2, 4
@@ -33,8 +33,6 @@ def result(page: Page) -> Section | None:
                 for prompt in page.gallery.prompts[:_PROMPTS]
             ],
             "gallery": page.gallery,
-            "trained": {column: summary.columns[column] for column in summary.trained},
-            "headline": summary.headline,
             "columns": summary.columns,
             "findings": _findings(summary),
             "side_effects": _side_effects(summary),
@@ -61,7 +59,7 @@ def _at_equal_change(summary: Summary, item: EqualChange) -> dict[str, Any]:
     arm, reference, column = method(item.arm), method(item.reference), summary.columns[item.column]
     if item.share is None:
         digits = decimals(item.difference.estimate, item.difference.low, item.difference.high)
-        figure = f"{item.difference.estimate:+.{digits}f}".replace("-", "−")
+        figure = signed(item.difference.estimate, digits)
         sentence = (f"At equal change of the picture, {arm} differed from {reference} by ", figure, f" in {column}")
         interval = _interval(item.difference, digits)
         note = f"{reference}'s own gain there is not shown, so no share of it is given. "
@@ -94,7 +92,7 @@ def _at_the_end(summary: Summary, item: Statement) -> dict[str, Any]:
     return {
         "opening": "" if shown else "No difference shown: ",
         "before": f"{'After' if shown else 'after'} training, {arm} differs from {reference} by ",
-        "figure": f"{item.estimate:+.{item.digits}f}".replace("-", "−"),
+        "figure": signed(item.estimate, item.digits),
         "after": f" in {summary.columns[item.column]}",
         "interval": _interval(Span(item.estimate, item.low, item.high), item.digits),
         "word": item.word if shown else "not shown",
@@ -119,7 +117,7 @@ def _reach(item: EqualChange) -> str:
 
 
 def _interval(span: Span, digits: int) -> str:
-    return f"{span.low:+.{digits}f} to {span.high:+.{digits}f}".replace("-", "−")
+    return f"{signed(span.low, digits)} to {signed(span.high, digits)}"
 
 
 def _effects(summary: Summary, item: EqualChange) -> dict[str, Any]:
@@ -181,10 +179,9 @@ def _cell(span: Span) -> dict[str, str]:
     values = [value if abs(value) > _NOTHING else 0.0 for value in (span.estimate, span.low, span.high)]
     # Two digits, as this table is read beside pictures; all of them are in report.json.
     digits = max(1, decimals(*values) - 1)
-    estimate = f"{values[0]:+.{digits}f}".replace("-", "−")
     word = _word(span)
     return {
-        "figure": estimate,
+        "figure": signed(values[0], digits),
         "interval": _interval(Span(*values), digits),
         "word": word,
         "tone": "none" if word == "not shown" else "shift",

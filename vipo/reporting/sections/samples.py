@@ -20,12 +20,11 @@ def samples(page: Page) -> Section | None:
         "Samples",
         {
             "gallery": gallery,
-            "arms": arms,
             "cards": [_card(prompt, arms, trained) for prompt in gallery.prompts],
             "label": summary.columns[trained] if trained else "",
             "sorts": _sorts(page),
             "updates": updates,
-            "history": min(HISTORY_PROMPTS, len(gallery.prompts)) if gallery.files else None,
+            "history": HISTORY_PROMPTS if len(gallery.prompts) > HISTORY_PROMPTS else None,
             "data": _data(page, arms),
         },
     )
@@ -83,7 +82,6 @@ def _data(page: Page, arms: list[str]) -> dict[str, Any]:
             runs.setdefault(shot.run, []).append(entry(shot, shot in firsts))
     return {
         "columns": [{"key": column, "label": summary.columns[column]} for column in columns],
-        "trained": list(summary.trained),
         "runs": [{"name": shot.run, "arm": shot.arm, "seed": shot.seed} for shot in page.gallery.runs],
         "arms": arms,
         "pixelated": page.gallery.pixelated,

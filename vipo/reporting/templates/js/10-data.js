@@ -23,13 +23,13 @@ const runName = run => (data.runs.filter(other => other.arm === run.arm).length 
 const firstRun = arm => data.runs.find(run => run.arm === arm);
 
 // The samples of one prompt and run, by update; a picture that the card holds is taken from there.
-const shotsOf = (id, name) => (data.prompts[id][name] || []).map((entry, place, all) => {
+const shotsOf = (id, name) => (data.prompts[id][name] || []).map(entry => {
   if (entry.p) return entry;
   const figure = $$("figure", cardOf(id)).find(item => item.dataset.run === name);
   const [picture, veil] = [$("img.plain, video.plain", figure), $("img.veil", figure)];
   const film = picture.tagName === "VIDEO";
   return {
-    ...entry, last: place === all.length - 1,
+    ...entry,
     p: film ? picture.getAttribute("poster") : picture.getAttribute("src"), v: veil && veil.getAttribute("src"),
     f: film ? picture.getAttribute("src") : null, m: film ? ($("video.mapped", figure) || picture).getAttribute("src") : null,
   };

@@ -41,12 +41,11 @@ if (data) {
       for (const card of cards) {
         for (const figure of $$("figure", card)) {
           const media = $(".plain", figure), veil = $(".veil, .mapped", figure);
-          const attribute = "src";
-          if (!finals.has(media)) finals.set(media, media.getAttribute(attribute));
+          if (!finals.has(media)) finals.set(media, media.getAttribute("src"));
           const entry = update === undefined ? null
             : data.prompts[card.dataset.prompt][figure.dataset.run].find(item => item.u === update && item.p);
           const base = runOf(figure.dataset.run).arm === "base";
-          media.setAttribute(attribute, entry ? entry.f || entry.p : finals.get(media));
+          media.setAttribute("src", entry ? entry.f || entry.p : finals.get(media));
           figure.classList.toggle("missing", update !== undefined && !entry && !base);
           // Maps are kept of final samples alone.
           if (veil) veil.hidden = Boolean(entry);

@@ -59,7 +59,6 @@ if (data) {
     return [make("img", { class: "plain", src: shot.p, alt: told }), veil];
   };
   const fill = (side, shot, told) => side.replaceChildren(make("div", { class: "zoomed" }, ...picture(shot, told).filter(Boolean)));
-  const at = (name, update) => { const all = shotsOf(state.id, name); return all.findLast(shot => update === null || shot.u <= update) || all[0]; };
 
   const draw = () => {
     const all = shotsOf(state.id, state.right);
