@@ -167,17 +167,9 @@ def test_other_numbers_of_processes_reach_the_same_weights(
     assert [json.loads(line)["update"] for line in lines] == list(range(1, 13))
 
 
-@pytest.mark.parametrize(
-    "objective",
-    ["{name: nft, old: {rate: 0.25, hold: 0.5}}", "{name: awm, anchor: {rate: 0.25, hold: 0.5}}"],
-    ids=["nft", "awm"],
-)
-def test_kept_policies_are_the_same_on_any_number_of_processes(
-    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, objective: str
-) -> None:
-    """Whole in each of two, and in shards of two that one process takes up."""
-    alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
-    chosen = [*overrides, "training.updates=6", f"objective={objective}"]
+def _alone_two_and_moved(prepared: Path, folder: Path, ranks: Ranks, chosen: list[str]) -> list[Path]:
+    """The results of one process, of two that are whole each, and of two in shards, which one process takes up."""
+    alone, two, moved = found = [shutil.copytree(prepared, folder / name) for name in ("alone", "two", "moved")]
     sharded = [*chosen, "distribution.strategy=fsdp"]
     assert ranks(
         {"world": 1, "results": alone, "overrides": chosen},
@@ -187,7 +179,20 @@ def test_kept_policies_are_the_same_on_any_number_of_processes(
     ) == [[0], [0] * 2, [75, 75], [0]]
     assert _largest_difference(alone, two) <= 1e-5
     assert _largest_difference(alone, moved) <= 1e-5
-    states = [load_checkpoint(results / RUN / "checkpoints/000006").tensors for results in (alone, two, moved)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["{name: nft, old: {rate: 0.25, hold: 0.5}}", "{name: awm, anchor: {rate: 0.25, hold: 0.5}}"],
+    ids=["nft", "awm"],
+)
+def test_kept_policies_are_the_same_on_any_number_of_processes(
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, objective: str
+) -> None:
+    chosen = [*overrides, "training.updates=6", f"objective={objective}"]
+    found = _alone_two_and_moved(prepared, tmp_path, ranks, chosen)
+    states = [load_checkpoint(results / RUN / "checkpoints/000006").tensors for results in found]
     kept = [name for name in states[0] if name.startswith("kept/")]
     assert len(kept) > 5
     for name in kept:
@@ -198,19 +203,10 @@ def test_kept_policies_are_the_same_on_any_number_of_processes(
 def test_a_step_of_one_length_is_the_same_on_any_number_of_processes(
     prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks
 ) -> None:
-    """And its rate, and the mean of the weights; whole in each of two, and in shards that one process takes up."""
-    alone, two, moved = (shutil.copytree(prepared, tmp_path / name) for name in ("alone", "two", "moved"))
+    """And its rate, and the mean of the weights."""
     chosen = [*overrides, "training.updates=4", "optimizer=normalised", "optimizer.learning_rate=0.01"]
     chosen += ["optimizer.schedule=cosine", "optimizer.warmup_updates=1", "training.ema_decay=0.25"]
-    sharded = [*chosen, "distribution.strategy=fsdp"]
-    assert ranks(
-        {"world": 1, "results": alone, "overrides": chosen},
-        {"world": 2, "results": two, "overrides": chosen},
-        {"world": 2, "results": moved, "overrides": sharded, "stop_at": 2},
-        {"world": 1, "results": moved, "overrides": sharded},
-    ) == [[0], [0] * 2, [75, 75], [0]]
-    assert _largest_difference(alone, two) <= 1e-5
-    assert _largest_difference(alone, moved) <= 1e-5
+    *_, moved = _alone_two_and_moved(prepared, tmp_path, ranks, chosen)
     assert len(list((moved / RUN / "weights/ema").rglob("*.safetensors"))) == 1
 
 

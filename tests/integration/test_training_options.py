@@ -211,7 +211,7 @@ def test_best_of_learns_from_the_best_and_the_worst(
 def test_other_batches_in_rollout_decoding_and_rewards(prepared: Path, tiny_overrides: list[str]) -> None:
     """The same samples but for rounding; the check before the first step measures what the ratio makes of it."""
     own = ["training.rollout_batch=8", "training.decode_batch=3", "training.reward_batch=5"]
-    chosen = ["arm=vipo", "training.micro_batch=2", "training.log_ratio_tolerance=1e-3"]
+    chosen = ["arm=vipo", "training.micro_batch=2", "training.log_ratio_tolerance=1e-3", "credit.steps=tweedie"]
     sizes: dict[str, list[int]] = {"predict": [], "pictures": [], "reward": []}
     setups = [_setup(prepared, [*tiny_overrides, *chosen], *more) for more in ([], own)]
     first = update(setups[0], 1)
@@ -232,9 +232,11 @@ def test_other_batches_in_rollout_decoding_and_rewards(prepared: Path, tiny_over
 
     setups[1].rewards[label] = scored
     second = update(setups[1], 1)
-    assert sizes["predict"] == [8] * setups[1].config.sampling.steps + [2] * 8
-    assert sizes["pictures"] == [3, 3, 2]
-    assert sizes["reward"] == [5, 3]
+    steps = setups[1].config.sampling.steps
+    assert sizes["predict"] == [8] * steps + [2] * 8
+    # The samples, and the estimates before each transition.
+    assert sizes["pictures"] == [3, 3, 2] * steps
+    assert sizes["reward"] == [5, 3] * steps
     assert second["reward/mean"] == pytest.approx(first["reward/mean"], rel=1e-4)
     assert first["log_ratio/max_before_first_step"] == 0 <= second["log_ratio/max_before_first_step"] <= 1e-3
     with pytest.raises(ConfigError, match="rollout_batch 3 is not a multiple of micro_batch 2"):

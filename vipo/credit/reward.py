@@ -1,7 +1,7 @@
-"""The source `reward`: an advantage goes where the reward looks, as the size of its gradient by the latents."""
+"""The source `reward`: an advantage goes where the reward looks: by its gradient, by occlusion, or by its own map."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from vipo.foreign import foreign
 from vipo.generators.base import Generator
 from vipo.perception.allocator import resize
 from vipo.perception.temporal import average_groups
-from vipo.prompts import Prompt
 from vipo.rewards import Reward, RewardError, Scored, in_use, score, score_where
 
 
@@ -84,7 +83,7 @@ class RewardCredit(CreditSource):
     generator: Generator
 
     def set_up(self, context: Context) -> None:
-        """Choose the term and try its gradient on one blank sample.
+        """Choose the term and try on one blank sample what is read of it.
 
         Raises:
             CreditError: there is no such term, there are several and none is named, it has no gradient, or it does
@@ -101,7 +100,7 @@ class RewardCredit(CreditSource):
         blank = torch.zeros(1, *self.generator.latent_shape, device=self.generator.device)
         with in_use(self.reward):
             if self.options.reads == "where":
-                self._where(self.generator.pictures(blank), [prompt])
+                self._where(self.generator.pictures(blank), [prompt.text], [prompt.metadata])
             elif self.options.reads == "occlusion":
                 self._check_patches()
             else:
@@ -118,23 +117,21 @@ class RewardCredit(CreditSource):
             return self._normalized(self._sizes(samples), Costs(decodes=1, reward_calls=1))
 
     def _told(self, samples: Samples) -> Weights:
-        found, start = [], 0
-        for pictures in samples.pieces():
-            maps = self._where(pictures, samples.prompts[start : start + len(pictures)])
+        found = []
+        for pictures, texts, metadata in _with_prompts(samples, samples.pictures):
+            maps = self._where(pictures, texts, metadata)
             frames = maps if maps.ndim == 4 else maps[:, None]
             resized = resize(frames.flatten(0, 1), samples.grid).unflatten(0, frames.shape[:2])
             groups = samples.frame_groups
             found.append(resized[:, 0] if groups is None else average_groups(resized, groups))
-            start += len(pictures)
         values = torch.cat(found).double()
         silent = values.flatten(1).amax(dim=1) == 0
         weights = normalized(values**self.options.exponent, self.options.normalize).float()
         weights[silent] = 1.0
         return Weights(weights, constant=silent, mean_one=self.options.normalize == "mean", costs=Costs(reward_calls=1))
 
-    def _where(self, pictures: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        where = score_where(self.name, self.reward, pictures, texts, metadata).where
+    def _where(self, pictures: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        where = score_where(self.name, self.reward, pictures, prompts, metadata).where
         if where is None:
             raise CreditError(
                 f"credit source 'reward': reward {self.name!r} does not say where; set reads to gradient, or take a "
@@ -148,26 +145,18 @@ class RewardCredit(CreditSource):
             raise CreditError(f"credit source 'reward': {patches} patches a side of {height}x{width} pixels; lower it")
 
     def _occluded(self, samples: Samples) -> Tensor:
-        found, start = [], 0
-        for pictures in samples.pieces():
-            own = samples.prompts[start : start + len(pictures)]
-            given = [prompt.text for prompt in own], [prompt.metadata for prompt in own]
-            reward = functools.partial(score, self.name, self.reward, prompts=given[0], metadata=given[1])
+        found = []
+        for pictures, texts, metadata in _with_prompts(samples, samples.pictures):
+            reward = functools.partial(score, self.name, self.reward, prompts=texts, metadata=metadata)
             found.append(occlusion_map(reward, pictures, self.options.patches))
-            start += len(pictures)
         maps = resize(torch.cat(found), samples.grid)
         # Of a video, one map for all its frames.
         frames = samples.positions[:-2]
         return maps.reshape(len(maps), *[1] * len(frames), *samples.grid).expand(-1, *samples.positions)
 
     def _sizes(self, samples: Samples) -> Tensor:
-        found, start = [], 0
-        for latents in samples.clean.split(samples.batch or len(samples)):
-            own = samples.prompts[start : start + len(latents)]
-            gradient = self._gradient(latents, [prompt.text for prompt in own], [prompt.metadata for prompt in own])
-            found.append(gradient.double().square().mean(dim=1).sqrt())
-            start += len(latents)
-        return torch.cat(found)
+        pieces = _with_prompts(samples, samples.clean)
+        return torch.cat([self._gradient(*piece).double().square().mean(dim=1).sqrt() for piece in pieces])
 
     def _normalized(self, sizes: Tensor, costs: Costs) -> Weights:
         weights = sizes.nan_to_num(0.0, 0.0, 0.0)
@@ -180,3 +169,12 @@ class RewardCredit(CreditSource):
     def _gradient(self, latents: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         reward = differentiated(self.name, self.reward, prompts, metadata)
         return reward_gradient(self.generator, latents, reward, f"credit source 'reward': reward {self.name!r}")[1]
+
+
+def _with_prompts(samples: Samples, values: Tensor) -> Iterator[tuple[Tensor, list[str], list[Mapping[str, Any]]]]:
+    """`values` ``(n, ...)`` in pieces of `samples.batch`, each with the texts and metadata of its prompts."""
+    start = 0
+    for piece in values.split(samples.batch or len(samples)):
+        own = samples.prompts[start : start + len(piece)]
+        yield piece, [prompt.text for prompt in own], [prompt.metadata for prompt in own]
+        start += len(piece)

@@ -80,19 +80,19 @@ def encode_prompt_file(
     rows = read_prompts(prompts)
     if len(rows) <= per_file:
         tensors = _tensors(config, root, rows)
-        _write(output, tensors, belongs)
+        _write(output, tensors, _told(belongs))
         return [output]
     parts = [rows[start : start + per_file] for start in range(0, len(rows), per_file)]
     names = [f"{output.stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     files = {output.with_name(name): part for name, part in zip(names, parts, strict=True)}
-    told = json.dumps(belongs, sort_keys=True)
+    told = _told(belongs)
     left = {file: part for file, part in files.items() if not _is_done(file, part, told)}
     if len(left) < len(files):
         log.info("%s: %d of %d files are there, going on", output, len(files) - len(left), len(files))
     _share(_Work(config, root, left, told, torch.get_num_threads()), processes)
     with safe_open(next(iter(files)), framework="pt") as stream:
         negative = {name: stream.get_tensor(name) for name in stream.keys() if "/" not in name}  # noqa: SIM118
-    _write(output, negative, {**belongs, FILES: {file.name: file_sha256(file) for file in files}})
+    _write(output, negative, _told({**belongs, FILES: {file.name: file_sha256(file) for file in files}}))
     for other in output.parent.glob(f"{output.stem}-*-of-*.safetensors"):
         if other not in files:
             other.unlink()
@@ -133,7 +133,7 @@ def _share(work: _Work, processes: int) -> None:
 def _encode(work: _Work) -> None:
     torch.set_num_threads(work.threads)
     for file, part in work.files.items():
-        _write(file, _tensors(work.config, work.root, part), json.loads(work.told))
+        _write(file, _tensors(work.config, work.root, part), work.told)
         log.info("%s: %d prompts", file, len(part))
 
 
@@ -151,10 +151,14 @@ def _held(value: Tensor, config: GeneratorConfig) -> Tensor:
     return small.contiguous() if config.encoders == "bf16" and torch.equal(small.float(), value) else value.contiguous()
 
 
-def _write(file: Path, tensors: dict[str, Tensor], belongs: Mapping[str, Any]) -> None:
+def _told(belongs: Mapping[str, Any]) -> str:
+    return json.dumps(belongs, sort_keys=True)
+
+
+def _write(file: Path, tensors: dict[str, Tensor], told: str) -> None:
     with atomic_file(file) as temporary:
         # One entry: safetensors writes several in an order that changes from process to process.
-        save_file(tensors, temporary, metadata={ORIGIN: json.dumps(belongs, sort_keys=True)})
+        save_file(tensors, temporary, metadata={ORIGIN: told})
 
 
 def _is_done(file: Path, prompts: Sequence[Prompt], told: str) -> bool:

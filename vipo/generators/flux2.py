@@ -9,18 +9,19 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from transformers import AutoTokenizer, Mistral3ForConditionalGeneration, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.parts import model_index
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.schedules import dynamic_shift, flow_settings
-from vipo.generators.texts import as_chat, load_text_encoder
+from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import FLUX2_DEV, FLUX2_KLEIN
 
@@ -129,7 +130,7 @@ class Flux2DevGenerator(_Flux2Generator):
             (Mistral3ForConditionalGeneration, "text_encoder"),
             texts,
             config.max_sequence_length,
-            as_chat(lambda text: format_input([text])[0], add_generation_prompt=False),
+            templates.FLUX2_DEV,
         )
         return Flux2Pipeline(None, None, encoder, tokenizer, None)
 
@@ -176,7 +177,7 @@ class Flux2KleinGenerator(_Flux2Generator):
             (Qwen3ForCausalLM, "text_encoder"),
             texts,
             config.max_sequence_length,
-            as_chat(add_generation_prompt=True, enable_thinking=False),
+            templates.FLUX2_KLEIN,
         )
         return Flux2KleinPipeline(None, None, encoder, tokenizer, None)
 

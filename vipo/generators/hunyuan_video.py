@@ -1,7 +1,6 @@
 """HunyuanVideo 1.5 (`HunyuanVideo15Transformer3DModel`): a language model reads prompts, ByT5 quoted words."""
 
 import contextlib
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
-from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import as_chat, load_text_encoder
+from vipo.generators.texts import load_text_encoder
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import HUNYUAN_VIDEO
 
@@ -92,9 +91,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, device = checkpoint_location(config, root), torch.device(config.device)
-        # The template's own words at the start are dropped once the encoder has read them.
-        template = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
-        message, dropped = template["system_message"].default, template["crop_start"].default
+        template, dropped = templates.hunyuan_video()
         tokenizer, encoder = load_text_encoder(
             config,
             location,
@@ -102,7 +99,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
             (Qwen2_5_VLTextModel, "text_encoder"),
             [*texts, config.negative_prompt],
             config.max_sequence_length + dropped,
-            as_chat(lambda text: format_text_input([text], message)[0], add_generation_prompt=True),
+            template,
         )
         glyph_tokenizer, glyph_encoder = load_text_encoder(
             config, location, (ByT5Tokenizer, "tokenizer_2"), (T5EncoderModel, "text_encoder_2"), ()

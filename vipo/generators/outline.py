@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, GeneratorError, resolve_class
-from vipo.generators.parts import load_part
+from vipo.generators.parts import part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
 
 # What a family's conditioning has of a prompt as a whole, not of its tokens.
@@ -55,12 +55,7 @@ def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: Lor
 def _shapes(
     cls: type[PipelineGenerator], config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
 ) -> list[Any]:
-    parts = []
-    for part, kind in kinds.items():
-        settings = load_part(kind.load_config, location, part, config, weights=False)
-        with torch.device("meta"):
-            parts.append(kind.from_config(settings))
-    return parts
+    return [part_without_weights(kind, location, part, config, torch.device("meta")) for part, kind in kinds.items()]
 
 
 def _without_data(module: nn.Module) -> None:

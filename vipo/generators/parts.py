@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -78,6 +79,19 @@ def part_settings(kind: Any, location: Path | str, part: str, config: GeneratorC
         if parameter.default is not inspect.Parameter.empty
     }
     return SimpleNamespace(**{**defaults, **load_part(kind.load_config, location, part, config, weights=False)})
+
+
+def part_without_weights(
+    kind: Any, location: Path | str, part: str, config: GeneratorConfig, within: AbstractContextManager[Any]
+) -> Any:
+    """A part as its diffusers class `kind` makes it of its ``config.json``, `within` what says where its tensors are.
+
+    Raises:
+        GeneratorError: the file is missing or damaged.
+    """
+    settings = load_part(kind.load_config, location, part, config, weights=False)
+    with within:
+        return kind.from_config(settings)
 
 
 def load_part(

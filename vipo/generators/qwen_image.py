@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
@@ -82,16 +83,15 @@ class QwenImageGenerator(PipelineGenerator):
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, length = checkpoint_location(config, root), config.max_sequence_length
-        # The template's own words at the start are dropped once the encoder has read them.
-        blank = QwenImagePipeline(None, None, None, None, None)
+        template, dropped = templates.qwen_image()
         tokenizer, encoder = load_text_encoder(
             config,
             location,
             (Qwen2Tokenizer, "tokenizer"),
             (Qwen2_5_VLForConditionalGeneration, "text_encoder"),
             [*texts, config.negative_prompt],
-            length + blank.prompt_template_encode_start_idx,
-            lambda _, text: blank.prompt_template_encode.format(text),
+            length + dropped,
+            template,
         )
         pipeline = QwenImagePipeline(None, None, encoder, tokenizer, None)
 

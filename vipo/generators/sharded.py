@@ -9,7 +9,7 @@ from torch import nn
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import Generator, load_generator, resolve_class
-from vipo.generators.parts import load_part
+from vipo.generators.parts import load_part, part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
 
 
@@ -42,12 +42,9 @@ def _as_it_is(_: PipelineGenerator, network: nn.Module) -> nn.Module:
 def _without_weights(
     cls: type[PipelineGenerator], config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
 ) -> list[Any]:
-    parts = []
-    for part, kind in kinds.items():
-        if part != "vae":
-            settings = load_part(kind.load_config, location, part, config, weights=False)
-            with init_empty_weights(include_buffers=False):
-                parts.append(kind.from_config(settings))
-        else:
-            parts.append(load_part(kind.from_pretrained, location, part, config))
-    return parts
+    return [
+        load_part(kind.from_pretrained, location, part, config)
+        if part == "vae"
+        else part_without_weights(kind, location, part, config, init_empty_weights(include_buffers=False))
+        for part, kind in kinds.items()
+    ]

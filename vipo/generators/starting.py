@@ -170,15 +170,18 @@ def load_started(
         GeneratorError: a file is missing or damaged, or does not hold what the network takes.
     """
     found = starts(config, root)
-    if config.file is not None:
+    # Whole weights hold all that came before them, none of which is read.
+    whole = [number for number, start in enumerate(found) if start.whole and (start.path / part).is_dir()]
+    if whole:
+        folder, found = found[whole[-1]].path, found[whole[-1] + 1 :]
+        network = load_part(kind.from_pretrained, folder, part, config, remedy="train that run again")
+    elif config.file is not None:
         network = _load_file(kind, location, part, config, single_file(config, root))
     else:
         network = load_part(kind.from_pretrained, location, part, config)
     for start in found:
         if (file := start.lora(part)) is not None:
             merge_lora(pipeline_class, part, network, file, start.scale)
-        elif start.whole and (start.path / part).is_dir():
-            network = load_part(kind.from_pretrained, start.path, part, config, remedy="train that run again")
     return network
 
 

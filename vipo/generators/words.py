@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import HunyuanVideo15Pipeline, QwenImagePipeline, SanaPipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts, format_text_input
+from diffusers import HunyuanVideo15Pipeline, SanaPipeline
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, ByT5Tokenizer, CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators import templates
 from vipo.generators.attention import TextAttention, Words
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index
-from vipo.generators.texts import as_chat, load_tokenizer
+from vipo.generators.templates import Template
+from vipo.generators.texts import load_tokenizer
 
-Template = Callable[[Any, str], str]
 # Stands for a prompt where only what is around it matters: a character of no text.
 _MARK = "\ue000"
 
@@ -38,9 +38,11 @@ class _Read:
         return [place for row in self.rows if (place := sum(self.valid[:row]) - start) >= 0]
 
 
-def _read(
-    tokenizer: Any, text: str, limit: int, template: Template = lambda _, text: text, *, special: bool = True
-) -> _Read:
+def _as_it_is(_: Any, text: str) -> str:
+    return text
+
+
+def _read(tokenizer: Any, text: str, limit: int, template: Template = _as_it_is, *, special: bool = True) -> _Read:
     read = template(tokenizer, text)
     start = template(tokenizer, _MARK).index(_MARK)
     if not read.startswith(text, start):
@@ -67,13 +69,21 @@ def _read(
     return _Read(rows, list(found.attention_mask))
 
 
-def _tokens(kind: Any, part: str, *, clean: Callable[[str], str] = lambda text: text, own_limit: bool = False) -> Words:
-    """Of a text encoder that reads the prompt as it stands, at the text's first rows."""
+def _tokens(
+    kind: Any,
+    part: str = "tokenizer",
+    template: Template = _as_it_is,
+    *,
+    clean: Callable[[str], str] = lambda text: text,
+    own_limit: bool = False,
+    special: bool = True,
+) -> Words:
+    """Of a text encoder whose rows are the text's, padding and template among them."""
 
     def words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
         tokenizer = load_tokenizer(kind, checkpoint_location(config, root), part, config)
         limit = tokenizer.model_max_length if own_limit else config.max_sequence_length
-        return [_read(tokenizer, clean(text), limit).rows for text in texts]
+        return [_read(tokenizer, clean(text), limit, template, special=special).rows for text in texts]
 
     return words
 
@@ -90,33 +100,17 @@ def _sd3_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> lis
     return found
 
 
-def _flux2_dev_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
-    tokenizer = load_tokenizer(AutoTokenizer, checkpoint_location(config, root), "tokenizer", config)
-    template = as_chat(lambda text: format_input([text])[0], add_generation_prompt=False)
-    return [_read(tokenizer, text, config.max_sequence_length, template, special=False).rows for text in texts]
-
-
-def _flux2_klein_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
-    tokenizer = load_tokenizer(Qwen2Tokenizer, checkpoint_location(config, root), "tokenizer", config)
-    template = as_chat(add_generation_prompt=True, enable_thinking=False)
-    return [_read(tokenizer, text, config.max_sequence_length, template).rows for text in texts]
-
-
 def _qwen_image_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
     tokenizer = load_tokenizer(Qwen2Tokenizer, checkpoint_location(config, root), "tokenizer", config)
-    blank = QwenImagePipeline(None, None, None, None, None)
-    start = blank.prompt_template_encode_start_idx
-
-    def template(_: Any, text: str) -> str:
-        return str(blank.prompt_template_encode.format(text))
-
-    return [_read(tokenizer, t, config.max_sequence_length + start, template).among_valid(start) for t in texts]
+    template, dropped = templates.qwen_image()
+    limit = config.max_sequence_length + dropped
+    return [_read(tokenizer, text, limit, template).among_valid(dropped) for text in texts]
 
 
 def _z_image_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
     tokenizer = load_tokenizer(Qwen2Tokenizer, checkpoint_location(config, root), "tokenizer", config)
-    template = as_chat(add_generation_prompt=True, enable_thinking=True)
-    return [_read(tokenizer, text, config.max_sequence_length, template).among_valid(0) for text in texts]
+    limit = config.max_sequence_length
+    return [_read(tokenizer, text, limit, templates.Z_IMAGE).among_valid(0) for text in texts]
 
 
 def _sana_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -141,18 +135,16 @@ def _hunyuan_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) ->
     location = checkpoint_location(config, root)
     tokenizer = load_tokenizer(Qwen2Tokenizer, location, "tokenizer", config)
     glyphs = load_tokenizer(ByT5Tokenizer, location, "tokenizer_2", config)
-    template = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
-    message, dropped = template["system_message"].default, template["crop_start"].default
+    template, dropped = templates.hunyuan_video()
     longest = (
         inspect.signature(HunyuanVideo15Pipeline._get_byt5_prompt_embeds).parameters["tokenizer_max_length"].default
     )
-    chat = as_chat(lambda text: format_text_input([text], message)[0], add_generation_prompt=True)
     found = []
     for text in texts:
         # The network puts the quoted words, read once more by ByT5, before the prompt.
         quoted = extract_glyph_texts(text)
         before = 0 if quoted is None else len(glyphs(quoted, max_length=longest, truncation=True).input_ids)
-        read = _read(tokenizer, text, config.max_sequence_length + dropped, chat)
+        read = _read(tokenizer, text, config.max_sequence_length + dropped, template)
         found.append([before + place for place in read.among_valid(sum(read.valid[:dropped]))])
     return found
 
@@ -162,13 +154,15 @@ _BLOCKS = (r"transformer_blocks\.\d+\.attn",)
 _STREAMS = (*_BLOCKS, r"single_transformer_blocks\.\d+\.attn")
 
 FLUX = TextAttention(_STREAMS, "first", _tokens(T5TokenizerFast, "tokenizer_2"), patch=2)
-FLUX2_DEV = TextAttention(_STREAMS, "first", _flux2_dev_words, patch=2)
-FLUX2_KLEIN = TextAttention(_STREAMS, "first", _flux2_klein_words, patch=2)
+FLUX2_DEV = TextAttention(
+    _STREAMS, "first", _tokens(AutoTokenizer, template=templates.FLUX2_DEV, special=False), patch=2
+)
+FLUX2_KLEIN = TextAttention(_STREAMS, "first", _tokens(Qwen2Tokenizer, template=templates.FLUX2_KLEIN), patch=2)
 QWEN_IMAGE = TextAttention(_BLOCKS, "first", _qwen_image_words, patch=2)
-COGVIDEOX = TextAttention((r"transformer_blocks\.\d+\.attn1",), "first", _tokens(T5TokenizerFast, "tokenizer"), patch=2)
+COGVIDEOX = TextAttention((r"transformer_blocks\.\d+\.attn1",), "first", _tokens(T5TokenizerFast), patch=2)
 SD3 = TextAttention(_BLOCKS, "last", _sd3_words, patch=2)
 Z_IMAGE = TextAttention((r"layers\.\d+\.attention",), "last", _z_image_words, patch=2, multiple=32)
 HUNYUAN_VIDEO = TextAttention(_BLOCKS, "last", _hunyuan_words)
-SD = TextAttention(_UNET, "cross", _tokens(CLIPTokenizer, "tokenizer", own_limit=True))
-WAN = TextAttention((r"blocks\.\d+\.attn2",), "cross", _tokens(T5TokenizerFast, "tokenizer", clean=prompt_clean))
+SD = TextAttention(_UNET, "cross", _tokens(CLIPTokenizer, own_limit=True))
+WAN = TextAttention((r"blocks\.\d+\.attn2",), "cross", _tokens(T5TokenizerFast, clean=prompt_clean))
 SANA = TextAttention((r"transformer_blocks\.\d+\.attn2",), "cross", _sana_words)

@@ -11,19 +11,18 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
 from vipo.config.generator import GeneratorConfig
+from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_class
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import as_chat, load_text_encoder, padded
+from vipo.generators.texts import load_text_encoder, padded
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import Z_IMAGE
 
 _ENCODERS: Mapping[str, Any] = MappingProxyType({"Qwen3Model": Qwen3Model, "Qwen3ForCausalLM": Qwen3ForCausalLM})
 _NEEDS: Mapping[str, str] = MappingProxyType({"siglip_feat_dim": "takes pictures as well (Z-Image Omni)"})
 _SEQUENCE = "cap_feats"
-# The network fills prompts up to a multiple of this.
-_MULTIPLE = 32
 
 
 class ZImageGenerator(PipelineGenerator):
@@ -42,7 +41,7 @@ class ZImageGenerator(PipelineGenerator):
         self._reads_lengths = True
         self.use_picture_grid(network.config.in_channels, patch=2)
         words, *sides = network.config.axes_lens
-        filled = config.max_sequence_length + -config.max_sequence_length % _MULTIPLE
+        filled = config.max_sequence_length + -config.max_sequence_length % Z_IMAGE.multiple
         for key, wanted, known in (
             ("max_sequence_length", filled + 2, words),
             ("height", self.grid[0] // 2, sides[0]),
@@ -80,7 +79,7 @@ class ZImageGenerator(PipelineGenerator):
             (kind, "text_encoder"),
             [*texts, config.negative_prompt],
             length,
-            as_chat(add_generation_prompt=True, enable_thinking=True),
+            templates.Z_IMAGE,
         )
         pipeline = ZImagePipeline(None, None, encoder, tokenizer, None)
 

@@ -28,7 +28,7 @@ Kept = Literal["sampler", "anchor"]
 _TAKEN = frozenset(
     {
         *("update", "loss", "grad", "log_ratio", "clip", "reward", "samples"),
-        *("group", "map", "credit", "time", "memory", "optimizer"),
+        *("group", "map", "credit", "alarm", "time", "memory", "optimizer"),
     }
 )
 

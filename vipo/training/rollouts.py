@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vipo.training.samples import MicroBatch, Sample
@@ -35,6 +36,13 @@ class Rollouts:
     def rows(self) -> list[int]:
         """Of this process's samples."""
         return [row for batch in self.batches for row in batch.rows]
+
+
+def decoded(setup: Setup, clean: Tensor) -> Tensor:
+    """Pictures ``(b, *sample_shape)`` of clean latents, as many at a time as `training.decode_batch` says."""
+    size = setup.config.training.decode_batch or setup.config.training.micro_batch
+    parts = [setup.generator.pictures(latents) for latents in clean.split(size)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def in_order(setup: Setup, local: Tensor, batches: list[MicroBatch]) -> Tensor:

@@ -29,7 +29,7 @@ def named(sample: Sample) -> str:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that share every network call, in the rollout and in the update."""
+    """Samples that share every network call of the update, and of the rollout unless that joins several."""
 
     rows: tuple[int, ...]
     conditioning: dict[str, Tensor]
@@ -42,6 +42,12 @@ class MicroBatch:
         index = torch.tensor([place[row] for row in rows], device=self.steps.device)
         conditioning = {name: value[index] for name, value in self.conditioning.items()}
         return MicroBatch(tuple(rows), conditioning, self.trajectory.select(index), self.steps[index])
+
+    def split(self, size: int) -> list["MicroBatch"]:
+        """Pieces of `size` samples, in order; where it is no larger, itself and no copy."""
+        if len(self.rows) <= size:
+            return [self]
+        return [self.select(self.rows[start : start + size]) for start in range(0, len(self.rows), size)]
 
 
 def update_prompts(prompts: Sequence[Prompt], seed: int, update: int, count: int) -> list[Prompt]:

@@ -9,7 +9,7 @@ from vipo.credit import Costs
 from vipo.credit.steps import clean_estimate, step_costs
 from vipo.rewards import in_use, score
 from vipo.training.learn import sampling_policy
-from vipo.training.rollouts import Rollouts, in_order
+from vipo.training.rollouts import Rollouts, decoded, in_order
 from vipo.training.setup import Setup
 
 
@@ -52,8 +52,7 @@ def score_transitions(setup: Setup, rollouts: Rollouts, scores: Scores) -> Score
                 )
                 for batch in rollouts.batches
             ]
-        pictures = torch.cat([setup.generator.pictures(latents) for latents in estimates])
-        found.append(_scored(setup, rollouts, pictures))
+        found.append(_scored(setup, rollouts, decoded(setup, torch.cat(estimates))))
     found.append(scores.rewards)
     steps = {label: torch.stack([own[label] for own in found], dim=1) for label in setup.rewards}
     return replace(scores, steps=steps, costs=step_costs(estimate, setup.chain.steps, len(setup.rewards)))

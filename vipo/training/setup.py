@@ -232,7 +232,7 @@ def _check_resources(setup: Setup) -> None:
     if setup.device.type == "cuda":
         total = torch.cuda.get_device_properties(setup.device).total_memory
         frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())
-        shards = setup.distribution.processes if config.distribution.strategy == "fsdp" else 1
+        shards = setup.distribution.processes if setup.distribution.shards else 1
         state = ((4 * (2 + kept) + config.optimizer.state_bytes) * count + 4 * frozen) / shards
         if state > total:
             raise TrainingError(

@@ -3,7 +3,8 @@
 An update samples ``prompts_per_update x group_size`` trajectories with the current policy, decodes and scores them,
 says where in each of them its advantage goes, and takes ``optimizer_steps_per_update`` steps on the objective. Samples
 are in the order ``(optimizer step, prompt, sample)``, so that every step holds the same share of every group, and the
-micro-batches of the rollout are those of learning: the same network calls, hence ratios of exactly one.
+micro-batches of the rollout are those of learning: the same network calls, hence ratios of exactly one, unless
+``rollout_batch`` joins several.
 """
 
 import logging
@@ -31,7 +32,7 @@ from vipo.sampling.rollout import rollout
 from vipo.training.alarms import alarm_metrics, picture_signs, thumbnails
 from vipo.training.errors import TrainingError
 from vipo.training.learn import Lesson, follow, learn, sampling_policy
-from vipo.training.rollouts import Rollouts, in_order
+from vipo.training.rollouts import Rollouts, decoded, in_order
 from vipo.training.samples import (
     MicroBatch,
     Sample,
@@ -137,24 +138,16 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
                     f"training.rollout_batch {config.training.rollout_batch}: credit source {name!r} watches the "
                     "rollout of each micro-batch; set training.rollout_batch=null"
                 )
-        whole = MicroBatch(tuple(rows), conditioning, trajectory, transitions[rows])
-        pieces = [whole.select(rows[start : start + size]) for start in range(0, len(rows), size)]
-        batches += pieces if together > 1 else [whole]
-        decoded = _decoded(setup, trajectory.clean)
-        _begin_rewards(setup, decoded, chunk)
+        batches += MicroBatch(tuple(rows), conditioning, trajectory, transitions[rows]).split(size)
+        with setup.timer("decode"):
+            shown = decoded(setup, trajectory.clean)
+        _begin_rewards(setup, shown, chunk)
         if not first:
             # One tensor from the start: to join them afterwards would need them twice.
-            pictures = decoded.new_empty(len(starts) * size, *decoded.shape[1:])
-        pictures[first * size : first * size + len(chunk)] = decoded
+            pictures = shown.new_empty(len(starts) * size, *shown.shape[1:])
+        pictures[first * size : first * size + len(chunk)] = shown
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
-
-
-def _decoded(setup: Setup, clean: Tensor) -> Tensor:
-    size = setup.config.training.decode_batch or setup.config.training.micro_batch
-    with setup.timer("decode"):
-        parts = [setup.generator.pictures(latents) for latents in clean.split(size)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _begin_rewards(setup: Setup, pictures: Tensor, chunk: Sequence[Sample]) -> None:

@@ -1,21 +1,15 @@
 """A measurement as text for the terminal."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from types import MappingProxyType
 
+from vipo.credit.costs import Costs
 from vipo.credit.meter.result import Along, Result
 from vipo.credit.meter.statistics import Estimate
 
-COSTS: Mapping[str, str] = MappingProxyType(
-    {
-        "backbone_calls": "backbone calls",
-        "network_calls": "network calls",
-        "decodes": "decodes",
-        "reward_calls": "reward calls",
-        "bytes_kept": "bytes kept",
-    }
-)
-"""What is counted of a source (`vipo.credit.costs.Costs`), and what readers see."""
+COSTS: Mapping[str, str] = MappingProxyType({field.name: field.name.replace("_", " ") for field in fields(Costs)})
+"""What is counted of a source, and what readers see."""
 
 
 def table(result: Result, size: str, confidence: float = 0.95) -> str:

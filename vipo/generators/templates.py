@@ -1,0 +1,31 @@
+"""What some families put around a prompt before their text encoder reads it: their stock pipelines' own templates."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import HunyuanVideo15Pipeline, QwenImagePipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
+
+from vipo.generators.texts import as_chat
+
+Template = Callable[[Any, str], str]
+"""From the tokenizer and a prompt, the text that is read."""
+
+FLUX2_DEV: Template = as_chat(lambda text: format_input([text])[0], add_generation_prompt=False)
+FLUX2_KLEIN: Template = as_chat(add_generation_prompt=True, enable_thinking=False)
+Z_IMAGE: Template = as_chat(add_generation_prompt=True, enable_thinking=True)
+
+
+def qwen_image() -> tuple[Template, int]:
+    """Qwen-Image's, and how many tokens at its start are dropped once the encoder has read them."""
+    blank = QwenImagePipeline(None, None, None, None, None)
+    return lambda _, text: str(blank.prompt_template_encode.format(text)), blank.prompt_template_encode_start_idx
+
+
+def hunyuan_video() -> tuple[Template, int]:
+    """HunyuanVideo 1.5's, and how many tokens at its start are dropped once the encoder has read them."""
+    defaults = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
+    message, dropped = defaults["system_message"].default, defaults["crop_start"].default
+    return as_chat(lambda text: format_text_input([text], message)[0], add_generation_prompt=True), dropped
