@@ -15,7 +15,7 @@ from vipo.conformance.subject import PROMPTS
 from vipo.credit import Context, Samples, assign_credit, load_sources
 from vipo.credit.attention import matching_layers
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import NEGATIVE, resolve_class
+from vipo.generators.base import resolve_class
 from vipo.prompts import Prompt
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout
@@ -128,10 +128,6 @@ def test_the_map_is_drawn_beside_predictions_that_keep_their_bits(drawn: tuple) 
     assert weights.shape == (2, 2, *generator.latent_shape[1:])
     torch.testing.assert_close(weights.flatten(2).mean(dim=2), torch.ones(2, 2))
     assert float(weights.std()) > 0
-    guided = {n for n in conditioning if n.startswith(NEGATIVE)}
-    if guided:
-        # The negative prompt's own words change predictions and with them maps, but are none of the words.
-        assert len(seen) == len(prompts)
 
 
 def test_the_map_follows_its_words(drawn: tuple) -> None:
