@@ -1,6 +1,7 @@
 """A tiny generator of the demo's own class and layout, and the configuration that runs on it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.pop("VIPO_GIT_COMMIT", None)
 os.environ.pop("VIPO_IMAGE_DIGEST", None)
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.environ.get("TMPDIR", "/tmp") + "/hypothesis")
+
+# A script's shell starts what it puts in the background with SIGINT ignored, and with it all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import pytest
@@ -52,7 +57,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """What libraries leave in the environment ends with the test; PyTorch sets a folder for its inductor."""
+    """What libraries leave in the environment ends with the test: trackers' switches, PyTorch's folders.
+
+    Fixtures of a module or a session are set up before this one, and what they set stays for as long as they do.
+    """
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -37,8 +37,8 @@ LOADED = {
     "snakemake": ("snakemake.cli", "snakemake.executors.local", "pandas", "vipo.config.compose", "vipo.stages"),
     "dvc": ("dvc.cli", "dvc.repo", "dvc.commands.repro"),
 }
-# Variables that no library reads while it is imported, and what PyTorch sets for its inductor; where another one
-# differs, nothing is forked.
+# Variables that no library reads while it is imported, and what PyTorch sets once it computes, also in the fixtures of
+# a session, whose variables no test takes back; where another one differs, nothing is forked.
 FREE = re.compile(
     r"PATH|PYTHONPATH|PWD|OLDPWD|SHLVL|_|TE?MP(DIR)?|PYTHON|TORCH|MAKE\w*|MFLAGS|STAND"
     r"|(VIPO|STAND|GIT|DVC|PYTEST|TORCHINDUCTOR|CUBLAS|APPTAINER\w*?)_\w+"

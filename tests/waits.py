@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 SECONDS = 3600
 """Of every wait its own limit, against hangs: no measure, and far beyond what the slowest machine takes."""
 
@@ -34,3 +36,11 @@ def ended(process: subprocess.Popen[bytes] | subprocess.Popen[str], said: Path) 
         return None if process.poll() is None else f"ended with status {process.returncode}: {said.read_text()}"
 
     return told
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended; nobody may be there to reap what has lost its parent."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -18,7 +18,7 @@ import pytest
 import torch
 from nursery import Forked, Nurseries
 from safetensors.torch import load_file
-from waits import SECONDS, ended, eventually
+from waits import SECONDS, ended, eventually, gone
 
 from vipo.config.compose import repository_root
 from vipo.config.training import DistributionConfig
@@ -333,14 +333,6 @@ class _Launched:
         return self.process.wait(timeout=SECONDS), self.errors.read_text()
 
 
-def _gone(process: psutil.Process) -> bool:
-    try:
-        # Nobody may be there to reap what has lost its parent.
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def _beside_the_run(results: Path) -> dict[str, bytes]:
     files = (path for path in results.rglob("*") if path.is_file() and not path.is_relative_to(results / RUN))
     return {str(path.relative_to(results)): path.read_bytes() for path in files}
@@ -380,7 +372,7 @@ def test_faults_of_launched_processes(
     assert sorted(processes) == [0, 1]
     launched.process.kill()
     launched.process.wait()
-    eventually("both ranks have ended", lambda: all(map(_gone, processes.values())))
+    eventually("both ranks have ended", lambda: all(map(gone, processes.values())))
     assert int(list_checkpoints(results / RUN / "checkpoints")[0].name) >= launched.start + 2
 
     launched = _Launched(results, [*chosen, f"distribution.timeout_seconds={PARTNER}"], tmp_path / "hangs.txt", forks)

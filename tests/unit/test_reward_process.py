@@ -6,29 +6,29 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import PIL
+import psutil
 import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
+from waits import eventually, gone
 
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_process import ProcessOptions
-from vipo.rewards import RewardError, Scored, begin, check_identities, identities, load_reward, score, score_where
+from vipo.rewards import RewardError, begin, check_identities, identities, load_reward, score, score_where
 from vipo.rewards.served import serve
 from vipo.rewards.serving import OnPillow
 
@@ -77,12 +77,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (site / path.name).symlink_to(path)
     (folder / "bare_rewards.py").write_text(BARE)
     (folder / "weights.bin").write_bytes(b"weights")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(folder)
-    yield folder
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield folder
 
 
 def process(bare: Path | None, reward: str, **options: Any) -> Any:
@@ -190,18 +187,11 @@ def test_it_ends_with_the_one_who_started_it(bare: Path) -> None:
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    os.kill(child, 0)
-    parent.send_signal(signal.SIGKILL)
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert not gone(child)
+    parent.kill()
     parent.wait()
-    with contextlib.suppress(ProcessLookupError):
-        for _ in range(6000):
-            # A zombie of another parent is gone too.
-            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-            os.kill(child, 0)
-            time.sleep(0.01)
-        pytest.fail("it lives on")
+    eventually("the process has ended", lambda: gone(child))
 
 
 def test_served_files_are_python_3_8_and_import_nothing_of_vipo() -> None:
@@ -418,15 +408,18 @@ def test_a_server_that_drips_is_hung_up_on() -> None:
 
     for answer in (drip, drip_headers, continues, lambda client: stop.wait(20) and None):
         with raw(answer) as url:
-            reward = process(None, "a:b", url=url, timeout=2.0)
-            with pytest.raises(RewardError, match=r"no answer in one try, the last one: it took more than 2 s"):
+            reward = process(None, "a:b", url=url)
+            # Who it is was told in time, whatever else the machine does.
+            reward._endpoint._options = reward._options.model_copy(update={"timeout": 0.5})
+            with pytest.raises(RewardError, match=r"no answer in one try, the last one: it took more than 0\.5 s"):
                 reward(pictures(1, 3, 4, 4), [""], [{}])
     stop.set()
 
 
 def test_what_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("vipo.rewards.wire.time.sleep", pauses.append)
+    # Of this module alone: processes of the tests before may be ended meanwhile, which sleeps too.
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append))
     answers = [b"", message(b"{}", "503 Busy"), message(b'{"scores": [4]}')]
     with raw(lambda client: client.sendall(answers.pop(0))) as url:
         reward = process(None, "a:b", url=url, retries=2)
@@ -568,9 +561,8 @@ def test_a_reward_is_scored_beside_its_original(bare: Path, tmp_path: Path) -> N
     assert "largest difference" in found.text()
     missing = score_beside("redness", {}, {**original, "environment": str(tmp_path / "no")}, files, ["a"])
     assert missing.ours == []
-    assert "skipped, nothing was scored: reward 'process' raised RewardError: environment" in missing.text() or (
-        "there is no" in missing.text()
-    )
+    told = f"reward 'process' raised RewardError: environment '{tmp_path}/no': there is no "
+    assert missing.text().startswith(f"skipped, nothing was scored: {told}")
     for wrong in ([], ["a", "b", "c"]):
         with pytest.raises(RewardError, match="give one prompt, or one a picture"):
             score_beside("redness", {}, original, files, wrong)
@@ -615,9 +607,3 @@ def test_where_it_runs_is_no_part_of_the_identity() -> None:
     assert deciding(url="http://a:1") != deciding(url="http://a:1", batch=4)
     assert deciding(url="http://a:1") != deciding(url="http://a:1", arguments={"x": 1})
     assert RewardSpec(name="redness").deciding == "redness"
-
-
-def test_what_it_gives_is_of_the_types_of_every_reward(bare: Path) -> None:
-    assert isinstance(
-        process(bare, "bare_rewards:Scaled", arguments={"factor": 1})(pictures(1, 3, 2, 2), [""], [{"n": 1}]), Scored
-    )

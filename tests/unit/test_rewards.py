@@ -25,7 +25,7 @@ from vipo.demo.scenes import (
 )
 from vipo.rewards import REWARDS, Reward, RewardError, Scored, load_reward, score, score_where
 from vipo.rewards.registry import find_reward
-from vipo.rewards.resident import Resident, in_use
+from vipo.rewards.resident import Resident, by_network, in_use
 
 # Those that need no weights, of pictures.
 RULES = [name for name in REWARDS if name not in (*REWARD_OPTIONS, "flicker")]
@@ -371,6 +371,13 @@ def test_a_network_is_where_its_policy_says(policy: Any, moves: list[str]) -> No
     assert log == moves
     with in_use(_raising) as nothing:
         assert nothing is None
+
+
+def test_rewards_on_one_network_are_used_at_once() -> None:
+    shared = Resident(lambda: Moving([]), "cuda:1", "free")
+    first, third = (type("Holder", (), {"resident": shared})() for _ in range(2))
+    groups = by_network({"a": first, "b": _raising, "c": third, "d": _raising})
+    assert groups == [{"a": first, "c": third}, {"b": _raising}, {"d": _raising}]
 
 
 def test_an_error_ends_a_use() -> None:

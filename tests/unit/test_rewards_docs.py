@@ -66,7 +66,8 @@ def test_prompt_source_example_is_prepared(examples: Path) -> None:
 
 
 def test_the_page_lists_every_registered_reward() -> None:
-    table = PAGE.split("## Rewards that ship")[1].split("### ")[0]
+    # To its first blank line: what follows one is no row.
+    table = PAGE.split("| name | score |")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(REWARDS)
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from vipo.config.reward_process import RemoteOptions, checked_url
+from vipo.config.section import WithPrompt
 
 
 class JudgeOptions(RemoteOptions):
@@ -12,7 +13,7 @@ class JudgeOptions(RemoteOptions):
 
     url: str = Field(description="Address up to what stands before /chat/completions: http://127.0.0.1:8000/v1.")
     model: str = Field(min_length=1, description="Name under which the endpoint serves the model.")
-    question: str = Field(
+    question: WithPrompt = Field(
         'Does this picture show "{}"? Answer with one word, yes or no.',
         description="What is asked of a sample; {} is its prompt.",
     )
@@ -40,13 +41,6 @@ class JudgeOptions(RemoteOptions):
     @classmethod
     def _address(cls, value: str) -> str:
         return checked_url(value)
-
-    @field_validator("question")
-    @classmethod
-    def _takes_the_prompt(cls, value: str) -> str:
-        if value.count("{}") != 1:
-            raise ValueError(f"{value!r} must hold '{{}}' once, where the prompt goes")
-        return value
 
     @model_validator(mode="after")
     def _means(self) -> Self:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from vipo.config.reward_judge import JudgeOptions
 from vipo.config.reward_process import ProcessOptions
-from vipo.config.section import Commit, Section, UserPath
+from vipo.config.section import Commit, Section, UserPath, WithPrompt
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Residency = Literal["keep", "offload", "free"]
@@ -46,14 +46,7 @@ class ClipScoreOptions(ModelOptions):
     """Of `clipscore`."""
 
     path: UserPath = "openai/clip-vit-large-patch14"
-    template: str = Field("{}", description="The text that pictures are compared with; {} is the prompt.")
-
-    @field_validator("template")
-    @classmethod
-    def _takes_the_prompt(cls, value: str) -> str:
-        if value.count("{}") != 1:
-            raise ValueError(f"{value!r} must hold '{{}}' once, where the prompt goes")
-        return value
+    template: WithPrompt = Field("{}", description="The text that pictures are compared with; {} is the prompt.")
 
 
 class PickScoreOptions(OtherTokenizerOptions):

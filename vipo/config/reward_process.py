@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from vipo.config.registries import REWARDS, registered
 from vipo.config.section import PositiveInt, Section, UserPath, check_saved
@@ -36,17 +36,6 @@ def checked_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def checked_variable(value: str | None) -> str | None:
-    """The name of an environment variable.
-
-    Raises:
-        ValueError: it is none; the value is not repeated, for it may be the secret itself.
-    """
-    if value is not None and not _VARIABLE.fullmatch(value):
-        raise ValueError("is no name of an environment variable; name the variable, never the token itself")
-    return value
-
-
 class RemoteOptions(Section):
     """How something over HTTP is asked."""
 
@@ -62,7 +51,10 @@ class RemoteOptions(Section):
     @field_validator("token_env")
     @classmethod
     def _variable(cls, value: str | None) -> str | None:
-        return checked_variable(value)
+        if value is not None and not _VARIABLE.fullmatch(value):
+            # The value is not repeated, for it may be the secret itself.
+            raise ValueError("is no name of an environment variable; name the variable, never the token itself")
+        return value
 
 
 class ProcessOptions(RemoteOptions):
@@ -107,7 +99,7 @@ class ProcessOptions(RemoteOptions):
 
     @field_validator("url")
     @classmethod
-    def _address(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _address(cls, value: str | None) -> str | None:
         return None if value is None else checked_url(value)
 
     @model_validator(mode="after")

@@ -75,6 +75,16 @@ Commit = Annotated[str, AfterValidator(_pinned)]
 """The revision of a hub repository: a whole commit hash."""
 
 
+def _with_prompt(text: str) -> str:
+    if text.count("{}") != 1:
+        raise ValueError(f"{text!r} must hold '{{}}' once, where the prompt goes")
+    return text
+
+
+WithPrompt = Annotated[str, AfterValidator(_with_prompt)]
+"""A text in which {} stands for the prompt."""
+
+
 def check_saved(options: Any) -> None:
     """Refuse options of a part, known to it alone, that no file can hold.
 

@@ -15,7 +15,7 @@ from vipo.rewards.registry import (
     score_where,
     weight_files,
 )
-from vipo.rewards.resident import in_use
+from vipo.rewards.resident import by_network, in_use
 
 __all__ = [
     "REWARDS",
@@ -23,6 +23,7 @@ __all__ = [
     "RewardError",
     "Scored",
     "begin",
+    "by_network",
     "check_identities",
     "find_reward",
     "identities",

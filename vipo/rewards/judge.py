@@ -1,9 +1,5 @@
 """A judge: a model behind an OpenAI-compatible endpoint that is asked about each picture."""
 
-import base64
-import hashlib
-import io
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +7,13 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vipo.config.reward_judge import JudgeOptions
-from vipo.rewards.ahead import Ahead
+from vipo.rewards.ahead import Ahead, key_of
 from vipo.rewards.errors import RewardError
-from vipo.rewards.pixels import grey_levels
-from vipo.rewards.wire import Endpoint, finite_number
+from vipo.rewards.pixels import eight_bit
+from vipo.rewards.wire import Endpoint, encoded, finite_number
 
 _MOST_OF_TOKEN = 2**14
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -77,16 +72,14 @@ class Judge:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Iterator[list[_Call]]:
         """Of each sample, its questions."""
-        clips = images.detach().nan_to_num(0.0) if images.ndim == 5 else images.detach().nan_to_num(0.0)[:, None]
+        clips = images if images.ndim == 5 else images[:, None]
         places = torch.linspace(0, clips.shape[1] - 1, min(self._options.frames, clips.shape[1])).round().long()
         for clip, prompt, row in zip(clips, prompts, metadata, strict=True):
-            pixels = grey_levels(clip[places.to(clip.device)]).byte().movedim(1, -1).contiguous().cpu().numpy()
-            calls = []
-            for question, answer in self._questions(prompt, row):
-                told = json.dumps([list(pixels.shape), question, answer]).encode()
-                key = hashlib.sha256(told + b"\0" + pixels.tobytes()).digest()
-                calls.append((key, partial(self._ask, pixels, question, answer)))
-            yield calls
+            pixels = eight_bit(clip[places.to(clip.device)])
+            yield [
+                (key_of(pixels, question, answer), partial(self._ask, pixels, question, answer))
+                for question, answer in self._questions(prompt, row)
+            ]
 
     def _questions(self, prompt: str, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         key = self._options.key
@@ -103,7 +96,8 @@ class Judge:
 
     def _ask(self, frames: Any, question: str, answer: str) -> float:
         options = self._options
-        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data(frame)}} for frame in frames]
+        urls = [f"data:image/png;base64,{encoded(frame)}" for frame in frames]
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         request = {
             "model": options.model,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
@@ -156,9 +150,3 @@ class Judge:
 
     def _refuse(self, why: str) -> NoReturn:
         raise RewardError(f"{self._endpoint.called}: {why}")
-
-
-def _data(frame: Any) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

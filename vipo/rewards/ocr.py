@@ -11,7 +11,7 @@ from torch import Tensor
 from vipo.config.reward_options import OcrOptions
 from vipo.prompts.needs import drawn_text
 from vipo.rewards.errors import RewardError
-from vipo.rewards.pixels import grey_levels, need_pictures
+from vipo.rewards.pixels import eight_bit, need_pictures
 from vipo.rewards.registry import Scored
 
 
@@ -62,7 +62,7 @@ class Ocr:
                     'nothing in "'
                 )
             wanted.append(letters(text))
-        levels = grey_levels(images.detach()).byte().permute(0, 2, 3, 1).cpu().numpy()
+        levels = eight_bit(images)
         found = [self._lines(picture) for picture in levels]
         read = ["".join(text for text, _ in lines) for lines in found]
         scores = [closeness(text, want) for text, want in zip(read, wanted, strict=True)]

@@ -6,6 +6,7 @@ Published scores are of 8-bit files. Rounding to them has no gradient of its own
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +46,13 @@ def grey_levels(images: Tensor) -> Tensor:
     """Pictures in [0, 1] as 8-bit files hold them: whole numbers from 0 to 255, float64."""
     rounded: Tensor = _Rounded.apply(images.double() * 255)
     return rounded
+
+
+def eight_bit(images: Tensor) -> np.ndarray[Any, Any]:
+    """Pictures ``(..., 3, H, W)`` in [0, 1] as Pillow has them: ``(..., H, W, 3)`` uint8; NaN is black."""
+    levels = grey_levels(images.detach().nan_to_num(0.0)).byte()
+    found: np.ndarray[Any, Any] = levels.movedim(-3, -1).contiguous().cpu().numpy()
+    return found
 
 
 def rounded(levels: Tensor) -> Tensor:

@@ -2,33 +2,28 @@
 
 import base64
 import binascii
-import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vipo.config.compose import repository_root
 from vipo.config.registries import REWARDS
 from vipo.config.reward_process import ProcessOptions
-from vipo.rewards.ahead import Ahead
+from vipo.rewards.ahead import Ahead, key_of
 from vipo.rewards.child import Child, python_of
 from vipo.rewards.errors import RewardError
-from vipo.rewards.pixels import grey_levels
+from vipo.rewards.pixels import eight_bit
 from vipo.rewards.registry import Scored
-from vipo.rewards.wire import Endpoint, finite_number
+from vipo.rewards.served import serve
+from vipo.rewards.wire import Endpoint, encoded, finite_number
 
-_SERVE = Path(__file__).parent / "served" / "serve.py"
-_PROTOCOL = 1
 # Of an answer, beside its maps: a score of each sample.
 _MOST_BESIDE, _MOST_OF_SCORE, _MOST_IDENTITY = 2**16, 64, 2**22
 _LISTS, _MOST_TOLD = ("packages", "code", "weights"), 2**20
@@ -104,15 +99,12 @@ class Process:
     def _requests(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[_Request]:
-        levels = grey_levels(images.detach().nan_to_num(0.0)).byte()
-        pixels = levels.movedim(-3, -1).contiguous().cpu().numpy()
+        pixels = eight_bit(images)
         requests = []
         for start in range(0, len(pixels), self._options.batch):
             part = slice(start, start + self._options.batch)
             texts, rows = list(prompts[part]), list(metadata[part])
-            told = json.dumps([list(pixels[part].shape), texts, rows], sort_keys=True).encode()
-            key = hashlib.sha256(told + b"\0" + pixels[part].tobytes()).digest()
-            requests.append(_Request(pixels[part], texts, rows, key))
+            requests.append(_Request(pixels[part], texts, rows, key_of(pixels[part], texts, rows)))
         return requests
 
     def _ask(self, request: _Request) -> _Answer:
@@ -122,21 +114,13 @@ class Process:
                 "prompt": prompt,
                 "metadata": dict(row),
                 "clip": clip,
-                "frames": [self._encoded(frame) for frame in (sample if clip else sample[None])],
+                "frames": [encoded(frame, self._options.format) for frame in (sample if clip else sample[None])],
             }
             for sample, prompt, row in zip(request.levels, request.prompts, request.metadata, strict=True)
         ]
         # A map of where is no finer than the pictures: four bytes a pixel, in base64.
         most = _MOST_BESIDE + len(samples) * _MOST_OF_SCORE + 8 * math.prod(request.levels.shape[:-1])
         return self._checked(self._endpoint.ask("/score", {"samples": samples}, most), request)
-
-    def _encoded(self, frame: np.ndarray[Any, Any]) -> str:
-        buffer = io.BytesIO()
-        if self._options.format == "png":
-            Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
-        else:
-            Image.fromarray(frame).save(buffer, format="WEBP", lossless=True, exact=True, quality=0, method=0)
-        return base64.b64encode(buffer.getvalue()).decode()
 
     def _checked(self, answer: Mapping[str, Any], request: _Request) -> _Answer:
         if answer.get("digest") != self._digest:
@@ -176,8 +160,10 @@ class Process:
 
     def _checked_identity(self) -> dict[str, Any]:
         identity, called = self._endpoint.ask("/identity", None, _MOST_IDENTITY), self._endpoint.called
-        if identity.get("protocol") != _PROTOCOL:
-            raise RewardError(f"{called}: is no server of protocol {_PROTOCOL}; start one with 'vipo serve-reward'")
+        if identity.get("protocol") != serve.PROTOCOL:
+            raise RewardError(
+                f"{called}: is no server of protocol {serve.PROTOCOL}; start one with 'vipo serve-reward'"
+            )
         if wrong := [name for name, kind in _TOLD.items() if not isinstance(identity.get(name), kind)]:
             raise RewardError(f"{called}: does not say what it is ({', '.join(wrong)})")
         self._digest = identity.get("digest")
@@ -200,7 +186,7 @@ class Process:
 
 def _command(options: ProcessOptions, device: str) -> list[str]:
     python = str(python_of(str(options.environment), repository_root()))
-    start = [python, "-P", "-m", "vipo.cli", "serve-reward"] if options.takes == "tensors" else [python, str(_SERVE)]
+    start = [python, "-P", "-m", "vipo.cli", "serve-reward"] if options.takes == "tensors" else [python, serve.__file__]
     return [*start, options.reward, "--arguments", json.dumps(options.arguments), "--device", device]
 
 

@@ -120,9 +120,9 @@ def load_rewards(specs: Iterable[RewardSpec], device: str = "cpu") -> dict[str, 
 def _twin(loaded: Iterable[Reward], spec: RewardSpec) -> Reward | None:
     """One of vipo's own on a network that is loaded already."""
     for other in loaded:
-        if spec.name in REWARDS and hasattr(other, "sharing"):
+        if spec.name in REWARDS and (sharing := _own(other, "sharing")) is not None:
             found, options = find_reward(spec.name, spec.options)
-            if type(other) is found and (twin := other.sharing(options)) is not None:
+            if type(other) is found and (twin := sharing(options)) is not None:
                 shared: Reward = twin
                 return shared
     return None
@@ -130,8 +130,13 @@ def _twin(loaded: Iterable[Reward], spec: RewardSpec) -> Reward | None:
 
 def weight_files(reward: Reward) -> list[Path]:
     """The files and folders that a reward of vipo's reads its weights from; of another one nothing is known."""
-    files: list[Path] = getattr(reward, "weight_files", []) if type(reward).__module__.startswith("vipo.") else []
+    files: list[Path] = _own(reward, "weight_files", [])
     return files
+
+
+def _own(reward: Reward, name: str, missing: Any = None) -> Any:
+    """An attribute of a reward of vipo's; of another one it could mean anything."""
+    return getattr(reward, name, missing) if type(reward).__module__.startswith("vipo.") else missing
 
 
 def begin(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -139,15 +144,14 @@ def begin(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
 
     What is found is the same with and without it.
     """
-    ahead = getattr(reward, "begin", None) if type(reward).__module__.startswith("vipo.") else None
-    if ahead is not None:
+    if (ahead := _own(reward, "begin")) is not None:
         ahead(images, prompts, metadata)
 
 
 def identities(rewards: Mapping[str, Reward]) -> dict[str, dict[str, Any]]:
     """What rewards that compute elsewhere tell of themselves, by label: packages, hashes of code and of weights."""
-    own = {label: reward for label, reward in rewards.items() if type(reward).__module__.startswith("vipo.")}
-    return {label: reward.identity for label, reward in own.items() if hasattr(reward, "identity")}
+    told = {label: _own(reward, "identity") for label, reward in rewards.items()}
+    return {label: identity for label, identity in told.items() if identity is not None}
 
 
 def check_identities(

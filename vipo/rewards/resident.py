@@ -1,7 +1,7 @@
 """Where a reward's network is while nothing is scored: the one place that moves it."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -57,3 +57,12 @@ def in_use(reward: Any) -> AbstractContextManager[Any]:
     """A block in which a reward of vipo's stays on its device; of a reward without a network, nothing."""
     resident = getattr(reward, "resident", None)
     return resident if isinstance(resident, Resident) else contextlib.nullcontext()
+
+
+def by_network(rewards: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rewards by label, in groups that one use of a network serves; those without one are alone."""
+    groups: dict[int | str, dict[str, Any]] = {}
+    for label, reward in rewards.items():
+        resident = getattr(reward, "resident", None)
+        groups.setdefault(id(resident) if isinstance(resident, Resident) else label, {})[label] = reward
+    return list(groups.values())

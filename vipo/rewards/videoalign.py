@@ -1,6 +1,5 @@
 """VideoAlign's VideoReward: visual quality, motion quality and text alignment of a clip, by a Qwen2-VL."""
 
-import hashlib
 import json
 import math
 from collections import OrderedDict
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vipo.config.reward_options import VideoAlignOptions
+from vipo.rewards.ahead import key_of
 from vipo.rewards.errors import RewardError
 from vipo.rewards.flicker import need_clips
-from vipo.rewards.pixels import grey_levels, rounded
+from vipo.rewards.pixels import eight_bit, grey_levels, rounded
 from vipo.rewards.qwen2_vl import (
     CONFIGURATION,
     TOKENIZER,
@@ -76,8 +76,7 @@ class _Shared:
             if part.requires_grad:
                 found.append(self._scores(part, texts))
                 continue
-            levels = grey_levels(part).byte().cpu().numpy()
-            key = hashlib.sha256(json.dumps([levels.shape, texts]).encode() + levels.tobytes()).digest()
+            key = key_of(eight_bit(part), texts)
             if key not in self._told:
                 self._told[key] = self._scores(part, texts).flatten().tolist()
                 while len(self._told) > _KEPT:

@@ -1,7 +1,9 @@
 """Asking a server that may be broken or hostile: bounded in time and bytes, and everything it says is checked."""
 
+import base64
 import contextlib
 import http.client
+import io
 import json
 import math
 import os
@@ -11,6 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
 
 from vipo.config.reward_process import RemoteOptions
 from vipo.errors import VipoError
@@ -161,6 +166,16 @@ class Endpoint:
 
     def _refuse(self, why: str) -> NoReturn:
         raise RewardError(f"{self.called}: {why}")
+
+
+def encoded(frame: np.ndarray[Any, Any], form: str = "png") -> str:
+    """A frame ``(H, W, 3)`` uint8 in base64, without a loss: as PNG, or as WebP."""
+    buffer = io.BytesIO()
+    if form == "png":
+        Image.fromarray(frame).save(buffer, format="PNG", compress_level=1)
+    else:
+        Image.fromarray(frame).save(buffer, format="WEBP", lossless=True, exact=True, quality=0, method=0)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def finite_number(value: Any) -> float | None:

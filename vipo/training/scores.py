@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vipo.credit import Costs
 from vipo.credit.steps import clean_estimate, step_costs
-from vipo.rewards import in_use, score
+from vipo.rewards import by_network, in_use, score
 from vipo.training.learn import sampling_policy
 from vipo.training.rollouts import Rollouts, decoded, in_order
 from vipo.training.setup import Setup
@@ -61,11 +61,12 @@ def score_transitions(setup: Setup, rollouts: Rollouts, scores: Scores) -> Score
 def _scored(setup: Setup, rollouts: Rollouts, pictures: Tensor) -> dict[str, Tensor]:
     rewards = {label: torch.full((len(rollouts.samples),), torch.nan) for label in setup.rewards}
     rows, size = rollouts.rows, setup.config.training.reward_batch or setup.config.training.micro_batch
-    for label, reward in setup.rewards.items():
-        with in_use(reward):
-            for start, piece in zip(range(0, len(rows), size), pictures.split(size), strict=True):
-                part = rows[start : start + size]
-                own = [rollouts.samples[row] for row in part]
-                texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
-                rewards[label][part] = score(label, reward, piece, texts, metadata)
+    for group in by_network(setup.rewards):
+        with in_use(next(iter(group.values()))):
+            for label, reward in group.items():
+                for start, piece in zip(range(0, len(rows), size), pictures.split(size), strict=True):
+                    part = rows[start : start + size]
+                    own = [rollouts.samples[row] for row in part]
+                    texts, metadata = [s.prompt.text for s in own], [s.prompt.metadata for s in own]
+                    rewards[label][part] = score(label, reward, piece, texts, metadata)
     return {name: in_order(setup, values[rows], rollouts.batches).cpu() for name, values in rewards.items()}

@@ -6,6 +6,7 @@ are in. Where a package takes other things than Pillow pictures, its own form is
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import tempfile
@@ -118,8 +119,6 @@ class VBench:
             self._package.evaluate(
                 place, "clips", prompt_list=texts, dimension_list=[self._dimension], mode="custom_input"
             )
-        import json
-
         told = json.loads((Path(self._folder.name) / "clips_eval_results.json").read_text())
         each = {Path(row["video_path"]).name: float(row["video_results"]) for row in told[self._dimension][1]}
         return [each.get(f"{number:06d}.mp4", math.nan) for number in range(len(pictures))]

@@ -29,6 +29,7 @@ import os
 import platform
 import sys
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata as packages
 from pathlib import Path
@@ -213,8 +214,6 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             status, found = refused.status, {"error": str(refused)}
         except Exception as error:
-            import traceback
-
             traceback.print_exc()
             status, found = 500, {"error": f"{type(error).__name__}: {error}"}
         body = json.dumps(found, allow_nan=False).encode()
@@ -290,8 +289,6 @@ def main(arguments: Optional[List[str]] = None) -> None:
         token = token_of(given.token_env, given.host)
         score, identity = loaded(given.reward, given.arguments, given.device)
     except Exception as error:
-        import traceback
-
         traceback.print_exc()
         sys.exit(f"error: {given.reward}: {type(error).__name__}: {error}")
     serve(Server((given.host, given.port), score, identity, token), ready, with_parent=given.with_parent)
