@@ -69,7 +69,6 @@ def rank(compared: Subject, strategy: str, number: int, port: int) -> float | No
 
 def main() -> None:
     """Run the jobs one after the other."""
-    torch.set_num_threads(1)
     for job in sys.argv[2:]:
         name, strategy = job.split(":")
         row = FAMILIES[name]
@@ -83,6 +82,9 @@ def main() -> None:
                 children.append(child)
                 continue
             status = 1
+            # torch makes its thread pool anew at a fork's first call of this, and two threads that call it at once, as
+            # the backward pass of a network that is spread does, end the process ("Invalid thread pool!").
+            torch.set_num_threads(1)
             try:
                 if (found := rank(compared, strategy, number, port)) is not None:
                     print(json.dumps([job, found]), flush=True)
@@ -91,8 +93,9 @@ def main() -> None:
                 traceback.print_exc()
             finally:
                 os._exit(status)
-        if any(os.waitpid(child, 0)[1] for child in children):
-            raise SystemExit(f"{job}: a process failed")
+        ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(ends):
+            raise SystemExit(f"{job}: the processes ended with {ends}")
 
 
 if __name__ == "__main__":
