@@ -1,4 +1,4 @@
-"""The DAG of one experiment: prepare, encode, train, sample and score per run, report, crate.
+"""The DAG of one experiment: prepare, encode, train, sample and score per run, compare, report, crate.
 
 Choose an experiment and change it with `--config experiment=demo overrides="[training.updates=8]"`.
 Every configuration is composed and validated while this file is read, so a wrong key stops everything first.

@@ -43,6 +43,7 @@ READ = {
     "sample": ("generator", "sampling", "training", "evaluation"),
     "score": ("generator", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),
+    "compare": ("experiment", "reward", "evaluation"),
 }
 CURVES = {"object redness": "reward/object_redness", "shape": "reward/scene_shape", "change": "change/total"}
 

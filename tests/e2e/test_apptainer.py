@@ -64,7 +64,7 @@ def test_every_stage_runs_in_the_image_and_records_its_digest(
         assert command[-4:-1] == ["containers/vipo.sif", "bash", "-c"]
         stages += re.findall(r"\bvipo (?:evaluate .*--only )?(\w+) ", command[-1])
     assert sorted(stages) == [
-        "crate", "encode", "prepare", "report", "sample", "sample", "score", "score", "summarize", "train"
+        "compare", "crate", "encode", "prepare", "report", "sample", "sample", "score", "score", "summarize", "train"
     ]  # fmt: skip
     digest = "sha256:" + hashlib.sha256(b"an image").hexdigest()
     records = [read_provenance(path) for path in sorted((project / "results/demo").glob("**/provenance.json"))]

@@ -281,7 +281,7 @@ def test_an_arms_override_of_the_evaluation_makes_it_again(project: Path) -> Non
     settings = yaml.safe_load(path.read_text())
     settings["experiment"]["arms"]["base"]["overrides"] = ["evaluation.steps=5"]
     path.write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
-    assert _json(clone, "dvc", "status", "--json").keys() == {"sample-base-s0", "score-base-s0", "summarize"}
+    assert _json(clone, "dvc", "status", "--json").keys() == {"sample-base-s0", "score-base-s0", "compare", "summarize"}
 
 
 @contextlib.contextmanager
@@ -368,4 +368,4 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     override = 'overrides=["optimizer.learning_rate=1e-5"]'
     planned = _run(clone, "snakemake", "--profile", "local", "--dry-run", "--quiet", "rules", "--config", override)
     jobs = {line.split()[0] for line in planned.splitlines() if line.endswith(" 1") and not line.startswith("total")}
-    assert jobs == {"train", "sample", "score", "summarize", "report", "crate", "all"}
+    assert jobs == {"train", "sample", "score", "compare", "summarize", "report", "crate", "all"}

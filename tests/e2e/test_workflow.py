@@ -32,7 +32,7 @@ ARMS = [
 # A training that a test may let stand still.
 REWARD = "reward.terms=[{name: 'bad_rewards:Stands'}]"
 
-REPORTS = {"summarize", "report", "crate"}
+REPORTS = {"compare", "summarize", "report", "crate"}
 
 
 @pytest.fixture(scope="module", autouse=True)

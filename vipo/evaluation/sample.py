@@ -16,7 +16,15 @@ from vipo.config.compose import load_config_file
 from vipo.config.run import Config
 from vipo.config.training import EMA
 from vipo.determinism import deterministic_algorithms
-from vipo.evaluation.held_out import EvaluationError, HeldOut, held_out_batches, sample_name, save_sample
+from vipo.evaluation.held_out import (
+    FACTS,
+    EvaluationError,
+    HeldOut,
+    held_out_batches,
+    sample_name,
+    samples_folder,
+    save_sample,
+)
 from vipo.evaluation.shares import Share, Work
 from vipo.generators import Generator, load_generator
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
@@ -33,12 +41,6 @@ from vipo.tracking.progress import progress_bar
 log = logging.getLogger(__name__)
 
 #: Beside the pictures: what they are, for whoever reads them without the generator.
-FACTS = "samples.json"
-
-
-def samples_folder(experiment: Path, run: str) -> Path:
-    """Where a run's samples are: `FACTS`, and in ``pictures/`` a PNG for every sample of every update."""
-    return experiment / "samples" / run
 
 
 def evaluation_chain(generator: Generator, config: Config) -> Chain:

@@ -1,3 +1,24 @@
+rule compare:
+    input:
+        config=config_file(FIRST),
+        prompts=rules.prepare.output,
+        scores=expand(rules.score.output.scores, run=RUNS),
+        samples=expand(rules.sample.output.pictures, run=RUNS),
+    output:
+        expand(
+            f"{EXPERIMENT_DIR}/comparison/{{table}}.csv",
+            table=["categories", "win_rates", "metrics", "totals", "diversity"],
+        ),
+    log:
+        f"{EXPERIMENT_DIR}/logs/compare.log",
+    resources:
+        **job_resources(RUNS[FIRST], "report"),
+    params:
+        identity=identity(FIRST, "report"),
+    shell:
+        "vipo compare --config {input.config} > {log} 2>&1"
+
+
 rule summarize:
     input:
         config=config_file(FIRST),
@@ -44,6 +65,7 @@ rule crate:
         config=config_file(FIRST),
         page=rules.report.output.page,
         data=rules.summarize.output.data,
+        compared=rules.compare.output,
         measured=MEASURED,
     output:
         f"{EXPERIMENT_DIR}/ro-crate-metadata.json",

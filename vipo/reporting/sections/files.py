@@ -21,6 +21,7 @@ def files(page: Page) -> Section:
         ("data/report.json", "every number on this page but times and records", f"vipo summarize {compose}"),
         ("data/tables/", "every table, as CSV", f"vipo summarize {compose}"),
         ("data/figures/", "every figure, as SVG", f"vipo summarize {compose}"),
+        ("../comparison/", "categories, wins, all rewards at once, totals, diversity", f"vipo compare {compose}"),
         ("index.html", "this page", f"vipo report {compose}"),
         ("../prompts/manifest.json", "where the prompts come from", f"vipo prepare {compose}"),
     ]
