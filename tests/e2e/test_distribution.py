@@ -409,9 +409,9 @@ def test_faults_of_launched_processes(
     assert load_checkpoint(same).state == stopped.state
 
 
-def test_torchrun_starts_the_same_run(prepared: Path, overrides: list[str], tmp_path: Path) -> None:
+def test_torchrun_starts_the_same_run(prepared: Path, overrides: list[str], tmp_path: Path, forks: Nurseries) -> None:
     own, other = shutil.copytree(prepared, tmp_path / "own"), shutil.copytree(prepared, tmp_path / "torchrun")
-    launched = _Launched(own, [*overrides, "training.updates=2"], tmp_path / "own.txt")
+    launched = _Launched(own, [*overrides, "training.updates=2"], tmp_path / "own.txt", forks)
     status, text = launched.ended()
     assert status == 0, text
     # Not --standalone, which looks up this machine's name: a container's may be in no list.
