@@ -338,8 +338,14 @@ def test_tampering_is_found_by_the_committed_lock(locked: Path, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("without_numbers")
-@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
-@pytest.mark.parametrize("name", [*RESULTS, *BESIDE])
+@pytest.mark.parametrize(
+    ("name", "recomputed"),
+    [
+        *(pytest.param(name, True, id=f"{name}-recomputed") for name in [*RESULTS, *BESIDE]),
+        # Without that, the records beside the results tell, whatever the anchor, as above.
+        *(pytest.param(name, False, id=f"{name}-plain") for name in BESIDE),
+    ],
+)
 def test_tampering_is_found_by_the_signature(signed: Path, tmp_path: Path, name: str, recomputed: bool) -> None:
     root, told = _tampered(signed, tmp_path, {**RESULTS, **BESIDE}[name], recomputed)
     audit = audited(root, signed.parent / "ada.signers")
