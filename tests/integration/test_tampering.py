@@ -362,7 +362,7 @@ def test_any_bit_of_any_file_is_found_by_the_signature(signed: Path, tmp_path: P
     files = sorted(path for path in (root / EXPERIMENT).rglob("*") if path.is_file() and path.stat().st_size)
     files = [path for path in files if path.suffix != ".sig" and path.name != ".lock"]
 
-    @hypothesis.settings(max_examples=15)
+    @hypothesis.settings(max_examples=8)
     @hypothesis.given(st.sampled_from(files), st.integers(0, 2**40), st.integers(0, 7))
     def flip(path: Path, position: int, bit: int) -> None:
         before = path.read_bytes()
