@@ -76,7 +76,8 @@ dvc-import: env  ## after `dvc pull` or `dvc repro`: Snakemake sees the results 
 	snakemake --profile local --touch --forceall summarize compare
 	snakemake --profile local
 
-test: lint types unit  ## lint, types and the suite that needs no privileges
+test: lint  ## lint, types and the suite that needs no privileges
+	@$(MAKE) --no-print-directory --jobs 2 types unit
 
 lint: env
 	ruff check .

@@ -1,5 +1,7 @@
 """A tiny generator of the demo's own class and layout, and the configuration that runs on it."""
 
+import functools
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -29,17 +31,17 @@ hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("untimed")
 
 
-# Tests that share a fixture that is dear to make: one worker runs them all. Files, or the beginnings of names.
+# One worker runs a module, whose fixtures are made once; and here modules, or tests of them, that share what is dear.
 WORKER_GROUPS = {
     "tests/e2e/test_apptainer.py": "workflow",
+    "tests/e2e/test_dvc.py": "workflow",
+    "tests/e2e/test_tutorial.py": "workflow",
     "tests/e2e/test_workflow.py": "workflow",
-    "tests/e2e/test_dvc.py": "dvc",
     "tests/integration/test_audit.py": "audit",
     "tests/integration/test_copied_results.py": "audit",
-    "tests/integration/test_families.py": "families",
-    "tests/integration/test_tampering.py": "audit",
     "tests/integration/test_crate.py::test_it_passes_the_required_checks": "audit",
     "tests/integration/test_git.py::test_a_replaced_lock_anchors_nothing": "audit",
+    "tests/integration/test_tampering.py": "audit",
 }
 
 
@@ -50,22 +52,45 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class Grouped(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((group for start, group in WORKER_GROUPS.items() if nodeid.startswith(start)), nodeid)
+            named = (group for start, group in WORKER_GROUPS.items() if nodeid.startswith(start))
+            return next(named, None) or super()._split_scope(nodeid)
 
+    # In the order of the folders: what takes minutes begins first, and the end is many small modules.
+    config.option.loadscopereorder = False
     return Grouped(config, log)
+
+
+@pytest.fixture(autouse=True)
+def garbage() -> Iterator[None]:
+    """What lives is not looked through again: of a heap of a million objects, a collection takes a second."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """What libraries leave in the environment ends with the test: trackers' switches, PyTorch's folders.
 
-    Fixtures of a module or a session are set up before this one, and what they set stays for as long as they do.
+    Fixtures of a module or a session are set up before this one, and what they set stays for as long as they do; for
+    them, and for what a test sets itself, the nurseries have a list of variables that a fork may differ in (`FREE`).
     """
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed() -> Iterator[None]:
+    """What is installed stays as it is: it is read once, which is an eighth of a small stage, not for every record."""
+    from vipo.provenance import lineage
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("installed_sha256", "versions"):
+            patch.setattr(lineage, name, functools.cache(getattr(lineage, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

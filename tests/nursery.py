@@ -98,6 +98,8 @@ def stand_in(place: str, real: str) -> None:
     begun = _asked(Path(place), [real, *sys.argv[1:]], [0, 1, 2])
     if begun is None:
         os.execv(real, [real, *sys.argv[1:]])
+    # From a terminal it reaches the fork as well, which may go on for a while.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     status = int(line(begun[0]))
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)

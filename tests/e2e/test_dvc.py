@@ -16,7 +16,7 @@ from typing import Any
 import asyncssh
 import pytest
 import yaml
-from nursery import Nurseries
+from nursery import Nurseries, nurseries
 
 from vipo.config.compose import repository_root
 from vipo.provenance import git_state
@@ -204,11 +204,12 @@ def test_dvc_lock_alone_makes_no_run_dirty(project: Path) -> None:
 def test_same_result_twice(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh clone, run by DVC where the first was run by Snakemake: the same bytes, hence the same lock.
 
-    By real starts, each with a hash seed of its own.
+    The stages are forks of another process than the first ones were, hence with another hash seed.
     """
-    monkeypatch.setenv("PATH", os.environ["PATH"].partition(os.pathsep)[2])
     clone = _clone(project, "twice")
-    shown = _run(clone, "dvc", "repro")
+    with nurseries() as others:
+        monkeypatch.setenv("PATH", f"{others.need('vipo')}{os.pathsep}{os.environ['PATH']}")
+        shown = _run(clone, "dvc", "repro")
     assert "Running stage 'train-vipo-s0'" in shown
     assert _run(clone, "git", "status", "--porcelain") == ""
     files = _outputs(project)

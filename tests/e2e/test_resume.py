@@ -58,7 +58,7 @@ def test_killed_anywhere_ends_identically(
     overrides = [
         *tiny_overrides,
         "arm=vipo",
-        "training.updates=24",
+        "training.updates=16",
         "training.save_at=[3]",
         "training.checkpoint_every=2",
     ]
@@ -68,10 +68,10 @@ def test_killed_anywhere_ends_identically(
     # While loading, then at random instants of later and later updates: rollout, learning, writing, between them.
     moments, seconds = random.Random(7), 0.08
     kills: list[list[float] | None] = [[0, moments.uniform(0.1, 0.8)]]
-    kills += [[updates, moments.uniform(0, seconds)] for updates in ((1, 4, 8, 11, 15, 18) if not lora else (3, 9))]
+    kills += [[updates, moments.uniform(0, seconds)] for updates in ((1, 3, 6, 8, 10, 13) if not lora else (3, 9))]
     undisturbed, *outcomes = train(overrides, (whole, [None]), (disturbed, [*kills, None]))
     assert [text.split()[0] for text in outcomes[:-1]] == ["killed"] * len(kills)
-    assert undisturbed == outcomes[-1] == "finished 0 24"
+    assert undisturbed == outcomes[-1] == "finished 0 16"
     run = "demo/runs/vipo-s0"
     assert _artifacts(whole / run) == _artifacts(disturbed / run)
     assert not list((disturbed / run).rglob("*.partial"))

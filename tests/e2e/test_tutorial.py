@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from nursery import Nurseries
 
 from workflow.tutorial import checkout, follow
 
@@ -16,10 +17,10 @@ SMALLER = {
 }
 
 
-def test_the_tutorial_is_followed(tmp_path: Path) -> None:
+def test_the_tutorial_is_followed(tmp_path: Path, forks: Nurseries) -> None:
     folder = tmp_path / "vipo"
     checkout(folder)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{forks.need('vipo', 'snakemake')}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     follow(folder, SMALLER, os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"})
     results = folder / "results" / "mine"
     scores = pd.read_parquet(results / "evaluation" / "vipo-s0" / "scores.parquet")

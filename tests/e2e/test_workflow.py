@@ -37,7 +37,7 @@ REPORTS = {"compare", "summarize", "report", "crate"}
 
 @pytest.fixture(scope="module", autouse=True)
 def programs(forks: Nurseries) -> Iterator[None]:
-    """Snakemake and the stages are forks; those that a test stops, in a session of their own, are not."""
+    """Snakemake and the stages are forks."""
     with pytest.MonkeyPatch.context() as patch:
         tools = [str(forks.need("vipo", "snakemake")), str(Path(sys.executable).parent), os.environ["PATH"]]
         patch.setenv("PATH", os.pathsep.join(tools))
@@ -232,7 +232,7 @@ def _stopped(
     with said.open("w") as stream:
         process = subprocess.Popen(
             [*command, f"overrides={json.dumps(overrides)}"],
-            cwd=project, env=_environment(**more), stdout=stream, stderr=stream, start_new_session=True,
+            cwd=project, env=_environment(**more), stdout=stream, stderr=stream, process_group=0,
         )  # fmt: skip
     eventually(told, when, ended(process, said))
     # As a terminal does, and a scheduler that has lost its patience: to everything that it started.

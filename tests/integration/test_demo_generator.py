@@ -31,7 +31,7 @@ def test_quality_on_held_out_captions() -> None:
     generator = load_generator(config.generator, ROOT)
     captions = [pair for pair in scenes.one_object_captions(named_color=True) if scenes.is_held_out(pair[0])]
     assert len(captions) == 149
-    samples = [(number, *captions[number % len(captions)]) for number in range(200)]
+    samples = [(number, *captions[number % len(captions)]) for number in range(100)]
     encoded = dict(
         zip(
             [text for text, _ in captions],

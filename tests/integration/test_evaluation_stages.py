@@ -3,6 +3,7 @@
 import gc
 import itertools
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from nursery import Nurseries
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
@@ -21,6 +23,7 @@ from vipo.evaluation.shares import Share, ShareError
 from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
 
 ROOT = repository_root()
+VIPO = Path(sys.executable).with_name("vipo")
 BATCH, PROMPTS, PER_PROMPT = 3, 4, 2
 BATCHES = -(-PROMPTS * PER_PROMPT // BATCH)
 SETTINGS = (
@@ -142,13 +145,16 @@ def _failing_score(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(score, "read_samples", read)
 
 
-def test_several_processes_give_the_bytes_of_one(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_several_processes_give_the_bytes_of_one(
+    trained: tuple[Path, list[str]], tmp_path: Path, forks: Nurseries
+) -> None:
     results, overrides = trained
     found = []
     for processes in (1, 2):
         place = shutil.copytree(results, tmp_path / str(processes))
-        config = load_config([*overrides, "arm=base", f"distribution.processes={processes}"])
-        evaluate_stage(config, ROOT, place)
+        chosen = [*overrides, "arm=base", f"distribution.processes={processes}"]
+        status, _, said = forks.run(VIPO, "evaluate", *chosen, "--results", place, cwd=ROOT, forked_ranks=True)
+        assert status == 0, said
         found.append({name: data for name, data in _files(place).items() if not name.endswith("config.yaml")})
     assert found[0] == found[1]
 

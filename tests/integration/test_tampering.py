@@ -338,8 +338,14 @@ def test_tampering_is_found_by_the_committed_lock(locked: Path, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("without_numbers")
-@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
-@pytest.mark.parametrize("name", [*RESULTS, *BESIDE])
+@pytest.mark.parametrize(
+    ("name", "recomputed"),
+    [
+        *(pytest.param(name, True, id=f"{name}-recomputed") for name in [*RESULTS, *BESIDE]),
+        # Without that, the records beside the results tell, whatever the anchor, as above.
+        *(pytest.param(name, False, id=f"{name}-plain") for name in BESIDE),
+    ],
+)
 def test_tampering_is_found_by_the_signature(signed: Path, tmp_path: Path, name: str, recomputed: bool) -> None:
     root, told = _tampered(signed, tmp_path, {**RESULTS, **BESIDE}[name], recomputed)
     audit = audited(root, signed.parent / "ada.signers")
@@ -356,7 +362,7 @@ def test_any_bit_of_any_file_is_found_by_the_signature(signed: Path, tmp_path: P
     files = sorted(path for path in (root / EXPERIMENT).rglob("*") if path.is_file() and path.stat().st_size)
     files = [path for path in files if path.suffix != ".sig" and path.name != ".lock"]
 
-    @hypothesis.settings(max_examples=15)
+    @hypothesis.settings(max_examples=8)
     @hypothesis.given(st.sampled_from(files), st.integers(0, 2**40), st.integers(0, 7))
     def flip(path: Path, position: int, bit: int) -> None:
         before = path.read_bytes()

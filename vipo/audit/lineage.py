@@ -197,6 +197,7 @@ def _check_checkpoints(examination: Examination) -> None:
 def check_code(examination: Examination) -> None:
     """The commit of every stage exists and was clean; package, lock and libraries are the present ones."""
     present = {"package": package_sha256(), "lock": examination.sha256(examination.root / "requirements.lock")}
+    here = versions()
     for folder, record in examination.records.items():
         with examination.guarded(f"{folder}/{PROVENANCE}", "code"):
             _check_commit(examination, folder, record["git"], DIFF, elsewhere="checkout" in record)
@@ -221,7 +222,6 @@ def check_code(examination: Examination) -> None:
                     folder, "code", "its updates were not all made by the package that the record is of",
                     f"{PROVENANCE} names who made them (updates_made_by); train the run again if one code shall have",
                 )  # fmt: skip
-            here = versions()
             other = [
                 f"{name} {made} (here {here.get(name)})"
                 for name, made in record["versions"].items()

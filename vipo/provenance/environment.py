@@ -180,8 +180,9 @@ def installed_sha256() -> str:
     """
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        # The first one on the path is the one that is imported.
-        found.setdefault(re.sub(r"[-_.]+", "-", distribution.name).lower(), distribution.version)
+        # Parsed once for both. The first one on the path is the one that is imported.
+        metadata = distribution.metadata
+        found.setdefault(re.sub(r"[-_.]+", "-", metadata["Name"]).lower(), metadata["Version"])
     found.pop("vipo", None)
     return hashlib.sha256("".join(sorted(f"{name}=={found[name]}\n" for name in found)).encode()).hexdigest()
 
