@@ -1,8 +1,10 @@
-"""Deterministic kernels, on every device."""
+"""What a process computes by, on every device: deterministic kernels, and threads."""
 
 import os
 
 import torch
+
+from vipo.config.run import Config
 
 
 def deterministic_algorithms() -> None:
@@ -13,3 +15,16 @@ def deterministic_algorithms() -> None:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
+
+
+def prepare_process(config: Config, local_rank: int = 0) -> None:
+    """Threads, determinism and the device, as they are before anything is computed.
+
+    Args:
+        config: of the run.
+        local_rank: of several processes on this node, which of its GPUs is this one's.
+    """
+    if config.generator.device == "cuda":
+        torch.cuda.set_device(local_rank)
+    torch.set_num_threads(config.training.threads)
+    deterministic_algorithms()

@@ -7,8 +7,7 @@ import pandas as pd
 
 from vipo.config.run import Config
 from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
-from vipo.evaluation.held_out import EvaluationError, held_out_batches
-from vipo.evaluation.sample import samples_folder
+from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_folder
 from vipo.evaluation.statistics import ScoresError
 from vipo.prompts import read_prompts
 from vipo.provenance.files import atomic_file

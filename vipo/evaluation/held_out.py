@@ -13,6 +13,14 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.prompts import Prompt, read_prompts
 
+#: Beside the pictures: what they are, for whoever reads them without the generator.
+FACTS = "samples.json"
+
+
+def samples_folder(experiment: Path, run: str) -> Path:
+    """Where a run's samples are: `FACTS`, and in ``pictures/`` a PNG for every sample of every update."""
+    return experiment / "samples" / run
+
 
 class EvaluationError(VipoError):
     """Evaluation cannot start; the message names the missing input."""

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from vipo.config.compose import dump_config
 from vipo.config.run import Config
-from vipo.evaluation.held_out import EvaluationError, HeldOut, held_out_batches, read_samples
+from vipo.evaluation.held_out import FACTS, EvaluationError, HeldOut, held_out_batches, read_samples, samples_folder
 from vipo.evaluation.measures import Batch, Measure, Measured, free, measures_of, tried
-from vipo.evaluation.sample import FACTS, samples_folder
 from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs

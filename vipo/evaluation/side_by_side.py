@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from vipo.config.compose import load_config_file
 from vipo.config.run import Config
+from vipo.determinism import prepare_process
 from vipo.evaluation.held_out import HeldOut, save_sample
-from vipo.evaluation.sample import draw, evaluation_chain, prepare_process, trained_weights
+from vipo.evaluation.sample import draw, evaluation_chain, trained_weights
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import check_device
 from vipo.generators.embeddings import encode_prompts

@@ -122,7 +122,7 @@ def _evaluate(
     share: str | None,
     processes: int,
 ) -> None:
-    from vipo.evaluation.sample import prepare_process
+    from vipo.determinism import prepare_process
     from vipo.evaluation.shares import Share
     from vipo.generators.base import check_device
     from vipo.memory import memory_errors
