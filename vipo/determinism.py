@@ -4,8 +4,6 @@ import os
 
 import torch
 
-from vipo.config.run import Config
-
 
 def deterministic_algorithms() -> None:
     """From now on PyTorch takes deterministic kernels only, and raises where there is none.
@@ -17,14 +15,15 @@ def deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def prepare_process(config: Config, local_rank: int = 0) -> None:
+def prepare_process(device: str, threads: int, local_rank: int = 0) -> None:
     """Threads, determinism and the device, as they are before anything is computed.
 
     Args:
-        config: of the run.
+        device: ``generator.device``.
+        threads: ``training.threads``.
         local_rank: of several processes on this node, which of its GPUs is this one's.
     """
-    if config.generator.device == "cuda":
+    if device == "cuda":
         torch.cuda.set_device(local_rank)
-    torch.set_num_threads(config.training.threads)
+    torch.set_num_threads(threads)
     deterministic_algorithms()

@@ -60,7 +60,7 @@ def draw_side_by_side(
     check_device(config.generator)
     prompts = _prompts(texts)
     folder = list(trained_weights(config, run, root).values())[-1]
-    prepare_process(config)
+    prepare_process(config.generator.device, config.training.threads)
     drawn = [HeldOut(prompt, number) for prompt in prompts for number in range(samples)]
     names = ("base", config.run_name)
     with memory_errors(f"samples of {config.run_name}", "Ask for fewer prompts, or lower evaluation.batch"):
