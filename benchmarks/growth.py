@@ -9,8 +9,6 @@ one thread: on a GPU small sizes cost the same as larger ones, so these curves s
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,7 +28,10 @@ _DEMO = ("experiment=demo", "arm=vipo", "training.save_at=[]")
 #: By curve: its name for people, and the overrides of each of its points.
 CURVES: Mapping[str, tuple[str, Mapping[int, Sequence[str]]]] = MappingProxyType(
     {
-        "group": ("samples a group, G", {n: [f"training.group_size={n}"] for n in (4, 8, 16)}),
+        "group": (
+            "samples a group, G",
+            {n: [f"training.group_size={n}", "training.micro_batch=4"] for n in (4, 8, 16)},
+        ),
         "steps": ("sampling steps, T (4 trained)", {n: [f"sampling.steps={n}"] for n in (5, 10, 20)}),
         "trained": ("trained steps of 10", {n: [f"training.trained_transitions={n}"] for n in (1, 4, 8)}),
         "components": ("components of the map, K", {n: [f"perception.components={n}"] for n in (1, 3, 5)}),
@@ -44,23 +45,18 @@ _FRAMES, _PROCESSES = (5, 9, 17), (1, 2)
 _UPDATES = 2
 
 
-def curves(only: Sequence[str] = ()) -> dict[str, list[dict[str, float]]]:
-    """By curve, its points: ``at``, processor seconds of an update by part (``total``, ``rollout``, ...).
+def curve(name: str) -> list[dict[str, float]]:
+    """Points of a curve: ``at``, and processor seconds of an update by part (``total``, ``rollout``, ...).
 
     Of ``processes`` the seconds are those of all processes together, with their start taken off.
     """
-    found = {
-        name: [_point(at, [*_DEMO, *overrides]) for at, overrides in points.items()]
-        for name, (_, points) in CURVES.items()
-        if not only or name in only
-    }
-    if not only or "frames" in only:
+    if name == "processes":
+        return [{"at": at, "total": _spread(at)} for at in _PROCESSES]
+    if name == "frames":
         with tempfile.TemporaryDirectory() as folder:
             own = family_overrides(TINY["wan"], Path(folder), "cpu")
-            found["frames"] = [_point(at, [*own, f"generator.frames={at}"]) for at in _FRAMES]
-    if not only or "processes" in only:
-        found["processes"] = [{"at": at, "total": _spread(at)} for at in _PROCESSES]
-    return found
+            return [_point(at, [*own, f"generator.frames={at}"]) for at in _FRAMES]
+    return [_point(at, [*_DEMO, *overrides]) for at, overrides in CURVES[name][1].items()]
 
 
 def _point(at: int, overrides: Sequence[str]) -> dict[str, float]:
@@ -112,15 +108,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--draw", type=Path, metavar="SVG")
-    parser.add_argument("--only", nargs="+", default=(), choices=[*CURVES, "frames", "processes"])
+    parser.add_argument("--only", nargs="+", default=[*CURVES, "frames", "processes"])
     arguments = parser.parse_args()
+    told: dict[str, Any] = {"curves": {}}
+    if arguments.file.is_file():
+        told = json.loads(arguments.file.read_text(encoding="utf-8"))
     if arguments.draw is not None:
-        arguments.draw.write_text(draw(json.loads(arguments.file.read_text())["curves"]), encoding="utf-8")
+        arguments.draw.write_text(draw(told["curves"]), encoding="utf-8")
         return
-    earlier: dict[str, Any] = json.loads(arguments.file.read_text()) if arguments.file.is_file() else {"curves": {}}
-    machine = {"processors": os.cpu_count(), "system": platform.machine(), "load": os.getloadavg()[0]}
-    told = {"machine": machine, "curves": earlier["curves"] | curves(arguments.only)}
-    arguments.file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    for name in arguments.only:
+        told["curves"][name] = curve(name)
+        # After each: whatever ends the run, what was measured stays.
+        arguments.file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
