@@ -13,6 +13,7 @@ from vipo.commands.rewards import score_beside, serve_reward
 from vipo.commands.runs import base, check, check_generator, config, encode, plan, prepare, train
 from vipo.ending import Commands, end_plainly
 from vipo.maps.commands import map_command, orientation
+from vipo.runtime import settle_runtime
 
 app = typer.Typer(
     cls=Commands,
@@ -44,6 +45,7 @@ def _expanded(argument: str) -> str:
 
 def main() -> None:
     """Entry point: errors that a user can mend are printed without a traceback, with exit status 1 (75: preempted)."""
+    settle_runtime()
     end_plainly(lambda: app([_expanded(argument) for argument in sys.argv[1:]]))
 
 

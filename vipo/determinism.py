@@ -1,4 +1,4 @@
-"""Deterministic kernels, on every device."""
+"""What a process computes by, on every device: deterministic kernels, and threads."""
 
 import os
 
@@ -13,3 +13,17 @@ def deterministic_algorithms() -> None:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
+
+
+def prepare_process(device: str, threads: int, local_rank: int = 0) -> None:
+    """Threads, determinism and the device, as they are before anything is computed.
+
+    Args:
+        device: ``generator.device``.
+        threads: ``training.threads``.
+        local_rank: of several processes on this node, which of its GPUs is this one's.
+    """
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    torch.set_num_threads(threads)
+    deterministic_algorithms()

@@ -52,6 +52,28 @@ class MemoryTimer(Timer):
             self.peaks[part] = max(self.peaks.get(part, 0), peak)
 
 
+def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
+    """Hydra overrides of a run of `size` on `device`; its layout and prompts are written below `folder`."""
+    layout = write_layout(folder / "generator", size.parts, size.dtype)
+    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
+    return [
+        "experiment=demo",
+        "arm=vipo",
+        "prompts=file",
+        "reward=redness",
+        "perception.layer=null",
+        "perception.orientation=border",
+        "training.save_at=[]",
+        "evaluation.rewards=[redness]",
+        "evaluation.prompts=2",
+        f"prompts.source={folder / 'prompts.txt'}",
+        f"generator.family='{size.family}'",
+        f"generator.path={layout}",
+        f"generator.device={device}",
+        *size.overrides,
+    ]
+
+
 def measure_family(record: Record, size: Size, device: str, matmul_tflops: float | None) -> None:
     """Note what an update of `size` costs on `device`, part by part.
 
@@ -62,25 +84,7 @@ def measure_family(record: Record, size: Size, device: str, matmul_tflops: float
     root = repository_root()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        layout = write_layout(folder / "generator", size.parts, size.dtype)
-        (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
-        overrides = [
-            "experiment=demo",
-            "arm=vipo",
-            "prompts=file",
-            "reward=redness",
-            "perception.layer=null",
-            "perception.orientation=border",
-            "training.save_at=[]",
-            "evaluation.rewards=[redness]",
-            "evaluation.prompts=2",
-            f"prompts.source={folder / 'prompts.txt'}",
-            f"generator.family='{size.family}'",
-            f"generator.path={layout}",
-            f"generator.device={device}",
-            *size.overrides,
-        ]
-        config = load_config(overrides)
+        config = load_config(family_overrides(size, folder, device))
         prepare_stage(config, root, folder)
         encode_stage(config, root, folder)
         start = time.perf_counter()
@@ -116,6 +120,7 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     record.put("map_share", round(parts["time/map"] / total, 5))
     record.put("max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
 
+    record.put("batch.largest_difference", batch_difference(setup))
     floor = seconds_of(lambda: network_calls(setup), device)
     around = sum(parts[f"time/{part}"] for part in ("decode", "reward", "map"))
     record.put("floor_seconds.network", round(floor, 3))
@@ -153,6 +158,19 @@ def network_calls(setup: Setup) -> None:
     for _ in range(batches * training.trained_transitions):
         setup.generator.predict(latents, time_, conditioning).sum().backward()
     setup.optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def batch_difference(setup: Setup) -> float:
+    """How far a sample's prediction alone is from the one in a micro-batch: 0 where kernels are batch-invariant.
+
+    Relative to the prediction's root mean square. Only at 0 may a rollout, or a replay, take other batches than the
+    update, and every ratio still be 1 before the first step.
+    """
+    conditioning, latents, time_ = _inputs(setup)
+    together = setup.generator.predict(latents, time_, conditioning)[:1]
+    alone = setup.generator.predict(latents[:1], time_[:1], {name: value[:1] for name, value in conditioning.items()})
+    return float((together - alone).abs().max() / together.square().mean().sqrt())
 
 
 def counted_flops(setup: Setup) -> float:

@@ -53,6 +53,15 @@ def _update(transitions: int, micro_batch: int) -> tuple[str, ...]:
     )
 
 
+def _window(samples: int) -> tuple[str, ...]:
+    return (
+        "sampling.window={size: 2}",
+        "training.trained_transitions=2",
+        f"training.group_size={samples}",
+        f"training.micro_batch={samples}",
+    )
+
+
 _FULL = ("training.gradient_checkpointing=true", "generator.precision=bf16")
 _LORA = ("training.lora={rank: 16, alpha: 16}", "generator.weights=bf16", *_FULL)
 _DINO = f"perception.backbone='{_HERE}:dinov2_large'"
@@ -72,7 +81,7 @@ _SD35_MEDIUM = {
 }
 
 
-def _sd35_medium(dtype: str, training: tuple[str, ...], setting: str) -> Size:
+def _sd35_medium(dtype: str, training: tuple[str, ...], setting: str, learned: str = "4 trained, 4 samples") -> Size:
     return Size(
         family=f"{_HERE}:RandomStableDiffusion3",
         parts=_SD35_MEDIUM,
@@ -89,7 +98,7 @@ def _sd35_medium(dtype: str, training: tuple[str, ...], setting: str) -> Size:
             "sampling.shift=3",
             "sampling.eta=0.3",
         ),
-        setting=f"SD3.5 medium, 2.2 B, {setting}, 512 x 512, CFG, 10 steps, 4 trained, 4 samples",
+        setting=f"SD3.5 medium, 2.2 B, {setting}, 512 x 512, CFG, 10 steps, {learned}",
     )
 
 
@@ -144,6 +153,10 @@ REAL: Mapping[str, Size] = MappingProxyType(
         ),
         "sd3_lora": _sd35_medium("bfloat16", _LORA, "LoRA 16, frozen weights bf16"),
         "sd3_full": _sd35_medium("float32", _FULL, "all weights, fp32"),
+        # What is compared with others' images per GPU-hour.
+        "sd3_window": _sd35_medium(
+            "bfloat16", (*_LORA, *_window(8)), "LoRA 16, frozen weights bf16", "a window of 2 trained, 8 samples"
+        ),
     }
 )
 
@@ -248,5 +261,6 @@ TINY: Mapping[str, Size] = MappingProxyType(
         ),
         "sd3_lora": _small_sd3("bfloat16", _LORA),
         "sd3_full": _small_sd3("float32", _FULL),
+        "sd3_window": _small_sd3("bfloat16", (*_LORA, *_window(4))),
     }
 )

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,27 @@ def test_the_pitfalls_are_measured(tiny_overrides: list[str], monkeypatch: pytes
     channels = 4
     ratio = figures["channels sum: rms log rho, position"] / figures["channels mean: rms log rho, position"]
     assert ratio == pytest.approx(channels, rel=1e-3)
+
+
+def test_an_update_and_an_audit_ask_for_no_more_than_reviewed(tiny_generator: Path, tmp_path: Path) -> None:
+    """Counts alone: calls, backward passes, values and bytes that the host reads; no clock."""
+    from benchmarks.compare import BASELINE, SMALL, count, judged
+
+    baseline = json.loads(BASELINE.read_text())
+    found = count([*SMALL, f"generator.path={tiny_generator}"], tmp_path)
+    assert judged(found, baseline) == []
+    # Two micro-batches of four samples: four steps each, and two transitions learned.
+    assert found["update.network"] == 2 * (4 + 2)
+    assert found["update.backward"] == 2 * 2
+    assert found["update.decoder"] == found["update.backbone"] == found["update.reward"] == 2
+    dearer = judged(found | {"update.network": 13.0, "start.help": 9.0, "new": 0.0}, baseline)
+    assert {name for name, *_ in dearer} == {"update.network", "start.help", "new"}
+
+
+def test_the_curves_are_drawn_from_their_figures() -> None:
+    from benchmarks.growth import CURVES, draw
+
+    root = repository_root()
+    curves = json.loads((root / "benchmarks/growth.json").read_text())["curves"]
+    assert set(curves) == {*CURVES, "frames", "processes"}
+    assert draw(curves) == (root / "docs/images/growth.svg").read_text()

@@ -13,8 +13,13 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.prompts import Prompt, read_prompts
 
-#: What the samples of a run say of themselves.
+#: Beside the pictures: what they are, for whoever reads them without the generator.
 FACTS = "samples.json"
+
+
+def samples_folder(experiment: Path, run: str) -> Path:
+    """Where a run's samples are: `FACTS`, and in ``pictures/`` a PNG for every sample of every update."""
+    return experiment / "samples" / run
 
 
 class EvaluationError(VipoError):
@@ -52,11 +57,6 @@ def held_out_batches(prompts: Path, config: Config) -> list[list[HeldOut]]:
         raise EvaluationError(f"{prompts}: no prompt is held out; raise prompts.eval_share")
     batch = config.evaluation.batch
     return [samples[start : start + batch] for start in range(0, len(samples), batch)]
-
-
-def samples_folder(experiment: Path, run: str) -> Path:
-    """Where a run's samples are: `FACTS`, and in ``pictures/`` a PNG for every sample of every update."""
-    return experiment / "samples" / run
 
 
 def sample_name(update: int, sample: HeldOut) -> str:

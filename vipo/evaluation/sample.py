@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vipo.config.compose import load_config_file
 from vipo.config.run import Config
 from vipo.config.training import EMA
-from vipo.determinism import deterministic_algorithms
 from vipo.evaluation.held_out import (
     FACTS,
     EvaluationError,
@@ -39,8 +37,6 @@ from vipo.sampling.rollout import sample_ode
 from vipo.tracking.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-#: Beside the pictures: what they are, for whoever reads them without the generator.
 
 
 def evaluation_chain(generator: Generator, config: Config) -> Chain:
@@ -225,16 +221,3 @@ def trained_weights(config: Config, run: Path, root: Path) -> dict[int, Path]:
     for folder in kept.values():
         check_finite(folder)
     return {number: folder / EMA for number, folder in kept.items()} if config.evaluation.weights == EMA else kept
-
-
-def prepare_process(config: Config, local_rank: int = 0) -> None:
-    """Threads, determinism and the device, as they are before anything is computed.
-
-    Args:
-        config: of the run.
-        local_rank: of several processes on this node, which of its GPUs is this one's.
-    """
-    if config.generator.device == "cuda":
-        torch.cuda.set_device(local_rank)
-    torch.set_num_threads(config.training.threads)
-    deterministic_algorithms()

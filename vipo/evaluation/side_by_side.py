@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from vipo.config.compose import load_config_file
 from vipo.config.run import Config
+from vipo.determinism import prepare_process
 from vipo.evaluation.held_out import HeldOut, save_sample
-from vipo.evaluation.sample import draw, evaluation_chain, prepare_process, trained_weights
+from vipo.evaluation.sample import draw, evaluation_chain, trained_weights
 from vipo.generators import Generator, load_generator
 from vipo.generators.base import check_device
 from vipo.generators.embeddings import encode_prompts
@@ -59,7 +60,7 @@ def draw_side_by_side(
     check_device(config.generator)
     prompts = _prompts(texts)
     folder = list(trained_weights(config, run, root).values())[-1]
-    prepare_process(config)
+    prepare_process(config.generator.device, config.training.threads)
     drawn = [HeldOut(prompt, number) for prompt in prompts for number in range(samples)]
     names = ("base", config.run_name)
     with memory_errors(f"samples of {config.run_name}", "Ask for fewer prompts, or lower evaluation.batch"):

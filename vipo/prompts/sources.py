@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from vipo.config.prompts import is_called, is_published
 from vipo.foreign import foreign, resolve
 from vipo.prompts.prompt import PromptError
-from vipo.prompts.published import fetch_published, published_key
 from vipo.regular import read_regular
 
 MOST_BYTES = 2**29
@@ -72,6 +71,9 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
 
 def _published(name: str, text_key: str, root: Path) -> Source:
     rows: list[Mapping[str, Any]] = []
+    # Imports the hub's client, which few prompts need.
+    from vipo.prompts.published import fetch_published, published_key
+
     digest, key = hashlib.sha256(), published_key(name, text_key)
     for path, data in fetch_published(name, root).items():
         reader = _READERS.get(Path(path).suffix.lower())

@@ -122,7 +122,7 @@ def _evaluate(
     share: str | None,
     processes: int,
 ) -> None:
-    from vipo.evaluation.sample import prepare_process
+    from vipo.determinism import prepare_process
     from vipo.evaluation.shares import Share
     from vipo.generators.base import check_device
     from vipo.memory import memory_errors
@@ -141,7 +141,7 @@ def _evaluate(
             place = own_place(os.environ)
             own = (own or Share()).split(place.rank, place.size)
             local = place.local_rank
-    prepare_process(config, local)
+    prepare_process(config.generator.device, config.training.threads, local)
     remedy = "Lower evaluation.batch, or raise cluster.evaluate.memory_mb"
     with memory_errors(f"{stage} of {config.run_name}", remedy), contextlib.ExitStack() as locked:
         if own is None:

@@ -43,7 +43,6 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
     Times and records that are not here (results that were pulled come without them) are shown as such.
     """
     from vipo.reporting import PICTURES, TIMES, build_report
-    from vipo.reporting.measured import measurement_files
 
     experiment, runs = experiment_folder(config, results), run_names(config)
     output = experiment / "report"
@@ -67,7 +66,7 @@ def report_stage(config: Config, root: Path, results: Path, wait: float = 0) -> 
                 data,
                 *_measured(experiment, runs),
                 *shown,
-                *measurement_files(experiment, config.experiment.meter),
+                *_measurements(experiment, config),
                 *(path for path in volatile if path.is_file()),
             ],
             outputs=written,
@@ -112,6 +111,15 @@ def study_stage(configs: Sequence[Config], results: Path, output: Path) -> Path:
     from vipo.reporting.study import build_study
 
     return build_study([(experiment_folder(config, results), run_names(config), config) for config in configs], output)
+
+
+def _measurements(experiment: Path, config: Config) -> list[Path]:
+    if config.experiment.meter is None:
+        return []
+    # Imports torch, for which few pages have a use.
+    from vipo.reporting.measured import measurement_files
+
+    return measurement_files(experiment, config.experiment.meter)
 
 
 def _measured(experiment: Path, runs: Sequence[str]) -> list[Path]:

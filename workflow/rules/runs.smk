@@ -12,6 +12,8 @@ rule train:
         weights=directory(f"{EXPERIMENT_DIR}/runs/{{run}}/weights"),
     log:
         f"{EXPERIMENT_DIR}/logs/train-{{run}}.log",
+    # The longest jobs first, or the last of them runs alone while a core is idle.
+    priority: 2
     threads: RUNS[FIRST].training.threads
     resources:
         **job_resources(RUNS[FIRST], "train"),
@@ -30,6 +32,7 @@ rule sample:
         pictures=directory(f"{EXPERIMENT_DIR}/samples/{{run}}/pictures"),
     log:
         f"{EXPERIMENT_DIR}/logs/sample-{{run}}.log",
+    priority: 1
     threads: RUNS[FIRST].training.threads
     resources:
         **job_resources(RUNS[FIRST], "evaluate"),

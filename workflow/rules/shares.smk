@@ -8,6 +8,7 @@ rule sample_share:
         temp(touch(share_file("samples", "{run}", "{share}"))),
     log:
         f"{EXPERIMENT_DIR}/logs/sample-{{run}}-{{share}}.log",
+    priority: 1
     threads: RUNS[FIRST].training.threads
     resources:
         **job_resources(RUNS[FIRST], "evaluate"),

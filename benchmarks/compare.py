@@ -1,0 +1,186 @@
+"""Has anything become dearer? Ratios measured in one run, and counts, against reviewed ones in `baseline.json`.
+
+    python -m benchmarks.compare            # all; about a minute of a processor, status 1 beyond a margin
+    python -m benchmarks.compare --counts   # what is counted alone: the same on every machine
+    python -m benchmarks.compare --write    # take what is found as the baseline, for a review
+
+Times are seconds of the processor, of work that is divided by other work of the same run: by the update's own network
+calls, or by an import of torch in a fresh process. A machine that is busy, or another one, moves both.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.finished import finished_experiment, with_prompts
+from benchmarks.gpu.correct import HostReads
+from benchmarks.update_share import loaded, measure, watched
+from vipo.audit import audit_experiment
+from vipo.config.compose import dump_config, load_config, repository_root
+from vipo.config.run import Config
+from vipo.reporting import build_data, build_report
+from vipo.training.update import update
+
+BASELINE = Path(__file__).with_name("baseline.json")
+#: A run of seconds, for what is counted, audited and reported.
+SMALL = (
+    "experiment=demo",
+    "arm=vipo",
+    "seed=0",
+    *(f"~experiment.arms.{arm}" for arm in ("grpo", "uniform", "inverted")),
+    "experiment.arms.vipo.seeds=[0]",
+    "sampling.steps=4",
+    "training.updates=2",
+    "training.group_size=4",
+    "training.micro_batch=4",
+    "training.trained_transitions=2",
+    "training.save_at=[]",
+    "evaluation.prompts=4",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.steps=4",
+    "evaluation.bootstrap=200",
+)
+PROMPTS = 2000
+_REPEATS = 3
+
+
+def count(overrides: Sequence[str], folder: Path) -> dict[str, float]:
+    """What one update and one audit of a small experiment ask for; no clock is read.
+
+    Args:
+        overrides: of a run, such as `SMALL`.
+        folder: a results folder, in which the experiment is made.
+
+    Returns:
+        ``update.<part>``: calls of network, decoder, backbone and rewards; backward passes; values that the host reads
+        of tensors; bytes that it reads of files. ``audit.reads``: how often an audit reads each byte of the results.
+    """
+    config = load_config(list(overrides))
+    with loaded(config) as setup:
+        update(setup, 1)
+        with watched(setup) as calls:
+            before = _bytes_read()
+            update(setup, 2)
+            read = _bytes_read() - before
+        with HostReads() as waits:
+            update(setup, 3)
+    found = {f"update.{name}": float(number) for name, number in sorted(calls.counts.items())}
+    found["update.values_read_by_the_host"] = float(sum(waits.lines.values()))
+    found["update.bytes_read"] = float(read)
+    experiment = finished_experiment(config, folder)
+    audit_experiment(experiment, repository_root())
+    before = _bytes_read()
+    audited = audit_experiment(experiment, repository_root())
+    found["audit.reads"] = round((_bytes_read() - before) / audited.checked.bytes, 1)
+    return found
+
+
+def ratios(config: Config, folder: Path) -> dict[str, float]:
+    """Processor time over other processor time.
+
+    Args:
+        config: of the finished run below `folder`.
+        folder: a results folder with the experiment that `count` made.
+    """
+    with loaded(load_config(["experiment=demo", "arm=vipo"])) as setup:
+        shares = measure(setup, 5)
+    found = {name: shares[name] for name in ("update_over_floor", "map_share")}
+    resolved = folder / "run.yaml"
+    resolved.write_text(dump_config(config), encoding="utf-8")
+    finished = ["--config", str(resolved), "--results", str(folder)]
+    starts = {
+        "help": ["--help"],
+        "config": ["config", "experiment=demo"],
+        "train_of_a_finished_run": ["train", *finished],
+        "sample_of_a_finished_run": ["evaluate", "--only", "sample", *finished],
+        "score_of_a_finished_run": ["evaluate", "--only", "score", *finished],
+    }
+    commands = {name: [sys.executable, "-m", "vipo.cli", *words] for name, words in starts.items()}
+    commands["torch"] = [sys.executable, "-c", "import torch"]
+    # One after the other, several times: what slows the machine down for a while slows all of them.
+    rounds = [{name: _started(command) for name, command in commands.items()} for _ in range(_REPEATS)]
+    torch = min(each["torch"] for each in rounds)
+    found |= {f"start.{name}": min(each[name] for each in rounds) / torch for name in starts}
+    experiment = folder / config.experiment.name
+    found["audit"] = _seconds(lambda: audit_experiment(experiment, repository_root())) / torch
+    large, runs = with_prompts(experiment, PROMPTS, folder / "large"), ("base-s0", config.run_name)
+    found[f"data_of_{PROMPTS}_prompts"] = (
+        _seconds(lambda: build_data(large, runs, config, large / "report/data")) / torch
+    )
+    found[f"page_of_{PROMPTS}_prompts"] = _seconds(lambda: build_report(large, runs, config, large / "report")) / torch
+    return found
+
+
+def _bytes_read() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _started(command: Sequence[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def judged(found: dict[str, float], baseline: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+    """What is found beyond its margin, or is not in the baseline: name, value, reviewed value, largest one allowed.
+
+    Counts have no margin; ratios have the baseline's `margins`, by the first part of their name.
+    """
+    dearer = []
+    for name, value in found.items():
+        reviewed = float(baseline["figures"].get(name, -1))
+        most = reviewed * (1 + float(baseline["margins"].get(name.partition(".")[0], 0)))
+        # Rounding of the file.
+        if value > most + 1e-3:
+            dearer.append((name, value, reviewed, most))
+    return dearer
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def main() -> None:
+    """Print every figure beside the reviewed one; status 1 where one is dearer than its margin allows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", action="store_true", help="what is counted alone")
+    parser.add_argument("--write", action="store_true", help="take what is found as the baseline")
+    arguments = parser.parse_args()
+    baseline = json.loads(BASELINE.read_text(encoding="utf-8"))
+    with _temporary() as folder:
+        found = count(SMALL, folder)
+        if not arguments.counts:
+            found |= ratios(load_config(list(SMALL)), folder)
+    if arguments.write:
+        figures = baseline["figures"] | {name: round(value, 3) for name, value in found.items()}
+        told = {"machine": platform.processor() or platform.machine(), "figures": figures}
+        BASELINE.write_text(json.dumps(baseline | told, indent=1) + "\n", encoding="utf-8")
+    dearer = judged(found, baseline)
+    marks = {name for name, *_ in dearer}
+    for name, value in found.items():
+        reviewed = baseline["figures"].get(name)
+        print(f"{name:40} {value:10.3f}  reviewed {reviewed}{'  DEARER' if name in marks else ''}")
+    sys.exit(int(bool(dearer) and not arguments.write))
+
+
+if __name__ == "__main__":
+    main()

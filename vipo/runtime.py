@@ -1,0 +1,24 @@
+"""What a command asks of Python and of the C library before it does anything: figures in docs/performance.md."""
+
+import ctypes
+import gc
+import sys
+
+# Of <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_MIB = 2**20
+
+
+def settle_runtime() -> None:
+    """Let a short-lived process import and compute without collecting and returning memory that it needs again.
+
+    Changes when memory is given back, and no result. Where the C library is another than glibc, the first part alone.
+    """
+    # Half a million objects are imported and stay: full collections would go over all of them, again and again.
+    gc.set_threshold(10_000, 10, 100)
+    # A backward pass frees what the next one asks for. Left to itself, glibc gives it back and each page is fetched and
+    # cleared anew. Above the second bound tensors are mapped, and returned, one by one.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, 512 * _MIB)
+        mallopt(_MMAP_THRESHOLD, 32 * _MIB)
