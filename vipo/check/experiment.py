@@ -169,7 +169,7 @@ def _training_prompts(config: Config, root: Path, experiment: Path) -> int:
 
 
 def _memory(config: Config, root: Path, prompts: int, counted: "Plan", device: float) -> Iterator[Line]:
-    from vipo.training.plan import require_fit
+    from vipo.training.fit import require_fit
 
     require_fit(config, root, prompts, counted, device)
     needed = f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}"
