@@ -106,23 +106,27 @@ def test_without_shards_it_is_refused() -> None:
 
 
 def test_the_plan_moves_it_and_offers_it(tiny_overrides: list[str]) -> None:
-    chosen = [*tiny_overrides, "arm=vipo", "training.gradient_checkpointing=true", "training.micro_batch=1"]
-    config = load_config([*chosen, "training.lora={rank: 2, alpha: 2}"])
-    plain, moved = (
-        plan(config, ROOT, 2),
-        plan(load_config([*chosen, "training.lora={rank: 2, alpha: 2}", OFFLOADED]), ROOT, 2),
-    )
+    saved = ["training.gradient_checkpointing=true", "training.micro_batch=1", "training.lora={rank: 2, alpha: 2}"]
+    chosen = [*tiny_overrides, "arm=vipo", *saved, "generator.precision=bf16"]
+    config = load_config([*chosen, "generator.weights=bf16"])
+    plain, moved = (plan(each, ROOT, 2) for each in (config, load_config([*chosen, OFFLOADED])))
     assert plain.main == {}
-    assert moved.main == {name: plain.held[name] for name in ("network", "reference", "kept policies", "AdamW")} | {
-        "gradients": 4 * plain.trained
+    assert moved.main == {
+        # Shards are fp32, whatever the weights are without them.
+        "network": plan(load_config(chosen), ROOT, 2).held["network"],
+        "AdamW": plain.held["AdamW"],
+        "gradients": 4 * plain.trained,
+        "reference": 0,
+        "kept policies": 0,
     }
     assert not moved.held.keys() & moved.main.keys()
-    # A block, the next one and what is in none, of all of them.
-    assert 0 < moved.held["gathered weights"] < plain.held["network"]
+    # In bf16, and with two blocks all of them.
+    assert moved.held["gathered weights"] == moved.main["network"] // 2
     assert "in main memory: AdamW" in moved.text(None)
+    assert moved.peak < plain.peak
     with pytest.raises(
         VipoError,
-        match=r"be slower, with .*distribution\.strategy=fsdp distribution\.offload=true .*main memory",
+        match=r"be slower, with generator\.weights=fp32 distribution\.strategy=fsdp distribution\.offload=true ",
     ):
         require_fit(config, ROOT, 2, plain, moved.peak)
     with pytest.raises(VipoError, match=r"raise distribution\.processes"):

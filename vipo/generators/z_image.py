@@ -53,7 +53,7 @@ class ZImageGenerator(PipelineGenerator):
                     "(axes_lens); lower it"
                 )
 
-    def read_no_values(self) -> None:
+    def read_no_values(self, *, one_time: bool) -> None:
         self._reads_lengths = False
 
     @classmethod

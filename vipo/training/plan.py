@@ -224,9 +224,9 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
 def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:
     """Bytes that a device holds whole while a sharded network computes, and what a block's gradients are there."""
     values, block = gathered_values(network)
-    unit, trains = 2 if cast else _FP32, any(value.requires_grad for value in network.parameters())
-    # As they come, and in fp32 where they are summed over the processes.
-    return unit * values, (unit + _FP32) * block if trains else 0
+    unit = 2 if cast else _FP32
+    # Gradients as they come, and in fp32 where they are summed over the processes.
+    return unit * values, (unit + _FP32) * block
 
 
 def counted(

@@ -56,15 +56,16 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def gathered_values(network: nn.Module) -> tuple[int, int]:
-    """Values of what a device holds whole while a sharded network computes, and of the largest block.
+    """Values of what a device holds whole while a sharded network computes, and the most that a block trains.
 
     What lies in no block stays from the first call to the end of the backward pass; of the blocks it is one, and the
-    next one, which is fetched meanwhile.
+    next one, which is fetched meanwhile: at most the two largest.
     """
-    found = [sum(value.numel() for value in module.parameters()) for module in blocks(network)]
-    rest = sum(value.numel() for value in network.parameters()) - sum(found)
-    largest = max(found, default=0)
-    return rest + (2 if len(found) > 1 else 1) * largest, largest or rest
+    units = [list(module.parameters()) for module in blocks(network)]
+    sizes = sorted((sum(value.numel() for value in unit) for unit in units), reverse=True)
+    rest = sum(value.numel() for value in network.parameters()) - sum(sizes)
+    trained = [sum(value.numel() for value in unit if value.requires_grad) for unit in units or [network.parameters()]]
+    return rest + sum(sizes[:2]), max(trained)
 
 
 def fill(network: nn.Module, device: torch.device, whole: Mapping[str, Tensor], *, offload: bool) -> None:
