@@ -82,10 +82,19 @@ def test_what_runs_here_is_ok_without_a_connection(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    app(["check", *tiny_overrides, "--results", str(results), "--json"], standalone_mode=False)
+    given = [*tiny_overrides, "distribution={strategy: fsdp, offload: true}"]
+    app(["check", *given, "--results", str(results), "--json"], standalone_mode=False)
     lines = {line["subject"]: line for line in json.loads(capsys.readouterr().out)}
     assert {line["verdict"] for line in lines.values()} == {"ok"}
-    assert {"configuration", "prompts", "generator", "disk", "memory", "backbone efficientnet_lite0"} <= lines.keys()
+    assert {
+        "main memory",
+        "configuration",
+        "prompts",
+        "generator",
+        "disk",
+        "memory",
+        "backbone efficientnet_lite0",
+    } <= lines.keys()
     # base is not trained; grpo and vipo have two seeds.
     assert " 6 runs " in lines["disk"]["said"]
     assert not results.exists()
