@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -17,7 +18,7 @@ def join_alone(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(group_backend(device.type), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(group_backend(device.type), store=HashStore(), rank=0, world_size=1)
 
 
 def group_backend(device: str) -> str:
@@ -64,7 +65,9 @@ def gathered_values(network: nn.Module) -> tuple[int, int]:
     units = [list(module.parameters()) for module in blocks(network)]
     sizes = sorted((sum(value.numel() for value in unit) for unit in units), reverse=True)
     rest = sum(value.numel() for value in network.parameters()) - sum(sizes)
-    trained = [sum(value.numel() for value in unit if value.requires_grad) for unit in units or [network.parameters()]]
+    trained = [
+        sum(value.numel() for value in unit if value.requires_grad) for unit in units or [list(network.parameters())]
+    ]
     return rest + sum(sizes[:2]), max(trained)
 
 
