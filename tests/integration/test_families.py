@@ -33,7 +33,7 @@ from vipo.generators.pipeline import PipelineGenerator
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.sampling.chain import sampling_chain
-from vipo.training.plan import counted
+from vipo.training.plan import peak_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = pytest.mark.parametrize("mode", ["lora", "full"])
@@ -159,7 +159,7 @@ def _most_alive(
         generator.predict(latents, times, given).square().mean().backward()
 
     known = [latents, times, *given.values()]
-    return [counted(mode, generator, known, call)[0] for call in (learn, lambda: generator.pictures(latents))]
+    return [peak_bytes(mode, generator, known, call) for call in (learn, lambda: generator.pictures(latents))]
 
 
 def test_prompts_are_encoded_apart_and_the_negative_one_is_stored_once(case: Case, tmp_path: Path) -> None:

@@ -158,13 +158,12 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         predict().square().mean().backward()
 
     known = [latents, clean, times, *conditioning.values()]
-    with mode:
-        # Every backward pass but a step's first adds to gradients that are there.
-        for value in generator.network.parameters():
-            value.grad = torch.empty_like(value) if value.requires_grad else None
     generator.read_no_values(one_time=size == 1)
+    # First, for it leaves the gradients that every later backward pass adds to; and apart from what is alive at once,
+    # for what counts operations keeps tensors that would be gone.
     try:
-        learns, learned = counted(mode, generator, known, lesson)
+        with mode, FlopCounterMode(display=False) as learned:
+            lesson()
     except (*_NEEDS_DATA, GeneratorError) as error:
         # Of an adapter that is named by an import path, it is the cause of the error.
         if isinstance(error, GeneratorError) and not isinstance(error.__cause__, _NEEDS_DATA):
@@ -173,10 +172,13 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
             f"generator.family {config.generator.family!r}: its calls depend on values, such as how long the prompts "
             "are, so that they cannot be counted without data; measure an update of 'vipo train' instead"
         ) from error
+    learns = peak_bytes(mode, generator, known, lesson)
     generator.read_no_values(one_time=True)
+    with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
+        predict()
     with torch.no_grad():
-        draws, drawn = counted(mode, generator, known, predict)
-        decodes, _ = counted(mode, generator, known, lambda: generator.pictures(clean))
+        draws = peak_bytes(mode, generator, known, predict)
+        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(clean))
 
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
@@ -229,31 +231,26 @@ def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:
     return unit * values, (unit + _FP32) * block
 
 
-def counted(
+def peak_bytes(
     mode: AbstractContextManager[Any],
     generator: PipelineGenerator,
     known: Iterable[Tensor],
     call: Callable[[], object],
-) -> tuple[int, int]:
-    """Bytes and floating point operations of a call.
+) -> int:
+    """The most bytes alive at once of what a call makes: not weights, gradients or what is `known`.
 
     Args:
         mode: that the call is made in.
         generator: which the call is of.
         known: tensors that are there before it.
         call: what is measured.
-
-    Returns:
-        The most bytes alive at once of what it makes: not weights, gradients or what is `known`; and its operations.
     """
     parts = [*generator.network.parameters(), *generator.vae.parameters()]
     buffers = [*generator.network.buffers(), *generator.vae.buffers()]
     gradients = [value.grad for value in parts if value.grad is not None]
-    # The peak is seen before operations are taken apart to be counted.
-    operations = FlopCounterMode(display=False)
-    with mode, operations, _Peak([*known, *parts, *buffers, *gradients]) as seen:
+    with mode, _Peak([*known, *parts, *buffers, *gradients]) as seen:
         call()
-    return seen.peak, operations.get_total_flops()
+    return seen.peak
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
