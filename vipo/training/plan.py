@@ -217,7 +217,11 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns},
         trained=trained,
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared} | credited,
-        flops=(drawn * (samples * steps + lessons * compared + sum(credited.values())) + learned * lessons) // size,
+        flops=(
+            drawn.get_total_flops() * (samples * steps + lessons * compared + sum(credited.values()))
+            + learned.get_total_flops() * lessons
+        )
+        // size,
         disk=run_bytes(config, trained, policies),
         embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
     )
