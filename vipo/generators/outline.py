@@ -45,7 +45,8 @@ def outline(
     else:
         generator.add_lora(lora, 0)
     if cast:
-        generator.network.to(torch.bfloat16)
+        # All of it, as FSDP2 does; diffusers' own `to` warns of parts that it would keep.
+        nn.Module.to(generator.network, torch.bfloat16)
     generator.read_no_values(one_time=False)
     generator.config, generator.device = config.model_copy(update={"device": "cpu"}), torch.device("cpu")
     with mode:
