@@ -82,10 +82,19 @@ def test_what_runs_here_is_ok_without_a_connection(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    app(["check", *tiny_overrides, "--results", str(results), "--json"], standalone_mode=False)
+    given = [*tiny_overrides, "distribution={strategy: fsdp, offload: true}"]
+    app(["check", *given, "--results", str(results), "--json"], standalone_mode=False)
     lines = {line["subject"]: line for line in json.loads(capsys.readouterr().out)}
     assert {line["verdict"] for line in lines.values()} == {"ok"}
-    assert {"configuration", "prompts", "generator", "disk", "memory", "backbone efficientnet_lite0"} <= lines.keys()
+    assert {
+        "main memory",
+        "configuration",
+        "prompts",
+        "generator",
+        "disk",
+        "memory",
+        "backbone efficientnet_lite0",
+    } <= lines.keys()
     # base is not trained; grpo and vipo have two seeds.
     assert " 6 runs " in lines["disk"]["said"]
     assert not results.exists()
@@ -160,6 +169,31 @@ def test_a_cached_checkpoint_is_whole_or_told_what_it_lacks(cache: Path) -> None
     (place / "model_index.json").write_text("{")
     [line] = found("generator", lambda: weight_lines([item], ROOT, False))
     assert (line.verdict, "could not be checked (JSONDecodeError" in line.said) == ("to do", True)
+
+
+def test_what_a_network_is_read_from_instead_is_looked_at(demo: Config, tmp_path: Path) -> None:
+    """The folder's own network need not be there; a guider of the pipeline has no weights."""
+    (tmp_path / "base/guider").mkdir(parents=True)
+    files = _pipeline(transformer="config.json", vae="w.safetensors", guider="guider_config.json")
+    for name, text in files.items():
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_text(text)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "net.safetensors").write_bytes(b"")
+
+    def said(**changes: object) -> dict[str, tuple[str, str]]:
+        generator = demo.generator.model_copy(update={"path": str(tmp_path / "base"), **changes})
+        return _said(weight_lines(wanted(demo.model_copy(update={"generator": generator}), ROOT), ROOT, False))
+
+    assert said()["generator"][1].endswith("lacks transformer/*.safetensors; copy it again, or name another folder")
+    found = said(file=str(tmp_path / "net.safetensors"), start=str(tmp_path / "run"))
+    assert (found["generator"][0], found["generator: file"][0]) == ("ok", "ok")
+    assert "run lacks weights or transformer or" in found["generator: start"][1]
+    (tmp_path / "run/weights").mkdir()
+    assert said(start=str(tmp_path / "run"))["generator: start"][0] == "ok"
+    assert "no such file or folder" in said(file=str(tmp_path / "gone.safetensors"))["generator: file"][1]
+    fetched = fetch_command(_item(replaced=("transformer", "unet")), NEW)
+    assert "--exclude 'transformer/*.safetensors'" in fetched
 
 
 def test_rewards_and_tokenizers_want_their_own_files(cache: Path) -> None:

@@ -15,6 +15,8 @@ from families import FAMILIES
 from family import Family
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig
@@ -141,6 +143,21 @@ def _makes_as_much(mode: Mode, case: Case) -> None:
     assert found == pytest.approx(_most_alive(fake, outlined, *given), rel=0.02)
 
 
+def test_gathered_weights_are_planned_in_bf16(case: Case) -> None:
+    """As FSDP2 casts them before a call, which then makes no copies of its own."""
+    fake, config = FakeTensorMode(allow_non_fake_inputs=True), case.config.model_copy(update={"precision": "bf16"})
+    most = []
+    for cast in (False, True):
+        outlined = outline(config, ROOT, fake, None, cast=cast)
+        kinds = {value.dtype for value in outlined.network.parameters()}
+        assert kinds == {torch.bfloat16 if cast else torch.float32}
+        with fake:
+            given = {name: torch.empty_like(value) for name, value in case.subject.conditioning.items()}
+            latents, times = torch.empty_like(case.subject.noise), torch.empty(2)
+        most.append(_most_alive(fake, outlined, latents, times, given)[0])
+    assert most[1] < most[0]
+
+
 def _most_alive(
     mode: contextlib.AbstractContextManager[Any], generator: Any, latents: Tensor, times: Tensor, given: Any
 ) -> list[int]:
@@ -163,6 +180,26 @@ def test_prompts_are_encoded_apart_and_the_negative_one_is_stored_once(case: Cas
     assert all(torch.equal(found[name], value) for name, value in case.subject.conditioning.items())
     for name, value in found.items():
         assert torch.equal(value[0], value[1]) == name.startswith("negative_") or name.endswith("mask"), name
+
+
+def test_prompts_read_together_are_those_read_apart_within_rounding(case: Case) -> None:
+    """And fewer calls are made of the encoders; the negative prompt has its own."""
+    texts = [*PROMPTS, "a", "a red fox beside a blue box in the snow, seen from far away", ""]
+    calls, found = [0, 0], []
+
+    def count(module: Any, *_: Any) -> None:
+        calls[-1] += isinstance(module, PreTrainedModel)
+
+    for number, batch in enumerate((1, 3)):
+        config = case.config.model_copy(update={"encoder_batch": batch})
+        with register_module_forward_hook(count):
+            found.append(resolve_class(config).encode_prompts(config, ROOT, texts))
+        calls = calls if number else [calls[-1], 0]
+    assert 0 < calls[1] < calls[0]
+    for apart, together in zip(*found, strict=True):
+        assert apart.keys() == together.keys()
+        for name, value in apart.items():
+            torch.testing.assert_close(together[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_every_frame_of_a_video_is_some_latent_frames(case: Case) -> None:

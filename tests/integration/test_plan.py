@@ -11,7 +11,8 @@ from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import VipoError
 from vipo.generators import load_generator
-from vipo.training.plan import Plan, plan, require_fit
+from vipo.training.fit import require_fit
+from vipo.training.plan import Plan, plan
 
 ROOT = repository_root()
 

@@ -1,5 +1,6 @@
 """Wan 2.2 A14B's two transformers: which acts, which is trained, and what a batch of several noise levels gives."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from checkpoints import generator_config, write_wan22_a14b
 from safetensors import safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.lora import check_adapted
+from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.wan import Wan22PairGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +101,46 @@ def test_one_alone_is_trained_and_saved(experts: str, mode: str, folder: Path, t
         found = again.predict(noise, torch.tensor([0.5]), given), again.predict(noise, torch.ones(1), given)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("experts", ["both", "low_noise"])
+def test_adapters_are_fp32_beside_bf16_weights(experts: str, folder: Path, tmp_path: Path) -> None:
+    """Of both, when they are added and when they are loaded."""
+    held = {"precision": "bf16", "weights": "bf16", "experts": experts}
+    generator, again = _load(folder, **held), _load(folder, **held)
+    generator.add_lora(LoraConfig(rank=2), seed=0)
+    with torch.no_grad():
+        for value in generator.network.parameters():
+            # No number of bf16.
+            value.add_(1e-3 / 3 if value.requires_grad else 0)
+    generator.save_network(tmp_path)
+    again.load_network(tmp_path)
+    for found in (generator, again):
+        assert len(found.networks) == (2 if experts == "both" else 1)
+        for network in found.networks.values():
+            weights = {name: value for name, value in network.named_parameters() if name.endswith("weight")}
+            types = {
+                (".lora_" in name, value.dtype) for name, value in weights.items() if re.search(r"\.to_[qkv]", name)
+            }
+            assert types == {(True, torch.float32), (False, torch.bfloat16)}
+    trained = {name: value for name, value in generator.network.named_parameters() if ".lora_" in name}
+    loaded = dict(again.network.named_parameters())
+    assert trained
+    # The adapter's name is peft's own.
+    assert all(torch.equal(loaded[name.replace(".default.", ".default_0.")], value) for name, value in trained.items())
+
+
+def test_a_plan_counts_the_one_that_acts(folder: Path) -> None:
+    """In a rollout all samples have one noise level; in an update of several samples, both may act."""
+    fake, operations = FakeTensorMode(allow_non_fake_inputs=True), []
+    generator = outline(generator_config("wan22_a14b", folder, frames=5), ROOT, fake, None)
+    given = longest_conditioning(generator, ROOT, 2, fake)
+    for one_time in (True, False):
+        generator.read_no_values(one_time=one_time)
+        with fake, torch.no_grad(), FlopCounterMode(display=False) as counted:
+            generator.predict(torch.empty(2, *generator.latent_shape), torch.empty(2), given)
+        operations.append(counted.get_total_flops())
+    assert operations[1] == 2 * operations[0] > 0
 
 
 def test_options_of_two_networks_are_refused_of_one(tiny_wan: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Original names: diffusers' own converters, which read them, give every tensor of each network back."""
+"""Names for ComfyUI: diffusers' own converters, or the published maps, give every tensor of each network back."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CogVideoXTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -17,11 +19,13 @@ from diffusers import (
 )
 from diffusers.loaders import lora_conversion_utils as lora_utils
 from diffusers.loaders import single_file_utils as utils
+from published_names import cogvideox_from_comfyui, hunyuan_in_comfyui, hunyuan_layers
 from torch import Tensor
 
 from vipo.config.registries import FAMILIES
 from vipo.handover.original import PREFIX, NamesError, Rule, original_lora, original_state, place_of
 from vipo.handover.original_names import NAMES, REFUSED
+from vipo.handover.original_videos import whole_refused
 
 # Few blocks, and of FLUX.1 as many rows as published, for its converter counts them; columns are cut to two.
 NETWORKS: Mapping[str, Callable[[], Any]] = {
@@ -66,7 +70,31 @@ NETWORKS: Mapping[str, Callable[[], Any]] = {
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24,
     ),
+    "HunyuanVideo15Transformer3DModel": lambda: HunyuanVideo15Transformer3DModel(
+        num_layers=3, num_refiner_layers=2, num_attention_heads=2, attention_head_dim=16, text_embed_dim=20,
+        text_embed_2_dim=12, image_embed_dim=8, rope_axes_dim=(4, 6, 6),
+    ),
+    "CogVideoXTransformer3DModel": lambda: CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=2, text_embed_dim=20, time_embed_dim=8,
+        max_text_seq_length=4, use_rotary_positional_embeddings=True,
+    ),
 }  # fmt: skip
+
+
+def _hunyuan_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """By the published maps: each name of ComfyUI's is made of layers of ours, whose rows it has below each other."""
+    network, _ = _network("HunyuanVideo15Transformer3DModel")
+    layers = hunyuan_layers(config.num_layers, config.num_refiner_layers)
+    # Which rows come from where: a network whose values are their own places.
+    ours = {name: (number, len(value)) for number, (name, value) in enumerate(network.items())}
+    places = {name: number + torch.arange(rows, dtype=torch.float64) / 4096 for name, (number, rows) in ours.items()}
+    shown, names = hunyuan_in_comfyui(places, layers), list(ours)
+    assert state.keys() == shown.keys()
+    back = {name: torch.full_like(value, torch.nan) for name, value in network.items()}
+    for name, rows in shown.items():
+        for value, row in zip(state[name], rows.tolist(), strict=True):
+            back[names[int(row)]][round(4096 * (row % 1))] = value
+    return back
 
 
 def _unet_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -82,6 +110,8 @@ BACK: Mapping[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
     "ZImageTransformer2DModel": lambda state, _: utils.convert_z_image_transformer_checkpoint_to_diffusers(state),
     "QwenImageTransformer2DModel": lambda state, _: state,
     "UNet2DConditionModel": _unet_back,
+    "HunyuanVideo15Transformer3DModel": _hunyuan_back,
+    "CogVideoXTransformer3DModel": lambda state, _: cogvideox_from_comfyui(state),
 }
 
 
@@ -189,6 +219,33 @@ def test_wan_s_names_are_those_that_comfyui_knows() -> None:
         for side in "AB"
     }
     assert found.keys() == expected
+
+
+def test_hunyuan_s_names_are_those_that_comfyui_makes_of_the_authors() -> None:
+    """What its loader renames, and a LoRA of attention: the 54 blocks and 2 refiners of the published checkpoint."""
+    state, config = _network("HunyuanVideo15Transformer3DModel")
+    found = original_state(state, NAMES["HunyuanVideo15Transformer3DModel"](config))
+    expected = hunyuan_in_comfyui(state, hunyuan_layers(config.num_layers, config.num_refiner_layers))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    layers = [f"transformer_blocks.{block}.attn" for block in range(54)]
+    layers += [f"context_embedder.token_refiner.refiner_blocks.{block}.attn" for block in range(2)]
+    targets = [f"{layer}.to_{name}" for layer in layers for name in ("q", "k", "v", "out.0")]
+    adapted = {f"{name}.lora_A.weight": torch.zeros(1, 2) for name in targets}
+    adapted |= {f"{name}.lora_B.weight": torch.zeros(2, 1) for name in targets}
+    made, count = original_lora(adapted, dict.fromkeys(targets, 2), NAMES["HunyuanVideo15Transformer3DModel"](config))
+    assert count == 224
+    wanted = {f"double_blocks.{block}.img_attn.{name}" for block in range(54) for name in ("qkv", "proj")}
+    refiner = "txt_in.individual_token_refiner.blocks"
+    wanted |= {f"{refiner}.{block}.self_attn.{name}" for block in range(2) for name in ("qkv", "proj")}
+    assert made.keys() == {f"diffusion_model.{name}.lora_{side}.weight" for name in wanted for side in "AB"}
+
+
+def test_what_comfyui_would_take_for_another_network_is_refused() -> None:
+    for rotary in (True, False):
+        told = whole_refused("CogVideoXTransformer3DModel", {"use_rotary_positional_embeddings": rotary})
+        assert (told is None) == rotary
+    assert whole_refused("WanTransformer3DModel", {}) is None
 
 
 def test_what_has_no_place_is_refused_by_name() -> None:

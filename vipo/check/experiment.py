@@ -148,6 +148,8 @@ def _planned(config: Config, configs: list[Config], root: Path, experiment: Path
         yield not_known("memory", f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}; no GPU is here")
     else:
         yield from found("memory", partial(_memory, local, root, prompts, counted, device))
+    if counted.main:
+        yield _main_memory(config, sum(counted.main.values()))
     trained = [item for item in configs if not item.is_base]
     runs = sum(len(item.experiment.arms[item.arm].seeds) if item.arm in item.experiment.arms else 1 for item in trained)
     yield disk_line(experiment, runs, counted.disk)
@@ -169,11 +171,19 @@ def _training_prompts(config: Config, root: Path, experiment: Path) -> int:
 
 
 def _memory(config: Config, root: Path, prompts: int, counted: "Plan", device: float) -> Iterator[Line]:
-    from vipo.training.plan import require_fit
+    from vipo.training.fit import require_fit
 
     require_fit(config, root, prompts, counted, device)
     needed = f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}"
     yield ok("memory", f"{needed}, {device / 2**30:.1f} GiB are there")
+
+
+def _main_memory(config: Config, each: int) -> Line:
+    needed, there = each * config.distribution.processes, psutil.virtual_memory().total
+    said = f"{needed / 2**30:.1f} GiB for a node's processes (distribution.offload), {there / 2**30:.1f} GiB are there"
+    if needed <= there:
+        return ok("main memory", said)
+    return to_do("main memory", f"{said}; check where training runs, set training.lora={{}}, or use more nodes")
 
 
 def _device_memory(config: Config, present: list[Gpu]) -> float | None:

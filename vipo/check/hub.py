@@ -18,7 +18,7 @@ _NAMED = 3
 _UNREAD = ("safety_checker", "feature_extractor", "image_encoder")
 _TOP = ("model_index.json", "README.md", "LICENSE*")
 _OTHER_FORMATS = ("*.bin", "*.ckpt", "*.pth", "*.msgpack", "*.onnx*")
-_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor", "guider")
 
 
 def cached_folder(repository: str) -> Path:
@@ -48,7 +48,7 @@ def missing_files(item: Wanted, place: Path) -> list[str]:
     if place.is_file():
         return []
     if item.is_pipeline:
-        return list(_missing_parts(place))
+        return list(_missing_parts(place, item.replaced))
     names = [path.name for path in place.iterdir()]
     absent = [pattern for pattern in item.files if not any(fnmatchcase(name, pattern) for name in names)]
     if item.each:
@@ -56,7 +56,7 @@ def missing_files(item: Wanted, place: Path) -> list[str]:
     return [" or ".join(item.files)] if len(absent) == len(item.files) else []
 
 
-def _missing_parts(folder: Path) -> Iterator[str]:
+def _missing_parts(folder: Path, replaced: Sequence[str]) -> Iterator[str]:
     index = folder / "model_index.json"
     if not index.is_file():
         yield index.name
@@ -68,7 +68,7 @@ def _missing_parts(folder: Path) -> Iterator[str]:
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):
             yield f"{name}/"
-        elif not name.startswith(_WITHOUT_WEIGHTS):
+        elif not name.startswith(_WITHOUT_WEIGHTS) and name not in replaced:
             yield from (f"{name}/{file}" for file in _missing_weights(part))
 
 
@@ -95,7 +95,7 @@ def _patterns(item: Wanted) -> tuple[Sequence[str], Sequence[str]]:
     """Names of the files that are fetched, and of those among them that are not."""
     if item.is_pipeline:
         # Its repository may hold everything once more in one file at the top, and in other formats.
-        return (*_TOP, "*/*"), _OTHER_FORMATS
+        return (*_TOP, "*/*"), (*_OTHER_FORMATS, *(f"{part}/*.safetensors" for part in item.replaced))
     # Of several formats the first: repositories hold the same weights in more than one.
     files = item.files[:1] if item.files == WEIGHTS else item.files
     return (*files, "*.json", "*.txt"), ()

@@ -22,6 +22,9 @@ _FILES = {
 _EACH = frozenset({("imagereward", "path")})
 # As the hub has them.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
+_NETWORKS = ("transformer", "unet")
+# A finished run, one of its weights, or a LoRA's folder.
+_STARTS = ("weights", *_NETWORKS, "*.safetensors")
 _PACKAGED = "efficientnet_lite0"
 _HUB = "hf-hub:"
 
@@ -40,6 +43,7 @@ class Wanted:
         repository: the hub id that is meant where there is no such file or folder here; None: it can only be here.
         files: patterns of names of which one must be there; of a diffusers pipeline none: its index names its parts.
         each: all of `files` must be there.
+        replaced: of a pipeline, the subfolders whose weights are not read, for they come from elsewhere.
     """
 
     what: str
@@ -51,6 +55,7 @@ class Wanted:
     repository: str | None
     files: Sequence[str] = ()
     each: bool = False
+    replaced: Sequence[str] = ()
 
     @property
     def is_pipeline(self) -> bool:
@@ -70,8 +75,18 @@ def wanted(config: Config, root: Path) -> Iterator[Wanted]:
     """
     generator = config.generator
     yield Wanted(
-        "generator", "path", generator.path, "generator", generator.revision, "revision", _repository(generator.path)
+        "generator",
+        "path",
+        generator.path,
+        "generator",
+        generator.revision,
+        "revision",
+        _repository(generator.path),
+        replaced=() if generator.file is None else _NETWORKS,
     )
+    for field, files in (("file", ("*.safetensors",)), ("start", _STARTS)):
+        if (written := getattr(generator, field)) is not None:
+            yield Wanted(f"generator: {field}", field, written, "generator", None, None, None, files)
     for reward in (*config.reward.terms, *config.evaluation.rewards):
         yield from _of_reward(reward)
     if not config.is_base and config.credit.reads_backbone:

@@ -107,7 +107,7 @@ def export(
     ] = None,
     layout: Annotated[
         Literal["diffusers", "comfyui"],
-        typer.Option("--format", help="comfyui: one file under the names of the family's original repository."),
+        typer.Option("--format", help="comfyui: one file under the names that ComfyUI has for the family's layers."),
     ] = "diffusers",
 ) -> None:
     """Write a folder that is ready for the Hub: weights, model card, samples, configuration, provenance."""

@@ -75,8 +75,8 @@ def plan(
 ) -> None:
     """Count a run's memory, network evaluations and disk before it is started; reads no weights."""
     from vipo.prompts import read_prompts
+    from vipo.training.fit import require_fit
     from vipo.training.plan import plan as planned
-    from vipo.training.plan import require_fit
     from vipo.training.setup import prompts_path
 
     chosen, root = checked(overrides, file), repository_root()

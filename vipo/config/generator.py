@@ -55,6 +55,11 @@ class GeneratorConfig(Section):
     encoders: Literal["fp32", "bf16"] = Field(
         "fp32", description="In what text encoders are held and compute; embeddings are kept in it."
     )
+    encoder_batch: Annotated[int, Field(ge=1, le=4096)] = Field(
+        1,
+        description="Prompts that the text encoders read in one call. More are faster, and rounded as their batch is: "
+        "a prompt's embedding then depends on its neighbours, within rounding.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
     )

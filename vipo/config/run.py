@@ -252,7 +252,8 @@ class Config(Section):
             mode="json", include={"family", "path", "revision", "device", "max_sequence_length", "negative_prompt"}
         )
         # What was encoded before there was a choice keeps its identity.
-        chosen = {} if self.generator.encoders == "fp32" else {"encoders": self.generator.encoders}
+        choices = {"encoders": self.generator.encoders, "encoder_batch": self.generator.encoder_batch}
+        chosen = {name: value for name, value in choices.items() if value not in ("fp32", 1)}
         return {**generator, **chosen, "threads": self.training.threads}
 
     def evaluation_identity(self) -> dict[str, Any]:

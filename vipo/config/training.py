@@ -133,13 +133,29 @@ class DistributionConfig(Section):
         "ddp",
         description="The network whole in every process, or its weights, gradients and optimizer state in shards.",
     )
+    offload: bool = Field(
+        False,
+        description="Under fsdp: weights, gradients and optimizer state lie in main memory; on the device are those of "
+        "the block that computes, and of the next one. One process may do so alone.",
+    )
     processes: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Processes on each node, one a GPU.")
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1
     timeout_seconds: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = Field(
         1800, description="How long the processes wait for one that is missing."
     )
 
+    @model_validator(mode="after")
+    def _offloads(self) -> Self:
+        if self.offload and self.strategy != "fsdp":
+            raise ValueError(f"offload true needs strategy fsdp, not {self.strategy!r}: PyTorch's FSDP2 does it")
+        return self
+
     @property
     def world_size(self) -> int:
         """All processes of all nodes."""
         return self.processes * self.nodes
+
+    @property
+    def shards(self) -> bool:
+        """Whether the network is held in shards, if only in one."""
+        return self.strategy == "fsdp" and (self.world_size > 1 or self.offload)

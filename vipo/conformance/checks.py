@@ -88,8 +88,9 @@ def gradients(compared: Subject) -> list[Finding]:
         generator.recompute_activations()
     except GeneratorError as error:
         return [spread, Finding(name, "does not apply", note=str(error))]
-    if not any(getattr(module, "gradient_checkpointing", False) for module in generator.network.modules()):
-        faults.append("no module is recomputed")
+    for part, network in generator.networks.items():
+        if not any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+            faults.append(f"no module of {part} is recomputed")
     recomputed = _gradients(generator, compared, taught, [rows])
     return [spread, finding(name, _apart(whole, recomputed), _RECOMPUTED * scale, faults)]
 

@@ -17,11 +17,11 @@ from transformers import T5EncoderModel, T5TokenizerFast
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, Prediction, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, Prediction, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.parts import part_settings
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, token_ids
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows, token_ids
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import COGVIDEOX
 
@@ -107,12 +107,11 @@ class CogVideoXGenerator(PipelineGenerator):
             length,
         )
 
-        def encode(text: str) -> Tensor:
-            embedding: Tensor = encoder(token_ids(tokenizer, text, length, config.device))[0][0].float().cpu()
-            return embedding
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            return rows(**{_SEQUENCE: encoder(token_ids(tokenizer, prompts, length, config.device))[0]})
 
-        negative = encode(config.negative_prompt)
-        return [{_SEQUENCE: encode(text), NEGATIVE + _SEQUENCE: negative} for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:

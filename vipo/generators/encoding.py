@@ -56,7 +56,8 @@ def encode_prompt_file(
     The negative prompt's tensors, the same for all, stand once in `output`, as ``negative_<name>``. Its metadata
     `origin` (JSON) holds `identity` and the SHA-256 of `prompts`, text encoders, tokenizers and, where there are
     several, of the files ``<output>-00001-of-00003.safetensors`` with the prompts' tensors. Prompts of one file that
-    are encoded alike are warned of. Each prompt is encoded by itself: its tensors depend on no other one.
+    are encoded alike are warned of. Each prompt is encoded by itself, or with neighbours of its own file, as
+    ``encoder_batch`` says: on no other process or resume do its tensors depend.
 
     Args:
         config: the generator whose text encoders are run.

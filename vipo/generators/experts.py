@@ -19,13 +19,14 @@ class Experts(nn.Module):
         transformer_2: for those below.
         boundary: timestep in [0, 1000].
         trained: the names of those that `requires_grad_` concerns.
-        reads_times: False: both act on every batch, whatever its times, as `vipo plan` counts.
+        acting: which act on a batch, whatever its times, as `vipo plan` counts; None: those that its times ask for.
     """
 
     def __init__(self, transformer: Any, transformer_2: Any, boundary: float, trained: tuple[str, ...]) -> None:
         super().__init__()
         self.transformer, self.transformer_2 = transformer, transformer_2
-        self.boundary, self.trained, self.reads_times = boundary, trained, True
+        self.boundary, self.trained = boundary, trained
+        self.acting: Mapping[str, bool] | None = None
 
     @property
     def config(self) -> Any:
@@ -41,8 +42,8 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, timestep: Tensor, **given: Any) -> tuple[Tensor]:
         """The prediction of each sample's network, as a tuple of one."""
         high = timestep >= self.boundary
-        acting = {"transformer": True, "transformer_2": True}
-        if self.reads_times:
+        acting = self.acting
+        if acting is None:
             acting = {"transformer": bool(high.any()), "transformer_2": not bool(high.all())}
         made = [
             getattr(self, name)(hidden_states=hidden_states, timestep=timestep, **given)[0]

@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, token_ids
+from vipo.generators.texts import in_batches, load_text_encoder, rows, token_ids
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import FLUX
 
@@ -85,17 +85,13 @@ class FluxGenerator(PipelineGenerator):
             texts,
             config.max_sequence_length,
         )
-        encoded = []
-        for text in texts:
-            clip_ids = token_ids(clip_tokenizer, text, clip_tokenizer.model_max_length, config.device)
-            t5_ids = token_ids(t5_tokenizer, text, config.max_sequence_length, config.device)
-            encoded.append(
-                {
-                    "pooled_projections": clip(clip_ids).pooler_output[0].float().cpu(),
-                    "encoder_hidden_states": t5(t5_ids)[0][0].float().cpu(),
-                }
-            )
-        return encoded
+
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            clip_ids = token_ids(clip_tokenizer, prompts, clip_tokenizer.model_max_length, config.device)
+            t5_ids = token_ids(t5_tokenizer, prompts, config.max_sequence_length, config.device)
+            return rows(pooled_projections=clip(clip_ids).pooler_output, encoder_hidden_states=t5(t5_ids)[0])
+
+        return in_batches(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         sequence = conditioning["encoder_hidden_states"]

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, Mistral3ForConditionalGeneration, Qwen2T
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.parts import model_index
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.schedules import dynamic_shift, flow_settings
-from vipo.generators.texts import load_text_encoder
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import FLUX2_DEV, FLUX2_KLEIN
 
@@ -82,15 +82,14 @@ class _Flux2Generator(PipelineGenerator):
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         pipeline = cls.load_pipeline(config, root, [*texts, config.negative_prompt])
 
-        def encode(text: str) -> Tensor:
-            sequence, _ = pipeline.encode_prompt(
-                [text], torch.device(config.device), max_sequence_length=config.max_sequence_length
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            sequences, _ = pipeline.encode_prompt(
+                prompts, torch.device(config.device), max_sequence_length=config.max_sequence_length
             )
-            embedding: Tensor = sequence[0].float().cpu()
-            return embedding
+            return rows(**{_SEQUENCE: sequences})
 
-        guided = {NEGATIVE + _SEQUENCE: encode(config.negative_prompt)} if cls.guides else {}
-        return [{_SEQUENCE: encode(text)} | guided for text in texts]
+        guided = negatives(encode([config.negative_prompt])[0]) if cls.guides else {}
+        return [row | guided for row in in_batches(encode, texts, config)]
 
     def _call(self, latents: Tensor, sigma: Tensor, given: Conditioning, guidance: Tensor | None) -> Tensor:
         sequence, zeros = given[_SEQUENCE], torch.zeros(1, dtype=torch.int64, device=latents.device)

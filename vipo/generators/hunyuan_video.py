@@ -16,10 +16,10 @@ from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5E
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import HUNYUAN_VIDEO
 
@@ -73,7 +73,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         self._image_width = network.config.image_embed_dim
 
-    def read_no_values(self) -> None:
+    def read_no_values(self, *, one_time: bool) -> None:
         self._lengths = _AllWords()
 
     @classmethod
@@ -105,16 +105,16 @@ class HunyuanVideo15Generator(PipelineGenerator):
             config, location, (ByT5Tokenizer, "tokenizer_2"), (T5EncoderModel, "text_encoder_2"), ()
         )
 
-        def encode(text: str) -> dict[str, Tensor]:
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             # The pipeline's own `encode_prompt` reads to its longest prompt; what is masked changes nothing.
             words = HunyuanVideo15Pipeline._get_mllm_prompt_embeds(
-                encoder, tokenizer, text, device, tokenizer_max_length=config.max_sequence_length
+                encoder, tokenizer, prompts, device, tokenizer_max_length=config.max_sequence_length
             )
-            glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds(glyph_tokenizer, glyph_encoder, text, device)
-            return {name: value[0].float().cpu() for name, value in zip(_NAMES, (*words, *glyphs), strict=True)}
+            glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds(glyph_tokenizer, glyph_encoder, prompts, device)
+            return rows(**dict(zip(_NAMES, (*words, *glyphs), strict=True)))
 
-        negative = {NEGATIVE + name: value for name, value in encode(config.negative_prompt).items()}
-        return [encode(text) | negative for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

@@ -19,7 +19,9 @@ from vipo.generators.pipeline import PipelineGenerator
 _POOLED = frozenset({"pooled_projections", "text_embeds"})
 
 
-def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: LoraConfig | None) -> PipelineGenerator:
+def outline(
+    config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: LoraConfig | None, *, cast: bool = False
+) -> PipelineGenerator:
     """The policy that a run trains, of the checkpoint's configurations alone; its tensors are `mode`'s.
 
     Args:
@@ -27,6 +29,7 @@ def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: Lor
         root: repository root, for relative paths.
         mode: that calls are made in.
         lora: what is trained; None: all weights.
+        cast: whether the network's weights are bf16, as sharded ones are once they are gathered.
 
     Raises:
         GeneratorError: the configurations cannot be read, or the adapter is no `PipelineGenerator`.
@@ -41,7 +44,10 @@ def outline(config: GeneratorConfig, root: Path, mode: FakeTensorMode, lora: Lor
         generator.network.requires_grad_(True)
     else:
         generator.add_lora(lora, 0)
-    generator.read_no_values()
+    if cast:
+        # All of it, as FSDP2 does; diffusers' own `to` warns of parts that it would keep.
+        nn.Module.to(generator.network, torch.bfloat16)
+    generator.read_no_values(one_time=False)
     generator.config, generator.device = config.model_copy(update={"device": "cpu"}), torch.device("cpu")
     with mode:
         for module in (generator.network, generator.vae):

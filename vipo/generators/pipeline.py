@@ -105,8 +105,12 @@ class PipelineGenerator(TrainedNetworks):
         [network] = networks
         return network
 
-    def read_no_values(self) -> None:
-        """From now on, calls are made without data, as `vipo plan` does: lengths are the longest ones."""
+    def read_no_values(self, *, one_time: bool) -> None:
+        """From now on, calls are made without data, as `vipo plan` does: lengths are the longest ones.
+
+        Args:
+            one_time: whether all samples of a call have one noise level, as in a rollout.
+        """
 
     @classmethod
     def load_parts(

@@ -13,10 +13,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
+from vipo.generators.base import Conditioning, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, padded
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, padded
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import QWEN_IMAGE
 
@@ -95,12 +95,14 @@ class QwenImageGenerator(PipelineGenerator):
         )
         pipeline = QwenImagePipeline(None, None, encoder, tokenizer, None)
 
-        def encode(text: str) -> dict[str, Tensor]:
-            [sequence], _ = pipeline.encode_prompt([text], config.device, max_sequence_length=length)
-            return padded(sequence, length, _SEQUENCE)
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            found, mask = pipeline.encode_prompt(prompts, config.device, max_sequence_length=length)
+            # No mask where none is shorter than the longest.
+            lengths = [found.shape[1]] * len(found) if mask is None else mask.sum(dim=1).tolist()
+            return [padded(one[:own], length, _SEQUENCE) for one, own in zip(found, lengths, strict=True)]
 
-        negative = {NEGATIVE + name: value for name, value in encode(config.negative_prompt).items()}
-        return [encode(text) | negative for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         _, height, width = self.latent_shape

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, Gemma2Model
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, checkpoint_location
+from vipo.generators.base import Conditioning, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import SANA
 
@@ -66,18 +66,18 @@ class SanaGenerator(PipelineGenerator):
         # The stock call's own default: it stands before every prompt but the negative one.
         instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
-        def encode(text: str, before: list[str] | None) -> dict[str, Tensor]:
+        def encode(prompts: list[str], before: list[str] | None = instruction) -> list[dict[str, Tensor]]:
             found = pipeline.encode_prompt(
-                text,
+                prompts,
                 do_classifier_free_guidance=False,
                 device=torch.device(config.device),
                 max_sequence_length=length,
                 complex_human_instruction=before,
             )
-            return {name: value[0].float().cpu() for name, value in zip(_NAMES, found[:2], strict=True)}
+            return rows(**dict(zip(_NAMES, found[:2], strict=True)))
 
-        negative = {NEGATIVE + name: value for name, value in encode(config.negative_prompt, None).items()}
-        return [encode(text, instruction) | negative for text in texts]
+        negative = negatives(encode([config.negative_prompt], None)[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

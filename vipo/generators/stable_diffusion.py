@@ -13,9 +13,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, Prediction, checkpoint_location
+from vipo.generators.base import Conditioning, Prediction, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import SD
 
@@ -91,14 +91,12 @@ class StableDiffusionGenerator(PipelineGenerator):
             requires_safety_checker=False,
         )
 
-        def encode(text: str) -> Tensor:
-            positive, _ = pipeline.encode_prompt(text, config.device, 1, do_classifier_free_guidance=False)
-            embedding: Tensor = positive[0].float().cpu()
-            return embedding
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            positive, _ = pipeline.encode_prompt(prompts, config.device, 1, do_classifier_free_guidance=False)
+            return rows(encoder_hidden_states=positive)
 
-        negative = encode(config.negative_prompt)
-        name = "encoder_hidden_states"
-        return [{name: encode(text), NEGATIVE + name: negative} for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         return self.guided(self._call, latents, time, conditioning)

@@ -13,10 +13,10 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_settings
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, token_ids
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows, token_ids
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import SD3
 
@@ -57,14 +57,14 @@ class StableDiffusion3Generator(PipelineGenerator):
     @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        location, prompts = checkpoint_location(config, root), [*texts, config.negative_prompt]
+        location, read = checkpoint_location(config, root), [*texts, config.negative_prompt]
         clips = [
             load_text_encoder(
                 config,
                 location,
                 (CLIPTokenizer, f"tokenizer{end}"),
                 (CLIPTextModelWithProjection, f"text_encoder{end}"),
-                prompts,
+                read,
             )
             for end in ("", "_2")
         ]
@@ -73,26 +73,26 @@ class StableDiffusion3Generator(PipelineGenerator):
         t5: tuple[Any, Any] | None = None
         if any(model_index(location, config.revision).get("text_encoder_3") or ()):
             words, reader = (T5TokenizerFast, "tokenizer_3"), (T5EncoderModel, "text_encoder_3")
-            t5 = load_text_encoder(config, location, words, reader, prompts, length)
+            t5 = load_text_encoder(config, location, words, reader, read, length)
 
-        def encode(text: str) -> dict[str, Tensor]:
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             found = [
-                model(token_ids(tokenizer, text, longest, config.device), output_hidden_states=True)
+                model(token_ids(tokenizer, prompts, longest, config.device), output_hidden_states=True)
                 for tokenizer, model in clips
             ]
             clip = torch.cat([each.hidden_states[-2] for each in found], dim=-1)
             if t5 is None:
-                sequence = clip.new_zeros(1, length, settings.joint_attention_dim)
+                sequence = clip.new_zeros(len(prompts), length, settings.joint_attention_dim)
             else:
-                sequence = t5[1](token_ids(t5[0], text, length, config.device))[0]
+                sequence = t5[1](token_ids(t5[0], prompts, length, config.device))[0]
             clip = functional.pad(clip, (0, sequence.shape[-1] - clip.shape[-1]))
-            return {
-                "encoder_hidden_states": torch.cat([clip, sequence], dim=1)[0].float().cpu(),
-                "pooled_projections": torch.cat([each.text_embeds for each in found], dim=-1)[0].float().cpu(),
-            }
+            return rows(
+                encoder_hidden_states=torch.cat([clip, sequence], dim=1),
+                pooled_projections=torch.cat([each.text_embeds for each in found], dim=-1),
+            )
 
-        negative = {NEGATIVE + name: value for name, value in encode(config.negative_prompt).items()}
-        return [encode(text) | negative for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

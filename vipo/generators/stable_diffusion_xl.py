@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_settings
 from vipo.generators.stable_diffusion import NEEDS, StableDiffusionGenerator
-from vipo.generators.texts import load_text_encoder, token_ids
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows, token_ids
 
 _ADDED = "addition_embed_type"
 _SIZES = 6
@@ -61,23 +61,20 @@ class StableDiffusionXLGenerator(StableDiffusionGenerator):
             for end, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
         ]
 
-        def encode(text: str) -> dict[str, Tensor]:
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             found = []
             for tokenizer, model in encoders:
-                ids = token_ids(tokenizer, text, tokenizer.model_max_length, config.device)
+                ids = token_ids(tokenizer, prompts, tokenizer.model_max_length, config.device)
                 found.append(model(ids, output_hidden_states=True))
             sequence = torch.cat([each.hidden_states[-2] for each in found], dim=-1)
-            return {
-                "encoder_hidden_states": sequence[0].float().cpu(),
-                "text_embeds": found[-1].text_embeds[0].float().cpu(),
-            }
+            return rows(encoder_hidden_states=sequence, text_embeds=found[-1].text_embeds)
 
-        negative = encode(config.negative_prompt)
+        [negative] = encode([config.negative_prompt])
         index = model_index(location, config.revision)
         if not config.negative_prompt and index.get("force_zeros_for_empty_prompt", True):
             negative = {name: torch.zeros_like(value) for name, value in negative.items()}
-        guided = {NEGATIVE + name: value for name, value in negative.items()}
-        return [encode(text) | guided for text in texts]
+        guided = negatives(negative)
+        return [row | guided for row in in_batches(encode, texts, config)]
 
     def _call(self, latents: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
         added = {"text_embeds": given["text_embeds"], "time_ids": self._sizes.expand(len(latents), _SIZES)}

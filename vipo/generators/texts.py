@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import GeneratorError
+from vipo.generators.base import NEGATIVE, GeneratorError
 from vipo.generators.parts import load_part, snapshot
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,31 @@ def as_chat(
     return template
 
 
+def in_batches(
+    encode: Callable[[list[str]], list[dict[str, Tensor]]], texts: Sequence[str], config: GeneratorConfig
+) -> list[dict[str, Tensor]]:
+    """Conditioning of each prompt, of which the encoders read `config.encoder_batch` in a call.
+
+    Args:
+        encode: from prompts to their conditioning; see `rows`.
+        texts: prompts.
+        config: section `generator`.
+    """
+    size = config.encoder_batch
+    return [row for start in range(0, len(texts), size) for row in encode(list(texts[start : start + size]))]
+
+
+def rows(**batches: Tensor) -> list[dict[str, Tensor]]:
+    """The conditioning of each prompt of a batch, float32 on the CPU; of each name its own memory."""
+    names, values = batches.keys(), [batch.float().cpu() for batch in batches.values()]
+    return [dict(zip(names, (value.clone() for value in row), strict=True)) for row in zip(*values, strict=True)]
+
+
+def negatives(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The negative prompt's conditioning under its names."""
+    return {NEGATIVE + name: value for name, value in row.items()}
+
+
 def padded(sequence: Tensor, length: int, name: str) -> dict[str, Tensor]:
     """A prompt's sequence ``(L, D)`` as conditioning of one length for all, and which of it is the prompt.
 
@@ -119,9 +144,9 @@ def padded(sequence: Tensor, length: int, name: str) -> dict[str, Tensor]:
     }
 
 
-def token_ids(tokenizer: Any, text: str, limit: int, device: str) -> Tensor:
-    """Tokens of one prompt, cut or padded to `limit`: ``(1, limit)`` int64 on `device`."""
-    read = tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+def token_ids(tokenizer: Any, texts: Sequence[str], limit: int, device: str) -> Tensor:
+    """Tokens of prompts, cut or padded to `limit`: ``(B, limit)`` int64 on `device`."""
+    read = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
     ids: Tensor = read.input_ids.to(device)
     return ids
 

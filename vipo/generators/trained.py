@@ -60,14 +60,15 @@ class TrainedNetworks(Generator):
                     )
                 except ValueError as error:
                     raise GeneratorError(f"training.lora.targets {list(config.targets)}: {error}") from error
-        self._adapter_in_fp32()
+        self._adapters_in_fp32()
 
-    def _adapter_in_fp32(self) -> None:
+    def _adapters_in_fp32(self) -> None:
         # peft gives an adapter the type of the weights beside it.
-        for module in self.network.modules():
-            if isinstance(module, LoraLayer):
-                module.lora_A.float()
-                module.lora_B.float()
+        for network in self.networks.values():
+            for module in network.modules():
+                if isinstance(module, LoraLayer):
+                    module.lora_A.float()
+                    module.lora_B.float()
 
     def save_network(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         for part, network in self.networks.items():
@@ -122,7 +123,7 @@ class TrainedNetworks(Generator):
             check_file(file, network, prefix)
             network.load_lora_adapter(file.parent, prefix=prefix, weight_name=file.name, use_safetensors=True)
             if self.config.weights == "bf16":
-                self._adapter_in_fp32()
+                self._adapters_in_fp32()
                 stored = load_file(file, device=str(self.device))
                 (name,) = network.peft_config
                 layers = {key.removeprefix(f"{prefix}."): value for key, value in stored.items()}

@@ -13,11 +13,11 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.experts import Experts
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import WAN
 
@@ -93,16 +93,14 @@ class WanGenerator(PipelineGenerator):
         )
         pipeline = WanPipeline(tokenizer, encoder, vae=None, scheduler=None)
 
-        def encode(text: str) -> Tensor:
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             positive, _ = pipeline.encode_prompt(
-                [text], do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
+                prompts, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
             )
-            embedding: Tensor = positive[0].float().cpu()
-            return embedding
+            return rows(encoder_hidden_states=positive)
 
-        negative = encode(config.negative_prompt)
-        name = "encoder_hidden_states"
-        return [{name: encode(text), NEGATIVE + name: negative} for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
@@ -176,8 +174,9 @@ class Wan22PairGenerator(WanGenerator):
     def replace_network(self, part: str, loaded: Any) -> None:
         setattr(self.network, part, loaded)
 
-    def read_no_values(self) -> None:
-        self.network.reads_times = False
+    def read_no_values(self, *, one_time: bool) -> None:
+        acting = self.network.trained[:1] if one_time else _FOLDERS
+        self.network.acting = {name: name in acting for name in _FOLDERS}
 
     def guidance_at(self, time: Tensor) -> Any:
         low = self.config.guidance_scale_2

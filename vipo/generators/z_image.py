@@ -13,10 +13,10 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_class
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, padded
+from vipo.generators.texts import in_batches, load_text_encoder, negatives, padded
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import Z_IMAGE
 
@@ -53,7 +53,7 @@ class ZImageGenerator(PipelineGenerator):
                     "(axes_lens); lower it"
                 )
 
-    def read_no_values(self) -> None:
+    def read_no_values(self, *, one_time: bool) -> None:
         self._reads_lengths = False
 
     @classmethod
@@ -83,14 +83,15 @@ class ZImageGenerator(PipelineGenerator):
         )
         pipeline = ZImagePipeline(None, None, encoder, tokenizer, None)
 
-        def encode(text: str) -> dict[str, Tensor]:
-            [sequence], _ = pipeline.encode_prompt(
-                [text], config.device, do_classifier_free_guidance=False, max_sequence_length=length
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            # Into whose list the pipeline writes.
+            found, _ = pipeline.encode_prompt(
+                prompts, config.device, do_classifier_free_guidance=False, max_sequence_length=length
             )
-            return padded(sequence, length, _SEQUENCE)
+            return [padded(one, length, _SEQUENCE) for one in found]
 
-        negative = {NEGATIVE + name: value for name, value in encode(config.negative_prompt).items()}
-        return [encode(text) | negative for text in texts]
+        negative = negatives(encode([config.negative_prompt])[0])
+        return [row | negative for row in in_batches(encode, texts, config)]
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

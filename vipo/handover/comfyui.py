@@ -1,5 +1,6 @@
-"""A run's weights as one file under a family's original names, which ComfyUI reads, and others that know these."""
+"""A run's weights as one file under the names that ComfyUI knows: a family's original ones, mostly."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from vipo.generators.lora import LORA_FILE
 from vipo.generators.parts import load_part
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.handover.original import NamesError, original_lora, original_state
-from vipo.handover.original_names import NAMES, REFUSED
+from vipo.handover.original_names import NAMES, REFUSED, Rules
+from vipo.handover.original_videos import whole_refused
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,28 @@ class ComfyFiles:
     original: int
 
 
-def check_comfyui(config: Config) -> None:
-    """Refuse a generator whose original names are not known, before anything is written.
+def check_comfyui(config: Config, root: Path) -> None:
+    """Refuse weights that ComfyUI does not read, or whose names there are not known, before anything is written.
+
+    Args:
+        config: of the run.
+        root: repository root, for the base's settings.
 
     Raises:
         NamesError: naming the family and why.
+        GeneratorError: the base's settings cannot be read.
     """
-    _rules(config)
+    adapter, _ = _rules(config)
+    network = adapter.network_class.__name__
+    if config.training.lora is None and (reason := whole_refused(network, _settings(config, adapter, root))):
+        raise _refusal(config, network, reason)
 
 
 def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> ComfyFiles:
     """Write ``<experiment>-<run>.safetensors``: the trained network, or its LoRA weights.
 
-    Where a run trained several networks, the name of each one's part stands behind: ``...-transformer_2.safetensors``.
+    Where it is not the first network alone, the name of each one's part stands behind:
+    ``...-transformer_2.safetensors``.
 
     Args:
         config: of the run.
@@ -60,10 +71,8 @@ def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> Co
     """
     adapter, rules = _rules(config)
     part = adapter.network_folder
-    location = checkpoint_location(config.generator, root)
-    settings = load_part(adapter.network_class.load_config, location, part, config.generator, weights=False)
     with torch.device("meta"):
-        network = adapter.network_class.from_config(settings)
+        network = adapter.network_class.from_config(_settings(config, adapter, root))
     named = rules(network.config)
     lora = config.training.lora is not None
     rows = {key.removesuffix(".weight"): len(value) for key, value in network.state_dict().items()}
@@ -76,25 +85,34 @@ def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> Co
             found, count = original_lora(state, rows, named)
         else:
             found, count = original_state(state, named), len(state)
-        behind = f"-{own}" if len(trained) > 1 else ""
+        behind = "" if [*trained] == [part] else f"-{own}"
         names.append(f"{config.experiment.name}-{config.run_name}{behind}.safetensors")
         save_file(found, folder / names[-1], metadata={"format": "pt"})
         held, original = held + count, original + len(found) // (2 if lora else 1)
     return ComfyFiles(tuple(names), "models/loras" if lora else "models/diffusion_models", held, original)
 
 
-def _rules(config: Config) -> tuple[type[PipelineGenerator], Any]:
+def _rules(config: Config) -> tuple[type[PipelineGenerator], Rules]:
     adapter = resolve_class(config.generator)
-    what = f"--format comfyui: generator.family {config.generator.family!r}"
     if not issubclass(adapter, PipelineGenerator):
-        raise NamesError(
-            f"{what}: only a PipelineGenerator's network has names that are known; export without --format"
-        )
+        raise _refusal(config, adapter.__name__, "only a PipelineGenerator's network has names that are known")
     network = adapter.network_class.__name__
     if network not in NAMES:
-        reason = REFUSED.get(network, "its original repository's names are not known to vipo")
-        raise NamesError(f"{what} ({network}): {reason}; export without --format")
+        raise _refusal(config, network, REFUSED.get(network, "the names that ComfyUI has for it are not known to vipo"))
     return adapter, NAMES[network]
+
+
+def _refusal(config: Config, network: str, reason: str) -> NamesError:
+    what = f"--format comfyui: generator.family {config.generator.family!r} ({network})"
+    return NamesError(f"{what}: {reason}; export without --format")
+
+
+def _settings(config: Config, adapter: type[PipelineGenerator], root: Path) -> Mapping[str, Any]:
+    location, part = checkpoint_location(config.generator, root), adapter.network_folder
+    found: Mapping[str, Any] = load_part(
+        adapter.network_class.load_config, location, part, config.generator, weights=False
+    )
+    return found
 
 
 def _weight_files(weights: Path) -> dict[str, list[Path]]:

@@ -96,7 +96,7 @@ def export_run(
     if run.config.is_base:
         raise ExportError(f"{path}: the base is the generator as it was; export a trained run")
     if comfyui:
-        check_comfyui(run.config)
+        check_comfyui(run.config, root)
     reference = _checked(run, root)
     base = _base(run, root, base_model, whole=run.config.training.lora is None and not comfyui)
     licence = _licence(base, license_id)

@@ -6,7 +6,7 @@ places. Both are exact for LoRA too: the product of its two matrices is what the
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,12 @@ class Rule:
     part: int | None = None
     turned: bool = False
     weight: str = "weight"
+
+
+def joined(pattern: str, parts: tuple[str, ...], template: str) -> Iterator[Rule]:
+    """Several layers, ``<pattern><part>``, whose rows are one layer of the original."""
+    for number, part in enumerate(parts):
+        yield Rule(pattern + part, template, part=number)
 
 
 @dataclass(frozen=True)

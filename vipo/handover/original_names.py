@@ -1,96 +1,18 @@
-"""The original repositories' names of each family's layers, as diffusers' own converters read them.
+"""Names of each family's layers that ComfyUI knows: the original repository's, or where it renames these, its own.
 
-One function a family, of the network's configuration. What these give back through diffusers' converter is the network
-again, every tensor of it: ``tests/unit/test_original_names.py``.
+One function a family, of the network's configuration. What these give back through diffusers' converter, or through the
+published maps where it has none, is the network again, every tensor of it: ``tests/unit/test_original_names.py``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from vipo.handover.original import Rule
+from vipo.handover.original import Rule, joined
+from vipo.handover.original_flux import flux, flux2, last_layer
+from vipo.handover.original_videos import cogvideox, hunyuan_video, wan
 
 Rules = Callable[[Any], list[Rule]]
-
-
-def _joined(pattern: str, parts: tuple[str, ...], template: str) -> Iterator[Rule]:
-    """Several layers, ``<pattern><part>``, whose rows are one layer of the original."""
-    for number, part in enumerate(parts):
-        yield Rule(pattern + part, template, part=number)
-
-
-def _flux(config: Any) -> list[Rule]:
-    """FLUX.1 (Black Forest Labs' flux)."""
-    double, single = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
-    embedders = (("timestep", "time"), ("text", "vector"), ("guidance", "guidance"))
-    return [
-        *_joined(double + r"attn\.", ("to_q", "to_k", "to_v"), r"double_blocks.\1.img_attn.qkv"),
-        *_joined(double + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), r"double_blocks.\1.txt_attn.qkv"),
-        *_joined(single, (r"attn\.to_q", r"attn\.to_k", r"attn\.to_v", "proj_mlp"), r"single_blocks.\1.linear1"),
-        *(
-            Rule(rf"time_text_embed\.{ours}_embedder\.linear_{number}", f"{theirs}_in.{layer}_layer")
-            for ours, theirs in embedders
-            for number, layer in ((1, "in"), (2, "out"))
-        ),
-        Rule("context_embedder", "txt_in"),
-        Rule("x_embedder", "img_in"),
-        Rule(double + r"norm1\.linear", r"double_blocks.\1.img_mod.lin"),
-        Rule(double + r"norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
-        *_double_norms(double),
-        Rule(double + r"ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
-        Rule(double + r"ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
-        Rule(double + r"ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
-        Rule(double + r"ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
-        Rule(double + r"attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        Rule(double + r"attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        Rule(single + r"norm\.linear", r"single_blocks.\1.modulation.lin"),
-        *_single_norms(single),
-        Rule(single + "proj_out", r"single_blocks.\1.linear2"),
-        Rule("proj_out", "final_layer.linear"),
-        Rule(r"norm_out\.linear", "final_layer.adaLN_modulation.1", turned=True),
-    ]
-
-
-def _double_norms(double: str) -> Iterator[Rule]:
-    for ours, theirs in (("", "img"), ("added_", "txt")):
-        for letter, word in (("q", "query"), ("k", "key")):
-            name = rf"double_blocks.\1.{theirs}_attn.norm.{word}_norm"
-            yield Rule(rf"{double}attn\.norm_{ours}{letter}", name, weight="scale")
-
-
-def _single_norms(single: str) -> Iterator[Rule]:
-    for letter, word in (("q", "query"), ("k", "key")):
-        yield Rule(rf"{single}attn\.norm_{letter}", rf"single_blocks.\1.norm.{word}_norm", weight="scale")
-
-
-def _flux2(config: Any) -> list[Rule]:
-    """FLUX.2 dev and klein."""
-    double, single = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
-    return [
-        *_joined(double + r"attn\.", ("to_q", "to_k", "to_v"), r"double_blocks.\1.img_attn.qkv"),
-        *_joined(double + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), r"double_blocks.\1.txt_attn.qkv"),
-        *_double_norms(double),
-        *_single_norms(single),
-        *(
-            Rule(rf"{double}{ours}\.linear_{end}", rf"double_blocks.\1.{theirs}_mlp.{number}")
-            for ours, theirs in (("ff", "img"), ("ff_context", "txt"))
-            for end, number in (("in", 0), ("out", 2))
-        ),
-        Rule(double + r"attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        Rule(double + r"attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        Rule(single + r"attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
-        Rule(single + r"attn\.to_out", r"single_blocks.\1.linear2"),
-        *(
-            Rule(rf"time_guidance_embed\.{ours}_embedder\.linear_{number}", f"{theirs}_in.{layer}_layer")
-            for ours, theirs in (("timestep", "time"), ("guidance", "guidance"))
-            for number, layer in ((1, "in"), (2, "out"))
-        ),
-        Rule("context_embedder", "txt_in"),
-        Rule("x_embedder", "img_in"),
-        Rule(r"((double|single)_stream_modulation(_img|_txt)?)\.linear", r"\1.lin"),
-        Rule("proj_out", "final_layer.linear"),
-        Rule(r"norm_out\.linear", "final_layer.adaLN_modulation.1", turned=True),
-    ]
 
 
 def _sd3(config: Any) -> list[Rule]:
@@ -107,9 +29,9 @@ def _sd3(config: Any) -> list[Rule]:
             for number, place in ((1, 0), (2, 2))
         ),
         Rule("context_embedder", "context_embedder"),
-        *_joined(block + r"attn\.", ("to_q", "to_k", "to_v"), x + "attn.qkv"),
-        *_joined(block + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), context + "attn.qkv"),
-        *_joined(block + r"attn2\.", ("to_q", "to_k", "to_v"), x + "attn2.qkv"),
+        *joined(block + r"attn\.", ("to_q", "to_k", "to_v"), x + "attn.qkv"),
+        *joined(block + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), context + "attn.qkv"),
+        *joined(block + r"attn2\.", ("to_q", "to_k", "to_v"), x + "attn2.qkv"),
         *(
             Rule(rf"{block}{ours}_{letter}", f"{theirs}.ln_{letter}")
             for ours, theirs in (
@@ -131,48 +53,14 @@ def _sd3(config: Any) -> list[Rule]:
             for ours, theirs in (("ff", x), ("ff_context", context))
             for place, number in ((r"0\.proj", 1), ("2", 2))
         ),
-        Rule("proj_out", "final_layer.linear"),
-        Rule(r"norm_out\.linear", "final_layer.adaLN_modulation.1", turned=True),
-    ]
-
-
-def _wan(config: Any) -> list[Rule]:
-    """Wan 2.1 and 2.2 (Wan-Video's)."""
-    block, theirs = r"blocks\.(\d+)\.", r"blocks.\1."
-    return [
-        *(
-            Rule(rf"condition_embedder\.{kind}_embedder\.linear_{number}", f"{kind}_embedding.{place}")
-            for kind in ("time", "text")
-            for number, place in ((1, 0), (2, 2))
-        ),
-        Rule(r"condition_embedder\.time_proj", "time_projection.1"),
-        Rule("patch_embedding", "patch_embedding"),
-        *(
-            Rule(rf"{block}{ours}\.{layer}", f"{theirs}{name}.{short}")
-            for ours, name in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-            for layer, short in (
-                ("to_q", "q"),
-                ("to_k", "k"),
-                ("to_v", "v"),
-                (r"to_out\.0", "o"),
-                ("norm_q", "norm_q"),
-                ("norm_k", "norm_k"),
-            )
-        ),
-        Rule(block + r"ffn\.net\.0\.proj", theirs + "ffn.0"),
-        Rule(block + r"ffn\.net\.2", theirs + "ffn.2"),
-        # diffusers counts norms in their order, the original by what they are of.
-        Rule(block + "norm2", theirs + "norm3"),
-        Rule(block + "scale_shift_table", theirs + "modulation"),
-        Rule("scale_shift_table", "head.modulation"),
-        Rule("proj_out", "head.head"),
+        *last_layer(),
     ]
 
 
 def _z_image(config: Any) -> list[Rule]:
     """Z-Image (Tongyi's)."""
     return [
-        *_joined(r"(.+\.attention)\.", ("to_q", "to_k", "to_v"), r"\1.qkv"),
+        *joined(r"(.+\.attention)\.", ("to_q", "to_k", "to_v"), r"\1.qkv"),
         Rule(r"(.+\.attention)\.to_out\.0", r"\1.out"),
         Rule(r"(.+\.attention)\.norm_([qk])", r"\1.\2_norm"),
         Rule(r"all_(final_layer|x_embedder)\.2-1(.*)", r"\1\2"),
@@ -237,12 +125,14 @@ def _blocks(ours: str, layers: tuple[int, ...], resnets: tuple[str, ...], attent
 
 NAMES: Mapping[str, Rules] = MappingProxyType(
     {
-        "FluxTransformer2DModel": _flux,
-        "Flux2Transformer2DModel": _flux2,
+        "FluxTransformer2DModel": flux,
+        "Flux2Transformer2DModel": flux2,
         "SD3Transformer2DModel": _sd3,
-        "WanTransformer3DModel": _wan,
+        "WanTransformer3DModel": wan,
         "ZImageTransformer2DModel": _z_image,
         "QwenImageTransformer2DModel": _as_here,
+        "HunyuanVideo15Transformer3DModel": hunyuan_video,
+        "CogVideoXTransformer3DModel": cogvideox,
         "UNet2DConditionModel": _unet,
     }
 )
@@ -250,9 +140,8 @@ NAMES: Mapping[str, Rules] = MappingProxyType(
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "SanaTransformer2DModel": "the original holds tensors that diffusers' layout lacks",
-        "CogVideoXTransformer3DModel": "diffusers has no converter that its map could be tested by",
-        "HunyuanVideo15Transformer3DModel": "diffusers has no converter that its map could be tested by",
+        "SanaTransformer2DModel": "ComfyUI itself has no Sana, only nodes of others, each with files of its own; the "
+        "export without --format is what diffusers reads",
     }
 )
 """Why a network's weights are not handed over under original names."""

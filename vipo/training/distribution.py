@@ -18,12 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 
 from vipo.config.training import DistributionConfig
 from vipo.training.errors import TrainingError
 from vipo.training.ranks import drop_foreign, own_place
-from vipo.training.sharding import fill, shard
+from vipo.training.sharding import fill, group_backend, join_alone, shard, whole_state
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
@@ -76,16 +75,15 @@ class Distribution:
         drop_foreign(place)
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
+        if self.shards and launched == 1:
+            join_alone(self.device)
 
     def _join(self, device: str) -> Store:
         seconds, meeting = self.config.timeout_seconds, "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-            # Values on the CPU, such as a signal's number, must not wait for a GPU.
-            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-            )
+            wait = timedelta(seconds=seconds)
+            dist.init_process_group(group_backend(device), store=store, rank=rank, world_size=size, timeout=wait)
         except dist.DistError as error:
             if "EADDRINUSE" in str(error):
                 raise TrainingError(
@@ -125,8 +123,8 @@ class Distribution:
 
     @property
     def shards(self) -> bool:
-        """Whether each process has some rows of the network only."""
-        return self.processes > 1 and self.config.strategy == "fsdp"
+        """Whether each process has some rows of the network only, or has it in main memory."""
+        return self.config.shards
 
     # ---- the network ------------------------------------------------------------------------------
 
@@ -134,7 +132,7 @@ class Distribution:
         """The network as it is called from now on: replicated (DDP) or sharded over the processes (FSDP2).
 
         A sharded network keeps fp32 weights; with `precision` ``bf16`` it is gathered in bf16 and its gradients are
-        reduced in fp32. A network without gradients is sharded too.
+        reduced in fp32. A network without gradients is sharded too. With ``offload`` the shards are in main memory.
 
         Args:
             network: on this process's device, the same on every process. One that is to be sharded may be in main
@@ -142,17 +140,17 @@ class Distribution:
                 in the main process, whose weights each then has its rows of.
             precision: ``generator.precision``.
         """
-        if self.processes == 1:
-            return network
         if not self.shards:
+            if self.processes == 1:
+                return network
             trained = any(value.requires_grad for value in network.parameters())
             return self._accelerator.prepare_model(network, evaluation_mode=False).eval() if trained else network
         empty = any(value.is_meta for value in network.parameters())
         some_empty = any(self.everyones(empty))
         whole = dict(network.state_dict()) if some_empty and self.is_main else {}
-        shard(network, self.device, self.processes, precision)
+        shard(network, self.device, self.processes, precision, offload=self.config.offload)
         if some_empty:
-            fill(network, self.device, whole)
+            fill(network, self.device, whole, offload=self.config.offload)
         return network
 
     def unwrap(self, network: nn.Module) -> nn.Module:
@@ -171,14 +169,7 @@ class Distribution:
 
     def full_state(self, network: nn.Module) -> dict[str, Tensor] | None:
         """Of a sharded network, its whole state on the CPU of the main process (empty on the others); else None."""
-        if not any(isinstance(value, DTensor) for value in network.parameters()):
-            return None
-        state = {}
-        for name, value in network.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.is_main:
-                state[name] = whole.detach().cpu()
-        return state
+        return whole_state(network, keep=self.is_main)
 
     # ---- values of all processes ------------------------------------------------------------------
 
@@ -293,6 +284,8 @@ class Distribution:
         """Give the group back; nothing may be gathered any more."""
         if self.processes > 1:
             self._accelerator.end_training()
+        elif self.shards:
+            dist.destroy_process_group()
 
 
 def _collective(error: BaseException) -> bool:

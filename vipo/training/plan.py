@@ -33,6 +33,7 @@ from vipo.objectives import load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.training.checkpoints import run_bytes
 from vipo.training.errors import TrainingError
+from vipo.training.sharding import gathered_values
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _FP32 = 4
@@ -43,7 +44,8 @@ class Plan:
     """What a run needs; bytes are those of each process.
 
     Attributes:
-        held: bytes that are there all the time, by part.
+        held: bytes on the device that are there all the time, by part.
+        main: bytes of main memory, by part, where ``distribution.offload`` keeps them there.
         phases: bytes beside them while an update rolls out, decodes and learns; the largest one counts.
         trained: parameters that are trained, of all processes.
         evaluations: of the network by one sample at one step, an update, by phase; guidance doubles the work of each.
@@ -53,6 +55,7 @@ class Plan:
     """
 
     held: Mapping[str, int]
+    main: Mapping[str, int]
     phases: Mapping[str, int]
     trained: int
     evaluations: Mapping[str, int]
@@ -68,16 +71,17 @@ class Plan:
     def text(self, tflops: float | None) -> str:
         """The table that people read; with `tflops`, what all processes together achieve, how long an update takes."""
         fullest = max(self.phases, key=lambda name: self.phases[name])
-        rows = [(name, _gib(size)) for name, size in self.held.items() if size]
-        rows += [(f"while it {name}", _gib(size)) for name, size in self.phases.items()]
-        rows.append((f"peak (while it {fullest})", _gib(self.peak)))
+        rows = [(name, gib(size)) for name, size in self.held.items() if size]
+        rows += [(f"while it {name}", gib(size)) for name, size in self.phases.items()]
+        rows.append((f"peak (while it {fullest})", gib(self.peak)))
+        rows += [(f"in main memory: {name}", gib(size)) for name, size in self.main.items() if size]
         rows.append(("trained parameters", f"{self.trained:,}"))
         rows += [(f"network evaluations an update, {name}", f"{count:,}") for name, count in self.evaluations.items()]
         rows.append(("network operations an update", f"{self.flops / 1e12:,.1f} TFLOP"))
         if tflops is not None:
             rows.append((f"an update at {tflops:g} TFLOP/s", f"{self.flops / tflops / 1e12:,.1f} s"))
-        rows.append(("disk of the run", _gib(self.disk)))
-        rows.append(("disk of the embeddings", _gib(self.embeddings)))
+        rows.append(("disk of the run", gib(self.disk)))
+        rows.append(("disk of the embeddings", gib(self.embeddings)))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>18}" for name, value in rows)
 
@@ -86,7 +90,8 @@ class Plan:
         return {**asdict(self), "peak": self.peak}
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes as people read them."""
     return f"{size / 2**30:,.2f} GiB"
 
 
@@ -134,8 +139,10 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         raise TrainingError("arm 'base' is the generator as it is: there is nothing to plan; choose another arm")
     training, objective = config.training, load_objective(config.objective)
     keeps = checked_keeps(config.objective.name, objective.keeps)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    generator = outline(config.generator, root, mode, training.lora)
+    mode, distribution = FakeTensorMode(allow_non_fake_inputs=True), config.distribution
+    # What is gathered is cast before the calls, which then make no copies of their own.
+    cast = distribution.shards and config.generator.precision == "bf16"
+    generator = outline(config.generator, root, mode, training.lora, cast=cast)
     if training.gradient_checkpointing:
         generator.recompute_activations()
     size, steps = training.micro_batch, config.sampling.steps
@@ -151,7 +158,9 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         predict().square().mean().backward()
 
     known = [latents, clean, times, *conditioning.values()]
-    # First, for it leaves the gradients that every later backward pass adds to.
+    generator.read_no_values(one_time=size == 1)
+    # First, for it leaves the gradients that every later backward pass adds to; and apart from what is alive at once,
+    # for what counts operations keeps tensors that would be gone.
     try:
         with mode, FlopCounterMode(display=False) as learned:
             lesson()
@@ -163,9 +172,10 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
             f"generator.family {config.generator.family!r}: its calls depend on values, such as how long the prompts "
             "are, so that they cannot be counted without data; measure an update of 'vipo train' instead"
         ) from error
+    learns = peak_bytes(mode, generator, known, lesson)
+    generator.read_no_values(one_time=True)
     with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
         predict()
-    learns = peak_bytes(mode, generator, known, lesson)
     with torch.no_grad():
         draws = peak_bytes(mode, generator, known, predict)
         decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(clean))
@@ -175,28 +185,36 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     policies = len(keeps) + (training.ema_decay is not None)
     compared = objective.needs_old + objective.needs_reference + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
-    own = samples // config.distribution.world_size
-    shards = config.distribution.world_size if config.distribution.strategy == "fsdp" else 1
-    weights = _bytes(generator.network.parameters())
-    trained = sum(value.numel() for value in generator.network.parameters() if value.requires_grad)
+    own = samples // distribution.world_size
+    shards = distribution.world_size if distribution.shards else 1
+    parameters = list(generator.network.parameters())
+    weights = _FP32 * sum(value.numel() for value in parameters) if cast else _bytes(parameters)
+    trained = sum(value.numel() for value in parameters if value.requires_grad)
     gradients = _FP32 * trained // shards
+    gathered, reduced = _gathered(generator.network, cast=cast) if distribution.shards else (0, 0)
     copied = objective.needs_reference and training.lora is None
     a_prompt = _bytes(conditioning.values()) // size
     pictures = own * math.prod(config.generator.sample_shape) * _FP32
     estimate = config.credit.steps
     credited = {"crediting": samples * step_costs(estimate, steps, 0).network_calls} if estimate == "ode" else {}
-    held = {
+    sharded = {
         "network": weights // shards,
-        "autoencoder": _bytes(generator.vae.parameters()),
         "reference": weights // shards if copied else 0,
         "kept policies": policies * gradients,
         config.optimizer.title: round(config.optimizer.state_bytes * trained) // shards,
+    }
+    held = {
+        **({} if distribution.offload else sharded),
+        "gathered weights": gathered,
+        "autoencoder": _bytes(generator.vae.parameters()),
         "embeddings": own * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
     }
+    learns += reduced + (0 if distribution.offload else gradients)
     return Plan(
         held=held,
-        phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns + gradients},
+        main={**sharded, "gradients": gradients} if distribution.offload else {},
+        phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns},
         trained=trained,
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared} | credited,
         flops=(
@@ -209,55 +227,12 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     )
 
 
-_SAVINGS: tuple[Mapping[str, Any], ...] = (
-    {"training": {"gradient_checkpointing": True}},
-    {"training": {"micro_batch": 1}},
-    {"training": {"lora": {}}, "generator": {"precision": "bf16", "weights": "bf16"}},
-)
-"""What makes a run smaller, in the order in which it costs least."""
-
-
-def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: float) -> None:
-    """Refuse a run that does not fit.
-
-    Args:
-        config, root, prompts: as of `plan`.
-        found: the run's plan.
-        memory: bytes of a device, maybe infinite.
-
-    Raises:
-        TrainingError: naming what is short, and settings with which the run would fit.
-    """
-    if found.peak <= memory:
-        return
-    data, given, smaller = config.model_dump(), [], found
-    sharded = config.distribution.strategy == "fsdp"
-    for saving in _SAVINGS:
-        fresh = [
-            (section, key, value)
-            for section, values in saving.items()
-            for key, value in values.items()
-            # An adapter that is there keeps its rank, and shards hold one precision.
-            if data[section][key] != value
-            and not (key == "lora" and data[section][key] is not None)
-            and not (key == "weights" and sharded)
-        ]
-        if not fresh:
-            continue
-        for section, key, value in fresh:
-            data[section] = {**data[section], key: value}
-            given.append(f"{section}.{key}={str(value).lower()}")
-        smaller = plan(Config.model_validate(data), root, prompts)
-        if smaller.peak <= memory:
-            raise TrainingError(
-                f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there; it would fit with "
-                f"{' '.join(given)} ({_gib(smaller.peak)})"
-            )
-    still = f", and still {_gib(smaller.peak)} with {' '.join(given)}" if given else ""
-    raise TrainingError(
-        f"needs {_gib(found.peak)} in each process, {_gib(memory)} are there{still}; lower the generator's size, or "
-        f"{'raise distribution.processes' if sharded else 'shard it: distribution.strategy=fsdp with more processes'}"
-    )
+def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:
+    """Bytes that a device holds whole while a sharded network computes, and what a block's gradients are there."""
+    values, block = gathered_values(network)
+    unit = 2 if cast else _FP32
+    # Gradients as they come, and in fp32 where they are summed over the processes.
+    return unit * values, (unit + _FP32) * block
 
 
 def peak_bytes(

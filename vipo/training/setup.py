@@ -229,7 +229,7 @@ def _check_resources(setup: Setup) -> None:
             f"{folder}: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} MiB are needed; "
             "free space or lower training.keep_checkpoints"
         )
-    if setup.device.type == "cuda":
+    if setup.device.type == "cuda" and not config.distribution.offload:
         total = torch.cuda.get_device_properties(setup.device).total_memory
         frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())
         shards = setup.distribution.processes if setup.distribution.shards else 1
@@ -239,5 +239,5 @@ def _check_resources(setup: Setup) -> None:
                 f"weights, gradients and optimizer state of {count / 1e9:.1f} G parameters, and the reference and the "
                 f"{kept} policies that are kept beside them, need {state / 2**30:.0f} GiB in each "
                 f"process, the device has {total / 2**30:.0f}; use training.lora, or distribution.strategy=fsdp "
-                "on more devices"
+                "on more devices, or with distribution.offload=true"
             )

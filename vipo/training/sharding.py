@@ -1,45 +1,118 @@
 """A network in shards, by PyTorch's FSDP2: cut where it lies, and filled from the one process that has its weights."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 
-def shard(network: nn.Module, device: torch.device, processes: int, precision: str) -> None:
+def join_alone(device: torch.device) -> None:
+    """Make this process a group of one, without which nothing can be sharded; it is there until it is destroyed."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(group_backend(device.type), store=HashStore(), rank=0, world_size=1)
+
+
+def group_backend(device: str) -> str:
+    """What processes on such devices talk by: values on the CPU, such as a signal's number, must not wait for a GPU."""
+    return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def shard(network: nn.Module, device: torch.device, processes: int, precision: str, *, offload: bool) -> None:
     """Leave each process its rows of every parameter; all call it.
 
     Weights are fp32; with `precision` ``bf16`` they are gathered in bf16 and gradients are reduced in fp32. What is
     gathered at a time, and moved to the device at a time, are the blocks that diffusers keeps whole on one device.
+
+    Args:
+        network: see `fill`.
+        device: of this process.
+        processes: of all.
+        precision: ``generator.precision``.
+        offload: hold rows and their gradients in main memory, where the optimizer steps.
     """
     mesh = init_device_mesh(device.type, (processes,), mesh_dim_names=("data",))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    blocks = set(getattr(network, "_no_split_modules", None) or ())
-    for module in reversed(list(network.modules())):
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    for module in blocks(network):
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
+    fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=place)
 
 
-def fill(network: nn.Module, device: torch.device, whole: Mapping[str, Tensor]) -> None:
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are gathered one after the other, inner ones first; without one, it is gathered as
+    a whole."""
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    return [module for module in reversed(list(network.modules())) if type(module).__name__ in names]
+
+
+def gathered_values(network: nn.Module) -> tuple[int, int]:
+    """Values of what a device holds whole while a sharded network computes, and the most that a block trains.
+
+    What lies in no block stays from the first call to the end of the backward pass; of the blocks it is one, and the
+    next one, which is fetched meanwhile: at most the two largest.
+    """
+    units = [list(module.parameters()) for module in blocks(network)]
+    sizes = sorted((sum(value.numel() for value in unit) for unit in units), reverse=True)
+    rest = sum(value.numel() for value in network.parameters()) - sum(sizes)
+    trained = [
+        sum(value.numel() for value in unit if value.requires_grad) for unit in units or [list(network.parameters())]
+    ]
+    return rest + sum(sizes[:2]), max(trained)
+
+
+def fill(network: nn.Module, device: torch.device, whole: Mapping[str, Tensor], *, offload: bool) -> None:
     """Give a sharded network the first process's weights, a tensor at a time; all call it.
 
     Args:
         network: see `shard`; without weights (on the meta device) or with them.
         device: of this process.
         whole: the network's state before it was sharded, in the first process; empty in the others.
+        offload: as `shard` was given it.
     """
+    place = torch.device("cpu") if offload else device
     if any(value.is_meta for value in network.parameters()):
         # Buffers that no state holds are as the class made them.
         buffers = {name: value.clone() for name, value in network.named_buffers()}
-        network.to_empty(device=device)
+        network.to_empty(device=place)
         with torch.no_grad():
             for name, value in buffers.items():
                 network.get_buffer(name).copy_(value)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    elif offload:
+        _move_buffers(network, place)
+    options: Any = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(network, dict(whole), options=options)
+    if offload:
+        _move_buffers(network, device)
+
+
+def _move_buffers(network: nn.Module, device: torch.device) -> None:
+    # Beside weights in main memory, they are computed with on the device.
+    for module in network.modules():
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, value.to(device))
+
+
+def whole_state(network: nn.Module, *, keep: bool) -> dict[str, Tensor] | None:
+    """The whole state of a sharded network on the CPU, empty without `keep`; None of a network that is not sharded.
+
+    All processes call it.
+    """
+    if not any(isinstance(value, DTensor) for value in network.parameters()):
+        return None
+    state = {}
+    for name, value in network.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            state[name] = whole.detach().cpu()
+    return state

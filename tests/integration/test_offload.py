@@ -1,0 +1,133 @@
+"""Weights, gradients and optimizer state in main memory, by FSDP2 in one process: the same run, and exactly resumed."""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from vipo.config.compose import load_config, repository_root
+from vipo.config.validation import ConfigError
+from vipo.errors import Preempted, VipoError
+from vipo.training import run as run_module
+from vipo.training.fit import require_fit
+from vipo.training.plan import plan
+from vipo.training.recorded import train_run
+from vipo.training.setup import Setup, set_up
+from vipo.training.stored import StoredTensors
+from vipo.training.update import update
+
+ROOT = repository_root()
+OFFLOADED = "distribution={strategy: fsdp, offload: true}"
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _run(results: Path, overrides: list[str]) -> Path:
+    train_run(load_config(overrides), ROOT, results / "demo")
+    return results / "demo/runs/vipo-s0"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["training.ema_decay=0.5", "objective.kl_weight=0.1"], ["training.lora={rank: 2, alpha: 2}"]],
+    ids=["full", "lora"],
+)
+def test_it_is_the_same_run_and_goes_on_exactly(
+    more: list[str], prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [*tiny_overrides, "arm=vipo", "training.updates=3", "training.save_at=[]", *more]
+    plain, whole, cut = (Path(shutil.copytree(prepared, tmp_path / name)) for name in ("plain", "whole", "cut"))
+    expected, found = _run(plain, chosen), _run(whole, [*chosen, OFFLOADED])
+    assert not dist.is_initialized()
+    sound = run_module.update
+
+    def stopping(setup: Setup, number: int, *rest: object) -> dict[str, float]:
+        metrics = sound(setup, number, *rest)  # type: ignore[arg-type]
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return metrics
+
+    monkeypatch.setattr(run_module, "update", stopping)
+    with pytest.raises(Preempted):
+        _run(cut, [*chosen, OFFLOADED])
+    dist.destroy_process_group()
+    monkeypatch.setattr(run_module, "update", sound)
+    resumed = _run(cut, [*chosen, OFFLOADED])
+    files = sorted(path.relative_to(found) for path in found.rglob("*.safetensors"))
+    assert len(files) >= 3
+    for file in ("metrics.jsonl", *files):
+        assert (resumed / file).read_bytes() == (found / file).read_bytes(), file
+    # The norm of the gradient is summed in another order.
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (expected, found)
+    ]
+    assert rows[0] == [pytest.approx(row, rel=1e-4, abs=1e-7) for row in rows[1]]
+    weights = sorted(path.relative_to(expected) for path in (expected / "weights").rglob("*.safetensors"))
+    assert weights == [file for file in files if file.parts[0] == "weights"]
+    # Optimizer state as well: its checkpoint is one that any number of processes reads.
+    stored: list[Any] = [
+        StoredTensors(sorted((run / "checkpoints/000003").glob("*.safetensors"))) for run in (expected, found)
+    ]
+    assert any(name.startswith("optimizer/") for name in stored[0])
+    pairs = [tuple(stored), *((load_file(expected / file), load_file(found / file)) for file in weights)]
+    for plain_state, moved_state in pairs:
+        assert plain_state.keys() == moved_state.keys()
+        for name, value in plain_state.items():
+            torch.testing.assert_close(moved_state[name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_what_lies_where(prepared: Path, tiny_overrides: list[str]) -> None:
+    setup = set_up(load_config([*tiny_overrides, "arm=vipo", OFFLOADED]), ROOT, prepared / "demo")
+    assert isinstance(setup.generator.network, FSDPModule)
+    update(setup, 1)
+    held = [*setup.trainable.values(), *(value for state in setup.optimizer.state.values() for value in state.values())]
+    sharded = [value for value in held if isinstance(value, DTensor)]
+    assert len(sharded) == 3 * len(setup.trainable)
+    assert all(value.to_local().device.type == "cpu" for value in sharded)
+
+
+def test_without_shards_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="offload true needs strategy fsdp, not 'ddp'"):
+        load_config(["experiment=demo", "distribution.offload=true"])
+
+
+def test_the_plan_moves_it_and_offers_it(tiny_overrides: list[str]) -> None:
+    saved = ["training.gradient_checkpointing=true", "training.micro_batch=1", "training.lora={rank: 2, alpha: 2}"]
+    chosen = [*tiny_overrides, "arm=vipo", *saved, "generator.precision=bf16"]
+    config = load_config([*chosen, "generator.weights=bf16"])
+    plain, moved = (plan(each, ROOT, 2) for each in (config, load_config([*chosen, OFFLOADED])))
+    assert plain.main == {}
+    assert moved.main == {
+        # Shards are fp32, whatever the weights are without them.
+        "network": plan(load_config(chosen), ROOT, 2).held["network"],
+        "AdamW": plain.held["AdamW"],
+        "gradients": 4 * plain.trained,
+        "reference": 0,
+        "kept policies": 0,
+    }
+    assert not moved.held.keys() & moved.main.keys()
+    # In bf16, and with two blocks all of them.
+    assert moved.held["gathered weights"] == moved.main["network"] // 2
+    assert "in main memory: AdamW" in moved.text(None)
+    assert moved.peak < plain.peak
+    with pytest.raises(
+        VipoError,
+        match=r"be slower, with generator\.weights=fp32 distribution\.strategy=fsdp distribution\.offload=true ",
+    ):
+        require_fit(config, ROOT, 2, plain, moved.peak)
+    with pytest.raises(VipoError, match=r"raise distribution\.processes"):
+        require_fit(load_config([*chosen, OFFLOADED]), ROOT, 2, moved, 0)
