@@ -1,6 +1,6 @@
 """Section `pretrain`."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,12 +10,15 @@ _Size = Annotated[int, Field(ge=1, le=2**12)]
 
 
 class PretrainConfig(Section):
-    """The demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
+    """A demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
 
     seed: Seed = 0
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    drawn: Literal["shapes", "words"] = Field(
+        "shapes", description="What the scenes show: flat shapes (64 x 64 pixels) or a short word (32 x 64)."
+    )
     scenes: Annotated[int, Field(ge=1, le=10**6)] = 32000
-    two_objects: Annotated[float, Field(ge=0, le=1)] = 0.15
+    two_objects: Annotated[float, Field(ge=0, le=1)] = Field(0.15, description="Share of the scenes; of shapes alone.")
     max_sequence_length: _Size = 16
     autoencoder_width: _Size = 32
     latent_channels: _Size = 8

@@ -247,6 +247,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
             state = {"log": log, "optimizer_tensors": len(moments)}
             save_checkpoint(work / "denoiser", step + 1, tensors, state)
             prune_checkpoints(work / "denoiser", step + 1, keep=2)
+            log_to.info("flow matching: step %d of %d is saved, loss %.4f", step + 1, config.steps, smooth)
     progress.close()
     with torch.no_grad():
         for name, value in parameters.items():

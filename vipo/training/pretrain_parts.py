@@ -1,8 +1,8 @@
-"""What the demo generator is made of: drawn scenes with captions, tokenizers, and the network that is trained."""
+"""What a demo generator is made of: drawn pictures with captions, tokenizers, and the network that is trained."""
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,37 +13,50 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from vipo.config.pretrain import PretrainConfig
-from vipo.demo import scenes
+from vipo.demo import scenes, words
 from vipo.sampling.noise import keyed_seed
 
 
 @dataclass(frozen=True)
 class ScenePool:
-    """Drawn training scenes: pictures ``(N, 3, 64, 64)`` uint8 and the allowed captions of each."""
+    """Drawn training pictures ``(N, 3, H, W)`` uint8 and the allowed captions of each."""
 
     images: Tensor
     captions: tuple[tuple[str, ...], ...]
 
 
 def build_pool(config: PretrainConfig) -> ScenePool:
-    """Draw the training scenes; captions that are held out (`scenes.is_held_out`) never appear."""
+    """Draw the training pictures; captions (of words: words) that are held out never appear."""
     rng = np.random.default_rng(keyed_seed(config.seed, "scenes"))
+    drawn = {"shapes": _drawn_shapes, "words": _drawn_words}[config.drawn](rng, config)
+    images, captions = zip(*itertools.islice(drawn, config.scenes), strict=True)
+    return ScenePool(torch.from_numpy(np.stack(images)), captions)
+
+
+_Drawn = Iterator[tuple[NDArray[np.uint8], tuple[str, ...]]]
+
+
+def _drawn_shapes(rng: np.random.Generator, config: PretrainConfig) -> _Drawn:
     options = [scenes.CaptionParts(*flags) for flags in itertools.product((True, False), repeat=3)]
-    images: list[NDArray[np.uint8]] = []
-    captions: list[tuple[str, ...]] = []
-    while len(images) < config.scenes:
+    while True:
         scene = scenes.sample_scene(rng, config.two_objects)
         texts = {scenes.caption(scene, parts) for parts in options}
         allowed = tuple(sorted(text for text in texts if not scenes.is_held_out(text)))
         if allowed:
-            images.append((scenes.draw(scene) * 255).round().astype(np.uint8))
-            captions.append(allowed)
-    return ScenePool(torch.from_numpy(np.stack(images)), tuple(captions))
+            yield (scenes.draw(scene) * 255).round().astype(np.uint8), allowed
+
+
+def _drawn_words(rng: np.random.Generator, _config: PretrainConfig) -> _Drawn:
+    font = words.typeface()
+    while True:
+        item = words.sample_word(rng)
+        yield words.draw(item, font), words.captions(item)
 
 
 def vocabulary(pool: ScenePool) -> list[str]:
-    """Every word of the captions, in order."""
-    return sorted({word for texts in pool.captions for text in texts for word in text.split()})
+    """Every word of the captions, in order; of words in quotation marks the marks alone, for these are spelled."""
+    found = {word for texts in pool.captions for text in texts for word in text.split()}
+    return sorted({'"' if '"' in word else word for word in found})
 
 
 def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
@@ -68,7 +81,8 @@ def byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def build_tokenizers(config: PretrainConfig, words: list[str]) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Tokenizers whose vocabularies hold every scene word as one token, and letters for all others."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-" + "".join(word for word in words if not word.isalnum())
+    words = [word for word in words if word.isalnum()]
     merges = byte_pair_merges(words)
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     tokens += [first + second for first, second in merges]
