@@ -14,8 +14,10 @@ class PretrainConfig(Section):
 
     seed: Seed = 0
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
-    drawn: Literal["shapes", "words"] = Field(
-        "shapes", description="What the scenes show: flat shapes (64 x 64 pixels) or a short word (32 x 64)."
+    drawn: Literal["shapes", "words", "motion"] = Field(
+        "shapes",
+        description="What the scenes show: flat shapes (64 x 64 pixels), a short word (32 x 64), or, for a Wan, a "
+        "shape that moves (9 frames of 32 x 32); the others are for a FLUX.",
     )
     scenes: Annotated[int, Field(ge=1, le=10**6)] = 32000
     two_objects: Annotated[float, Field(ge=0, le=1)] = Field(0.15, description="Share of the scenes; of shapes alone.")
@@ -27,8 +29,9 @@ class PretrainConfig(Section):
     autoencoder_batch_size: PositiveInt = 16
     autoencoder_learning_rate: PositiveFloat = 3e-3
     text_width: Annotated[int, Field(ge=32, le=2**12, multiple_of=32)] = 96
-    double_blocks: _Size = 2
-    single_blocks: _Size = 3
+    double_blocks: _Size = Field(2, description="Of a FLUX.")
+    single_blocks: _Size = Field(3, description="Of a FLUX.")
+    blocks: _Size = Field(5, description="Of a Wan.")
     heads: _Size = 3
     head_width: Annotated[int, Field(ge=16, le=2**12, multiple_of=16)] = 64
     steps: PositiveInt = 9000

@@ -19,18 +19,17 @@ from vipo.demo.scenes import BACKGROUNDS, COLORS
 HEIGHT, WIDTH = 32, 64
 INKS = {name: COLORS[name] for name in ("red", "green", "blue", "purple")}
 PAPERS = {"white": BACKGROUNDS["white"], "mint": BACKGROUNDS["mint"], "yellow": COLORS["yellow"]}
-WORDS = tuple(
-    (
-        "up on no we us me my so an at be by do "
-        "ant arm art bag bat bed bee big box boy bus cap car cat cow cup day dog ear egg eye fan fat fly fog fox fun "
-        "gas gum hat hen hot ice ink jam jar key kid leg lip log man map mud net new nut oak old owl pan pen pig "
-        "pot red rug run sad sea sky sun tea ten toe top toy van wax web win "
-        "baby ball bear bell bird blue boat book cake city coat corn deer door duck farm fire fish flag foot frog game "
-        "gate gift girl goat gold hand hero hill home hope jazz joke jump kite king lake lamp leaf lion love mask milk "
-        "moon nest nose park path pear pink quiz rain ring road rock roof rose sail sand ship shoe snow soap song star "
-        "taxi tree vase wave wind wolf wood yard zero"
-    ).split()
-)
+_TEXT = """
+up on no we us me my so an at be by do
+ant arm art bag bat bed bee big box boy bus cap car cat cow cup day dog ear egg eye fan fat fly fog fox fun
+gas gum hat hen hot ice ink jam jar key kid leg lip log man map mud net new nut oak old owl pan pen pig
+pot red rug run sad sea sky sun tea ten toe top toy van wax web win
+baby ball bear bell bird blue boat book cake city coat corn deer door duck farm fire fish flag foot frog game
+gate gift girl goat gold hand hero hill home hope jazz joke jump kite king lake lamp leaf lion love mask milk
+moon nest nose park path pear pink quiz rain ring road rock roof rose sail sand ship shoe snow soap song star
+taxi tree vase wave wind wolf wood yard zero
+"""
+WORDS = tuple(_TEXT.split())
 """What is written in prompts: words of two to four letters."""
 
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -58,10 +57,8 @@ def sample_word(rng: np.random.Generator) -> DrawnWord:
     """A random picture: half of them of `WORDS`, half of two to four letters at random; none that is held out."""
     word = ""
     while not word or (word in WORDS and is_held_out(word)):
-        if rng.random() < 0.5:
-            word = str(rng.choice(WORDS))
-        else:
-            word = "".join(rng.choice(_LETTERS, size=rng.integers(2, 5)))
+        known = rng.random() < 0.5
+        word = str(rng.choice(WORDS)) if known else "".join(rng.choice(_LETTERS, size=rng.integers(2, 5)))
     x, y = (int(corner + rng.integers(-_JITTER, _JITTER + 1)) for corner in (_LEFT, _TOP))
     return DrawnWord(word, str(rng.choice(list(INKS))), str(rng.choice(list(PAPERS))), x, y)
 
