@@ -5,10 +5,8 @@ transformer with its text encoders by conditional flow matching (Lipman et al., 
 logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an exponential moving average.
 """
 
-import functools
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,69 +34,15 @@ from vipo.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
+from vipo.training.pretrain_autoencoder import latents_of, trained_autoencoder
 from vipo.training.pretrain_clips import Clips
-from vipo.training.pretrain_parts import Family, ScenePool, build_pool, vocabulary
+from vipo.training.pretrain_parts import LOG_EVERY, Family, ScenePool, build_pool, cosine, vocabulary
 from vipo.training.pretrain_pictures import Pictures
-from vipo.training.stored import CheckpointError
 
 log_to = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY = 500
 _CONFIG = "training_config.json"
-_LOG_EVERY = 50
-
-
-def train_autoencoder(config: PretrainConfig, family: Family, images: Tensor, log: list[dict[str, Any]]) -> Any:
-    """Reconstruct drawn scenes; the latents' mean and scale are folded into the encoder's last convolution.
-
-    Returns:
-        An autoencoder whose latents have zero mean and unit variance per channel over `images`.
-    """
-    torch.manual_seed(keyed_seed(config.seed, "autoencoder"))
-    vae = family.autoencoder().to(memory_format=family.memory_format)
-    norm = family.norm()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate, weight_decay=0.0)
-    steps, batch = config.autoencoder_steps, config.autoencoder_batch_size
-    progress = progress_bar(total=steps, description="autoencoder", unit="step")
-    for step in range(steps):
-        generator = keyed_generator(config.seed, "autoencoder", step)
-        for group in optimizer.param_groups:
-            group["lr"] = config.autoencoder_learning_rate * _cosine(step, steps, warmup=50)
-        x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
-        x = x.contiguous(memory_format=family.memory_format)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = norm(family.encode(vae, x).float())
-            # Noise makes the latent space smooth, which the transformer's own errors need.
-            noisy = latents + config.latent_noise * torch.randn(latents.shape, generator=generator)
-            decoded = family.decode(vae, noisy)
-        error = (decoded.float() - x).square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        progress.update()
-        if step % _LOG_EVERY == 0 or step + 1 == steps:
-            log.append({"part": "autoencoder", "step": step, "psnr": 10 * math.log10(4.0 / float(error.detach()))})
-    progress.close()
-    vae = vae.to(memory_format=torch.contiguous_format).eval()
-    last, channels = family.latent_layer(vae), config.latent_channels
-    with torch.no_grad():
-        raw = _latents(family, vae, images[:2048])
-        around = (0, *range(2, raw.ndim))
-        mean, std = raw.mean(dim=around), raw.std(dim=around)
-        last.weight[:channels].div_(std.view(-1, *[1] * (last.weight.ndim - 1)))
-        last.bias[:channels].sub_(mean).div_(std)
-    return vae
-
-
-def _latents(family: Family, vae: Any, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([family.encode(vae, chunk.float() / 127.5 - 1) for chunk in images.split(256)])
-
-
-def _cosine(step: int, steps: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _batches(
@@ -116,18 +60,6 @@ def _batches(
         sigma = config.shift * level / (1 + (config.shift - 1) * level)
         noise = torch.randn((config.batch_size, *latents.shape[1:]), generator=generator)
         yield step, latents[index], texts, sigma, noise
-
-
-def _check_autoencoder(family: Family, checkpoint: Checkpoint) -> None:
-    """Refuse an autoencoder that cannot be gone on with, although its bytes are those of its manifest."""
-    check_state(checkpoint, {"config": dict, "log": list})
-    what = f"checkpoint {checkpoint.update} of the autoencoder"
-    try:
-        like = family.autoencoder_class.from_config(checkpoint.state["config"]).state_dict()
-    # Whatever another configuration does to the class.
-    except Exception as error:
-        raise CheckpointError(f"{what}: damaged (its configuration: {type(error).__name__}: {error})") from error
-    check_tensors(checkpoint.tensors, like, what)
 
 
 def _check_replaceable(config: PretrainConfig, output: Path) -> None:
@@ -163,21 +95,8 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     started = time.monotonic()
     pool = build_pool(config)
     family: Family = (Clips if config.drawn == "motion" else Pictures)(config, vocabulary(pool))
-    saved_vae = load_newest(work / "autoencoder", functools.partial(_check_autoencoder, family))
-    if saved_vae is None:
-        vae = train_autoencoder(config, family, pool.images, log)
-        save_checkpoint(
-            work / "autoencoder",
-            config.autoencoder_steps,
-            vae.state_dict(),
-            {"config": {k: v for k, v in vae.config.items() if k != "block_out_channels"}, "log": log},
-        )
-    else:
-        vae = family.autoencoder_class.from_config(saved_vae.state["config"])
-        vae.load_state_dict(dict(saved_vae.tensors))
-        vae.eval()
-        log = saved_vae.state["log"]
-    latents = _latents(family, vae, pool.images)
+    vae = trained_autoencoder(config, family, pool.images, log, work, _CHECKPOINT_EVERY)
+    latents = latents_of(family, vae, pool.images)
 
     torch.manual_seed(keyed_seed(config.seed, "denoiser"))
     model: Any = family.denoiser()
@@ -207,7 +126,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     progress = progress_bar(total=config.steps, done=start, description="flow matching", unit="step")
     smooth = 0.0
     for step, clean, texts, sigma, noise in _batches(config, latents, pool, start):
-        rate = config.learning_rate * _cosine(step, config.steps, warmup=config.warmup)
+        rate = config.learning_rate * cosine(step, config.steps, warmup=config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         mixed = torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1)))
@@ -224,7 +143,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         smooth = float(loss.detach()) if step == start else 0.98 * smooth + 0.02 * float(loss.detach())
         progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{rate:.1e}", refresh=False)
         progress.update()
-        if (step + 1) % _LOG_EVERY == 0:
+        if (step + 1) % LOG_EVERY == 0:
             log.append(
                 {
                     "part": "flow",

@@ -1,6 +1,7 @@
 """What demo generators have in common: drawn scenes with captions, tokenizers, and what a family says of itself."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,16 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from vipo.config.pretrain import PretrainConfig
 from vipo.demo import motion, scenes, words
 from vipo.sampling.noise import keyed_seed
+
+LOG_EVERY = 50
+"""Steps."""
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Of the learning rate, at a step: a linear rise over `warmup` steps, then half a cosine down to 0.01."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @dataclass(frozen=True)
