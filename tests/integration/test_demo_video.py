@@ -68,5 +68,5 @@ def test_credit_goes_where_and_when_the_reward_looks(
     train_stage(config, ROOT, tmp_path)
     (row,) = map(json.loads, (tmp_path / "demo_video/runs/where-s0/metrics.jsonl").read_text().splitlines())
     assert (row["map/constant_share"], row["map/mean"]) == (0, pytest.approx(1))
-    # Of 3 x 8 x 8 positions the left half of the last latent frame has all of it, as even as the resize's edge leaves it.
+    # Of 3 x 8 x 8 positions the left half of the last latent frame has all of it, as even as the edge leaves it.
     assert row["map/entropy"] == pytest.approx(math.log(32) / math.log(192), abs=0.03)
