@@ -31,7 +31,8 @@ def test_command_parses_and_its_configuration_validates(command: list[str]) -> N
     with subcommand.make_context(name, rest) as parsed:
         overrides = parsed.params.get("overrides")
     if overrides:
-        assert load_config(list(overrides)).experiment.name == "demo"
+        (named,) = (value.removeprefix("experiment=") for value in overrides if value.startswith("experiment="))
+        assert load_config(list(overrides)).experiment.name == named
 
 
 def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """The shipped generator meets its quality bar, and `vipo base` rebuilds one of its kind reproducibly."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from diffusers import FluxPipeline
 from tiny import TINY_PRETRAIN
 
@@ -20,7 +21,7 @@ from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
 from vipo.stages import base_stage
-from vipo.training import pretrain, pretrain_parts
+from vipo.training import pretrain, pretrain_autoencoder, pretrain_parts
 
 ROOT = repository_root()
 FOLDER = ROOT / "data/demo-generator"
@@ -70,7 +71,7 @@ def test_ships_with_its_recipe_within_its_size() -> None:
 def test_rebuild_is_reproducible_and_resumable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A small budget, once undisturbed and once killed half way, its newest state damaged since: the same bytes."""
+    """A small budget, once undisturbed and once killed in each part, a state damaged since: the same bytes."""
     config = PretrainConfig(**TINY_PRETRAIN)
     monkeypatch.setattr(pretrain, "_CHECKPOINT_EVERY", 5)
     pretrain.train_base(config, tmp_path / "whole", tmp_path / "whole-work")
@@ -78,17 +79,23 @@ def test_rebuild_is_reproducible_and_resumable(
     class Killed(Exception):
         pass
 
-    stock, steps = torch.nn.functional.mse_loss, []
+    def dies_at_step_twelve(stock: Callable[..., Any]) -> Callable[..., Any]:
+        steps: list[int] = []
 
-    def dies_at_step_twelve(*arguments: torch.Tensor) -> torch.Tensor:
-        steps.append(1)
-        if len(steps) == 12:
-            raise Killed
-        return stock(*arguments)
+        def call(*arguments: Any, **options: Any) -> Any:
+            steps.append(1)
+            if len(steps) == 12:
+                raise Killed
+            return stock(*arguments, **options)
 
-    monkeypatch.setattr(pretrain.F, "mse_loss", dies_at_step_twelve)
-    with pytest.raises(Killed):
-        pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
+        return call
+
+    for module, name in ((pretrain_autoencoder, "cosine"), (pretrain.F, "mse_loss")):
+        monkeypatch.setattr(module, name, dies_at_step_twelve(getattr(module, name)))
+        with pytest.raises(Killed):
+            pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
+    (first, second) = (tmp_path / "work").glob("*/reconstruction/*")
+    assert {first.name, second.name} == {"000020", "000025"}
     assert not (tmp_path / "resumed" / "model_index.json").exists()
     (newest,) = (tmp_path / "work").glob("*/denoiser/000010")
     (newest / "state.json").write_text('{"log": 3}')

@@ -297,6 +297,7 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
     ("generator", "times"),
     [
         ("demo", 13),
+        ("demo_text", 128**0.5),
         ("flux_dev", 64),
         ("stable_diffusion", 64),
         ("sd35_medium", 64),
@@ -315,7 +316,8 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
 )
 def test_the_gate_of_positions_has_its_range_on_the_scale_of_their_ratios(generator: str, times: float) -> None:
     """Whatever experiment composes `vipo_paper`: about sqrt(positions) times the range of a sample."""
-    base = [DEMO] if generator == "demo" else ["experiment=ablation", "setup=flux_paper", "prompts.source=p.txt"]
+    own = generator.startswith("demo")
+    base = [f"experiment={generator}"] if own else ["experiment=ablation", "setup=flux_paper", "prompts.source=p.txt"]
     ranges = {
         arm: load_config([*base, f"generator={generator}", f"arm={arm}"]).objective.gate.range
         for arm in ("vipo", "vipo_paper")

@@ -1,6 +1,6 @@
 """Section `pretrain`."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,12 +10,17 @@ _Size = Annotated[int, Field(ge=1, le=2**12)]
 
 
 class PretrainConfig(Section):
-    """The demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
+    """A demo generator's construction: scenes, autoencoder, transformer and training (`vipo base`)."""
 
     seed: Seed = 0
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    drawn: Literal["shapes", "words", "motion"] = Field(
+        "shapes",
+        description="What the scenes show: flat shapes (64 x 64 pixels), a short word (32 x 64), or, for a Wan, a "
+        "shape that moves (9 frames of 32 x 32); the others are for a FLUX.",
+    )
     scenes: Annotated[int, Field(ge=1, le=10**6)] = 32000
-    two_objects: Annotated[float, Field(ge=0, le=1)] = 0.15
+    two_objects: Annotated[float, Field(ge=0, le=1)] = Field(0.15, description="Share of the scenes; of shapes alone.")
     max_sequence_length: _Size = 16
     autoencoder_width: _Size = 32
     latent_channels: _Size = 8
@@ -24,8 +29,9 @@ class PretrainConfig(Section):
     autoencoder_batch_size: PositiveInt = 16
     autoencoder_learning_rate: PositiveFloat = 3e-3
     text_width: Annotated[int, Field(ge=32, le=2**12, multiple_of=32)] = 96
-    double_blocks: _Size = 2
-    single_blocks: _Size = 3
+    double_blocks: _Size = Field(2, description="Of a FLUX.")
+    single_blocks: _Size = Field(3, description="Of a FLUX.")
+    blocks: _Size = Field(5, description="Of a Wan.")
     heads: _Size = 3
     head_width: Annotated[int, Field(ge=16, le=2**12, multiple_of=16)] = 64
     steps: PositiveInt = 9000

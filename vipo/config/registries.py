@@ -30,6 +30,7 @@ REWARDS: Mapping[str, str] = MappingProxyType(
     {
         "redness": "vipo.rewards.redness:redness",
         "object_redness": "vipo.rewards.object_redness:object_redness",
+        "late_redness": "vipo.rewards.late_redness:late_redness",
         "scene": "vipo.rewards.scene:scene",
         "scene_shape": "vipo.rewards.scene:scene_shape",
         "scene_background": "vipo.rewards.scene:scene_background",
@@ -96,7 +97,7 @@ PICTURE_REWARDS = frozenset(
 )
 """Rewards that take pictures of any size, and no videos."""
 
-CLIP_REWARDS = frozenset({"flicker", "motion", "videoalign"})
+CLIP_REWARDS = frozenset({"flicker", "motion", "videoalign", "late_redness"})
 """Rewards that take videos, and no pictures."""
 
 SCENE_REWARDS = frozenset({"scene", "scene_shape", "scene_background", "scene_count"})

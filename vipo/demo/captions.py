@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vipo.demo import motion
 from vipo.demo.scenes import one_object_captions, two_object_captions
+from vipo.demo.words import word_captions
 
 #: Of the 2,160 captions of two objects.
 _PAIRS = 240
@@ -16,7 +18,9 @@ def write_demo_prompts(folder: Path) -> list[Path]:
     """Write the demo's prompts with what they claim, sorted; `data/prompts` holds the committed copies.
 
     ``colourless.jsonl``: every one-object caption that names no colour; ``small.jsonl`` and ``large.jsonl``: those that
-    name that size; ``pairs.jsonl``: some captions of two objects, colours and relation named.
+    name that size; ``pairs.jsonl``: some captions of two objects, colours and relation named; ``words.jsonl`` and
+    ``words_held_out.jsonl``: every caption of a word that names no ink, of words that the generator was trained on and
+    of words that it was not; ``motion.jsonl``: every caption of a moving shape that names no colour.
 
     Args:
         folder: created where missing.
@@ -35,6 +39,9 @@ def write_demo_prompts(folder: Path) -> list[Path]:
             for size in ("small", "large")
         ),
         _write(folder / "pairs.jsonl", pairs),
+        _write(folder / "words.jsonl", word_captions(held_out=False)),
+        _write(folder / "words_held_out.jsonl", word_captions(held_out=True)),
+        _write(folder / "motion.jsonl", motion.colourless_captions()),
     ]
 
 

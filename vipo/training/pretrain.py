@@ -1,13 +1,12 @@
-"""Builds the demo generator: a genuine, small `FluxPipeline` trained on drawn scenes (`vipo base`).
+"""Builds a demo generator: a genuine, small `FluxPipeline` or `WanPipeline` trained on drawn scenes (`vipo base`).
 
-Two parts, each seeded by key and each resumable: an `AutoencoderTiny` by reconstruction, then the
+Two parts, each seeded by key and each resumable: an autoencoder by reconstruction, then the
 transformer with its text encoders by conditional flow matching (Lipman et al., arXiv 2210.02747) with
 logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an exponential moving average.
 """
 
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.values import config_hash
-from vipo.generators.flux import image_ids
-from vipo.generators.packing import pack_latents
 from vipo.provenance.files import StorageError, atomic_file, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
@@ -38,69 +34,15 @@ from vipo.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
-from vipo.training.pretrain_parts import Denoiser, ScenePool, build_pool, build_tokenizers, vocabulary
-from vipo.training.stored import CheckpointError
+from vipo.training.pretrain_autoencoder import latents_of, trained_autoencoder
+from vipo.training.pretrain_clips import Clips
+from vipo.training.pretrain_parts import LOG_EVERY, Family, ScenePool, build_pool, cosine, vocabulary
+from vipo.training.pretrain_pictures import Pictures
 
 log_to = logging.getLogger(__name__)
 
 _CHECKPOINT_EVERY = 500
 _CONFIG = "training_config.json"
-_LOG_EVERY = 50
-
-
-def train_autoencoder(config: PretrainConfig, images: Tensor, log: list[dict[str, Any]]) -> AutoencoderTiny:
-    """Reconstruct drawn scenes; the latents' mean and scale are folded into the encoder's last convolution.
-
-    Returns:
-        An autoencoder whose latents have zero mean and unit variance per channel over `images`.
-    """
-    torch.manual_seed(keyed_seed(config.seed, "autoencoder"))
-    width = config.autoencoder_width
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(width,) * 3,
-        decoder_block_out_channels=(width,) * 3,
-        # No blocks at full resolution: they would cost more than all the others together.
-        num_encoder_blocks=(0, 1, 2),
-        num_decoder_blocks=(2, 1, 0),
-        latent_channels=config.latent_channels,
-    ).to(memory_format=torch.channels_last)
-    norm = nn.BatchNorm2d(config.latent_channels, affine=False, momentum=0.02)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate, weight_decay=0.0)
-    steps, batch = config.autoencoder_steps, config.autoencoder_batch_size
-    progress = progress_bar(total=steps, description="autoencoder", unit="step")
-    for step in range(steps):
-        generator = keyed_generator(config.seed, "autoencoder", step)
-        for group in optimizer.param_groups:
-            group["lr"] = config.autoencoder_learning_rate * _cosine(step, steps, warmup=50)
-        x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = norm(vae.encoder(x).float())
-            # Noise makes the latent space smooth, which the transformer's own errors need.
-            noisy = latents + config.latent_noise * torch.randn(latents.shape, generator=generator)
-            decoded = vae.decoder(noisy)
-        error = (decoded.float() - x).square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
-        progress.update()
-        if step % _LOG_EVERY == 0 or step + 1 == steps:
-            log.append({"part": "autoencoder", "step": step, "psnr": 10 * math.log10(4.0 / float(error.detach()))})
-    progress.close()
-    vae = vae.to(memory_format=torch.contiguous_format).eval()
-    last = vae.encoder.layers[-1]
-    with torch.no_grad():
-        raw = torch.cat([vae.encoder(chunk.float() / 127.5 - 1) for chunk in images[:2048].split(256)])
-        mean, std = raw.mean(dim=(0, 2, 3)), raw.std(dim=(0, 2, 3))
-        last.weight.div_(std[:, None, None, None])
-        last.bias.sub_(mean).div_(std)
-    return vae
-
-
-def _cosine(step: int, steps: int, warmup: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _batches(
@@ -120,27 +62,15 @@ def _batches(
         yield step, latents[index], texts, sigma, noise
 
 
-def _check_autoencoder(checkpoint: Checkpoint) -> None:
-    """Refuse an autoencoder that cannot be gone on with, although its bytes are those of its manifest."""
-    check_state(checkpoint, {"config": dict, "log": list})
-    what = f"checkpoint {checkpoint.update} of the autoencoder"
-    try:
-        like = AutoencoderTiny.from_config(checkpoint.state["config"]).state_dict()
-    # Whatever another configuration does to the class.
-    except Exception as error:
-        raise CheckpointError(f"{what}: damaged (its configuration: {type(error).__name__}: {error})") from error
-    check_tensors(checkpoint.tensors, like, what)
-
-
 def _check_replaceable(config: PretrainConfig, output: Path) -> None:
     """Nothing but an earlier try of the same generator makes way for it."""
     if not output.is_dir() or not any(not path.name.startswith(".") for path in output.iterdir()):
         return
     try:
-        found = json.loads((output / _CONFIG).read_text())
+        found = PretrainConfig.model_validate_json((output / _CONFIG).read_bytes())
     except (OSError, ValueError):
         found = None
-    if found != json.loads(json.dumps(config.model_dump())):
+    if found != config:
         held = "something else than a generator built here" if found is None else "a generator of other settings"
         raise StorageError(f"{output}: holds {held}, which would be replaced; choose another folder with --output")
 
@@ -164,26 +94,12 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     log: list[dict[str, Any]] = []
     started = time.monotonic()
     pool = build_pool(config)
-    clip, t5 = build_tokenizers(config, vocabulary(pool))
-    saved_vae = load_newest(work / "autoencoder", _check_autoencoder)
-    if saved_vae is None:
-        vae = train_autoencoder(config, pool.images, log)
-        save_checkpoint(
-            work / "autoencoder",
-            config.autoencoder_steps,
-            vae.state_dict(),
-            {"config": {k: v for k, v in vae.config.items() if k != "block_out_channels"}, "log": log},
-        )
-    else:
-        vae = AutoencoderTiny.from_config(saved_vae.state["config"])
-        vae.load_state_dict(dict(saved_vae.tensors))
-        vae.eval()
-        log = saved_vae.state["log"]
-    with torch.no_grad():
-        latents = torch.cat([vae.encoder(chunk.float() / 127.5 - 1) for chunk in pool.images.split(256)])
+    family: Family = (Clips if config.drawn == "motion" else Pictures)(config, vocabulary(pool))
+    vae = trained_autoencoder(config, family, pool.images, log, work, _CHECKPOINT_EVERY)
+    latents = latents_of(family, vae, pool.images)
 
     torch.manual_seed(keyed_seed(config.seed, "denoiser"))
-    model = Denoiser(config, clip, t5)
+    model: Any = family.denoiser()
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
@@ -207,20 +123,16 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         average = {name: saved[name] for name in parameters}
         load_optimizer_tensors(optimizer, newest.tensors.below("optimizer"))
 
-    grid = image_ids(latents.shape[-2], latents.shape[-1], "cpu")
     progress = progress_bar(total=config.steps, done=start, description="flow matching", unit="step")
     smooth = 0.0
     for step, clean, texts, sigma, noise in _batches(config, latents, pool, start):
-        rate = config.learning_rate * _cosine(step, config.steps, warmup=config.warmup)
+        rate = config.learning_rate * cosine(step, config.steps, warmup=config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        arguments = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        clip_ids = clip(texts, max_length=config.max_sequence_length, **arguments).input_ids
-        t5_ids = t5(texts, max_length=config.max_sequence_length, **arguments).input_ids
-        mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
+        mixed = torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1)))
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = model(pack_latents(mixed), sigma, clip_ids, t5_ids, grid)
-        loss = F.mse_loss(velocity.float(), pack_latents(noise - clean))
+            velocity = family.velocity(model, mixed, sigma, texts)
+        loss = F.mse_loss(velocity.float(), family.packed(noise - clean))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -231,7 +143,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         smooth = float(loss.detach()) if step == start else 0.98 * smooth + 0.02 * float(loss.detach())
         progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{rate:.1e}", refresh=False)
         progress.update()
-        if (step + 1) % _LOG_EVERY == 0:
+        if (step + 1) % LOG_EVERY == 0:
             log.append(
                 {
                     "part": "flow",
@@ -247,21 +159,15 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
             state = {"log": log, "optimizer_tensors": len(moments)}
             save_checkpoint(work / "denoiser", step + 1, tensors, state)
             prune_checkpoints(work / "denoiser", step + 1, keep=2)
+            log_to.info("flow matching: step %d of %d is saved, loss %.4f", step + 1, config.steps, smooth)
     progress.close()
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(average[name])
     # Half the bytes in the repository; every loader here computes in float32.
-    model.eval().transformer.to(torch.float16)
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.sampling_shift),
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=clip,
-        text_encoder_2=model.text_encoder_2,
-        tokenizer_2=t5,
-        transformer=model.transformer,
-    )
+    for value in model.eval().transformer.parameters():
+        value.data = value.data.to(torch.float16)
+    pipeline = family.pipeline(vae, model)
     try:
         # diffusers writes it last: a folder without it is no pipeline, so nothing half-written is taken for one.
         (output / "model_index.json").unlink(missing_ok=True)
@@ -272,7 +178,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         pipeline.save_pretrained(output, safe_serialization=True)
         # diffusers derives this entry on every load and warns when it finds it in the file.
         vae_config = json.loads((output / "vae" / "config.json").read_text())
-        del vae_config["block_out_channels"]
+        vae_config.pop("block_out_channels", None)
         (output / "vae" / "config.json").write_text(json.dumps(vae_config, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise StorageError(

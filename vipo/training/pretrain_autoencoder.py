@@ -1,0 +1,148 @@
+"""The first part of a demo generator: its autoencoder, by reconstruction; resumable at any step."""
+
+import functools
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vipo.config.pretrain import PretrainConfig
+from vipo.sampling.noise import keyed_generator, keyed_seed
+from vipo.tracking.progress import progress_bar
+from vipo.training.checkpoints import (
+    Checkpoint,
+    check_optimizer,
+    check_state,
+    check_tensors,
+    load_newest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prefixed,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from vipo.training.pretrain_parts import LOG_EVERY, Family, cosine
+from vipo.training.stored import CheckpointError
+
+log_to = logging.getLogger(__name__)
+
+
+def trained_autoencoder(
+    config: PretrainConfig, family: Family, images: Tensor, log: list[dict[str, Any]], work: Path, every: int
+) -> Any:
+    """The autoencoder of an earlier try, or a new one.
+
+    Args:
+        config: what to build.
+        family: whose autoencoder.
+        images: drawn scenes.
+        log: rows of its training are added.
+        work: where its state is kept, that of steps in ``reconstruction`` and the result in ``autoencoder``.
+        every: steps from one checkpoint to the next.
+
+    Returns:
+        An autoencoder whose latents have zero mean and unit variance per channel over `images`.
+    """
+    saved = load_newest(work / "autoencoder", functools.partial(_check_whole, family))
+    if saved is not None:
+        vae = family.autoencoder_class.from_config(saved.state["config"])
+        vae.load_state_dict(dict(saved.tensors))
+        log += saved.state["log"]
+        return vae.eval()
+    vae = _reconstruct(config, family, images, log, work / "reconstruction", every)
+    save_checkpoint(
+        work / "autoencoder",
+        config.autoencoder_steps,
+        vae.state_dict(),
+        {"config": {k: v for k, v in vae.config.items() if k != "block_out_channels"}, "log": log},
+    )
+    return vae
+
+
+def latents_of(family: Family, vae: Any, images: Tensor) -> Tensor:
+    """Latents ``(N, C, ...)`` of drawn scenes as `ScenePool` has them."""
+    with torch.no_grad():
+        return torch.cat([family.encode(vae, chunk.float() / 127.5 - 1) for chunk in images.split(256)])
+
+
+def _reconstruct(
+    config: PretrainConfig, family: Family, images: Tensor, log: list[dict[str, Any]], work: Path, every: int
+) -> Any:
+    """Reconstruct drawn scenes; the latents' mean and scale are folded into the encoder's last convolution."""
+    torch.manual_seed(keyed_seed(config.seed, "autoencoder"))
+    vae = family.autoencoder().to(memory_format=family.memory_format)
+    norm = family.norm()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate, weight_decay=0.0)
+    steps, batch = config.autoencoder_steps, config.autoencoder_batch_size
+    start = _resume(vae, norm, optimizer, log, work)
+    progress = progress_bar(total=steps, done=start, description="autoencoder", unit="step")
+    for step in range(start, steps):
+        generator = keyed_generator(config.seed, "autoencoder", step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.autoencoder_learning_rate * cosine(step, steps, warmup=50)
+        x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
+        x = x.contiguous(memory_format=family.memory_format)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = norm(family.encode(vae, x).float())
+            # Noise makes the latent space smooth, which the transformer's own errors need.
+            noisy = latents + config.latent_noise * torch.randn(latents.shape, generator=generator)
+            decoded = family.decode(vae, noisy)
+        error = (decoded.float() - x).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        progress.update()
+        if step % LOG_EVERY == 0 or step + 1 == steps:
+            log.append({"part": "autoencoder", "step": step, "psnr": 10 * math.log10(4.0 / float(error.detach()))})
+        if (step + 1) % every == 0 and step + 1 < steps:
+            moments = optimizer_tensors(optimizer)
+            tensors = prefixed("vae", vae.state_dict()) | prefixed("norm", norm.state_dict())
+            state = {"log": log, "optimizer_tensors": len(moments)}
+            save_checkpoint(work, step + 1, tensors | prefixed("optimizer", moments), state)
+            prune_checkpoints(work, step + 1, keep=2)
+    progress.close()
+    vae = vae.to(memory_format=torch.contiguous_format).eval()
+    last, channels = family.latent_layer(vae), config.latent_channels
+    with torch.no_grad():
+        raw = latents_of(family, vae, images[:2048])
+        around = (0, *range(2, raw.ndim))
+        mean, std = raw.mean(dim=around), raw.std(dim=around)
+        last.weight[:channels].div_(std.view(-1, *[1] * (last.weight.ndim - 1)))
+        last.bias[:channels].sub_(mean).div_(std)
+    return vae
+
+
+def _resume(vae: Any, norm: nn.Module, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]], work: Path) -> int:
+    """Take up the newest state; the number of steps that it has behind it."""
+
+    def check(checkpoint: Checkpoint) -> None:
+        check_state(checkpoint, {"log": list})
+        what = f"checkpoint {checkpoint.update} of the autoencoder's training"
+        for part, module in (("vae", vae), ("norm", norm)):
+            check_tensors(checkpoint.tensors.below(part), module.state_dict(), what)
+        moments = checkpoint.tensors.below("optimizer")
+        check_optimizer(moments, optimizer, checkpoint.state.get("optimizer_tensors"), what)
+
+    newest = load_newest(work, check)
+    if newest is None:
+        return 0
+    for part, module in (("vae", vae), ("norm", norm)):
+        module.load_state_dict(dict(newest.tensors.below(part)))
+    load_optimizer_tensors(optimizer, newest.tensors.below("optimizer"))
+    log += newest.state["log"]
+    return newest.update
+
+
+def _check_whole(family: Family, checkpoint: Checkpoint) -> None:
+    """Refuse an autoencoder that cannot be gone on with, although its bytes are those of its manifest."""
+    check_state(checkpoint, {"config": dict, "log": list})
+    what = f"checkpoint {checkpoint.update} of the autoencoder"
+    try:
+        like = family.autoencoder_class.from_config(checkpoint.state["config"]).state_dict()
+    # Whatever another configuration does to the class.
+    except Exception as error:
+        raise CheckpointError(f"{what}: damaged (its configuration: {type(error).__name__}: {error})") from error
+    check_tensors(checkpoint.tensors, like, what)
