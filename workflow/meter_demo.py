@@ -36,7 +36,11 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
     "large": ("prompts=large", *_PATHWISE),
     "group_4": ("training.group_size=4", "training.micro_batch=4", "experiment.meter.reference=64", *_PATHWISE),
     "group_16": ("training.group_size=16", "experiment.meter.reference=16", *_PATHWISE),
-    "groups_1": ("training.prompts_per_update=1", "experiment.meter.updates=48", *_PATHWISE),
+    # The meter takes no optimizer steps of an update's parts; two would leave each fewer samples than a micro-batch.
+    "groups_1": (
+        *("training.prompts_per_update=1", "training.optimizer_steps_per_update=1", "experiment.meter.updates=48"),
+        *_PATHWISE,
+    ),
     "groups_4": ("training.prompts_per_update=4", "experiment.meter.updates=16", *_PATHWISE),
     "groups_8": ("training.prompts_per_update=8", "experiment.meter.updates=12", *_PATHWISE),
     "input_48": ("perception.input_size=48", *_PATHWISE),
