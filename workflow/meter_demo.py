@@ -129,15 +129,15 @@ def predictions(found: pd.DataFrame) -> pd.DataFrame:
     """The registered predictions: differences of log ratios, with two-sided normal p and Holm's correction.
 
     The standard error of a log ratio is the ratio's over the ratio; cells count as independent. A prediction whose
-    ratios are not both above zero cannot be tested and keeps p = 1.
+    ratios are not both above zero, or have no errors, cannot be tested and keeps p = 1.
     """
     own = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")].set_index(["cell", "source"])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (source, larger, smaller) in PREDICTIONS.items():
-        ratios = [float(own.loc[(cell, source), "ratio"]) for cell in (larger, smaller)]
-        errors = [float(own.loc[(cell, source), "error"]) for cell in (larger, smaller)]
+        ratios = [float(own["ratio"].at[cell, source]) for cell in (larger, smaller)]
+        errors = [float(own["error"].at[cell, source]) for cell in (larger, smaller)]
         difference, error, p_value = math.nan, math.nan, 1.0
-        if min(ratios) > 0:
+        if all(math.isfinite(value) for value in (*ratios, *errors)) and min(ratios) > 0:
             difference = math.log(ratios[0] / ratios[1])
             error = math.hypot(*(error / ratio for error, ratio in zip(errors, ratios, strict=True)))
             p_value = float(2 * special.ndtr(-abs(difference) / error))

@@ -251,3 +251,21 @@ def test_what_was_not_registered_is_refused(tmp_path: Path, credit2: Config) -> 
         sign = "+" if "nobody" in change or "families.told" in change else ""
         with pytest.raises(ConfigError, match=message):
             load_config(["experiment=credit2", "arm=base", f"{sign}experiment.{change}"])
+
+
+@pytest.mark.parametrize("name", ["objectives", "objectives_scene"])
+def test_objectives_are_compared_by_their_credit_alone(name: str) -> None:
+    """With contrast and without: ratios per position, which credit needs, and the credit; nothing else."""
+    first = load_config([f"experiment={name}", "arm=base"])
+    rule = first.experiment.registered
+    assert rule is not None
+    for arm, reference in rule.families["credit"].items():
+        pair = [
+            load_config([f"experiment={name}", f"arm={own}", "seed=200"]).training_identity()
+            for own in (arm, reference)
+        ]
+        ratios = [own["objective"].pop("ratio", None) for own in pair]
+        credit = [own.pop("credit") for own in pair]
+        assert ratios in (["position", "sample"], [None, None])
+        assert [[source["name"] for source in own["sources"]] for own in credit] == [["contrast"], []]
+        assert [{**own, "arm": None} for own in pair[:1]] == [{**own, "arm": None} for own in pair[1:]]

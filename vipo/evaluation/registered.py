@@ -124,12 +124,12 @@ def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> 
         raise ScoresError(f"registered: no score column {', '.join(missing)}; there are {', '.join(scores.columns)}")
     _check_alike(scores)
     curves = evaluation_curves(scores, columns, per_seed=True)
-    by_run = dict(iter(curves.groupby(["arm", "seed"], sort=False)))
+    by_run = {(str(arm), int(str(seed))): own for (arm, seed), own in curves.groupby(["arm", "seed"], sort=False)}
     runs: list[dict[str, Any]] = []
     for _, arm, reference in rule.pairs():
         matched = matched_curves(curves, (arm, reference), rule.change, rule.side_effects)
         points = matched.set_index(["arm", "seed"])
-        for seed in sorted(int(seed) for name, seed in by_run if name == arm):
+        for seed in sorted(seed for name, seed in by_run if name == arm):
             if (arm, seed) not in points.index:
                 raise ScoresError(f"registered: {arm} or {reference} of seed {seed} never changed a picture")
             ours, theirs = by_run[arm, seed], by_run[reference, seed]
@@ -177,7 +177,7 @@ def _check_alike(scores: pd.DataFrame) -> None:
     trained = scores[scores["update"] > 0]
     updates: dict[str, list[int]] = {}
     for (run, update), rows in trained.groupby(["run", "update"], sort=True):
-        updates.setdefault(str(run), []).append(int(update))
+        updates.setdefault(str(run), []).append(int(str(update)))
         if set(zip(rows["prompt_id"], rows["sample"], strict=True)) != pairs:
             raise ScoresError(f"registered: {run} at update {update} has other prompts or samples than the base")
     first = next(iter(updates), "")
