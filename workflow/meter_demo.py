@@ -131,11 +131,12 @@ def predictions(found: pd.DataFrame) -> pd.DataFrame:
     The standard error of a log ratio is the ratio's over the ratio; cells count as independent. A prediction whose
     ratios are not both above zero, or have no errors, cannot be tested and keeps p = 1.
     """
-    own = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")].set_index(["cell", "source"])
+    kept = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")]
+    own: Mapping[Any, Any] = kept.set_index(["cell", "source"]).to_dict("index")
     rows: list[dict[str, Any]] = []
     for name, (source, larger, smaller) in PREDICTIONS.items():
-        ratios = [float(own["ratio"].at[cell, source]) for cell in (larger, smaller)]
-        errors = [float(own["error"].at[cell, source]) for cell in (larger, smaller)]
+        ratios = [float(own[cell, source]["ratio"]) for cell in (larger, smaller)]
+        errors = [float(own[cell, source]["error"]) for cell in (larger, smaller)]
         difference, error, p_value = math.nan, math.nan, 1.0
         if all(math.isfinite(value) for value in (*ratios, *errors)) and min(ratios) > 0:
             difference = math.log(ratios[0] / ratios[1])

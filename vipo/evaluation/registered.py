@@ -3,7 +3,7 @@
 Pure functions of the rows of `scores.parquet`. Intervals are over seeds, conditional on the held-out prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -128,12 +128,12 @@ def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> 
     runs: list[dict[str, Any]] = []
     for _, arm, reference in rule.pairs():
         matched = matched_curves(curves, (arm, reference), rule.change, rule.side_effects)
-        points = matched.set_index(["arm", "seed"])
+        points: Mapping[Any, Any] = matched.set_index(["arm", "seed"]).to_dict("index")
         for seed in sorted(seed for name, seed in by_run if name == arm):
-            if (arm, seed) not in points.index:
+            if (arm, seed) not in points:
                 raise ScoresError(f"registered: {arm} or {reference} of seed {seed} never changed a picture")
             ours, theirs = by_run[arm, seed], by_run[reference, seed]
-            level = float(points.loc[(arm, seed), "level"])
+            level = float(points[arm, seed]["level"])
             values: dict[str, tuple[float, ...]] = {
                 EQUAL_UPDATES: tuple(
                     area_over_updates(own["update"].tolist(), own[rule.reward].tolist()) for own in (ours, theirs)
@@ -146,9 +146,7 @@ def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> 
             for name in (rule.change, *rule.side_effects):
                 values[f"{name} after the last update"] = tuple(float(own[name].iloc[-1]) for own in (ours, theirs))
             for name in rule.side_effects:
-                values[f"{name} at equal change"] = tuple(
-                    float(points.loc[(own, seed), name]) for own in (arm, reference)
-                )
+                values[f"{name} at equal change"] = tuple(float(points[own, seed][name]) for own in (arm, reference))
             for measure, (value, other) in values.items():
                 row = {"arm": arm, "reference": reference, "seed": seed, "measure": measure, "common_change": level}
                 runs.append({**row, "value": value, "reference_value": other})

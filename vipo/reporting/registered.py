@@ -102,7 +102,7 @@ def _commits(folder: Path, config: Config) -> list[str]:
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [
-        {key: None if isinstance(value, float) and pd.isna(value) else value for key, value in row.items()}
+        {str(key): None if isinstance(value, float) and pd.isna(value) else value for key, value in row.items()}
         for row in table.to_dict("records")
     ]
 
