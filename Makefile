@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
 export PYTHON TORCH
 
-.PHONY: help axe screenshots env demo docs docs-run gpu study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root \
+.PHONY: help axe screenshots env demo docs docs-run gpu meter-demo study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root \
   test-slurm image reward-env reward-locks sif test-image test-fresh lock clean
 
 help:  ## this list
@@ -51,6 +51,9 @@ STUDY := credit credit_clip credit_global credit_scene
 study: env  ## the study behind docs/method.md: does the map direct credit? (a few hours on two cores; resumable)
 	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment $(CONSENT); done
 	vipo study $(STUDY) -o docs/study
+
+meter-demo: env  ## the registered measurement of when a map helps: 20 cells (two hours of one core; resumable)
+	python workflow/meter_demo.py results/meter_demo docs/registered
 
 gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md
 	benchmarks/gpu/run.sh

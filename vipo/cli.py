@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from vipo.commands.evaluation import compare, credit, evaluate, sample
-from vipo.commands.results import audit, crate, diff, export, published, report, study, summarize, upload
+from vipo.commands.results import audit, crate, diff, export, published, registered, report, study, summarize, upload
 from vipo.commands.rewards import score_beside, serve_reward
 from vipo.commands.runs import base, check, check_generator, config, encode, plan, prepare, train
 from vipo.ending import Commands, end_plainly
@@ -27,7 +27,7 @@ app = typer.Typer(
 # In the order of `vipo --help`; typer names each as its function, with `-` for `_`.
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(config, prepare, encode, train, plan, check_generator, check),
-    *(evaluate, compare, sample, summarize, report, credit, study, published, crate),
+    *(evaluate, compare, sample, summarize, report, credit, study, registered, published, crate),
     *(serve_reward, score_beside, map_command, orientation),
     *(base, diff, export, upload, audit),
 )

@@ -50,6 +50,18 @@ def study(
     say(study_stage(configs, results, output))
 
 
+def registered(
+    experiment: Annotated[str, typer.Argument(help="An experiment whose section `registered` fixes what is measured.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tables, the page and the picture.")],
+    results: Results = RESULTS,
+) -> None:
+    """Compute a registered experiment's measures and its rule's verdict, when all of its runs are evaluated."""
+    from vipo.reporting.registered import write_registered
+
+    for path in write_registered(load_config([f"experiment={experiment}", "arm=base"]), results, output):
+        say(path)
+
+
 def published(
     overrides: Overrides = None,
     file: ConfigFile = None,

@@ -14,6 +14,7 @@ from pydantic import (
 
 from vipo.config.meter import MeterConfig
 from vipo.config.published import PublishedConfig
+from vipo.config.registered import RegisteredConfig
 from vipo.config.section import LONGEST_NAME, Section, Seed
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
@@ -78,6 +79,9 @@ class ExperimentConfig(Section):
     study: StudyConfig | None = Field(None, description="The decision that the experiment was run for, if any.")
     meter: MeterConfig | None = Field(None, description="What `vipo credit` measures; null: its defaults.")
     published: PublishedConfig | None = Field(None, description="A table of others that `vipo published` shows beside.")
+    registered: RegisteredConfig | None = Field(
+        None, description="Measures and rule that were fixed before the runs, for `vipo registered`."
+    )
 
     @model_validator(mode="after")
     def _published_has_its_arms(self) -> Self:
@@ -96,11 +100,18 @@ class ExperimentConfig(Section):
                     raise ValueError(f"study: arm {name!r} lacks the seeds {sorted(absent)}")
         return self
 
+    @model_validator(mode="after")
+    def _registered_has_its_runs(self) -> Self:
+        if self.registered is not None:
+            self.registered.check_arms({name: arm.seeds for name, arm in self.arms.items()})
+        return self
+
     @model_serializer(mode="wrap")
-    def _without_a_table_that_is_not(self, dump: SerializerFunctionWrapHandler) -> Any:
+    def _without_what_is_not(self, dump: SerializerFunctionWrapHandler) -> Any:
         data = dump(self)
-        if self.published is None:
-            del data["published"]
+        for name in ("published", "registered"):
+            if getattr(self, name) is None:
+                del data[name]
         return data
 
     @field_validator("meter")

@@ -104,10 +104,18 @@ def matched_arms(
     Raises:
         ScoresError: as `evaluation_curves`.
     """
-    sign = 1.0 if better == "higher" else -1.0
-    read = ["update", *columns]
     chosen = scores[scores["arm"].isin(arms) | (scores["update"] == 0)]
     curves = evaluation_curves(chosen, list(dict.fromkeys([on, *columns])), per_seed=True)
+    return matched_curves(curves, arms, on, columns, better=better)
+
+
+def matched_curves(
+    curves: pd.DataFrame, arms: Sequence[str], on: str, columns: Sequence[str], *, better: Better = "higher"
+) -> pd.DataFrame:
+    """`matched_arms` from the curves of `evaluation_curves` (per seed), which serve many sets of arms."""
+    sign = 1.0 if better == "higher" else -1.0
+    read = ["update", *columns]
+    curves = curves[curves["arm"].isin(arms)]
     rows: list[dict[str, Any]] = []
     for seed, together in curves.groupby("seed", sort=True):
         own = {str(arm): curve for arm, curve in together.groupby("arm", sort=False)}

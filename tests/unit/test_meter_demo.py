@@ -1,0 +1,67 @@
+"""The registered measurement `meter_demo`: its cells, and its table from made-up results."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from vipo.config.compose import load_config
+from workflow.meter_demo import PREDICTIONS, RUN, Cell, cells, predictions, table, write
+
+
+def _result(cell: Cell, ratio: float) -> str:
+    def along(source: str, kind: str, ratio: float) -> dict[str, object]:
+        value = {"value": 0.03 * ratio, "error": 0.01, "low": 0.01, "high": 0.05, "update_share": 0.5}
+        return {"source": source, "kind": kind, "value": value, "ratio": value | {"value": ratio, "error": 0.2 * ratio}}
+
+    found = [along(source, "sgd", 1 if source == "grpo" else ratio) for source in ("grpo", "contrast", "oracle")]
+    pathwise = [] if cell.name.startswith("scene") else found
+    return json.dumps({"result": {"first": "grpo", "pathwise": pathwise, "directional": found}})
+
+
+def test_every_cell_is_one_change_of_a_configuration_that_holds() -> None:
+    every = list(cells())
+    assert len(every) == len({cell.name for cell in every}) <= 25
+    assert {name for _, *pair in PREDICTIONS.values() for name in pair} <= {cell.name for cell in every}
+    first = load_config([*RUN, "arm=grpo"])
+    assert set(first.experiment.meter.arms) <= set(first.experiment.arms)
+    for cell in {cell.folder: cell for cell in every}.values():
+        config = load_config([*RUN, "arm=grpo", *cell.overrides])
+        meter = config.experiment.meter
+        differing = {
+            name
+            for name in ("reward", "prompts", "training", "perception", "sampling", "optimizer", "generator")
+            if getattr(config, name) != getattr(first, name)
+        }
+        assert len(differing) == (0 if cell.folder == "object_redness" else 2 if cell.folder == "scene" else 1)
+        # The reference has as many samples in every cell.
+        assert meter.reference * config.training.group_size in (0, 256)
+        assert meter.updates * config.training.prompts_per_update >= 32
+
+
+def test_the_table_and_the_predictions(tmp_path: Path) -> None:
+    every = list(cells())
+    ratios = {cell.name: 1 + 0.1 * place for place, cell in enumerate(every)}
+    for cell in every[:-1]:
+        path = cell.found(tmp_path)
+        path.parent.mkdir(parents=True)
+        path.write_text(_result(cell, ratios[cell.name]))
+    write(table(tmp_path), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["meter_demo.csv"], "one is not measured yet"
+    path = every[-1].found(tmp_path)
+    path.parent.mkdir(parents=True)
+    path.write_text(_result(every[-1], ratios[every[-1].name]))
+    found = table(tmp_path)
+    assert len(found) == 3 * (2 * len(every) - 3)
+    told = predictions(found).set_index("prediction")
+    raw = {}
+    for name, (source, larger, smaller) in PREDICTIONS.items():
+        z = math.log(ratios[larger] / ratios[smaller]) / (0.2 * math.sqrt(2))
+        raw[name] = 2 * stats.norm.sf(abs(z))
+        assert told.loc[name, "p"] == pytest.approx(raw[name])
+        assert told.loc[name, "source"] == source
+    assert told["holm"].min() == pytest.approx(min(1, len(raw) * min(raw.values())))
+    write(found, tmp_path / "out")
+    assert (tmp_path / "out/meter_demo_predictions.csv").is_file()

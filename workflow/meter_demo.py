@@ -1,0 +1,171 @@
+"""The experiment `meter_demo` (docs/registered.md): `make meter-demo` measures its cells; killed, it goes on.
+
+Each cell is a `vipo credit` of experiment=meter_demo with overrides of its own, in a results folder of its own.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy import special
+
+from vipo.evaluation.registered import holm
+
+RUN = ("experiment=meter_demo", "seed=300")
+#: By directional gains alone: `scene` has no gradient, so more steps are taken along fewer kinds of direction.
+_NO_GRADIENT = (
+    *("experiment.meter.reference=0", "experiment.meter.updates=16", "experiment.meter.stepped=16"),
+    *("experiment.meter.directions=[sgd]", "experiment.meter.held_out=24", "experiment.meter.held_out_samples=1"),
+)
+_PATHWISE = ("experiment.meter.stepped=0",)
+REWARDS: Mapping[str, tuple[str, ...]] = {
+    "object_redness": (),
+    "redness": ("reward=redness",),
+    "small": ("prompts=small",),
+    "scene": ("reward=scene", "prompts=pairs", *_NO_GRADIENT),
+}
+CHECKPOINTS: Mapping[str, str | None] = {"base": None, "u6": "updates/000006", "u12": "weights"}
+#: One at a time from object_redness at the base, whose updates are 2 groups of 8 and whose maps are of 96 pixels.
+FACTORS: Mapping[str, tuple[str, ...]] = {
+    "large": ("prompts=large", *_PATHWISE),
+    "group_4": ("training.group_size=4", "training.micro_batch=4", "experiment.meter.reference=64", *_PATHWISE),
+    "group_16": ("training.group_size=16", "experiment.meter.reference=16", *_PATHWISE),
+    # The meter takes no optimizer steps of an update's parts; two would leave each fewer samples than a micro-batch.
+    "groups_1": (
+        *("training.prompts_per_update=1", "training.optimizer_steps_per_update=1", "experiment.meter.updates=48"),
+        *_PATHWISE,
+    ),
+    "groups_4": ("training.prompts_per_update=4", "experiment.meter.updates=16", *_PATHWISE),
+    "groups_8": ("training.prompts_per_update=8", "experiment.meter.updates=12", *_PATHWISE),
+    "input_48": ("perception.input_size=48", *_PATHWISE),
+    "input_192": ("perception.input_size=192", *_PATHWISE),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        name: of the cell, and of its table rows.
+        folder: below the results, shared by cells of one training.
+        overrides: of experiment=meter_demo.
+        weights: of the run grpo-s300 that is trained first; None: the generator as it is.
+    """
+
+    name: str
+    folder: str
+    overrides: tuple[str, ...]
+    weights: str | None = None
+
+    def found(self, results: Path) -> Path:
+        """Where `vipo credit` writes the result."""
+        label = {None: "base", "weights": "grpo-s300"}.get(self.weights, "grpo-s300-u6")
+        return results / self.folder / "meter_demo" / "credit" / label / "credit.json"
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, rewards at their checkpoints first."""
+    for reward, overrides in REWARDS.items():
+        for checkpoint, weights in CHECKPOINTS.items():
+            yield Cell(f"{reward}_{checkpoint}", reward, overrides, weights)
+    for factor, overrides in FACTORS.items():
+        yield Cell(factor, factor, overrides)
+
+
+def measure(cell: Cell, results: Path) -> None:
+    """Train what the cell's checkpoint comes from where that is not done, then measure; either goes on where it was.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed, and has said why.
+    """
+    place = ["--results", str(results / cell.folder)]
+    weights: list[str] = []
+    if cell.weights is not None:
+        run = results / cell.folder / "meter_demo" / "runs" / "grpo-s300"
+        subprocess.run(["vipo", "train", *RUN, "arm=grpo", *cell.overrides, *place], check=True)
+        weights = ["--weights", str(run / cell.weights)]
+    subprocess.run(["vipo", "credit", *RUN, *cell.overrides, *place, *weights], check=True)
+
+
+def table(results: Path) -> pd.DataFrame:
+    """Ratios to GRPO of all cells that are measured.
+
+    Returns:
+        `cell`, `estimator` (pathwise, directional), `direction`, `source`, `ratio` with its standard `error`, `low` and
+        `high`, and `grpo` with `grpo_error`: GRPO's own value, without which a ratio says nothing.
+    """
+    rows = []
+    for cell in cells():
+        if not (path := cell.found(results)).is_file():
+            continue
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
+        for estimator in ("pathwise", "directional"):
+            own = {along["kind"]: along["value"] for along in result[estimator] if along["source"] == result["first"]}
+            for along in result[estimator]:
+                ratio, first = along["ratio"], own[along["kind"]]
+                row = {"cell": cell.name, "estimator": estimator, "direction": along["kind"], "source": along["source"]}
+                row |= {"ratio": ratio["value"], **{key: ratio[key] for key in ("error", "low", "high")}}
+                rows.append(row | {"grpo": first["value"], "grpo_error": first["error"]})
+    return pd.DataFrame(rows)
+
+
+#: Registered: the first cell's ratio of the source is the larger one (pathwise, the gradient's own direction).
+PREDICTIONS: Mapping[str, tuple[str, str, str]] = {
+    "smaller objects": ("oracle", "small_base", "large"),
+    "a local reward": ("oracle", "object_redness_base", "redness_base"),
+    "smaller groups": ("contrast", "group_4", "group_16"),
+    "fewer groups": ("contrast", "groups_1", "groups_8"),
+}
+
+
+def predictions(found: pd.DataFrame) -> pd.DataFrame:
+    """The registered predictions: differences of log ratios, with two-sided normal p and Holm's correction.
+
+    The standard error of a log ratio is the ratio's over the ratio; cells count as independent. A prediction whose
+    ratios are not both above zero, or have no errors, cannot be tested and keeps p = 1.
+    """
+    kept = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")]
+    own: Mapping[Any, Any] = kept.set_index(["cell", "source"]).to_dict("index")
+    rows: list[dict[str, Any]] = []
+    for name, (source, larger, smaller) in PREDICTIONS.items():
+        ratios = [float(own[cell, source]["ratio"]) for cell in (larger, smaller)]
+        errors = [float(own[cell, source]["error"]) for cell in (larger, smaller)]
+        difference, error, p_value = math.nan, math.nan, 1.0
+        if all(math.isfinite(value) for value in (*ratios, *errors)) and min(ratios) > 0:
+            difference = math.log(ratios[0] / ratios[1])
+            error = math.hypot(*(error / ratio for error, ratio in zip(errors, ratios, strict=True)))
+            p_value = float(2 * special.ndtr(-abs(difference) / error))
+        rows.append({"prediction": name, "source": source, "larger": larger, "smaller": smaller})
+        rows[-1] |= {"log_ratio": difference, "error": error, "p": p_value}
+    return pd.DataFrame(rows).assign(holm=lambda frame: holm(frame["p"].tolist()))
+
+
+def write(found: pd.DataFrame, output: Path) -> None:
+    """``meter_demo.csv``, and where every cell is measured ``meter_demo_predictions.csv``."""
+    output.mkdir(parents=True, exist_ok=True)
+    found.to_csv(output / "meter_demo.csv", index=False, lineterminator="\n", float_format="%.6g")
+    if set(found["cell"]) == {cell.name for cell in cells()}:
+        told = predictions(found)
+        told.to_csv(output / "meter_demo_predictions.csv", index=False, lineterminator="\n", float_format="%.6g")
+        print(told.to_string(index=False))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure every cell below the first folder, write the tables into the second."""
+    results, output = map(Path, arguments)
+    every = list(cells())
+    for number, cell in enumerate(every, start=1):
+        print(f"cell {number} of {len(every)}: {cell.name}", flush=True)
+        measure(cell, results)
+    write(table(results), output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
