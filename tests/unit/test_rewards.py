@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from vipo.config.registries import CLIP_REWARDS
 from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.demo.scenes import (
     BACKGROUNDS,
@@ -28,7 +29,7 @@ from vipo.rewards.registry import find_reward
 from vipo.rewards.resident import Resident, by_network, in_use
 
 # Those that need no weights, of pictures.
-RULES = [name for name in REWARDS if name not in (*REWARD_OPTIONS, "flicker")]
+RULES = [name for name in REWARDS if name not in (*REWARD_OPTIONS, *CLIP_REWARDS)]
 
 
 def _score(name: str, images: Tensor, metadata: Sequence[Mapping[str, Any]] | None = None) -> Tensor:

@@ -94,7 +94,8 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     log: list[dict[str, Any]] = []
     started = time.monotonic()
     pool = build_pool(config)
-    family: Family = (Clips if config.drawn == "motion" else Pictures)(config, vocabulary(pool))
+    words = vocabulary(pool)
+    family: Family = Clips(config, words) if config.drawn == "motion" else Pictures(config, words)
     vae = trained_autoencoder(config, family, pool.images, log, work, _CHECKPOINT_EVERY)
     latents = latents_of(family, vae, pool.images)
 
