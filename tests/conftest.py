@@ -68,6 +68,11 @@ def garbage() -> Iterator[None]:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Libraries that count at the end what was left over find nothing."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """What libraries leave in the environment ends with the test: trackers' switches, PyTorch's folders.
