@@ -9,15 +9,14 @@ calls, or by an import of torch in a fresh process. A machine that is busy, or a
 """
 
 import argparse
+import itertools
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,8 @@ def count(overrides: Sequence[str], folder: Path) -> dict[str, float]:
     return found
 
 
-def ratios(config: Config, folder: Path) -> dict[str, float]:
-    """Processor time over other processor time.
+def ratios(config: Config, folder: Path) -> Iterator[tuple[str, float]]:
+    """Processor time over other processor time, by name.
 
     Args:
         config: of the finished run below `folder`.
@@ -93,7 +92,7 @@ def ratios(config: Config, folder: Path) -> dict[str, float]:
     """
     with loaded(load_config(["experiment=demo", "arm=vipo"])) as setup:
         shares = measure(setup, 5)
-    found = {name: shares[name] for name in ("update_over_floor", "map_share")}
+    yield from ((name, shares[name]) for name in ("update_over_floor", "map_share"))
     resolved = folder / "run.yaml"
     resolved.write_text(dump_config(config), encoding="utf-8")
     finished = ["--config", str(resolved), "--results", str(folder)]
@@ -109,15 +108,13 @@ def ratios(config: Config, folder: Path) -> dict[str, float]:
     # One after the other, several times: what slows the machine down for a while slows all of them.
     rounds = [{name: _started(command) for name, command in commands.items()} for _ in range(_REPEATS)]
     torch = min(each["torch"] for each in rounds)
-    found |= {f"start.{name}": min(each[name] for each in rounds) / torch for name in starts}
+    yield from ((f"start.{name}", min(each[name] for each in rounds) / torch) for name in starts)
     experiment = folder / config.experiment.name
-    found["audit"] = _seconds(lambda: audit_experiment(experiment, repository_root())) / torch
+    yield "audit", _seconds(lambda: audit_experiment(experiment, repository_root())) / torch
     large, runs = with_prompts(experiment, PROMPTS, folder / "large"), ("base-s0", config.run_name)
-    found[f"data_of_{PROMPTS}_prompts"] = (
-        _seconds(lambda: build_data(large, runs, config, large / "report/data")) / torch
-    )
-    found[f"page_of_{PROMPTS}_prompts"] = _seconds(lambda: build_report(large, runs, config, large / "report")) / torch
-    return found
+    report = large / "report"
+    yield "data_of_2000_prompts", _seconds(lambda: build_data(large, runs, config, report / "data")) / torch
+    yield "page_of_2000_prompts", _seconds(lambda: build_report(large, runs, config, report)) / torch
 
 
 def _bytes_read() -> int:
@@ -153,12 +150,6 @@ def judged(found: dict[str, float], baseline: dict[str, Any]) -> list[tuple[str,
     return dearer
 
 
-@contextmanager
-def _temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def main() -> None:
     """Print every figure beside the reviewed one; status 1 where one is dearer than its margin allows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,20 +157,20 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="take what is found as the baseline")
     arguments = parser.parse_args()
     baseline = json.loads(BASELINE.read_text(encoding="utf-8"))
-    with _temporary() as folder:
-        found = count(SMALL, folder)
-        if not arguments.counts:
-            found |= ratios(load_config(list(SMALL)), folder)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        counted = count(SMALL, folder).items()
+        measured = () if arguments.counts else ratios(load_config(list(SMALL)), folder)
+        # As it comes: whatever ends the run, what was found stands there.
+        for name, value in itertools.chain(counted, measured):
+            found[name] = value
+            mark = "  DEARER" if judged({name: value}, baseline) else ""
+            print(f"{name:40} {value:10.3f}  reviewed {baseline['figures'].get(name)}{mark}", flush=True)
     if arguments.write:
         figures = baseline["figures"] | {name: round(value, 3) for name, value in found.items()}
-        told = {"machine": platform.processor() or platform.machine(), "figures": figures}
-        BASELINE.write_text(json.dumps(baseline | told, indent=1) + "\n", encoding="utf-8")
-    dearer = judged(found, baseline)
-    marks = {name for name, *_ in dearer}
-    for name, value in found.items():
-        reviewed = baseline["figures"].get(name)
-        print(f"{name:40} {value:10.3f}  reviewed {reviewed}{'  DEARER' if name in marks else ''}")
-    sys.exit(int(bool(dearer) and not arguments.write))
+        BASELINE.write_text(json.dumps(baseline | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(int(bool(judged(found, baseline)) and not arguments.write))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from vipo.config.compose import load_config
 from vipo.reporting.drawing import ARM_COLORS, as_plot, new_row
 
 _DEMO = ("experiment=demo", "arm=vipo", "training.save_at=[]")
+#: Rewards of drawn scenes read pictures of one size.
+_ANY_SIZE = ("reward=redness", "evaluation.rewards=[redness]")
 #: By curve: its name for people, and the overrides of each of its points.
 CURVES: Mapping[str, tuple[str, Mapping[int, Sequence[str]]]] = MappingProxyType(
     {
@@ -37,7 +39,7 @@ CURVES: Mapping[str, tuple[str, Mapping[int, Sequence[str]]]] = MappingProxyType
         "components": ("components of the map, K", {n: [f"perception.components={n}"] for n in (1, 3, 5)}),
         "side": (
             "pixels a side",
-            {n: [f"generator.height={n}", f"generator.width={n}"] for n in (32, 64, 96)},
+            {n: [*_ANY_SIZE, f"generator.height={n}", f"generator.width={n}"] for n in (32, 64, 96)},
         ),
     }
 )
@@ -71,7 +73,12 @@ def _spread(processes: int) -> float:
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for updates in (1, 1 + _UPDATES):
-            own = [f"training.updates={updates}", f"distribution.processes={processes}", "tracking.sheet_every=0"]
+            own = [
+                f"training.updates={updates}",
+                f"distribution.processes={processes}",
+                "training.micro_batch=4",
+                "tracking.sheet_every=1000",
+            ]
             command = [sys.executable, "-m", "vipo.cli", "train", *_DEMO, *own]
             command += ["--results", str(Path(folder) / str(updates))]
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
