@@ -27,6 +27,7 @@ from vipo.audit import audit_experiment
 from vipo.config.compose import dump_config, load_config, repository_root
 from vipo.config.run import Config
 from vipo.reporting import build_data, build_report
+from vipo.runtime import settle_runtime
 from vipo.training.update import update
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -52,19 +53,17 @@ PROMPTS = 2000
 _REPEATS = 3
 
 
-def count(overrides: Sequence[str], folder: Path) -> dict[str, float]:
-    """What one update and one audit of a small experiment ask for; no clock is read.
+def count_update(overrides: Sequence[str]) -> dict[str, float]:
+    """What one update of a small run asks for; no clock is read.
 
     Args:
         overrides: of a run, such as `SMALL`.
-        folder: a results folder, in which the experiment is made.
 
     Returns:
         ``update.<part>``: calls of network, decoder, backbone and rewards; backward passes; values that the host reads
-        of tensors; bytes that it reads of files. ``audit.reads``: how often an audit reads each byte of the results.
+        of tensors; bytes that it reads of files and does not map.
     """
-    config = load_config(list(overrides))
-    with loaded(config) as setup:
+    with loaded(load_config(list(overrides))) as setup:
         update(setup, 1)
         with watched(setup) as calls:
             before = _bytes_read()
@@ -75,12 +74,21 @@ def count(overrides: Sequence[str], folder: Path) -> dict[str, float]:
     found = {f"update.{name}": float(number) for name, number in sorted(calls.counts.items())}
     found["update.values_read_by_the_host"] = float(sum(waits.lines.values()))
     found["update.bytes_read"] = float(read)
-    experiment = finished_experiment(config, folder)
+    return found
+
+
+def count_audit(overrides: Sequence[str], folder: Path) -> dict[str, float]:
+    """How often an audit reads each byte of an experiment's results, all that it reads taken together.
+
+    Args:
+        overrides: of a run.
+        folder: a results folder, in which the experiment is made.
+    """
+    experiment = finished_experiment(load_config(list(overrides)), folder)
     audit_experiment(experiment, repository_root())
     before = _bytes_read()
     audited = audit_experiment(experiment, repository_root())
-    found["audit.reads"] = round((_bytes_read() - before) / audited.checked.bytes, 1)
-    return found
+    return {"audit.reads": round((_bytes_read() - before) / audited.checked.bytes, 1)}
 
 
 def ratios(config: Config, folder: Path) -> Iterator[tuple[str, float]]:
@@ -88,7 +96,7 @@ def ratios(config: Config, folder: Path) -> Iterator[tuple[str, float]]:
 
     Args:
         config: of the finished run below `folder`.
-        folder: a results folder with the experiment that `count` made.
+        folder: a results folder with the experiment that `count_audit` made.
     """
     with loaded(load_config(["experiment=demo", "arm=vipo"])) as setup:
         shares = measure(setup, 5)
@@ -138,12 +146,13 @@ def _started(command: Sequence[str]) -> float:
 def judged(found: dict[str, float], baseline: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     """What is found beyond its margin, or is not in the baseline: name, value, reviewed value, largest one allowed.
 
-    Counts have no margin; ratios have the baseline's `margins`, by the first part of their name.
+    Counts have no margin; the others have the baseline's `margins`, by their name or its first part.
     """
     dearer = []
     for name, value in found.items():
         reviewed = float(baseline["figures"].get(name, -1))
-        most = reviewed * (1 + float(baseline["margins"].get(name.partition(".")[0], 0)))
+        margins = baseline["margins"]
+        most = reviewed * (1 + float(margins.get(name, margins.get(name.partition(".")[0], 0))))
         # Rounding of the file.
         if value > most + 1e-3:
             dearer.append((name, value, reviewed, most))
@@ -156,11 +165,12 @@ def main() -> None:
     parser.add_argument("--counts", action="store_true", help="what is counted alone")
     parser.add_argument("--write", action="store_true", help="take what is found as the baseline")
     arguments = parser.parse_args()
+    settle_runtime()
     baseline = json.loads(BASELINE.read_text(encoding="utf-8"))
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        counted = count(SMALL, folder).items()
+        counted = (count_update(SMALL) | count_audit(SMALL, folder)).items()
         measured = () if arguments.counts else ratios(load_config(list(SMALL)), folder)
         # As it comes: whatever ends the run, what was found stands there.
         for name, value in itertools.chain(counted, measured):
