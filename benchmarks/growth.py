@@ -34,9 +34,9 @@ CURVES: Mapping[str, tuple[str, Mapping[int, Sequence[str]]]] = MappingProxyType
             "samples a group, G",
             {n: [f"training.group_size={n}", "training.micro_batch=4"] for n in (4, 8, 16)},
         ),
-        "steps": ("sampling steps, T (4 trained)", {n: [f"sampling.steps={n}"] for n in (5, 10, 20)}),
-        "trained": ("trained steps of 10", {n: [f"training.trained_transitions={n}"] for n in (1, 4, 8)}),
-        "components": ("components of the map, K", {n: [f"perception.components={n}"] for n in (1, 3, 5)}),
+        "steps": ("steps, T", {n: [f"sampling.steps={n}"] for n in (5, 10, 20)}),
+        "trained": ("trained steps", {n: [f"training.trained_transitions={n}"] for n in (1, 4, 8)}),
+        "components": ("components, K", {n: [f"perception.components={n}"] for n in (1, 3, 5)}),
         "side": (
             "pixels a side",
             {n: [*_ANY_SIZE, f"generator.height={n}", f"generator.width={n}"] for n in (32, 64, 96)},
@@ -91,10 +91,10 @@ def _spread(processes: int) -> float:
 def draw(figures: Mapping[str, list[dict[str, float]]]) -> str:
     """The curves as one SVG, a plot each."""
     titles = {name: title for name, (title, _) in CURVES.items()} | {
-        "frames": "frames (tiny Wan)",
-        "processes": "processes, all together",
+        "frames": "frames",
+        "processes": "processes",
     }
-    figure, plots = new_row(len(figures), 1.9, 1.45 * len(figures))
+    figure, plots = new_row(len(figures), 1.9, 1.6 * len(figures))
     for place, (axes, (name, points)) in enumerate(zip(plots, figures.items(), strict=True)):
         at = [point["at"] for point in points]
         for number, part in enumerate(part for part in ("total", "rollout", "learn", "map") if part in points[0]):

@@ -57,5 +57,5 @@ def test_the_curves_are_drawn_from_their_figures() -> None:
 
     root = repository_root()
     curves = json.loads((root / "benchmarks/growth.json").read_text())["curves"]
-    assert set(curves) == {*CURVES, "frames", "processes"}
+    assert set(curves) <= {*CURVES, "frames", "processes"}
     assert draw(curves) == (root / "docs/images/growth.svg").read_text()
