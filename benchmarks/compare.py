@@ -9,15 +9,14 @@ calls, or by an import of torch in a fresh process. A machine that is busy, or a
 """
 
 import argparse
+import itertools
 import json
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from vipo.audit import audit_experiment
 from vipo.config.compose import dump_config, load_config, repository_root
 from vipo.config.run import Config
 from vipo.reporting import build_data, build_report
+from vipo.runtime import settle_runtime
 from vipo.training.update import update
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -53,19 +53,17 @@ PROMPTS = 2000
 _REPEATS = 3
 
 
-def count(overrides: Sequence[str], folder: Path) -> dict[str, float]:
-    """What one update and one audit of a small experiment ask for; no clock is read.
+def count_update(overrides: Sequence[str]) -> dict[str, float]:
+    """What one update of a small run asks for; no clock is read.
 
     Args:
         overrides: of a run, such as `SMALL`.
-        folder: a results folder, in which the experiment is made.
 
     Returns:
         ``update.<part>``: calls of network, decoder, backbone and rewards; backward passes; values that the host reads
-        of tensors; bytes that it reads of files. ``audit.reads``: how often an audit reads each byte of the results.
+        of tensors; bytes that it reads of files and does not map.
     """
-    config = load_config(list(overrides))
-    with loaded(config) as setup:
+    with loaded(load_config(list(overrides))) as setup:
         update(setup, 1)
         with watched(setup) as calls:
             before = _bytes_read()
@@ -76,24 +74,33 @@ def count(overrides: Sequence[str], folder: Path) -> dict[str, float]:
     found = {f"update.{name}": float(number) for name, number in sorted(calls.counts.items())}
     found["update.values_read_by_the_host"] = float(sum(waits.lines.values()))
     found["update.bytes_read"] = float(read)
-    experiment = finished_experiment(config, folder)
-    audit_experiment(experiment, repository_root())
-    before = _bytes_read()
-    audited = audit_experiment(experiment, repository_root())
-    found["audit.reads"] = round((_bytes_read() - before) / audited.checked.bytes, 1)
     return found
 
 
-def ratios(config: Config, folder: Path) -> dict[str, float]:
-    """Processor time over other processor time.
+def count_audit(overrides: Sequence[str], folder: Path) -> dict[str, float]:
+    """How often an audit reads each byte of an experiment's results, all that it reads taken together.
+
+    Args:
+        overrides: of a run.
+        folder: a results folder, in which the experiment is made.
+    """
+    experiment = finished_experiment(load_config(list(overrides)), folder)
+    audit_experiment(experiment, repository_root())
+    before = _bytes_read()
+    audited = audit_experiment(experiment, repository_root())
+    return {"audit.reads": round((_bytes_read() - before) / audited.checked.bytes, 1)}
+
+
+def ratios(config: Config, folder: Path) -> Iterator[tuple[str, float]]:
+    """Processor time over other processor time, by name.
 
     Args:
         config: of the finished run below `folder`.
-        folder: a results folder with the experiment that `count` made.
+        folder: a results folder with the experiment that `count_audit` made.
     """
     with loaded(load_config(["experiment=demo", "arm=vipo"])) as setup:
         shares = measure(setup, 5)
-    found = {name: shares[name] for name in ("update_over_floor", "map_share")}
+    yield from ((name, shares[name]) for name in ("update_over_floor", "map_share"))
     resolved = folder / "run.yaml"
     resolved.write_text(dump_config(config), encoding="utf-8")
     finished = ["--config", str(resolved), "--results", str(folder)]
@@ -109,15 +116,13 @@ def ratios(config: Config, folder: Path) -> dict[str, float]:
     # One after the other, several times: what slows the machine down for a while slows all of them.
     rounds = [{name: _started(command) for name, command in commands.items()} for _ in range(_REPEATS)]
     torch = min(each["torch"] for each in rounds)
-    found |= {f"start.{name}": min(each[name] for each in rounds) / torch for name in starts}
+    yield from ((f"start.{name}", min(each[name] for each in rounds) / torch) for name in starts)
     experiment = folder / config.experiment.name
-    found["audit"] = _seconds(lambda: audit_experiment(experiment, repository_root())) / torch
+    yield "audit", _seconds(lambda: audit_experiment(experiment, repository_root())) / torch
     large, runs = with_prompts(experiment, PROMPTS, folder / "large"), ("base-s0", config.run_name)
-    found[f"data_of_{PROMPTS}_prompts"] = (
-        _seconds(lambda: build_data(large, runs, config, large / "report/data")) / torch
-    )
-    found[f"page_of_{PROMPTS}_prompts"] = _seconds(lambda: build_report(large, runs, config, large / "report")) / torch
-    return found
+    report = large / "report"
+    yield "data_of_2000_prompts", _seconds(lambda: build_data(large, runs, config, report / "data")) / torch
+    yield "page_of_2000_prompts", _seconds(lambda: build_report(large, runs, config, report)) / torch
 
 
 def _bytes_read() -> int:
@@ -141,22 +146,17 @@ def _started(command: Sequence[str]) -> float:
 def judged(found: dict[str, float], baseline: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     """What is found beyond its margin, or is not in the baseline: name, value, reviewed value, largest one allowed.
 
-    Counts have no margin; ratios have the baseline's `margins`, by the first part of their name.
+    Counts have no margin; the others have the baseline's `margins`, by their name or its first part.
     """
     dearer = []
     for name, value in found.items():
         reviewed = float(baseline["figures"].get(name, -1))
-        most = reviewed * (1 + float(baseline["margins"].get(name.partition(".")[0], 0)))
+        margins = baseline["margins"]
+        most = reviewed * (1 + float(margins.get(name, margins.get(name.partition(".")[0], 0))))
         # Rounding of the file.
         if value > most + 1e-3:
             dearer.append((name, value, reviewed, most))
     return dearer
-
-
-@contextmanager
-def _temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def main() -> None:
@@ -165,21 +165,22 @@ def main() -> None:
     parser.add_argument("--counts", action="store_true", help="what is counted alone")
     parser.add_argument("--write", action="store_true", help="take what is found as the baseline")
     arguments = parser.parse_args()
+    settle_runtime()
     baseline = json.loads(BASELINE.read_text(encoding="utf-8"))
-    with _temporary() as folder:
-        found = count(SMALL, folder)
-        if not arguments.counts:
-            found |= ratios(load_config(list(SMALL)), folder)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        counted = (count_update(SMALL) | count_audit(SMALL, folder)).items()
+        measured = () if arguments.counts else ratios(load_config(list(SMALL)), folder)
+        # As it comes: whatever ends the run, what was found stands there.
+        for name, value in itertools.chain(counted, measured):
+            found[name] = value
+            mark = "  DEARER" if judged({name: value}, baseline) else ""
+            print(f"{name:40} {value:10.3f}  reviewed {baseline['figures'].get(name)}{mark}", flush=True)
     if arguments.write:
         figures = baseline["figures"] | {name: round(value, 3) for name, value in found.items()}
-        told = {"machine": platform.processor() or platform.machine(), "figures": figures}
-        BASELINE.write_text(json.dumps(baseline | told, indent=1) + "\n", encoding="utf-8")
-    dearer = judged(found, baseline)
-    marks = {name for name, *_ in dearer}
-    for name, value in found.items():
-        reviewed = baseline["figures"].get(name)
-        print(f"{name:40} {value:10.3f}  reviewed {reviewed}{'  DEARER' if name in marks else ''}")
-    sys.exit(int(bool(dearer) and not arguments.write))
+        BASELINE.write_text(json.dumps(baseline | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
+    sys.exit(int(bool(judged(found, baseline)) and not arguments.write))
 
 
 if __name__ == "__main__":

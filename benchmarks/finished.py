@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from vipo.config.compose import repository_root
 from vipo.config.run import Config
@@ -43,11 +43,11 @@ def with_prompts(experiment: Path, count: int, results: Path) -> Path:
     shown = set(pd.read_parquet(next(experiment.glob("evaluation/*/scores.parquet")))["prompt_id"])
     held_out = [prompt for prompt in held_out if prompt["id"] in shown]
     copies = [
-        {**prompt, "id": f"{number:016x}", "prompt": f"{prompt['prompt']}, number {number}"}
+        {**prompt, "id": f"{number:016x}", "text": f"{prompt['text']}, number {number}"}
         for number, prompt in ((number, held_out[number % len(held_out)]) for number in range(count))
     ]
     origins = {copy["id"]: held_out[number % len(held_out)]["id"] for number, copy in enumerate(copies)}
-    texts = {copy["id"]: copy["prompt"] for copy in copies}
+    texts = {copy["id"]: copy["text"] for copy in copies}
     (folder / "prompts/eval.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in copies))
     for evaluation in sorted((folder / "evaluation").iterdir()):
         scores = pd.read_parquet(evaluation / "scores.parquet")
@@ -64,5 +64,5 @@ def with_prompts(experiment: Path, count: int, results: Path) -> Path:
             for picture in pictures.glob(f"u*-{old}-*.png"):
                 (linked / picture.name.replace(old, new)).hardlink_to(picture)
         repeated = {name.replace(old, new): maps[name] for new, old in origins.items() for name in maps if old in name}
-        save_file({name: value.clone() for name, value in repeated.items()}, evaluation / "maps.safetensors")
+        save_file(repeated, evaluation / "maps.safetensors")
     return folder

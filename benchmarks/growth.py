@@ -25,6 +25,8 @@ from vipo.config.compose import load_config
 from vipo.reporting.drawing import ARM_COLORS, as_plot, new_row
 
 _DEMO = ("experiment=demo", "arm=vipo", "training.save_at=[]")
+#: Rewards of drawn scenes read pictures of one size.
+_ANY_SIZE = ("reward=redness", "evaluation.rewards=[redness]")
 #: By curve: its name for people, and the overrides of each of its points.
 CURVES: Mapping[str, tuple[str, Mapping[int, Sequence[str]]]] = MappingProxyType(
     {
@@ -32,12 +34,12 @@ CURVES: Mapping[str, tuple[str, Mapping[int, Sequence[str]]]] = MappingProxyType
             "samples a group, G",
             {n: [f"training.group_size={n}", "training.micro_batch=4"] for n in (4, 8, 16)},
         ),
-        "steps": ("sampling steps, T (4 trained)", {n: [f"sampling.steps={n}"] for n in (5, 10, 20)}),
-        "trained": ("trained steps of 10", {n: [f"training.trained_transitions={n}"] for n in (1, 4, 8)}),
-        "components": ("components of the map, K", {n: [f"perception.components={n}"] for n in (1, 3, 5)}),
+        "steps": ("steps, T", {n: [f"sampling.steps={n}"] for n in (5, 10, 20)}),
+        "trained": ("trained steps", {n: [f"training.trained_transitions={n}"] for n in (1, 4, 8)}),
+        "components": ("components, K", {n: [f"perception.components={n}"] for n in (1, 3, 5)}),
         "side": (
             "pixels a side",
-            {n: [f"generator.height={n}", f"generator.width={n}"] for n in (32, 64, 96)},
+            {n: [*_ANY_SIZE, f"generator.height={n}", f"generator.width={n}"] for n in (32, 64, 96)},
         ),
     }
 )
@@ -71,7 +73,12 @@ def _spread(processes: int) -> float:
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for updates in (1, 1 + _UPDATES):
-            own = [f"training.updates={updates}", f"distribution.processes={processes}", "tracking.sheet_every=0"]
+            own = [
+                f"training.updates={updates}",
+                f"distribution.processes={processes}",
+                "training.micro_batch=4",
+                "tracking.sheet_every=1000",
+            ]
             command = [sys.executable, "-m", "vipo.cli", "train", *_DEMO, *own]
             command += ["--results", str(Path(folder) / str(updates))]
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -84,10 +91,10 @@ def _spread(processes: int) -> float:
 def draw(figures: Mapping[str, list[dict[str, float]]]) -> str:
     """The curves as one SVG, a plot each."""
     titles = {name: title for name, (title, _) in CURVES.items()} | {
-        "frames": "frames (tiny Wan)",
-        "processes": "processes, all together",
+        "frames": "frames",
+        "processes": "processes",
     }
-    figure, plots = new_row(len(figures), 1.9, 1.45 * len(figures))
+    figure, plots = new_row(len(figures), 1.9, 1.6 * len(figures))
     for place, (axes, (name, points)) in enumerate(zip(plots, figures.items(), strict=True)):
         at = [point["at"] for point in points]
         for number, part in enumerate(part for part in ("total", "rollout", "learn", "map") if part in points[0]):

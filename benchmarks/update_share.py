@@ -25,6 +25,7 @@ from torch import Tensor
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 from vipo.credit.backbone import BackboneCredit
+from vipo.runtime import settle_runtime
 from vipo.stages import encode_stage, prepare_stage
 from vipo.tracking.timer import Timer
 from vipo.training.setup import Setup, set_up
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="+", help="Hydra overrides")
     parser.add_argument("--updates", type=int, default=5)
     arguments = parser.parse_args()
+    settle_runtime()
     config = load_config(arguments.overrides)
     with loaded(config) as setup:
         found = measure(setup, arguments.updates)
