@@ -231,7 +231,8 @@ def row(name: str, mode: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """As docs/generators.md shows it."""
     lines = [
-        "| generator | parameters | sample | trained | GPUs | GiB a GPU | PFLOP an update | seconds an update |",
+        "| generator | parameters | sample | trained | GPUs | GiB a GPU (computed) | PFLOP an update (computed) | "
+        "seconds an update (computed) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:

@@ -108,7 +108,7 @@ def test_adapters_are_fp32_beside_bf16_weights(experts: str, folder: Path, tmp_p
     """Of both, when they are added and when they are loaded."""
     held = {"precision": "bf16", "weights": "bf16", "experts": experts}
     generator, again = _load(folder, **held), _load(folder, **held)
-    generator.add_lora(LoraConfig(rank=2), seed=0)
+    generator.add_lora(LoraConfig(rank=2, alpha=2.0), seed=0)
     with torch.no_grad():
         for value in generator.network.parameters():
             # No number of bf16.

@@ -113,7 +113,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if local is tensor or len(local):
             # Clones: optimizer and model tensors may share storage, which safetensors refuses.
             held[name] = local.detach().cpu().contiguous().clone()
-    save_file(held, file, {ROWS: json.dumps(rows)} if rows else None)
+    save_file(held, file, {ROWS: json.dumps(rows, sort_keys=True)} if rows else None)
     return {file.name: file_sha256(file)}
 
 
