@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 from scipy import special
 
-from vipo.evaluation.registered import holm
+from vipo.evaluation.comparison import holm
 
 RUN = ("experiment=meter_demo", "seed=300")
 #: By directional gains alone: `scene` has no gradient, so more steps are taken along fewer kinds of direction.

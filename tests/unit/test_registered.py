@@ -15,13 +15,13 @@ from vipo.config.compose import load_config
 from vipo.config.registered import RegisteredConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.evaluation.comparison import holm
 from vipo.evaluation.registered import (
     EQUAL_CHANGE,
     EQUAL_UPDATES,
     analyse,
     area_over_change,
     area_over_updates,
-    holm,
 )
 from vipo.evaluation.statistics import ScoresError
 from vipo.reporting.inputs import ReportError

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vipo.config.registered import RegisteredConfig
+from vipo.evaluation.comparison import holm
 from vipo.evaluation.matched import evaluation_curves, matched_curves
 from vipo.evaluation.statistics import ScoresError, seed_interval
 
@@ -95,16 +96,6 @@ def area_over_change(changes: Sequence[float], rewards: Sequence[float], level: 
             area += (end - reached) * (first + slope * (middle - left))
             reached = end
     return area / (level - changes[0]) - rewards[0]
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm, 1979), in the order given."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
-    return adjusted
 
 
 def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> Analysis:
