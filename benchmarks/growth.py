@@ -18,11 +18,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.gpu.real_size import family_overrides
 from benchmarks.gpu.sizes import TINY
 from benchmarks.update_share import loaded, measure
 from vipo.config.compose import load_config
-from vipo.reporting.drawing import ARM_COLORS, as_plot, new_row
+from vipo.reporting.drawing import ARM_COLORS, as_plot, report_style
 
 _DEMO = ("experiment=demo", "arm=vipo", "training.save_at=[]")
 #: Rewards of drawn scenes read pictures of one size.
@@ -94,8 +96,12 @@ def draw(figures: Mapping[str, list[dict[str, float]]]) -> str:
         "frames": "frames",
         "processes": "processes",
     }
-    figure, plots = new_row(len(figures), 1.9, 1.6 * len(figures))
-    for place, (axes, (name, points)) in enumerate(zip(plots, figures.items(), strict=True)):
+    with report_style():
+        figure = Figure(figsize=(6.6, 3.4), layout="constrained")
+        plots = figure.subplots(2, -(-len(figures) // 2), sharey=True, squeeze=False).flatten().tolist()
+    for axes in plots[len(figures) :]:
+        axes.set_axis_off()
+    for place, (axes, (name, points)) in enumerate(zip(plots, figures.items(), strict=False)):
         at = [point["at"] for point in points]
         for number, part in enumerate(part for part in ("total", "rollout", "learn", "map") if part in points[0]):
             values = [point[part] for point in points]
@@ -104,8 +110,8 @@ def draw(figures: Mapping[str, list[dict[str, float]]]) -> str:
         axes.set_xticks(at)
         axes.set_ylim(bottom=0)
         if place == 0:
-            axes.set_ylabel("processor seconds an update")
             axes.legend(frameon=False, fontsize=6)
+    figure.supylabel("processor seconds an update", fontsize=8)
     told = "Processor seconds of an update against " + ", ".join(titles[name] for name in figures)
     return as_plot(figure, "growth", "growth", "How an update's cost grows", "", told).standalone()
 
