@@ -261,7 +261,7 @@ def test_what_is_replaced_with_consent_is_set_aside_whole(project: Path, overrid
         result = _snakemake(project, changed, *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
     (aside,) = (finished / ".superseded").iterdir()
-    places = r"(runs|samples|evaluation)/grpo-s0/|report/(data/|index|time|prov)|crate/|ro-crate"
+    places = r"(runs|samples|evaluation)/grpo-s0/|report/(data/|index|time|prov)|comparison/|crate/|ro-crate"
     assert _bytes(aside) == {name: content for name, content in before.items() if re.match(places, name)}
     after = _bytes(finished)
     same = [name for name in after if not re.match(rf"{places}|configs/", name)]
