@@ -98,7 +98,9 @@ def _run(arm: str, seed: int, rewards: list[float], changes: list[float], shape:
     return pd.DataFrame(rows)
 
 
-def _experiment(gains: dict[str, float], seeds: list[int], *, spread: float, fast: tuple[str, ...] = ()) -> list:
+def _experiment(
+    gains: dict[str, float], seeds: list[int], *, spread: float, fast: tuple[str, ...] = ()
+) -> list[pd.DataFrame]:
     """Runs whose reward gains `gains` an update more or less; `fast` arms change pictures as much more as they gain."""
     rng = np.random.default_rng(3)
     runs = [_run("base", 0, [0.1], [0.0])]
@@ -133,8 +135,7 @@ def test_tests_are_scipys_and_the_rule_needs_both_measures() -> None:
     assert np.isnan(tests.loc[("control", EQUAL_UPDATES), "holm"])
 
     def mean(arm: str, seed: int, update: int, column: str) -> float:
-        rows = scores[(scores["arm"] == arm) & (scores["update"] == update) & (scores["seed"].isin([seed, 0]))]
-        rows = rows[rows["seed"] == (0 if arm == "base" else seed)]
+        rows = scores[(scores["arm"] == arm) & (scores["update"] == update) & (scores["seed"] == seed)]
         return sum(rows[column]) / len(rows)
 
     def curve(arm: str, seed: int, column: str) -> list[float]:
@@ -170,9 +171,17 @@ def test_tests_are_scipys_and_the_rule_needs_both_measures() -> None:
 
 def test_a_control_that_passes_lets_nobody_pass() -> None:
     gains = {"grpo": 0.02, "better": 0.03, "faster": 0.02, "control": 0.03}
-    found = analyse(pd.concat(_experiment(gains, list(range(8)), spread=0.003), ignore_index=True), RULE, 0.95)
+    scores = pd.concat(_experiment(gains, list(range(8)), spread=0.003), ignore_index=True)
+    found = analyse(scores, RULE, 0.95)
     assert found.controls == ("control",)
     assert (found.families["candidates"].passed, found.families["candidates"].leads) == ((), None)
+    # A pair of two families is measured once.
+    twice = RULE.model_copy(update={"families": {**RULE.families, "again": {"better": "grpo"}}, "controls": {}})
+    tests = analyse(scores, twice, 0.95).tests.set_index(["role", "arm", "measure"])
+    for measure in (EQUAL_UPDATES, EQUAL_CHANGE):
+        for key in ("seeds", "low", "p"):
+            assert tests.loc[("again", "better", measure), key] == tests.loc[("candidates", "better", measure), key]
+        assert tests.loc[("again", "better", measure), "seeds"] == 8
     # As much below is no pass, whatever the p.
     gains["control"], gains["better"] = 0.01, 0.005
     found = analyse(pd.concat(_experiment(gains, list(range(8)), spread=0.003), ignore_index=True), RULE, 0.95)
@@ -182,10 +191,10 @@ def test_a_control_that_passes_lets_nobody_pass() -> None:
 def test_runs_that_cannot_be_compared_are_named() -> None:
     runs = _experiment({"grpo": 0.02, "better": 0.03, "faster": 0.03, "control": 0.02}, [0, 1], spread=0.0)
     for broken, message in (
-        (runs[2][runs[2]["update"] != 6], r"grpo-s1 was evaluated at updates \[3, 9, 12\]|at \[3, 9, 12\]"),
+        (runs[2][runs[2]["update"] != 6], r"grpo-s1 was evaluated at updates \[3, 9, 12\], better-s0"),
         (runs[2][(runs[2]["update"] != 6) | (runs[2]["prompt_id"] == "a")], "grpo-s1 at update 6 has other prompts"),
         (runs[2].assign(**{CHANGE: 0.0}), "grpo of seed 1 never changed a picture"),
-        (runs[2].drop(columns=SHAPE).assign(), "not finite|no score column"),
+        (runs[2].drop(columns=SHAPE), f"grpo: {SHAPE} is not finite for .seed 1,"),
     ):
         with pytest.raises(ScoresError, match=message):
             analyse(pd.concat([*runs[:2], broken, *runs[3:]], ignore_index=True), RULE, 0.95)
@@ -268,4 +277,4 @@ def test_objectives_are_compared_by_their_credit_alone(name: str) -> None:
         credit = [own.pop("credit") for own in pair]
         assert ratios in (["position", "sample"], [None, None])
         assert [[source["name"] for source in own["sources"]] for own in credit] == [["contrast"], []]
-        assert [{**own, "arm": None} for own in pair[:1]] == [{**own, "arm": None} for own in pair[1:]]
+        assert {**pair[0], "arm": None} == {**pair[1], "arm": None}
