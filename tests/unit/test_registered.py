@@ -1,4 +1,4 @@
-"""Registered measures against explicit integration, SciPy and closed testing; the page on a made-up credit2."""
+"""Registered measures against explicit integration and SciPy; the page on a made-up credit2."""
 
 import itertools
 import json
@@ -15,7 +15,6 @@ from vipo.config.compose import load_config
 from vipo.config.registered import RegisteredConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
-from vipo.evaluation.comparison import holm
 from vipo.evaluation.registered import (
     EQUAL_CHANGE,
     EQUAL_UPDATES,
@@ -71,18 +70,6 @@ def test_area_over_change_of_a_line_is_its_middle() -> None:
     for level in (0, -1, 2.1):
         with pytest.raises(ValueError, match="is not above 0 and at most 2"):
             area_over_change([0, 1, 2], [0, 1, 2], level)
-
-
-def test_holm_is_the_closure_of_bonferronis_tests() -> None:
-    """Holm (1979): a hypothesis falls where every intersection that it is part of falls by Bonferroni."""
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 3, 4):
-        p = [float(value) for value in rng.uniform(0, 0.4, count)]
-        sets = [held for size in range(1, count + 1) for held in itertools.combinations(range(count), size)]
-        bonferroni = {held: min(1, len(held) * min(p[place] for place in held)) for held in sets}
-        expected = [max(value for held, value in bonferroni.items() if place in held) for place in range(count)]
-        assert holm(p) == pytest.approx(expected)
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def _run(arm: str, seed: int, rewards: list[float], changes: list[float], shape: float = 0.0) -> pd.DataFrame:
