@@ -52,7 +52,7 @@ study: env  ## the study behind docs/method.md: does the map direct credit? (a f
 	for experiment in $(STUDY); do snakemake --profile local --config experiment=$$experiment $(CONSENT); done
 	vipo study $(STUDY) -o docs/study
 
-meter-demo: env  ## the registered measurement of when a map helps: 20 cells (two hours of one core; resumable)
+meter-demo: env  ## the registered measurement of when a map helps: 20 cells (about 2 h 40 min of one core; resumable)
 	python workflow/meter_demo.py results/meter_demo docs/registered
 
 gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md

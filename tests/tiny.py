@@ -1,4 +1,4 @@
-"""Tiny budgets: of the generator that most tests train, and of experiments on another family's random checkpoint."""
+"""Tiny budgets: of a demo generator, of one update, and of experiments on another family's random checkpoint."""
 
 TINY_PRETRAIN = {
     "threads": 1,
@@ -15,6 +15,17 @@ TINY_PRETRAIN = {
     "batch_size": 8,
     "warmup": 5,
 }
+
+ONE_UPDATE = (
+    "sampling.steps=3",
+    "training.updates=1",
+    "training.group_size=4",
+    "training.micro_batch=4",
+    "training.trained_transitions=1",
+    "training.save_at=[]",
+    "tracking.trackers=[]",
+)
+"""Overrides of an experiment on a demo generator."""
 
 OTHER_FAMILY = (
     "experiment=demo",

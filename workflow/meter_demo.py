@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 from scipy import special
 
+from vipo.config.meter import measured_weights, measurement_label
 from vipo.evaluation.comparison import holm
 
 RUN = ("experiment=meter_demo", "seed=300")
@@ -30,7 +31,8 @@ REWARDS: Mapping[str, tuple[str, ...]] = {
     "small": ("prompts=small",),
     "scene": ("reward=scene", "prompts=pairs", *_NO_GRADIENT),
 }
-CHECKPOINTS: Mapping[str, str | None] = {"base": None, "u6": "updates/000006", "u12": "weights"}
+#: As in `experiment.meter.checkpoints`; those of the run grpo-s300 are trained first.
+CHECKPOINTS: Mapping[str, str] = {"base": "base", "u6": "grpo-s300@6", "u12": "grpo-s300"}
 #: One at a time from object_redness at the base, whose updates are 2 groups of 8 and whose maps are of 96 pixels.
 FACTORS: Mapping[str, tuple[str, ...]] = {
     "large": ("prompts=large", *_PATHWISE),
@@ -56,25 +58,24 @@ class Cell:
         name: of the cell, and of its table rows.
         folder: below the results, shared by cells of one training.
         overrides: of experiment=meter_demo.
-        weights: of the run grpo-s300 that is trained first; None: the generator as it is.
+        checkpoint: one of `CHECKPOINTS`.
     """
 
     name: str
     folder: str
     overrides: tuple[str, ...]
-    weights: str | None = None
+    checkpoint: str = "base"
 
     def found(self, results: Path) -> Path:
         """Where `vipo credit` writes the result."""
-        label = {None: "base", "weights": "grpo-s300"}.get(self.weights, "grpo-s300-u6")
-        return results / self.folder / "meter_demo" / "credit" / label / "credit.json"
+        return results / self.folder / "meter_demo" / "credit" / measurement_label(self.checkpoint) / "credit.json"
 
 
 def cells() -> Iterator[Cell]:
     """All cells, rewards at their checkpoints first."""
     for reward, overrides in REWARDS.items():
-        for checkpoint, weights in CHECKPOINTS.items():
-            yield Cell(f"{reward}_{checkpoint}", reward, overrides, weights)
+        for name, checkpoint in CHECKPOINTS.items():
+            yield Cell(f"{reward}_{name}", reward, overrides, checkpoint)
     for factor, overrides in FACTORS.items():
         yield Cell(factor, factor, overrides)
 
@@ -86,12 +87,11 @@ def measure(cell: Cell, results: Path) -> None:
         subprocess.CalledProcessError: a command failed, and has said why.
     """
     place = ["--results", str(results / cell.folder)]
-    weights: list[str] = []
-    if cell.weights is not None:
-        run = results / cell.folder / "meter_demo" / "runs" / "grpo-s300"
+    trained: list[str] = []
+    if (weights := measured_weights(cell.checkpoint, results / cell.folder / "meter_demo")) is not None:
         subprocess.run(["vipo", "train", *RUN, "arm=grpo", *cell.overrides, *place], check=True)
-        weights = ["--weights", str(run / cell.weights)]
-    subprocess.run(["vipo", "credit", *RUN, *cell.overrides, *place, *weights], check=True)
+        trained = ["--weights", str(weights)]
+    subprocess.run(["vipo", "credit", *RUN, *cell.overrides, *place, *trained], check=True)
 
 
 def table(results: Path) -> pd.DataFrame:
@@ -142,8 +142,8 @@ def predictions(found: pd.DataFrame) -> pd.DataFrame:
             difference = math.log(ratios[0] / ratios[1])
             error = math.hypot(*(error / ratio for error, ratio in zip(errors, ratios, strict=True)))
             p_value = float(2 * special.ndtr(-abs(difference) / error))
-        rows.append({"prediction": name, "source": source, "larger": larger, "smaller": smaller})
-        rows[-1] |= {"log_ratio": difference, "error": error, "p": p_value}
+        row = {"prediction": name, "source": source, "larger": larger, "smaller": smaller}
+        rows.append(row | {"log_ratio": difference, "error": error, "p": p_value})
     return pd.DataFrame(rows).assign(holm=lambda frame: holm(frame["p"].tolist()))
 
 

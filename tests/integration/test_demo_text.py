@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import FluxPipeline
-from tiny import TINY_PRETRAIN
+from tiny import ONE_UPDATE, TINY_PRETRAIN
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.pretrain import PretrainConfig
@@ -17,15 +17,6 @@ from vipo.stages import train_stage
 from vipo.training.pretrain import train_base
 
 ROOT = repository_root()
-SMALL = (
-    "sampling.steps=3",
-    "training.updates=1",
-    "training.group_size=4",
-    "training.micro_batch=4",
-    "training.trained_transitions=1",
-    "training.save_at=[]",
-    "tracking.trackers=[]",
-)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +46,7 @@ def test_boxes_are_credit(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     texts = itertools.cycle(("no", "on", "nun", ""))
     left = [(0, 0), (WIDTH / 2 - 1, 0), (WIDTH / 2 - 1, HEIGHT), (0, HEIGHT)]
     monkeypatch.setattr(Ocr, "_lines", lambda _self, _picture: [(next(texts), left)])
-    config = load_config(["experiment=demo_text", "arm=boxes", f"generator.path={tiny}", *SMALL])
+    config = load_config(["experiment=demo_text", "arm=boxes", f"generator.path={tiny}", *ONE_UPDATE])
     train_stage(config, ROOT, tmp_path)
     (row,) = map(json.loads, (tmp_path / "demo_text/runs/boxes-s0/metrics.jsonl").read_text().splitlines())
     assert (row["map/constant_share"], row["map/mean"]) == (0, pytest.approx(1))
@@ -67,7 +58,7 @@ def test_a_sample_without_text_is_credited_everywhere(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ocr, "_lines", lambda _self, _picture: [])
-    config = load_config(["experiment=demo_text", "arm=boxes", f"generator.path={tiny}", *SMALL])
+    config = load_config(["experiment=demo_text", "arm=boxes", f"generator.path={tiny}", *ONE_UPDATE])
     train_stage(config, ROOT, tmp_path)
     (row,) = map(json.loads, (tmp_path / "demo_text/runs/boxes-s0/metrics.jsonl").read_text().splitlines())
     assert (row["map/constant_share"], row["map/entropy"]) == (1, pytest.approx(1))

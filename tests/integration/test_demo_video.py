@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from tiny import TINY_PRETRAIN
+from tiny import ONE_UPDATE, TINY_PRETRAIN
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
@@ -55,16 +55,7 @@ def test_credit_goes_where_and_when_the_reward_looks(
         return mask
 
     monkeypatch.setattr(object_redness, "foreground", left_half)
-    small = [
-        "sampling.steps=3",
-        "training.updates=1",
-        "training.group_size=4",
-        "training.micro_batch=4",
-        "training.trained_transitions=1",
-        "training.save_at=[]",
-        "tracking.trackers=[]",
-    ]
-    config = load_config(["experiment=demo_video", "arm=where", f"generator.path={tiny}", *small])
+    config = load_config(["experiment=demo_video", "arm=where", f"generator.path={tiny}", *ONE_UPDATE])
     train_stage(config, ROOT, tmp_path)
     (row,) = map(json.loads, (tmp_path / "demo_video/runs/where-s0/metrics.jsonl").read_text().splitlines())
     assert (row["map/constant_share"], row["map/mean"]) == (0, pytest.approx(1))

@@ -45,6 +45,18 @@ def test_holm_is_the_step_down_procedure() -> None:
         assert {int(index) for index in np.flatnonzero(holm(p) <= alpha)} == rejected
 
 
+def test_holm_is_the_closure_of_bonferronis_tests() -> None:
+    """Holm (1979): a hypothesis falls where every intersection that it is part of falls by Bonferroni."""
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 4):
+        p = [float(value) for value in rng.uniform(0, 0.4, count)]
+        sets = [held for size in range(1, count + 1) for held in itertools.combinations(range(count), size)]
+        bonferroni = {held: min(1, len(held) * min(p[place] for place in held)) for held in sets}
+        expected = [max(value for held, value in bonferroni.items() if place in held) for place in range(count)]
+        assert holm(p) == pytest.approx(expected)
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
 def test_all_metrics_at_once_are_wider_than_one() -> None:
     scores = _scores()
     table = over_metrics(scores, COLUMNS, resamples=4000).set_index("column")

@@ -298,6 +298,7 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
     [
         ("demo", 13),
         ("demo_text", 128**0.5),
+        ("demo_video", 192**0.5),
         ("flux_dev", 64),
         ("stable_diffusion", 64),
         ("sd35_medium", 64),

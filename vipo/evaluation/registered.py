@@ -3,7 +3,7 @@
 Pure functions of the rows of `scores.parquet`. Intervals are over seeds, conditional on the held-out prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -117,7 +117,7 @@ def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> 
     curves = evaluation_curves(scores, columns, per_seed=True)
     by_run = {(str(arm), int(str(seed))): own for (arm, seed), own in curves.groupby(["arm", "seed"], sort=False)}
     runs: list[dict[str, Any]] = []
-    for _, arm, reference in rule.pairs():
+    for arm, reference in dict.fromkeys((arm, reference) for _, arm, reference in rule.pairs()):
         matched = matched_curves(curves, (arm, reference), rule.change, rule.side_effects)
         points: Mapping[Any, Any] = matched.set_index(["arm", "seed"]).to_dict("index")
         for seed in sorted(seed for name, seed in by_run if name == arm):
@@ -143,17 +143,16 @@ def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> 
                 runs.append({**row, "value": value, "reference_value": other})
     table = pd.DataFrame(runs)
     tests = _tests(table, rule, confidence)
-    level = 1 - confidence
-    passes = {
-        arm: _passes(tests[(tests["role"] == "control") & (tests["arm"] == arm)], "p", level) for arm in rule.controls
-    }
-    controls = tuple(arm for arm, passed in passes.items() if passed)
+
+    def passing(role: str, arms: Iterable[str], p_value: str) -> tuple[str, ...]:
+        own = tests[tests["role"] == role]
+        return tuple(arm for arm in arms if _passes(own[own["arm"] == arm], p_value, 1 - confidence))
+
+    controls = passing("control", rule.controls, "p")
     families = {}
-    for name in rule.families:
+    for name, pairs in rule.families.items():
         own = tests[tests["role"] == name]
-        passed = tuple(
-            arm for arm in rule.families[name] if not controls and _passes(own[own["arm"] == arm], "holm", level)
-        )
+        passed = () if controls else passing(name, pairs, "holm")
         change = own[own["measure"] == EQUAL_CHANGE].set_index("arm")["difference"]
         families[name] = Verdict(passed, max(passed, key=lambda arm: float(change[arm])) if passed else None)
     return Analysis(table, tests, controls, families)

@@ -1,6 +1,7 @@
 """A registered experiment's results: every measure by run, the tests, the rule's verdict and one picture."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,17 @@ def write_registered(config: Config, results: Path, output: Path) -> list[Path]:
     if rule is None:
         raise ConfigError(f"experiment {experiment.name!r} has no section 'registered': no measures were fixed for it")
     folder = results / experiment.name
-    scores = _all_scores(config, folder)
+    runs = [
+        config.model_copy(update={"arm": arm, "seed": seed})
+        for arm, own in experiment.arms.items()
+        for seed in own.seeds
+    ]
+    scores = _all_scores(runs, folder)
     found = analyse(scores, rule, config.evaluation.confidence)
     updates = sorted(int(update) for update in scores["update"].unique())
     facts = {
         "experiment": experiment.name,
-        "commits": _commits(folder, config),
+        "commits": _commits(runs, folder),
         "updates": updates,
         "held_out_samples": int((scores["update"] == 0).sum()),
         "confidence": config.evaluation.confidence,
@@ -69,34 +75,28 @@ def write_registered(config: Config, results: Path, output: Path) -> list[Path]:
     return paths
 
 
-def _all_scores(config: Config, folder: Path) -> pd.DataFrame:
-    runs = {f"{arm}-s{seed}": (arm, seed) for arm, own in config.experiment.arms.items() for seed in own.seeds}
-    files = {run: folder / "evaluation" / run / "scores.parquet" for run in runs}
-    if missing := [run for run, path in files.items() if not path.is_file()]:
+def _all_scores(runs: Sequence[Config], folder: Path) -> pd.DataFrame:
+    files = [folder / "evaluation" / run.run_name / "scores.parquet" for run in runs]
+    if missing := [run.run_name for run, path in zip(runs, files, strict=True) if not path.is_file()]:
         named = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise ReportError(
             f"{folder / 'evaluation'}: {len(missing)} of {len(runs)} runs are not evaluated ({named}); "
             "registered measures are told when all are"
         )
-    tables = [
-        read_scores(files[run], config.model_copy(update={"arm": arm, "seed": seed}))
-        for run, (arm, seed) in runs.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat([read_scores(path, run) for path, run in zip(files, runs, strict=True)], ignore_index=True)
 
 
-def _commits(folder: Path, config: Config) -> list[str]:
+def _commits(runs: Sequence[Config], folder: Path) -> list[str]:
     """What the trained runs say that they were trained at."""
     found = set()
-    for arm, own in config.experiment.arms.items():
-        for seed in own.seeds:
-            record = folder / "runs" / f"{arm}-s{seed}" / "provenance.json"
-            if record.is_file():
-                try:
-                    git = json.loads(record.read_text(encoding="utf-8"))["git"]
-                    found.add(f"{git['commit']}{' (changed)' if git['dirty'] else ''}")
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ReportError(f"{record}: names no commit ({error!r}); train the run again") from error
+    for run in runs:
+        record = folder / "runs" / run.run_name / "provenance.json"
+        if record.is_file():
+            try:
+                git = json.loads(record.read_text(encoding="utf-8"))["git"]
+                found.add(f"{git['commit']}{' (changed)' if git['dirty'] else ''}")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ReportError(f"{record}: names no commit ({error!r}); train the run again") from error
     return sorted(found)
 
 

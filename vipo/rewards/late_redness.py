@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vipo.rewards.flicker import need_clips
-from vipo.rewards.object_redness import object_redness
+from vipo.rewards.object_redness import measured
 from vipo.rewards.registry import Scored
 
 
@@ -22,8 +22,7 @@ def late_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapp
     """
     need_clips(images)
     late = images[:, -(images.shape[1] // 2) :]
-    found = object_redness(late.flatten(0, 1), (), ())
-    assert found.where is not None
+    scores, objects = measured(late.flatten(0, 1))
     where = torch.zeros_like(images[:, :, 0])
-    where[:, -late.shape[1] :] = found.where.unflatten(0, late.shape[:2])
-    return Scored(found.scores.unflatten(0, late.shape[:2]).mean(dim=1), where)
+    where[:, -late.shape[1] :] = objects.unflatten(0, late.shape[:2])
+    return Scored(scores.unflatten(0, late.shape[:2]).mean(dim=1), where)

@@ -25,7 +25,12 @@ def object_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Ma
         RewardError: `images` are videos.
     """
     need_pictures(images)
+    return Scored(*measured(images))
+
+
+def measured(images: Tensor) -> tuple[Tensor, Tensor]:
+    """What `object_redness` has of pictures ``(B, 3, H, W)``: scores ``(B,)`` and the object's pixels ``(B, H, W)``."""
     mask = foreground(images)
     pixels = mask.sum(dim=(1, 2))
     mean = (redness_map(images) * mask).sum(dim=(1, 2)) / pixels.clamp(min=1)
-    return Scored(torch.where(pixels >= _MIN_SHARE * mask[0].numel(), mean, -1.0), mask.float())
+    return torch.where(pixels >= _MIN_SHARE * mask[0].numel(), mean, -1.0), mask.float()

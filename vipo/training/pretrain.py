@@ -165,7 +165,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(average[name])
-    # Half the bytes in the repository; every loader here computes in float32.
+    # Half the bytes in the repository; every loader here computes in float32. The model's own `to` warns of every cast.
     for value in model.eval().transformer.parameters():
         value.data = value.data.to(torch.float16)
     pipeline = family.pipeline(vae, model)

@@ -145,7 +145,7 @@ def build_tokenizers(config: PretrainConfig, words: list[str]) -> tuple[CLIPToke
         model_max_length=config.max_sequence_length,
     )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
-    pieces += [(f"▁{word}", -1.0) for word in words if word != "▁"] + [(letter, -5.0) for letter in letters]
+    pieces += [(f"▁{word}", -1.0) for word in words] + [(letter, -5.0) for letter in letters]
     t5 = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=config.max_sequence_length)
     return clip, t5
 
