@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +23,7 @@ from vipo.training.fit import require_fit
 from vipo.training.plan import plan
 from vipo.training.recorded import train_run
 from vipo.training.setup import Setup, set_up
+from vipo.training.sharding import gathered_values
 from vipo.training.stored import StoredTensors
 from vipo.training.update import update
 
@@ -98,6 +100,28 @@ def test_what_lies_where(prepared: Path, tiny_overrides: list[str]) -> None:
     sharded = [value for value in held if isinstance(value, DTensor)]
     assert len(sharded) == 3 * len(setup.trainable)
     assert all(value.to_local().device.type == "cpu" for value in sharded)
+
+
+def test_a_block_in_a_block_is_gathered_by_itself() -> None:
+    """As those of Stable Diffusion's network are: the outer one holds what its inner ones do not."""
+
+    class Inner(nn.Linear):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList(Inner(5, 5, bias=False) for _ in range(2))
+            self.own = nn.Linear(1, 1, bias=False)
+
+    class Network(nn.Module):
+        _no_split_modules = ("Inner", "Outer")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer, self.rest = Outer(), nn.Linear(4, 4, bias=False)
+
+    assert gathered_values(Network()) == (4 * 4 + 2 * 5 * 5, 5 * 5)
 
 
 def test_without_shards_it_is_refused() -> None:
