@@ -9,8 +9,6 @@ one thread: on a GPU small sizes cost the same as larger ones, so these curves s
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 from benchmarks.gpu.real_size import family_overrides
 from benchmarks.gpu.sizes import TINY
-from benchmarks.update_share import loaded, measure
+from benchmarks.update_share import command_seconds, loaded, measure
 from vipo.config.compose import load_config
 from vipo.reporting.drawing import ARM_COLORS, as_plot, new_row
 
@@ -81,10 +79,7 @@ def _spread(processes: int) -> float:
             ]
             command = [sys.executable, "-m", "vipo.cli", "train", *_DEMO, *own]
             command += ["--results", str(Path(folder) / str(updates))]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(command, check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            seconds.append(command_seconds(command))
     return round((seconds[1] - seconds[0]) / _UPDATES, 4)
 
 
