@@ -1,4 +1,4 @@
-"""How an update's cost grows with what a run chooses: curves of one run, in seconds of the processor.
+"""How an update's cost grows with what a run chooses: curves, in seconds of the processor.
 
     python -m benchmarks.growth benchmarks/growth.json            # measures: two to three minutes of a processor
     python -m benchmarks.growth benchmarks/growth.json --draw docs/images/growth.svg
