@@ -1,6 +1,6 @@
 """Has anything become dearer? Ratios measured in one run, and counts, against reviewed ones in `baseline.json`.
 
-    python -m benchmarks.compare            # all; about a minute of a processor, status 1 beyond a margin
+    python -m benchmarks.compare            # all; about two minutes of a processor, status 1 beyond a margin
     python -m benchmarks.compare --counts   # what is counted alone: the same on every machine
     python -m benchmarks.compare --write    # take what is found as the baseline, for a review
 
@@ -11,8 +11,6 @@ calls, or by an import of torch in a fresh process. A machine that is busy, or a
 import argparse
 import itertools
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from typing import Any
 
 from benchmarks.finished import finished_experiment, with_prompts
 from benchmarks.gpu.correct import HostReads
-from benchmarks.update_share import loaded, measure, watched
+from benchmarks.update_share import command_seconds, loaded, measure, watched
 from vipo.audit import audit_experiment
 from vipo.config.compose import dump_config, load_config, repository_root
 from vipo.config.run import Config
@@ -114,7 +112,7 @@ def ratios(config: Config, folder: Path) -> Iterator[tuple[str, float]]:
     commands = {name: [sys.executable, "-m", "vipo.cli", *words] for name, words in starts.items()}
     commands["torch"] = [sys.executable, "-c", "import torch"]
     # One after the other, several times: what slows the machine down for a while slows all of them.
-    rounds = [{name: _started(command) for name, command in commands.items()} for _ in range(_REPEATS)]
+    rounds = [{name: command_seconds(command) for name, command in commands.items()} for _ in range(_REPEATS)]
     torch = min(each["torch"] for each in rounds)
     yield from ((f"start.{name}", min(each[name] for each in rounds) / torch) for name in starts)
     experiment = folder / config.experiment.name
@@ -134,13 +132,6 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
-
-
-def _started(command: Sequence[str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def judged(found: dict[str, float], baseline: dict[str, Any]) -> list[tuple[str, float, float, float]]:

@@ -1,4 +1,4 @@
-"""How an update's cost grows with what a run chooses: curves of one run, in seconds of the processor.
+"""How an update's cost grows with what a run chooses: curves, in seconds of the processor.
 
     python -m benchmarks.growth benchmarks/growth.json            # measures: two to three minutes of a processor
     python -m benchmarks.growth benchmarks/growth.json --draw docs/images/growth.svg
@@ -9,8 +9,6 @@ one thread: on a GPU small sizes cost the same as larger ones, so these curves s
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.gpu.real_size import family_overrides
 from benchmarks.gpu.sizes import TINY
-from benchmarks.update_share import loaded, measure
+from benchmarks.update_share import command_seconds, loaded, measure
 from vipo.config.compose import load_config
 from vipo.reporting.drawing import ARM_COLORS, as_plot, report_style
 
@@ -83,10 +81,7 @@ def _spread(processes: int) -> float:
             ]
             command = [sys.executable, "-m", "vipo.cli", "train", *_DEMO, *own]
             command += ["--results", str(Path(folder) / str(updates))]
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(command, check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            seconds.append(command_seconds(command))
     return round((seconds[1] - seconds[0]) / _UPDATES, 4)
 
 

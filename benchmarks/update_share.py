@@ -9,11 +9,13 @@ log-probabilities, advantages, the maps beyond the backbone, optimizer, bookkeep
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +127,14 @@ def measure(setup: Setup, updates: int) -> dict[str, Any]:
         "parts": parts,
         "calls": rows[-1][3],
     }
+
+
+def command_seconds(command: Sequence[str]) -> float:
+    """Processor seconds of a command and of all that it starts; it must succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:

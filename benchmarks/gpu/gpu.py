@@ -27,7 +27,7 @@ _NOT_WRITTEN = {
     "replay of several transitions in one call": "no option of vipo yet; batch.* tells whether ratios would stay 1",
     "regional torch.compile, attention backends, CUDA graphs, FP8 rollouts": "no option of vipo yet",
     "other families, several GPUs, decoding beside the next rollout": "no step yet",
-    "DDP and FSDP2 over NCCL, world size 1": "vipo joins a process group from two processes on",
+    "DDP and FSDP2 over NCCL, world size 1": "no step yet; one process has a group for distribution.offload alone",
 }
 
 

@@ -11,17 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError
 from vipo.errors import Preempted, VipoError
 from vipo.training import run as run_module
+from vipo.training import sharding
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
 from vipo.training.recorded import train_run
 from vipo.training.setup import Setup, set_up
+from vipo.training.sharding import gathered_values
 from vipo.training.stored import StoredTensors
 from vipo.training.update import update
 
@@ -90,14 +93,48 @@ def test_it_is_the_same_run_and_goes_on_exactly(
             torch.testing.assert_close(moved_state[name], value, atol=1e-6, rtol=1e-4)
 
 
-def test_what_lies_where(prepared: Path, tiny_overrides: list[str]) -> None:
+def test_what_lies_where(prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU all lies in main memory: what a GPU's process asks FSDP2 for is seen in its calls."""
+    asked: list[object] = []
+    sound = sharding.fully_shard
+
+    def asking(module: nn.Module, **options: Any) -> object:
+        asked.append(options["offload_policy"])
+        return sound(module, **options)
+
+    monkeypatch.setattr(sharding, "fully_shard", asking)
     setup = set_up(load_config([*tiny_overrides, "arm=vipo", OFFLOADED]), ROOT, prepared / "demo")
     assert isinstance(setup.generator.network, FSDPModule)
+    # Without memory that is pinned, which the CPU has no use for.
+    sharded = sum(isinstance(module, FSDPModule) for module in setup.generator.network.modules())
+    assert asked == [CPUOffloadPolicy(pin_memory=False)] * sharded
     update(setup, 1)
     held = [*setup.trainable.values(), *(value for state in setup.optimizer.state.values() for value in state.values())]
-    sharded = [value for value in held if isinstance(value, DTensor)]
-    assert len(sharded) == 3 * len(setup.trainable)
-    assert all(value.to_local().device.type == "cpu" for value in sharded)
+    rows = [value for value in held if isinstance(value, DTensor)]
+    assert len(rows) == 3 * len(setup.trainable)
+    assert all(value.to_local().device.type == "cpu" for value in rows)
+
+
+def test_a_block_in_a_block_is_gathered_by_itself() -> None:
+    """As those of Stable Diffusion's network are: the outer one holds what its inner ones do not."""
+
+    class Inner(nn.Linear):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList(Inner(5, 5, bias=False) for _ in range(2))
+            self.own = nn.Linear(1, 1, bias=False)
+
+    class Network(nn.Module):
+        _no_split_modules = ("Inner", "Outer")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer, self.rest = Outer(), nn.Linear(4, 4, bias=False)
+
+    assert gathered_values(Network()) == (4 * 4 + 2 * 5 * 5, 5 * 5)
 
 
 def test_without_shards_it_is_refused() -> None:

@@ -21,7 +21,7 @@ from vipo.generators.base import Conditioning, GeneratorError, Prediction, check
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.parts import part_settings
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows, token_ids
+from vipo.generators.texts import load_text_encoder, rows, token_ids, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import COGVIDEOX
 
@@ -110,8 +110,7 @@ class CogVideoXGenerator(PipelineGenerator):
         def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             return rows(**{_SEQUENCE: encoder(token_ids(tokenizer, prompts, length, config.device))[0]})
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:

@@ -21,7 +21,7 @@ from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.parts import model_index
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.schedules import dynamic_shift, flow_settings
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
+from vipo.generators.texts import in_batches, load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import FLUX2_DEV, FLUX2_KLEIN
 
@@ -88,8 +88,7 @@ class _Flux2Generator(PipelineGenerator):
             )
             return rows(**{_SEQUENCE: sequences})
 
-        guided = negatives(encode([config.negative_prompt])[0]) if cls.guides else {}
-        return [row | guided for row in in_batches(encode, texts, config)]
+        return (with_negative if cls.guides else in_batches)(encode, texts, config)
 
     def _call(self, latents: Tensor, sigma: Tensor, given: Conditioning, guidance: Tensor | None) -> Tensor:
         sequence, zeros = given[_SEQUENCE], torch.zeros(1, dtype=torch.int64, device=latents.device)

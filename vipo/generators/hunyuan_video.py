@@ -19,7 +19,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
+from vipo.generators.texts import load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import HUNYUAN_VIDEO
 
@@ -113,8 +113,7 @@ class HunyuanVideo15Generator(PipelineGenerator):
             glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds(glyph_tokenizer, glyph_encoder, prompts, device)
             return rows(**dict(zip(_NAMES, (*words, *glyphs), strict=True)))
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

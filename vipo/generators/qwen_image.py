@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, padded
+from vipo.generators.texts import load_text_encoder, padded, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import QWEN_IMAGE
 
@@ -101,8 +101,7 @@ class QwenImageGenerator(PipelineGenerator):
             lengths = [found.shape[1]] * len(found) if mask is None else mask.sum(dim=1).tolist()
             return [padded(one[:own], length, _SEQUENCE) for one, own in zip(found, lengths, strict=True)]
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         _, height, width = self.latent_shape

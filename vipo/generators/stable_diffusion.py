@@ -15,7 +15,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, Prediction, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
+from vipo.generators.texts import load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import SD
 
@@ -95,8 +95,7 @@ class StableDiffusionGenerator(PipelineGenerator):
             positive, _ = pipeline.encode_prompt(prompts, config.device, 1, do_classifier_free_guidance=False)
             return rows(encoder_hidden_states=positive)
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         return self.guided(self._call, latents, time, conditioning)

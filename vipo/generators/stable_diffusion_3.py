@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_settings
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows, token_ids
+from vipo.generators.texts import load_text_encoder, rows, token_ids, with_negative
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import SD3
 
@@ -91,8 +91,7 @@ class StableDiffusion3Generator(PipelineGenerator):
                 pooled_projections=torch.cat([each.text_embeds for each in found], dim=-1),
             )
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

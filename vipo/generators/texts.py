@@ -120,6 +120,14 @@ def in_batches(
     return [row for start in range(0, len(texts), size) for row in encode(list(texts[start : start + size]))]
 
 
+def with_negative(
+    encode: Callable[[list[str]], list[dict[str, Tensor]]], texts: Sequence[str], config: GeneratorConfig
+) -> list[dict[str, Tensor]]:
+    """As `in_batches`, and in each the negative prompt's conditioning, which is read by itself."""
+    negative = negatives(encode([config.negative_prompt])[0])
+    return [row | negative for row in in_batches(encode, texts, config)]
+
+
 def rows(**batches: Tensor) -> list[dict[str, Tensor]]:
     """The conditioning of each prompt of a batch, float32 on the CPU; of each name its own memory."""
     names, values = batches.keys(), [batch.float().cpu() for batch in batches.values()]

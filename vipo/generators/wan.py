@@ -17,7 +17,7 @@ from vipo.generators.base import Conditioning, GeneratorError, checkpoint_locati
 from vipo.generators.experts import Experts
 from vipo.generators.frames import configured_frame_groups
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, rows
+from vipo.generators.texts import load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import WAN
 
@@ -99,8 +99,7 @@ class WanGenerator(PipelineGenerator):
             )
             return rows(encoder_hidden_states=positive)
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

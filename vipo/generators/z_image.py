@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_class
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import in_batches, load_text_encoder, negatives, padded
+from vipo.generators.texts import load_text_encoder, padded, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import Z_IMAGE
 
@@ -90,8 +90,7 @@ class ZImageGenerator(PipelineGenerator):
             )
             return [padded(one, length, _SEQUENCE) for one in found]
 
-        negative = negatives(encode([config.negative_prompt])[0])
-        return [row | negative for row in in_batches(encode, texts, config)]
+        return with_negative(encode, texts, config)
 
     def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:

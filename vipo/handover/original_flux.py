@@ -30,14 +30,11 @@ def flux(config: Any) -> list[Rule]:
 def double_blocks() -> Iterator[Rule]:
     """Blocks of FLUX.1, which ComfyUI's HunyuanVideo has too."""
     double = r"transformer_blocks\.(\d+)\."
-    yield from joined(double + r"attn\.", ("to_q", "to_k", "to_v"), r"double_blocks.\1.img_attn.qkv")
-    yield from joined(double + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), r"double_blocks.\1.txt_attn.qkv")
-    yield from _double_norms(double)
-    for ours, out, theirs in (("", r"to_out\.0", "img"), ("_context", "to_add_out", "txt")):
+    yield from _double_attention(double)
+    for ours, theirs in (("", "img"), ("_context", "txt")):
         yield Rule(rf"{double}norm1{ours}\.linear", rf"double_blocks.\1.{theirs}_mod.lin")
         yield Rule(rf"{double}ff{ours}\.net\.0\.proj", rf"double_blocks.\1.{theirs}_mlp.0")
         yield Rule(rf"{double}ff{ours}\.net\.2", rf"double_blocks.\1.{theirs}_mlp.2")
-        yield Rule(rf"{double}attn\.{out}", rf"double_blocks.\1.{theirs}_attn.proj")
 
 
 def last_layer() -> Iterator[Rule]:
@@ -46,7 +43,11 @@ def last_layer() -> Iterator[Rule]:
     yield Rule(r"norm_out\.linear", "final_layer.adaLN_modulation.1", turned=True)
 
 
-def _double_norms(double: str) -> Iterator[Rule]:
+def _double_attention(double: str) -> Iterator[Rule]:
+    yield from joined(double + r"attn\.", ("to_q", "to_k", "to_v"), r"double_blocks.\1.img_attn.qkv")
+    yield from joined(double + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), r"double_blocks.\1.txt_attn.qkv")
+    yield Rule(double + r"attn\.to_out\.0", r"double_blocks.\1.img_attn.proj")
+    yield Rule(double + r"attn\.to_add_out", r"double_blocks.\1.txt_attn.proj")
     for ours, theirs in (("", "img"), ("added_", "txt")):
         for letter, word in (("q", "query"), ("k", "key")):
             name = rf"double_blocks.\1.{theirs}_attn.norm.{word}_norm"
@@ -62,17 +63,13 @@ def flux2(config: Any) -> list[Rule]:
     """FLUX.2 dev and klein."""
     double, single = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
     return [
-        *joined(double + r"attn\.", ("to_q", "to_k", "to_v"), r"double_blocks.\1.img_attn.qkv"),
-        *joined(double + r"attn\.add_", ("q_proj", "k_proj", "v_proj"), r"double_blocks.\1.txt_attn.qkv"),
-        *_double_norms(double),
+        *_double_attention(double),
         *_single_norms(single),
         *(
             Rule(rf"{double}{ours}\.linear_{end}", rf"double_blocks.\1.{theirs}_mlp.{number}")
             for ours, theirs in (("ff", "img"), ("ff_context", "txt"))
             for end, number in (("in", 0), ("out", 2))
         ),
-        Rule(double + r"attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        Rule(double + r"attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
         Rule(single + r"attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
         Rule(single + r"attn\.to_out", r"single_blocks.\1.linear2"),
         *(

@@ -30,7 +30,7 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
     """
     if found.peak <= memory:
         return
-    data, given, smaller = config.model_dump(), dict[str, Any](), found
+    data, smaller = config.model_dump(), found
     sharded = config.distribution.strategy == "fsdp"
     short = f"needs {gib(found.peak)} in each process, {gib(memory)} are there"
     for saving in _SAVINGS:
@@ -46,24 +46,20 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
         if not fresh:
             continue
         for section, key, value in fresh:
-            data[section] = {**data[section], key: value}
-            given[f"{section}.{key}"] = value
+            data[section][key] = value
         smaller = plan(Config.model_validate(data), root, prompts)
         if smaller.peak <= memory:
-            raise TrainingError(f"{short}; it would fit with {_set(given)} ({gib(smaller.peak)})")
-    still = f", and still {gib(smaller.peak)} with {_set(given)}" if given else ""
+            raise TrainingError(f"{short}; it would fit with {_changes(config, data)} ({gib(smaller.peak)})")
+    changes = _changes(config, data)
+    still = f", and still {gib(smaller.peak)} with {changes}" if changes else ""
     if not config.distribution.offload and not isinstance(config.optimizer, AdamW8bitConfig):
         # Shards hold one precision, so weights are fp32 again.
-        given = {key: value for key, value in given.items() if key != "generator.weights"}
-        given |= {"generator.weights": "fp32"} if config.generator.weights == "bf16" else {}
-        given |= {"distribution.strategy": "fsdp"} if not sharded else {}
-        given["distribution.offload"] = True
-        data["generator"] = {**data["generator"], "weights": "fp32"}
-        data["distribution"] = {**data["distribution"], "strategy": "fsdp", "offload": True}
+        data["generator"]["weights"] = "fp32"
+        data["distribution"] |= {"strategy": "fsdp", "offload": True}
         smaller = plan(Config.model_validate(data), root, prompts)
         if smaller.peak <= memory:
             raise TrainingError(
-                f"{short}{still}; it would fit, and be slower, with {_set(given)} ({gib(smaller.peak)}, and "
+                f"{short}{still}; it would fit, and be slower, with {_changes(config, data)} ({gib(smaller.peak)}, and "
                 f"{gib(sum(smaller.main.values()))} of main memory)"
             )
     raise TrainingError(
@@ -72,5 +68,12 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
     )
 
 
-def _set(given: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={str(value).lower()}" for key, value in given.items())
+def _changes(config: Config, data: Mapping[str, Any]) -> str:
+    """What `data` has otherwise than `config`, as overrides."""
+    given = config.model_dump()
+    return " ".join(
+        f"{section}.{key}={str(value).lower()}"
+        for section in ("training", "generator", "distribution")
+        for key, value in data[section].items()
+        if value != given[section][key]
+    )

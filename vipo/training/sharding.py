@@ -60,9 +60,13 @@ def gathered_values(network: nn.Module) -> tuple[int, int]:
     """Values of what a device holds whole while a sharded network computes, and the most that a block trains.
 
     What lies in no block stays from the first call to the end of the backward pass; of the blocks it is one, and the
-    next one, which is fetched meanwhile: at most the two largest.
+    next one, which is fetched meanwhile: at most the two largest. A block in a block is gathered by itself.
     """
-    units = [list(module.parameters()) for module in blocks(network)]
+    known: set[nn.Parameter] = set()
+    units = []
+    for module in blocks(network):
+        units.append([value for value in module.parameters() if value not in known])
+        known.update(units[-1])
     sizes = sorted((sum(value.numel() for value in unit) for unit in units), reverse=True)
     rest = sum(value.numel() for value in network.parameters()) - sum(sizes)
     trained = [
