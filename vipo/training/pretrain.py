@@ -22,22 +22,11 @@ from vipo.config.values import config_hash
 from vipo.provenance.files import StorageError, atomic_file, check_writable
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
-from vipo.training.checkpoints import (
-    Checkpoint,
-    check_optimizer,
-    check_state,
-    check_tensors,
-    load_newest,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prefixed,
-    prune_checkpoints,
-    save_checkpoint,
-)
 from vipo.training.pretrain_autoencoder import latents_of, trained_autoencoder
 from vipo.training.pretrain_clips import Clips
 from vipo.training.pretrain_parts import LOG_EVERY, Family, ScenePool, build_pool, cosine, vocabulary
 from vipo.training.pretrain_pictures import Pictures
+from vipo.training.pretrain_state import keep, take_up
 
 log_to = logging.getLogger(__name__)
 
@@ -106,23 +95,8 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
         parameters.values(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay, fused=True
     )
     average = {name: value.detach().clone() for name, value in parameters.items()}
-    start = 0
-
-    def check(checkpoint: Checkpoint) -> None:
-        check_state(checkpoint, {"log": list})
-        what = f"checkpoint {checkpoint.update} of the denoiser"
-        for part in ("model", "average"):
-            check_tensors(checkpoint.tensors.below(part), parameters, what)
-        moments = checkpoint.tensors.below("optimizer")
-        check_optimizer(moments, optimizer, checkpoint.state.get("optimizer_tensors"), what)
-
-    newest = load_newest(work / "denoiser", check)
-    if newest is not None:
-        start, log = newest.update, newest.state["log"]
-        model.load_state_dict(dict(newest.tensors.below("model")), strict=False)
-        saved = newest.tensors.below("average")
-        average = {name: saved[name] for name in parameters}
-        load_optimizer_tensors(optimizer, newest.tensors.below("optimizer"))
+    parts = {"model": parameters, "average": average}
+    start = take_up(work / "denoiser", parts, optimizer, log, "denoiser")
 
     progress = progress_bar(total=config.steps, done=start, description="flow matching", unit="step")
     smooth = 0.0
@@ -154,12 +128,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
                 }
             )
         if (step + 1) % _CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
-            tensors = prefixed("model", dict(parameters)) | prefixed("average", average)
-            moments = optimizer_tensors(optimizer)
-            tensors |= prefixed("optimizer", moments)
-            state = {"log": log, "optimizer_tensors": len(moments)}
-            save_checkpoint(work / "denoiser", step + 1, tensors, state)
-            prune_checkpoints(work / "denoiser", step + 1, keep=2)
+            keep(work / "denoiser", step + 1, parts, optimizer, log)
             log_to.info("flow matching: step %d of %d is saved, loss %.4f", step + 1, config.steps, smooth)
     progress.close()
     with torch.no_grad():

@@ -7,24 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
-from vipo.training.checkpoints import (
-    Checkpoint,
-    check_optimizer,
-    check_state,
-    check_tensors,
-    load_newest,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prefixed,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from vipo.training.checkpoints import Checkpoint, check_state, check_tensors, load_newest, save_checkpoint
 from vipo.training.pretrain_parts import LOG_EVERY, Family, cosine
+from vipo.training.pretrain_state import keep, take_up
 from vipo.training.stored import CheckpointError
 
 log_to = logging.getLogger(__name__)
@@ -77,7 +67,8 @@ def _reconstruct(
     norm = family.norm()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.autoencoder_learning_rate, weight_decay=0.0)
     steps, batch = config.autoencoder_steps, config.autoencoder_batch_size
-    start = _resume(vae, norm, optimizer, log, work)
+    parts = {"vae": vae.state_dict(), "norm": norm.state_dict()}
+    start = take_up(work, parts, optimizer, log, "autoencoder's training")
     progress = progress_bar(total=steps, done=start, description="autoencoder", unit="step")
     for step in range(start, steps):
         generator = keyed_generator(config.seed, "autoencoder", step)
@@ -98,11 +89,7 @@ def _reconstruct(
         if step % LOG_EVERY == 0 or step + 1 == steps:
             log.append({"part": "autoencoder", "step": step, "psnr": 10 * math.log10(4.0 / float(error.detach()))})
         if (step + 1) % every == 0 and step + 1 < steps:
-            moments = optimizer_tensors(optimizer)
-            tensors = prefixed("vae", vae.state_dict()) | prefixed("norm", norm.state_dict())
-            state = {"log": log, "optimizer_tensors": len(moments)}
-            save_checkpoint(work, step + 1, tensors | prefixed("optimizer", moments), state)
-            prune_checkpoints(work, step + 1, keep=2)
+            keep(work, step + 1, parts, optimizer, log)
     progress.close()
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     last, channels = family.latent_layer(vae), config.latent_channels
@@ -113,27 +100,6 @@ def _reconstruct(
         last.weight[:channels].div_(std.view(-1, *[1] * (last.weight.ndim - 1)))
         last.bias[:channels].sub_(mean).div_(std)
     return vae
-
-
-def _resume(vae: Any, norm: nn.Module, optimizer: torch.optim.Optimizer, log: list[dict[str, Any]], work: Path) -> int:
-    """Take up the newest state; the number of steps that it has behind it."""
-
-    def check(checkpoint: Checkpoint) -> None:
-        check_state(checkpoint, {"log": list})
-        what = f"checkpoint {checkpoint.update} of the autoencoder's training"
-        for part, module in (("vae", vae), ("norm", norm)):
-            check_tensors(checkpoint.tensors.below(part), module.state_dict(), what)
-        moments = checkpoint.tensors.below("optimizer")
-        check_optimizer(moments, optimizer, checkpoint.state.get("optimizer_tensors"), what)
-
-    newest = load_newest(work, check)
-    if newest is None:
-        return 0
-    for part, module in (("vae", vae), ("norm", norm)):
-        module.load_state_dict(dict(newest.tensors.below(part)))
-    load_optimizer_tensors(optimizer, newest.tensors.below("optimizer"))
-    log += newest.state["log"]
-    return newest.update
 
 
 def _check_whole(family: Family, checkpoint: Checkpoint) -> None:
