@@ -99,7 +99,8 @@ def table(results: Path) -> pd.DataFrame:
 
     Returns:
         `cell`, `estimator` (pathwise, directional), `direction`, `source`, `ratio` with its standard `error`, `low` and
-        `high`, and `grpo` with `grpo_error`: GRPO's own value, without which a ratio says nothing.
+        `high`; `grpo`, GRPO's own value, with `grpo_error` and `grpo_told`, whether its interval leaves out zero, without
+        which a ratio says nothing.
     """
     rows = []
     for cell in cells():
@@ -112,7 +113,8 @@ def table(results: Path) -> pd.DataFrame:
                 ratio, first = along["ratio"], own[along["kind"]]
                 row = {"cell": cell.name, "estimator": estimator, "direction": along["kind"], "source": along["source"]}
                 row |= {"ratio": ratio["value"], **{key: ratio[key] for key in ("error", "low", "high")}}
-                rows.append(row | {"grpo": first["value"], "grpo_error": first["error"]})
+                told = first["low"] is not None and not first["low"] <= 0 <= first["high"]
+                rows.append(row | {"grpo": first["value"], "grpo_error": first["error"], "grpo_told": told})
     return pd.DataFrame(rows)
 
 
@@ -128,8 +130,9 @@ PREDICTIONS: Mapping[str, tuple[str, str, str]] = {
 def predictions(found: pd.DataFrame) -> pd.DataFrame:
     """The registered predictions: differences of log ratios, with two-sided normal p and Holm's correction.
 
-    The standard error of a log ratio is the ratio's over the ratio; cells count as independent. A prediction whose
-    ratios are not both above zero, or have no errors, cannot be tested and keeps p = 1.
+    The standard error of a log ratio is the ratio's over the ratio; cells count as independent. A prediction cannot be
+    tested and keeps p = 1 where a cell of it says nothing (GRPO's own value cannot be told from zero), or where its
+    ratios are not both above zero, or have no errors.
     """
     kept = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")]
     own: Mapping[Any, Any] = kept.set_index(["cell", "source"]).to_dict("index")
@@ -137,8 +140,9 @@ def predictions(found: pd.DataFrame) -> pd.DataFrame:
     for name, (source, larger, smaller) in PREDICTIONS.items():
         ratios = [float(own[cell, source]["ratio"]) for cell in (larger, smaller)]
         errors = [float(own[cell, source]["error"]) for cell in (larger, smaller)]
+        told = all(bool(own[cell, source]["grpo_told"]) for cell in (larger, smaller))
         difference, error, p_value = math.nan, math.nan, 1.0
-        if all(math.isfinite(value) for value in (*ratios, *errors)) and min(ratios) > 0:
+        if told and all(math.isfinite(value) for value in (*ratios, *errors)) and min(ratios) > 0:
             difference = math.log(ratios[0] / ratios[1])
             error = math.hypot(*(error / ratio for error, ratio in zip(errors, ratios, strict=True)))
             p_value = float(2 * special.ndtr(-abs(difference) / error))

@@ -11,9 +11,9 @@ from vipo.config.compose import load_config
 from workflow.meter_demo import PREDICTIONS, RUN, Cell, cells, predictions, table, write
 
 
-def _result(cell: Cell, ratio: float) -> str:
+def _result(cell: Cell, ratio: float, low: float = 0.01) -> str:
     def along(source: str, kind: str, ratio: float) -> dict[str, object]:
-        value = {"value": 0.03 * ratio, "error": 0.01, "low": 0.01, "high": 0.05, "update_share": 0.5}
+        value = {"value": 0.03 * ratio, "error": 0.01, "low": low, "high": 0.05, "update_share": 0.5}
         return {"source": source, "kind": kind, "value": value, "ratio": value | {"value": ratio, "error": 0.2 * ratio}}
 
     found = [along(source, "sgd", 1 if source == "grpo" else ratio) for source in ("grpo", "contrast", "oracle")]
@@ -65,3 +65,10 @@ def test_the_table_and_the_predictions(tmp_path: Path) -> None:
     assert told["holm"].min() == pytest.approx(min(1, len(raw) * min(raw.values())))
     write(found, tmp_path / "out")
     assert (tmp_path / "out/meter_demo_predictions.csv").is_file()
+    # Where GRPO's own value cannot be told from zero the cell says nothing, of predictions too.
+    group_4 = next(cell for cell in every if cell.name == "group_4")
+    group_4.found(tmp_path).write_text(_result(group_4, 9.0, low=-0.01))
+    untold = predictions(table(tmp_path)).set_index("prediction")
+    assert (untold.loc["smaller groups", "p"], math.isnan(untold.loc["smaller groups", "log_ratio"])) == (1, True)
+    for name in ("smaller objects", "a local reward", "fewer groups"):
+        assert untold.loc[name, "p"] == pytest.approx(raw[name])

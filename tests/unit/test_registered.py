@@ -114,6 +114,7 @@ def test_tests_are_scipys_and_the_rule_needs_both_measures() -> None:
     scores = pd.concat(_experiment(gains, seeds, spread=0.01, fast=("faster",)), ignore_index=True)
     found = analyse(scores, RULE, 0.95)
     assert found.controls == ()
+    assert set(found.learned) == set(gains)
     # What is only faster is ahead at equal updates and not at equal change.
     assert (found.families["candidates"].passed, found.families["candidates"].leads) == (("better",), "better")
     tests = found.tests.set_index(["arm", "measure"])
@@ -175,6 +176,16 @@ def test_a_control_that_passes_lets_nobody_pass() -> None:
     assert (found.controls, found.families["candidates"].passed) == ((), ())
 
 
+def test_arms_whose_reward_rose_are_told(tmp_path: Path, credit2: Config) -> None:
+    gains = {"grpo": -0.02, "better": 0.01, "faster": -0.01, "control": -0.02}
+    found = analyse(pd.concat(_experiment(gains, [0, 1, 2], spread=0.0), ignore_index=True), RULE, 0.95)
+    assert found.learned == ("better",)
+    _write(tmp_path / "results", credit2, {arm: -0.02 for arm in credit2.experiment.arms if arm != "base"})
+    write_registered(credit2, tmp_path / "results", tmp_path / "out")
+    assert json.loads((tmp_path / "out/credit2.json").read_text())["learned"] == []
+    assert "**Nothing was learned**" in (tmp_path / "out/credit2.md").read_text()
+
+
 def test_runs_that_cannot_be_compared_are_named() -> None:
     runs = _experiment({"grpo": 0.02, "better": 0.03, "faster": 0.03, "control": 0.02}, [0, 1], spread=0.0)
     for broken, message in (
@@ -221,6 +232,7 @@ def test_the_page_of_a_made_up_credit2(tmp_path: Path, credit2: Config) -> None:
     assert facts["families"]["candidates"] == {"passed": ["contrast", "product"], "leads": "product"}
     assert (facts["commits"], facts["updates"], facts["held_out_samples"]) == (["abc123"], [0, *UPDATES], 2)
     page = written["credit2.md"].decode()
+    assert "Nothing was learned" not in page
     assert "**`contrast`, `product`**; the largest at equal change is `product`" in page
     assert "(of shuffled_contrast): none" in page
     runs = pd.read_csv(output / "credit2.csv")

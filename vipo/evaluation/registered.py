@@ -47,17 +47,19 @@ class Analysis:
             missing).
         controls: controls that pass the test themselves, by uncorrected p.
         families: the verdict on each.
+        learned: arms and references whose mean area at equal updates is above zero: the reward rose above the base's.
     """
 
     runs: pd.DataFrame
     tests: pd.DataFrame
     controls: tuple[str, ...]
     families: dict[str, Verdict]
+    learned: tuple[str, ...]
 
     def decision(self) -> dict[str, Any]:
         """The rule's outcome as plain JSON values."""
         families = {name: asdict(verdict) for name, verdict in self.families.items()}
-        return {"controls_that_pass": list(self.controls), "families": families}
+        return {"learned": list(self.learned), "controls_that_pass": list(self.controls), "families": families}
 
 
 def area_over_updates(updates: Sequence[float], rewards: Sequence[float]) -> float:
@@ -155,7 +157,11 @@ def analyse(scores: pd.DataFrame, rule: RegisteredConfig, confidence: float) -> 
         passed = () if controls else passing(name, pairs, "holm")
         change = own[own["measure"] == EQUAL_CHANGE].set_index("arm")["difference"]
         families[name] = Verdict(passed, max(passed, key=lambda arm: float(change[arm])) if passed else None)
-    return Analysis(table, tests, controls, families)
+    areas = tests[tests["measure"] == EQUAL_UPDATES]
+    rises = dict(zip(areas["reference"], areas["reference_mean"], strict=True))
+    rises |= dict(zip(areas["arm"], areas["mean"], strict=True))
+    learned = tuple(str(arm) for arm, rise in rises.items() if float(rise) > 0)
+    return Analysis(table, tests, controls, families, learned)
 
 
 def _check_alike(scores: pd.DataFrame) -> None:

@@ -142,6 +142,10 @@ def _page(config: Config, rule: RegisteredConfig, found: Analysis, facts: dict[s
         f"at updates {', '.join(map(str, facts['updates']))}.",
         "",
     ]
+    if not found.learned:
+        lines.append(
+            "- **Nothing was learned**: in no arm did the reward rise above the base's, by its area at equal updates."
+        )
     lines += [f"- {_sentence(family, verdict, rule, found)}" for family, verdict in found.families.items()]
     if rule.controls:
         passing = ", ".join(f"`{arm}`" for arm in found.controls) or "none"
