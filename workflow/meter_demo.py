@@ -99,8 +99,8 @@ def table(results: Path) -> pd.DataFrame:
 
     Returns:
         `cell`, `estimator` (pathwise, directional), `direction`, `source`, `ratio` with its standard `error`, `low` and
-        `high`; `grpo`, GRPO's own value, with `grpo_error` and `grpo_told`: whether its interval leaves out zero, without
-        which a ratio says nothing.
+        `high`; `grpo`, GRPO's own value, with `grpo_error` and `grpo_told`: whether its interval leaves out zero, else
+        a ratio says nothing.
     """
     rows = []
     for cell in cells():
