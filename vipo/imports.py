@@ -15,10 +15,11 @@ def check_imports(config: Config) -> None:
     Raises:
         VipoError: of the part's own kind; one cannot be imported, or is not what it should be.
     """
-    for source in filter(is_called, config.prompts.sources.values()):
-        from vipo.prompts.sources import find_source
+    for key, source in config.prompts.sources.items():
+        if is_called(source):
+            from vipo.prompts.sources import find_source
 
-        find_source(source)
+            find_source(source, f"prompts.{key}".removesuffix(".source"))
     if is_import_path(config.generator.family):
         from vipo.generators.base import resolve_class
 

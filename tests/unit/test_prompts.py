@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vipo.config.compose import load_config
-from vipo.config.prompts import PromptsConfig
+from vipo.config.prompts import HeldOutSource, PromptsConfig
 from vipo.prompts import Prompt, PromptError, clean_text, prepare_prompts, prompt_id, read_prompts
 from vipo.prompts.needs import check_needs
 from vipo.prompts.prompt import is_blank
@@ -212,3 +212,21 @@ def test_prompts_that_a_run_can_use(caplog: pytest.LogCaptureFixture) -> None:
     # Nothing of an untrained arm is trained; nothing need be held out where nothing is asked for.
     check_needs(load_config(["experiment=demo", "arm=base"]), _prompts(1), _prompts(2, **SCENE))
     check_needs(load_config(["experiment=demo", "prompts.eval_share=0", "evaluation.rewards=[]"]), _prompts(2), [])
+
+
+@pytest.mark.parametrize("source", ["none.txt", "rows.bin", "set:none", "os:sep", "no_such_module:rows", "hub:short"])
+def test_an_unusable_source_of_held_out_prompts_is_named_by_its_own_key(tmp_path: Path, source: str) -> None:
+    (tmp_path / "some.txt").write_text("a cube\na ball\n")
+    config = PromptsConfig(source="some.txt", eval=HeldOutSource(source=source))
+    with pytest.raises(PromptError, match=f"^prompts.eval.source '?{source}"):
+        prepare_prompts(config, tmp_path, tmp_path / "out")
+    with pytest.raises(PromptError, match=f"^prompts.source '?{source}"):
+        prepare_prompts(PromptsConfig(source=source), tmp_path, tmp_path / "out")
+
+
+def test_the_key_of_held_out_prompts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("a cube\na ball\n")
+    (tmp_path / "held.csv").write_text("words\na cone\n")
+    config = PromptsConfig(source="some.txt", eval=HeldOutSource(source="held.csv"))
+    with pytest.raises(PromptError, match=r"held.csv: has no key 'prompt'; .*prompts.eval.text_key\) to one of: words"):
+        prepare_prompts(config, tmp_path, tmp_path / "out")

@@ -93,7 +93,7 @@ def _prompts(section: str, source: str, key: str, root: Path) -> Iterator[Line]:
         # Its rows may be downloaded ones; `import paths` has tried the rest.
         yield not_known(section, f"{source}: its rows are made when 'vipo prepare' calls or fetches it")
         return
-    rows = read_source(source, key, root).rows
+    rows = read_source(source, key, root, section).rows
     if not any(key in row for _, row in rows):
         yield to_do(section, f"{source}: no row has the key {key!r}; set {section}.text_key to the one that holds it")
         return

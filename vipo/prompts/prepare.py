@@ -11,7 +11,7 @@ from typing import Any
 from vipo.config.prompts import PromptsConfig
 from vipo.prompts.filters import Filter, load_filters
 from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_blank, is_evaluation, prompt_id
-from vipo.prompts.sources import Source, json_line, missing_key, read_source
+from vipo.prompts.sources import SET_KEY, Source, json_line, missing_key, read_source
 from vipo.provenance.files import atomic_file, file_sha256
 
 _REASONS = ("blank", "too_long", "exact_duplicate", "whitespace_duplicate", "case_duplicate")
@@ -55,7 +55,9 @@ def prepare_prompts(
         counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
     else:
         own = config.model_copy(update={"source": config.eval.source, "text_key": config.eval.text_key})
-        held_out = _cleaned(own, read_source(own.source, own.text_key, root), filters, config.eval.categories)
+        held_out = _cleaned(
+            own, read_source(own.source, own.text_key, root, "prompts.eval"), filters, config.eval.categories
+        )
         leaked, train = found.split(lambda identity: identity not in held_out.lines)
         counts = {"rows": found.rows, "kept": len(train.lines), "train": len(train.lines), "eval": len(held_out.lines)}
         others = {
@@ -214,7 +216,7 @@ def _prompt_of(config: PromptsConfig, number: int, row: Mapping[str, Any]) -> st
     if not isinstance(value, str):
         raise PromptError(
             f"{config.source}: row {number}: {config.text_key!r} holds a {type(value).__name__}, a prompt is text; "
-            "set prompts.text_key to the key that holds it"
+            f"{SET_KEY} the key that holds it"
         )
     return value
 

@@ -79,12 +79,13 @@ def published_key(name: str, text_key: str) -> str:
     return text_key if known is None or text_key != "prompt" else known.text_key
 
 
-def fetch_published(name: str, root: Path) -> dict[str, bytes]:
+def fetch_published(name: str, root: Path, section: str = "prompts") -> dict[str, bytes]:
     """The files of a published source by name, as they were at the first fetch.
 
     Args:
         name: see `vipo.config.prompts.is_published`.
         root: repository root; `LOCK` lies below it.
+        section: that names the source, for messages.
 
     Raises:
         PromptError: no such set, it cannot be fetched, or its bytes are not those of the first fetch.
@@ -99,11 +100,11 @@ def fetch_published(name: str, root: Path) -> dict[str, bytes]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise PromptError(f"{lock}: cannot be read ({error}); restore it from git") from error
     try:
-        commit, files = _fetched(name, commit)
+        commit, files = _fetched(name, commit, section)
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise PromptError(
-            f"prompts.source {name}: cannot be fetched ({' '.join(str(error).split())[:300]}); check the network, or "
-            "fetch the file yourself and name it as prompts.source"
+            f"{section}.source {name}: cannot be fetched ({' '.join(str(error).split())[:300]}); check the network, or "
+            f"fetch the file yourself and name it as {section}.source"
         ) from error
     found = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
     if wanted is None:
@@ -114,21 +115,23 @@ def fetch_published(name: str, root: Path) -> dict[str, bytes]:
     elif wanted != found:
         changed = ", ".join(path for path in {**wanted, **found} if wanted.get(path) != found.get(path))
         raise PromptError(
-            f"prompts.source {name}: {changed} is not what was fetched first (SHA-256 in {LOCK}); ask the publisher, "
+            f"{section}.source {name}: {changed} is not what was fetched first (SHA-256 in {LOCK}); ask the publisher, "
             "or remove its entry there to take the new bytes, as another experiment's prompts"
         )
     return files
 
 
-def _fetched(name: str, commit: str | None) -> tuple[str, dict[str, bytes]]:
+def _fetched(name: str, commit: str | None, section: str) -> tuple[str, dict[str, bytes]]:
     if name.startswith("hub:"):
         match = _HUB.fullmatch(name)
         if match is None:
-            raise PromptError(f"prompts.source {name}: write hub:OWNER/NAME@COMMIT/PATH, the commit whole (40 digits)")
+            raise PromptError(
+                f"{section}.source {name}: write hub:OWNER/NAME@COMMIT/PATH, the commit whole (40 digits)"
+            )
         return match[2], {match[3]: _of_dataset(match[1], match[2], match[3])}
     known = SETS.get(name.removeprefix("set:"))
     if known is None:
-        raise PromptError(f"prompts.source {name}: no such set; one of {', '.join(f'set:{each}' for each in SETS)}")
+        raise PromptError(f"{section}.source {name}: no such set; one of {', '.join(f'set:{each}' for each in SETS)}")
     if known.commit is not None:
         address = f"{RAW}/{known.repository}/{known.commit}/{known.files}"
         with urllib.request.urlopen(address, timeout=_SECONDS) as answer:
@@ -139,7 +142,7 @@ def _fetched(name: str, commit: str | None) -> tuple[str, dict[str, bytes]]:
     info = HfApi().dataset_info(known.repository, revision=commit, timeout=_SECONDS)
     names = sorted(each.rfilename for each in info.siblings or () if fnmatch.fnmatch(each.rfilename, known.files))
     if info.sha is None or not names:
-        raise PromptError(f"prompts.source {name}: {known.repository} holds no {known.files}")
+        raise PromptError(f"{section}.source {name}: {known.repository} holds no {known.files}")
     return info.sha, {path: _of_dataset(known.repository, info.sha, path) for path in names}
 
 

@@ -37,7 +37,7 @@ class Source:
     sha256: str
 
 
-def read_source(name: str, text_key: str, root: Path) -> Source:
+def read_source(name: str, text_key: str, root: Path, section: str = "prompts") -> Source:
     """Read every row of a source. Rows are mappings; a line of a txt file becomes ``{text_key: line}``.
 
     Args:
@@ -45,40 +45,43 @@ def read_source(name: str, text_key: str, root: Path) -> Source:
             takes `root` and gives an iterable of mappings.
         text_key: key that holds the prompt.
         root: folder that relative names start at.
+        section: that names the source, for messages: ``prompts`` or ``prompts.eval``.
 
     Raises:
         PromptError: the source is missing, no regular file, larger than `MOST_BYTES`, empty, not text, not of its
             format, or the callable failed.
     """
     if is_published(name):
-        return _published(name, text_key, root)
+        return _published(name, text_key, root, section)
     if is_called(name):
-        return _called(name, root)
+        return _called(name, root, section)
     reader = _READERS.get(Path(name).suffix.lower())
     if reader is None:
         raise PromptError(
-            f"prompts.source {name!r}: choose a file that ends in {', '.join(_READERS)}, "
+            f"{section}.source {name!r}: choose a file that ends in {', '.join(_READERS)}, "
             "or an import path 'package.module:object'"
         )
     try:
         data = read_regular(root / name, MOST_BYTES)
     except OSError as error:
-        raise PromptError(f"prompts.source {name}: cannot be read ({error.strerror}); give an existing file") from error
+        raise PromptError(
+            f"{section}.source {name}: cannot be read ({error.strerror}); give an existing file"
+        ) from error
     if not data.strip():
         raise PromptError(f"{name}: is empty; write at least one prompt into it")
     return Source(tuple(reader(name, data, text_key)), hashlib.sha256(data).hexdigest())
 
 
-def _published(name: str, text_key: str, root: Path) -> Source:
+def _published(name: str, text_key: str, root: Path, section: str) -> Source:
     rows: list[Mapping[str, Any]] = []
     # Imports the hub's client, which few prompts need.
     from vipo.prompts.published import fetch_published, published_key
 
     digest, key = hashlib.sha256(), published_key(name, text_key)
-    for path, data in fetch_published(name, root).items():
+    for path, data in fetch_published(name, root, section).items():
         reader = _READERS.get(Path(path).suffix.lower())
         if reader is None:
-            raise PromptError(f"prompts.source {name}: {path} is of no known format: {', '.join(_READERS)}")
+            raise PromptError(f"{section}.source {name}: {path} is of no known format: {', '.join(_READERS)}")
         digest.update(hashlib.sha256(data).digest())
         # The set's own key becomes the one that is asked for.
         rows += [
@@ -197,9 +200,12 @@ def _unpacked(name: str, opened: pq.ParquetFile) -> Iterator[Mapping[str, Any]]:
         yield from batch.to_pylist()
 
 
+SET_KEY = "set prompts.text_key (of held-out prompts: prompts.eval.text_key) to"
+
+
 def missing_key(name: str, text_key: str, keys: list[str]) -> PromptError:
     """The error for rows without the prompt's key; names the keys that exist."""
-    return PromptError(f"{name}: has no key {text_key!r}; set prompts.text_key to one of: {', '.join(keys)}")
+    return PromptError(f"{name}: has no key {text_key!r}; {SET_KEY} one of: {', '.join(keys)}")
 
 
 _READERS: Mapping[str, Callable[[str, bytes, str], Iterator[Row]]] = MappingProxyType(
@@ -214,27 +220,27 @@ _READERS: Mapping[str, Callable[[str, bytes, str], Iterator[Row]]] = MappingProx
 )
 
 
-def find_source(name: str) -> Callable[[Path], Any]:
-    """The callable that an import path names, imported but not called yet.
+def find_source(name: str, section: str = "prompts") -> Callable[[Path], Any]:
+    """The callable that an import path names, imported but not called yet; `section` as in `read_source`.
 
     Raises:
         PromptError: there is none.
     """
-    found: Any = resolve(name, PromptError, f"prompts.source {name}")
+    found: Any = resolve(name, PromptError, f"{section}.source {name}")
     if not callable(found):
-        raise PromptError(f"prompts.source {name}: a {type(found).__name__} is not callable")
+        raise PromptError(f"{section}.source {name}: a {type(found).__name__} is not callable")
     source: Callable[[Path], Any] = found
     return source
 
 
-def _called(name: str, root: Path) -> Source:
-    source, digest, rows = find_source(name), hashlib.sha256(), []
+def _called(name: str, root: Path, section: str) -> Source:
+    source, digest, rows = find_source(name, section), hashlib.sha256(), []
     # The rows too are made by it, one by one, and may be mappings of its own.
-    with foreign(PromptError, f"prompts.source {name}", name):
+    with foreign(PromptError, f"{section}.source {name}", name):
         for number, row in enumerate(source(root), start=1):
             if not isinstance(row, Mapping):
                 raise PromptError(
-                    f"prompts.source {name}: row {number}: is a {type(row).__name__}; a prompt source gives mappings"
+                    f"{section}.source {name}: row {number}: is a {type(row).__name__}; a prompt source gives mappings"
                 )
             rows.append((number, dict(row)))
     for number, plain in rows:
