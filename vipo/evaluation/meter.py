@@ -178,6 +178,11 @@ def _check_comparable(configs: Mapping[str, Config]) -> None:
                 f"experiment.meter.arms: {name!r} has the objective {config.objective.name!r}, whose gradient is not "
                 "the surrogate's that is measured; leave it out"
             )
+    if first.sampling.solver != "euler":
+        raise MeterError(
+            f"sampling.window.solver {first.sampling.solver!r}: the meter's gradients follow Euler's steps; set it to "
+            "euler"
+        )
     if first.distribution.world_size > 1:
         raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
 
