@@ -182,5 +182,7 @@ def tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict
 def free(device: str) -> None:
     """Give back the memory of what was just let go of."""
     gc.collect()
+    # What is alive between two networks is what was imported, and stays: the next collection does not look at it again.
+    gc.freeze()
     if device != "cpu":
         torch.cuda.empty_cache()
