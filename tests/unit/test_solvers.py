@@ -8,8 +8,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from vipo.config.compose import load_config
+from vipo.config.experiment import check_solver
 from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig, Solver
+from vipo.config.validation import ConfigError
+from vipo.credit.meter.gradients import MeterError
+from vipo.evaluation.meter import check_comparable
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.rollout import rollout
@@ -107,6 +112,25 @@ def test_around_a_window_it_is_the_stock_scheduler_before_and_a_fresh_one_after(
     if window.stop < 9:
         torch.testing.assert_close(path.latents[:, window.stop + 1], start, atol=1e-6, rtol=1e-6)
     assert float((path.clean - euler.clean).abs().max()) > 1e-3
+
+
+def test_what_follows_eulers_steps_refuses_another_solver() -> None:
+    window = "sampling.window={size: 4, solver: dpm2}"
+    check_solver(load_config(["experiment=demo", "arm=vipo", window]))
+    with pytest.raises(ConfigError, match=r"credit\.steps 'tweedie': it follows Euler's steps.*set that to euler"):
+        check_solver(load_config(["experiment=demo", "arm=step_tweedie", window]))
+    with pytest.raises(MeterError, match=r"sampling\.window\.solver 'dpm2': the meter's gradients follow Euler's"):
+        check_comparable({"vipo": load_config(["experiment=demo", "arm=vipo", window])})
+    with pytest.raises(ConfigError, match=r"window\.solver 'dpm2' is one of flow matching"):
+        load_config(["experiment=demo", "arm=vipo", window, "sampling.transition=ddim"])
+
+
+def test_eulers_steps_keep_the_identity() -> None:
+    identity = load_config(["experiment=demo", "arm=vipo", "sampling.window={size: 4}"]).training_identity()
+    assert "solver" not in identity["sampling"]["window"]
+    other = load_config(["experiment=demo", "arm=vipo", "sampling.window={size: 4, solver: dpm2}"]).training_identity()
+    assert other["sampling"]["window"].pop("solver") == "dpm2"
+    assert other == identity
 
 
 def test_it_is_of_second_order() -> None:
