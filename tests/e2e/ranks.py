@@ -61,7 +61,7 @@ def hang(call: int, other: int) -> None:
     """Let this process hang in its `call`-th call of learning, and end when the process `other` is gone."""
     from vipo.training import learn
 
-    sound, calls = learn.outcome_of, iter(range(1, 10_000))
+    sound, calls = learn.outcomes_of, iter(range(1, 10_000))
 
     def hanging(*arguments: Any) -> Any:
         if next(calls) == call:
@@ -71,7 +71,7 @@ def hang(call: int, other: int) -> None:
             os._exit(9)
         return sound(*arguments)
 
-    learn.outcome_of = hanging
+    learn.outcomes_of = hanging
 
 
 def signal_after(update: int, number: int, processes: list[int]) -> None:

@@ -104,8 +104,11 @@ def _largest_difference(a: Path, b: Path) -> float:
             id="kl-and-best-of",
         ),
         pytest.param(
-            ["training.lora={rank: 2, alpha: 4.0}", "objective.kl_weight=0.01", "training.gradient_checkpointing=true"],
-            id="lora-and-checkpointing",
+            [
+                *("training.lora={rank: 2, alpha: 4.0}", "objective.kl_weight=0.01"),
+                *("training.gradient_checkpointing=true", "training.joined_transitions=2"),
+            ],
+            id="lora-checkpointing-and-joined",
         ),
     ],
 )

@@ -259,7 +259,7 @@ def test_an_evaluation_that_starts_far_from_noise_is_told_before_training(
 ) -> None:
     config = load_config(["experiment=demo", "sampling.transition=ddim", "sampling.shift=2", "evaluation.steps=4"])
     generator, alone = _load("sd", tiny_stable_diffusion), Distribution(config.distribution, "cpu")
-    assert load_chain(config, generator, alone).steps == config.sampling.steps
+    assert load_chain(config, ROOT, generator, alone).steps == config.sampling.steps
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
         "sampling.shift 2 has no effect on a generator that predicts noise",
         "sampling: 4 steps start at timestep 751 of 1000",
@@ -267,6 +267,7 @@ def test_an_evaluation_that_starts_far_from_noise_is_told_before_training(
     with pytest.raises(GeneratorError, match=r"steps_offset 1 makes of 1000 steps"):
         load_chain(
             load_config(["experiment=demo", "sampling.transition=ddim", "evaluation.steps=1000"]),
+            ROOT,
             generator,
             alone,
         )

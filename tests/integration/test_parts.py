@@ -20,7 +20,7 @@ from vipo.imports import check_imports
 from vipo.objectives import ObjectiveError
 from vipo.training import run as run_module
 from vipo.training.errors import TrainingError
-from vipo.training.learn import Place, outcome_of
+from vipo.training.learn import Place, outcomes_of
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity
 from vipo.training.update import assign_credit, choose_lesson, form_advantages, roll_out, score_samples, update
@@ -331,7 +331,7 @@ def test_a_source_sees_what_only_exists_during_the_rollout_and_weighs_each_trans
         scores = score_samples(setup, rollouts)
         lesson = choose_lesson(setup, rollouts, found, form_advantages(setup, rollouts, scores, found))
         losses[name] = [
-            outcome_of(setup, lesson, Place(batch, 0, 0), None).loss for batch in range(len(lesson.batches))
+            outcomes_of(setup, lesson, [Place(batch, 0, 0)], {}, {})[0].loss for batch in range(len(lesson.batches))
         ]
         chosen |= set(torch.cat([batch.steps for batch in lesson.batches]).flatten().tolist())
         assert not setup.generator.network._forward_hooks

@@ -29,7 +29,7 @@ from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
 from vipo.training.consistency import check_consistency
 from vipo.training.errors import TrainingError
-from vipo.training.learn import Lesson, Place, learn, outcome_of, reference_prediction
+from vipo.training.learn import Lesson, Place, learn, outcomes_of, reference_predictions
 from vipo.training.recorded import train_run
 from vipo.training.samples import MicroBatch, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
@@ -54,6 +54,7 @@ COMBINATIONS: dict[str, list[str]] = {
     "flow": ["arm=vipo", "sampling.transition=flow"],
     "cps-unscaled": ["arm=vipo", "sampling.transition=cps", "objective.density=squared_error"],
     "window-random": ["arm=vipo", "sampling.window={size: 2, move: random}"],
+    "window-dpm2": ["arm=vipo", "sampling.window={size: 2, move: random, solver: dpm2}"],
     "guard-sum": ["arm=vipo", "objective.ratio_norm=guard", "objective.channels=sum"],
     "guard-grpo-flow": ["arm=grpo", "objective.ratio_norm=guard", "sampling.transition=flow"],
     "flow_grpo": ["arm=flow_grpo"],
@@ -128,7 +129,7 @@ def _kl(setup: Setup, batch: MicroBatch, steps: Tensor) -> Tensor:
     """What the weight of the divergence, which is linear in it, adds to the loss: that of no advantage is 0."""
     samples = arrange_samples(update_prompts(setup.prompts, setup.config.seed, 1, 2), 4, 2)
     advantages = Advantages(torch.zeros(len(samples), *setup.generator.grid), torch.zeros(len(samples)))
-    outcome = outcome_of(setup, Lesson(1, [batch], advantages, samples), Place(0, 0, 0), None)
+    (outcome,) = outcomes_of(setup, Lesson(1, [batch], advantages, samples), [Place(0, 0, 0)], {}, {})
     assert torch.equal(batch.steps[:, 0], steps)
     kl = outcome.loss / setup.config.objective.kl_weight
     torch.testing.assert_close(kl.detach(), outcome.metrics["kl"])
@@ -150,7 +151,8 @@ def test_kl_is_to_the_generator_as_it_was(prepared: Path, tiny_overrides: list[s
             prediction = generator.predict(latents, times, batch.conditioning)
             normals.append(torch.distributions.Normal(*setup.chain.gaussian(latents, prediction, steps)))
         expected = torch.distributions.kl_divergence(*normals).mean()
-    assert torch.equal(reference_prediction(setup, Points(latents, times), batch), prediction)
+    (reference,) = reference_predictions(setup, [Points(latents, times)], batch)
+    assert torch.equal(reference, prediction)
     assert float(kl.detach()) > 0
     torch.testing.assert_close(kl.detach(), expected)
     # The policy is back in place and as trainable as before.

@@ -177,8 +177,6 @@ def test_rollout_without_stochastic_steps_is_the_ode() -> None:
     path = rollout(network, conditioning, chain, range(0), [(3,)], [(4,)])
     ode = sample_ode(network, conditioning, chain, keyed_normal([(3,)], network.latent_shape))
     torch.testing.assert_close(path.clean, ode, atol=0, rtol=0)
-    with pytest.raises(ValueError, match="solver: 'dpm2' looks back over steps that draw noise"):
-        rollout(network, conditioning, chain, range(1, 2), [(3,)], [(4,)], "dpm2")
     with pytest.raises(ValueError, match="step_keys: expected 1 keys as initial_keys, got 2"):
         rollout(network, conditioning, chain, range(0), [(3,)], [(4,), (5,)])
 

@@ -434,7 +434,10 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["training.best_of=4"], ["training", "micro_batch 8", "4 samples", "best_of", "may be 1, 2, 4"]),
         # Of an arm that is not the chosen one, too; in mappings, tuples, and sections that may be null.
         (["experiment.arms.uniform.typo=1"], ["experiment.arms.uniform.typo", "allowed: base, overrides, seeds"]),
-        (["sampling.window={size: 4, strid: 1}"], ["sampling.window.strid", "'stride'", "every, move, size, start"]),
+        (
+            ["sampling.window={size: 4, strid: 1}"],
+            ["sampling.window.strid", "'stride'", "every, move, size, solver"],
+        ),
         # Numbers that no machine ends with, and no format holds.
         (["training.updates=1e400"], ["training.updates", "integer", "inf"]),
         (["sampling.eta=1e300"], ["sampling.eta", "less than or equal to 100"]),

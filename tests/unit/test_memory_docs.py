@@ -10,7 +10,7 @@ from vipo.config.compose import load_config, repository_root
 def test_commands_compose() -> None:
     page = (repository_root() / "docs/memory.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in page.split("```")[1].strip().splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 6
     names = set()
     for vipo, stage, *overrides in commands:
         assert vipo == "vipo"

@@ -4,8 +4,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from vipo.config.generator import GeneratorConfig
 from vipo.config.reward import RewardSpec, check_labels
+from vipo.config.sampling import SamplingConfig
 from vipo.config.section import MOST_EVALUATED, PositiveInt, Section, Seed
+
+SIZE = frozenset({"height", "width", "frames", "shift"})
+"""What of section `evaluation` takes the place of another section's keys."""
 
 REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
 """What of section `evaluation` the report alone reads: it changes no sample and no score."""
@@ -20,6 +25,16 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 2
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(20, description="ODE steps.")
     batch: PositiveInt = 16
+    height: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
+        None, description="Of the evaluated samples, in pixels; null: generator.height, which is trained at."
+    )
+    width: Annotated[int, Field(ge=1, le=2**14)] | None = Field(None, description="As height.")
+    frames: Annotated[int, Field(ge=1, le=2**14)] | None = Field(None, description="As height, of videos.")
+    shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Time shift of the evaluated chain; null: sampling.shift. A checkpoint may shift another size "
+        "otherwise, which a warning tells.",
+    )
     rewards: tuple[RewardSpec, ...] = Field(
         (),
         strict=False,
@@ -40,6 +55,13 @@ class EvaluationConfig(Section):
         check_labels(value)
         return value
 
+    @field_validator("height", "width")
+    @classmethod
+    def _even(cls, value: int | None) -> int | None:
+        if value is not None and value % 2:
+            raise ValueError(f"{value} must be even")
+        return value
+
     @model_validator(mode="after")
     def _ends(self) -> Self:
         samples = self.prompts * self.samples_per_prompt
@@ -49,3 +71,18 @@ class EvaluationConfig(Section):
                 f"than the {MOST_EVALUATED} that are held; lower one of them"
             )
         return self
+
+    def generator_of(self, trained: GeneratorConfig) -> GeneratorConfig:
+        """Section `generator` at the size that is evaluated.
+
+        Raises:
+            ValueError: such a sample is too large, or a picture has no frames.
+        """
+        if self.frames is not None and trained.frames is None:
+            raise ValueError(f"evaluation.frames {self.frames}: the generator makes pictures; set it to null")
+        size = {key: value for key in ("height", "width", "frames") if (value := getattr(self, key)) is not None}
+        return GeneratorConfig.model_validate({**trained.model_dump(), **size}) if size else trained
+
+    def sampling_of(self, trained: SamplingConfig) -> SamplingConfig:
+        """Section `sampling` with the shift that is evaluated."""
+        return trained if self.shift is None else trained.model_copy(update={"shift": self.shift})

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vipo.config.compose import load_config_file
+from vipo.config.generator import GeneratorConfig
 from vipo.config.registries import CLIP_REWARDS, PICTURE_REWARDS, SCENE_REWARDS
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
@@ -77,11 +78,25 @@ def check_run(config: Config) -> None:
     """Refuse what the configuration alone says that a run will not be able to do.
 
     Raises:
-        ConfigError: see `check_pictures` and, of a trained run, `check_processes`.
+        ConfigError: see `check_pictures` and, of a trained run, `check_processes` and `check_solver`.
     """
     check_pictures(config)
     if not config.is_base:
         check_processes(config)
+        check_solver(config)
+
+
+def check_solver(config: Config) -> None:
+    """Refuse step credit around a window whose other steps are not Euler's.
+
+    Raises:
+        ConfigError: it reads a step's prediction off what Euler's step made of it.
+    """
+    if config.credit.steps != "none" and config.sampling.solver != "euler":
+        raise ConfigError(
+            f"credit.steps {config.credit.steps!r}: it follows Euler's steps, and sampling.window.solver is "
+            f"{config.sampling.solver!r}; set that to euler"
+        )
 
 
 def check_processes(config: Config) -> None:
@@ -113,15 +128,14 @@ def check_pictures(config: Config) -> None:
     Raises:
         ConfigError: the message names the key.
     """
-    generator = config.generator
-    video = generator.frames is not None
+    video = config.generator.frames is not None
     if "oracle" in config.credit.names and video:
         raise ConfigError("credit.sources: 'oracle' needs drawn pictures; generator.frames asks for videos")
-    named: Sequence[tuple[str, str]] = [
-        *(("reward.terms", term.name) for term in config.reward.terms),
-        *(("evaluation.rewards", reward.name) for reward in config.evaluation.rewards),
+    named: Sequence[tuple[str, str, GeneratorConfig]] = [
+        *(("reward.terms", term.name, config.generator) for term in config.reward.terms),
+        *(("evaluation.rewards", reward.name, config.evaluated) for reward in config.evaluation.rewards),
     ]
-    for key, name in named:
+    for key, name, generator in named:
         if name in PICTURE_REWARDS and video:
             raise ConfigError(f"{key}: reward {name!r} takes pictures, generator.frames asks for videos")
         if name in CLIP_REWARDS and (generator.frames or 1) < 2:

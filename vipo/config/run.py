@@ -9,9 +9,10 @@ from vipo.config.advantages import AdvantagesConfig
 from vipo.config.alarms import AlarmsConfig
 from vipo.config.arms import ExperimentConfig, check_arm_name
 from vipo.config.credit import CreditConfig
-from vipo.config.evaluation import REPORTED, EvaluationConfig
+from vipo.config.evaluation import REPORTED, SIZE, EvaluationConfig
 from vipo.config.forward import AwmConfig, NftConfig
 from vipo.config.generator import GeneratorConfig
+from vipo.config.later import without_later_choices
 from vipo.config.objective import ObjectiveConfig, SurrogateConfig
 from vipo.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig
 from vipo.config.perception import PerceptionConfig
@@ -95,7 +96,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _keeps_to_its_protocol(self) -> Self:
-        if self.protocol is not None and (broken := self.protocol.broken(self.model_dump(mode="json"))):
+        values = {**self.model_dump(mode="json"), "generator": self.evaluated.model_dump(mode="json")}
+        if self.protocol is not None and (broken := self.protocol.broken(values)):
             raise ValueError(
                 f"protocol {self.protocol.name!r} v{self.protocol.version} pins {'; '.join(broken)}; leave that as it "
                 "is, or the protocol out"
@@ -211,6 +213,11 @@ class Config(Section):
         return f"{self.arm}-s{self.seed}"
 
     @property
+    def evaluated(self) -> GeneratorConfig:
+        """Section `generator` at the size that is evaluated."""
+        return self.evaluation.generator_of(self.generator)
+
+    @property
     def is_base(self) -> bool:
         """Whether this arm is the untrained generator."""
         return self.arm == "base"
@@ -237,7 +244,7 @@ class Config(Section):
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
         data["reward"]["terms"] = [term.deciding for term in self.reward.terms]
-        return data
+        return without_later_choices(data)
 
     def prompts_identity(self) -> dict[str, Any]:
         """What decides the prepared prompts."""
@@ -260,13 +267,13 @@ class Config(Section):
         """What decides an evaluation's samples and scores, beside the trained weights."""
         kept = {} if self.is_base else self.training.model_dump(mode="json", include={"updates", "save_at"})
         return {
-            "generator": self.generator.model_dump(mode="json"),
+            "generator": self.evaluated.model_dump(mode="json"),
             "perception": self.perception.model_dump(mode="json"),
             "evaluation": {
-                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED)),
+                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED | SIZE)),
                 "rewards": [reward.deciding for reward in self.evaluation.rewards],
             },
-            "shift": self.sampling.shift,
+            "shift": self.evaluation.sampling_of(self.sampling).shift,
             "threads": self.training.threads,
             "kept": kept,
             **({} if self.protocol is None else {"protocol": self.protocol.title}),

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from vipo.config.section import PositiveInt, Section
 
+Solver = Literal["euler", "dpm2"]
+"""Of steps without noise (`vipo.sampling.solvers`)."""
+
 
 class WindowConfig(Section):
     """Steps that draw noise and are trained; all others follow the ODE (MixGRPO, Flow-GRPO-Fast)."""
@@ -19,6 +22,11 @@ class WindowConfig(Section):
     )
     every: PositiveInt = Field(25, description="Updates between two moves of a window that slides.")
     stride: PositiveInt = Field(1, description="Steps of one move; after the last place it starts again.")
+    solver: Solver = Field(
+        "euler",
+        description="Of the steps outside the window: Euler's, or DPM-Solver++ 2M's, whose first step after the window "
+        "is Euler's again.",
+    )
 
 
 class SamplingConfig(Section):
@@ -38,7 +46,7 @@ class SamplingConfig(Section):
     )
     same_initial_noise: bool = Field(True, description="One initial noise for all samples of a group.")
     window: WindowConfig | None = Field(None, description="null: every step but the last is stochastic.")
-    ode: Literal["euler", "dpm2"] | None = Field(
+    ode: Solver | None = Field(
         None,
         description="Sample without noise in the steps, by Euler's or DPM-Solver++ 2M's, for an objective that needs "
         "no density; null: by the stochastic chain.",
@@ -57,6 +65,11 @@ class SamplingConfig(Section):
                 if found:
                     raise ValueError(f"{key} does not go with ode {self.ode!r}: {fix}")
         if self.window is not None:
+            if self.window.solver != "euler" and self.transition == "ddim":
+                raise ValueError(
+                    f"window.solver {self.window.solver!r} is one of flow matching, transition 'ddim' is for networks "
+                    "that predict noise or v; set window.solver to euler"
+                )
             start = 0 if self.window.move == "random" else self.window.start
             if start + self.window.size > self.steps - 1:
                 raise ValueError(
@@ -64,3 +77,8 @@ class SamplingConfig(Section):
                     f"with a density of steps {self.steps} (the last step is deterministic)"
                 )
         return self
+
+    @property
+    def solver(self) -> Solver:
+        """Of the steps that draw no noise."""
+        return self.ode or ("euler" if self.window is None else self.window.solver)

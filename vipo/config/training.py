@@ -44,6 +44,11 @@ class TrainingConfig(Section):
     micro_batch: PositiveInt = Field(
         4, description="Samples in one network call of the update, and of the rollout unless rollout_batch differs."
     )
+    joined_transitions: PositiveInt = Field(
+        1,
+        description="Trained transitions of a micro-batch in one network call of the update; divides "
+        "trained_transitions. Above 1 log_ratio_tolerance judges what this device makes of it, as of rollout_batch.",
+    )
     rollout_batch: PositiveInt | None = Field(
         None,
         description="Samples in one network call of the rollout, a multiple of micro_batch; null: micro_batch. The "
@@ -114,6 +119,11 @@ class TrainingConfig(Section):
                     f"(prompts_per_update * {name} / optimizer_steps_per_update); micro_batch may be "
                     f"{divisors(math.gcd(*self.samples_per_step().values()))}"
                 )
+        if self.trained_transitions % self.joined_transitions:
+            raise ValueError(
+                f"joined_transitions {self.joined_transitions} does not divide trained_transitions "
+                f"{self.trained_transitions}; it may be {divisors(self.trained_transitions)}"
+            )
         if self.rollout_batch is not None and self.rollout_batch % self.micro_batch:
             raise ValueError(f"rollout_batch {self.rollout_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

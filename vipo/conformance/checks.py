@@ -10,7 +10,9 @@ from torch import Tensor
 from vipo.conformance.subject import Lesson, Subject, lesson, loss_of
 from vipo.generators.base import GeneratorError
 from vipo.generators.pipeline import PipelineGenerator
+from vipo.objectives import Points
 from vipo.sampling.rollout import sample_ode
+from vipo.training.joined import predict_joined
 
 EXACT = 1e-5
 """Of predictions and pictures, absolutely."""
@@ -70,6 +72,19 @@ def deterministic_sample(generator: PipelineGenerator, compared: Subject) -> Ten
     """Pictures ``(B, *sample_shape)`` of the subject's noise over the stock scheduler's levels."""
     chain = compared.sampled.chain(generator)
     return generator.pictures(sample_ode(generator, compared.conditioning, chain, compared.noise))
+
+
+def joined(compared: Subject) -> list[Finding]:
+    """Two transitions of every sample in one call are predicted as each transition is alone."""
+    generator = compared.load()
+    taught = lesson(generator, compared)
+    steps = [torch.full((len(compared.noise),), step, device=generator.device) for step in (0, 2)]
+    points = [Points(taught.path.at(step)[0], taught.chain.times[step]) for step in steps]
+    with torch.no_grad():
+        together = predict_joined(generator, points, compared.conditioning)
+        alone = [generator.predict(each.latents, each.times, compared.conditioning) for each in points]
+    apart = max(largest(one - other) for one, other in zip(together, alone, strict=True))
+    return [finding("joined transitions", apart, EXACT * max(1.0, *map(largest, alone)))]
 
 
 def gradients(compared: Subject) -> list[Finding]:

@@ -16,6 +16,7 @@ CHECKS: Mapping[str, Callable[[Subject], list[Finding]]] = MappingProxyType(
     {
         "prediction": checks.prediction,
         "sample": checks.sample,
+        "joined": checks.joined,
         "update_lora": partial(training.update, mode="lora"),
         "update_full": partial(training.update, mode="full"),
         "export_lora": partial(training.export, mode="lora"),

@@ -96,7 +96,7 @@ def measures_of(
 def _maps(config: Config, root: Path, facts: dict[str, Any]) -> Iterator[Callable[[Batch], Measured]]:
     device, groups = config.generator.device, facts["frame_groups"]
     structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
-    structuring.preflight((config.generator.height, config.generator.width))
+    structuring.preflight((config.evaluated.height, config.evaluated.width))
     spans = None if groups is None else [range(first, last) for first, last in groups]
 
     def measure(batch: Batch) -> Measured:
@@ -160,7 +160,7 @@ def tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict
     Raises:
         PerceptionError, RewardError: that one.
     """
-    generator, device = config.generator, config.generator.device
+    generator, device = config.evaluated, config.generator.device
     structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
     structuring.preflight((generator.height, generator.width))
     found = [] if structuring.backbone.source is None else [structuring.backbone.source]
@@ -182,5 +182,7 @@ def tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict
 def free(device: str) -> None:
     """Give back the memory of what was just let go of."""
     gc.collect()
+    # What is alive between two networks is what was imported, and stays: the next collection does not look at it again.
+    gc.freeze()
     if device != "cpu":
         torch.cuda.empty_cache()

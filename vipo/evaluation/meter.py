@@ -66,7 +66,7 @@ def measure_credit(
         Others: as of training.
     """
     first = next(iter(configs.values()))
-    _check_comparable(configs)
+    check_comparable(configs)
     deterministic_algorithms()
     torch.set_num_threads(first.training.threads)
     train, held = (read_prompts(experiment / "prompts" / f"{split}.jsonl") for split in ("train", "eval"))
@@ -163,7 +163,12 @@ def _costs(plan: Plan, subject: Subject, arms: int, kinds: int) -> Costs:
     )
 
 
-def _check_comparable(configs: Mapping[str, Config]) -> None:
+def check_comparable(configs: Mapping[str, Config]) -> None:
+    """Refuse arms that differ in more than their credit, or that cannot be measured.
+
+    Raises:
+        MeterError: naming the arm and the key.
+    """
     (first_name, first), *others = configs.items()
     for name, config in others:
         differing = [key for key in _SHARED if getattr(config, key) != getattr(first, key)]
@@ -178,6 +183,11 @@ def _check_comparable(configs: Mapping[str, Config]) -> None:
                 f"experiment.meter.arms: {name!r} has the objective {config.objective.name!r}, whose gradient is not "
                 "the surrogate's that is measured; leave it out"
             )
+    if first.sampling.solver != "euler":
+        raise MeterError(
+            f"sampling.window.solver {first.sampling.solver!r}: the meter's gradients follow Euler's steps; set it to "
+            "euler"
+        )
     if first.distribution.world_size > 1:
         raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
 

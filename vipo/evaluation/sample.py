@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 def evaluation_chain(generator: Generator, config: Config) -> Chain:
     """The steps that an evaluation samples in."""
     return sampling_chain(
-        config.sampling,
+        config.evaluation.sampling_of(config.sampling),
         generator.prediction,
         generator.alphas_cumprod,
         generator.timesteps,
@@ -156,7 +156,7 @@ def _draw_missing(
     told = share.number > 1 or FACTS in there
     if told and not wanted:
         return
-    generator = load_generator(config.generator, root)
+    generator = load_generator(config.evaluated, root)
     if not told:
         with atomic_file(work.parts / FACTS) as path:
             path.write_text(json.dumps({"updates": list(weights), **_facts(generator)}))

@@ -66,7 +66,7 @@ def draw_side_by_side(
     with memory_errors(f"samples of {config.run_name}", "Ask for fewer prompts, or lower evaluation.batch"):
         encoded, device = encode_prompts(config.generator, root, prompts), config.generator.device
         embeddings = {key: {name: value.to(device) for name, value in row.items()} for key, row in encoded.items()}
-        generator = load_generator(config.generator, root)
+        generator = load_generator(config.evaluated, root)
         pictures = []
         with progress_bar(total=2 * len(drawn), description=f"{config.run_name}: samples", unit="sample") as progress:
             pictures.append(_drawn(generator, drawn, embeddings, config, progress))

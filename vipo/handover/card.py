@@ -239,7 +239,7 @@ def _metadata(
 
 def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision: str | None) -> str:
     """Python that loads the exported folder and draws one sample with the evaluation's settings."""
-    generator = config.generator
+    generator = config.evaluated
     settings: dict[str, Any] = {
         "height": generator.height,
         "width": generator.width,

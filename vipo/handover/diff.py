@@ -294,7 +294,7 @@ def _unpaired(a: Config, b: Config, left: pd.DataFrame, right: pd.DataFrame) -> 
         )
     if a.evaluation.seed != b.evaluation.seed:
         return f"other noise: evaluation.seed {a.evaluation.seed} in A, {b.evaluation.seed} in B"
-    if (a.generator.family, a.generator.sample_shape) != (b.generator.family, b.generator.sample_shape):
+    if (a.generator.family, a.evaluated.sample_shape) != (b.generator.family, b.evaluated.sample_shape):
         return "other noise: the generators' family or size differs"
     return None
 

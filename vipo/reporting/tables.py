@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from vipo.config.generator import GeneratorConfig
 from vipo.config.run import Config
 from vipo.evaluation.statistics import MINIMUM_SEEDS, mean_score
 from vipo.reporting.inputs import Experiment
@@ -30,6 +31,10 @@ def summarize_time(experiment: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _size(generator: GeneratorConfig) -> str:
+    return f"{generator.width} × {generator.height} pixels"
+
+
 def facts(experiment: Experiment) -> dict[str, str]:
     """The experiment in a few lines, by name: generator, reward, arms, prompts."""
     config = experiment.config
@@ -46,7 +51,8 @@ def facts(experiment: Experiment) -> dict[str, str]:
     )
     base = experiment.scores[experiment.scores["arm"] == "base"]
     return {
-        "Generator": f"{config.generator.family}, {config.generator.width} × {config.generator.height} pixels",
+        "Generator": f"{config.generator.family}, {_size(config.generator)}"
+        + ("" if config.evaluated == config.generator else f", evaluated at {_size(config.evaluated)}"),
         "Checkpoint": config.generator.path,
         **({} if config.protocol is None else {"Protocol": config.protocol.title}),
         "Trained reward": rewards,

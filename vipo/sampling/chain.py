@@ -143,6 +143,7 @@ def chain_remarks(
     config: SamplingConfig,
     flow_shift: float | Callable[[int], float] | None,
     training: int | None,
+    section: str = "sampling",
 ) -> list[str]:
     """In what the chain is not the one that the checkpoint was made for, for the log.
 
@@ -151,6 +152,7 @@ def chain_remarks(
         config: section `sampling`.
         flow_shift: `Generator.flow_shift`.
         training: of a noise-predicting generator, the number of its training timesteps.
+        section: whose key the shift is.
     """
     if chain.prediction == "velocity":
         own = flow_shift(chain.steps) if callable(flow_shift) else flow_shift
@@ -158,7 +160,7 @@ def chain_remarks(
             return []
         steps = f" in {chain.steps} steps" if callable(flow_shift) else ""
         return [
-            f"sampling.shift {config.shift:g} is not the checkpoint's: its scheduler shifts by {own:.4g} at this size"
+            f"{section}.shift {config.shift:g} is not the checkpoint's: its scheduler shifts by {own:.4g} at this size"
             f"{steps}. Set it to that unless another one is meant"
         ]
     remarks = []

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vipo.config.sampling import Solver
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain
 from vipo.sampling.noise import Key, keyed_normal
-from vipo.sampling.solvers import OdeSolver, Solver
+from vipo.sampling.solvers import OdeSolver
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,11 @@ def rollout(
         stochastic: the steps that draw noise; the others follow the ODE.
         initial_keys: one key per sample for the initial noise.
         step_keys: one key per sample; the step index is appended.
-        solver: of the ODE; another than Euler's where no step is stochastic.
+        solver: of the ODE.
 
     Raises:
-        ValueError: the number of keys differs from the batch, or a solver of several steps meets one that draws noise.
+        ValueError: the number of keys differs from the batch.
     """
-    if solver != "euler" and stochastic:
-        raise ValueError(f"solver: {solver!r} looks back over steps that draw noise ({stochastic})")
     if len(initial_keys) != len(step_keys):
         raise ValueError(f"step_keys: expected {len(initial_keys)} keys as initial_keys, got {len(step_keys)}")
     device = chain.levels.device
@@ -81,6 +80,7 @@ def rollout(
         if step in stochastic:
             mean, std = chain.gaussian(x, prediction, torch.full((len(x),), step, device=device))
             x = mean + std * keyed_normal([(*key, step) for key in step_keys], generator.latent_shape, device)
+            ode.drawn()
         else:
             mean = x = ode.step(x, prediction, step)
         states.append(x)

@@ -1,13 +1,11 @@
-"""Deterministic sampling of flow matching by higher-order solvers, for objectives that need no density."""
+"""Deterministic steps of flow matching by higher-order solvers: of whole chains, and of those around a window."""
 
 import math
-from typing import Literal
 
 from torch import Tensor
 
+from vipo.config.sampling import Solver
 from vipo.sampling.chain import Chain
-
-Solver = Literal["euler", "dpm2"]
 
 
 class OdeSolver:
@@ -17,19 +15,28 @@ class OdeSolver:
     extrapolated along the log-SNR ``log((1 - sigma) / sigma)``; the first and the last step are Euler's. One network
     evaluation a step, as Euler.
 
-    Source: DPM-Solver++ (arXiv 2211.01095), algorithm 2; DiffusionNFT samples by it.
+    A step that draws noise leads to another path, of which no earlier x0_hat is known: the next deterministic step is
+    Euler's, as if the chain began there.
+
+    Source: DPM-Solver++ (arXiv 2211.01095), algorithm 2; DiffusionNFT samples by it. MixGRPO-Flash (arXiv 2507.21802)
+    takes it for the steps after its window, beginning anew there too (its public code, 'post'); before the window it
+    has Euler's, and it takes fewer steps after it, which is not done here.
     """
 
     def __init__(self, chain: Chain, solver: Solver) -> None:
         """Before the first step.
 
         Args:
-            chain: of a generator that predicts the velocity.
+            chain: of a generator that predicts the velocity; for 'euler', any.
             solver: which.
         """
         self._chain, self._extrapolates = chain, solver == "dpm2"
         self._levels = chain.levels.tolist()
         self._earlier: Tensor | None = None
+
+    def drawn(self) -> None:
+        """Tell that the step before the next one drew noise."""
+        self._earlier = None
 
     def step(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
         """The state after step `step`.
@@ -37,7 +44,7 @@ class OdeSolver:
         Args:
             latents: ``(B, C, ...)`` float32, x at the step's level.
             prediction: the velocity there.
-            step: in [0, T).
+            step: in [0, T); between two calls without `drawn` it grows by one.
         """
         if not self._extrapolates:
             return self._chain.ode(latents, prediction, step)

@@ -19,6 +19,8 @@ SIGNS = ("dark_share", "bright_share", "edge_density", "colour_entropy", "satura
 
 # Larger pictures are averaged down, so that a sign costs the same at any size and means about the same.
 _SIDE, _THUMBNAIL = 256, 16
+# Values of the pictures whose signs are taken together.
+_TOGETHER = 2**18
 _DARK, _BRIGHT, _EDGE, _LEVELS = 0.05, 0.95, 0.1, 4
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -40,24 +42,33 @@ def picture_signs(pictures: Tensor) -> Tensor:
     Returns:
         ``(n, 5)`` float64 on the CPU: the same on any device but for the averaging of large pictures.
     """
-    rows = []
-    for frames in _small(pictures, _SIDE):
-        luma = (frames * torch.tensor(_LUMA, dtype=frames.dtype).view(1, 3, 1, 1)).sum(dim=1)
-        across = (luma[:, :-1, 1:] - luma[:, :-1, :-1]).abs()
-        down = (luma[:, 1:, :-1] - luma[:, :-1, :-1]).abs()
-        cells = (frames * _LEVELS).long().clamp(max=_LEVELS - 1)
-        index = (cells[:, 0] * _LEVELS + cells[:, 1]) * _LEVELS + cells[:, 2]
-        share = torch.bincount(index.flatten(), minlength=_LEVELS**3).double() / index.numel()
-        largest, smallest = frames.amax(dim=1), frames.amin(dim=1)
-        values = (
-            (luma < _DARK).double().mean(),
-            (luma > _BRIGHT).double().mean(),
-            (torch.maximum(across, down) > _EDGE).double().mean(),
-            torch.special.entr(share).sum() / torch.log(torch.tensor(2.0, dtype=torch.float64)),
-            torch.where(largest > 0, (largest - smallest) / largest.clamp(min=1e-12), 0.0).mean(),
-        )
-        rows.append(torch.stack(values))
-    return torch.stack(rows)
+    small = _small(pictures, _SIDE)
+    # Several at a time, of small pictures: what is done with each is little beside the call that does it.
+    together = max(1, _TOGETHER // small[0].numel())
+    return torch.cat([_signs(part) for part in small.split(together)])
+
+
+def _signs(clips: Tensor) -> Tensor:
+    """`picture_signs` of ``(n, T, 3, h, w)`` float64; sums that are not of whole numbers are taken a sample at a time,
+    whose bits then do not depend on its neighbours."""
+    luma = (clips * torch.tensor(_LUMA, dtype=clips.dtype).view(1, 1, 3, 1, 1)).sum(dim=2)
+    across = (luma[..., :-1, 1:] - luma[..., :-1, :-1]).abs()
+    down = (luma[..., 1:, :-1] - luma[..., :-1, :-1]).abs()
+    cells = (clips * _LEVELS).long().clamp(max=_LEVELS - 1)
+    index = ((cells[:, :, 0] * _LEVELS + cells[:, :, 1]) * _LEVELS + cells[:, :, 2]).flatten(1)
+    colours = _LEVELS**3
+    index += colours * torch.arange(len(clips))[:, None]
+    counts = torch.bincount(index.flatten(), minlength=colours * len(clips)).view(-1, colours)
+    share = counts.double() / index.shape[1]
+    largest, smallest = clips.amax(dim=2), clips.amin(dim=2)
+    saturation = torch.where(largest > 0, (largest - smallest) / largest.clamp(min=1e-12), 0.0)
+    values = (
+        *((found.flatten(1).double().mean(dim=1)) for found in (luma < _DARK, luma > _BRIGHT)),
+        (torch.maximum(across, down) > _EDGE).flatten(1).double().mean(dim=1),
+        torch.stack([row.sum() for row in torch.special.entr(share)]) / torch.log(torch.tensor(2.0, dtype=share.dtype)),
+        torch.stack([row.mean() for row in saturation]),
+    )
+    return torch.stack(values, dim=1)
 
 
 def thumbnails(pictures: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ def check_consistency(
         channels = (
             f"sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here {config.objective.channels!r})"
         )
-    layout = ", another batch layout: set training.rollout_batch=null" if config.training.rollout_batch else ""
+    training = config.training
+    others = ["rollout_batch=null"] if training.rollout_batch else []
+    others += ["joined_transitions=1"] if training.joined_transitions > 1 else []
+    layout = f", another batch layout: set {' and '.join(f'training.{each}' for each in others)}" if others else ""
     raise TrainingError(
         f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
         f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "

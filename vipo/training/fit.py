@@ -10,6 +10,7 @@ from vipo.training.errors import TrainingError
 from vipo.training.plan import Plan, gib, plan
 
 _SAVINGS: tuple[Mapping[str, Any], ...] = (
+    {"training": {"joined_transitions": 1, "rollout_batch": None}},
     {"training": {"gradient_checkpointing": True}},
     {"training": {"micro_batch": 1}},
     {"training": {"lora": {}}, "generator": {"precision": "bf16", "weights": "bf16"}},
@@ -28,6 +29,11 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
     Raises:
         TrainingError: naming what is short, and settings with which the run would fit.
     """
+    if found.evaluation > memory:
+        raise TrainingError(
+            f"an evaluation at {' x '.join(map(str, config.evaluated.sample_shape))} needs {gib(found.evaluation)}, "
+            f"{gib(memory)} are there; lower evaluation.batch {config.evaluation.batch}, or the size"
+        )
     if found.peak <= memory:
         return
     data, smaller = config.model_dump(), found
@@ -72,7 +78,7 @@ def _changes(config: Config, data: Mapping[str, Any]) -> str:
     """What `data` has otherwise than `config`, as overrides."""
     given = config.model_dump()
     return " ".join(
-        f"{section}.{key}={str(value).lower()}"
+        f"{section}.{key}={'null' if value is None else str(value).lower()}"
         for section in ("training", "generator", "distribution")
         for key, value in data[section].items()
         if value != given[section][key]

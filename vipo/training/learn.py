@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from vipo.sampling.noise import keyed_generator
 from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
+from vipo.training.joined import predict_joined
 from vipo.training.observed import Observed
 from vipo.training.optimizers import learning_rate, set_learning_rate
 from vipo.training.samples import MicroBatch, Sample, named
@@ -50,7 +51,7 @@ class Place:
 
 
 Call = tuple[Tensor, MicroBatch, Tensor]
-"""One backward pass: its loss, its micro-batch, and the transition ``(B,)`` of each sample."""
+"""One loss of a backward pass: its value, its micro-batch, and the transition ``(B,)`` of each sample."""
 
 
 def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
@@ -70,20 +71,22 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
     old, anchor = old_predictions(setup, lesson, steps), anchor_predictions(setup, lesson, steps)
     for step, own in enumerate(steps):
         calls: list[Call] = []
-        for number, place in enumerate(own):
+        losses = sum(map(len, own))
+        for number, joined in enumerate(own):
             setup.distribution.at(lesson.number, step + 1, number + 1)
-            batch = lesson.batches[place.batch]
-            which = batch.steps[:, place.slot]
+            batch = lesson.batches[joined[0].batch]
             with setup.distribution.gradients(setup.generator.network, number == len(own) - 1):
-                outcome = outcome_of(setup, lesson, place, old.get(place), anchor.get(place))
-                if step == 0:
-                    seen.before_first_step(outcome, len(own), _consistent(setup, lesson, outcome, batch, which))
-                else:
-                    seen.after_first_step(outcome, which)
-                seen.note(outcome)
-                loss = outcome.loss / len(own)
-                loss.backward()
-            calls.append((loss.detach(), batch, which))
+                parts = []
+                for place, outcome in zip(joined, outcomes_of(setup, lesson, joined, old, anchor), strict=True):
+                    which = batch.steps[:, place.slot]
+                    if step == 0:
+                        seen.before_first_step(outcome, losses, _consistent(setup, lesson, outcome, batch, which))
+                    else:
+                        seen.after_first_step(outcome, which)
+                    seen.note(outcome)
+                    parts.append(outcome.loss / losses)
+                    calls.append((parts[-1].detach(), batch, which))
+                sum(parts[1:], parts[0]).backward()
         total, norm = take_step(setup, lesson, calls, step)
         seen.losses.append(total)
         seen.norms.append(norm)
@@ -91,15 +94,15 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
     return seen.metrics(setup.distribution) | told
 
 
-def places(setup: Setup, lesson: Lesson) -> list[list[Place]]:
-    """The losses of each optimizer step, in order."""
+def places(setup: Setup, lesson: Lesson) -> list[list[list[Place]]]:
+    """The losses of each optimizer step, in order; those whose network calls are one stand together."""
     training = setup.config.training
-    per_step = len(lesson.batches) // training.optimizer_steps_per_update
+    per_step, together = len(lesson.batches) // training.optimizer_steps_per_update, training.joined_transitions
     return [
         [
-            Place(batch, slot, epoch)
+            [Place(batch, slot, epoch) for slot in range(first, first + together)]
             for batch in range(step * per_step, (step + 1) * per_step)
-            for slot in range(training.trained_transitions)
+            for first in range(0, training.trained_transitions, together)
         ]
         for epoch in range(training.epochs)
         for step in range(training.optimizer_steps_per_update)
@@ -122,7 +125,7 @@ def _points(setup: Setup, share: Share) -> Points:
     return checked_points(setup.config.objective.name, setup.objective.points(share), share)
 
 
-def old_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
+def old_predictions(setup: Setup, lesson: Lesson, steps: list[list[list[Place]]]) -> dict[Place, Tensor]:
     """What the policy that sampled predicts, while it is still that one; {} where the objective does not ask."""
     if not setup.objective.needs_old:
         return {}
@@ -130,7 +133,7 @@ def old_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> d
         return _predictions(setup, lesson, steps)
 
 
-def anchor_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
+def anchor_predictions(setup: Setup, lesson: Lesson, steps: list[list[list[Place]]]) -> dict[Place, Tensor]:
     """What the anchor predicts; {} where the objective keeps none."""
     if "anchor" not in setup.kept:
         return {}
@@ -139,12 +142,13 @@ def anchor_predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -
 
 
 @torch.no_grad()
-def _predictions(setup: Setup, lesson: Lesson, steps: list[list[Place]]) -> dict[Place, Tensor]:
+def _predictions(setup: Setup, lesson: Lesson, steps: list[list[list[Place]]]) -> dict[Place, Tensor]:
     found: dict[Place, Tensor] = {}
-    for place in (place for own in steps for place in own):
-        points = _points(setup, share_of(setup, lesson, place))
-        conditioning = lesson.batches[place.batch].conditioning
-        found[place] = setup.generator.predict(points.latents, points.times, conditioning)
+    # The very calls of the trained policy, so that its ratio to what sampled is 1 before the first step.
+    for joined in (joined for own in steps for joined in own):
+        points = [_points(setup, share_of(setup, lesson, place)) for place in joined]
+        conditioning = lesson.batches[joined[0].batch].conditioning
+        found |= zip(joined, predict_joined(setup.generator, points, conditioning), strict=True)
     return found
 
 
@@ -163,15 +167,27 @@ def follow(setup: Setup, number: int) -> None:
         setup.kept[EMA].follow(min(ema, (1 + number) / (10 + number)))
 
 
-def outcome_of(setup: Setup, lesson: Lesson, place: Place, old: Tensor | None, anchor: Tensor | None = None) -> Outcome:
-    """The objective of one place, under the policy as it is now."""
-    share, objective, batch = share_of(setup, lesson, place), setup.objective, lesson.batches[place.batch]
-    points = _points(setup, share)
-    new = setup.generator.predict(points.latents, points.times, batch.conditioning)
-    reference = reference_prediction(setup, points, batch) if objective.needs_reference else None
-    advantages = _advantages(lesson, batch, share.steps)
-    outcome = objective(share, points, Predictions(new, old, reference, anchor), advantages)
-    return checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
+def outcomes_of(
+    setup: Setup,
+    lesson: Lesson,
+    joined: Sequence[Place],
+    old: Mapping[Place, Tensor],
+    anchor: Mapping[Place, Tensor],
+) -> list[Outcome]:
+    """The objective of each place of one micro-batch, under the policy as it is now, which is called once."""
+    objective, batch = setup.objective, lesson.batches[joined[0].batch]
+    shares = [share_of(setup, lesson, place) for place in joined]
+    points = [_points(setup, share) for share in shares]
+    news = predict_joined(setup.generator, points, batch.conditioning)
+    references: Sequence[Tensor | None] = [None] * len(joined)
+    if objective.needs_reference:
+        references = reference_predictions(setup, points, batch)
+    found = []
+    for place, share, own, new, reference in zip(joined, shares, points, news, references, strict=True):
+        predictions = Predictions(new, old.get(place), reference, anchor.get(place))
+        outcome = objective(share, own, predictions, _advantages(lesson, batch, share.steps))
+        found.append(checked_outcome(setup.config.objective.name, objective.needs, outcome, share))
+    return found
 
 
 def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Advantages:
@@ -186,10 +202,10 @@ def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Advantages:
     return Advantages(own(whole.values), own(whole.scalar), None if whole.weights is None else own(whole.weights))
 
 
-def reference_prediction(setup: Setup, points: Points, batch: MicroBatch) -> Tensor:
-    """What the generator as it was predicts."""
+def reference_predictions(setup: Setup, points: Sequence[Points], batch: MicroBatch) -> list[Tensor]:
+    """What the generator as it was predicts at each of the points."""
     with torch.no_grad(), _reference_policy(setup):
-        return setup.generator.predict(points.latents, points.times, batch.conditioning)
+        return predict_joined(setup.generator, points, batch.conditioning)
 
 
 @contextlib.contextmanager
@@ -220,10 +236,14 @@ def take_step(setup: Setup, lesson: Lesson, calls: list[Call], step: int) -> tup
     Raises:
         TrainingError: the gradient or the loss is not finite; nothing of it is applied.
     """
-    loss = float(sum((own for own, _, _ in calls), torch.zeros((), device=setup.device)))
-    norm = torch.nn.utils.clip_grad_norm_(setup.trainable.values(), setup.config.optimizer.max_grad_norm)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if not bool(torch.isfinite(norm)):
+    gradients = [value.grad for value in setup.trainable.values() if value.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # As `clip_grads_with_norm_` has it; the host waits once for all three.
+    factor = setup.config.optimizer.max_grad_norm / (whole + 1e-6)
+    total = sum((own for own, _, _ in calls), torch.zeros((), device=setup.device))
+    loss, size, factor = torch.stack([total, whole.to(total), factor.to(total)]).tolist()
+    if not math.isfinite(size):
         raise TrainingError(
             f"update {lesson.number}, optimizer step {step + 1}: the gradient is not finite, "
             f"{_bad_calls(setup.distribution, calls, lesson.samples)}; nothing of it was applied, and the newest "
@@ -236,9 +256,12 @@ def take_step(setup: Setup, lesson: Lesson, calls: list[Call], step: int) -> tup
             "what the objective or its gate gives where nothing is learned (a gate's ratio, say) is not; let it be "
             "finite. Nothing was applied, and the newest checkpoint is the last good state"
         )
+    # It would multiply every gradient by 1 where nothing is to be cut.
+    if factor < 1:
+        torch.nn.utils.clip_grads_with_norm_(setup.trainable.values(), setup.config.optimizer.max_grad_norm, norm)
     setup.optimizer.step()
     setup.optimizer.zero_grad(set_to_none=True)
-    return loss, float(norm)
+    return loss, size
 
 
 def _bad_calls(distribution: Distribution, calls: list[Call], samples: list[Sample]) -> str:

@@ -33,6 +33,7 @@ from vipo.objectives import load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.training.checkpoints import run_bytes
 from vipo.training.errors import TrainingError
+from vipo.training.joined import check_joined
 from vipo.training.sharding import gathered_values
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
@@ -52,6 +53,7 @@ class Plan:
         flops: an update's floating point operations in the network, of all processes.
         disk: bytes of a run's folder, at most.
         embeddings: bytes of the training prompts' embeddings, on disk.
+        evaluation: bytes of a process that evaluates, at its fullest moment; 0 where it does so at training's size.
     """
 
     held: Mapping[str, int]
@@ -62,6 +64,7 @@ class Plan:
     flops: int
     disk: int
     embeddings: int
+    evaluation: int = 0
 
     @property
     def peak(self) -> int:
@@ -75,6 +78,7 @@ class Plan:
         rows += [(f"while it {name}", gib(size)) for name, size in self.phases.items()]
         rows.append((f"peak (while it {fullest})", gib(self.peak)))
         rows += [(f"in main memory: {name}", gib(size)) for name, size in self.main.items() if size]
+        rows += [("peak of an evaluation", gib(self.evaluation))] if self.evaluation else []
         rows.append(("trained parameters", f"{self.trained:,}"))
         rows += [(f"network evaluations an update, {name}", f"{count:,}") for name, count in self.evaluations.items()]
         rows.append(("network operations an update", f"{self.flops / 1e12:,.1f} TFLOP"))
@@ -123,6 +127,30 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
+class _Calls:
+    """Calls of an outlined generator with `count` samples, of the longest prompts.
+
+    Attributes:
+        latents: ``(count, *latent_shape)``.
+        conditioning: of as many prompts.
+    """
+
+    def __init__(self, generator: PipelineGenerator, root: Path, mode: FakeTensorMode, count: int) -> None:
+        self._generator = generator
+        self.conditioning = longest_conditioning(generator, root, count, mode)
+        with mode:
+            self.latents, self._times = torch.empty(count, *generator.latent_shape), torch.empty(count)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What is there before a call."""
+        return [self.latents, self._times, *self.conditioning.values()]
+
+    def predict(self) -> Tensor:
+        """One call."""
+        return self._generator.predict(self.latents, self._times, self.conditioning)
+
+
 def plan(config: Config, root: Path, prompts: int) -> Plan:
     """Count what a run needs.
 
@@ -143,22 +171,19 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     # What is gathered is cast before the calls, which then make no copies of their own.
     cast = distribution.shards and config.generator.precision == "bf16"
     generator = outline(config.generator, root, mode, training.lora, cast=cast)
+    check_joined(training, generator.network)
     if training.gradient_checkpointing:
         generator.recompute_activations()
     size, steps = training.micro_batch, config.sampling.steps
-    conditioning = longest_conditioning(generator, root, size, mode)
+    joined, rolled = size * training.joined_transitions, training.rollout_batch or size
+    learning, rolling = (_Calls(generator, root, mode, count) for count in (joined, rolled))
     with mode:
-        latents, times = torch.empty(size, *generator.latent_shape), torch.empty(size)
         clean = torch.empty(training.decode_batch or size, *generator.latent_shape)
 
-    def predict() -> Tensor:
-        return generator.predict(latents, times, conditioning)
-
     def lesson() -> None:
-        predict().square().mean().backward()
+        learning.predict().square().mean().backward()
 
-    known = [latents, clean, times, *conditioning.values()]
-    generator.read_no_values(one_time=size == 1)
+    generator.read_no_values(one_time=joined == 1)
     # First, for it leaves the gradients that every later backward pass adds to; and apart from what is alive at once,
     # for what counts operations keeps tensors that would be gone.
     try:
@@ -172,13 +197,13 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
             f"generator.family {config.generator.family!r}: its calls depend on values, such as how long the prompts "
             "are, so that they cannot be counted without data; measure an update of 'vipo train' instead"
         ) from error
-    learns = peak_bytes(mode, generator, known, lesson)
+    learns = peak_bytes(mode, generator, learning.given, lesson)
     generator.read_no_values(one_time=True)
     with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
-        predict()
+        rolling.predict()
     with torch.no_grad():
-        draws = peak_bytes(mode, generator, known, predict)
-        decodes = peak_bytes(mode, generator, known, lambda: generator.pictures(clean))
+        draws = peak_bytes(mode, generator, rolling.given, rolling.predict)
+        decodes = peak_bytes(mode, generator, [clean], lambda: generator.pictures(clean))
 
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
@@ -193,7 +218,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     gradients = _FP32 * trained // shards
     gathered, reduced = _gathered(generator.network, cast=cast) if distribution.shards else (0, 0)
     copied = objective.needs_reference and training.lora is None
-    a_prompt = _bytes(conditioning.values()) // size
+    a_prompt = _bytes(rolling.conditioning.values()) // rolled
     pictures = own * math.prod(config.generator.sample_shape) * _FP32
     estimate = config.credit.steps
     credited = {"crediting": samples * step_costs(estimate, steps, 0).network_calls} if estimate == "ode" else {}
@@ -217,14 +242,27 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns},
         trained=trained,
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared} | credited,
-        flops=(
-            drawn.get_total_flops() * (samples * steps + lessons * compared + sum(credited.values()))
-            + learned.get_total_flops() * lessons
-        )
-        // size,
+        flops=drawn.get_total_flops() * (samples * steps + lessons * compared + sum(credited.values())) // rolled
+        + learned.get_total_flops() * lessons // joined,
         disk=run_bytes(config, trained, policies),
         embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
+        evaluation=0 if config.evaluated == config.generator else _evaluation(config, root),
     )
+
+
+def _evaluation(config: Config, root: Path) -> int:
+    """Bytes of a process that draws samples at the evaluation's size, which has the network whole."""
+    mode, batch = FakeTensorMode(allow_non_fake_inputs=True), config.evaluation.batch
+    generator = outline(config.evaluated, root, mode, config.training.lora)
+    generator.read_no_values(one_time=True)
+    calls = _Calls(generator, root, mode, batch)
+    with torch.no_grad():
+        found = [
+            peak_bytes(mode, generator, calls.given, call)
+            for call in (calls.predict, lambda: generator.pictures(calls.latents))
+        ]
+    parts = (*generator.network.parameters(), *generator.vae.parameters())
+    return _bytes([*parts, *calls.given]) + max(found)
 
 
 def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vipo.config.experiment import check_processes
+from vipo.config.experiment import check_processes, check_solver
 from vipo.config.run import Config
 from vipo.config.training import EMA
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
@@ -28,6 +28,8 @@ from vipo.tracking.timer import Timer
 from vipo.training.checkpoints import run_bytes
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
+from vipo.training.evaluated import evaluated_shift
+from vipo.training.joined import check_joined
 from vipo.training.old_policy import OldPolicy
 from vipo.training.optimizers import load_optimizer
 from vipo.training.samples import update_prompts
@@ -115,6 +117,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         )
     deterministic_algorithms()
     check_processes(config)
+    check_solver(config)
     distribution = Distribution(config.distribution, config.generator.device)
     # After accelerate, which on several CPU processes takes the number of threads from the machine.
     torch.set_num_threads(config.training.threads)
@@ -148,7 +151,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         source.set_up(context)
     weight_inputs |= source_inputs(sources, weight_inputs)
     _try_rewards(config, rewards, prompts[0], device)
-    chain = load_chain(config, generator, distribution)
+    check_joined(config.training, generator.network)
+    chain = load_chain(config, root, generator, distribution)
     reference = _prepare_network(config, generator, distribution, objective.needs_reference)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
@@ -176,7 +180,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     return setup
 
 
-def load_chain(config: Config, generator: Generator, distribution: Distribution) -> Chain:
+def load_chain(config: Config, root: Path, generator: Generator, distribution: Distribution) -> Chain:
     """The chain of training samples; tells in what it, or the evaluation's, is not the checkpoint's.
 
     Raises:
@@ -185,9 +189,16 @@ def load_chain(config: Config, generator: Generator, distribution: Distribution)
     sampling, schedule = config.sampling, (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(sampling, *schedule, device=distribution.device)
     # What only the evaluation would refuse, before all training.
-    evaluated = sampling_chain(sampling, *schedule, steps=config.evaluation.steps)
+    later = config.evaluation.sampling_of(sampling)
+    evaluated = sampling_chain(later, *schedule, steps=config.evaluation.steps)
     levels = None if generator.alphas_cumprod is None else len(generator.alphas_cumprod)
-    told = (chain_remarks(each, sampling, generator.flow_shift, levels) for each in (chain, evaluated))
+    own = config.evaluated != config.generator or later != sampling
+    told = (
+        chain_remarks(chain, sampling, generator.flow_shift, levels),
+        chain_remarks(
+            evaluated, later, evaluated_shift(config, root, generator), levels, "evaluation" if own else "sampling"
+        ),
+    )
     for remark in dict.fromkeys(itertools.chain(*told)) if distribution.is_main else ():
         log.warning("%s", remark)
     return chain

@@ -129,7 +129,7 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
             source.before_rollout(setup.generator, [sample.prompt for sample in chunk])
         with setup.timer("rollout"):
             trajectory = rollout(
-                setup.generator, conditioning, setup.chain, stochastic, initial, steps, config.sampling.ode or "euler"
+                setup.generator, conditioning, setup.chain, stochastic, initial, steps, config.sampling.solver
             )
         for name, source in setup.sources.items():
             seen[name].append(source.after_rollout(setup.generator))

@@ -1,0 +1,134 @@
+"""An evaluation at another size than training's: its samples, its shift, and what it leaves as it is."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints import generator_config
+from picture_checkpoints import write_flux
+from PIL import Image
+
+from vipo.config.compose import load_config, repository_root
+from vipo.config.run import Config
+from vipo.config.validation import ConfigError
+from vipo.generators import load_generator
+from vipo.generators.base import GeneratorError
+from vipo.stages import sample_stage, score_stage
+from vipo.training.distribution import Distribution
+from vipo.training.errors import TrainingError
+from vipo.training.fit import require_fit
+from vipo.training.plan import plan
+from vipo.training.setup import load_chain
+
+ROOT = repository_root()
+SIZE = ("height=32", "width=48")
+PLAIN = (
+    "reward=redness",
+    "evaluation.rewards=[redness]",
+    "perception.input_size=64",
+    "evaluation.samples_per_prompt=1",
+)
+
+
+def _config(overrides: list[str], *more: str) -> Config:
+    return load_config([*overrides, *PLAIN, "evaluation.samples_per_prompt=1", *more])
+
+
+def test_base_samples_are_those_of_a_generator_of_that_size(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    own = _config(tiny_overrides, "arm=base", *(f"evaluation.{value}" for value in SIZE), "evaluation.shift=5")
+    trained = _config(tiny_overrides, "arm=base", *(f"generator.{value}" for value in SIZE), "sampling.shift=5")
+    assert own.sampling_identity() == trained.sampling_identity()
+    assert own.evaluation_identity() == trained.evaluation_identity()
+    pictures = []
+    for name, config in (("own", own), ("trained", trained)):
+        results = Path(shutil.copytree(prepared, tmp_path / name))
+        sample_stage(config, ROOT, results)
+        folder = results / "demo" / "samples" / config.run_name
+        facts = json.loads((folder / "samples.json").read_text())
+        assert facts["grid"] == list(load_generator(trained.generator, ROOT).grid)
+        files = sorted((folder / "pictures").iterdir())
+        with Image.open(files[0]) as picture:
+            assert picture.size == (48, 32)
+        pictures.append([path.read_bytes() for path in files])
+    assert len(pictures[0]) == 4
+    assert pictures[0] == pictures[1]
+    # Maps and scores are of the pictures as they are.
+    score_stage(own, ROOT, tmp_path / "own")
+    assert (tmp_path / "own" / "demo" / "evaluation" / own.run_name / "scores.parquet").is_file()
+
+
+def test_no_training_depends_on_it(tiny_overrides: list[str]) -> None:
+    plain = _config(tiny_overrides, "arm=vipo")
+    for change in ("evaluation.height=32", "evaluation.shift=5"):
+        other = _config(tiny_overrides, "arm=vipo", change)
+        assert other.training_identity() == plain.training_identity()
+        assert other.embeddings_identity() == plain.embeddings_identity()
+        assert other.sampling_identity() != plain.sampling_identity()
+    # What says what is so anyway is the same evaluation.
+    same = _config(tiny_overrides, "arm=vipo", f"evaluation.height={plain.generator.height}")
+    assert same.evaluation_identity() == plain.evaluation_identity()
+    assert "height" not in plain.evaluation_identity()["evaluation"]
+
+
+def test_what_it_cannot_make_is_refused_before_training(tiny_overrides: list[str]) -> None:
+    for change, told in (
+        ("evaluation.height=33", "evaluation.height.*33 must be even"),
+        ("evaluation.frames=5", "evaluation.frames 5: the generator makes pictures"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            _config(tiny_overrides, change)
+    config = _config(tiny_overrides, "arm=vipo", "evaluation.height=34")
+    generator, alone = load_generator(config.generator, ROOT), Distribution(config.distribution, "cpu")
+    with pytest.raises(GeneratorError, match=r"evaluation\.height, width, frames: generator\.height 34 is not a mult"):
+        load_chain(config, ROOT, generator, alone)
+
+
+def test_another_shift_of_that_size_is_told(
+    tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of FLUX.1-dev the stock scheduler shifts larger pictures more."""
+    folder = write_flux(tmp_path / "flux")
+    generator = load_generator(generator_config("flux", folder, height=32, width=32), ROOT)
+    larger = load_generator(generator_config("flux", folder, height=64, width=64), ROOT).flow_shift
+    assert isinstance(generator.flow_shift, float)
+    assert isinstance(larger, float)
+    assert larger > 1.02 * generator.flow_shift
+    chosen = [
+        f"generator.path={folder}",
+        "generator.height=32",
+        "generator.width=32",
+        "generator.max_sequence_length=12",
+    ]
+    chosen += [f"sampling.shift={generator.flow_shift}", "evaluation.height=64", "evaluation.width=64"]
+    alone = Distribution(load_config(tiny_overrides).distribution, "cpu")
+
+    def told(*more: str) -> list[str]:
+        caplog.clear()
+        config = _config(tiny_overrides, *chosen, *more)
+        own = load_generator(config.generator, ROOT)
+        with caplog.at_level(logging.WARNING):
+            load_chain(config, ROOT, own, alone)
+        return [record.getMessage() for record in caplog.records if "shift" in record.getMessage()]
+
+    (remark,) = told()
+    assert remark.startswith(f"evaluation.shift {generator.flow_shift:g} is not the checkpoint's")
+    assert f"shifts by {larger:.4g} at this size" in remark
+    assert told(f"evaluation.shift={larger}") == []
+
+
+def test_a_plan_counts_it(tiny_overrides: list[str]) -> None:
+    plain = plan(_config(tiny_overrides, "arm=vipo"), ROOT, 2)
+    config = _config(tiny_overrides, "arm=vipo", "evaluation.height=128", "evaluation.width=128")
+    found = plan(config, ROOT, 2)
+    assert (plain.evaluation, plain.peak, plain.flops) == (0, found.peak, found.flops)
+    assert found.evaluation > found.held["network"] + found.held["autoencoder"]
+    assert "peak of an evaluation" in found.text(None)
+    smaller = plan(_config(tiny_overrides, "arm=vipo", "evaluation.height=128", "evaluation.batch=1"), ROOT, 2)
+    assert smaller.evaluation < found.evaluation
+    require_fit(config, ROOT, 2, found, found.evaluation + found.peak)
+    with pytest.raises(TrainingError, match=r"an evaluation at 3 x 128 x 128 needs .*lower evaluation\.batch 16"):
+        require_fit(config, ROOT, 2, found, found.evaluation - 1)
