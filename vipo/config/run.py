@@ -103,6 +103,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.generator.compile != "none" and "attention" in self.credit.names:
+            raise ValueError(
+                f"generator.compile {self.generator.compile} and credit source 'attention': it listens to calls inside "
+                "the network, which compiled blocks do not make; set generator.compile=none, or take another source"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trains_in_fp32(self) -> Self:
         if self.generator.weights == "bf16" and not self.is_base:
             if self.training.lora is None:

@@ -45,6 +45,8 @@ def check_consistency(
             f"sqrt(channels) for objective.channels 'mean' and times it for 'sum' (here {config.objective.channels!r})"
         )
     layout = ", another batch layout: set training.rollout_batch=null" if config.training.rollout_batch else ""
+    if config.generator.compile != "none":
+        layout += ", blocks that round otherwise compiled with gradients than without: set generator.compile=none"
     raise TrainingError(
         f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
         f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "
