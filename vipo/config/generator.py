@@ -17,10 +17,11 @@ ATTENTION = (DEFAULT_ATTENTION, "native", "_native_flash", "_native_efficient", 
 
 NOT_TRAINED_THROUGH: Mapping[str, str] = MappingProxyType(
     {
-        "flash": "its backward pass adds up in no fixed order, and diffusers does not ask it to: the same run would end "
-        "otherwise twice; '_native_flash' is PyTorch's own FlashAttention, whose order is fixed",
-        "_flash_3": "diffusers calls it without a backward pass",
+        "flash": "its backward pass adds up in no fixed order, and diffusers does not ask it to: the same run would "
+        "end otherwise twice; '_native_flash' is PyTorch's own FlashAttention, whose order is fixed",
+        "_flash": "diffusers calls it without a backward pass",
         "sage": "it has no backward pass",
+        "_sage": "it has no backward pass",
         "_native_cudnn": "its backward pass adds up in no fixed order, for which PyTorch refuses it in training",
         "xformers": "whether its backward pass adds up in a fixed order is not known here",
         "flex": "without the compiler around it, it holds the whole attention matrix",

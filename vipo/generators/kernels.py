@@ -20,7 +20,7 @@ _GRAPHS = 96
 
 # Each operation rounds as it does outside a compiled block, and no kernel is chosen by timing it: a block has the same
 # bits with gradients and without, and in every process.
-_EXACT = {"emulate_precision_casts": True, "deterministic": True}
+EXACT = {"emulate_precision_casts": True, "deterministic": True}
 
 
 def use_kernels(network: nn.Module, config: GeneratorConfig) -> None:
@@ -40,7 +40,7 @@ def use_kernels(network: nn.Module, config: GeneratorConfig) -> None:
             _dispatch(model, config)
     if config.compile == "blocks":
         for block in (block for model in models for block in repeated_blocks(model)):
-            block.compile(fullgraph=True, dynamic=False, options=_EXACT)
+            block.compile(fullgraph=True, dynamic=False, options=EXACT)
         # Beyond its limit the compiler gives up.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)

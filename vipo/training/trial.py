@@ -1,9 +1,7 @@
 """One call of the network before anything is computed, where its kernels are not PyTorch's own choice."""
 
 import torch
-from torch._dynamo.utils import counters
 
-from vipo.config.generator import GeneratorConfig
 from vipo.generators import Generator
 from vipo.generators.base import Conditioning
 from vipo.sampling.chain import Chain
@@ -35,14 +33,9 @@ def try_kernels(generator: Generator, conditioning: Conditioning, chain: Chain) 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise _refused(config, f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]) from error
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
+        raise TrainingError(
+            f"generator.attention {config.attention!r} and generator.compile {config.compile!r}: a trial call of the "
+            f"network on {config.device} failed ({cause}); set generator.attention=default, or generator.compile=none"
+        ) from error
     generator.network.zero_grad(set_to_none=True)
-    if config.compile == "blocks" and not counters["stats"]["unique_graphs"]:
-        raise _refused(config, "nothing was compiled; is TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE set?")
-
-
-def _refused(config: GeneratorConfig, cause: str) -> TrainingError:
-    return TrainingError(
-        f"generator.attention {config.attention!r} and generator.compile {config.compile!r}: a trial call of the "
-        f"network on {config.device} failed ({cause}); set generator.attention=default, or generator.compile=none"
-    )
