@@ -39,7 +39,7 @@ from vipo.training.plan import peak_bytes
 ROOT = Path(__file__).resolve().parents[2]
 # What LoRA leaves out is no matter of the family: all of its weights are counted for one of each kind of network.
 WHOLE = ("flux", "sd", "wan", "sana")
-# One row for each class of blocks.
+# One row for each class of blocks, and one of two networks.
 BLOCKS = (
     "flux",
     "sd",
@@ -51,6 +51,7 @@ BLOCKS = (
     "flux2_klein",
     "qwen_image",
     "z_image",
+    "wan22_a14b",
 )
 # Whose attention goes through diffusers' dispatcher.
 DISPATCHED = (

@@ -1,8 +1,40 @@
-"""Whether a network computes as the configuration says."""
+"""Whether a network computes as the configuration says, and errors of its kernels."""
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 from vipo.config.generator import DEFAULT_ATTENTION, GeneratorConfig
+from vipo.errors import VipoError
+
+_LONGEST_CAUSE = 300
+
+
+class KernelError(VipoError):
+    """A kernel, or a compiled block, that the configuration chose cannot be used; the message names the key."""
+
+
+@contextlib.contextmanager
+def kernel_errors(config: GeneratorConfig) -> Iterator[None]:
+    """Around the first calls of a network, where what its kernels do not take comes to light.
+
+    Raises:
+        KernelError: the network raised, and does not compute by PyTorch's own choice of kernels.
+    """
+    try:
+        yield
+    except (VipoError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not config.chooses_kernels:
+            raise
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
+        raise KernelError(
+            f"generator.attention {config.attention!r} and generator.compile {config.compile!r}: a call of the network "
+            f"on {config.device} failed ({cause}); set generator.attention=default, or generator.compile=none"
+        ) from error
 
 
 def not_applied(network: nn.Module, config: GeneratorConfig) -> str | None:
