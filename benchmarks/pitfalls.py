@@ -1,6 +1,7 @@
 """What well-known slips of diffusion RL do, measured: docs/pitfalls.md quotes it.
 
     python -m benchmarks.pitfalls experiment=demo arm=uniform
+    python -m benchmarks.pitfalls experiment=demo arm=uniform generator.precision=bf16 training.lora={} --compiled
 
 One group is rolled out; then each slip is made on its own, on what was drawn. Nothing is trained.
 """
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from vipo.config.compose import load_config, repository_root
 from vipo.generators.embeddings import stack_conditioning
+from vipo.generators.kernels import EXACT, repeated_blocks
 from vipo.objectives.advantages import group_advantages
 from vipo.prompts import Prompt
 from vipo.rewards import score
+from vipo.sampling.noise import Key
 from vipo.sampling.rollout import Trajectory, rollout
 from vipo.sampling.transitions import Channels, position_log_prob
 from vipo.stages import encode_stage, prepare_stage
@@ -34,21 +37,21 @@ def main() -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", help="Hydra overrides")
-    config, root = load_config(parser.parse_args().overrides), repository_root()
+    parser.add_argument("--compiled", action="store_true", help="compiled blocks instead; a minute of compilation")
+    arguments = parser.parse_args()
+    config, root = load_config(arguments.overrides), repository_root()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder)
         prepare_stage(config, root, results)
         encode_stage(config, root, results)
-        print(json.dumps(measure(set_up(config, root, results / config.experiment.name)), indent=1))
+        setup = set_up(config, root, results / config.experiment.name)
+        print(json.dumps((measure_compiled if arguments.compiled else measure)(setup), indent=1))
 
 
 @torch.no_grad()
 def measure(setup: Setup) -> dict[str, float]:
     """Every slip's figures, by name."""
-    prompt = setup.prompts[0]
-    keys = [(setup.config.seed, "pitfalls", prompt.id, row) for row in range(GROUP)]
-    conditioning = stack_conditioning(setup.embeddings, [prompt.id] * GROUP)
-    drawn = rollout(setup.generator, conditioning, setup.chain, setup.chain.trainable, [keys[0]] * GROUP, keys)
+    prompt, (drawn, conditioning) = setup.prompts[0], _drawn(setup)
     right = _old(setup, drawn, "mean")
     figures = {"nothing wrong: max |log rho|": _largest(_log_probs(setup, drawn, conditioning) - right)}
 
@@ -79,6 +82,29 @@ def measure(setup: Setup) -> dict[str, float]:
     figures |= _decoder(setup, drawn.clean, prompt)
     figures |= _floor() | _bf16_weights(network.parameters())
     return figures
+
+
+def measure_compiled(setup: Setup) -> dict[str, float]:
+    """Blocks are compiled once without gradients, for the rollout, and once with them, for the update."""
+    figures = {}
+    for told, options in (("as the compiler does by itself", {}), ("each operation rounded for itself", EXACT)):
+        torch._dynamo.reset()
+        for block in repeated_blocks(setup.distribution.unwrap(setup.generator.network)):
+            block.compile(fullgraph=True, dynamic=False, options=dict(options))
+        drawn, conditioning = _drawn(setup)
+        ratio = _log_probs(setup, drawn, conditioning) - _old(setup, drawn, "mean")
+        figures[f"compiled, {told}: max |log rho|, position"] = _largest(ratio.detach())
+    return figures
+
+
+def _drawn(setup: Setup) -> tuple[Trajectory, dict[str, Tensor]]:
+    """A group of the first prompt, and its conditioning."""
+    prompt = setup.prompts[0]
+    keys: list[Key] = [(setup.config.seed, "pitfalls", prompt.id, row) for row in range(GROUP)]
+    conditioning = stack_conditioning(setup.embeddings, [prompt.id] * GROUP)
+    return rollout(
+        setup.generator, conditioning, setup.chain, setup.chain.trainable, [keys[0]] * GROUP, keys
+    ), conditioning
 
 
 def _log_probs(setup: Setup, drawn: Trajectory, conditioning: dict[str, Tensor], channels: Channels = "mean") -> Tensor:

@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", 
 _NOT_WRITTEN = {
     "memory against `vipo plan`": "no step compares them yet",
     "replay of several transitions in one call": "no option of vipo yet; batch.* tells whether ratios would stay 1",
-    "regional torch.compile, attention backends, CUDA graphs, FP8 rollouts": "no option of vipo yet",
+    "CUDA graphs, FP8 rollouts": "not built, docs/performance.md says why",
     "other families, several GPUs, decoding beside the next rollout": "no step yet",
     "DDP and FSDP2 over NCCL, world size 1": "no step yet; one process has a group for distribution.offload alone",
 }
@@ -52,7 +52,10 @@ STEPS = (
     Step(
         "sd3_window", 60, "Stable Diffusion 3.5 medium as others count images per GPU-hour: a window of 2 trained steps"
     ),
+    Step("sd3_options", 120, "compiled blocks and a bf16 map on and off, at sd3_window's size"),
+    Step("flux_options", 150, "compiled blocks, attention backends and a bf16 map on and off, at FLUX.1-dev's size"),
     Step("sd3_full", 60, "Stable Diffusion 3.5 medium at its real size, all weights"),
+    Step("adamw_options", 60, "AdamW in one kernel and by lists of tensors, at sd3_full's size"),
 )
 
 
@@ -90,6 +93,15 @@ def run_step(name: str, record: Record, device: str, tiny: bool, matmul_tflops: 
         from benchmarks.gpu.machine import measure_machine
 
         measure_machine(record, device, tiny)
+    elif name.endswith("_options"):
+        from benchmarks.gpu.options import OPTIONS, measure_options
+        from benchmarks.gpu.sizes import REAL, TINY
+
+        size, cases = OPTIONS[name]
+        if tiny:
+            # Kernels for a CPU take minutes to compile.
+            cases = {case: chosen for case, chosen in cases.items() if "generator.compile=blocks" not in chosen}
+        measure_options(record, (TINY if tiny else REAL)[size], device, cases)
     elif name not in ("agreement", "bytes", "waits"):
         from benchmarks.gpu.real_size import measure_family
         from benchmarks.gpu.sizes import REAL, TINY

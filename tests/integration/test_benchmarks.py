@@ -3,8 +3,10 @@
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from vipo.config.compose import repository_root
 
@@ -35,6 +37,26 @@ def test_the_pitfalls_are_measured(tiny_overrides: list[str], monkeypatch: pytes
     channels = 4
     ratio = figures["channels sum: rms log rho, position"] / figures["channels mean: rms log rho, position"]
     assert ratio == pytest.approx(channels, rel=1e-3)
+
+
+def test_compiled_blocks_are_compared_with_and_without_gradients(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the compiler gives back what it was given, so that nothing is rounded otherwise."""
+    from benchmarks import pitfalls
+
+    sound, asked, shown = nn.Module.compile, list[Any](), list[str]()
+
+    def traced(module: nn.Module, **options: Any) -> None:
+        asked.append(options.pop("options"))
+        sound(module, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    monkeypatch.setattr("builtins.print", shown.append)
+    monkeypatch.setattr("sys.argv", ["pitfalls", *tiny_overrides, "arm=uniform", "--compiled"])
+    pitfalls.main()
+    assert list(json.loads(shown[-1]).values()) == [0, 0]
+    assert [bool(each) for each in asked] == len(asked) // 2 * [False] + len(asked) // 2 * [True]
 
 
 def test_an_update_asks_for_no_more_than_reviewed(tiny_generator: Path) -> None:

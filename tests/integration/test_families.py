@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, faulty
+from diffusers.models import attention_dispatch
 from families import FAMILIES
 from family import Family
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedModel
@@ -38,6 +39,32 @@ from vipo.training.plan import peak_bytes
 ROOT = Path(__file__).resolve().parents[2]
 # What LoRA leaves out is no matter of the family: all of its weights are counted for one of each kind of network.
 WHOLE = ("flux", "sd", "wan", "sana")
+# One row for each class of blocks, and one of two networks.
+BLOCKS = (
+    "flux",
+    "sd",
+    "wan",
+    "sana",
+    "hunyuan_video",
+    "cogvideox_rotary",
+    "sd3",
+    "flux2_klein",
+    "qwen_image",
+    "z_image",
+    "wan22_a14b",
+)
+# Whose attention goes through diffusers' dispatcher.
+DISPATCHED = (
+    "flux",
+    "flux2_dev",
+    "flux2_klein",
+    "hunyuan_video",
+    "qwen_image",
+    "wan",
+    "wan22_a14b",
+    "wan22_ti2v",
+    "z_image",
+)
 EXACT = {"atol": 1e-5, "rtol": 0.0}
 
 
@@ -224,6 +251,54 @@ def test_what_is_sharded_over_processes_is_a_block_of_the_network(case: Case) ->
     blocks = set(network._no_split_modules)
     held = [module for module in network.modules() if type(module).__name__ in blocks]
     assert len(held) > 1
+
+
+def test_its_blocks_can_be_compiled_whole_and_compute_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced without a break, with an adapter, and recomputed: predictions and gradients keep their bits."""
+    if case.folder.name not in BLOCKS:
+        pytest.skip("another row has its blocks")
+    sound = nn.Module.compile
+    traced = {"backend": "eager", "fullgraph": True, "dynamic": False}
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: sound(module, **traced))
+    torch._dynamo.reset()
+    time, found = case.subject.sampled.times(case.load()), []
+    for mode in ("none", "blocks"):
+        generator = case.load("lora", precision="bf16", compile=mode)
+        generator.recompute_activations()
+        with torch.no_grad():
+            sampled = generator.predict(case.subject.noise, time, case.subject.conditioning)
+        learned = generator.predict(case.subject.noise, time, case.subject.conditioning)
+        assert torch.equal(sampled, learned)
+        learned.square().mean().backward()
+        found.append([sampled, *(value.grad for value in generator.network.parameters() if value.requires_grad)])
+    torch._dynamo.reset()
+    compiled = [module for module in generator.network.modules() if module._compiled_call_impl is not None]
+    assert len(compiled) > 1
+    for value, expected in zip(*found, strict=True):
+        assert value is expected is None or torch.equal(value, expected)
+
+
+def test_an_attention_backend_is_set_everywhere_or_refused_by_name(case: Case) -> None:
+    """And for this network alone. `_native_math` is PyTorch's explicit attention."""
+    if case.row.family not in DISPATCHED:
+        with pytest.raises(
+            GeneratorError, match=rf"attention '_native_math' would change nothing: .*{case.row.family}"
+        ):
+            # Before weights are read.
+            resolve_class(case.config).check(case.config.model_copy(update={"attention": "_native_math"}), ROOT)
+        return
+    before = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    generator = case.load(attention="_native_math")
+    assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == before
+    processors = [module.processor for module in generator.network.modules() if hasattr(module, "processor")]
+    # HunyuanVideo's reader of the prompt has one of its own.
+    chosen = [each._attention_backend.value for each in processors if hasattr(each, "_attention_backend")]
+    assert set(chosen) == {"_native_math"}
+    assert len(processors) - len(chosen) == (case.row.family == "hunyuan_video")
+    time = case.subject.sampled.times(generator)
+    with torch.no_grad():
+        found = generator.predict(case.subject.noise, time, case.subject.conditioning)
+    torch.testing.assert_close(found, case.subject.sampled.prediction, atol=1e-4, rtol=1e-4)
 
 
 def _encode(config: GeneratorConfig, root: Path) -> list[dict[str, Tensor]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from benchmarks.gpu import gpu
 from benchmarks.gpu.correct import measure_agreement, measure_bytes, measure_waits
+from benchmarks.gpu.options import OPTIONS, measure_options
 from benchmarks.gpu.real_size import measure_family
 from benchmarks.gpu.record import Record, read_figures
 from benchmarks.gpu.sizes import REAL, TINY
@@ -24,6 +26,34 @@ def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
     for key in ("update_seconds", "update_seconds.learn", *floor, "plain_loop_seconds"):
         assert figures[key] > 0
     assert set(REAL) == set(TINY)
+
+
+@pytest.mark.parametrize(
+    ("step", "tried"),
+    [
+        ("sd3_options", ("off", "compiled")),
+        ("flux_options", ("native_flash", "native_efficient", "bf16_map")),
+        ("adamw_options", ("fused", "lists")),
+    ],
+)
+def test_options_are_measured_on_and_off(
+    step: str, tried: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, (size, cases) = nn.Module.compile, OPTIONS[step]
+    # Kernels for a CPU take minutes to compile.
+    traced = {"backend": "eager", "fullgraph": True, "dynamic": False}
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: sound(module, **traced))
+    measure_options(Record(tmp_path / "figures"), TINY[size], "cpu", {name: cases[name] for name in tried})
+    figures = read_figures(tmp_path / "figures")
+    for name in tried:
+        if name == "native_efficient":
+            assert "CUDA devices alone" in figures[f"{name}.refused"]
+            continue
+        assert figures[f"{name}.max_log_ratio_before_first_step"] < 1e-5
+        assert figures[f"{name}.update_seconds"] > 0
+    with pytest.raises(RuntimeError, match="failed: nowhere"):
+        measure_options(Record(tmp_path / "failed"), TINY[size], "cpu", {"nowhere": ("generator.device=cuda:99",)})
+    assert "CUDA devices" in read_figures(tmp_path / "failed")["nowhere.failed"]
 
 
 def test_the_cpu_agrees_with_itself_and_its_waits_are_counted(tmp_path: Path) -> None:

@@ -119,6 +119,24 @@ def test_the_default_orientation_finds_objects(options, least):
             assert float(scores[backbone.orientation].min()) > 0.5, kind
 
 
+@pytest.mark.parametrize("options", [{}, {"layer": 2, "input_size": 96}], ids=["default", "demo"])
+def test_a_backbone_in_bf16_gives_nearly_the_same_maps(options, photographs):
+    """Its weights are held in bf16; what is made of its features, and so the map's range, is fp32 as before."""
+    images = torch.cat([F.interpolate(image, size=(64, 64), mode="bilinear", antialias=True) for image in photographs])
+    maps, bytes_held = [], []
+    for precision in ("fp32", "bf16"):
+        config = PerceptionConfig(precision=precision, **options)
+        backbone = load_backbone(config)
+        assert backbone(images).dtype == torch.float32
+        maps.append(PerceptualStructuring(backbone, config)(images, (16, 16)).maps)
+        bytes_held.append(sum(value.nbytes for value in backbone.parameters()))
+    assert maps[1].dtype == torch.float32
+    assert 0 < float((maps[0] - maps[1]).abs().max()) < 0.05
+    assert float((maps[0] - maps[1]).abs().mean()) < 0.01
+    assert [float(maps[1].amin()), float(maps[1].amax())] == [0, 1]
+    assert bytes_held[1] < 0.55 * bytes_held[0]
+
+
 def test_score_orientations_refuses_other_masks(packaged):
     with pytest.raises(ValueError, match="masks: shape"):
         score_orientations(packaged, PerceptionConfig(), torch.rand(2, 3, 64, 64), torch.rand(2, 32, 32), (8, 8))

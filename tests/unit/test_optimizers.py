@@ -30,6 +30,7 @@ from vipo.training.optimizers import learning_rate, load_optimizer, set_learning
 SHAPES = ((64, 128), (3,), (5, 7))
 CONFIGS: dict[str, OptimizerConfig] = {
     "adamw": AdamWConfig(learning_rate=1e-2, weight_decay=0.1, betas=(0.8, 0.95)),
+    "adamw_lists": AdamWConfig(learning_rate=1e-2, weight_decay=0.1, betas=(0.8, 0.95), fused=False),
     "adamw_8bit": AdamW8bitConfig(name="adamw_8bit", learning_rate=1e-2, weight_decay=0.1, betas=(0.8, 0.95)),
     "sgd": SgdConfig(name="sgd", learning_rate=1e-2, momentum=0.7),
     "normalised": NormalisedConfig(name="normalised", learning_rate=0.3, momentum=0.7),
@@ -70,7 +71,7 @@ def _by_loop(config: OptimizerConfig, weights: np.ndarray, gradients: list[np.nd
     """All steps, in fp64: the formulas as they are published."""
     first, second = np.zeros_like(weights), np.zeros_like(weights)
     for number, gradient in enumerate(gradients, 1):
-        if isinstance(config, AdamWConfig):
+        if isinstance(config, AdamWConfig | AdamW8bitConfig):
             low, high = config.betas
             first, second = low * first + (1 - low) * gradient, high * second + (1 - high) * gradient**2
             weights = weights * (1 - config.learning_rate * config.weight_decay)

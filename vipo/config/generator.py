@@ -1,12 +1,33 @@
 """Section `generator`."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from vipo.config.registries import FAMILIES, registered
 from vipo.config.section import DEVICE, MOST_PIXELS, Commit, Section, UserPath
+
+DEFAULT_ATTENTION = "default"
+
+ATTENTION = (DEFAULT_ATTENTION, "native", "_native_flash", "_native_efficient", "_native_math")
+"""Attention backends of diffusers that can be trained through and whose backward pass is the same twice."""
+
+NOT_TRAINED_THROUGH: Mapping[str, str] = MappingProxyType(
+    {
+        "flash": "its backward pass adds up in no fixed order, and diffusers does not ask it to: the same run would "
+        "end otherwise twice; '_native_flash' is PyTorch's own FlashAttention, whose order is fixed",
+        "_flash": "diffusers calls it without a backward pass",
+        "sage": "it has no backward pass",
+        "_sage": "it has no backward pass",
+        "_native_cudnn": "its backward pass adds up in no fixed order, for which PyTorch refuses it in training",
+        "xformers": "whether its backward pass adds up in a fixed order is not known here",
+        "flex": "without the compiler around it, it holds the whole attention matrix",
+    }
+)
+"""Why a training does not take other backends, by what their names begin with; hub kernels are fetched code."""
 
 
 class GeneratorConfig(Section):
@@ -68,6 +89,16 @@ class GeneratorConfig(Section):
         description="In what the network's frozen weights are held, under training.lora. bf16 halves them; needs "
         "precision bf16, which computes with them in bf16 in either case. What is trained is fp32.",
     )
+    attention: str = Field(
+        DEFAULT_ATTENTION,
+        description=f"Attention backend of diffusers: {', '.join(ATTENTION)}. default: PyTorch chooses a kernel for "
+        "each call.",
+    )
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="blocks: the network's repeated blocks are compiled (torch.compile), for each shape that they are "
+        "called with.",
+    )
     device: str = Field(
         "cpu",
         pattern=DEVICE,
@@ -78,6 +109,27 @@ class GeneratorConfig(Section):
     @classmethod
     def _known_family(cls, value: str) -> str:
         return registered(value, FAMILIES, "generator family")
+
+    @field_validator("attention")
+    @classmethod
+    def _trained_through(cls, value: str) -> str:
+        if value not in ATTENTION:
+            why = (why for start, why in NOT_TRAINED_THROUGH.items() if value.startswith(start))
+            fetched = "its code is fetched from the hub, which vipo runs nothing of" if value.endswith("_hub") else None
+            told = fetched or next(why, "diffusers has no such backend, or it is for other devices")
+            raise ValueError(f"{value!r}: {told}; one of {', '.join(ATTENTION)}")
+        return value
+
+    @model_validator(mode="after")
+    def _runs_there(self) -> Self:
+        if self.attention == "_native_efficient" and self.device == "cpu":
+            raise ValueError("attention '_native_efficient' has kernels for CUDA devices alone; set attention=default")
+        if self.attention == "_native_flash" and self.device != "cpu" and self.precision != "bf16":
+            raise ValueError(
+                "attention '_native_flash' has kernels for bf16 alone on CUDA devices; set precision=bf16, or "
+                "attention=default"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scales_something(self) -> Self:
@@ -101,6 +153,11 @@ class GeneratorConfig(Section):
                 f"{MOST_PIXELS} that fit; lower one of them"
             )
         return self
+
+    @property
+    def chooses_kernels(self) -> bool:
+        """Whether the network computes otherwise than PyTorch's own choice of kernels."""
+        return (self.attention, self.compile) != (DEFAULT_ATTENTION, "none")
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

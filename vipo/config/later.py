@@ -1,18 +1,34 @@
 """Choices that came after results were there."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+_BEFORE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "generator": {"attention": "default", "compile": "none"},
+        "optimizer": {"fused": True},
+        "perception": {"precision": "fp32"},
+        "training": {"joined_transitions": 1},
+        "sampling.window": {"solver": "euler"},
+    }
+)
+"""Keys by section, and as what everything was before there was a choice."""
 
 
 def without_later_choices(identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides a training, without the keys that were added later and are as everything was before them.
+    """What decides a result, without the keys that were added later and are as everything was before them.
 
     What was trained before there was a choice keeps its identity, and so what is evaluated of it.
 
     Args:
-        identity: sections by name, as JSON; it is changed.
+        identity: sections by name, as JSON, all or some; it is changed.
     """
-    window = identity["sampling"]["window"] or {}
-    for section, key, before in ((identity["training"], "joined_transitions", 1), (window, "solver", "euler")):
-        if section.get(key) == before:
-            del section[key]
+    for section, keys in _BEFORE.items():
+        found = identity
+        for name in section.split("."):
+            found = found.get(name) or {}
+        for key, before in keys.items():
+            if found.get(key) == before:
+                del found[key]
     return identity

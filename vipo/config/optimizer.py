@@ -43,12 +43,20 @@ class _Optimizer(Section):
         raise NotImplementedError
 
 
-class AdamWConfig(_Optimizer):
+class _Adam(_Optimizer):
+    """AdamW, however its moments are held."""
+
+    weight_decay: NonNegativeFloat = 1e-4
+    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)
+
+
+class AdamWConfig(_Adam):
     """AdamW on fp32 weights."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: NonNegativeFloat = 1e-4
-    betas: tuple[Share, Share] = Field((0.9, 0.999), strict=False)
+    fused: bool = Field(
+        True, description="One kernel for all weights; false: PyTorch's kernels for lists of tensors. Bits differ."
+    )
 
     @property
     def title(self) -> str:
@@ -61,10 +69,10 @@ class AdamWConfig(_Optimizer):
         return 2 * _FP32
 
 
-class AdamW8bitConfig(AdamWConfig):
+class AdamW8bitConfig(_Adam):
     """AdamW whose moments are held in 8 bits, by bitsandbytes; of tensors with fewer than 4096 values in fp32."""
 
-    name: Literal["adamw_8bit"]  # type: ignore[assignment]
+    name: Literal["adamw_8bit"]
 
     @property
     def title(self) -> str:

@@ -30,6 +30,9 @@ class PerceptionConfig(Section):
     input_size: Annotated[int, Field(ge=1, le=2**13)] | None = Field(
         None, description="Shorter side in pixels fed to the backbone; null: the registry's."
     )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="In what the backbone is held and computes; what is made of its features is fp32."
+    )
     components: Annotated[int, Field(ge=1, le=8)] = Field(3, description="K, the number of principal directions.")
     aggregation: Literal["variance", "average", "first"] = Field(
         "variance",

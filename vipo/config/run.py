@@ -105,6 +105,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.generator.compile != "none" and "attention" in self.credit.names:
+            raise ValueError(
+                f"generator.compile {self.generator.compile} and credit source 'attention': it listens to calls inside "
+                "the network, which compiled blocks do not make; set generator.compile=none, or take another source"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trains_in_fp32(self) -> Self:
         if self.generator.weights == "bf16" and not self.is_base:
             if self.training.lora is None:
@@ -266,7 +275,7 @@ class Config(Section):
     def evaluation_identity(self) -> dict[str, Any]:
         """What decides an evaluation's samples and scores, beside the trained weights."""
         kept = {} if self.is_base else self.training.model_dump(mode="json", include={"updates", "save_at"})
-        return {
+        found = {
             "generator": self.evaluated.model_dump(mode="json"),
             "perception": self.perception.model_dump(mode="json"),
             "evaluation": {
@@ -278,6 +287,7 @@ class Config(Section):
             "kept": kept,
             **({} if self.protocol is None else {"protocol": self.protocol.title}),
         }
+        return without_later_choices(found)
 
     def sampling_identity(self) -> dict[str, Any]:
         """What decides an evaluation's samples, beside the trained weights."""

@@ -25,6 +25,7 @@ from vipo.evaluation.held_out import (
 )
 from vipo.evaluation.shares import Share, Work
 from vipo.generators import Generator, load_generator
+from vipo.generators.applied import kernel_errors
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.finite import check_finite
 from vipo.generators.lora import check_adapted
@@ -62,11 +63,14 @@ def draw(
 
     Raises:
         EvaluationError: one is not finite.
+        KernelError: the network cannot be called with the kernels that the configuration chose.
     """
     keys: list[Key] = [(config.evaluation.seed, "evaluation", sample.prompt.id, sample.number) for sample in samples]
     noise = keyed_normal(keys, generator.latent_shape, config.generator.device)
     conditioning = stack_conditioning(embeddings, [sample.prompt.id for sample in samples])
-    images = generator.pictures(sample_ode(generator, conditioning, chain, noise)).cpu()
+    with kernel_errors(config.generator):
+        clean = sample_ode(generator, conditioning, chain, noise)
+    images = generator.pictures(clean).cpu()
     if not bool(images.isfinite().all()):
         worst = samples[int((~images.flatten(1).isfinite().all(dim=1)).nonzero()[0])]
         raise EvaluationError(

@@ -14,6 +14,7 @@ from vipo.config.registries import FAMILIES
 from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.foreign import foreign, guarded_class, resolve
+from vipo.generators.applied import not_applied
 from vipo.generators.attention import TextAttention
 from vipo.generators.loading import without_loading_bars
 
@@ -252,6 +253,8 @@ def load_generator(config: GeneratorConfig, root: Path, adapter: type[Generator]
         raise GeneratorError(
             f"generator.weights bf16: family {config.family!r} holds its weights in fp32; set generator.weights=fp32"
         )
+    if missing := not_applied(generator.network, config):
+        raise GeneratorError(missing)
     if config.family not in FAMILIES:
         if (timesteps := generator.timesteps) is not None:
             generator.timesteps = _guarded(lambda steps: torch.as_tensor(timesteps(steps)), config)

@@ -210,7 +210,10 @@ class Embeddings(Mapping[str, dict[str, Tensor]]):
             # Before it is on the device, which nobody waits for then.
             if not np.isfinite(value.numpy()).all():
                 raise GeneratorError(f"embeddings of prompt {owner}: {name} is not finite{_AGAIN}")
-        return {**self._negative, **{name: value.to(self._device) for name, value in row.items()}}
+        if torch.device(self._device).type == "cuda":
+            # From pinned memory the host goes on while they are copied.
+            row = {name: value.pin_memory() for name, value in row.items()}
+        return {**self._negative, **{name: value.to(self._device, non_blocking=True) for name, value in row.items()}}
 
 
 def load_embeddings(

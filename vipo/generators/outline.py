@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from vipo.config.generator import GeneratorConfig
+from vipo.config.generator import DEFAULT_ATTENTION, GeneratorConfig
 from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, GeneratorError, resolve_class
 from vipo.generators.parts import part_without_weights
@@ -39,7 +39,9 @@ def outline(
         raise GeneratorError(f"generator.family {config.family!r}: only a PipelineGenerator can be planned")
     # A family's own loading, but for the weights.
     without: type[PipelineGenerator] = type(adapter.__name__, (adapter,), {"load_parts": classmethod(_shapes)})
-    generator = without.load(config.model_copy(update={"device": "meta"}), root)
+    # By PyTorch's own kernels, which there are for shapes alone.
+    plain = {"device": "meta", "attention": DEFAULT_ATTENTION, "compile": "none"}
+    generator = without.load(config.model_copy(update=plain), root)
     if lora is None:
         generator.network.requires_grad_(True)
     else:

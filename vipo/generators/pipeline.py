@@ -8,11 +8,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
-from vipo.generators.parts import load_part, model_index, part_class, part_settings
+from vipo.generators.kernels import use_kernels
+from vipo.generators.parts import load_part, model_index, part_class, part_settings, part_without_weights
+from vipo.generators.rounding import hold_in_bf16
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
 from vipo.generators.trained import TrainedNetworks
@@ -70,6 +72,7 @@ class PipelineGenerator(TrainedNetworks):
         self.config = config
         self.device = torch.device(config.device)
         self.network = self.placed(network).requires_grad_(False).eval()
+        use_kernels(self.network, config)
         self.vae = vae.to(self.device).requires_grad_(False).eval()
 
     @classmethod
@@ -145,6 +148,9 @@ class PipelineGenerator(TrainedNetworks):
         )
         for network in networks:
             cls.check_parts(location, network, vae)
+        if config.chooses_kernels:
+            meta = torch.device("meta")
+            use_kernels(part_without_weights(cls.network_class, location, cls.network_folder, config, meta), config)
         if cls.prediction == "velocity":
             check_levels(location, config, cls.token_side is not None)
         else:
@@ -284,14 +290,3 @@ class PipelineGenerator(TrainedNetworks):
         settings = self.vae.config
         scaled = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
-
-
-def hold_in_bf16(network: nn.Module) -> None:
-    """Round in place the weights that autocast would round at every call: those of linear layers and convolutions.
-
-    Norms, embeddings and whatever else a network adds or multiplies by stay fp32, so that its predictions under
-    autocast keep their bits. A layer at a time: main memory never holds both copies.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            module.to(torch.bfloat16)

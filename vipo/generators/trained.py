@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vipo.config.training import LoraConfig
 from vipo.generators.base import Generator, GeneratorError
+from vipo.generators.kernels import use_kernels
 from vipo.generators.lora import check_file, check_targets, lora_file
 from vipo.generators.parts import load_part
 from vipo.keys import keyed_seed
@@ -113,7 +114,9 @@ class TrainedNetworks(Generator):
                 network.to("meta")
                 remedy = "train the run again"
                 loaded = load_part(self.network_class.from_pretrained, folder, part, self.config, remedy=remedy)
-                self.replace_network(part, self.placed(loaded).requires_grad_(False).eval())
+                placed = self.placed(loaded).requires_grad_(False).eval()
+                use_kernels(placed, self.config)
+                self.replace_network(part, placed)
             else:
                 self._load_lora(folder / lora_file(part), network)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vipo.config.perception import PerceptionConfig
 from vipo.foreign import foreign, is_import_path, resolve
+from vipo.generators.rounding import hold_in_bf16
 from vipo.perception import dinov2
 from vipo.perception.errors import PerceptionError
 from vipo.perception.orientation import Orientation
@@ -136,6 +137,7 @@ class Backbone(nn.Module):
         self.square = square
         self.evidence = evidence
         self.source = source
+        self._bf16 = False
         #: Where it is others' code: what names it in the configuration.
         self.import_path: str | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
@@ -151,6 +153,13 @@ class Backbone(nn.Module):
         with foreign(PerceptionError, _called(self.import_path), self.import_path):
             features = call(images.clone())
         return features
+
+    def in_bf16(self) -> Self:
+        """From now on the network computes under autocast to bf16, and holds the weights so that autocast would round;
+        pictures are resized, and features given, in float32."""
+        hold_in_bf16(self.network)
+        self._bf16 = True
+        return self
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: a frozen backbone has no other."""
@@ -182,7 +191,7 @@ class Backbone(nn.Module):
                 f"images: expected floating point of shape (B, 3, H, W), got {images.dtype} of {tuple(images.shape)}"
             )
         size = self.network_size(*images.shape[2:])
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
             pictures = F.interpolate(
                 images.float(), size=size, mode=self.interpolation, antialias=True, align_corners=False
             )
@@ -260,7 +269,8 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
             f"perception.revision: {config.revision!r} names a state of a hub repository, but the weights of "
             f"{config.backbone!r} do not come from the hub; leave it null"
         )
-    return _imported(config, target) if imported else _timm_backbone(config, root or Path()).to(target)
+    backbone = _imported(config, target) if imported else _timm_backbone(config, root or Path()).to(target)
+    return backbone.in_bf16() if config.precision == "bf16" else backbone
 
 
 def find_backbone(name: str) -> Any:

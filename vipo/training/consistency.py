@@ -48,6 +48,8 @@ def check_consistency(
     others = ["rollout_batch=null"] if training.rollout_batch else []
     others += ["joined_transitions=1"] if training.joined_transitions > 1 else []
     layout = f", another batch layout: set {' and '.join(f'training.{each}' for each in others)}" if others else ""
+    if config.generator.compile != "none":
+        layout += ", blocks that round otherwise compiled with gradients than without: set generator.compile=none"
     raise TrainingError(
         f"update {number}: max |log rho| before the first optimizer step is {largest:.3g}, above "
         f"training.log_ratio_tolerance {tolerance:.3g}, at {tuple(place)} of transition {int(steps[row])}, "

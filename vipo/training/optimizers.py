@@ -12,15 +12,12 @@ from vipo.config.optimizer import AdamW8bitConfig, AdamWConfig, NormalisedConfig
 from vipo.training.errors import TrainingError
 
 
-def load_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, fused: bool = False
-) -> torch.optim.Optimizer:
+def load_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of a run, before its first step.
 
     Args:
         config: section `optimizer`.
         parameters: that are trained.
-        fused: AdamW in PyTorch's one kernel, which rounds otherwise.
 
     Raises:
         TrainingError: its library is not installed.
@@ -37,7 +34,12 @@ def load_optimizer(
             return AdamW8bit(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         case AdamWConfig():
             return torch.optim.AdamW(
-                parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+                parameters,
+                lr=config.learning_rate,
+                betas=config.betas,
+                weight_decay=config.weight_decay,
+                fused=config.fused,
+                foreach=None if config.fused else True,
             )
         case SgdConfig():
             return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)

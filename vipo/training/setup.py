@@ -16,7 +16,8 @@ from vipo.config.training import EMA
 from vipo.credit import Context, CreditSource, load_sources, source_inputs
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import Generator, load_generator
-from vipo.generators.embeddings import Embeddings, load_embeddings
+from vipo.generators.embeddings import Embeddings, load_embeddings, stack_conditioning
+from vipo.generators.kernels import use_kernels
 from vipo.generators.sharded import load_to_shard
 from vipo.generators.starting import checkpoint_inputs
 from vipo.objectives import Objective, load_objective
@@ -33,6 +34,7 @@ from vipo.training.joined import check_joined
 from vipo.training.old_policy import OldPolicy
 from vipo.training.optimizers import load_optimizer
 from vipo.training.samples import update_prompts
+from vipo.training.trial import try_kernels
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     reference = _prepare_network(config, generator, distribution, objective.needs_reference)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
-    optimizer = load_optimizer(config.optimizer, trainable.values(), fused=True)
+    optimizer = load_optimizer(config.optimizer, trainable.values())
     kept = [*keeps, *([] if config.training.ema_decay is None else [EMA])]
     setup = Setup(
         config,
@@ -177,6 +179,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         Timer(device),
     )
     _check_resources(setup)
+    if config.generator.chooses_kernels:
+        try_kernels(generator, stack_conditioning(embeddings, [prompts[0].id] * config.training.micro_batch), chain)
     return setup
 
 
@@ -219,6 +223,9 @@ def _prepare_network(
         generator.recompute_activations()
     # The generator as it was: with LoRA, the network without its adapter.
     reference = copy.deepcopy(generator.network) if needs_reference and training.lora is None else None
+    if reference is not None and config.generator.chooses_kernels:
+        # A copy is not compiled.
+        use_kernels(reference, config.generator)
     if training.lora is None:
         generator.network.requires_grad_(True)
     else:

@@ -1,0 +1,104 @@
+"""Options for speed at real size, each on and off: the same update, the same network, in one process."""
+
+import gc
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from benchmarks.gpu.real_size import GIB, family_overrides
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.sizes import Size
+from benchmarks.timing import seconds_of
+from vipo.config.compose import load_config, repository_root
+from vipo.config.validation import ConfigError
+from vipo.stages import encode_stage, prepare_stage
+from vipo.training.setup import set_up
+from vipo.training.update import update
+
+_COMPILED = ("generator.compile=blocks",)
+_MAP = ("perception.precision=bf16",)
+
+OPTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
+    {
+        # The second compiled one finds the first one's kernels.
+        "sd3_options": (
+            "sd3_window",
+            {"off": (), "compiled": _COMPILED, "bf16_map": _MAP, "compiled_again": _COMPILED},
+        ),
+        "flux_options": (
+            "flux",
+            {
+                "off": (),
+                "compiled": _COMPILED,
+                "native_flash": ("generator.attention=_native_flash",),
+                "native_efficient": ("generator.attention=_native_efficient",),
+                "bf16_map": _MAP,
+            },
+        ),
+        "adamw_options": ("sd3_full", {"fused": (), "lists": ("optimizer.fused=false",)}),
+    }
+)
+"""By step: the size, and Hydra overrides by the name of what they switch on."""
+
+
+def measure_options(record: Record, size: Size, device: str, cases: Mapping[str, tuple[str, ...]]) -> None:
+    """Note what an update costs with each of `cases`: start, first update, second update by part, memory, log rho.
+
+    Raises:
+        RuntimeError: a case failed, beyond a configuration that this device refuses; the others were measured.
+    """
+    record.put("setting", size.setting)
+    root, failed = repository_root(), []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # As for the first start on a machine.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
+        overrides = family_overrides(size, folder, device)
+        config = load_config(overrides)
+        prepare_stage(config, root, folder)
+        encode_stage(config, root, folder)
+        for case, chosen in cases.items():
+            try:
+                _measure_case(record, case, [*overrides, *chosen], folder, device)
+            except ConfigError as error:
+                record.put(f"{case}.refused", str(error)[:500])
+            except Exception as error:
+                # The others are still worth their time.
+                traceback.print_exc()
+                record.put(f"{case}.failed", f"{type(error).__name__}: {error}"[:500])
+                failed.append(case)
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def _measure_case(record: Record, case: str, overrides: list[str], folder: Path, device: str) -> None:
+    torch._dynamo.reset()
+    config, target = load_config(overrides), torch.device(device)
+    if target.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(target)
+    start = time.perf_counter()
+    setup = set_up(config, repository_root(), folder / config.experiment.name)
+    record.put(f"{case}.set_up_seconds", round(time.perf_counter() - start, 2))
+    record.put(f"{case}.first_update_seconds", round(seconds_of(lambda: update(setup, 1), target), 2))
+    setup.timer.pop()
+    metrics: dict[str, float] = {}
+    total = seconds_of(lambda: metrics.update(update(setup, 2)), target)
+    record.put(f"{case}.update_seconds", round(total, 3))
+    for part, seconds in setup.timer.pop().items():
+        record.put(f"{case}.update_seconds.{part.removeprefix('time/')}", round(seconds, 3))
+    for value in setup.trainable.values():
+        value.grad = torch.zeros_like(value)
+    record.put(f"{case}.optimizer_step_seconds", round(seconds_of(setup.optimizer.step, target), 5))
+    samples = config.training.prompts_per_update * config.training.group_size
+    record.put(f"{case}.samples_per_gpu_hour", round(3600 * samples / total, 1))
+    record.put(f"{case}.max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
+    if target.type == "cuda":
+        record.put(f"{case}.memory_gib", round(torch.cuda.max_memory_allocated(target) / GIB, 2))
