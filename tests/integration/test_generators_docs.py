@@ -76,7 +76,7 @@ def _command(*arguments: str) -> tuple[int, list[list[str]]]:
 def test_the_example_equals_the_stock_pipeline(example: list[str]) -> None:
     status, found = _command(*example, "generator.device=cpu")
     assert [each for each in found if each[1] != "ok"] == []
-    assert len(found) == 17
+    assert len(found) == 18
     assert status == 0
 
 
