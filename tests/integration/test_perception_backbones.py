@@ -20,7 +20,7 @@ from vipo.config.compose import load_config
 from vipo.config.perception import PerceptionConfig
 from vipo.maps.scoring import drawn_scenes, score_orientations
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
-from vipo.perception.backbones import registered_evidence
+from vipo.perception.backbones import NOT_MEASURED, registered_evidence
 from vipo.perception.weights import packaged_weights
 from vipo.sampling.noise import keyed_generator
 
@@ -130,6 +130,8 @@ def test_a_backbone_in_bf16_gives_nearly_the_same_maps(options, photographs):
         assert backbone(images).dtype == torch.float32
         maps.append(PerceptualStructuring(backbone, config)(images, (16, 16)).maps)
         bytes_held.append(sum(value.nbytes for value in backbone.parameters()))
+        # The orientation's evidence is of fp32.
+        assert (backbone.evidence == NOT_MEASURED) == (precision == "bf16")
     assert maps[1].dtype == torch.float32
     assert 0 < float((maps[0] - maps[1]).abs().max()) < 0.05
     assert float((maps[0] - maps[1]).abs().mean()) < 0.01

@@ -238,7 +238,7 @@ def registered_evidence(config: PerceptionConfig) -> str | None:
 
 
 def _measured(defaults: BackboneDefaults, config: PerceptionConfig, layer: int | None, input_size: int | None) -> str:
-    measured = defaults.measured if config.weights is None else {}
+    measured = defaults.measured if config.weights is None and config.precision == "fp32" else {}
     return measured.get((layer, input_size), NOT_MEASURED)
 
 
