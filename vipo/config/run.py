@@ -1,55 +1,21 @@
-"""The configuration of one run: all sections, what holds between them, and what each stage depends on."""
+"""The configuration of one run, and what holds between its sections."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-from vipo.config.advantages import AdvantagesConfig
-from vipo.config.alarms import AlarmsConfig
-from vipo.config.arms import ExperimentConfig, check_arm_name
-from vipo.config.credit import CreditConfig
-from vipo.config.evaluation import REPORTED, SIZE, EvaluationConfig
+from vipo.config.evaluation import EvaluationConfig
 from vipo.config.forward import AwmConfig, NftConfig
-from vipo.config.generator import GeneratorConfig
-from vipo.config.later import without_later_choices
-from vipo.config.objective import ObjectiveConfig, SurrogateConfig
-from vipo.config.optimizer import AdamW8bitConfig, AdamWConfig, OptimizerConfig
-from vipo.config.perception import PerceptionConfig
-from vipo.config.pretrain import PretrainConfig
-from vipo.config.prompts import PromptsConfig
-from vipo.config.protocol import ProtocolConfig
-from vipo.config.resources import ClusterConfig
-from vipo.config.reward import RewardConfig, RewardSpec, referred
-from vipo.config.sampling import SamplingConfig
-from vipo.config.section import MOST_CALLS, Section, Seed
-from vipo.config.tracking import TrackingConfig
-from vipo.config.training import DistributionConfig, TrainingConfig
+from vipo.config.objective import SurrogateConfig
+from vipo.config.optimizer import AdamW8bitConfig
+from vipo.config.reward import RewardSpec, referred
+from vipo.config.section import MOST_CALLS
+from vipo.config.sections import Sections
 
 
-class Config(Section):
+class Config(Sections):
     """Everything one run needs, composed from `configs/` and the overrides."""
-
-    experiment: ExperimentConfig
-    arm: Annotated[str, AfterValidator(check_arm_name)]
-    seed: Seed = 0
-    generator: GeneratorConfig
-    prompts: PromptsConfig
-    reward: RewardConfig
-    perception: PerceptionConfig
-    sampling: SamplingConfig
-    credit: CreditConfig = CreditConfig()
-    advantages: AdvantagesConfig = AdvantagesConfig()
-    objective: ObjectiveConfig = SurrogateConfig()
-    optimizer: OptimizerConfig = AdamWConfig()
-    training: TrainingConfig
-    distribution: DistributionConfig = DistributionConfig()
-    evaluation: EvaluationConfig
-    protocol: ProtocolConfig | None = Field(None, description="The pinned evaluation that this is; null: one's own.")
-    cluster: ClusterConfig = ClusterConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    alarms: AlarmsConfig = AlarmsConfig()
-    pretrain: PretrainConfig | None = Field(None, description="How the generator was built, where it was built here.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -215,96 +181,3 @@ class Config(Section):
                     "time; lower one of them"
                 )
         return self
-
-    @property
-    def run_name(self) -> str:
-        """Folder name of the run: ``<arm>-s<seed>``."""
-        return f"{self.arm}-s{self.seed}"
-
-    @property
-    def evaluated(self) -> GeneratorConfig:
-        """Section `generator` at the size that is evaluated."""
-        return self.evaluation.generator_of(self.generator)
-
-    @property
-    def is_base(self) -> bool:
-        """Whether this arm is the untrained generator."""
-        return self.arm == "base"
-
-    def training_identity(self) -> dict[str, Any]:
-        """The sections that decide a training run's result; a checkpoint belongs to exactly one such value.
-
-        Checkpoint frequency and how many are kept change nothing in the result and are left out, and so are trackers
-        and the processes: a run goes on with others of them.
-        """
-        data = self.model_dump(
-            mode="json",
-            exclude={
-                "experiment",
-                "distribution",
-                "evaluation",
-                "protocol",
-                "cluster",
-                "tracking",
-                "alarms",
-                "pretrain",
-            },
-        )
-        for volatile in ("checkpoint_every", "keep_checkpoints"):
-            del data["training"][volatile]
-        data["reward"]["terms"] = [term.deciding for term in self.reward.terms]
-        return without_later_choices(data)
-
-    def prompts_identity(self) -> dict[str, Any]:
-        """What decides the prepared prompts."""
-        found = self.prompts.identity()
-        if self.prompts.filters.max_tokens is not None:
-            found["tokenizer"] = [self.generator.path, self.generator.revision]
-        return found
-
-    def embeddings_identity(self) -> dict[str, Any]:
-        """What decides the embeddings, beside the prompts."""
-        generator = self.generator.model_dump(
-            mode="json", include={"family", "path", "revision", "device", "max_sequence_length", "negative_prompt"}
-        )
-        # What was encoded before there was a choice keeps its identity.
-        choices = {"encoders": self.generator.encoders, "encoder_batch": self.generator.encoder_batch}
-        chosen = {name: value for name, value in choices.items() if value not in ("fp32", 1)}
-        return {**generator, **chosen, "threads": self.training.threads}
-
-    def evaluation_identity(self) -> dict[str, Any]:
-        """What decides an evaluation's samples and scores, beside the trained weights."""
-        kept = {} if self.is_base else self.training.model_dump(mode="json", include={"updates", "save_at"})
-        found = {
-            "generator": self.evaluated.model_dump(mode="json"),
-            "perception": self.perception.model_dump(mode="json"),
-            "evaluation": {
-                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED | SIZE)),
-                "rewards": [reward.deciding for reward in self.evaluation.rewards],
-            },
-            "shift": self.evaluation.sampling_of(self.sampling).shift,
-            "threads": self.training.threads,
-            "kept": kept,
-            **({} if self.protocol is None else {"protocol": self.protocol.title}),
-        }
-        return without_later_choices(found)
-
-    def sampling_identity(self) -> dict[str, Any]:
-        """What decides an evaluation's samples, beside the trained weights."""
-        identity = self.evaluation_identity()
-        drawn = ("prompts", "samples_per_prompt", "steps", "batch", "seed")
-        evaluation = {key: identity["evaluation"][key] for key in drawn}
-        return {
-            **{key: value for key, value in identity.items() if key not in ("perception", "protocol")},
-            "evaluation": evaluation,
-        }
-
-    def as_base(self) -> Self:
-        """The experiment's base with this run's settings: what every arm is compared with, drawn once for all."""
-        base = self.experiment.arms["base"]
-        return self if self.is_base else self.model_copy(update={"arm": "base", "seed": base.seeds[0]})
-
-    def report_identity(self) -> dict[str, Any]:
-        """What the report reads beside the results."""
-        found = self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})
-        return found if self.protocol is None else {**found, "protocol": self.protocol.title}
