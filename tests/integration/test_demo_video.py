@@ -15,6 +15,7 @@ from vipo.config.pretrain import PretrainConfig
 from vipo.rewards import object_redness
 from vipo.stages import train_stage
 from vipo.training.pretrain import train_base
+from vipo.training.pretrain_clips import Clips
 
 ROOT = repository_root()
 
@@ -42,6 +43,23 @@ def test_the_stock_pipeline_films_with_it(tiny: Path) -> None:
         output_type="np",
     ).frames
     assert clip.shape == (1, 9, 32, 32, 3)
+
+
+def test_pixels_beyond_the_range_are_learned_from() -> None:
+    config = PretrainConfig(**{**TINY_PRETRAIN, "drawn": "motion"})
+    torch.manual_seed(0)
+    family = Clips(config, ["a"])
+    vae = family.autoencoder()
+    latents = 30 * torch.randn(2, config.latent_channels, 3, 4, 4)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(30)
+    pixels = family.decode(vae, latents)
+    assert pixels.shape == (2, 3, 9, 16, 16)
+    assert pixels.abs().max() > 2
+    torch.testing.assert_close(pixels.clamp(-1, 1), vae.decode(latents).sample)
+    beyond = pixels[pixels > 1].sum()
+    beyond.backward()
+    assert vae.decoder.conv_out.bias.grad.abs().sum() > 0
 
 
 def test_credit_goes_where_and_when_the_reward_looks(

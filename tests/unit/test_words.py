@@ -60,6 +60,14 @@ def test_quoted_words_are_spelled_and_all_others_are_one_token() -> None:
     assert max(len(t5(text).input_ids), len(clip(text).input_ids)) <= config.max_sequence_length
 
 
+def test_long_words_are_a_letter_longer_than_any_that_is_trained_on() -> None:
+    longest = max(map(len, words.WORDS))
+    assert {len(word) for word in words.LONG_WORDS} == {longest + 1}
+    assert len(set(words.LONG_WORDS)) == len(words.LONG_WORDS)
+    held_out = {claims["text"] for _, claims in words.word_captions(True, words.LONG_WORDS)}
+    assert 0.2 < len(held_out) / len(words.LONG_WORDS) < 0.3
+
+
 @pytest.fixture(scope="module")
 def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores and boxes of a dozen words as the experiment's own reward has them, and where ink is."""
@@ -83,6 +91,16 @@ def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_the_reward_reads_drawn_words(read: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     assert read[0].tolist() == [1.0] * 12
+
+
+def test_the_reward_reads_long_words_where_they_fit() -> None:
+    """A generator can reach what the experiment rewards: five letters from the left edge on."""
+    (reward,) = load_rewards(load_config(["experiment=demo_text"]).reward.terms).values()
+    font, chosen = words.typeface(), words.LONG_WORDS[::10]
+    pictures = np.stack([words.draw(words.DrawnWord(word, "red", "white", 0, 8), font) for word in chosen])
+    found = reward(torch.from_numpy(pictures).float() / 255, [""] * len(chosen), [{"text": word} for word in chosen])
+    assert not isinstance(found, torch.Tensor)
+    assert found.scores.tolist() == [1.0] * len(chosen)
 
 
 def test_its_boxes_hold_the_letters(read: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:

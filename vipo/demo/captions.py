@@ -8,7 +8,7 @@ from typing import Any
 
 from vipo.demo import motion
 from vipo.demo.scenes import one_object_captions, two_object_captions
-from vipo.demo.words import word_captions
+from vipo.demo.words import LONG_WORDS, WORDS, word_captions
 
 #: Of the 2,160 captions of two objects.
 _PAIRS = 240
@@ -20,7 +20,8 @@ def write_demo_prompts(folder: Path) -> list[Path]:
     ``colourless.jsonl``: every one-object caption that names no colour; ``small.jsonl`` and ``large.jsonl``: those that
     name that size; ``pairs.jsonl``: some captions of two objects, colours and relation named; ``words.jsonl`` and
     ``words_held_out.jsonl``: every caption of a word that names no ink, of words that the generator was trained on and
-    of words that it was not; ``motion.jsonl``: every caption of a moving shape that names no colour.
+    of words that it was not; ``long_words.jsonl`` and ``long_words_held_out.jsonl``: the same of words of five letters,
+    none of which it was trained on; ``motion.jsonl``: every caption of a moving shape that names no colour.
 
     Args:
         folder: created where missing.
@@ -39,8 +40,11 @@ def write_demo_prompts(folder: Path) -> list[Path]:
             for size in ("small", "large")
         ),
         _write(folder / "pairs.jsonl", pairs),
-        _write(folder / "words.jsonl", word_captions(held_out=False)),
-        _write(folder / "words_held_out.jsonl", word_captions(held_out=True)),
+        *(
+            _write(folder / f"{name}{'_held_out' if held_out else ''}.jsonl", word_captions(held_out, words))
+            for name, words in (("words", WORDS), ("long_words", LONG_WORDS))
+            for held_out in (False, True)
+        ),
         _write(folder / "motion.jsonl", motion.colourless_captions()),
     ]
 

@@ -4,7 +4,7 @@ The second kind of picture that a demo generator can be trained on (``pretrain.d
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,18 @@ taxi tree vase wave wind wolf wood yard zero
 WORDS = tuple(_TEXT.split())
 """What is written in prompts: words of two to four letters."""
 
+_LONG_TEXT = """
+apple beach bench black bread brick bride brush cabin camel candy chain chair chalk chest child clock cloud coast
+couch crane cream crown dance dream dress drink eagle earth fence field flame flute frame fruit ghost giant glass
+globe glove grape grass green heart honey horse hotel house jeans juice knife lemon light lunch metal money month
+mouse mouth music night north novel ocean olive onion opera paint paper party pearl piano plane plant plate queen
+quilt radio river robot salad scarf sheep shirt skirt smoke snake snail south spoon stage stamp stone storm stove
+sugar table tiger toast tower towel train truck uncle viola wagon watch water whale wheat wheel world wrist youth
+zebra
+"""
+LONG_WORDS = tuple(_LONG_TEXT.split())
+"""Words of five letters, one more than any that the generator is trained on; they just fit on the paper."""
+
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 _POINTS = 22
 _LEFT, _TOP, _JITTER = 5, 8, 2
@@ -49,7 +61,7 @@ class DrawnWord:
 
 
 def is_held_out(word: str) -> bool:
-    """Whether a word is kept out of the generator's training (one in four, by hash)."""
+    """Whether a word is kept out of training (one in four, by hash)."""
     return hashlib.sha256(f"word {word}".encode()).digest()[0] % 4 == 0
 
 
@@ -89,9 +101,9 @@ def caption(word: str, paper: str, ink: str | None = None) -> str:
     return f'the word "{word}"{"" if ink is None else f" in {ink}"} on {paper}'
 
 
-def word_captions(held_out: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Captions without ink of all `WORDS` that are held out or of all others, each with what is to be read."""
-    for word in WORDS:
+def word_captions(held_out: bool, words: Sequence[str] = WORDS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Captions without ink of all `words` that are held out or of all others, each with what is to be read."""
+    for word in words:
         if is_held_out(word) == held_out:
             for paper in PAPERS:
                 yield caption(word, paper), {"text": word}

@@ -72,8 +72,14 @@ class Clips:
         return latents
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-        return pixels
+        # The stock call cuts its result to [-1, 1], where a pixel beyond has no gradient and never comes back.
+        frames: list[Tensor] = []
+        hook = vae.decoder.register_forward_hook(lambda _decoder, _arguments, made: frames.append(made))
+        try:
+            vae.decode(latents)
+        finally:
+            hook.remove()
+        return torch.cat(frames, dim=2)
 
     def latent_layer(self, vae: Any) -> Any:
         return vae.quant_conv

@@ -52,7 +52,7 @@ class Family(Protocol):
         """Latents ``(B, C, ...)`` of pixels in [-1, 1], as `latent_layer` gives them."""
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        """Pixels in [-1, 1]."""
+        """Pixels, of [-1, 1] and beyond: nothing is cut off that could not be learned from."""
 
     def latent_layer(self, vae: Any) -> Any:
         """The convolution whose first C channels the latents are."""
