@@ -134,6 +134,16 @@ def test_code_environment_and_data(experiment: Path) -> None:
     def other(record: dict[str, Any]) -> None:
         train(record)
         record["inputs"][0]["sha256"] = "55" * 32
+        # What the runs made themselves is no data that they were made from.
+        record["inputs"] += [
+            {"path": "results/x/samples/vipo-s0/samples.json", "bytes": 1, "sha256": "77" * 32},
+            {
+                "path": "results/x/samples/vipo-s0/pictures",
+                "bytes": 1,
+                "sha256": "88" * 32,
+                "files": {"u1-0-0.png": {"bytes": 1, "sha256": "88" * 32}},
+            },
+        ]
         record["inputs"][1]["path"] = "data/demo-generator"
         record["inputs"][1]["files"]["vae/config.json"]["sha256"] = "66" * 32
         record["package_sha256"] = "ab" * 32

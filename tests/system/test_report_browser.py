@@ -290,7 +290,7 @@ def test_text_is_readable(browser: webdriver.Chrome, page: str, scheme: str) -> 
     assert (int(ground.removeprefix("rgb(").split(",")[0]) < 128) == (scheme == "dark")
 
 
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [400, 1280, 1400])
 def test_nothing_overflows(browser: webdriver.Chrome, page: str, width: int) -> None:
     show(browser, page, width=width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -301,6 +301,9 @@ def test_nothing_overflows(browser: webdriver.Chrome, page: str, width: int) -> 
         ".filter(item => !item.closest('.scroll, pre, .skip, svg')).map(item => item.outerHTML.slice(0, 80))"
     )
     assert beyond == []
+    # The first screen is read without scrolling sideways.
+    room = "const box = document.querySelector('.effects').parentElement; return box.scrollWidth - box.clientWidth"
+    assert browser.execute_script(room) <= 0
 
 
 def test_sections_are_reached_by_their_links(browser: webdriver.Chrome, page: str) -> None:

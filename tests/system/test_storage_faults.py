@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from vipo.config.compose import repository_root
-from vipo.provenance.files import StorageError, atomic_file
+from vipo.provenance.files import StorageError, atomic_file, atomic_folder
 from vipo.provenance.locks import run_lock
 from vipo.provenance.superseded import set_aside
 from vipo.training.checkpoints import list_checkpoints, load_checkpoint
@@ -330,6 +332,13 @@ def test_two_users_share_results(umask: int, shared: Path) -> None:
         with run_lock(folder / "prompts"), atomic_file(folder / "prompts" / "manifest.json") as path:
             path.write_text("Ada's")
         (folder / "prompts" / ".manifest.json.partial").write_text("cut off")
+        with atomic_file(folder / "maps.safetensors") as path:
+            save_file({"map": torch.zeros(1)}, path)
+        with atomic_folder(folder / "weights") as weights:
+            save_file({"weight": torch.zeros(1)}, weights / "model.safetensors")
+    with _as_user(BOB, GROUP, umask):
+        assert load_file(folder / "maps.safetensors").keys() == {"map"}
+        assert load_file(folder / "weights" / "model.safetensors").keys() == {"weight"}
     if umask == 0o002:
         with _as_user(BOB, GROUP, umask):
             with run_lock(folder / "prompts"), atomic_file(folder / "prompts" / "manifest.json") as path:

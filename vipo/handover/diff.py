@@ -19,7 +19,7 @@ Decides = Literal["training", "evaluation", "nothing"]
 
 _DECIDES: tuple[Decides, ...] = get_args(Decides)
 _SHARED_INPUT = re.compile(r"(?:^|/)((?:prompts|embeddings)/(?:train|eval)\.\w+)\Z")
-_TRAINED = re.compile(r"/runs/[^/]+-s\d+/(?:weights|updates)/")
+_MADE = re.compile(r"(?:^|/)(?:runs/[^/]+-s\d+/(?:weights|updates)/|samples/[^/]+-s\d+/)")
 
 
 @dataclass(frozen=True)
@@ -217,12 +217,12 @@ def _environment(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """SHA-256 of the stage's input files by role; trained weights are a result and belong to the training."""
+    """SHA-256 of the stage's input files by role; weights and samples are results of the runs themselves."""
     for entry in record["inputs"]:
         shared = _SHARED_INPUT.search(entry["path"])
         if shared:
             yield shared[1], entry["sha256"]
-        elif not _TRAINED.search(entry["path"]):
+        elif not _MADE.search(entry["path"]):
             role = "generator" if "model_index.json" in entry.get("files", {}) else "backbone"
             files = entry.get("files", {Path(entry["path"]).name: entry})
             yield from ((f"{role}: {name}", file["sha256"]) for name, file in files.items())

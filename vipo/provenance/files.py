@@ -71,8 +71,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            mode = _mode_of_new_files(temporary / "mode")
             yield temporary
             for path in sorted(temporary.rglob("*")):
+                if path.is_file() and not path.is_symlink():
+                    _open_to(path, mode)
                 fsync_path(path)
             fsync_path(temporary)
             replace_folder(target, temporary)
@@ -94,7 +97,9 @@ def atomic_file(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             # Left by a process that was killed, perhaps another user's: whoever may write the folder may replace it.
             temporary.unlink(missing_ok=True)
+            mode = _mode_of_new_files(temporary)
             yield temporary
+            _open_to(temporary, mode)
             fsync_path(temporary)
             temporary.replace(target)
             fsync_path(target.parent)
@@ -102,6 +107,21 @@ def atomic_file(target: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def _mode_of_new_files(free: Path) -> int:
+    # The umask, or the folder's default access list: neither can be read without side effects.
+    free.touch()
+    mode = free.stat().st_mode
+    free.unlink()
+    return mode
+
+
+def _open_to(path: Path, mode: int) -> None:
+    # safetensors makes its files readable to their owner alone, whatever the umask: a group could not share results.
+    found = path.stat().st_mode
+    if found | mode != found:
+        path.chmod(found | mode)
 
 
 def replace_folder(target: Path, replacement: Path) -> None:

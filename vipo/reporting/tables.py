@@ -144,9 +144,10 @@ def caveats(experiment: Experiment, final: pd.DataFrame, config: Config) -> tupl
         )
     if len(few) < len(counts):
         result.append(f"Intervals between arms with at least {MINIMUM_SEEDS} seeds resample seeds and prompts.")
+    by_chance = len(final) * (1 - config.evaluation.confidence)
     result.append(
         f"{len(final)} final comparisons were computed and none is adjusted for that number: if no arm differed from "
-        f"another at all, about {len(final) * (1 - config.evaluation.confidence):.0f} would still exclude zero."
+        f"another at all, {f'about {by_chance:.0f}' if by_chance >= 1 else 'fewer than one'} would still exclude zero."
     )
     invalid = sum(
         float(run.metrics["samples/invalid"].sum()) for run in experiment.runs if "samples/invalid" in run.metrics

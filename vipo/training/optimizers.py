@@ -28,8 +28,8 @@ def load_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
                 from vipo.training.eight_bit import AdamW8bit
             except ImportError as error:
                 raise TrainingError(
-                    f"optimizer.name 'adamw_8bit' needs bitsandbytes ({error}): pip install 'vipo[adamw_8bit]', or "
-                    "choose another optimizer"
+                    f"optimizer.name 'adamw_8bit' needs bitsandbytes ({error}): pip install 'vipo[adamw_8bit]' "
+                    "(after 'make env': uv pip install bitsandbytes), or choose another optimizer"
                 ) from error
             return AdamW8bit(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         case AdamWConfig():

@@ -107,9 +107,12 @@ def _over(item: EqualChange) -> str:
     """What the interval is over, as briefly as beside the figure."""
     if item.over_seeds:
         return f", over {min(item.seeds)} seeds and {item.prompts} held-out prompts"
-    counts = " and ".join(str(count) for count in dict.fromkeys(item.seeds))
-    seeds = f"{counts} seed{'s' if max(item.seeds) > 1 else ''}" + (" an arm" if len(set(item.seeds)) == 1 else "")
-    return f", over {item.prompts} held-out prompts, for these {seeds} only"
+    if set(item.seeds) == {1}:
+        seeds = "the one seed of each arm"
+    else:
+        counts = " and ".join(str(count) for count in dict.fromkeys(item.seeds))
+        seeds = f"these {counts} seeds" + (" an arm" if len(set(item.seeds)) == 1 else "")
+    return f", over {item.prompts} held-out prompts, for {seeds} only"
 
 
 def _reach(item: EqualChange) -> str:
