@@ -62,7 +62,7 @@ docs: env  ## the documentation site, results/site/index.html; broken links stop
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 	@echo "documentation: file://$(abspath results/site/index.html)"
 
-docs-run: env  ## follow the tutorial as it stands, in a folder of its own under results/ (about 5 minutes)
+docs-run: env  ## follow the tutorial as it stands, in a folder of its own under results/ (5 to 8 minutes)
 	python workflow/tutorial.py results/tutorial
 
 schemas: env  ## configs/schema again, after a change of a configuration section
