@@ -13,8 +13,10 @@ from torch import Tensor
 from vipo.config.compose import load_config, repository_root
 from vipo.config.pretrain import PretrainConfig
 from vipo.rewards import object_redness
+from vipo.sampling.noise import keyed_generator
 from vipo.stages import train_stage
 from vipo.training.pretrain import train_base
+from vipo.training.pretrain_autoencoder import drawn_batch
 from vipo.training.pretrain_clips import Clips
 
 ROOT = repository_root()
@@ -79,3 +81,13 @@ def test_credit_goes_where_and_when_the_reward_looks(
     assert (row["map/constant_share"], row["map/mean"]) == (0, pytest.approx(1))
     # Of 3 x 8 x 8 positions the left half of the last latent frame has all of it, as even as the edge leaves it.
     assert row["map/entropy"] == pytest.approx(math.log(32) / math.log(192), abs=0.03)
+
+
+def test_the_autoencoder_of_clips_begins_with_frames() -> None:
+    clips = torch.arange(6 * 9).view(6, 1, 9, 1, 1).expand(6, 3, 9, 2, 2)
+    stills = drawn_batch(clips, 8, keyed_generator(0, "x"), stills=True)
+    assert stills.shape == (32, 3, 1, 2, 2)
+    assert len(stills[:, 0, 0, 0, 0].unique()) > 16, "of each clip another frame"
+    assert drawn_batch(clips, 2, keyed_generator(0, "x"), stills=False).shape == (2, 3, 9, 2, 2)
+    pictures = clips[:, :, 0]
+    assert drawn_batch(pictures, 2, keyed_generator(0, "x"), stills=True).shape == (2, 3, 2, 2)

@@ -74,7 +74,7 @@ def _reconstruct(
         generator = keyed_generator(config.seed, "autoencoder", step)
         for group in optimizer.param_groups:
             group["lr"] = config.autoencoder_learning_rate * cosine(step, steps, warmup=50)
-        x = images[torch.randint(len(images), (batch,), generator=generator)].float() / 127.5 - 1
+        x = drawn_batch(images, batch, generator, stills=step < steps // 2).float() / 127.5 - 1
         x = x.contiguous(memory_format=family.memory_format)
         with torch.autocast("cpu", torch.bfloat16):
             latents = norm(family.encode(vae, x).float())
@@ -100,6 +100,19 @@ def _reconstruct(
         last.weight[:channels].div_(std.view(-1, *[1] * (last.weight.ndim - 1)))
         last.bias[:channels].sub_(mean).div_(std)
     return vae
+
+
+def drawn_batch(images: Tensor, batch: int, generator: torch.Generator, *, stills: bool) -> Tensor:
+    """A step's batch ``(batch, C, ...)``; of clips `stills` are ``(4 batch, C, 1, H, W)``, one frame of each.
+
+    An autoencoder of clips learns from pictures first, as Wan's own did (arXiv 2503.20314): on clips alone
+    ours stayed at the mean colour, for few clips are in a batch, whose statistics normalise the latents.
+    """
+    if images.ndim < 5 or not stills:
+        return images[torch.randint(len(images), (batch,), generator=generator)]
+    rows = torch.randint(len(images), (4 * batch,), generator=generator)
+    frames = torch.randint(images.shape[2], (4 * batch,), generator=generator)
+    return images[rows, :, frames].unsqueeze(2)
 
 
 def _check_whole(family: Family, checkpoint: Checkpoint) -> None:
