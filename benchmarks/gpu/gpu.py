@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "timm", "safetensors", "numpy")
 _NOT_WRITTEN = {
     "memory against `vipo plan`": "no step compares them yet",
-    "replay of several transitions in one call": "no option of vipo yet; batch.* tells whether ratios would stay 1",
+    "training.joined_transitions": "no step yet; batch.* tells whether ratios would stay 1",
     "CUDA graphs, FP8 rollouts": "not built, docs/performance.md says why",
     "other families, several GPUs, decoding beside the next rollout": "no step yet",
     "DDP and FSDP2 over NCCL, world size 1": "no step yet; one process has a group for distribution.offload alone",
@@ -52,9 +52,9 @@ STEPS = (
     Step(
         "sd3_window", 60, "Stable Diffusion 3.5 medium as others count images per GPU-hour: a window of 2 trained steps"
     ),
+    Step("sd3_full", 60, "Stable Diffusion 3.5 medium at its real size, all weights"),
     Step("sd3_options", 120, "compiled blocks and a bf16 map on and off, at sd3_window's size"),
     Step("flux_options", 150, "compiled blocks, attention backends and a bf16 map on and off, at FLUX.1-dev's size"),
-    Step("sd3_full", 60, "Stable Diffusion 3.5 medium at its real size, all weights"),
     Step("adamw_options", 60, "AdamW in one kernel and by lists of tensors, at sd3_full's size"),
 )
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from benchmarks.gpu.real_size import GIB, family_overrides
+from benchmarks.gpu.real_size import GIB, family_overrides, note_update
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Size
 from benchmarks.timing import seconds_of
@@ -88,17 +88,9 @@ def _measure_case(record: Record, case: str, overrides: list[str], folder: Path,
     setup = set_up(config, repository_root(), folder / config.experiment.name)
     record.put(f"{case}.set_up_seconds", round(time.perf_counter() - start, 2))
     record.put(f"{case}.first_update_seconds", round(seconds_of(lambda: update(setup, 1), target), 2))
-    setup.timer.pop()
-    metrics: dict[str, float] = {}
-    total = seconds_of(lambda: metrics.update(update(setup, 2)), target)
-    record.put(f"{case}.update_seconds", round(total, 3))
-    for part, seconds in setup.timer.pop().items():
-        record.put(f"{case}.update_seconds.{part.removeprefix('time/')}", round(seconds, 3))
+    note_update(record, setup, f"{case}.")
     for value in setup.trainable.values():
         value.grad = torch.zeros_like(value)
     record.put(f"{case}.optimizer_step_seconds", round(seconds_of(setup.optimizer.step, target), 5))
-    samples = config.training.prompts_per_update * config.training.group_size
-    record.put(f"{case}.samples_per_gpu_hour", round(3600 * samples / total, 1))
-    record.put(f"{case}.max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
     if target.type == "cuda":
         record.put(f"{case}.memory_gib", round(torch.cuda.max_memory_allocated(target) / GIB, 2))

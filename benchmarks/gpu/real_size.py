@@ -93,6 +93,21 @@ def measure_family(record: Record, size: Size, device: str, matmul_tflops: float
         _measure(record, setup, matmul_tflops)
 
 
+def note_update(record: Record, setup: Setup, prefix: str = "") -> tuple[float, dict[str, float]]:
+    """Note the second update, under names that begin with `prefix`; its seconds, whole and by part."""
+    metrics: dict[str, float] = {}
+    setup.timer.pop()
+    total = seconds_of(lambda: metrics.update(update(setup, 2)), setup.device)
+    parts, training = setup.timer.pop(), setup.config.training
+    record.put(f"{prefix}update_seconds", round(total, 3))
+    for part, seconds in parts.items():
+        record.put(f"{prefix}update_seconds.{part.removeprefix('time/')}", round(seconds, 3))
+    samples = training.prompts_per_update * training.group_size
+    record.put(f"{prefix}samples_per_gpu_hour", round(3600 * samples / total, 1))
+    record.put(f"{prefix}max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
+    return total, parts
+
+
 def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     config, device = setup.config, setup.device
     counts = {
@@ -105,20 +120,11 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     timer = MemoryTimer(device)
     setup = replace(setup, timer=timer)
     record.put("warm_up_seconds", round(seconds_of(lambda: update(setup, 1), device), 2))
-    timer.pop()
-    metrics: dict[str, float] = {}
-    total = seconds_of(lambda: metrics.update(update(setup, 2)), device)
-    record.put("update_seconds", round(total, 3))
-    parts = timer.pop()
-    for part, seconds in parts.items():
-        record.put(f"update_seconds.{part.removeprefix('time/')}", round(seconds, 3))
+    total, parts = note_update(record, setup)
     record.put("update_seconds.other", round(total - sum(parts.values()), 3))
     for part, peak in timer.peaks.items():
         record.put(f"memory_gib.{part}", round(peak / GIB, 2))
-    samples = config.training.prompts_per_update * config.training.group_size
-    record.put("samples_per_gpu_hour", round(3600 * samples / total, 1))
     record.put("map_share", round(parts["time/map"] / total, 5))
-    record.put("max_log_ratio_before_first_step", metrics["log_ratio/max_before_first_step"])
 
     record.put("batch.largest_difference", batch_difference(setup))
     floor = seconds_of(lambda: network_calls(setup), device)

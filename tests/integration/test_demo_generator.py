@@ -24,7 +24,6 @@ from vipo.stages import base_stage
 from vipo.training import pretrain, pretrain_autoencoder, pretrain_parts
 
 ROOT = repository_root()
-FOLDER = ROOT / "data/demo-generator"
 
 
 def test_quality_on_held_out_captions() -> None:
@@ -56,15 +55,18 @@ def test_quality_on_held_out_captions() -> None:
     assert min(shares.values()) >= 0.9, shares
 
 
-def test_ships_with_its_recipe_within_its_size() -> None:
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 20e6
+@pytest.mark.parametrize(("experiment", "most", "left"), [("demo", 20e6, 0.2), ("demo_text", 12e6, 0.3)])
+def test_ships_with_its_recipe_within_its_size(experiment: str, most: float, left: float) -> None:
+    config = load_config([f"experiment={experiment}"])
+    folder = ROOT / config.generator.path
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < most
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md"}
-    recorded = PretrainConfig.model_validate(json.loads((FOLDER / "training_config.json").read_text()))
-    assert recorded == load_config(["experiment=demo"]).pretrain
-    log = [json.loads(line) for line in (FOLDER / "training.jsonl").read_text().splitlines()]
+    recorded = PretrainConfig.model_validate(json.loads((folder / "training_config.json").read_text()))
+    assert recorded == config.pretrain
+    log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     flow = [row["loss"] for row in log if row["part"] == "flow"]
-    assert sum(flow[-20:]) < 0.2 * sum(flow[:20])
+    assert sum(flow[-20:]) < left * sum(flow[:20])
     assert max(row["psnr"] for row in log if row["part"] == "autoencoder") > 28
 
 

@@ -33,7 +33,7 @@ PLAIN = (
 
 
 def _config(overrides: list[str], *more: str) -> Config:
-    return load_config([*overrides, *PLAIN, "evaluation.samples_per_prompt=1", *more])
+    return load_config([*overrides, *PLAIN, *more])
 
 
 def test_base_samples_are_those_of_a_generator_of_that_size(

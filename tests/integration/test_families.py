@@ -41,9 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WHOLE = ("flux", "sd", "wan", "sana")
 # One row for each class of blocks, and one of two networks.
 BLOCKS = (
-    "flux",
     "sd",
-    "wan",
     "sana",
     "hunyuan_video",
     "cogvideox_rotary",

@@ -51,6 +51,10 @@ def test_options_are_measured_on_and_off(
             continue
         assert figures[f"{name}.max_log_ratio_before_first_step"] < 1e-5
         assert figures[f"{name}.update_seconds"] > 0
+
+
+def test_an_option_that_fails_leaves_the_others_their_time(tmp_path: Path) -> None:
+    size, _ = OPTIONS["adamw_options"]
     with pytest.raises(RuntimeError, match="failed: nowhere"):
         measure_options(Record(tmp_path / "failed"), TINY[size], "cpu", {"nowhere": ("generator.device=cuda:99",)})
     assert "CUDA devices" in read_figures(tmp_path / "failed")["nowhere.failed"]

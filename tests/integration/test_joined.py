@@ -84,15 +84,6 @@ def test_joined_gradients_are_those_of_single_calls(
     assert together[1].get("log_ratio/max_before_first_step", 0.0) <= (0 if forward else 1e-4)
 
 
-def test_where_calls_are_as_large_as_the_rollouts_the_ratio_is_nearer_one(
-    prepared: Path, tiny_overrides: list[str]
-) -> None:
-    """`rollout_batch` of as many samples gives the update's calls their size."""
-    chosen = ["arm=vipo", "training.joined_transitions=2", "training.micro_batch=2"]
-    setup = _setup(prepared, tiny_overrides, *chosen, "training.rollout_batch=4")
-    assert update(setup, 1)["log_ratio/max_before_first_step"] < 1e-5
-
-
 def test_beyond_the_tolerance_the_layout_is_named(
     prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +97,12 @@ def test_beyond_the_tolerance_the_layout_is_named(
     monkeypatch.setattr(setup.generator, "predict", by_batch)
     with pytest.raises(TrainingError, match=r"another batch layout: set training\.joined_transitions=1\."):
         update(setup, 1)
+    # `rollout_batch` of as many samples gives the update's calls their size.
+    same = ["training.micro_batch=2", "training.rollout_batch=4", "training.log_ratio_tolerance=1e-5"]
+    setup = _setup(prepared, tiny_overrides, *more, *same)
+    predict = setup.generator.predict
+    monkeypatch.setattr(setup.generator, "predict", by_batch)
+    assert update(setup, 1)["log_ratio/max_before_first_step"] < 1e-5
 
 
 def test_what_cannot_be_joined_is_refused(tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -116,13 +113,6 @@ def test_what_cannot_be_joined_is_refused(tiny_overrides: list[str], tmp_path: P
     check_joined(TrainingConfig(), network)
     with pytest.raises(TrainingError, match="joined_transitions 2: this generator has two networks"):
         check_joined(TrainingConfig(joined_transitions=2), network)
-
-
-def test_default_keeps_the_identity(tiny_overrides: list[str]) -> None:
-    plain = load_config(tiny_overrides).training_identity()
-    assert "joined_transitions" not in plain["training"]
-    joined = load_config([*tiny_overrides, "training.joined_transitions=2"]).training_identity()
-    assert joined == {**plain, "training": {**plain["training"], "joined_transitions": 2}}
 
 
 def test_a_plan_counts_the_joined_call(tiny_overrides: list[str]) -> None:

@@ -20,16 +20,13 @@ from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
 from vipo.evaluation.held_out import HeldOut
 from vipo.evaluation.sample import draw, evaluation_chain
-from vipo.generators import load_generator
+from vipo.generators import kernels, load_generator
 from vipo.generators.applied import KernelError, not_applied
 from vipo.generators.embeddings import load_embeddings
 from vipo.generators.kernels import repeated_blocks, use_kernels
 from vipo.prompts import read_prompts
-from vipo.training.consistency import check_consistency
-from vipo.training.errors import TrainingError
 from vipo.training.plan import plan
 from vipo.training.recorded import train_run
-from vipo.training.samples import MicroBatch, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
 from vipo.training.update import update
 
@@ -84,7 +81,8 @@ def test_a_run_of_compiled_blocks_is_the_same_run(
 ) -> None:
     """Where a compiled block computes what it did before, so does the run: adapter, recomputation, reference, shards
     and saved weights do not know of it; and every ratio is 1."""
-    chosen = [*tiny_overrides, "arm=vipo", "training.updates=2", "training.save_at=[]", *more]
+    small = ["training.updates=2", "training.prompts_per_update=1", "training.optimizer_steps_per_update=1"]
+    chosen = [*tiny_overrides, "arm=vipo", *small, "training.save_at=[]", *more]
     plain, compiled = (Path(shutil.copytree(prepared, tmp_path / name)) for name in ("plain", "compiled"))
     expected = _run(plain, chosen)
     assert not traced
@@ -118,17 +116,6 @@ def test_what_is_compiled_stays_so(
     setup.generator.load_network(tmp_path)
     assert setup.generator.network is not before
     assert set(_compiled(setup.generator.network)) == {True}
-
-
-def test_the_consistency_error_names_the_compiler(traced: list[Any], prepared: Path, tiny_overrides: list[str]) -> None:
-    setup = _setup(prepared, tiny_overrides, "generator.compile=blocks")
-    samples = arrange_samples(update_prompts(setup.prompts, 0, 1, 2), 4, 2)
-    batch: Any = type("Batch", (), {"rows": (0,)})()
-    assert MicroBatch.__dataclass_fields__.keys() >= {"rows"}
-    with pytest.raises(
-        TrainingError, match=r"compiled with gradients than without: set generator\.compile=none\. Round"
-    ):
-        check_consistency(setup.config, torch.ones(1, 2, 2), batch, torch.tensor([1]), samples, 1)
 
 
 def _graph_break(*_: Any, **__: Any) -> None:
@@ -233,9 +220,25 @@ def test_what_the_page_says_to_type_composes() -> None:
     assert [command[:2] for command in commands] == [["vipo", "train"]] * 3
     configs = [load_config(command[2:]) for command in commands]
     assert configs[0].generator.compile == "blocks"
-    # What changes bits is part of the run's identity.
-    plain = load_config(["experiment=demo", "arm=vipo"]).training_identity()
-    assert all(config.training_identity() != plain for config in configs)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("generator", "compile", "blocks"),
+        ("generator", "attention", "_native_math"),
+        ("optimizer", "fused", False),
+        ("perception", "precision", "bf16"),
+        ("training", "joined_transitions", 2),
+    ],
+)
+def test_a_choice_is_part_of_the_identity_where_it_was_made(section: str, key: str, value: object) -> None:
+    """And nowhere else: what was trained before there was a choice keeps its identity."""
+    chosen = ["experiment=demo", "arm=vipo"]
+    plain = load_config(chosen).training_identity()
+    assert key not in plain[section]
+    made = load_config([*chosen, f"{section}.{key}={str(value).lower()}"])
+    assert made.training_identity() == {**plain, section: {**plain[section], key: value}}
 
 
 def test_a_network_without_blocks_is_refused(tiny_overrides: list[str]) -> None:
@@ -247,6 +250,15 @@ def test_a_network_without_blocks_is_refused(tiny_overrides: list[str]) -> None:
         assert "would change nothing: the network of family 'flux' (ToyNetwork)" in told
         with pytest.raises(VipoError, match="would change nothing"):
             use_kernels(network, config)
+
+
+def test_a_backend_that_the_environment_chooses_is_refused(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers reads the variable when it is imported."""
+    monkeypatch.setattr(kernels, "DIFFUSERS_ATTN_BACKEND", "flash")
+    with pytest.raises(VipoError, match=r"DIFFUSERS_ATTN_BACKEND=flash: .*unset it, and set generator\.attention"):
+        load_generator(load_config(tiny_overrides).generator, ROOT)
 
 
 def test_a_plan_is_of_pytorchs_own_kernels(tiny_overrides: list[str]) -> None:
@@ -263,7 +275,7 @@ def test_adamw_fused_or_by_lists_is_one_step_within_rounding(
     chosen = [*tiny_overrides, "arm=vipo", "training.updates=1", "training.save_at=[]"]
     runs = [
         _run(Path(shutil.copytree(prepared, tmp_path / str(number))), [*chosen, *more])
-        for number, more in enumerate(([], ["optimizer.fused=false"], ["optimizer.fused=false", OFFLOADED]))
+        for number, more in enumerate(([], ["optimizer.fused=false", OFFLOADED]))
     ]
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -435,6 +435,12 @@ def test_the_error_names_the_position(prepared: Path, tiny_overrides: list[str])
         log_ratio[2][place] = torch.nan
         with pytest.raises(TrainingError, match=r"update 7: log rho is not finite at .* of transition 2, sample"):
             check_consistency(setup.config, log_ratio, batch, steps, samples, 7)
+    compiled = setup.config.model_copy(
+        update={"generator": setup.config.generator.model_copy(update={"compile": "blocks"})}
+    )
+    told = r"compiled with gradients than without: set generator\.compile=none\. Round"
+    with pytest.raises(TrainingError, match=told):
+        check_consistency(compiled, torch.ones(4, 5, 6), batch, torch.tensor([0, 1, 2, 0]), samples, 7)
     assert check_consistency(setup.config, torch.full((4, 5, 6), 1e-6), batch, steps, samples, 7) == pytest.approx(1e-6)
 
 

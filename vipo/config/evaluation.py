@@ -55,13 +55,6 @@ class EvaluationConfig(Section):
         check_labels(value)
         return value
 
-    @field_validator("height", "width")
-    @classmethod
-    def _even(cls, value: int | None) -> int | None:
-        if value is not None and value % 2:
-            raise ValueError(f"{value} must be even")
-        return value
-
     @model_validator(mode="after")
     def _ends(self) -> Self:
         samples = self.prompts * self.samples_per_prompt

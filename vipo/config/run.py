@@ -55,9 +55,10 @@ class Config(Sections):
                     raise ValueError(
                         f"experiment.study.{key} {value!r} is not measured; one of {', '.join(sorted(known))}"
                     )
-        for key in ("height", "width"):
-            if getattr(self.generator, key) % 2:
-                raise ValueError(f"generator.{key} {getattr(self.generator, key)} must be even")
+        for name, size in (("generator", self.generator), ("evaluation", self.evaluation)):
+            for key in ("height", "width"):
+                if (getattr(size, key) or 0) % 2:
+                    raise ValueError(f"{name}.{key} {getattr(size, key)} must be even")
         return self
 
     @model_validator(mode="after")

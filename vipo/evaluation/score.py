@@ -151,6 +151,8 @@ def _measure_missing(
                     with atomic_file(work.parts / measure.file(*part)) as path:
                         save_file(found, path)
                     progress.update(1)
+            # Else its network is there while the next one is loaded, and frozen with what stays.
+            del measured
             free(config.generator.device)
 
 

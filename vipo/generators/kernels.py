@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from torch import nn
 
 from vipo.config.generator import DEFAULT_ATTENTION, GeneratorConfig
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 # Graphs of one block's code: kinds of its blocks (Stable Diffusion 3 has three) x with and without gradients, of the
 # first block and of others x with and without an adapter x batches of rollout, update and evaluation.
 _GRAPHS = 96
+
+# Of diffusers, where the environment names no backend.
+_STOCK = "native"
 
 # Each operation rounds as it does outside a compiled block, and no kernel is chosen by timing it: a block has the same
 # bits with gradients and without, and in every process.
@@ -32,8 +36,13 @@ def use_kernels(network: nn.Module, config: GeneratorConfig) -> None:
         network: one of diffusers, or one that holds several; on the meta device nothing but the refusals comes of it.
 
     Raises:
-        GeneratorError: the network would go on as before.
+        GeneratorError: the network would go on as before, or the environment chooses a backend that nothing records.
     """
+    if config.attention == DEFAULT_ATTENTION and DIFFUSERS_ATTN_BACKEND != _STOCK:
+        raise GeneratorError(
+            f"DIFFUSERS_ATTN_BACKEND={DIFFUSERS_ATTN_BACKEND}: no run records what the environment chooses; "
+            "unset it, and set generator.attention"
+        )
     models = [module for module in network.modules() if isinstance(module, ModelMixin)]
     if config.attention != DEFAULT_ATTENTION:
         for model in models:

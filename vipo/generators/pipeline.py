@@ -14,11 +14,11 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.kernels import use_kernels
 from vipo.generators.parts import load_part, model_index, part_class, part_settings, part_without_weights
-from vipo.generators.rounding import hold_in_bf16
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
 from vipo.generators.trained import TrainedNetworks
 from vipo.generators.variants import NOT_HELD, check_options, check_pair
+from vipo.rounding import hold_in_bf16
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
     {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}

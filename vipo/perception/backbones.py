@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vipo.config.perception import PerceptionConfig
 from vipo.foreign import foreign, is_import_path, resolve
-from vipo.generators.rounding import hold_in_bf16
 from vipo.perception import dinov2
 from vipo.perception.errors import PerceptionError
 from vipo.perception.orientation import Orientation
@@ -33,6 +32,7 @@ from vipo.perception.weights import (
     read_folder_config,
     read_safetensors,
 )
+from vipo.rounding import hold_in_bf16
 
 _PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 # Coarser stages leave too few positions on common input sizes.

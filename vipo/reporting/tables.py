@@ -32,7 +32,8 @@ def summarize_time(experiment: Experiment) -> pd.DataFrame:
 
 
 def _size(generator: GeneratorConfig) -> str:
-    return f"{generator.width} × {generator.height} pixels"
+    frames = "" if generator.frames is None else f", {generator.frames} frames"
+    return f"{generator.width} × {generator.height} pixels{frames}"
 
 
 def facts(experiment: Experiment) -> dict[str, str]:

@@ -172,7 +172,7 @@ def chain_remarks(
             "timestep_spacing 'trailing' in the checkpoint's scheduler"
         )
     if config.shift != SamplingConfig.model_fields["shift"].default:
-        remarks.append(f"sampling.shift {config.shift:g} has no effect on a generator that predicts noise")
+        remarks.append(f"{section}.shift {config.shift:g} has no effect on a generator that predicts noise")
     return remarks
 
 

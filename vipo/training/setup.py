@@ -180,7 +180,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     )
     _check_resources(setup)
     if config.generator.chooses_kernels:
-        try_kernels(generator, stack_conditioning(embeddings, [prompts[0].id] * config.training.micro_batch), chain)
+        size = config.training.micro_batch * config.training.joined_transitions
+        try_kernels(generator, stack_conditioning(embeddings, [prompts[0].id] * size), chain)
     return setup
 
 

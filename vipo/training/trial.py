@@ -8,13 +8,13 @@ from vipo.sampling.noise import Key, keyed_normal
 
 
 def try_kernels(generator: Generator, conditioning: Conditioning, chain: Chain) -> None:
-    """Predict noise of an update's micro-batch with gradients, so that what these kernels cannot do is told at once.
+    """Predict noise, with gradients, as an update calls, so that what these kernels cannot do is told at once.
 
     Whatever it compiles is what training calls; gradients are dropped. All processes call it.
 
     Args:
         generator: with its network as it is trained.
-        conditioning: of the micro-batch.
+        conditioning: of the call's samples.
         chain: of training.
 
     Raises:
