@@ -89,5 +89,18 @@ def test_the_autoencoder_of_clips_begins_with_frames() -> None:
     assert stills.shape == (32, 3, 1, 2, 2)
     assert len(stills[:, 0, 0, 0, 0].unique()) > 16, "of each clip another frame"
     assert drawn_batch(clips, 2, keyed_generator(0, "x"), stills=False).shape == (2, 3, 9, 2, 2)
-    pictures = clips[:, :, 0]
-    assert drawn_batch(pictures, 2, keyed_generator(0, "x"), stills=True).shape == (2, 3, 2, 2)
+
+
+@torch.no_grad()
+def test_before_clips_are_learned_every_frame_is_what_stills_taught() -> None:
+    """Each latent frame is the still of the last frame it stands for, and is drawn for all of them."""
+    torch.manual_seed(0)
+    family = Clips(PretrainConfig(**{**TINY_PRETRAIN, "drawn": "motion"}), ["a"])
+    vae = family.autoencoder()
+    clip = torch.rand(1, 3, 9, 16, 16) * 2 - 1
+    latents = family.encode(vae, clip)
+    stills = [family.encode(vae, clip[:, :, frame : frame + 1]) for frame in (0, 4, 8)]
+    torch.testing.assert_close(latents, torch.cat(stills, dim=2), rtol=1e-4, atol=1e-5)
+    drawn = family.decode(vae, latents)
+    frames = [family.decode(vae, latents[:, :, index : index + 1]) for index in (0, 1, 1, 1, 1, 2, 2, 2, 2)]
+    torch.testing.assert_close(drawn, torch.cat(frames, dim=2), rtol=1e-4, atol=1e-5)

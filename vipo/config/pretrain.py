@@ -28,6 +28,9 @@ class PretrainConfig(Section):
     autoencoder_steps: PositiveInt = 6000
     autoencoder_batch_size: PositiveInt = 16
     autoencoder_learning_rate: PositiveFloat = 3e-3
+    autoencoder_gradient_norm: PositiveFloat | None = Field(
+        None, description="Length to which the gradient of the reconstruction is cut; null leaves it as it is."
+    )
     text_width: Annotated[int, Field(ge=32, le=2**12, multiple_of=32)] = 96
     double_blocks: _Size = Field(2, description="Of a FLUX.")
     single_blocks: _Size = Field(3, description="Of a FLUX.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.sampling.noise import keyed_generator, keyed_seed
@@ -72,9 +72,13 @@ def _reconstruct(
     progress = progress_bar(total=steps, done=start, description="autoencoder", unit="step")
     for step in range(start, steps):
         generator = keyed_generator(config.seed, "autoencoder", step)
+        stills = images.ndim == 5 and step < steps // 2
+        if images.ndim == 5:
+            # A batch of clips has too few scenes for statistics of its own: those of the stills stay.
+            norm.train(stills)
         for group in optimizer.param_groups:
             group["lr"] = config.autoencoder_learning_rate * cosine(step, steps, warmup=50)
-        x = drawn_batch(images, batch, generator, stills=step < steps // 2).float() / 127.5 - 1
+        x = drawn_batch(images, batch, generator, stills=stills).float() / 127.5 - 1
         x = x.contiguous(memory_format=family.memory_format)
         with torch.autocast("cpu", torch.bfloat16):
             latents = norm(family.encode(vae, x).float())
@@ -84,6 +88,8 @@ def _reconstruct(
         error = (decoded.float() - x).square().mean()
         optimizer.zero_grad()
         error.backward()
+        if config.autoencoder_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(vae.parameters(), config.autoencoder_gradient_norm)
         optimizer.step()
         progress.update()
         if step % LOG_EVERY == 0 or step + 1 == steps:
@@ -103,12 +109,12 @@ def _reconstruct(
 
 
 def drawn_batch(images: Tensor, batch: int, generator: torch.Generator, *, stills: bool) -> Tensor:
-    """A step's batch ``(batch, C, ...)``; of clips `stills` are ``(4 batch, C, 1, H, W)``, one frame of each.
+    """A step's batch ``(batch, C, ...)``; `stills` of clips are ``(4 batch, C, 1, H, W)``, one frame of each.
 
     An autoencoder of clips learns from pictures first, as Wan's own did (arXiv 2503.20314): on clips alone
-    ours stayed at the mean colour, for few clips are in a batch, whose statistics normalise the latents.
+    ours stayed at the mean colour.
     """
-    if images.ndim < 5 or not stills:
+    if not stills:
         return images[torch.randint(len(images), (batch,), generator=generator)]
     rows = torch.randint(len(images), (4 * batch,), generator=generator)
     frames = torch.randint(images.shape[2], (4 * batch,), generator=generator)

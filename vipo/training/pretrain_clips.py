@@ -39,6 +39,24 @@ class ClipDenoiser(nn.Module):
         return velocity
 
 
+@torch.no_grad()
+def _start_from_stills(vae: nn.Module) -> None:
+    """No weight on earlier frames, frames halved by leaving out and doubled by repeating.
+
+    So what is learned from stills, which teach none of these weights, holds for every frame of a clip.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
+            continue
+        if name.endswith("time_conv"):
+            for parameter in module.parameters():
+                parameter.zero_()
+            inputs = module.in_channels
+            module.weight[:, :, -1, 0, 0] = torch.eye(inputs).repeat(module.out_channels // inputs, 1)
+        else:
+            module.weight[:, :, :-1] = 0
+
+
 class Clips:
     """See `vipo.training.pretrain_parts.Family`."""
 
@@ -52,7 +70,7 @@ class Clips:
 
     def autoencoder(self) -> Any:
         channels = self._config.latent_channels
-        return AutoencoderKLWan(
+        vae = AutoencoderKLWan(
             base_dim=self._config.autoencoder_width,
             z_dim=channels,
             dim_mult=[1, 1, 2],
@@ -63,6 +81,8 @@ class Clips:
             latents_std=[1.0] * channels,
             scale_factor_spatial=4,
         )
+        _start_from_stills(vae)
+        return vae
 
     def norm(self) -> nn.Module:
         return nn.BatchNorm3d(self._config.latent_channels, affine=False, momentum=0.02)
