@@ -34,7 +34,7 @@ SMALL = (
     "experiment=demo",
     "arm=vipo",
     "seed=0",
-    *(f"~experiment.arms.{arm}" for arm in ("grpo", "uniform", "inverted")),
+    *(f"~experiment.arms.{arm}" for arm in ("grpo", "product", "inverted")),
     "experiment.arms.vipo.seeds=[0]",
     "sampling.steps=4",
     "training.updates=2",

@@ -47,7 +47,7 @@ def test_every_stage_runs_in_the_image_and_records_its_digest(
     project: Path, tiny_overrides: list[str], forks: Nurseries
 ) -> None:
     overrides = [text for text in tiny_overrides if not text.startswith("experiment=")]
-    overrides += ["~experiment.arms.vipo", "~experiment.arms.uniform", "~experiment.arms.inverted"]
+    overrides += ["~experiment.arms.vipo", "~experiment.arms.product", "~experiment.arms.inverted"]
     overrides += ["experiment.arms.grpo.seeds=[0]", "training.updates=1", "training.save_at=[]"]
     refused = _snakemake(project, overrides, forks)
     assert refused.returncode != 0

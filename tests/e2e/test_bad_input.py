@@ -148,7 +148,7 @@ def test_hostile_prompts_go_all_the_way_undamaged(vipo: Command, overrides: list
     arguments = [
         *overrides, f"prompts.source={source}", "prompts.eval_share=0.3", "reward.terms=[{name: redness}]",
         "evaluation.rewards=[redness]", "evaluation.prompts=8", "training.updates=1", "--results", results,
-        "~experiment.arms.vipo", "~experiment.arms.uniform", "~experiment.arms.inverted",
+        "~experiment.arms.vipo", "~experiment.arms.product", "~experiment.arms.inverted",
         "experiment.arms.grpo.seeds=[0]",
     ]  # fmt: skip
     for command in (["prepare"], ["encode"], ["train"], ["evaluate"], ["evaluate", "arm=base"]):

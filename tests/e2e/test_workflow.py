@@ -23,7 +23,7 @@ from vipo.provenance.records import experiment_files
 ROOT = repository_root()
 
 ARMS = [
-    "~experiment.arms.uniform",
+    "~experiment.arms.product",
     "~experiment.arms.inverted",
     "experiment.arms.grpo.seeds=[0]",
     "experiment.arms.vipo.seeds=[0]",

@@ -1,4 +1,4 @@
-"""A small experiment as the other stages write it: five arms, seven runs, drawn pictures, hostile prompts."""
+"""A small experiment as the other stages write it: five arms, eight runs, drawn pictures, hostile prompts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from vipo.demo.scenes import Scene, SceneObject, draw, object_mask
 from vipo.reporting import build_data, build_report
 from vipo.sampling.noise import keyed_seed
 
-SEEDS: Mapping[str, Sequence[int]] = {"base": [0], "grpo": [0, 1], "vipo": [0, 1], "uniform": [0], "inverted": [0]}
+SEEDS: Mapping[str, Sequence[int]] = {"base": [0], "grpo": [0, 1], "product": [0, 1], "vipo": [0, 1], "inverted": [0]}
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> & \"quoted\" 'single' {{ 7 * 7 }}"
 PROMPTS = [
     HOSTILE,
@@ -25,7 +25,7 @@ PROMPTS = [
     *(f"a small square on the left, number {number}" for number in range(5)),
 ]
 #: Gain of (object_redness, scene_shape) at the end of training, by arm.
-GAINS = {"grpo": (0.20, -0.12), "vipo": (0.215, -0.05), "uniform": (0.17, -0.08), "inverted": (0.01, -0.02)}
+GAINS = {"grpo": (0.20, -0.12), "product": (0.17, -0.08), "vipo": (0.215, -0.05), "inverted": (0.01, -0.02)}
 UPDATES, KEPT, SAMPLES = 24, (8, 16), 2
 
 
@@ -97,10 +97,10 @@ def _write_run(folder: Path, arm: str, seed: int) -> None:
         }
         if arm != "grpo":
             row |= {
-                "map/mean": 1.0 if arm == "uniform" else 0.4 + float(rng.normal(0, 0.02)),
+                "map/mean": 1.0 if arm == "product" else 0.4 + float(rng.normal(0, 0.02)),
                 "map/constant_share": 0.0,
             }
-            row["map/entropy"] = 1.0 if arm == "uniform" else 0.92 + float(rng.normal(0, 0.005))
+            row["map/entropy"] = 0.92 + float(rng.normal(0, 0.005))
         metrics.append(row)
         parts = {
             "rollout": 2.1,

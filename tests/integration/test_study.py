@@ -187,7 +187,7 @@ def test_study_page(tmp_path: Path) -> None:
 
 def test_the_page_links_to_nothing_that_the_study_would_not_write_again(tmp_path: Path) -> None:
     """`make study` replaces docs/study as a whole: what else lies there would be lost."""
-    seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "uniform": [0]}
+    seeds = {"base": [0], "grpo": [0, 1, 2, 3], "vipo": [0, 1, 2, 3], "product": [0, 1]}
     folder, runs = build_experiment(tmp_path / "maps", seeds)
     first = folder / "evaluation" / "base-s0" / "config.yaml"
     _decide_on_vipo(first, seeds)
@@ -199,6 +199,7 @@ def test_the_page_links_to_nothing_that_the_study_would_not_write_again(tmp_path
         gate = {"range": 1.0 + list(seeds).index(config.arm)}
         config.objective = OmegaConf.merge(config.objective, {"ratio": "position", "gate": gate})
         config.credit.sources = [{"name": "backbone"}]
+        config.perception.normalize = "minmax"
         OmegaConf.save(config, path)
     base = gates / "evaluation" / "base-s0" / "config.yaml"
     studied = [(folder, runs, load_config_file(first)), (gates, runs, load_config_file(base))]

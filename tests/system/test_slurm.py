@@ -205,7 +205,7 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
     return [
         *(text for text in tiny_overrides if not text.startswith(("experiment=", "training.micro_batch="))),
         "~experiment.arms.vipo",
-        "~experiment.arms.uniform",
+        "~experiment.arms.product",
         "~experiment.arms.inverted",
         "experiment.arms.grpo.seeds=[0]",
         "reward.terms=[{name: bad_rewards:Stands}]",

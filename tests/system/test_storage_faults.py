@@ -207,7 +207,7 @@ def test_full_disk_in_the_other_stages(
 @pytest.fixture
 def arguments(overrides: list[str]) -> list[str]:
     """The base and one trained run, evaluated with a reward that fills the disk where it is told to."""
-    arms = [f"~experiment.arms.{arm}" for arm in ("vipo", "uniform", "inverted")] + ["experiment.arms.grpo.seeds=[0]"]
+    arms = [f"~experiment.arms.{arm}" for arm in ("vipo", "product", "inverted")] + ["experiment.arms.grpo.seeds=[0]"]
     return [*overrides, *arms, "evaluation.rewards=[redness,'bad_rewards:FillsDisk']"]
 
 

@@ -34,7 +34,7 @@ from vipo.config.values import config_hash
 from vipo.text import visible
 
 DEMO = "experiment=demo"
-ARMS = ("base", "grpo", "vipo", "uniform", "inverted")
+ARMS = ("base", "grpo", "product", "vipo", "inverted")
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +433,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["training.best_of=12"], ["training", "best_of 12", "at most group_size 8"]),
         (["training.best_of=4"], ["training", "micro_batch 8", "4 samples", "best_of", "may be 1, 2, 4"]),
         # Of an arm that is not the chosen one, too; in mappings, tuples, and sections that may be null.
-        (["experiment.arms.uniform.typo=1"], ["experiment.arms.uniform.typo", "allowed: base, overrides, seeds"]),
+        (["experiment.arms.product.typo=1"], ["experiment.arms.product.typo", "allowed: base, overrides, seeds"]),
         (
             ["sampling.window={size: 4, strid: 1}"],
             ["sampling.window.strid", "'stride'", "every, move, size, solver"],
@@ -471,7 +471,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (['generator.path="a\0b"'], ["generator.path", "NUL character"]),
         (["perception.weights=" + "x" * 300], ["perception.weights", "longer than a path can be"]),
         # Names that become folders, and words of a scheduler's command line.
-        (["experiment.arms.uniform.base=../x"], ["experiment.arms.uniform.base", "arm '../x' must be"]),
+        (["experiment.arms.product.base=../x"], ["experiment.arms.product.base", "arm '../x' must be"]),
         (["experiment.name=" + "x" * 101], ["experiment.name", "at most 100"]),
         (["cluster.train.partition='a; b'"], ["cluster.train.partition", "'a; b'"]),
         (["evaluation.rewards=[redness,redness]"], ["evaluation.rewards", "named twice: redness, redness"]),
@@ -927,7 +927,7 @@ def test_home_is_expanded_in_every_configured_path(monkeypatch: pytest.MonkeyPat
         ("~/x y", "/home/me/x y"),
         ("--results=~/x", "/home/me/x"),
         ("-o~/x", "/home/me/x"),
-        ("~experiment.arms.uniform", None),
+        ("~experiment.arms.product", None),
         ("~perception.weights=~/x", None),
         ("generator.path=~/x", None),
         ("s3://bucket/~/x", None),
