@@ -72,6 +72,12 @@ class Config(Sections):
         return self
 
     @model_validator(mode="after")
+    def _has_the_bounded_metrics(self) -> Self:
+        if told := self.alarms.unknown(term.label for term in self.reward.terms):
+            raise ValueError(f"alarms.stop: {told}")
+        return self
+
+    @model_validator(mode="after")
     def _compiles(self) -> Self:
         if self.generator.compile != "none" and "attention" in self.credit.names:
             raise ValueError(

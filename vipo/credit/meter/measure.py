@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vipo.credit.meter.directions import Directions
+from vipo.credit.meter.directions import Directions, Kind
 from vipo.credit.meter.gradients import (
     MeterError,
     flat,
@@ -79,6 +79,19 @@ def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tenso
     return total
 
 
+def check_space(space: Space, kinds: Sequence[Kind], plan: Plan) -> None:
+    """Refuse a sketch where whole gradients are needed; before the reference, which is the longest part.
+
+    Raises:
+        MeterError: it is one, and signs or steps are asked for.
+    """
+    if not isinstance(space, Whole) and (plan.stepped or list(kinds) != ["sgd"]):
+        raise MeterError(
+            "experiment.meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise "
+            "it, name fewer arms, or set experiment.meter.directions=[sgd] and experiment.meter.stepped=0"
+        )
+
+
 def measure_updates(
     subject: Subject,
     prompts: Sequence[Prompt],
@@ -106,11 +119,7 @@ def measure_updates(
     Raises:
         MeterError: the plan needs whole gradients and `space` is a sketch; or a gradient is not finite.
     """
-    if not isinstance(space, Whole) and (plan.stepped or list(directions.kinds) != ["sgd"]):
-        raise MeterError(
-            "experiment.meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise "
-            "it, name fewer arms, or set experiment.meter.directions=[sgd] and experiment.meter.stepped=0"
-        )
+    check_space(space, directions.kinds, plan)
     records: list[Record] = []
     tested: HeldOut | None = None
     for number in range(plan.updates):
