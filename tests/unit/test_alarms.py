@@ -170,6 +170,8 @@ def test_the_report_shows_first_and_last() -> None:
 
 
 def test_a_bound_on_what_no_update_has_is_refused_before_the_first() -> None:
+    bound = "alarms.stop=[{metric: alarm/base_distance, above: 0.1}]"
+    load_config(["experiment=demo", "training.base_distance=true", bound])
     demo = ["experiment=demo", "reward.terms=[redness, {name: scene, label: seen, weight: 0.0}]"]
     for name in ("alarm/group_diversity", "reward/seen/mean", "loss", "distance/reference"):
         load_config([*demo, f"alarms.stop=[{{metric: {name}, above: 1}}]"])
@@ -179,7 +181,8 @@ def test_a_bound_on_what_no_update_has_is_refused_before_the_first() -> None:
             "there is no metric 'alarm/dark_shar'; choose one of alarm/bright_share, .*reward/seen/mean",
         ),
         ("reward/scene/mean", "there is no metric 'reward/scene/mean'"),
-        ("change/total", "'change/total' is measured by evaluations, after a run"),
+        ("change/total", "'change/total' is measured by evaluations, after a run; bound alarm/base_distance"),
+        ("alarm/base_distance", "'alarm/base_distance' is measured where training.base_distance is true"),
     ):
         with pytest.raises(ConfigError, match=f"alarms.stop: {told}"):
             load_config([*demo, f"alarms.stop=[{{metric: {name}, above: 1}}]"])

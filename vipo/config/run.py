@@ -73,7 +73,8 @@ class Config(Sections):
 
     @model_validator(mode="after")
     def _has_the_bounded_metrics(self) -> Self:
-        if told := self.alarms.unknown(term.label for term in self.reward.terms):
+        labels = [term.label for term in self.reward.terms]
+        if told := self.alarms.unknown(labels, base_distance=self.training.base_distance):
             raise ValueError(f"alarms.stop: {told}")
         return self
 
