@@ -100,6 +100,27 @@ def test_it_measures_writes_and_goes_on(results: Path, tiny_overrides: list[str]
     assert (again / "demo/credit/base/credit.json").read_bytes() == (folder / "credit.json").read_bytes()
 
 
+def test_a_damaged_part_is_measured_again_to_the_same_bytes(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = shutil.copytree(prepared, tmp_path / "results")
+    small = ["experiment.meter.arms=[grpo,contrast]"]
+    _measure(results, tiny_overrides, *small)
+    whole = (results / "demo/credit/base/credit.json").read_bytes()
+    (parts,) = (results / "demo/credit/base" / MEASURED).iterdir()
+    before = {path.name: path.read_bytes() for path in parts.iterdir()}
+    (parts / "reference-0.safetensors").write_bytes(before["reference-0.safetensors"][:100])
+    (parts / "update-0.json").write_text("[]")
+    (parts / "update-1.json").write_bytes(before["update-1.json"][:50])
+    (parts / "costs.json").write_text("x")
+    _measure(results, tiny_overrides, *small)
+    assert (results / "demo/credit/base/credit.json").read_bytes() == whole
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == before
+    told = [message for message in caplog.messages if "is damaged" in message]
+    assert len(told) == 3
+    assert all(any(name in line for line in told) for name in ("reference-0", "update-1", "costs"))
+
+
 def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     generator = load_generator(load_config(tiny_overrides).generator, ROOT)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from vipo.config.values import config_hash
 from vipo.credit import Context, source_inputs
 from vipo.credit.meter.directions import Directions
 from vipo.credit.meter.gradients import MeterError
-from vipo.credit.meter.measure import check_space, measure_reference, measure_updates
+from vipo.credit.meter.measure import check_space, measure_reference, measure_updates, read_part
 from vipo.credit.meter.plan import Plan, Record
 from vipo.credit.meter.result import Result, summarise
 from vipo.credit.meter.space import choose_space
@@ -125,13 +125,15 @@ def measure_credit(
     processes = identities(rewards)
     folder = parts / _identity(configs, meter, read, processes)[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    if read_part(folder / _COSTS, _told_costs) is None:
+        # Of every update the same, so that one tells them.
+        (folder / "update-0.json").unlink(missing_ok=True)
     costs = _costs(plan, subject, len(arms), len(meter.directions))
     whole = costs.reference * plan.reference_batches + costs.update * plan.updates + costs.steps * plan.stepped
 
     def placed(groups: Sequence[Group]) -> Mapping[str, Tensor]:
         placement = place_advantages(subject, arms, groups)
         if not (folder / _COSTS).is_file():
-            # Of every update the same; an earlier process may have told them.
             with atomic_file(folder / _COSTS) as path:
                 found = {name: costs.counted for name, costs in placement.costs.items()}
                 path.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -152,9 +154,16 @@ def measure_credit(
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
         records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
-    told = json.loads((folder / _COSTS).read_text(encoding="utf-8"))
-    result = replace(summarise(records, reference, meter.width, meter.confidence), costs=told)
+    result = summarise(records, reference, meter.width, meter.confidence)
+    result = replace(result, costs=_told_costs(folder / _COSTS))
     return Measured(result, list(dict.fromkeys(read)), processes)
+
+
+def _told_costs(path: Path) -> dict[str, dict[str, int]]:
+    told: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
+    if not all(isinstance(costs, dict) for costs in told.values()):
+        raise TypeError("it holds no costs by arm")
+    return told
 
 
 @dataclass(frozen=True)
