@@ -100,6 +100,27 @@ def test_it_measures_writes_and_goes_on(results: Path, tiny_overrides: list[str]
     assert (again / "demo/credit/base/credit.json").read_bytes() == (folder / "credit.json").read_bytes()
 
 
+def test_a_damaged_part_is_measured_again_to_the_same_bytes(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = shutil.copytree(prepared, tmp_path / "results")
+    small = ["experiment.meter.arms=[grpo,contrast]"]
+    _measure(results, tiny_overrides, *small)
+    whole = (results / "demo/credit/base/credit.json").read_bytes()
+    (parts,) = (results / "demo/credit/base" / MEASURED).iterdir()
+    before = {path.name: path.read_bytes() for path in parts.iterdir()}
+    (parts / "reference-0.safetensors").write_bytes(before["reference-0.safetensors"][:100])
+    (parts / "update-0.json").write_text("[]")
+    (parts / "update-1.json").write_bytes(before["update-1.json"][:50])
+    (parts / "costs.json").write_text("x")
+    _measure(results, tiny_overrides, *small)
+    assert (results / "demo/credit/base/credit.json").read_bytes() == whole
+    assert {path.name: path.read_bytes() for path in parts.iterdir()} == before
+    told = [message for message in caplog.messages if "is damaged" in message]
+    assert len(told) == 3
+    assert all(any(name in line for line in told) for name in ("reference-0", "update-1", "costs"))
+
+
 def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     generator = load_generator(load_config(tiny_overrides).generator, ROOT)
     with torch.no_grad():
@@ -126,10 +147,10 @@ def test_other_files_in_the_same_place_are_measured_anew(tiny_overrides: list[st
     configs, network = _configs(tiny_overrides), tmp_path / "model.safetensors"
     meter = configs["grpo"].experiment.meter
     network.write_bytes(b"one")
-    first = stage._identity(configs, meter, [network])
-    assert stage._identity(configs, meter.model_copy(update={"updates": 9}), [network]) == first
+    first = stage._identity(configs, meter, [network], {})
+    assert stage._identity(configs, meter.model_copy(update={"updates": 9}), [network], {}) == first
     network.write_bytes(b"other")
-    assert stage._identity(configs, meter, [network]) != first
+    assert stage._identity(configs, meter, [network], {}) != first
 
 
 def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides: list[str]) -> None:
@@ -143,7 +164,11 @@ def test_any_reward_has_the_directional_estimator(results: Path, tiny_overrides:
 
 def test_terms_of_one_reward_are_told_apart(results: Path, tiny_overrides: list[str]) -> None:
     """By their labels, as in training: the term that a source names is one of them too."""
-    terms = "[{name: object_redness, label: one}, {name: object_redness, label: other, weight: -1.0}, redness]"
+    # What is measured and not rewarded needs no gradient.
+    terms = (
+        "[{name: object_redness, label: one}, {name: object_redness, label: other, weight: -1.0}, redness, "
+        "{name: scene_shape, weight: 0.0}]"
+    )
     more = ["stepped=0", "directions=[sgd]", "updates=1"]
     config = load_config(
         [
@@ -159,12 +184,12 @@ def test_terms_of_one_reward_are_told_apart(results: Path, tiny_overrides: list[
     stage.measure_credit({"vipo": config}, config.experiment.meter, ROOT, results / "demo", parts, None)
     (path,) = parts.glob("*/update-0.json")
     rewards = json.loads(path.read_text())["rewards"]
-    assert list(rewards) == ["one", "other", "redness"]
+    assert list(rewards) == ["one", "other", "redness", "scene_shape"]
     assert rewards["one"] == rewards["other"]
 
 
 def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
-    results: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture
+    results: Path, tiny_overrides: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
     cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
@@ -176,6 +201,8 @@ def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
     sketched = _measure(results, tiny_overrides, *cheap, "experiment.meter.memory_mb=1")
     assert "1 updates, 2 reference batches" in sketched
     assert "are sketched to" in caplog.text
+    # Before the reference, the longest part.
+    monkeypatch.setattr(stage, "measure_reference", None)
     with pytest.raises(MeterError, match="memory_mb"):
         _measure(results, tiny_overrides, *cheap[:1], cheap[2], "experiment.meter.memory_mb=1")
 
@@ -185,6 +212,13 @@ def test_what_cannot_be_compared_is_named(results: Path, tiny_overrides: list[st
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,flow_grpo]")
     with pytest.raises(MeterError, match="'nft' has the objective 'nft', whose gradient is not the surrogate's"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,nft]")
+    grpo = load_config([*tiny_overrides, "arm=grpo"])
+    for chosen, told in (
+        ("objective.density=squared_error", "'vipo' has objective.density 'squared_error' and 'grpo' 'gaussian'"),
+        ("objective.ratio_norm=guard", "'vipo' weights its steps by objective.ratio_norm 'guard'"),
+    ):
+        with pytest.raises(MeterError, match=told):
+            stage.check_comparable({"grpo": grpo, "vipo": load_config([*tiny_overrides, "arm=vipo", chosen])})
     with pytest.raises(ConfigError, match="leave nothing to measure"):
         _configs(tiny_overrides, "experiment.meter.reference=0", "experiment.meter.stepped=0")
     with pytest.raises(ConfigError, match="named twice"):

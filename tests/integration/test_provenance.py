@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from vipo.provenance import (
     RunLocked,
     StorageError,
     git_state,
+    hashed,
+    is_made,
     package_sha256,
     read_provenance,
     record_stage,
@@ -139,6 +142,36 @@ def test_outputs_can_be_listed_afterwards(root: Path) -> None:
     assert [Path(entry["path"]).name for entry in record["outputs"]] == ["eval.jsonl", "train.jsonl"]
     assert record["config_sha256"] is None
     assert record["container_digest"] is None
+
+
+def test_what_another_process_scored_is_other_work(root: Path) -> None:
+    folder = root / "results" / "demo" / "evaluation" / "vipo-s0"
+    inputs = hashed("score", [root / "prompts.txt"], root)
+
+    def score(version: str) -> None:
+        processes = {"r": {"packages": {"x": version}}}
+        with record_stage(
+            "score",
+            folder,
+            inputs=inputs,
+            outputs=[folder / "scores.parquet"],
+            config={"a": 1},
+            root=root,
+            experiment=root / "results" / "demo",
+            processes=processes,
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "scores.parquet").write_text(version)
+
+    score("1")
+    made = partial(is_made, "score", folder, inputs, {"a": 1}, root)
+    assert read_provenance(folder / "provenance.json")["reward_processes"] == {"r": {"packages": {"x": "1"}}}
+    assert made({"r": {"packages": {"x": "1"}}})
+    assert not made({"r": {"packages": {"x": "2"}}})
+    assert not made()
+    score("2")
+    (aside,) = (root / "results/demo/.superseded").glob("*/evaluation/vipo-s0/scores.parquet")
+    assert (aside.read_text(), (folder / "scores.parquet").read_text()) == ("1", "2")
 
 
 def test_a_record_outlives_a_failure_where_its_outputs_do(root: Path) -> None:

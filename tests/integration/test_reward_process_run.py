@@ -12,7 +12,7 @@ import pytest
 from vipo.config.compose import load_config, repository_root
 from vipo.provenance import read_provenance
 from vipo.rewards import RewardError
-from vipo.stages import evaluate_stage, train_stage
+from vipo.stages import MEASURED, credit_stage, evaluate_stage, train_stage
 from vipo.training.setup import set_up
 from vipo.training.state import run_identity
 
@@ -113,3 +113,32 @@ def test_its_death_stops_the_run_and_the_last_checkpoint_goes_on(
     (tmp_path / "count").write_text("-100")
     train_stage(config, root, results)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_meter_tells_which_process_rewarded_and_begins_anew_with_another(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "measured_far.py"
+    module.write_text(
+        "def grey(pictures, prompts, metadata):\n    return [sum(p.getdata(0)) / p.width for p in pictures]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    results = shutil.copytree(prepared, tmp_path / "results")
+    options = f"{{reward: 'measured_far:grey', environment: {sys.executable}}}"
+    small = ["updates=1", "reference=0", "stepped=1", "held_out=1", "arms=[grpo]", "directions=[sgd]"]
+    config = load_config(
+        [
+            *tiny_overrides,
+            "arm=grpo",
+            f"reward.terms=[{{name: process, label: r, options: {options}}}]",
+            *(f"experiment.meter.{end}" for end in small),
+        ]
+    )
+    told = []
+    for comment in ("", "# Another program.\n"):
+        module.write_text(module.read_text() + comment)
+        credit_stage({"grpo": config}, config.experiment.meter, repository_root(), results)
+        told.append(read_provenance(results / "demo/credit/base/provenance.json")["reward_processes"]["r"])
+    assert told[0]["code"].keys() == told[1]["code"].keys() == {"serve.py", "measured_far.py"}
+    assert told[0]["code"]["measured_far.py"] != told[1]["code"]["measured_far.py"]
+    assert len(list((results / "demo/credit/base" / MEASURED).iterdir())) == 2

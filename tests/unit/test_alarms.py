@@ -10,9 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from vipo.config.alarms import AlarmConfig, AlarmsConfig
+from vipo.config.alarms import SIGNS, AlarmConfig, AlarmsConfig
+from vipo.config.compose import load_config
+from vipo.config.validation import ConfigError
 from vipo.reporting.sections.alarms import alarms
-from vipo.training.alarms import SIGNS, AlarmRaised, Alarms, alarm_metrics, group_diversity, picture_signs, thumbnails
+from vipo.training.alarms import AlarmRaised, Alarms, alarm_metrics, group_diversity, picture_signs, thumbnails
 from vipo.training.errors import TrainingError
 
 
@@ -165,3 +167,22 @@ def test_the_report_shows_first_and_last() -> None:
     assert row["cells"][-1] == (1.0, 2.0)
     Experiment.runs = (Run("old-s0", pd.DataFrame({"loss": [1.0]})),)  # type: ignore[assignment]
     assert alarms(Page) is None  # type: ignore[arg-type]
+
+
+def test_a_bound_on_what_no_update_has_is_refused_before_the_first() -> None:
+    bound = "alarms.stop=[{metric: alarm/base_distance, above: 0.1}]"
+    load_config(["experiment=demo", "training.base_distance=true", bound])
+    demo = ["experiment=demo", "reward.terms=[redness, {name: scene, label: seen, weight: 0.0}]"]
+    for name in ("alarm/group_diversity", "reward/seen/mean", "loss", "distance/reference"):
+        load_config([*demo, f"alarms.stop=[{{metric: {name}, above: 1}}]"])
+    for name, told in (
+        (
+            "alarm/dark_shar",
+            "there is no metric 'alarm/dark_shar'; choose one of alarm/bright_share, .*reward/seen/mean",
+        ),
+        ("reward/scene/mean", "there is no metric 'reward/scene/mean'"),
+        ("change/total", "'change/total' is measured by evaluations, after a run; bound alarm/base_distance"),
+        ("alarm/base_distance", "'alarm/base_distance' is measured where training.base_distance is true"),
+    ):
+        with pytest.raises(ConfigError, match=f"alarms.stop: {told}"):
+            load_config([*demo, f"alarms.stop=[{{metric: {name}, above: 1}}]"])

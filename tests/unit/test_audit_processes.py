@@ -46,3 +46,23 @@ def test_records_name_the_same_process(
     found = examined(tmp_path, train, evaluate)
     assert len(found) == len(told)
     assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
+
+
+def test_all_runs_are_measured_by_one_process_and_credit_tells_its_own(tmp_path: Path) -> None:
+    examination = Examination(tmp_path, tmp_path)
+    other = {**TOLD, "packages": {"x": "2"}}
+    arms = {"grpo": {"reward": {"terms": [{"name": "process", "label": "r", "options": {}}, "redness"]}}}
+    examination.records = {
+        "evaluation/base-s0": {"reward_processes": {"r": TOLD}},
+        "evaluation/grpo-s0": {"reward_processes": {"r": TOLD}},
+        "evaluation/vipo-s0": {"reward_processes": {"r": other}},
+        "credit/base": {"config": {"arms": arms}, "reward_processes": {"r": other}},
+        "credit/grpo-s0": {"config": {"arms": arms}},
+        "credit/vipo-s0": {"config": 5},
+    }
+    check_processes(examination)
+    assert [f"{finding.artifact}: {finding.message}" for finding in examination.findings] == [
+        "evaluation/vipo-s0: another process scored 'r' here than in evaluation/base-s0",
+        "credit/grpo-s0: its record does not say what scored 'r'",
+        "credit/vipo-s0: its record names no reward",
+    ]

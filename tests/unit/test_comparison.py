@@ -1,6 +1,7 @@
 """Tables of a set, against explicit loops and published procedures."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from scipy import stats
 
+from vipo.config.compose import load_config
+from vipo.evaluation.compare import compare_runs
 from vipo.evaluation.comparison import by_category, holm, over_metrics, set_totals, win_rates
 from vipo.evaluation.diversity import SIDE, diversity
-from vipo.evaluation.held_out import HeldOut, sample_name, save_sample
+from vipo.evaluation.held_out import EvaluationError, HeldOut, sample_name, save_sample
 from vipo.evaluation.statistics import ScoresError
-from vipo.prompts import Prompt
+from vipo.prompts import Prompt, PromptError
 
 COLUMNS = ["reward/a", "reward/b", "reward/c"]
 
@@ -142,3 +145,20 @@ def test_diversity_is_the_mean_distance_of_a_prompts_samples(frames: int | None,
         own = pictures[3 * p : 3 * p + 3].reshape(3, -1, 3, SIDE, 32 // SIDE, SIDE, 48 // SIDE).mean(dim=(4, 6)).numpy()
         pairs = [np.sqrt(np.mean((own[i] - own[j]) ** 2)) for i, j in ((0, 1), (0, 2), (1, 2))]
         assert found[f"{p:016x}"] == pytest.approx(np.mean(pairs), rel=1e-5)
+
+
+def test_runs_that_another_process_scored_are_not_compared(tmp_path: Path) -> None:
+    def write(run: str, version: str) -> None:
+        record = tmp_path / "evaluation" / run / "provenance.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        told = {"r": {"reward": "a:b", "packages": {"x": version}}}
+        record.write_text(json.dumps({"stage": "score", "inputs": [], "outputs": [], "reward_processes": told}))
+
+    config = load_config(["experiment=demo", "arm=base"])
+    write("base-s0", "1")
+    write("grpo-s0", "2")
+    with pytest.raises(EvaluationError, match="reward 'r': another process scored grpo-s0 than base-s0"):
+        compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
+    write("grpo-s0", "1")
+    with pytest.raises(PromptError, match=r"eval\.jsonl"):
+        compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])

@@ -160,6 +160,18 @@ def test_a_source_of_others_has_its_options(others: str) -> None:
     assert torch.equal(found, torch.full((N, *GRID), 3.0))
 
 
+def test_a_source_may_stand_twice_with_other_options(others: str) -> None:
+    sources = [{"name": f"{others}:Sound", "power": power} for power in (3, 2)]
+    config = CreditConfig.model_validate({"sources": sources})
+    assert list(load_sources(config)) == [f"{others}:Sound", f"{others}:Sound 2"]
+    product = assign_credit(load_sources(config), _samples()).weights
+    assert torch.equal(product, torch.full((N, *GRID), 6.0))
+    mixed = assign_credit(load_sources(config), _samples(), mixture=[1.0, 3.0]).weights
+    assert torch.equal(mixed, torch.full((N, *GRID), 2.25))
+    with pytest.raises(ValueError, match="named twice with the same options"):
+        CreditConfig.model_validate({"sources": [*sources, sources[0]]})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "kind", "told"),
     [

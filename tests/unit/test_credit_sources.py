@@ -64,6 +64,7 @@ def test_names_of_inputs_are_taken_once() -> None:
 
     one, other = Reads({"map": Path("a")}), Reads({"mask": Path("b")})
     assert source_inputs({"one": one, "other": other}) == {"map": Path("a"), "mask": Path("b")}
+    assert source_inputs({"one": one, "one 2": Reads({"map": Path("a")})}) == {"map": Path("a")}
     with pytest.raises(CreditError, match="'again': inputs: 'map' is the name of something else"):
         source_inputs({"one": one, "again": Reads({"map": Path("b")})})
     with pytest.raises(CreditError, match="'one': inputs: 'map' is the name of something else"):

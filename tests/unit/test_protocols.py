@@ -9,7 +9,12 @@ from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.imports import check_imports
 
-JUDGES = {"geneval": "evaluation.rewards=[geneval]", "hpd": "evaluation.rewards=[hpsv2]"}
+SOFT = 'url: "http://127.0.0.1:8000/v1", model: Qwen/Qwen3-VL-8B-Instruct, key: vqa_list'
+JUDGES = {
+    "geneval": "evaluation.rewards=[geneval]",
+    "geneval2": f"evaluation.rewards=[{{name: judge, options: {{{SOFT}, combine: geometric}}}}]",
+    "hpd": "evaluation.rewards=[hpsv2]",
+}
 NAMES = sorted(path.stem for path in (repository_root() / "configs/protocol").glob("*.yaml"))
 
 
@@ -42,12 +47,38 @@ def test_a_judge_that_is_not_asked_is_named() -> None:
         load_config(["experiment=demo", "protocol=geneval"])
 
 
+@pytest.mark.parametrize(
+    ("name", "judge", "told"),
+    [
+        ("geneval2", f"judge, options: {{{SOFT}}}", "options.combine of 'judge' 'geometric', is 'mean'"),
+        ("geneval2", f"judge, options: {{{SOFT.replace('8B', '4B')}, combine: geometric}}", "options.model of 'judge'"),
+        ("geneval", "geneval, options: {score: claims}", "options.score of 'geneval' 'strict', is 'claims'"),
+    ],
+)
+def test_a_judge_that_is_asked_otherwise_is_another_protocol(name: str, judge: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        _load(name, f"evaluation.rewards=[{{name: {judge}}}]")
+    # Beside the one that is meant, it may be asked too.
+    meant = JUDGES[name].removeprefix("evaluation.rewards=[").removesuffix("]")
+    assert _load(name, f"evaluation.rewards=[{meant}, {{name: {judge}, label: other}}]").protocol is not None
+
+
+def test_protocols_without_options_of_a_judge_keep_their_hashes() -> None:
+    titles = {name: protocol.title for name in ("parti", "hpd") if (protocol := _load(name).protocol) is not None}
+    assert titles == {"parti": "parti v1 (7bafc7e8fde8)", "hpd": "hpd v1 (6c93ec4fdbc6)"}
+
+
 def test_the_hash_is_of_everything_that_is_pinned() -> None:
     protocol = _load("geneval2").protocol
     assert protocol is not None
     other = protocol.model_copy(update={"pins": {**protocol.pins, "evaluation": {"steps": 41}}})
     later = protocol.model_copy(update={"version": protocol.version + 1})
     assert len({protocol.sha256, other.sha256, later.sha256}) == 3
+
+
+def test_one_that_there_is_not_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"Could not find 'protocol/geneval3' Available options .*geneval2"):
+        load_config(["experiment=demo", "protocol=geneval3"])
 
 
 def test_without_one_nothing_is_named() -> None:

@@ -106,7 +106,7 @@ def test_the_score_is_the_likelihood_of_yes(monkeypatch: pytest.MonkeyPatch) -> 
 def test_questions_of_the_prompt_are_combined(combine: str, wanted: float) -> None:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         text = request["messages"][0]["content"][-1]["text"]
-        return likely(yes=0.9, no=0.1) if "red" in text else likely(Two=0.3, two=0.1, one=0.6)
+        return likely(yes=0.9, no=0.1) if "red" in text else likely(**{"Two": 0.2, "2": 0.1, " two": 0.1, "one": 0.6})
 
     rows = [{"vqa": ["Is it red?", ["How many?", "two"]]}]
     with endpoint(answer) as (url, asked):
@@ -114,6 +114,10 @@ def test_questions_of_the_prompt_are_combined(combine: str, wanted: float) -> No
         begin(reward, pictures(1, 3, 4, 4), ["x"], rows)
         assert score("judge", reward, pictures(1, 3, 4, 4), ["x"], rows).tolist() == pytest.approx([wanted])
         assert len(asked) == 2
+        assert sorted(request["messages"][0]["content"][-1]["text"] for request in asked) == [
+            "How many? Answer in one word.",
+            "Is it red? Answer in one word.",
+        ]
         for row in ({}, {"vqa": []}, {"vqa": [1]}, {"vqa": [["a", "b", "c"]]}, {"vqa": "text"}):
             with pytest.raises(RewardError, match="metadata 'vqa' of 'x': expected a list of questions"):
                 score("judge", reward, pictures(1, 3, 4, 4), ["x"], [row])

@@ -130,6 +130,12 @@ class CreditConfig(Section):
         return tuple(source.name for source in self.sources)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the sources, no two alike: one whose name stood before has its number behind it, ``contrast 2``."""
+        counts = [self.names[: place + 1].count(name) for place, name in enumerate(self.names)]
+        return tuple(name if count == 1 else f"{name} {count}" for name, count in zip(self.names, counts, strict=True))
+
+    @property
     def is_control(self) -> bool:
         """Whether the weights tell what others are worth: under a control, of ones, or of the truth."""
         return self.control != "none" or set(self.names) <= {"uniform", "oracle"}
@@ -145,8 +151,11 @@ class CreditConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(f"a source is named twice: {', '.join(self.names)}")
+        if any(source in self.sources[:place] for place, source in enumerate(self.sources)):
+            raise ValueError(
+                f"a source is named twice with the same options: {', '.join(self.names)}; leave one out, or give it "
+                "other options"
+            )
         if self.mixture is not None and len(self.mixture) != len(self.sources):
             raise ValueError(
                 f"mixture has {len(self.mixture)} shares of {len(self.sources)} sources; give one of each, or null for "

@@ -9,7 +9,7 @@ _BEFORE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "generator": {"attention": "default", "compile": "none"},
         "optimizer": {"fused": True},
         "perception": {"precision": "fp32"},
-        "training": {"joined_transitions": 1},
+        "training": {"base_distance": False, "joined_transitions": 1},
         "sampling.window": {"solver": "euler"},
     }
 )

@@ -1,8 +1,9 @@
 """Section `prompts`."""
 
+import re
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vipo.config.section import PositiveInt, Section, UserPath
 from vipo.foreign import is_import_path
@@ -26,13 +27,19 @@ class FilterConfig(Section):
     )
     script: str | None = Field(
         None,
-        pattern=r"^[A-Z]+$",
         description="Script that nine of ten letters must be of, by their Unicode names: LATIN, CYRILLIC, CJK, ...",
     )
     blocklist: UserPath | None = Field(
         None,
         description="Text file of words and phrases, one a line; a prompt that holds one is dropped.",
     )
+
+    @field_validator("script")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch("[A-Z]+", value):
+            raise ValueError(f"{value!r} is no script's name in Unicode, such as LATIN, CYRILLIC or CJK")
+        return value
 
 
 class HeldOutSource(Section):

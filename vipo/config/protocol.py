@@ -1,10 +1,11 @@
 """Section `protocol`: an evaluation pinned by name, so that two numbers of one protocol can be compared."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
+from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.config.section import LONGEST_NAME, PositiveInt, Section
 from vipo.config.values import config_hash
 
@@ -16,11 +17,21 @@ class ProtocolConfig(Section):
     version: PositiveInt = Field(description="Counts up with every change of what is pinned.")
     pins: dict[str, JsonValue] = Field(description="Values by section and key that must hold.")
     judge: str | None = Field(None, description="The reward that must be among evaluation.rewards; null: any.")
+    judge_options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Of its options, those that its scores depend on, by name."
+    )
+
+    @model_validator(mode="after")
+    def _of_a_judge(self) -> Self:
+        if self.judge_options and self.judge is None:
+            raise ValueError("judge_options without judge: name the reward whose options they are")
+        return self
 
     @property
     def sha256(self) -> str:
         """Of everything that the protocol says."""
-        return config_hash(self.model_dump(mode="json"))
+        # One without them keeps the hash that it had before there were any.
+        return config_hash(self.model_dump(mode="json", exclude=set() if self.judge_options else {"judge_options"}))
 
     @property
     def title(self) -> str:
@@ -31,10 +42,22 @@ class ProtocolConfig(Section):
         """What of a configuration, as JSON, is not as pinned: ``key wanted, is value``."""
         found = [f"{key} {wanted!r}, is {value!r}" for key, wanted, value in _differing("", self.pins, values)]
         # A reward without arguments is saved as its name alone.
-        judges = [reward if isinstance(reward, str) else reward["name"] for reward in values["evaluation"]["rewards"]]
-        if self.judge is not None and self.judge not in judges:
-            found.append(f"evaluation.rewards {self.judge!r}, are {judges!r}")
+        judges = [{"name": r} if isinstance(r, str) else r for r in values["evaluation"]["rewards"]]
+        if self.judge is None:
+            return found
+        own = [_options(judge) for judge in judges if judge["name"] == self.judge]
+        if not own:
+            return [*found, f"evaluation.rewards {self.judge!r}, are {[judge['name'] for judge in judges]!r}"]
+        wrong = [_differing("", self.judge_options, options) for options in own]
+        if all(wrong):
+            found += [f"options.{key} of {self.judge!r} {wanted!r}, is {value!r}" for key, wanted, value in wrong[0]]
         return found
+
+
+def _options(reward: Mapping[str, Any]) -> dict[str, Any]:
+    section = REWARD_OPTIONS.get(reward["name"])
+    defaults = {} if section is None else {name: field.default for name, field in section.model_fields.items()}
+    return {**defaults, **reward.get("options", {})}
 
 
 def _differing(place: str, wanted: Mapping[str, Any], values: Any) -> list[tuple[str, Any, Any]]:

@@ -22,6 +22,9 @@ class JudgeOptions(RemoteOptions):
         description="Of the prompt's metadata, the key of its own questions: texts, whose answer is yes, or pairs of a "
         "question and its answer. null: question alone is asked.",
     )
+    each: WithPrompt = Field(
+        "{} Answer in one word.", description="How each of the prompt's own questions is put; {} is the question."
+    )
     reads: Literal["answer", "number"] = Field(
         "answer",
         description="answer: how likely the first word is the right one, by its log-probabilities; number: the last "

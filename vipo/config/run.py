@@ -72,6 +72,13 @@ class Config(Sections):
         return self
 
     @model_validator(mode="after")
+    def _has_the_bounded_metrics(self) -> Self:
+        labels = [term.label for term in self.reward.terms]
+        if told := self.alarms.unknown(labels, base_distance=self.training.base_distance):
+            raise ValueError(f"alarms.stop: {told}")
+        return self
+
+    @model_validator(mode="after")
     def _compiles(self) -> Self:
         if self.generator.compile != "none" and "attention" in self.credit.names:
             raise ValueError(

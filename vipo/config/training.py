@@ -71,6 +71,12 @@ class TrainingConfig(Section):
         "counts over the transition's std, and by `channels`: docs/method.md, 'On-policy check'.",
     )
     lora: LoraConfig | None = Field(None, description="null: full fine-tuning.")
+    base_distance: bool = Field(
+        False,
+        description="Whether every update logs alarm/base_distance, the mean squared difference of the policy's "
+        "predictions to the base's: a network call more for each trained transition and, without LoRA, a copy of the "
+        "network beside it. No weight depends on it.",
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="Keep a mean of the trained weights too, in fp32, which is this share of itself after each update "

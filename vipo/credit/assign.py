@@ -38,7 +38,7 @@ class Credit:
 
 
 def load_sources(config: CreditConfig) -> dict[str, CreditSource]:
-    """The sources of a configuration by name, not set up yet.
+    """The sources of a configuration by label (`CreditConfig.labels`), not set up yet.
 
     Raises:
         CreditError: an import path is none, or names no `CreditSource`.
@@ -46,10 +46,10 @@ def load_sources(config: CreditConfig) -> dict[str, CreditSource]:
     """
     base: type[CreditSource] = CreditSource  # type: ignore[type-abstract]
     return {
-        section.name: load_part(
+        label: load_part(
             section, CREDIT_SOURCES, base, _METHODS, CreditError, "credit source", f"credit.sources.{place}"
         )
-        for place, section in enumerate(config.sources)
+        for place, (label, section) in enumerate(zip(config.labels, config.sources, strict=True))
     }
 
 
@@ -69,7 +69,8 @@ def source_inputs(sources: Mapping[str, CreditSource], taken: Collection[str] = 
         own = source.inputs
         if not isinstance(own, Mapping) or not all(isinstance(path, Path) for path in own.values()):
             raise CreditError(f"credit source {name!r}: inputs: expected pathlib.Path by name, got {own!r}")
-        if twice := [key for key in own if key in found or key in taken]:
+        # The same file read twice is one input.
+        if twice := [key for key, path in own.items() if key in taken or found.get(key, path) != path]:
             raise CreditError(
                 f"credit source {name!r}: inputs: {twice[0]!r} is the name of something else that is read; take another"
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_
 from vipo.evaluation.statistics import ScoresError
 from vipo.prompts import read_prompts
 from vipo.provenance.files import atomic_file
+from vipo.provenance.records import PROVENANCE, read_provenance
 
 TABLES = ("categories", "win_rates", "metrics", "totals", "diversity")
 
@@ -24,9 +26,10 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         runs: names of scored runs, the base's among them.
 
     Raises:
-        EvaluationError: a run is not scored, or its samples are not there.
+        EvaluationError: a run is not scored, its samples are not there, or another process scored it than the others.
         ScoresError: runs were not evaluated on the same prompts and samples.
     """
+    _check_one_measure(experiment, runs)
     path = experiment / "prompts" / "eval.jsonl"
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
     categories = {id_: str(row["category"]) for id_, row in metadata.items() if "category" in row}
@@ -57,6 +60,21 @@ def write_tables(tables: dict[str, pd.DataFrame], output: Path) -> list[Path]:
             table.to_csv(path, index=False, lineterminator="\n")
         written.append(output / f"{name}.csv")
     return written
+
+
+def _check_one_measure(experiment: Path, runs: Sequence[str]) -> None:
+    first: dict[str, tuple[str, Any]] = {}
+    for run in runs:
+        record = experiment / "evaluation" / run / PROVENANCE
+        told = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
+        for label, identity in told.items():
+            other, wanted = first.setdefault(label, (run, identity))
+            if identity != wanted:
+                raise EvaluationError(
+                    f"reward {label!r}: another process scored {run} than {other} ({record} and that run's tell which "
+                    "packages and weights), so they cannot be compared; evaluate both by one: vipo evaluate does it "
+                    "again where the process is another one"
+                )
 
 
 def _scores(experiment: Path, run: str) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from vipo.config.values import config_hash
 from vipo.credit import Context, source_inputs
 from vipo.credit.meter.directions import Directions
 from vipo.credit.meter.gradients import MeterError
-from vipo.credit.meter.measure import measure_reference, measure_updates
+from vipo.credit.meter.measure import check_space, measure_reference, measure_updates, read_part
 from vipo.credit.meter.plan import Plan, Record
 from vipo.credit.meter.result import Result, summarise
 from vipo.credit.meter.space import choose_space
@@ -29,7 +29,7 @@ from vipo.generators.embeddings import load_embeddings
 from vipo.generators.starting import checkpoint_inputs
 from vipo.prompts import read_prompts
 from vipo.provenance.files import atomic_file
-from vipo.rewards import load_rewards, weight_files
+from vipo.rewards import identities, load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
 from vipo.training.optimizers import load_optimizer
@@ -45,9 +45,24 @@ _OTHER_VECTORS = 4
 _COSTS = "costs.json"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A measurement.
+
+    Attributes:
+        result: what was found.
+        read: files and folders that were read.
+        processes: what rewards that compute elsewhere tell of themselves, by label.
+    """
+
+    result: Result
+    read: list[Path]
+    processes: Mapping[str, Mapping[str, Any]]
+
+
 def measure_credit(
     configs: Mapping[str, Config], meter: MeterConfig, root: Path, experiment: Path, parts: Path, weights: Path | None
-) -> tuple[Result, list[Path]]:
+) -> Measured:
     """Measure what the arms' credit is worth.
 
     Args:
@@ -57,9 +72,6 @@ def measure_credit(
         experiment: ``results/<experiment>`` with prompts and embeddings of both splits.
         parts: folder of measurements in parts; one that was begun with the same settings goes on.
         weights: folder of a run's weights; None: the generator as it is.
-
-    Returns:
-        What was found, and the files and folders that were read.
 
     Raises:
         MeterError: the arms differ in more than their credit, or cannot be measured as asked.
@@ -81,8 +93,7 @@ def measure_credit(
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
     arms = load_arms(configs, Context(generator, train, rewards, first.perception, root))
-    surrogate = next((c.objective for c in configs.values() if isinstance(c.objective, SurrogateConfig)), None)
-    surrogate = SurrogateConfig() if surrogate is None else surrogate
+    surrogate = first.objective if isinstance(first.objective, SurrogateConfig) else SurrogateConfig()
     subject = Subject(
         generator,
         parameters,
@@ -103,6 +114,7 @@ def measure_credit(
     vectors = 2 * len(arms) + min(plan.blocks, plan.reference_batches) + _OTHER_VECTORS
     space, told = choose_space(subject.size, vectors, 2**20 * meter.memory_mb, first.seed, device)
     log.info("%s", told)
+    check_space(space, meter.directions, plan)
     optimizer = load_optimizer(first.optimizer, parameters.values())
     directions = Directions(meter.directions, parameters, optimizer, first.optimizer.max_grad_norm)
     read = [experiment / name / f"{split}.{end}" for name, end in (("prompts", "jsonl"), ("embeddings", "safetensors"))
@@ -110,15 +122,18 @@ def measure_credit(
     read += [*checkpoint_inputs(first.generator, root), *([] if weights is None else [weights])]
     read += [path for reward in rewards.values() for path in weight_files(reward)]
     read += [path for arm in arms.values() for path in source_inputs(arm.sources).values()]
-    folder = parts / _identity(configs, meter, read)[:16]
+    processes = identities(rewards)
+    folder = parts / _identity(configs, meter, read, processes)[:16]
     folder.mkdir(parents=True, exist_ok=True)
+    if read_part(folder / _COSTS, _told_costs) is None:
+        # Of every update the same, so that one tells them.
+        (folder / "update-0.json").unlink(missing_ok=True)
     costs = _costs(plan, subject, len(arms), len(meter.directions))
     whole = costs.reference * plan.reference_batches + costs.update * plan.updates + costs.steps * plan.stepped
 
     def placed(groups: Sequence[Group]) -> Mapping[str, Tensor]:
         placement = place_advantages(subject, arms, groups)
         if not (folder / _COSTS).is_file():
-            # Of every update the same; an earlier process may have told them.
             with atomic_file(folder / _COSTS) as path:
                 found = {name: costs.counted for name, costs in placement.costs.items()}
                 path.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -139,9 +154,16 @@ def measure_credit(
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
         records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
-    told = json.loads((folder / _COSTS).read_text(encoding="utf-8"))
-    result = replace(summarise(records, reference, meter.width, meter.confidence), costs=told)
-    return result, list(dict.fromkeys(read))
+    result = summarise(records, reference, meter.width, meter.confidence)
+    result = replace(result, costs=_told_costs(folder / _COSTS))
+    return Measured(result, list(dict.fromkeys(read)), processes)
+
+
+def _told_costs(path: Path) -> dict[str, dict[str, int]]:
+    told: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
+    if not all(isinstance(costs, dict) for costs in told.values()):
+        raise TypeError("it holds no costs by arm")
+    return told
 
 
 @dataclass(frozen=True)
@@ -177,11 +199,25 @@ def check_comparable(configs: Mapping[str, Config]) -> None:
                 f"experiment.meter.arms: {name!r} differs from {first_name!r} in more than its credit "
                 f"({', '.join(differing)}), so their directions cannot be compared; leave it out"
             )
+    surrogates = {
+        name: config.objective for name, config in configs.items() if isinstance(config.objective, SurrogateConfig)
+    }
     for name, config in configs.items():
-        if config.objective.name != "surrogate":
+        if name not in surrogates:
             raise MeterError(
                 f"experiment.meter.arms: {name!r} has the objective {config.objective.name!r}, whose gradient is not "
                 "the surrogate's that is measured; leave it out"
+            )
+    for name, objective in surrogates.items():
+        if objective.ratio_norm != "none":
+            raise MeterError(
+                f"experiment.meter.arms: {name!r} weights its steps by objective.ratio_norm {objective.ratio_norm!r}, "
+                "which is not measured; leave it out, or set that to none"
+            )
+        if objective.density != surrogates[first_name].density:
+            raise MeterError(
+                f"experiment.meter.arms: {name!r} has objective.density {objective.density!r} and {first_name!r} "
+                f"{surrogates[first_name].density!r}, so their directions cannot be compared; leave it out"
             )
     if first.sampling.solver != "euler":
         raise MeterError(
@@ -225,7 +261,9 @@ def _plan(meter: MeterConfig, config: Config) -> Plan:
     )
 
 
-def _identity(configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[Path]) -> str:
+def _identity(
+    configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[Path], processes: Mapping[str, Mapping[str, Any]]
+) -> str:
     """What decides the parts of a measurement; how many updates, and what is told of them, decide none of it."""
     told = meter.model_dump(mode="json", exclude={"updates", "width", "confidence", "arms", "checkpoints"})
     data: dict[str, Any] = {
@@ -233,6 +271,8 @@ def _identity(configs: Mapping[str, Config], meter: MeterConfig, read: Sequence[
         "arms": {name: config.training_identity() for name, config in configs.items()},
         "inputs": [content_hash(path) for path in read],
     }
+    if processes:
+        data["reward_processes"] = processes
     return config_hash(data)
 
 

@@ -58,10 +58,11 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         trained = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
         check_identities(trained, processes, record)
     inputs = hashed("score", [*found, *files], root)
-    if is_made("score", output, inputs, identity, root):
+    if is_made("score", output, inputs, identity, root, processes):
         log.info("%s: its samples are scored already, in %s", config.run_name, output)
         return
-    work = Work(output, identity, inputs)
+    # Parts that another process scored are no parts of this.
+    work = Work(output, {**identity, "reward_processes": processes} if processes else identity, inputs)
 
     def read(update: int, number: int) -> Batch:
         samples, video = batches[number], config.generator.frames is not None
@@ -84,9 +85,8 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         seeds=[config.seed, config.evaluation.seed],
         root=root,
         experiment=experiment,
-    ) as told:
-        if processes:
-            told["reward_processes"] = processes
+        processes=processes,
+    ):
         with work.shared(Share(), wait):
             _measure_missing(config, measures, read, work, Share())
         scores = _table(config, facts["updates"], batches, measures[1:], work)

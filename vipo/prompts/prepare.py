@@ -230,7 +230,12 @@ def _check_split(config: PromptsConfig, counts: Mapping[str, int], dropped: Mapp
             continue
         if config.eval is not None:
             named = config.eval.source if half == "eval" else config.source
-            raise PromptError(f"{named}: no prompt is left of it for {half}; add prompts, or change prompts.filters")
+            chosen = config.eval.categories if half == "eval" else ()
+            of = f" (prompts.eval.categories: {', '.join(chosen)})" if chosen else ""
+            raise PromptError(
+                f"{named}: no prompt is left of it for {half}{of}; add prompts, or change "
+                f"{'the categories or ' * bool(chosen)}prompts.filters"
+            )
         else:
             raise PromptError(
                 f"{config.source}: prompts.eval_share {config.eval_share} leaves no prompt for {half} "

@@ -39,6 +39,8 @@ _FORMER: Mapping[str, str] = {"evaluate": "score"}
 #: In the environment of a launcher's ranks: the command that it was given, as JSON.
 COMMAND = "VIPO_COMMAND"
 
+_PROCESSES = "reward_processes"
+
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +55,7 @@ def record_stage(
     seeds: Sequence[int] = (),
     root: Path,
     experiment: Path | None = None,
+    processes: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Write ``<folder>/provenance.json`` when the block succeeds, and nothing when it fails.
 
@@ -72,6 +75,7 @@ def record_stage(
         root: repository root; paths inside it are recorded relative to it.
         experiment: ``results/<experiment>``, where finished results that another configuration or other inputs made
             are set aside before the block; None where the block itself keeps what was there.
+        processes: what rewards that compute elsewhere tell of themselves, by label; with others, it is other work.
 
     Yields:
         What else the record shall name, by key: empty, for the block to fill.
@@ -101,6 +105,7 @@ def record_stage(
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
         "inputs": hashed(stage, inputs, root),
+        **({_PROCESSES: dict(processes)} if processes else {}),
         "git": git,
         **({"checkout": checkout} if checkout != git else {}),
         "package_sha256": package_sha256(),
@@ -128,17 +133,22 @@ def hashed(stage: str, inputs: Sequence[Path | Mapping[str, Any]], root: Path) -
 
 
 def is_made(
-    stage: str, folder: Path, inputs: Sequence[Mapping[str, Any]], config: Mapping[str, Any], root: Path
+    stage: str,
+    folder: Path,
+    inputs: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    root: Path,
+    processes: Mapping[str, Any] | None = None,
 ) -> bool:
     """Whether `folder` holds what a stage would make: by the record beside it and the bytes of what that names.
 
     Args:
-        stage, folder, config, root: as of `record_stage`.
+        stage, folder, config, root, processes: as of `record_stage`.
         inputs: as `hashed` gives them.
     """
     try:
         record = read_provenance(folder / PROVENANCE)
-        wanted = {"config_sha256": config_hash(dict(config)), "inputs": inputs}
+        wanted = {"config_sha256": config_hash(dict(config)), "inputs": inputs, _PROCESSES: processes or {}}
         return (
             record["stage"] == stage
             and _same_work(record, wanted, folder, root)
@@ -156,7 +166,11 @@ def _made_way(experiment: Path | None, folder: Path) -> Iterator[None]:
         yield
         return
     aside = set_aside(experiment, [folder])
-    log.warning("%s: another configuration or other inputs made it; it is set aside in %s", folder, aside)
+    log.warning(
+        "%s: another configuration, other inputs or another reward process made it; it is set aside in %s",
+        folder,
+        aside,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -215,8 +229,11 @@ def command_line() -> list[str]:
 
 
 def _same_work(earlier: Mapping[str, Any] | None, record: Mapping[str, Any], folder: Path, root: Path) -> bool:
-    """Whether a record names the configuration and the inputs of another; what came without one may be anything."""
+    """Whether a record names the configuration, the inputs and the reward processes of another; what came without one
+    may be anything."""
     if earlier is None or earlier.get("config_sha256") != record["config_sha256"]:
+        return False
+    if earlier.get(_PROCESSES, {}) != record.get(_PROCESSES, {}):
         return False
     before, now = (
         [(entry["path"], entry["sha256"]) for entry in inputs]

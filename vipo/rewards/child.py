@@ -101,7 +101,8 @@ def python_of(environment: str, root: Path) -> Path:
     python = place / "bin" / "python" if place.is_dir() else place
     if not os.access(python, os.X_OK):
         raise RewardError(
-            f"environment {environment!r}: there is no {python}; make it as docs/rewards.md says, or mend the path"
+            f"environment {environment!r}: there is no {python}; make it as docs/reward_process.md says, or mend the "
+            "path"
         )
     return python
 

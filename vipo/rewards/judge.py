@@ -18,15 +18,22 @@ from vipo.rewards.wire import Endpoint, encoded, finite_number
 _MOST_OF_TOKEN = 2**14
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
+_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
 _Call = tuple[bytes, "partial[float]"]
+
+
+def _word(text: str) -> str:
+    word = text.strip().lower()
+    return str(_COUNTED.index(word)) if word in _COUNTED else word
 
 
 class Judge:
     """How likely the right answers are, by the endpoint's own log-probabilities, or the number that it writes.
 
     A question's likelihood is the sum over the first word's alternatives that are the answer, whatever their case and
-    blanks. Sampling is off: temperature 0, one answer, a fixed seed; whether an endpoint then repeats itself is its own
-    matter.
+    blanks; a number up to ten may be a word or a figure. Sampling is off: temperature 0, one answer, a fixed seed;
+    whether an endpoint then repeats itself is its own matter.
 
     Source: soft questions as of GenEval2 (Kamath et al., arXiv 2512.16853), over atoms by `combine`; a written score as
     of UnifiedReward (Wang et al., arXiv 2503.05236).
@@ -92,7 +99,7 @@ class Judge:
             raise RewardError(
                 f"metadata {key!r} of {prompt[:80]!r}: expected a list of questions, or of pairs of question and answer"
             )
-        return [(question, answer) for question, answer in pairs]
+        return [(self._options.each.replace("{}", question), answer) for question, answer in pairs]
 
     def _ask(self, frames: Any, question: str, answer: str) -> float:
         options = self._options
@@ -127,7 +134,7 @@ class Judge:
             told = finite_number(alternative["logprob"])
             if told is None or told > 1e-3:
                 self._refuse(f"{str(alternative['logprob'])[:80]!r} is no log-probability")
-            if alternative["token"].strip().lower() == answer.strip().lower():
+            if _word(alternative["token"]) == _word(answer):
                 total += math.exp(told)
         return min(total, 1.0)
 

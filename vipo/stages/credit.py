@@ -58,11 +58,11 @@ def credit_stage(
     files = [output / name for name in ("credit.json", "credit.svg")]
     remedy = "Lower experiment.meter.memory_mb or training.micro_batch, or set training.lora={}"
     with run_lock(output, wait_seconds=wait), memory_errors("vipo credit", remedy):
-        result, read = measure_credit(configs, meter, root, experiment, output / MEASURED, weights)
+        measured = measure_credit(configs, meter, root, experiment, output / MEASURED, weights)
         with record_stage(
             "credit",
             output,
-            inputs=read,
+            inputs=measured.read,
             outputs=files,
             config={
                 "meter": meter.model_dump(mode="json", exclude={"checkpoints"}),
@@ -70,9 +70,10 @@ def credit_stage(
             },
             seeds=[config.seed],
             root=root,
+            processes=measured.processes,
         ):
             with atomic_file(files[0]) as path:
-                write_result(result, configs, meter, path)
+                write_result(measured.result, configs, meter, path)
             with atomic_file(files[1]) as path:
-                path.write_text(draw_credit(result, meter.confidence).standalone(), encoding="utf-8")
-    return "\n".join([table(result, meter.size, meter.confidence), "", *map(str, files)])
+                path.write_text(draw_credit(measured.result, meter.confidence).standalone(), encoding="utf-8")
+    return "\n".join([table(measured.result, meter.size, meter.confidence), "", *map(str, files)])

@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vipo.config.alarms import AlarmConfig
+from vipo.config.alarms import SIGNS, AlarmConfig
 from vipo.errors import VipoError
 from vipo.text import listed
 from vipo.training.errors import TrainingError
-
-SIGNS = ("dark_share", "bright_share", "edge_density", "colour_entropy", "saturation")
 
 # Larger pictures are averaged down, so that a sign costs the same at any size and means about the same.
 _SIDE, _THUMBNAIL = 256, 16

@@ -3,16 +3,17 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vipo.config.alarms import BASE_DISTANCE
 from vipo.config.training import EMA
 from vipo.objectives import Advantages, Outcome, Points, Predictions, Share, checked_outcome, checked_points
-from vipo.objectives.forward import ramped_decay
+from vipo.objectives.forward import ramped_decay, velocity_kl
 from vipo.sampling.noise import keyed_generator
 from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
@@ -180,13 +181,19 @@ def outcomes_of(
     points = [_points(setup, share) for share in shares]
     news = predict_joined(setup.generator, points, batch.conditioning)
     references: Sequence[Tensor | None] = [None] * len(joined)
-    if objective.needs_reference:
+    measured = setup.config.training.base_distance
+    if objective.needs_reference or measured:
         references = reference_predictions(setup, points, batch)
     found = []
     for place, share, own, new, reference in zip(joined, shares, points, news, references, strict=True):
-        predictions = Predictions(new, old.get(place), reference, anchor.get(place))
+        given = reference if objective.needs_reference else None
+        predictions = Predictions(new, old.get(place), given, anchor.get(place))
         outcome = objective(share, own, predictions, _advantages(lesson, batch, share.steps))
-        found.append(checked_outcome(setup.config.objective.name, objective.needs, outcome, share))
+        outcome = checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
+        if measured and reference is not None:
+            apart = {BASE_DISTANCE: velocity_kl(new.detach(), reference).mean()}
+            outcome = replace(outcome, metrics={**outcome.metrics, **apart})
+        found.append(outcome)
     return found
 
 

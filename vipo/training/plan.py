@@ -208,7 +208,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
     policies = len(keeps) + (training.ema_decay is not None)
-    compared = objective.needs_old + objective.needs_reference + ("anchor" in keeps)
+    referred = objective.needs_reference or training.base_distance
+    compared = objective.needs_old + referred + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
     own = samples // distribution.world_size
     shards = distribution.world_size if distribution.shards else 1
@@ -217,7 +218,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     trained = sum(value.numel() for value in parameters if value.requires_grad)
     gradients = _FP32 * trained // shards
     gathered, reduced = _gathered(generator.network, cast=cast) if distribution.shards else (0, 0)
-    copied = objective.needs_reference and training.lora is None
+    copied = referred and training.lora is None
     a_prompt = _bytes(rolling.conditioning.values()) // rolled
     pictures = own * math.prod(config.generator.sample_shape) * _FP32
     estimate = config.credit.steps

@@ -67,9 +67,8 @@ def _train_recorded(setup: Setup, root: Path, wait: float) -> None:
             config=setup.config.training_identity(),
             seeds=[setup.config.seed],
             root=root,
+            processes=identities(setup.rewards),
         ) as facts:
-            if processes := identities(setup.rewards):
-                facts["reward_processes"] = processes
             made_by = train(setup, identity)
             # In the usual case one code made them all, that of the record.
             if packages(made_by) != ours:

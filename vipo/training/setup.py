@@ -155,7 +155,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     _try_rewards(config, rewards, prompts[0], device)
     check_joined(config.training, generator.network)
     chain = load_chain(config, root, generator, distribution)
-    reference = _prepare_network(config, generator, distribution, objective.needs_reference)
+    compared = objective.needs_reference or config.training.base_distance
+    reference = _prepare_network(config, generator, distribution, compared)
     network = distribution.unwrap(generator.network)
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
     optimizer = load_optimizer(config.optimizer, trainable.values())

@@ -48,6 +48,8 @@ def total_gradient(
 ) -> Tensor:
     """Of each sample's weighted sum of rewards, the gradient by its clean latents, like them.
 
+    Terms of weight 0 are measured and not rewarded: of them no gradient is asked.
+
     Args:
         rewards, weights: by the label of their term.
 
@@ -56,6 +58,8 @@ def total_gradient(
     """
     total = torch.zeros_like(chains.trajectory.clean)
     for name, reward in rewards.items():
+        if weights[name] == 0:
+            continue
         placed = differentiated(name, reward, chains.texts, chains.metadata)
         try:
             _, own = reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")

@@ -1,14 +1,17 @@
 """The measurement: the reference gradient, then one update after another; each part is a file, so that it resumes."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vipo.credit.meter.directions import Directions
+from vipo.credit.meter.directions import Directions, Kind
 from vipo.credit.meter.gradients import (
     MeterError,
     flat,
@@ -31,6 +34,10 @@ from vipo.credit.meter.subject import (
 from vipo.prompts import Prompt
 from vipo.provenance.files import atomic_file
 
+log = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+
 
 def measure_reference(
     subject: Subject, prompts: Sequence[Prompt], plan: Plan, space: Space, folder: Path, advance: Callable[[], None]
@@ -46,9 +53,7 @@ def measure_reference(
     sums = torch.zeros(blocks, space.size, device=subject.generator.device)
     counts = [0] * blocks
     for block in range(blocks):
-        path = folder / f"reference-{block}.safetensors"
-        if path.is_file():
-            kept = load_file(path)
+        if (kept := read_part(folder / f"reference-{block}.safetensors", _block)) is not None:
             counts[block] = int(kept["batches"])
             sums[block] = kept["sum"].to(sums.device)
     for number in range(plan.reference_batches):
@@ -60,6 +65,33 @@ def measure_reference(
                 save_file({"sum": sums[block].cpu(), "batches": torch.tensor(counts[block])}, path)
         advance()
     return Reference(sums / torch.tensor(counts, device=sums.device)[:, None], counts)
+
+
+def read_part(path: Path, read: Callable[[Path], Part]) -> Part | None:
+    """What an earlier process measured; None where that is nothing, or a damaged file: it is measured again then, to
+    the same bytes."""
+    if not path.is_file():
+        return None
+    try:
+        return read(path)
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        log.warning("%s: is damaged (%s), and measured again", path, error)
+        path.unlink()
+        return None
+
+
+def _block(path: Path) -> dict[str, Tensor]:
+    kept = load_file(path)
+    if kept["sum"].ndim != 1 or int(kept["batches"]) < 1:
+        raise ValueError("it holds no sum of gradients")
+    return kept
+
+
+def _record(path: Path) -> Record:
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    if not record["sources"] or record["rewards"] is None:
+        raise ValueError("it holds no sources")
+    return record
 
 
 def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tensor:
@@ -77,6 +109,19 @@ def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tenso
         named = ", ".join(repr(prompt.text) for prompt in chosen)
         raise MeterError(f"the gradient of the reward is not finite for one of the samples of {named}")
     return total
+
+
+def check_space(space: Space, kinds: Sequence[Kind], plan: Plan) -> None:
+    """Refuse a sketch where whole gradients are needed; before the reference, which is the longest part.
+
+    Raises:
+        MeterError: it is one, and signs or steps are asked for.
+    """
+    if not isinstance(space, Whole) and (plan.stepped or list(kinds) != ["sgd"]):
+        raise MeterError(
+            "experiment.meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise "
+            "it, name fewer arms, or set experiment.meter.directions=[sgd] and experiment.meter.stepped=0"
+        )
 
 
 def measure_updates(
@@ -106,17 +151,13 @@ def measure_updates(
     Raises:
         MeterError: the plan needs whole gradients and `space` is a sketch; or a gradient is not finite.
     """
-    if not isinstance(space, Whole) and (plan.stepped or list(directions.kinds) != ["sgd"]):
-        raise MeterError(
-            "experiment.meter.memory_mb: the gradients are sketched, of which no sign and no step can be taken; raise "
-            "it, name fewer arms, or set experiment.meter.directions=[sgd] and experiment.meter.stepped=0"
-        )
+    check_space(space, directions.kinds, plan)
     records: list[Record] = []
     tested: HeldOut | None = None
     for number in range(plan.updates):
         path = folder / f"update-{number}.json"
-        if path.is_file():
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+        if (kept := read_part(path, _record)) is not None:
+            records.append(kept)
         else:
             record, whole = _update(subject, prompts, placed, directions, plan, space, reference, number)
             if number < plan.stepped:

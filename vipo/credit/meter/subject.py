@@ -161,13 +161,15 @@ def chain_rewards(subject: Subject, batches: Sequence[Chains]) -> dict[str, Tens
 
 
 def total_reward(subject: Subject, batches: Sequence[Chains]) -> Tensor:
-    """The weighted sum of the terms, ``(N,)`` float64.
+    """The weighted sum of the terms, ``(N,)`` float64; those of weight 0 are no part of it.
 
     Raises:
         MeterError: it is not finite.
     """
     total: Tensor = torch.zeros((), dtype=torch.float64)
     for name, values in chain_rewards(subject, batches).items():
+        if subject.weights[name] == 0:
+            continue
         if not bool(values.isfinite().all()):
             texts = [text for batch in batches for text in batch.texts]
             worst = texts[int((~values.isfinite()).nonzero()[0])]

@@ -97,7 +97,7 @@ def _notes(result: Result, confidence: float) -> list[str]:
                 f"In brackets: {result.first} itself cannot be told from zero ({name}: {', '.join(weak)}), so a ratio "
                 "to it says little yet; measure more."
             )
-    if result.reliability is not None:
+    if result.reliability is not None and result.reliability == result.reliability:
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
     if result.agreement is not None:
         slope = shown(result.agreement.slope, 2)

@@ -1,5 +1,6 @@
 """Signs of reward hacking in training, first update against last."""
 
+from vipo.config.alarms import BASE_DISTANCE
 from vipo.reporting.sections.context import Page, Section
 
 LABELS = {
@@ -23,7 +24,8 @@ def alarms(page: Page) -> Section | None:
         for term in run.config.reward.terms
         if term.weight == 0
     }
-    columns = LABELS | unrewarded
+    measured = any(BASE_DISTANCE in run.metrics for run in page.experiment.runs)
+    columns = LABELS | ({BASE_DISTANCE: "distance to the base"} if measured else {}) | unrewarded
     rows = [
         {
             "run": run.name,
