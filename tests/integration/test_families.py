@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import edit_json, edit_tensors, faulty
 from diffusers.models import attention_dispatch
 from families import FAMILIES
@@ -31,10 +32,12 @@ from vipo.generators.encoding import encode_prompt_file
 from vipo.generators.experts import Experts
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.sharded import blocks
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.sampling.chain import sampling_chain
 from vipo.training.plan import peak_bytes
+from vipo.training.sharding import join_alone, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 # What LoRA leaves out is no matter of the family: all of its weights are counted for one of each kind of network.
@@ -174,13 +177,29 @@ def test_gathered_weights_are_planned_in_bf16(case: Case) -> None:
     most = []
     for cast in (False, True):
         outlined = outline(config, ROOT, fake, None, cast=cast)
-        kinds = {value.dtype for value in outlined.network.parameters()}
-        assert kinds == {torch.bfloat16 if cast else torch.float32}
+        inner = {value for block in blocks(outlined.network) for value in block.parameters()}
+        for value in outlined.network.parameters():
+            assert value.dtype == (torch.bfloat16 if cast and value in inner else torch.float32)
         with fake:
             given = {name: torch.empty_like(value) for name, value in case.subject.conditioning.items()}
             latents, times = torch.empty_like(case.subject.noise), torch.empty(2)
         most.append(_most_alive(fake, outlined, latents, times, given)[0])
     assert most[1] < most[0]
+
+
+def test_sharded_in_bf16_it_predicts_as_well_as_whole(case: Case) -> None:
+    """Against fp32, at a noise level that bf16 rounds; what FSDP2 gathers in bf16 is what autocast rounds, nearly."""
+    whole, rounded, sharded = (case.load(precision=precision) for precision in ("fp32", "bf16", "bf16"))
+    join_alone(torch.device("cpu"))
+    shard(sharded.network, torch.device("cpu"), 1, "bf16", offload=False)
+    levels = torch.tensor([0.9037, 0.8745]) if whole.prediction == "velocity" else torch.tensor([903, 627])
+    with torch.no_grad():
+        right, *others = (
+            each.predict(case.subject.noise, levels, case.subject.conditioning) for each in (whole, rounded, sharded)
+        )
+    dist.destroy_process_group()
+    plain, found = (float((other - right).square().mean().sqrt()) for other in others)
+    assert 0 < found < 2 * plain
 
 
 def _most_alive(

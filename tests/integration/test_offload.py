@@ -10,21 +10,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import edit_json
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError
 from vipo.errors import Preempted, VipoError
+from vipo.generators.outline import outline
+from vipo.generators.sharded import blocks
 from vipo.training import run as run_module
 from vipo.training import sharding
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
 from vipo.training.recorded import train_run
 from vipo.training.setup import Setup, set_up
-from vipo.training.sharding import gathered_values
+from vipo.training.sharding import Gathered, gathered_values
 from vipo.training.stored import StoredTensors
 from vipo.training.update import update
 
@@ -134,7 +138,7 @@ def test_a_block_in_a_block_is_gathered_by_itself() -> None:
             super().__init__()
             self.outer, self.rest = Outer(), nn.Linear(4, 4, bias=False)
 
-    assert gathered_values(Network()) == (4 * 4 + 2 * 5 * 5, 5 * 5)
+    assert gathered_values(Network()) == Gathered(4 * 4, 2 * 5 * 5, 4 * 4, 5 * 5)
 
 
 def test_without_shards_it_is_refused() -> None:
@@ -142,9 +146,11 @@ def test_without_shards_it_is_refused() -> None:
         load_config(["experiment=demo", "distribution.offload=true"])
 
 
-def test_the_plan_moves_it_and_offers_it(tiny_overrides: list[str]) -> None:
+def test_the_plan_moves_it_and_offers_it(tiny_overrides: list[str], tiny_generator: Path, tmp_path: Path) -> None:
+    deep = shutil.copytree(tiny_generator, tmp_path / "deep", ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(deep / "transformer" / "config.json", num_single_layers=8)
     saved = ["training.gradient_checkpointing=true", "training.micro_batch=1", "training.lora={rank: 2, alpha: 2}"]
-    chosen = [*tiny_overrides, "arm=vipo", *saved, "generator.precision=bf16"]
+    chosen = [*tiny_overrides, "arm=vipo", *saved, "generator.precision=bf16", f"generator.path={deep}"]
     config = load_config([*chosen, "generator.weights=bf16"])
     plain, moved = (plan(each, ROOT, 2) for each in (config, load_config([*chosen, OFFLOADED])))
     assert plain.main == {}
@@ -157,8 +163,11 @@ def test_the_plan_moves_it_and_offers_it(tiny_overrides: list[str]) -> None:
         "kept policies": 0,
     }
     assert not moved.held.keys() & moved.main.keys()
-    # In bf16, and with two blocks all of them.
-    assert moved.held["gathered weights"] == moved.main["network"] // 2
+    # What is in no block in fp32, and the two largest blocks in bf16.
+    network = outline(config.generator, ROOT, FakeTensorMode(allow_non_fake_inputs=True), config.training.lora).network
+    sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(network))
+    assert len(sizes) == 9
+    assert moved.held["gathered weights"] == moved.main["network"] - 4 * sum(sizes) + 2 * sum(sizes[-2:])
     assert "in main memory: AdamW" in moved.text(None)
     assert moved.peak < plain.peak
     with pytest.raises(

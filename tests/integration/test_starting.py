@@ -1,5 +1,6 @@
 """Checkpoints as people have them: a network in one file, a LoRA or a trained run to start from, shards, bf16."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from checkpoints import generator_config
 from diffusers import WanPipeline, WanTransformer3DModel
+from families import FAMILIES
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +18,8 @@ from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.starting import checkpoint_inputs
+from vipo.handover.original import original_state
+from vipo.handover.original_names import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,25 +96,44 @@ def test_a_file_that_does_not_hold_the_network_is_named(single: tuple[Path, Path
     assert "bad.safetensors': there is no such .safetensors file" in told()
     bad.write_bytes(file.read_bytes()[:-100])
     assert "bad.safetensors: does not hold what WanTransformer3DModel" in told()
-    name = "model.diffusion_model.head.head.bias"
-    save_file({key: value for key, value in tensors.items() if key != name}, bad)
-    assert "bad.safetensors: does not hold what WanTransformer3DModel" in told()
-    save_file(tensors | {name: torch.ones(3)}, bad)
-    assert "bad.safetensors: does not hold what WanTransformer3DModel" in told()
-    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, bad)
-    assert "not finite: proj_out.bias" in told()
+    name, query = "model.diffusion_model.head.head.bias", "model.diffusion_model.blocks.0.self_attn.q"
+    one = tensors[f"{query}.weight"]
+    for changed, fault in (
+        ({name: None}, "missing: proj_out.bias"),
+        ({name: torch.ones(3)}, r"of another shape: proj_out.bias \(3,\) instead of \(64,\)"),
+        ({name: torch.full_like(tensors[name], float("nan"))}, "not finite: proj_out.bias"),
+        ({f"{query}.lora_A.weight": torch.ones(2, 24)}, "extra: blocks.0.attn1.to_q.lora_A.weight"),
+        ({f"{query}.weight": one.to(torch.float8_e4m3fn), f"{query}.scale_weight": torch.ones(())}, r"q.weight \(F8_"),
+        ({f"{query}.weight": one.to(torch.int8)}, rf"not of floating point: {query}.weight \(I8\)"),
+    ):
+        save_file({key: value for key, value in (tensors | changed).items() if value is not None}, bad)
+        assert re.search(f"bad.safetensors: does not hold what WanTransformer3DModel .* takes: .*{fault}", told())
     shutil.rmtree(folder / "transformer")
     assert "transformer: cannot be loaded" in told(file=str(file))
 
 
-def test_a_family_without_a_single_file_says_so(tmp_path: Path) -> None:
-    from video_checkpoints import write_cogvideox
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_what_comfyui_is_handed_is_read_again(prefix: str, tiny_stable_diffusion: Path, tmp_path: Path) -> None:
+    """Of a UNet too, of which diffusers finds none without that prefix; other parts in the file are left alone."""
+    config = generator_config("sd", tiny_stable_diffusion)
+    whole = load_generator(config, ROOT)
+    assert isinstance(whole, PipelineGenerator)
+    named = original_state(whole.network.state_dict(), NAMES["UNet2DConditionModel"](whole.network.config))
+    file = tmp_path / "unet.safetensors"
+    beside = {"first_stage_model.a": torch.ones(1), "cond_stage_model.position_ids": torch.ones(1, dtype=torch.int64)}
+    save_file({f"{prefix}{name}": value for name, value in named.items()} | (beside if prefix else {}), file)
+    found = load_generator(config.model_copy(update={"file": str(file)}), ROOT)
+    assert isinstance(found, PipelineGenerator)
+    assert _same(_weights(found), _weights(whole))
 
-    folder = write_cogvideox(tmp_path / "cogvideox")
+
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video"])
+def test_a_family_without_a_single_file_says_so(family: str, tmp_path: Path) -> None:
+    row = FAMILIES[family]
     file = tmp_path / "any.safetensors"
     save_file({"a": torch.ones(1)}, file)
-    config = generator_config("cogvideox", folder, file=str(file), frames=9, max_sequence_length=12)
-    with pytest.raises(GeneratorError, match=r"file: diffusers reads no single file of CogVideoXTransformer3DModel"):
+    config = row.config(row.write(tmp_path / family), file=str(file))
+    with pytest.raises(GeneratorError, match=r"file: diffusers reads no single file of (CogVideoX|HunyuanVideo15)Tra"):
         load_generator(config, ROOT)
 
 
@@ -161,6 +184,26 @@ def test_a_lora_that_does_not_fit_is_named(tiny_wan: Path, tmp_path: Path) -> No
         _lora(file, {"x": name})
         with pytest.raises(GeneratorError, match=message):
             _load(tiny_wan, start=str(file))
+    fits, beside = (f"transformer.blocks.{number}.attn1.to_q" for number in (0, 7))
+    _lora(file, {"x": fits, "y": beside})
+    tensors = load_file(file)
+    for kept, message in (
+        ([*tensors], rf"holds 4 LoRA tensors, and Wan.* takes 2 of such modules; it has no module for {beside}.lora_A"),
+        (
+            [name for name in tensors if name != f"{beside}.lora_B.weight"],
+            r"holds 3 .* takes 2 .* no module for",
+        ),
+    ):
+        save_file({name: tensors[name] for name in kept}, file)
+        with pytest.raises(GeneratorError, match=message):
+            _load(tiny_wan, start=str(file))
+    _lora(file, {"x": fits, "y": fits.replace("0", "1")})
+    save_file({name: value for name, value in load_file(file).items() if "1.attn1.to_q.lora_B" not in name}, file)
+    with pytest.raises(GeneratorError, match=r"holds 3 LoRA tensors, and Wan.* takes 4 of such modules$"):
+        _load(tiny_wan, start=str(file))
+    save_file({name: value.to(torch.int8) for name, value in tensors.items() if beside not in name}, file)
+    with pytest.raises(GeneratorError, match=rf"not of floating point: {fits}.lora_A.weight \(I8\)"):
+        _load(tiny_wan, start=str(file))
     file.write_bytes(b"no weights")
     with pytest.raises(GeneratorError, match=r"lora.safetensors: cannot be read"):
         _load(tiny_wan, start=str(file))

@@ -5,17 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import generator_config, write_wan22_a14b
 from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.lora import check_adapted
 from vipo.generators.outline import longest_conditioning, outline
+from vipo.generators.sharded import blocks
 from vipo.generators.wan import Wan22PairGenerator
+from vipo.training.sharding import join_alone, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +133,54 @@ def test_adapters_are_fp32_beside_bf16_weights(experts: str, folder: Path, tmp_p
     assert trained
     # The adapter's name is peft's own.
     assert all(torch.equal(loaded[name.replace(".default.", ".default_0.")], value) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("levels", [(1.0, 0.9), (0.87, 0.1), (1.0, 0.1)])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_sharded_by_blocks_the_gradients_are_the_same(
+    recomputed: bool, levels: tuple[float, float], folder: Path
+) -> None:
+    """Of zeros too, where one does not act: it is not called, and so not gathered."""
+    whole, sharded = _load(folder), _load(folder)
+    noise, given = _given(whole, 2)
+    called, found = set(), list[dict[str, Tensor]]()
+    for generator in (whole, sharded):
+        if recomputed:
+            generator.recompute_activations()
+        generator.network.requires_grad_(True)
+    units = blocks(sharded.network)
+    assert [type(unit).__name__ for unit in units] == ["WanTransformerBlock"] * 4
+    for name in ("transformer", "transformer_2"):
+        block = getattr(sharded.network, name).blocks[0]
+        block.register_forward_hook(lambda *_, name=name: called.add(name))
+    join_alone(torch.device("cpu"))
+    shard(sharded.network, torch.device("cpu"), 1, "fp32", offload=False)
+    assert all(isinstance(unit, FSDPModule) for unit in units)
+    for generator in (whole, sharded):
+        generator.predict(noise, torch.tensor(levels), given).square().mean().backward()
+        grads = {name: value.grad for name, value in generator.network.named_parameters()}
+        assert all(grad is not None for grad in grads.values())
+        found.append({n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items() if g is not None})
+    dist.destroy_process_group()
+    assert called == {"transformer" if level >= 0.875 else "transformer_2" for level in levels}
+    for name, grad in found[0].items():
+        assert bool(grad.any()) <= (name.split(".")[0] in called)
+        torch.testing.assert_close(found[1][name], grad, atol=1e-7, rtol=1e-5)
+
+
+def test_sharded_in_bf16_the_boundary_is_not_rounded(folder: Path) -> None:
+    """0.8745 is below it, and in bf16 above."""
+    generator = _load(folder, precision="bf16")
+    noise, given = _given(generator, 1)
+    calls: list[str] = []
+    for name in ("transformer", "transformer_2"):
+        getattr(generator.network, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    join_alone(torch.device("cpu"))
+    shard(generator.network, torch.device("cpu"), 1, "bf16", offload=False)
+    with torch.no_grad():
+        generator.predict(noise, torch.tensor([0.8745]), given)
+    dist.destroy_process_group()
+    assert calls == ["transformer_2"]
 
 
 def test_a_plan_counts_the_one_that_acts(folder: Path) -> None:

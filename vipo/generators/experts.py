@@ -1,10 +1,11 @@
 """Two networks as one: one acts at high noise, the other at low (Wan 2.2 A14B)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Experts(nn.Module):
@@ -12,7 +13,8 @@ class Experts(nn.Module):
 
     Each sample is predicted by the network of its own noise level. Where a batch needs both, each sees the whole batch,
     so that a sample's prediction does not depend on its neighbours' levels. A trained one that no sample needs has
-    gradients of zero: processes whose samples need others still sum the same gradients.
+    gradients of zero: processes whose samples need others still sum the same gradients. Sharded, whose blocks all
+    processes gather or none, those act that a sample of any process needs (`agree`).
 
     Attributes:
         transformer: for timesteps from `boundary` on.
@@ -20,6 +22,7 @@ class Experts(nn.Module):
         boundary: timestep in [0, 1000].
         trained: the names of those that `requires_grad_` concerns.
         acting: which act on a batch, whatever its times, as `vipo plan` counts; None: those that its times ask for.
+        agree: what all processes decide, of which act by this one's times.
     """
 
     def __init__(self, transformer: Any, transformer_2: Any, boundary: float, trained: tuple[str, ...]) -> None:
@@ -27,6 +30,12 @@ class Experts(nn.Module):
         self.transformer, self.transformer_2 = transformer, transformer_2
         self.boundary, self.trained = boundary, trained
         self.acting: Mapping[str, bool] | None = None
+        self.agree: Callable[[list[bool]], list[bool]] = list
+
+    @property
+    def _no_split_modules(self) -> Any:
+        # diffusers' name, for what keeps the blocks of any network whole.
+        return self.transformer._no_split_modules
 
     @property
     def config(self) -> Any:
@@ -44,7 +53,8 @@ class Experts(nn.Module):
         high = timestep >= self.boundary
         acting = self.acting
         if acting is None:
-            acting = {"transformer": bool(high.any()), "transformer_2": not bool(high.all())}
+            asked = self.agree([bool(high.any()), not bool(high.all())])
+            acting = dict(zip(("transformer", "transformer_2"), asked, strict=True))
         made = [
             getattr(self, name)(hidden_states=hidden_states, timestep=timestep, **given)[0]
             for name, acts in acting.items()
@@ -57,7 +67,9 @@ class Experts(nn.Module):
             for name, acts in acting.items():
                 for value in () if acts else getattr(self, name).parameters():
                     if value.requires_grad:
-                        predicted = predicted + 0 * value.reshape(-1)[0]
+                        own = value.to_local() if isinstance(value, DTensor) else value
+                        # Of a process's rows there may be none, and they may lie in main memory.
+                        predicted = predicted + 0 * own.reshape(-1)[:1].sum().to(predicted.device)
         return (predicted,)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

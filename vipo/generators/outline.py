@@ -14,6 +14,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators.base import NEGATIVE, GeneratorError, resolve_class
 from vipo.generators.parts import part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.sharded import blocks
 
 # What a family's conditioning has of a prompt as a whole, not of its tokens.
 _POOLED = frozenset({"pooled_projections", "text_embeds"})
@@ -29,7 +30,7 @@ def outline(
         root: repository root, for relative paths.
         mode: that calls are made in.
         lora: what is trained; None: all weights.
-        cast: whether the network's weights are bf16, as sharded ones are once they are gathered.
+        cast: whether the blocks' weights are bf16, as those of a sharded network are once they are gathered.
 
     Raises:
         GeneratorError: the configurations cannot be read, or the adapter is no `PipelineGenerator`.
@@ -47,8 +48,9 @@ def outline(
     else:
         generator.add_lora(lora, 0)
     if cast:
-        # All of it, as FSDP2 does; diffusers' own `to` warns of parts that it would keep.
-        nn.Module.to(generator.network, torch.bfloat16)
+        for module in blocks(generator.network):
+            # All of it, as FSDP2 does; diffusers' own `to` warns of parts that it would keep.
+            nn.Module.to(module, torch.bfloat16)
     generator.read_no_values(one_time=False)
     generator.config, generator.device = config.model_copy(update={"device": "cpu"}), torch.device("cpu")
     with mode:

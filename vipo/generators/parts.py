@@ -140,8 +140,7 @@ def load_part(
             if isinstance(location, Path)
             else " (where the repository has *.fp16.safetensors only, download it and name its folder)"
         )
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
-        raise GeneratorError(f"{location}/{part}: cannot be loaded ({cause}); {remedy}{only}") from error
+        raise GeneratorError(f"{location}/{part}: cannot be loaded ({shortened(error)}); {remedy}{only}") from error
     if not weights:
         part_without_weights: T = loaded
         return part_without_weights
@@ -151,6 +150,11 @@ def load_part(
         raise GeneratorError(f"{location}/{part}: does not hold what {type(model).__name__} takes: {faults}; {remedy}")
     found: T = model
     return found
+
+
+def shortened(error: Exception) -> str:
+    """A library's error as a message quotes it: its kind and the beginning of what it says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
 
 
 def _weight_files(folder: Path) -> dict[str | None, list[Path]]:

@@ -1,4 +1,5 @@
-"""Loading a network that is about to be sharded: no device, and one process of a node, ever holds the whole of it."""
+"""A network that is about to be sharded: what of it is gathered at a time, and loading it, so that no device, and one
+process of a node, ever holds the whole of it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,14 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import Generator, load_generator, resolve_class
 from vipo.generators.parts import load_part, part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a sharded network that are gathered one after the other, inner ones first: the blocks that diffusers
+    keeps whole on one device; where none is named, the network itself."""
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    found = [module for module in reversed(list(network.modules())) if type(module).__name__ in names]
+    return found or [network]
 
 
 def load_to_shard(config: GeneratorConfig, root: Path, *, whole: bool) -> Generator:

@@ -3,11 +3,11 @@
 import inspect
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -17,13 +17,13 @@ from vipo.config.resolved import read_mapping
 from vipo.config.validation import ConfigError, validate_section
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.lora import lora_file
-from vipo.generators.parts import load_part
+from vipo.generators.one_file import converter, load_network_file
+from vipo.generators.parts import load_part, not_floating, shortened, stored_dtypes
 from vipo.text import listed
 
 log = logging.getLogger(__name__)
 
 _TEXT_ENCODERS = re.compile(r"(text_encoder|lora_te|conditioner|cond_stage)")
-_LONGEST_CAUSE = 300
 _NAMED = 2
 _RUN = "config.yaml"
 
@@ -146,7 +146,7 @@ def check_start(config: GeneratorConfig, root: Path, network_class: Any, pair: b
     if config.file is None:
         return
     single_file(config, root)
-    if not hasattr(network_class, "from_single_file"):
+    if converter(network_class) is None:
         raise GeneratorError(
             f"generator.file: diffusers reads no single file of {network_class.__name__}; give the pipeline's folder "
             "as generator.path alone"
@@ -176,7 +176,7 @@ def load_started(
         folder, found = found[whole[-1]].path, found[whole[-1] + 1 :]
         network = load_part(kind.from_pretrained, folder, part, config, remedy="train that run again")
     elif config.file is not None:
-        network = _load_file(kind, location, part, config, single_file(config, root))
+        network = load_network_file(kind, location, part, config, single_file(config, root))
     else:
         network = load_part(kind.from_pretrained, location, part, config)
     for start in found:
@@ -185,30 +185,17 @@ def load_started(
     return network
 
 
-def _load_file(kind: Any, location: Path | str, part: str, config: GeneratorConfig, file: Path) -> Any:
-    place = f"{file}: does not hold what {kind.__name__} with the settings of {location}/{part} takes"
-    try:
-        network = kind.from_single_file(
-            str(file),
-            config=str(location),
-            subfolder=part,
-            config_revision=config.revision,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-        )
-    except Exception as error:
-        raise GeneratorError(f"{place} ({_cause(error)})") from error
-    for fault, names in {
-        "missing": [name for name, value in network.named_parameters() if value.is_meta],
-        "not finite": [n for n, v in network.named_parameters() if not v.is_meta and not bool(v.isfinite().all())],
-    }.items():
-        if names:
-            raise GeneratorError(f"{place}: {fault}: {listed(names, _NAMED)}")
-    return network
+def _noting(network: Any) -> list[str]:
+    """Names of the LoRA tensors that the network is going to be given, once, converted."""
+    given: list[str] = []
 
+    def load(state: Mapping[str, Any], *others: Any, **more: Any) -> Any:
+        given.extend(state)
+        del network.load_lora_adapter
+        return network.load_lora_adapter(state, *others, **more)
 
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
+    network.load_lora_adapter = load
+    return given
 
 
 def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: float) -> None:
@@ -231,6 +218,9 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
             raise GeneratorError(
                 f"{file}: adapts text encoders too ({texts[0]}), which vipo does not; give the file without them"
             )
+        if whole := not_floating(stored_dtypes([file]), ("alpha",)):
+            raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
+        given = _noting(network)
         if hasattr(pipeline_class, "load_lora_weights"):
             parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
             # The files of a second network name the first one.
@@ -241,6 +231,14 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
         adapted = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
         if not adapted:
             raise GeneratorError(f"{file}: adapts no module of {type(network).__name__} ({names[0]}, …)")
+        held = sum(".lora_" in name for name, _ in network.named_parameters())
+        if held != len(given):
+            # diffusers goes on without those that fit nothing, and draws those that are missing.
+            strange = [name for name in given if not any(f".{module}." in f".{name}" for module in adapted)]
+            raise GeneratorError(
+                f"{file}: holds {len(given)} LoRA tensors, and {type(network).__name__} takes {held} of such modules"
+                + (f"; it has no module for {listed(strange, _NAMED)}" if strange else "")
+            )
         network.fuse_lora(lora_scale=scale, safe_fusing=True)
         network.unload_lora()
     except GeneratorError:
@@ -248,5 +246,5 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
     except (SafetensorError, OSError) as error:
         raise GeneratorError(f"{file}: cannot be read: {error}") from error
     except Exception as error:
-        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({_cause(error)})") from error
+        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({shortened(error)})") from error
     log.info("%s: merged into %d modules of the %s, scale %g", file, len(adapted), part, scale)

@@ -175,6 +175,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     if training.gradient_checkpointing:
         generator.recompute_activations()
     size, steps = training.micro_batch, config.sampling.steps
+    samples = training.prompts_per_update * training.group_size
+    own = samples // distribution.world_size
     joined, rolled = size * training.joined_transitions, training.rollout_batch or size
     learning, rolling = (_Calls(generator, root, mode, count) for count in (joined, rolled))
     with mode:
@@ -183,7 +185,9 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     def lesson() -> None:
         learning.predict().square().mean().backward()
 
-    generator.read_no_values(one_time=joined == 1)
+    # Of two networks in shards, the one that a sample of any process needs acts in all of them.
+    apart = distribution.shards and own < samples and training.transition_choice in ("per_sample", "stratified")
+    generator.read_no_values(one_time=joined == 1 and not apart)
     # First, for it leaves the gradients that every later backward pass adds to; and apart from what is alive at once,
     # for what counts operations keeps tensors that would be gone.
     try:
@@ -205,13 +209,11 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         draws = peak_bytes(mode, generator, rolling.given, rolling.predict)
         decodes = peak_bytes(mode, generator, [clean], lambda: generator.pictures(clean))
 
-    samples = training.prompts_per_update * training.group_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
     policies = len(keeps) + (training.ema_decay is not None)
     referred = objective.needs_reference or training.base_distance
     compared = objective.needs_old + referred + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
-    own = samples // distribution.world_size
     shards = distribution.world_size if distribution.shards else 1
     parameters = list(generator.network.parameters())
     weights = _FP32 * sum(value.numel() for value in parameters) if cast else _bytes(parameters)
@@ -267,11 +269,11 @@ def _evaluation(config: Config, root: Path) -> int:
 
 
 def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:
-    """Bytes that a device holds whole while a sharded network computes, and what a block's gradients are there."""
-    values, block = gathered_values(network)
-    unit = 2 if cast else _FP32
+    """Bytes that a device holds whole while a sharded network computes, and what gradients are there."""
+    found, unit = gathered_values(network), 2 if cast else _FP32
     # Gradients as they come, and in fp32 where they are summed over the processes.
-    return unit * values, (unit + _FP32) * block
+    gradients = _FP32 * found.rest_trained + (unit + _FP32) * found.block_trained
+    return _FP32 * found.rest + unit * found.blocks, gradients
 
 
 def peak_bytes(

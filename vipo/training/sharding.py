@@ -1,6 +1,7 @@
 """A network in shards, by PyTorch's FSDP2: cut where it lies, and filled from the one process that has its weights."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+from vipo.generators.experts import Experts
+from vipo.generators.sharded import blocks
 
 
 def join_alone(device: torch.device) -> None:
@@ -29,8 +33,9 @@ def group_backend(device: str) -> str:
 def shard(network: nn.Module, device: torch.device, processes: int, precision: str, *, offload: bool) -> None:
     """Leave each process its rows of every parameter; all call it.
 
-    Weights are fp32; with `precision` ``bf16`` they are gathered in bf16 and gradients are reduced in fp32. What is
-    gathered at a time, and moved to the device at a time, are the blocks that diffusers keeps whole on one device.
+    Weights are fp32; with `precision` ``bf16`` blocks are gathered in bf16 and gradients are reduced in fp32. What is
+    gathered at a time, and moved to the device at a time, are the `blocks`. What is given to the network, and from one
+    block to the next, keeps its type: noise levels and rotary angles in bf16 are others.
 
     Args:
         network: see `fill`.
@@ -40,39 +45,53 @@ def shard(network: nn.Module, device: torch.device, processes: int, precision: s
         offload: hold rows and their gradients in main memory, where the optimizer steps.
     """
     mesh = init_device_mesh(device.type, (processes,), mesh_dim_names=("data",))
-    policy = MixedPrecisionPolicy()
+    plain = policy = MixedPrecisionPolicy()
     if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    for module in blocks(network):
+    if isinstance(network, Experts):
+        network.agree = _of_any_process
+    parts = blocks(network)
+    for module in parts:
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
-    fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=place)
+    if network not in parts:
+        # The embeddings of time and the norms at both ends, which autocast keeps in fp32.
+        fully_shard(network, mesh=mesh, mp_policy=plain, offload_policy=place)
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The parts of a network that are gathered one after the other, inner ones first; without one, it is gathered as
-    a whole."""
-    names = set(getattr(network, "_no_split_modules", None) or ())
-    return [module for module in reversed(list(network.modules())) if type(module).__name__ in names]
+def _of_any_process(each: list[bool]) -> list[bool]:
+    flags = torch.tensor(each, dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags]
 
 
-def gathered_values(network: nn.Module) -> tuple[int, int]:
-    """Values of what a device holds whole while a sharded network computes, and the most that a block trains.
+@dataclass(frozen=True)
+class Gathered:
+    """How many values a device holds whole while a sharded network computes.
 
-    What lies in no block stays from the first call to the end of the backward pass; of the blocks it is one, and the
-    next one, which is fetched meanwhile: at most the two largest. A block in a block is gathered by itself.
+    Attributes:
+        rest: in no block: from the first call to the end of the backward pass.
+        blocks: of one, and the next one, which is fetched meanwhile: at most the two largest.
+        rest_trained: of `rest`, those with a gradient.
+        block_trained: the most that have one in a block.
     """
+
+    rest: int
+    blocks: int
+    rest_trained: int
+    block_trained: int
+
+
+def gathered_values(network: nn.Module) -> Gathered:
+    """What a device holds whole; a block in a block is gathered by itself."""
     known: set[nn.Parameter] = set()
     units = []
-    for module in blocks(network):
+    for module in [*blocks(network), network]:
         units.append([value for value in module.parameters() if value not in known])
         known.update(units[-1])
-    sizes = sorted((sum(value.numel() for value in unit) for unit in units), reverse=True)
-    rest = sum(value.numel() for value in network.parameters()) - sum(sizes)
-    trained = [
-        sum(value.numel() for value in unit if value.requires_grad) for unit in units or [list(network.parameters())]
-    ]
-    return rest + sum(sizes[:2]), max(trained)
+    *sizes, rest = [sum(value.numel() for value in unit) for unit in units]
+    *trained, rest_trained = [sum(value.numel() for value in unit if value.requires_grad) for unit in units]
+    return Gathered(rest, sum(sorted(sizes)[-2:]), rest_trained, max(trained))
 
 
 def fill(network: nn.Module, device: torch.device, whole: Mapping[str, Tensor], *, offload: bool) -> None:
