@@ -27,7 +27,7 @@ class Step:
 STEPS = (
     Step("machine", 45, "the machine's own matrix product and memory bandwidth"),
     Step("agreement", 120, "does the device compute what the CPU does", timed=False),
-    Step("bytes", 100, "the same run again, and killed and resumed: the same bytes", timed=False),
+    Step("bytes", 150, "the same run again, and killed and resumed: the same bytes", timed=False),
     Step("waits", 60, "how often the host waits for the device", timed=False),
     Step("families", 120, "every family in miniature: is it the stock pipeline, and its ratio 1", timed=False),
     Step("processes", 90, "DDP and FSDP2 over NCCL: the same as one process alone", timed=False),
