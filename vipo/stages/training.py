@@ -59,7 +59,7 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
 
 
 def _train(config: Config, root: Path, results: Path, wait: float) -> None:
-    from vipo.generators.base import check_device
+    from vipo.generators.configured import check_device
     from vipo.training.launch import stop_with_launcher
     from vipo.training.ranks import is_rank
     from vipo.training.recorded import train_run
