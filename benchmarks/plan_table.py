@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu.sizes import REAL
 from vipo.config.compose import load_config, load_generator_sections, repository_root, write_if_changed
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.generators.outline import outline
 from vipo.training.plan import plan
 

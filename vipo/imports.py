@@ -21,7 +21,7 @@ def check_imports(config: Config) -> None:
 
             find_source(source, f"prompts.{key}".removesuffix(".source"))
     if is_import_path(config.generator.family):
-        from vipo.generators.base import resolve_class
+        from vipo.generators.configured import resolve_class
 
         resolve_class(config.generator)
     if is_import_path(config.perception.backbone):

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.gpu.record import Record
 from vipo.config.compose import load_config, repository_root
 from vipo.generators.embeddings import stack_conditioning
 from vipo.provenance.files import file_sha256
+from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import Trajectory, rollout
 from vipo.sampling.transitions import position_log_prob
@@ -27,7 +28,7 @@ from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import Setup, set_up
 from vipo.training.update import update
 
-_SMALL = (
+SMALL = (
     "experiment=demo",
     "arm=vipo",
     "sampling.steps=4",
@@ -52,12 +53,18 @@ _OTHER_FAMILY = (
     "evaluation.prompts=2",
     "evaluation.rewards=[redness]",
 )
+# Joined transitions are other batches than the rollout's: where kernels are not batch-invariant, their ratio is not 1.
+_WINDOW = (
+    "sampling.window={size: 2, move: fixed, solver: dpm2}",
+    "training.joined_transitions=2",
+    "training.log_ratio_tolerance=1e9",
+)
 _HOST_WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
 
 
 def _family_overrides(family: str, folder: Path) -> list[str]:
-    if family == "demo":
-        return []
+    if family in ("demo", "demo_window"):
+        return [] if family == "demo" else list(_WINDOW)
     sys.path.insert(0, str(repository_root() / "tests"))
     checkpoints = importlib.import_module("checkpoints")
     words = ("red", "blue", "tall", "old", "wet", "dry")
@@ -72,12 +79,17 @@ def _family_overrides(family: str, folder: Path) -> list[str]:
     return [*overrides, "generator.frames=9"] if family == "wan" else [*overrides, "sampling.transition=ddim"]
 
 
-def _setup(folder: Path, overrides: Sequence[str]) -> Setup:
-    config, root = load_config([*_SMALL, *overrides]), repository_root()
-    folder.mkdir()
-    prepare_stage(config, root, folder)
-    encode_stage(config, root, folder)
-    return set_up(config, root, folder / config.experiment.name)
+def prepare(results: Path, overrides: Sequence[str]) -> Path:
+    """Prompts and embeddings of a small run; gives the folder of its experiment."""
+    config, root = load_config([*SMALL, *overrides]), repository_root()
+    prepare_stage(config, root, results)
+    encode_stage(config, root, results)
+    return results / config.experiment.name
+
+
+def prepared_setup(results: Path, overrides: Sequence[str]) -> Setup:
+    """A small run, set up, with prompts and embeddings of its own."""
+    return set_up(load_config([*SMALL, *overrides]), repository_root(), prepare(results, overrides))
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:
@@ -92,7 +104,10 @@ def _computed(setup: Setup, given: Trajectory | None = None) -> dict[str, Tensor
     conditioning = stack_conditioning(setup.embeddings, ids)
     noise = keyed_normal([(0, "noise", i) for i in ids], generator.latent_shape, setup.device)
     initial: list[Key] = [(0, "initial", i) for i in ids]
-    path = rollout(generator, conditioning, chain, range(len(chain.trainable)), initial, [(0, "step", i) for i in ids])
+    sampling = setup.config.sampling
+    stochastic = stochastic_steps(sampling.window, len(chain.trainable), 0, 1)
+    drawn: list[Key] = [(0, "step", i) for i in ids]
+    path = rollout(generator, conditioning, chain, stochastic, initial, drawn, sampling.solver)
     seen = path if given is None else Trajectory(*(getattr(given, n).to(setup.device) for n in given.__dict__))
     steps = torch.tensor([0, 1], device=setup.device)
     latents, value, _ = seen.at(steps)
@@ -106,14 +121,21 @@ def _computed(setup: Setup, given: Trajectory | None = None) -> dict[str, Tensor
     }
 
 
-def measure_agreement(record: Record, device: str, families: Sequence[str] = ("demo", "wan", "sd")) -> None:
-    """Largest differences to the CPU's of a prediction, a chain, pictures, log-probabilities and one update."""
+def measure_agreement(
+    record: Record, device: str, families: Sequence[str] = ("demo", "wan", "sd", "demo_window")
+) -> None:
+    """Largest differences to the CPU's of a prediction, a chain, pictures, log-probabilities and one update.
+
+    Args:
+        families: whose generators; ``demo_window`` draws noise in two steps, solves the others by DPM-Solver++ 2M and
+            joins both transitions in a call.
+    """
     for family in families:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             own = _family_overrides(family, folder)
-            reference = _setup(folder / "cpu", [*own, "generator.device=cpu"])
-            found = _setup(folder / "device", [*own, f"generator.device={device}"])
+            reference = prepared_setup(folder / "cpu", [*own, "generator.device=cpu"])
+            found = prepared_setup(folder / "device", [*own, f"generator.device={device}"])
             expected = _computed(reference)
             path = Trajectory(*(expected[f"_{name}"] for name in Trajectory.__dataclass_fields__))
             computed = _computed(found, path)
@@ -126,7 +148,7 @@ def measure_agreement(record: Record, device: str, families: Sequence[str] = ("d
                 f"{family}.update.metric_differences", {key: abs(metrics[0][key] - metrics[1][key]) for key in shared}
             )
             record.put(f"{family}.fp32.max_log_ratio", metrics[1]["log_ratio/max_before_first_step"])
-            half = _setup(
+            half = prepared_setup(
                 folder / "bf16",
                 [*own, f"generator.device={device}", "generator.precision=bf16", "training.log_ratio_tolerance=1e9"],
             )
@@ -159,25 +181,18 @@ def measure_bytes(record: Record, device: str, runs: Sequence[str] = ("first", "
         runs: which of them; the others are compared with the first.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        overrides = [*_SMALL, f"generator.device={device}"]
-        config, root = load_config(overrides), repository_root()
-        commands = {}
+        folder, own = Path(name), [f"generator.device={device}"]
         for run in runs:
-            prepare_stage(config, root, folder / run)
-            encode_stage(config, root, folder / run)
-            commands[run] = [sys.executable, "-m", "vipo.cli", "train", *overrides, "--results", str(folder / run)]
+            prepare(folder / run, own)
+        commands = {run: train_command(folder / run, own) for run in runs}
         killed = [sys.executable, "-c", _KILLED, *commands["killed"][3:]]
         started = {
-            run: _start(killed if run == "killed" else command, folder / f"{run}.log")
+            run: start(killed if run == "killed" else command, folder / f"{run}.log")
             for run, command in commands.items()
         }
-        record.put("killed_while_running", started["killed"].wait() == -signal.SIGKILL)
-        started["resumed"] = _start(commands["killed"], folder / "resumed.log")
-        for run in (*(run for run in runs if run != "killed"), "resumed"):
-            if started[run].wait():
-                log = (folder / f"{run}.log").read_text(errors="replace")
-                raise RuntimeError(f"{run} ended with status {started[run].returncode}:\n{log[-3000:]}")
+        record.put("killed_while_running", started.pop("killed").wait() == -signal.SIGKILL)
+        started["resumed"] = start(commands["killed"], folder / "resumed.log")
+        wait_for(started, folder)
         record.put("resumed", "resumed after update" in (folder / "resumed.log").read_text())
         written = {run: _written(folder / run) for run in runs}
         record.put("files", len(written["first"]))
@@ -190,9 +205,30 @@ def _differs(path: str, written: dict[str, dict[str, str]], run: str) -> bool:
     return written["first"].get(path) != written[run].get(path)
 
 
-def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def train_command(results: Path, overrides: Sequence[str]) -> list[str]:
+    """`vipo train` of a small run."""
+    return [sys.executable, "-m", "vipo.cli", "train", *SMALL, *overrides, "--results", str(results)]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """A command whose output goes into `log`."""
     with log.open("wb") as stream:
         return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=repository_root(), env=os.environ)
+
+
+def wait_for(started: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait until all have ended.
+
+    Args:
+        started: by a name, such as "first", whose log is ``folder/first.log``.
+
+    Raises:
+        RuntimeError: one ended badly.
+    """
+    for run, process in started.items():
+        if process.wait():
+            log = (folder / f"{run}.log").read_text(errors="replace")
+            raise RuntimeError(f"{run} ended with status {process.returncode}:\n{log[-3000:]}")
 
 
 def _written(folder: Path) -> dict[str, str]:
@@ -228,7 +264,7 @@ def measure_waits(record: Record, device: str) -> None:
                 "training.optimizer_steps_per_update=1",
                 f"training.micro_batch={8 // batches}",
             ]
-            setup = _setup(Path(name) / str(batches), overrides)
+            setup = prepared_setup(Path(name) / str(batches), overrides)
             update(setup, 1)
             with HostReads() as reads:
                 update(setup, 2)

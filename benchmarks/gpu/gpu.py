@@ -6,6 +6,7 @@ ends the run, ``gpu.json`` and ``gpu.md`` hold what was measured until then; wha
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -13,50 +14,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.record import Record, read_figures
+from benchmarks.gpu.steps import STEPS, Step, figures_file, run_step
+from benchmarks.gpu.supervise import Running, side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "timm", "safetensors", "numpy")
 _NOT_WRITTEN = {
-    "memory against `vipo plan`": "no step compares them yet",
-    "training.joined_transitions": "no step yet; batch.* tells whether ratios would stay 1",
     "CUDA graphs, FP8 rollouts": "not built, docs/performance.md says why",
-    "other families, several GPUs, decoding beside the next rollout": "no step yet",
-    "DDP and FSDP2 over NCCL, world size 1": "no step yet; one process has a group for distribution.offload alone",
+    "decoding and rewards beside the next rollout": "not built",
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process: its name, its limit in seconds, and what it answers."""
-
-    name: str
-    limit: float
-    question: str
-
-
-# In order of value; the limits of all are more than the whole may take, since few steps reach theirs.
-STEPS = (
-    Step("machine", 45, "the machine's own matrix product and memory bandwidth"),
-    Step("agreement", 100, "does the device compute what the CPU does"),
-    Step("bytes", 100, "the same run again, and killed and resumed: the same bytes"),
-    Step("waits", 45, "how often the host waits for the device"),
-    Step("flux", 90, "FLUX.1-dev at its real size"),
-    Step("wan", 90, "Wan 2.1 1.3 B at its real size"),
-    Step("sd3_lora", 60, "Stable Diffusion 3.5 medium at its real size, LoRA"),
-    Step(
-        "sd3_window", 60, "Stable Diffusion 3.5 medium as others count images per GPU-hour: a window of 2 trained steps"
-    ),
-    Step("sd3_full", 60, "Stable Diffusion 3.5 medium at its real size, all weights"),
-    Step("sd3_options", 120, "compiled blocks and a bf16 map on and off, at sd3_window's size"),
-    Step("flux_options", 150, "compiled blocks, attention backends and a bf16 map on and off, at FLUX.1-dev's size"),
-    Step("adamw_options", 60, "AdamW in one kernel and by lists of tensors, at sd3_full's size"),
-)
+# Seconds within which no step can tell anything.
+_LEAST = 5
 
 
 def machine_facts() -> dict[str, Any]:
@@ -84,63 +56,6 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def run_step(name: str, record: Record, device: str, tiny: bool, matmul_tflops: float | None) -> None:
-    """The work of one step, in this process."""
-    # Imported by the step that needs it: what fails to import there leaves the other steps alone.
-    if name == "machine":
-        from benchmarks.gpu.machine import measure_machine
-
-        measure_machine(record, device, tiny)
-    elif name.endswith("_options"):
-        from benchmarks.gpu.options import OPTIONS, measure_options
-        from benchmarks.gpu.sizes import REAL, TINY
-
-        size, cases = OPTIONS[name]
-        if tiny:
-            # Kernels for a CPU take minutes to compile.
-            cases = {case: chosen for case, chosen in cases.items() if "generator.compile=blocks" not in chosen}
-        measure_options(record, (TINY if tiny else REAL)[size], device, cases)
-    elif name not in ("agreement", "bytes", "waits"):
-        from benchmarks.gpu.real_size import measure_family
-        from benchmarks.gpu.sizes import REAL, TINY
-
-        measure_family(record, (TINY if tiny else REAL)[name], device, matmul_tflops)
-    else:
-        from benchmarks.gpu import correct
-
-        steps = {
-            "agreement": correct.measure_agreement,
-            "bytes": correct.measure_bytes,
-            "waits": correct.measure_waits,
-        }
-        steps[name](record, device)
-
-
-def supervise(
-    step: Step, figures: Path, device: str, tiny: bool, seconds: float, matmul_tflops: float | None
-) -> dict[str, Any]:
-    """Run a step in a process of its own, for at most `seconds`; what it noted stays, however it ends."""
-    command = [sys.executable, "-m", "benchmarks.gpu.gpu", "--step", step.name, "--device", device]
-    command += ["--figures", str(figures)]
-    command += ["--tiny"] if tiny else []
-    command += [] if matmul_tflops is None else ["--matmul-tflops", str(matmul_tflops)]
-    start, log = time.monotonic(), figures.with_suffix(".log")
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = process.wait(seconds)
-            told = "ok" if status == 0 else f"failed with status {status}"
-        except subprocess.TimeoutExpired:
-            # Its children too: a step starts trainings of its own.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            told = f"ended by its limit of {seconds:.0f} s"
-    found = {"question": step.question, "status": told, "seconds": round(time.monotonic() - start, 1)}
-    if told != "ok":
-        found["last_lines"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
-    return found | {"figures": read_figures(figures)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -171,33 +86,49 @@ def _cell(value: Any) -> str:
 
 
 def run(output: Path, device: str, tiny: bool, budget: float, names: list[str]) -> dict[str, Any]:
-    """All steps, one after the other, within `budget` seconds; writes ``gpu.json`` and ``gpu.md`` after each."""
+    """All steps within `budget` seconds; writes ``gpu.json`` and ``gpu.md`` after each.
+
+    Those that measure no time run beside each other, as far as there are cores for it; the others one after the other.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    begun = time.monotonic()
     results: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "tiny": tiny,
         "machine": machine_facts(),
         "steps": {},
-        "not_run": dict(_NOT_WRITTEN),
+        "not_run": dict(_NOT_WRITTEN) | {step.name: "not asked for" for step in STEPS if step.name not in names},
     }
+    chosen = [step for step in STEPS if step.name in names]
     for step in STEPS:
-        left = budget - (time.monotonic() - start)
-        if step.name not in names:
-            results["not_run"][step.name] = "not asked for"
-        elif left < 5:
-            results["not_run"][step.name] = f"the {budget:.0f} s of the whole were used up"
-        else:
-            print(f"{step.name}: {step.question}", flush=True)
-            tflops = results["steps"].get("machine", {}).get("figures", {}).get("matmul_tflops.bf16")
-            found = supervise(step, output / f"{step.name}.jsonl", device, tiny, min(step.limit, left), tflops)
-            results["steps"][step.name] = found
-            print(f"{step.name}: {found['status']}, {found['seconds']} s", flush=True)
-        results["seconds"] = round(time.monotonic() - start, 1)
-        (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (output / "gpu.md").write_text(table(results), encoding="utf-8")
+        # Of an earlier run.
+        figures_file(output, step.name).unlink(missing_ok=True)
+
+    def start(step: Step) -> Running | None:
+        left = budget - (time.monotonic() - begun)
+        if left < _LEAST:
+            return None
+        print(f"{step.name}: {step.question}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.gpu.gpu", str(output), "--step", step.name, "--device", device]
+        return Running(step, [*command, *(["--tiny"] if tiny else [])], output, min(step.limit, left))
+
+    for timed, group in itertools.groupby(chosen, key=lambda step: step.timed):
+        for step, found in side_by_side(list(group), 1 if timed else _at_once(), start):
+            if found is None:
+                results["not_run"][step.name] = f"the {budget:.0f} s of the whole were used up"
+            else:
+                results["steps"][step.name] = found
+                print(f"{step.name}: {found['status']}, {found['seconds']} s", flush=True)
+            results["seconds"] = round(time.monotonic() - begun, 1)
+            (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            (output / "gpu.md").write_text(table(results), encoding="utf-8")
     return results
+
+
+def _at_once() -> int:
+    # A step is up to three processes, of a thread each.
+    return max(1, (os.cpu_count() or 1) // 2)
 
 
 def main() -> None:
@@ -209,12 +140,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=470, help="seconds of the whole")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS])
     parser.add_argument("--step", choices=[step.name for step in STEPS], help=argparse.SUPPRESS)
-    parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--matmul-tflops", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        run_step(arguments.step, Record(arguments.figures), arguments.device, arguments.tiny, arguments.matmul_tflops)
+        run_step(arguments.step, arguments.output, arguments.device, arguments.tiny)
         return
+    # So that no step outlives this process.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     names = arguments.only or [step.name for step in STEPS]
     results = run(arguments.output, arguments.device, arguments.tiny, arguments.budget, names)
     print((arguments.output / "gpu.md").read_text(encoding="utf-8"))

@@ -11,9 +11,9 @@ from types import MappingProxyType
 
 import torch
 
-from benchmarks.gpu.real_size import GIB, family_overrides, note_update
+from benchmarks.gpu.real_size import GIB, note_update
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sizes import Size
+from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError
@@ -29,7 +29,14 @@ OPTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = MappingProxyT
         # The second compiled one finds the first one's kernels.
         "sd3_options": (
             "sd3_window",
-            {"off": (), "compiled": _COMPILED, "bf16_map": _MAP, "compiled_again": _COMPILED},
+            {
+                "off": (),
+                "joined": ("training.joined_transitions=2",),
+                "second_order": ("sampling.window.solver=dpm2",),
+                "bf16_map": _MAP,
+                "compiled": _COMPILED,
+                "compiled_again": _COMPILED,
+            },
         ),
         "flux_options": (
             "flux",

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +14,16 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.random_weights import write_layout
+from benchmarks.gpu.planned import over_plan
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sizes import Size
+from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.credit import CreditConfig
 from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import load_objective
+from vipo.perception.backbones import Backbone
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
@@ -52,33 +53,14 @@ class MemoryTimer(Timer):
             self.peaks[part] = max(self.peaks.get(part, 0), peak)
 
 
-def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
-    """Hydra overrides of a run of `size` on `device`; its layout and prompts are written below `folder`."""
-    layout = write_layout(folder / "generator", size.parts, size.dtype)
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
-    return [
-        "experiment=demo",
-        "arm=vipo",
-        "prompts=file",
-        "reward=redness",
-        "perception.layer=null",
-        "perception.orientation=border",
-        "training.save_at=[]",
-        "evaluation.rewards=[redness]",
-        "evaluation.prompts=2",
-        f"prompts.source={folder / 'prompts.txt'}",
-        f"generator.family='{size.family}'",
-        f"generator.path={layout}",
-        f"generator.device={device}",
-        *size.overrides,
-    ]
-
-
-def measure_family(record: Record, size: Size, device: str, matmul_tflops: float | None) -> None:
+def measure_family(
+    record: Record, size: Size, device: str, matmul_tflops: float | None, planned: Mapping[str, int]
+) -> None:
     """Note what an update of `size` costs on `device`, part by part.
 
     Args:
         matmul_tflops: the machine's own matrix product, measured in the same run; None: no share is noted.
+        planned: bytes by part, as `vipo plan` counts them.
     """
     record.put("setting", size.setting)
     root = repository_root()
@@ -90,7 +72,7 @@ def measure_family(record: Record, size: Size, device: str, matmul_tflops: float
         start = time.perf_counter()
         setup = set_up(config, root, folder / config.experiment.name)
         record.put("set_up_seconds", round(time.perf_counter() - start, 2))
-        _measure(record, setup, matmul_tflops)
+        _measure(record, setup, matmul_tflops, planned)
 
 
 def note_update(record: Record, setup: Setup, prefix: str = "") -> tuple[float, dict[str, float]]:
@@ -108,7 +90,7 @@ def note_update(record: Record, setup: Setup, prefix: str = "") -> tuple[float, 
     return total, parts
 
 
-def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
+def _measure(record: Record, setup: Setup, matmul_tflops: float | None, planned: Mapping[str, int]) -> None:
     config, device = setup.config, setup.device
     counts = {
         "parameters": sum(value.numel() for value in setup.generator.network.parameters()),
@@ -124,6 +106,10 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     record.put("update_seconds.other", round(total - sum(parts.values()), 3))
     for part, peak in timer.peaks.items():
         record.put(f"memory_gib.{part}", round(peak / GIB, 2))
+    backbone = backbone_bytes(setup)
+    record.put("memory_gib.backbone_weights", round(backbone / GIB, 3))
+    for part, share in over_plan(timer.peaks, planned, backbone).items():
+        record.put(f"memory_over_plan.{part}", round(share, 4))
     record.put("map_share", round(parts["time/map"] / total, 5))
 
     record.put("batch.largest_difference", batch_difference(setup))
@@ -141,8 +127,13 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None) -> None:
     scalar = config.objective.model_copy(update={"ratio": "sample"})
     plain_config = config.model_copy(update={"objective": scalar, "credit": CreditConfig(sources=())})
     plain = replace(setup, sources={}, objective=load_objective(scalar), config=plain_config)
+    most = max(timer.peaks.values(), default=0)
+    timer.peaks.clear()
     record.put("scalar_baseline_seconds", round(seconds_of(lambda: update(plain, 3), device), 3))
     timer.pop()
+    if timer.peaks:
+        # It would not have the backbone, which is still there.
+        record.put("memory_over_scalar_baseline", round(most / (max(timer.peaks.values()) - backbone), 4))
     record.put("plain_loop_seconds", round(seconds_of(lambda: plain_update(setup), device), 3))
 
 
@@ -223,10 +214,20 @@ def plain_update(setup: Setup) -> None:
     setup.optimizer.zero_grad(set_to_none=True)
 
 
-def _plain_map(setup: Setup, pictures: Tensor) -> np.ndarray:
+def _backbone(setup: Setup) -> Backbone:
     source = setup.sources["backbone"]
     assert isinstance(source, BackboneCredit)
-    backbone, (height, width) = source.structuring.backbone, setup.generator.grid
+    return source.structuring.backbone
+
+
+def backbone_bytes(setup: Setup) -> int:
+    """Of its weights and buffers."""
+    module = _backbone(setup)
+    return sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
+
+
+def _plain_map(setup: Setup, pictures: Tensor) -> np.ndarray:
+    backbone, (height, width) = _backbone(setup), setup.generator.grid
     maps = []
     for picture in pictures.unsqueeze(0) if pictures.ndim == 3 else pictures:
         cells = backbone(picture[None])[0].cpu().numpy()

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from benchmarks.gpu.random_weights import write_layout
 
 _HERE = "benchmarks.gpu.random_weights"
 
@@ -40,6 +43,28 @@ class Size:
     setting: str
 
 
+def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
+    """Hydra overrides of a run of `size` on `device`; its layout and prompts are written below `folder`."""
+    layout = write_layout(folder / "generator", size.parts, size.dtype)
+    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
+    return [
+        "experiment=demo",
+        "arm=vipo",
+        "prompts=file",
+        "reward=redness",
+        "perception.layer=null",
+        "perception.orientation=border",
+        "training.save_at=[]",
+        "evaluation.rewards=[redness]",
+        "evaluation.prompts=2",
+        f"prompts.source={folder / 'prompts.txt'}",
+        f"generator.family='{size.family}'",
+        f"generator.path={layout}",
+        f"generator.device={device}",
+        *size.overrides,
+    ]
+
+
 def _update(transitions: int, micro_batch: int) -> tuple[str, ...]:
     return (
         "training.updates=2",
@@ -51,6 +76,11 @@ def _update(transitions: int, micro_batch: int) -> tuple[str, ...]:
         # What is measured is not refused: the figure stands beside the tolerance.
         "training.log_ratio_tolerance=1e9",
     )
+
+
+def _evaluated(side: int, steps: int) -> tuple[str, ...]:
+    """Samples of two prompts, in one batch."""
+    return (f"evaluation.height={side}", f"evaluation.width={side}", f"evaluation.steps={steps}")
 
 
 def _window(samples: int) -> tuple[str, ...]:
@@ -151,7 +181,7 @@ REAL: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 1.3 B, LoRA 16, frozen weights bf16, 240 x 416 x 53, CFG, 16 steps, 9 trained, 4 samples",
         ),
-        "sd3_lora": _sd35_medium("bfloat16", _LORA, "LoRA 16, frozen weights bf16"),
+        "sd3_lora": _sd35_medium("bfloat16", (*_LORA, *_evaluated(1024, 20)), "LoRA 16, frozen weights bf16"),
         "sd3_full": _sd35_medium("float32", _FULL, "all weights, fp32"),
         # What is compared with others' images per GPU-hour.
         "sd3_window": _sd35_medium(
@@ -259,7 +289,7 @@ TINY: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 in miniature",
         ),
-        "sd3_lora": _small_sd3("bfloat16", _LORA),
+        "sd3_lora": _small_sd3("bfloat16", (*_LORA, *_evaluated(48, 2))),
         "sd3_full": _small_sd3("float32", _FULL),
         "sd3_window": _small_sd3("bfloat16", (*_LORA, *_window(4))),
     }

@@ -15,7 +15,7 @@ from vipo.conformance.subject import PROMPTS
 from vipo.credit import Context, Samples, assign_credit, load_sources
 from vipo.credit.attention import matching_layers
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.prompts import Prompt
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout

@@ -25,6 +25,8 @@ from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.prompts import PromptError
+from vipo.stages import prepare_stage
 
 ROOT = repository_root()
 OLD, NEW = "1" * 40, "a" * 40
@@ -121,6 +123,38 @@ def test_held_out_prompts_of_their_own_are_looked_at(tiny_overrides: list[str], 
     assert [verdict for verdict, _ in told] == ["to do", "to do"]
     assert "nowhere.txt" in told[0][1]
     assert "set prompts.eval.text_key" in told[1][1]
+
+
+@pytest.mark.usefixtures("cache", "offline")
+def test_how_many_prompts_are_held_out_is_told_as_prepare_splits_them(
+    tiny_overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "some.txt").write_text("".join(f"a cube, number {i}\n" for i in range(40)))
+    given = [*tiny_overrides, "arm=vipo", *LOCAL, f"prompts.source={tmp_path / 'some.txt'}", "evaluation.prompts=30"]
+
+    def line(*more: str) -> tuple[str, str]:
+        config = load_config([*given, *more])
+        lines = check_experiment({"vipo": config}, ROOT, tmp_path, whole=False)
+        return next((line.verdict, line.said) for line in lines if line.subject == "held out")
+
+    config = load_config(given)
+    with caplog.at_level("INFO"):
+        prepare_stage(config, ROOT, tmp_path / "results")
+    counts = json.loads((tmp_path / "results/demo/prompts/manifest.json").read_text())["counts"]
+    told = f"{counts['train']} prompts to train on, {counts['eval']} held out; evaluation.prompts 30 asks for more"
+    assert 1 < counts["eval"] < 30
+    assert line() == ("ok", f"{told}: all of these are used")
+    assert told in caplog.text
+    # What would stop `prepare` is told here.
+    assert line("prompts.eval_share=0.999") == ("to do", _refused(given, tmp_path))
+    assert line("evaluation.rewards=[scene_shape]")[0] == "to do"
+    assert line("prompts.filters={max_tokens: 5}")[0] == "open"
+
+
+def _refused(given: list[str], folder: Path) -> str:
+    with pytest.raises(PromptError) as raised:
+        prepare_stage(load_config([*given, "prompts.eval_share=0.999"]), ROOT, folder / "refused")
+    return str(raised.value)
 
 
 @pytest.mark.usefixtures("cache", "offline")

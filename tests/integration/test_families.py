@@ -26,7 +26,7 @@ from vipo.config.training import LoraConfig
 from vipo.conformance.subject import PROMPTS, Mode, Subject, subject
 from vipo.conformance.table import CHECKS
 from vipo.generators import GeneratorError, load_generator
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.encoding import encode_prompt_file
 from vipo.generators.experts import Experts

@@ -17,7 +17,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig
 from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.generators.lora import LORA_FILE, check_adapted
 from vipo.generators.schedules import flow_shift, noise_schedule
 from vipo.sampling.chain import chain_remarks, sampling_chain

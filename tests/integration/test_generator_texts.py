@@ -16,7 +16,7 @@ from torch import Tensor
 from vipo.config.compose import load_config
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import GeneratorError, load_generator
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.generators.embeddings import check_embeddings, encoder_hashes, load_embeddings
 from vipo.generators.encoding import encode_prompt_file
 from vipo.prompts import Prompt

@@ -2,23 +2,33 @@
 
 import itertools
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
-from benchmarks.gpu import gpu
-from benchmarks.gpu.correct import measure_agreement, measure_bytes, measure_waits
+from benchmarks.gpu import families, gpu, processes, supervise
+from benchmarks.gpu.correct import measure_agreement, measure_bytes, measure_waits, prepare
+from benchmarks.gpu.evaluation import measure_evaluation
+from benchmarks.gpu.families import measure_families
 from benchmarks.gpu.options import OPTIONS, measure_options
+from benchmarks.gpu.planned import count_plans, over_plan, planned_bytes
 from benchmarks.gpu.real_size import measure_family
 from benchmarks.gpu.record import Record, read_figures
-from benchmarks.gpu.sizes import REAL, TINY
+from benchmarks.gpu.sizes import REAL, TINY, family_overrides
+from vipo.config.compose import load_config, repository_root
+from vipo.conformance.checks import EXACT, finding
+from vipo.conformance.table import CHECKS
+from vipo.training.plan import plan
+from vipo.training.setup import set_up
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
-    measure_family(Record(tmp_path / "figures"), TINY[family], "cpu", 1.0)
+    measure_family(Record(tmp_path / "figures"), TINY[family], "cpu", 1.0, {})
     figures = read_figures(tmp_path / "figures")
     assert figures["max_log_ratio_before_first_step"] < 1e-5
     assert figures["parameters"]["trained_parameters"] > 0
@@ -31,7 +41,7 @@ def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "tried"),
     [
-        ("sd3_options", ("off", "compiled")),
+        ("sd3_options", ("off", "compiled", "joined", "second_order")),
         ("flux_options", ("native_flash", "native_efficient", "bf16_map")),
         ("adamw_options", ("fused", "lists")),
     ],
@@ -82,23 +92,110 @@ def test_a_killed_run_leaves_the_same_bytes(tmp_path: Path) -> None:
     assert figures["differing_files.killed_and_resumed"] == []
 
 
+def test_a_plan_is_counted_and_compared_and_other_sizes_are_drawn(tmp_path: Path) -> None:
+    record, figures = Record(tmp_path / "figures"), tmp_path / "figures"
+    with pytest.raises(RuntimeError, match="failed: nowhere"):
+        count_plans(record, {"nowhere": replace(TINY["flux"], family="benchmarks:nothing"), "own": TINY["sd3_lora"]})
+    found = planned_bytes(read_figures(figures), "own")
+    config = load_config(family_overrides(TINY["sd3_lora"], tmp_path / "sd3_lora", "cpu"))
+    expected = plan(config, repository_root(), 1)
+    assert found["evaluation"] == expected.evaluation > 0
+    assert max(found[part] for part in ("rollout", "decode", "learn")) == expected.peak
+    assert planned_bytes(read_figures(figures), "nowhere") == {}
+    assert over_plan({"learn": 350, "map": 10}, {"learn": 200, "decode": 20}, beside=50) == {"learn": 1.5}
+    measure_evaluation(record, TINY["sd3_lora"], "cpu", found)
+    sides = [read_figures(figures)[f"{case}.samples"][-2:] for case in ("at_training_size", "at_its_own_size")]
+    assert sides == [[32, 32], [48, 48]]
+
+
+def test_families_in_miniature_are_compared_and_one_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(tmp_path / "figures")
+    with pytest.raises(RuntimeError, match=r"failed: nowhere$"):
+        measure_families(record, "cpu", ["nowhere", "sd"])
+    figures = read_figures(tmp_path / "figures")
+    assert figures["sd.first prediction"] <= EXACT
+    assert figures["sd.prediction.difference_to_cpu"] <= EXACT
+    assert figures["sd.max |log rho|, lora"] == figures["sd.max |log rho|, full"] == 0
+    assert not any("fails" in key for key in figures)
+    wrong = {**CHECKS, "prediction": lambda compared: [finding("first prediction", 1.0, EXACT)]}
+    monkeypatch.setattr(families, "CHECKS", wrong)
+    monkeypatch.setattr(families, "_CHECKS", ("prediction",))
+    with pytest.raises(RuntimeError, match=r"failed: sd \(first prediction\)$"):
+        measure_families(record, "cpu", ["sd"])
+    assert "limit 1e-05" in read_figures(tmp_path / "figures")["sd.first prediction.fails"]
+
+
+def test_groups_of_one_and_of_two_learn_what_one_process_learns(tmp_path: Path) -> None:
+    record, chosen = Record(tmp_path / "figures"), processes.overrides(2, "cpu")
+    experiment = prepare(tmp_path / "results", chosen)
+    setup = set_up(processes.small(chosen), repository_root(), experiment)
+    before = {name: value.detach().clone() for name, value in setup.trainable.items()}
+    expected, ratio = processes.trained(setup)
+    assert ratio == 0
+    moved = max(float((expected[name] - value).abs().max()) for name, value in before.items())
+    # The third one, in main memory, is another test's.
+    assert list(processes.GROUPS_OF_ONE) == ["ddp", "fsdp", "fsdp_offload"]
+    for strategy in ("ddp", "fsdp"):
+        processes.measure_alone(record, strategy, chosen, experiment, expected)
+    processes.measure_several(record, "ddp", 2, chosen, tmp_path / "results", expected)
+    figures = read_figures(tmp_path / "figures")
+    apart = {key: value for key, value in figures.items() if key.endswith("largest_weight_difference")}
+    assert len(apart) == 3
+    # AdamW's first steps make much of a gradient that is nearly nothing, whatever its sign.
+    assert {key: value for key, value in apart.items() if not value < 0.1 * moved} == {}
+    assert figures["ddp.max_log_ratio_before_first_step"] == figures["fsdp.max_log_ratio_before_first_step"] == 0
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Steps are `script`, which finds the folder of the results in $3 and the step's name in $5."""
+    path = folder / "stand-in"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(gpu, "sys", SimpleNamespace(executable=str(path)))
+
+
 def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted = tmp_path / "machine.jsonl"
-    Record(noted).put("first", 1.5)
-    with noted.open("a") as stream:
-        stream.write('{"key": "half of a li')
-    assert read_figures(noted) == {"first": 1.5}
-    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 0.2, "ended by its limit"), gpu.Step("flux", 60, "no time")))
-    # A step that does not end by itself, and a clock that goes on by a quarter of a second whenever it is looked at.
-    endless = tmp_path / "endless"
-    endless.write_text("#!/bin/sh\nexec sleep 3600\n")
-    endless.chmod(0o755)
-    monkeypatch.setattr(gpu, "sys", SimpleNamespace(executable=str(endless)))
-    clock = itertools.count()
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock) / 4))
+    noted.write_text('{"key": "of an earlier run", "value": 1}\n')
+    steps = (gpu.Step("machine", 0.2, "ended by its limit"), gpu.Step("flux", 60, "no time"))
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    # A step that does not end by itself, and clocks that go on by a quarter of a second whenever they are looked at; it
+    # is looked at once it has noted something.
+    half = '{"key": "first", "value": 1.5}\\n{"key": "half of a li'
+    _stand_in(monkeypatch, tmp_path, f"printf '{half}' > $3/new; mv $3/new $3/$5.jsonl; exec sleep 3600")
+    for module in (gpu, supervise):
+        ticks = itertools.count()
+        clock = SimpleNamespace(monotonic=lambda ticks=ticks: next(ticks) / 4, sleep=lambda _: _there(noted))
+        monkeypatch.setattr(module, "time", clock)
     results = gpu.run(tmp_path, "cpu", True, 5.5, ["machine", "flux"])
     assert results["steps"]["machine"]["status"].startswith("ended by its limit")
     assert results["steps"]["machine"]["figures"] == {"first": 1.5}
     assert "used up" in results["not_run"]["flux"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == results
     assert "| machine | first | 1.5 |" in (tmp_path / "gpu.md").read_text()
+
+
+def _there(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.is_file():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_steps_that_measure_no_time_run_beside_each_other_and_one_that_fails_stops_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untimed = [gpu.Step(name, 60, "", timed=False) for name in ("waits", "bytes")]
+    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 60, ""), *untimed, gpu.Step("flux", 60, "")))
+    monkeypatch.setattr(gpu, "_at_once", lambda: 2)
+    # The first of the two ends when the second one has begun.
+    waits = "until [ -e $3/begun ]; do sleep 0.01; done"
+    _stand_in(
+        monkeypatch, tmp_path, f"case $5 in machine) echo why; exit 3;; bytes) touch $3/begun;; waits) {waits};; esac"
+    )
+    results = gpu.run(tmp_path, "cpu", True, 300, ["machine", "waits", "bytes", "flux"])
+    told = {name: step["status"] for name, step in results["steps"].items()}
+    assert told == {"machine": "failed with status 3", "waits": "ok", "bytes": "ok", "flux": "ok"}
+    assert results["steps"]["machine"]["last_lines"] == ["why"]

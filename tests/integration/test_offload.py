@@ -14,6 +14,7 @@ from checkpoints import edit_json
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.cuda._utils import _get_device_index
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -117,6 +118,16 @@ def test_what_lies_where(prepared: Path, tiny_overrides: list[str], monkeypatch:
     rows = [value for value in held if isinstance(value, DTensor)]
     assert len(rows) == 3 * len(setup.trainable)
     assert all(value.to_local().device.type == "cpu" for value in rows)
+
+
+def test_the_device_of_a_group_of_one_may_have_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the default ``cuda`` has none, which PyTorch refuses to make current."""
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(_get_device_index(device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: None)
+    for name in ("cuda", "cuda:1"):
+        sharding.join_alone(torch.device(name))
+    assert current == [0, 1]
 
 
 def test_a_block_in_a_block_is_gathered_by_itself() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.plan_table import GENERATORS, MODES, table, write_checkpoint
 from vipo.config.compose import load_generator_sections, repository_root
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 
 ROOT = repository_root()
 FIGURES = json.loads((ROOT / "benchmarks/plan.json").read_text())

@@ -12,7 +12,7 @@ from torch import Tensor
 from vipo.config.generator import GeneratorConfig
 from vipo.errors import VipoError
 from vipo.generators import Conditioning, Generator, GeneratorError, load_generator
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.generators.encoding import encode_prompt_file
 from vipo.memory import OutOfMemory, memory_errors
 from vipo.prompts.prompt import prompt_id

@@ -26,7 +26,8 @@ from vipo.config.perception import PerceptionConfig
 from vipo.errors import Preempted, VipoError
 from vipo.foreign import foreign, resolve
 from vipo.foreign.settings import SETTINGS
-from vipo.generators.base import Generator, GeneratorError, load_generator, resolve_class
+from vipo.generators.base import Generator, GeneratorError
+from vipo.generators.configured import load_generator, resolve_class
 from vipo.perception import Backbone, PerceptionError, load_backbone
 from vipo.prompts import PromptError
 from vipo.prompts.sources import read_source

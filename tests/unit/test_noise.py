@@ -1,6 +1,7 @@
 """Keyed noise: the determinism contract."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,28 @@ def test_noise_is_float32_of_the_asked_shape_and_normal() -> None:
     assert draws.shape == (40, 5, 20)
     assert draws.dtype == torch.float32
     assert stats.kstest(draws.flatten().numpy(), "norm").pvalue > 0.01
+
+
+def test_a_draw_is_torch_s_own_and_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a machine without one can tell: what is asked for, not that the host does not wait."""
+    expected = torch.stack([torch.randn((2, 3), generator=keyed_generator(*key)) for key in _keys(2)])
+    asked: list[object] = []
+    plain, copied = torch.empty, torch.Tensor.to
+
+    def empty(*size: int, pin_memory: bool, **options: Any) -> torch.Tensor:
+        asked.append(pin_memory)
+        return plain(*size, **options)
+
+    def to(value: torch.Tensor, device: torch.device | str, **options: Any) -> torch.Tensor:
+        asked.append((str(device), options))
+        return copied(value, "cpu")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for device, pinned in (("cpu", False), ("cuda", True), (torch.device("cuda:1"), True)):
+        asked.clear()
+        assert torch.equal(keyed_normal(_keys(2), (2, 3), device), expected)
+        assert asked == [pinned, (str(device), {"non_blocking": True})]
 
 
 def test_seed_is_the_documented_hash() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vipo.config.compose import load_config
 from vipo.config.prompts import HeldOutSource, PromptsConfig
 from vipo.prompts import Prompt, PromptError, clean_text, prepare_prompts, prompt_id, read_prompts
-from vipo.prompts.needs import check_needs
+from vipo.prompts.needs import check_needs, told_split
 from vipo.prompts.prompt import is_blank
 
 # Lone surrogates too: JSON can spell them, UTF-8 cannot.
@@ -205,10 +205,22 @@ def test_prompts_that_a_run_could_not_use(
         check_needs(load_config(["experiment=demo", *overrides]), train, held_out)
 
 
-def test_prompts_that_a_run_can_use(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("held_out", "told"),
+    [
+        (0, "9 prompts to train on, 0 held out"),
+        (39, "39 held out; evaluation.prompts 40 asks for more: all of these are used"),
+        (40, "9 prompts to train on, 40 held out"),
+        (41, "41 held out, of which the evaluation takes evaluation.prompts 40"),
+    ],
+)
+def test_how_many_are_held_out_is_told(held_out: int, told: str) -> None:
+    assert told_split(load_config(["experiment=demo"]), 9, held_out).endswith(told)
+
+
+def test_prompts_that_a_run_can_use() -> None:
     demo = load_config(["experiment=demo"])
     check_needs(demo, _prompts(2, **SCENE), _prompts(2, **SCENE))
-    assert "evaluation.prompts 40, but 2 prompts are held out" in caplog.text
     # Nothing of an untrained arm is trained; nothing need be held out where nothing is asked for.
     check_needs(load_config(["experiment=demo", "arm=base"]), _prompts(1), _prompts(2, **SCENE))
     check_needs(load_config(["experiment=demo", "prompts.eval_share=0", "evaluation.rewards=[]"]), _prompts(2), [])

@@ -43,9 +43,12 @@ def check_experiment(
     yield from found("configuration", lambda: _configuration(runs, whole))
     yield from found("import paths", lambda: _imports(configs))
     own = first.prompts
-    yield from found("prompts", lambda: _prompts("prompts", own.source, own.text_key, root))
+    sources = list(found("prompts", lambda: _prompts("prompts", own.source, own.text_key, root)))
     if (held := own.eval) is not None:
-        yield from found("prompts.eval", lambda: _prompts("prompts.eval", held.source, held.text_key, root))
+        sources += found("prompts.eval", lambda: _prompts("prompts.eval", held.source, held.text_key, root))
+    yield from sources
+    if all(line.verdict == "ok" for line in sources):
+        yield from found("held out", lambda: _held_out(first, configs, root))
     yield from found("token", _token)
     yield from found("folders", lambda: folder_lines(_folders(experiment)))
     present = gpus()
@@ -98,6 +101,20 @@ def _prompts(section: str, source: str, key: str, root: Path) -> Iterator[Line]:
         yield to_do(section, f"{source}: no row has the key {key!r}; set {section}.text_key to the one that holds it")
         return
     yield ok(section, f"{source}: {len(rows)} rows")
+
+
+def _held_out(first: Config, configs: list[Config], root: Path) -> Iterator[Line]:
+    """As 'vipo prepare' splits them, and as every arm needs them."""
+    from vipo.prompts import check_needs, split_prompts, told_split
+
+    if first.prompts.filters.max_tokens is not None:
+        yield not_known("held out", "prompts.filters.max_tokens counts with the generator's tokenizer: 'vipo prepare'")
+        return
+    split = split_prompts(first.prompts, root)
+    train, held_out = (list(half.prompts.values()) for half in (split.train, split.held_out))
+    for config in configs:
+        check_needs(config, train, held_out)
+    yield ok("held out", told_split(first, len(train), len(held_out)))
 
 
 def _token() -> Iterator[Line]:

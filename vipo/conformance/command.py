@@ -8,7 +8,8 @@ from vipo.config.training import LoraConfig, TrainingConfig
 from vipo.conformance.checks import Finding
 from vipo.conformance.subject import PROMPTS, subject
 from vipo.conformance.table import line, run_checks
-from vipo.generators.base import GeneratorError, resolve_class
+from vipo.generators.base import GeneratorError
+from vipo.generators.configured import resolve_class
 
 
 def compare(

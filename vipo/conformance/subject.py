@@ -11,7 +11,8 @@ from torch import Tensor
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig
 from vipo.conformance.stock import Sampled, sample_stock, stock_pipeline, training_chain
-from vipo.generators.base import GeneratorError, load_generator, resolve_class
+from vipo.generators.base import GeneratorError
+from vipo.generators.configured import load_generator, resolve_class
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.sampling.chain import Chain
 from vipo.sampling.noise import keyed_normal

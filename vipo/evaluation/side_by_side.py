@@ -16,7 +16,7 @@ from vipo.determinism import prepare_process
 from vipo.evaluation.held_out import HeldOut, save_sample
 from vipo.evaluation.sample import draw, evaluation_chain, trained_weights
 from vipo.generators import Generator, load_generator
-from vipo.generators.base import check_device
+from vipo.generators.configured import check_device
 from vipo.generators.embeddings import encode_prompts
 from vipo.generators.lora import check_adapted
 from vipo.memory import memory_errors

@@ -5,6 +5,7 @@ vipo all latents are ``(B, C, [T,] H, W)`` float32, predictions are velocities `
 in [0, 1], or the noise over the training timestep, and images and videos are in [0, 1].
 """
 
-from vipo.generators.base import Conditioning, Generator, GeneratorError, load_generator
+from vipo.generators.base import Conditioning, Generator, GeneratorError
+from vipo.generators.configured import load_generator
 
 __all__ = ["Conditioning", "Generator", "GeneratorError", "load_generator"]

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, GeneratorError, check_device, checkpoint_location, resolve_class
+from vipo.generators.base import NEGATIVE, GeneratorError, checkpoint_location
+from vipo.generators.configured import check_device, resolve_class
 from vipo.generators.loading import without_loading_bars
 from vipo.generators.texts import shown
 from vipo.prompts import Prompt

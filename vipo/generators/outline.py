@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from vipo.config.generator import DEFAULT_ATTENTION, GeneratorConfig
 from vipo.config.training import LoraConfig
-from vipo.generators.base import NEGATIVE, GeneratorError, resolve_class
+from vipo.generators.base import NEGATIVE, GeneratorError
+from vipo.generators.configured import resolve_class
 from vipo.generators.parts import part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.sharded import blocks

@@ -9,7 +9,8 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import Generator, load_generator, resolve_class
+from vipo.generators.base import Generator
+from vipo.generators.configured import load_generator, resolve_class
 from vipo.generators.parts import load_part, part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
-from vipo.generators.base import resolve_class
+from vipo.generators.configured import resolve_class
 from vipo.handover.comfyui import ComfyFiles
 from vipo.provenance import package_sha256
 from vipo.reporting.wording import describe, label

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vipo.config.run import Config
-from vipo.generators.base import checkpoint_location, resolve_class
+from vipo.generators.base import checkpoint_location
+from vipo.generators.configured import resolve_class
 from vipo.generators.lora import LORA_FILE
 from vipo.generators.parts import load_part
 from vipo.generators.pipeline import PipelineGenerator

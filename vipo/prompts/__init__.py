@@ -1,7 +1,7 @@
 """Prompt sources, cleaning and splits. Imports no torch."""
 
-from vipo.prompts.needs import check_needs
-from vipo.prompts.prepare import check_prompts, prepare_prompts, read_prompts
+from vipo.prompts.needs import check_needs, told_split
+from vipo.prompts.prepare import check_prompts, prepare_prompts, read_prompts, split_prompts
 from vipo.prompts.prompt import Prompt, PromptError, clean_text, prompt_id
 
 __all__ = [
@@ -13,4 +13,6 @@ __all__ = [
     "prepare_prompts",
     "prompt_id",
     "read_prompts",
+    "split_prompts",
+    "told_split",
 ]

@@ -1,6 +1,5 @@
 """What a run needs of its prompts, as far as the prompts themselves can tell."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from vipo.prompts.prompt import Prompt, PromptError
 
 # Intervals of an evaluation resample prompts.
 LEAST_HELD_OUT = 2
-
-log = logging.getLogger(__name__)
 
 
 def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
@@ -40,18 +37,26 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
             f"{held_source}: {share}leaves {len(held_out)} prompt for eval, the "
             f"evaluation's intervals need {LEAST_HELD_OUT}; raise it or add prompts"
         )
-    if 0 < len(held_out) < evaluation.prompts:
-        log.warning(
-            "evaluation.prompts %d, but %d prompts are held out: all of these are used",
-            evaluation.prompts,
-            len(held_out),
-        )
     if "oracle" in config.credit.names and not config.is_base:
         _need("credit source 'oracle'", ("objects",), source, train)
     for term in () if config.is_base else config.reward.terms:
         _need_of(term, f"reward.terms: reward {term.name!r}", source, train)
     for reward in evaluation.rewards:
         _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", held_source, held_out)
+
+
+def told_split(config: Config, train: int, held_out: int) -> str:
+    """How many prompts a run trains on and is evaluated on, for people.
+
+    Args:
+        config: the run.
+        train, held_out: how many there are.
+    """
+    asked = config.evaluation.prompts
+    told = f"{train} prompts to train on, {held_out} held out"
+    if held_out > asked:
+        return f"{told}, of which the evaluation takes evaluation.prompts {asked}"
+    return f"{told}; evaluation.prompts {asked} asks for more: all of these are used" if 0 < held_out < asked else told
 
 
 def drawn_text(text: str, metadata: Mapping[str, Any], key: str) -> str | None:

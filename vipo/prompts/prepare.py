@@ -46,41 +46,19 @@ def prepare_prompts(
             the split is empty (evaluation may be where ``eval_share`` is 0).
         StorageError: `output` cannot be written.
     """
-    filters = load_filters(config.filters, root, tokens)
-    found = _cleaned(config, read_source(config.source, config.text_key, root), filters)
-    train, held_out = found, Cleaned.none()
-    others: dict[str, Any] = {}
-    if config.eval is None:
-        train, held_out = found.split(lambda identity: is_evaluation(identity, config.eval_share))
-        counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
-    else:
-        own = config.model_copy(update={"source": config.eval.source, "text_key": config.eval.text_key})
-        held_out = _cleaned(
-            own, read_source(own.source, own.text_key, root, "prompts.eval"), filters, config.eval.categories
-        )
-        leaked, train = found.split(lambda identity: identity not in held_out.lines)
-        counts = {"rows": found.rows, "kept": len(train.lines), "train": len(train.lines), "eval": len(held_out.lines)}
-        others = {
-            "eval": {
-                "source": own.source,
-                "source_sha256": held_out.sha256,
-                "rows": held_out.rows,
-                "dropped": held_out.dropped,
-                "left_out_of_train": sorted(leaked.lines),
-            }
-        }
+    split = split_prompts(config, root, tokens)
+    train, held_out = split.train, split.held_out
     files = {"train.jsonl": "".join(train.lines.values()), "eval.jsonl": "".join(held_out.lines.values())}
-    _check_split(config, counts, found.dropped)
     if accept is not None:
         accept(list(train.prompts.values()), list(held_out.prompts.values()))
     manifest = {
         "source": config.source,
-        "source_sha256": found.sha256,
+        "source_sha256": train.sha256,
         "config": config.identity(),
-        "counts": counts,
-        "dropped": found.dropped,
+        "counts": split.counts,
+        "dropped": train.dropped,
         "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
-        **others,
+        **split.others,
     }
     _write(output, {"manifest.json": json.dumps(manifest, indent=1, sort_keys=True) + "\n", **files})
     return manifest
@@ -104,11 +82,6 @@ class Cleaned:
     prompts: dict[str, Prompt]
     dropped: dict[str, list[int]]
 
-    @classmethod
-    def none(cls) -> "Cleaned":
-        """Of no source."""
-        return cls(0, "", {}, {}, {})
-
     def split(self, second: Callable[[str], bool]) -> tuple["Cleaned", "Cleaned"]:
         """The prompts whose id `second` does not choose, and those that it does."""
         halves = [[identity for identity in self.lines if bool(second(identity)) == half] for half in (False, True)]
@@ -117,6 +90,54 @@ class Cleaned:
             for half in halves
         )
         return first, other
+
+
+@dataclass(frozen=True)
+class Split:
+    """Both halves of the prompts.
+
+    Attributes:
+        train, held_out: of one source its two parts, else each of its own source.
+        counts: rows, kept, train and eval.
+        others: what the manifest says of a source of its own for what is held out.
+    """
+
+    train: Cleaned
+    held_out: Cleaned
+    counts: dict[str, int]
+    others: dict[str, Any]
+
+
+def split_prompts(config: PromptsConfig, root: Path, tokens: Tokens | None = None) -> Split:
+    """Read, clean and split a prompt source as `prepare_prompts` does; writes nothing.
+
+    Raises:
+        PromptError: as there.
+    """
+    filters = load_filters(config.filters, root, tokens)
+    found = _cleaned(config, read_source(config.source, config.text_key, root), filters)
+    others: dict[str, Any] = {}
+    if config.eval is None:
+        train, held_out = found.split(lambda identity: is_evaluation(identity, config.eval_share))
+        counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
+    else:
+        own = config.model_copy(update={"source": config.eval.source, "text_key": config.eval.text_key})
+        held_out = _cleaned(
+            own, read_source(own.source, own.text_key, root, "prompts.eval"), filters, config.eval.categories
+        )
+        leaked, train = found.split(lambda identity: identity not in held_out.lines)
+        counts = {"rows": found.rows, "kept": len(train.lines), "train": len(train.lines), "eval": len(held_out.lines)}
+        others = {
+            "eval": {
+                "source": own.source,
+                "source_sha256": held_out.sha256,
+                "rows": held_out.rows,
+                "dropped": held_out.dropped,
+                "left_out_of_train": sorted(leaked.lines),
+            }
+        }
+    _check_split(config, counts, found.dropped)
+    return Split(train, held_out, counts, others)
 
 
 def _cleaned(
@@ -159,12 +180,15 @@ def _cleaned(
     return Cleaned(len(source.rows), source.sha256, found, {i: prompts[i] for i in order}, dropped)
 
 
-def check_prompts(folder: Path, config: PromptsConfig) -> None:
+def check_prompts(folder: Path, config: PromptsConfig) -> dict[str, int]:
     """Check that prepared prompts are whole and were made with this configuration.
 
     Args:
         folder: what `prepare_prompts` wrote into.
         config: the configuration that they should have been made with.
+
+    Returns:
+        How many there are in ``train`` and in ``eval``.
 
     Raises:
         PromptError: the manifest is missing or damaged, names another configuration, or a file is not the one that
@@ -174,6 +198,7 @@ def check_prompts(folder: Path, config: PromptsConfig) -> None:
     try:
         manifest = json.loads(path.read_text())
         made, files = manifest["config"], dict(manifest["files"])
+        counts = {half: int(manifest["counts"][half]) for half in ("train", "eval")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PromptError(f"{path}: cannot be read ({error}); run 'vipo prepare' first") from error
     wanted = config.identity()
@@ -186,6 +211,7 @@ def check_prompts(folder: Path, config: PromptsConfig) -> None:
     for name, sha256 in files.items():
         if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
             raise PromptError(f"{folder / name}: is not the file that {path.name} names; run 'vipo prepare' again")
+    return counts
 
 
 def read_prompts(path: Path) -> list[Prompt]:

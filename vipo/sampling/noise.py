@@ -26,5 +26,8 @@ def keyed_normal(keys: Sequence[Key], shape: tuple[int, ...], device: torch.devi
     Returns:
         ``(len(keys), *shape)`` float32, drawn on the CPU and moved to `device`.
     """
-    draws = [torch.randn(shape, generator=keyed_generator(*key), dtype=torch.float32) for key in keys]
-    return torch.stack(draws).to(device)
+    # From pinned memory the host goes on while they are copied.
+    draws = torch.empty(len(keys), *shape, dtype=torch.float32, pin_memory=torch.device(device).type == "cuda")
+    for key, row in zip(keys, draws, strict=True):
+        row.normal_(generator=keyed_generator(*key))
+    return draws.to(device, non_blocking=True)

@@ -41,7 +41,7 @@ def credit_stage(
     from vipo.credit.meter.gradients import MeterError
     from vipo.credit.meter.table import table
     from vipo.evaluation.meter import measure_credit, write_result
-    from vipo.generators.base import check_device
+    from vipo.generators.configured import check_device
     from vipo.memory import memory_errors
     from vipo.provenance.files import atomic_file
     from vipo.reporting.credit import draw_credit

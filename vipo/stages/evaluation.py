@@ -124,7 +124,7 @@ def _evaluate(
 ) -> None:
     from vipo.determinism import prepare_process
     from vipo.evaluation.shares import Share
-    from vipo.generators.base import check_device
+    from vipo.generators.configured import check_device
     from vipo.memory import memory_errors
     from vipo.training.launch import stop_with_launcher
     from vipo.training.ranks import is_rank, own_place

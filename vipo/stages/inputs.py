@@ -1,13 +1,16 @@
 """The stages whose files all runs read: prompts and their embeddings."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from vipo.config.experiment import check_run
 from vipo.config.run import Config
-from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts
+from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts, told_split
 from vipo.provenance import ProvenanceError, record_stage, run_lock
 from vipo.stages.names import experiment_folder
+
+log = logging.getLogger(__name__)
 
 
 def prepare_stage(config: Config, root: Path, results: Path, wait: float = 0, readers: Sequence[Config] = ()) -> None:
@@ -49,7 +52,9 @@ def _prepare(config: Config, root: Path, results: Path, readers: Sequence[Config
         root=root,
         experiment=experiment_folder(config, results),
     ):
-        prepare_prompts(config.prompts, root, folder, accept, tokens)
+        counts = prepare_prompts(config.prompts, root, folder, accept, tokens)["counts"]
+    # Before encoding and training, which take the time.
+    log.info("prepare: %s", told_split(config, counts["train"], counts["eval"]))
 
 
 def encode_stage(config: Config, root: Path, results: Path, wait: float = 0) -> None:
@@ -106,15 +111,20 @@ def make_missing(config: Config, root: Path, results: Path, wait: float) -> None
                     make(config, root, results)
 
 
-def check_shared(config: Config, root: Path, experiment: Path, split: str) -> None:
-    """All runs read the same prompts and embeddings, so a run refuses other ones instead of replacing them."""
+def check_shared(config: Config, root: Path, experiment: Path, split: str) -> dict[str, int]:
+    """All runs read the same prompts and embeddings, so a run refuses other ones instead of replacing them.
+
+    Returns:
+        How many prompts there are in ``train`` and in ``eval``.
+    """
     from vipo.generators.embeddings import check_embeddings, encoder_hashes
 
     prompts = experiment / "prompts"
-    check_prompts(prompts, config.prompts)
+    counts = check_prompts(prompts, config.prompts)
     check_embeddings(
         experiment / "embeddings" / f"{split}.safetensors",
         prompts / f"{split}.jsonl",
         config.embeddings_identity(),
         encoder_hashes(config.generator, root),
     )
+    return counts

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.config.run import Config
+from vipo.prompts import told_split
 from vipo.provenance import record_stage, run_lock
 from vipo.stages.inputs import check_shared, make_missing
 from vipo.stages.names import experiment_folder
@@ -58,15 +59,18 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
 
 
 def _train(config: Config, root: Path, results: Path, wait: float) -> None:
-    from vipo.generators.base import check_device
+    from vipo.generators.configured import check_device
     from vipo.training.launch import stop_with_launcher
     from vipo.training.ranks import is_rank
     from vipo.training.recorded import train_run
 
     check_device(config.generator)
     experiment = experiment_folder(config, results)
+    told = is_rank() or not (experiment / "prompts/manifest.json").is_file()
     make_missing(config, root, results, wait)
-    check_shared(config, root, experiment, "train")
+    counts = check_shared(config, root, experiment, "train")
+    if not told:
+        log.info("%s: %s", config.run_name, told_split(config, counts["train"], counts["eval"]))
     if config.distribution.world_size == 1 or is_rank():
         stop_with_launcher()
         train_run(config, root, experiment, wait)

@@ -20,7 +20,7 @@ from vipo.generators.sharded import blocks
 def join_alone(device: torch.device) -> None:
     """Make this process a group of one, without which nothing can be sharded; it is there until it is destroyed."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     if not dist.is_initialized():
         dist.init_process_group(group_backend(device.type), store=HashStore(), rank=0, world_size=1)
 

@@ -1,0 +1,72 @@
+"""Every family in miniature on the device: is the adapter the stock pipeline there, and every ratio 1."""
+
+import importlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.record import Record
+from vipo.config.compose import repository_root
+from vipo.conformance.checks import Finding
+from vipo.conformance.subject import Subject, subject
+from vipo.conformance.table import CHECKS
+from vipo.determinism import deterministic_algorithms
+from vipo.generators import load_generator
+
+_CHECKS = ("prediction", "joined", "update_lora", "update_full", "bf16")
+
+
+def measure_families(record: Record, device: str, names: Sequence[str] = ()) -> None:
+    """Note, by family, what `vipo check-generator` finds on the device, and how far it predicts from the CPU.
+
+    Args:
+        names: rows of ``tests/families.py``; none: all.
+
+    Raises:
+        RuntimeError: a family failed, or a comparison of it; the others were measured.
+    """
+    sys.path.insert(0, str(repository_root() / "tests"))
+    rows, failed = importlib.import_module("families").FAMILIES, []
+    for name in names or rows:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                row = rows[name]
+                # What a stock pipeline has no deterministic kernel for is not vipo's.
+                torch.use_deterministic_algorithms(False)
+                compared = subject(
+                    row.config(row.write(Path(folder) / name), device=device), repository_root(), steps=row.steps
+                )
+                deterministic_algorithms()
+                for found in _findings(compared):
+                    if found.found is not None:
+                        record.put(f"{name}.{found.name}", found.found)
+                    if found.result == "fails":
+                        record.put(f"{name}.{found.name}.fails", f"limit {found.limit}; {found.note}"[:500])
+                        failed.append(f"{name} ({found.name})")
+                record.put(f"{name}.prediction.difference_to_cpu", _difference_to_cpu(compared))
+        except Exception as error:
+            # The others are still worth their time.
+            traceback.print_exc()
+            record.put(f"{name}.failed", f"{type(error).__name__}: {error}"[:500])
+            failed.append(name)
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def _findings(compared: Subject) -> Iterator[Finding]:
+    for check in _CHECKS:
+        yield from CHECKS[check](compared)
+
+
+@torch.no_grad()
+def _difference_to_cpu(compared: Subject) -> float:
+    """Largest, of the first prediction, relative to its root mean square."""
+    config = compared.config.model_copy(update={"device": "cpu"})
+    generator, expected = load_generator(config, compared.root), compared.sampled.prediction.cpu()
+    given = {name: value.cpu() for name, value in compared.conditioning.items()}
+    found = generator.predict(compared.noise.cpu(), compared.sampled.times(generator), given)
+    return float((found - expected).abs().max() / expected.square().mean().sqrt())

@@ -1,0 +1,63 @@
+"""What `vipo plan` counts of the sizes that are measured, and what was measured against it."""
+
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.sizes import Size, family_overrides
+from vipo.config.compose import load_config, repository_root
+from vipo.training.plan import plan
+
+# The plan's phases by the parts that an update is timed in.
+_PHASES = {"rollout": "rolls out", "decode": "decodes", "learn": "learns"}
+_EVALUATION = "evaluation"
+
+
+def count_plans(record: Record, sizes: Mapping[str, Size]) -> None:
+    """Note the bytes of every size, by part, as `vipo plan` counts them; no device is asked.
+
+    Raises:
+        RuntimeError: one cannot be counted; the others were.
+    """
+    failed = []
+    for name, size in sizes.items():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                config = load_config(family_overrides(size, Path(folder), "cpu"))
+                found = plan(config, repository_root(), config.training.prompts_per_update)
+        except Exception as error:
+            # The others are still worth their time.
+            traceback.print_exc()
+            record.put(f"{name}.failed", f"{type(error).__name__}: {error}"[:500])
+            failed.append(name)
+            continue
+        held = sum(found.held.values())
+        for part, phase in _PHASES.items():
+            record.put(_key(name, part), held + found.phases[phase])
+        if found.evaluation:
+            record.put(_key(name, _EVALUATION), found.evaluation)
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.bytes.{part}"
+
+
+def planned_bytes(figures: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Of what `count_plans` noted, a size's bytes by part; empty where nothing was counted."""
+    return {part: figures[key] for part in (*_PHASES, _EVALUATION) if (key := _key(name, part)) in figures}
+
+
+def over_plan(peaks: Mapping[str, int], planned: Mapping[str, int], beside: int) -> dict[str, float]:
+    """Measured over planned, by part: 1 where the plan is exact, above it where a run takes more.
+
+    Args:
+        peaks: measured bytes by part.
+        planned: counted bytes by part.
+        beside: measured bytes that no plan counts, the backbone's weights.
+    """
+    return {part: (peaks[part] - beside) / size for part, size in planned.items() if part in peaks}

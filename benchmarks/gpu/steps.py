@@ -1,0 +1,112 @@
+"""What the script does, step by step, in the order of what it is worth."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu.record import Record, read_figures
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: of the step and of its files.
+        limit: in seconds.
+        question: what it answers.
+        timed: whether its figures are times or memory, so that nothing may run beside it.
+    """
+
+    name: str
+    limit: float
+    question: str
+    timed: bool = True
+
+
+# The limits of all are more than the whole may take, since few steps reach theirs.
+STEPS = (
+    Step("machine", 45, "the machine's own matrix product and memory bandwidth"),
+    Step("agreement", 120, "does the device compute what the CPU does", timed=False),
+    Step("bytes", 150, "the same run again, and killed and resumed: the same bytes", timed=False),
+    Step("waits", 60, "how often the host waits for the device", timed=False),
+    Step("families", 120, "every family in miniature: is it the stock pipeline, and its ratio 1", timed=False),
+    Step("processes", 90, "DDP and FSDP2 over NCCL: the same as one process alone", timed=False),
+    Step("plan", 120, "what `vipo plan` counts of the sizes below", timed=False),
+    Step("flux", 90, "FLUX.1-dev at its real size"),
+    Step("wan", 90, "Wan 2.1 1.3 B at its real size"),
+    Step("sd3_lora", 60, "Stable Diffusion 3.5 medium at its real size, LoRA"),
+    Step(
+        "sd3_window", 60, "Stable Diffusion 3.5 medium as others count images per GPU-hour: a window of 2 trained steps"
+    ),
+    Step("sd3_full", 60, "Stable Diffusion 3.5 medium at its real size, all weights"),
+    Step("evaluation", 45, "Stable Diffusion 3.5 medium evaluated at 1024 x 1024, trained at 512 x 512"),
+    Step(
+        "sd3_options",
+        150,
+        "joined transitions, a second-order solver, compiled blocks and a bf16 map on and off, at sd3_window's size",
+    ),
+    Step("flux_options", 150, "compiled blocks, attention backends and a bf16 map on and off, at FLUX.1-dev's size"),
+    Step("adamw_options", 60, "AdamW in one kernel and by lists of tensors, at sd3_full's size"),
+)
+
+
+def run_step(name: str, folder: Path, device: str, tiny: bool) -> None:
+    """The work of one step, in this process; its figures go into ``folder/NAME.jsonl``, where earlier steps' are."""
+    record = Record(figures_file(folder, name))
+    # Imported by the step that needs it: what fails to import there leaves the other steps alone.
+    if name == "machine":
+        from benchmarks.gpu.machine import measure_machine
+
+        measure_machine(record, device, tiny)
+    elif name in ("agreement", "bytes", "waits"):
+        from benchmarks.gpu import correct
+
+        steps = {
+            "agreement": correct.measure_agreement,
+            "bytes": correct.measure_bytes,
+            "waits": correct.measure_waits,
+        }
+        steps[name](record, device)
+    elif name == "families":
+        from benchmarks.gpu.families import measure_families
+
+        measure_families(record, device)
+    elif name == "processes":
+        from benchmarks.gpu.processes import measure_processes
+
+        measure_processes(record, device)
+    else:
+        _measure_sizes(name, record, folder, device, tiny)
+
+
+def _measure_sizes(name: str, record: Record, folder: Path, device: str, tiny: bool) -> None:
+    from benchmarks.gpu.planned import planned_bytes
+    from benchmarks.gpu.sizes import REAL, TINY
+
+    sizes, counted = TINY if tiny else REAL, read_figures(figures_file(folder, "plan"))
+    if name == "plan":
+        from benchmarks.gpu.planned import count_plans
+
+        count_plans(record, sizes)
+    elif name == "evaluation":
+        from benchmarks.gpu.evaluation import measure_evaluation
+
+        measure_evaluation(record, sizes["sd3_lora"], device, planned_bytes(counted, "sd3_lora"))
+    elif name.endswith("_options"):
+        from benchmarks.gpu.options import OPTIONS, measure_options
+
+        size, cases = OPTIONS[name]
+        if tiny:
+            # Kernels for a CPU take minutes to compile.
+            cases = {case: chosen for case, chosen in cases.items() if "generator.compile=blocks" not in chosen}
+        measure_options(record, sizes[size], device, cases)
+    else:
+        from benchmarks.gpu.real_size import measure_family
+
+        tflops = read_figures(figures_file(folder, "machine")).get("matmul_tflops.bf16")
+        measure_family(record, sizes[name], device, tflops, planned_bytes(counted, name))
+
+
+def figures_file(folder: Path, name: str) -> Path:
+    """Of a step, below the folder of the results."""
+    return folder / f"{name}.jsonl"
