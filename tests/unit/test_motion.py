@@ -31,8 +31,8 @@ def test_the_shape_moves_as_its_caption_says(direction: str, step: tuple[int, in
         rows, columns = mask.nonzero(as_tuple=True)
         places.append([float(columns.double().mean()), float(rows.double().mean())])
     moved = np.diff(np.array(places), axis=0)
-    # 1.75 pixels a frame; which pixels count is whole.
-    assert moved.mean(axis=0) == pytest.approx([1.75 * step[0], 1.75 * step[1]], abs=0.05)
+    # 1.25 pixels a frame; which pixels count is whole.
+    assert moved.mean(axis=0) == pytest.approx([1.25 * step[0], 1.25 * step[1]], abs=0.05)
     # The middle frame has it in the middle, and it never leaves the picture.
     assert places[motion.FRAMES // 2] == pytest.approx([15.5, 15.5], abs=0.01)
     assert not scenes.foreground(frames)[:, :2].any()

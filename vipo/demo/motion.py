@@ -13,9 +13,9 @@ from vipo.demo.scenes import BACKGROUNDS, COLORS, SHAPES, outline_distance
 SIZE, FRAMES = 32, 9
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
-_STEP = 1.75
-_RADIUS = (5.0, 6.0)
-_OFFSET = 2.0
+_STEP = 1.25
+_RADIUS = (6.5, 7.5)
+_OFFSET = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def sample_clip(rng: np.random.Generator) -> MovingShape:
 
 
 def draw(item: MovingShape) -> NDArray[np.float32]:
-    """The clip, ``(3, 9, 32, 32)`` float32 in [0, 1]: 1.75 pixels a frame, edges antialiased over one pixel."""
+    """The clip, ``(3, 9, 32, 32)`` float32 in [0, 1]: 1.25 pixels a frame, edges antialiased over one pixel."""
     axis = np.arange(SIZE, dtype=np.float64) + 0.5 - SIZE / 2
     right, down = DIRECTIONS[item.direction]
     background, color = np.array(BACKGROUNDS[item.background]), np.array(COLORS[item.color])
