@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from vipo.check import Line, check_experiment
+from vipo.check.asked import asked_lines
 from vipo.check.hub import fetch_command, missing_files
 from vipo.check.line import found, ok
 from vipo.check.machine import gpus, machine_lines
@@ -26,6 +28,7 @@ from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.prompts import PromptError
+from vipo.rewards import RewardError
 from vipo.stages import prepare_stage
 
 ROOT = repository_root()
@@ -245,6 +248,34 @@ def test_rewards_and_tokenizers_want_their_own_files(cache: Path) -> None:
     assert missing_files(network, place) == []
     assert "--include 'ImageReward.*'" in fetch_command(network, None)
     assert missing_files(words, _cached(cache, "acme/words", OLD, {"vocab.txt": ""})) == []
+
+
+def test_texts_that_a_reward_is_asked_by_are_no_files_and_what_asks_elsewhere_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config_of(*rewards: str) -> Config:
+        return load_config(
+            ["experiment=demo", "arm=grpo", "reward=redness", f"evaluation.rewards=[{', '.join(rewards)}]"]
+        )
+
+    judge = '{name: judge, options: {url: "http://h:1/v1", model: vlm, token_env: JUDGE_KEY}}'
+    far = f"{{name: process, label: far, options: {{reward: 'a:b', environment: {sys.executable}}}}}"
+    nowhere = "{name: process, options: {reward: 'a:b', environment: envs/none}}"
+    config = config_of(judge, "{name: clipscore, options: {path: acme/clip}}", far)
+    items = [item.what for item in wanted(config, tmp_path) if item.what != "generator"]
+    assert items == ["reward clipscore"]
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    assert _said(asked_lines([config], tmp_path)) == {
+        "reward judge": ("to do", "the environment has no JUDGE_KEY; put the token there"),
+        "reward far (process)": ("ok", f"{sys.executable} starts it"),
+    }
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    assert _said(asked_lines([config], tmp_path))["reward judge"] == (
+        "open",
+        "http://h:1/v1 is asked when a stage starts",
+    )
+    with pytest.raises(RewardError, match=r"'envs/none': there is no .*; make it as docs/reward_process\.md says"):
+        list(asked_lines([config_of(nowhere)], tmp_path))
 
 
 class _Hub(BaseHTTPRequestHandler):

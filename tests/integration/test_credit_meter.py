@@ -136,6 +136,15 @@ def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overri
     own = json.loads((results / "demo/credit/grpo-s0-u12/credit.json").read_text())["result"]
     assert own["directional"] == []
     assert own["pathwise"] != base["pathwise"]
+    lora = "training.lora={rank: 2, alpha: 2.0}"
+    with pytest.raises(MeterError, match=r"holds no LoRA, which training\.lora asks for"):
+        _measure(results, tiny_overrides, *cheap, lora, weights=weights)
+    generator.add_lora(load_config([*tiny_overrides, lora]).training.lora, 0)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    generator.save_network(adapter)
+    with pytest.raises(MeterError, match=r"holds a LoRA, which a run without training\.lora does not train"):
+        _measure(results, tiny_overrides, *cheap, weights=adapter)
     with pytest.raises(MeterError, match="no such folder"):
         _measure(results, tiny_overrides, *cheap, weights=tmp_path / "none")
     assert not (results / "demo/credit/none").exists()
@@ -210,6 +219,8 @@ def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
 def test_what_cannot_be_compared_is_named(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(MeterError, match=r"'flow_grpo' differs from 'grpo' in more than its credit \(sampling"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,flow_grpo]")
+    with pytest.raises(MeterError, match="'base' is not trained and has no direction; leave it out"):
+        _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,base]")
     with pytest.raises(MeterError, match="'nft' has the objective 'nft', whose gradient is not the surrogate's"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,nft]")
     grpo = load_config([*tiny_overrides, "arm=grpo"])

@@ -127,6 +127,14 @@ def test_a_dataset_is_pinned_at_the_commit_of_its_first_fetch(
     assert _prepare(tmp_path, source=own, text_key="Prompts", eval_share=0.5)["counts"] == made["counts"]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"set:parti": 5}', '{"set:parti": {"commit": "a"}}'])
+def test_a_damaged_lock_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCK).parent.mkdir(parents=True)
+    (tmp_path / LOCK).write_text(text)
+    with pytest.raises(PromptError, match=rf"{LOCK}: cannot be read .*; restore it from git"):
+        _prepare(tmp_path, source="set:parti")
+
+
 def test_names_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="no such set; one of set:parti, "):
         _prepare(tmp_path, source="set:imagenet")

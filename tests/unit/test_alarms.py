@@ -165,6 +165,12 @@ def test_the_report_shows_first_and_last() -> None:
     assert row["run"] == "grpo-s0"
     assert row["cells"][0] == (0.25, 0.5)
     assert row["cells"][-1] == (1.0, 2.0)
+    assert "distance to the base" not in section.values["labels"]
+    Experiment.runs = (Run("grpo-s0", pd.DataFrame({"alarm/base_distance": [0.5, 2.0]})),)  # type: ignore[assignment]
+    section = alarms(Page)  # type: ignore[arg-type]
+    assert section is not None
+    place = section.values["labels"].index("distance to the base")
+    assert section.values["rows"][0]["cells"][place] == (0.5, 2.0)
     Experiment.runs = (Run("old-s0", pd.DataFrame({"loss": [1.0]})),)  # type: ignore[assignment]
     assert alarms(Page) is None  # type: ignore[arg-type]
 

@@ -42,6 +42,19 @@ def test_a_protocol_pins_what_its_numbers_depend_on(name: str) -> None:
         _load(name, "evaluation.steps=7")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ("prompts.eval.categories=[Animals]", r"prompts\.eval\.categories \['Animals'\] leaves some out"),
+        ("prompts.filters.max_tokens=7", r"prompts\.filters\.max_tokens 7 leaves some out"),
+        ("prompts.ignore_case=true", r"prompts\.ignore_case True leaves some out"),
+    ],
+)
+def test_a_part_of_its_prompts_is_not_the_protocol(chosen: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=rf"pins every prompt of its set, and {told}"):
+        _load("parti", chosen)
+
+
 def test_a_judge_that_is_not_asked_is_named() -> None:
     with pytest.raises(ConfigError, match=r"pins evaluation\.rewards 'geneval', are \["):
         load_config(["experiment=demo", "protocol=geneval"])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from vipo.check.asked import asked_lines
 from vipo.check.hub import snapshot_of
 from vipo.check.line import Line, found, not_known, ok, to_do
 from vipo.check.machine import Gpu, gpus, machine_lines
@@ -58,6 +59,7 @@ def check_experiment(
         yield from found(f"weights of arm {config.arm}", partial(_gather, config, root, items))
     for item in items:
         yield from found(item.what, partial(weight_lines, [item], root, online))
+    yield from found("reward processes", lambda: asked_lines(configs, root))
     if any(packaged_backbone(config) for config in configs):
         yield from found("backbone", _packaged)
     # Last, for it loads torch.

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import AfterValidator
+from typing import get_args
 
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.config.run import Config
+from vipo.config.section import UserPath
 from vipo.foreign import is_import_path
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -105,8 +105,8 @@ def _of_reward(reward: RewardSpec) -> Iterator[Wanted]:
         return
     fields = section.model_fields
     for name, field in fields.items():
-        # `UserPath` is the one validated text that a reward's options have.
-        if field.annotation is not str or not any(isinstance(item, AfterValidator) for item in field.metadata):
+        # Its annotation is gone: what tells a `UserPath` from other texts is its validator.
+        if field.annotation is not str or not any(item in get_args(UserPath)[1:] for item in field.metadata):
             continue
         revision = "revision" if name == "path" else f"{name}_revision"
         has_revision = revision in fields

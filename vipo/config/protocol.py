@@ -41,6 +41,7 @@ class ProtocolConfig(Section):
     def broken(self, values: Mapping[str, Any]) -> list[str]:
         """What of a configuration, as JSON, is not as pinned: ``key wanted, is value``."""
         found = [f"{key} {wanted!r}, is {value!r}" for key, wanted, value in _differing("", self.pins, values)]
+        found += _fewer(values["prompts"])
         # A reward without arguments is saved as its name alone.
         judges = [{"name": r} if isinstance(r, str) else r for r in values["evaluation"]["rewards"]]
         if self.judge is None:
@@ -52,6 +53,15 @@ class ProtocolConfig(Section):
         if all(wrong):
             found += [f"options.{key} of {self.judge!r} {wanted!r}, is {value!r}" for key, wanted, value in wrong[0]]
         return found
+
+
+def _fewer(prompts: Mapping[str, Any]) -> list[str]:
+    """What leaves out prompts of a pinned set: what is measured on the rest is not that protocol."""
+    own = prompts["eval"] or {}
+    dropping = {f"prompts.filters.{name}": value for name, value in prompts["filters"].items() if value is not None}
+    dropping |= {"prompts.eval.categories": own["categories"]} if own.get("categories") else {}
+    dropping |= {"prompts.ignore_case": True} if prompts["ignore_case"] else {}
+    return [f"every prompt of its set, and {key} {value!r} leaves some out" for key, value in dropping.items()]
 
 
 def _options(reward: Mapping[str, Any]) -> dict[str, Any]:

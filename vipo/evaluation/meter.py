@@ -191,6 +191,8 @@ def check_comparable(configs: Mapping[str, Config]) -> None:
     Raises:
         MeterError: naming the arm and the key.
     """
+    if untrained := [name for name, config in configs.items() if config.is_base]:
+        raise MeterError(f"experiment.meter.arms: {untrained[0]!r} is not trained and has no direction; leave it out")
     (first_name, first), *others = configs.items()
     for name, config in others:
         differing = [key for key in _SHARED if getattr(config, key) != getattr(first, key)]
@@ -235,6 +237,11 @@ def _trainable(config: Config, generator: Generator, weights: Path | None) -> di
     if training.gradient_checkpointing:
         generator.recompute_activations()
     if training.lora is None:
+        if any("lora_" in name for name, _ in generator.network.named_parameters()):
+            raise MeterError(
+                f"--weights {weights}: holds a LoRA, which a run without training.lora does not train; set "
+                "training.lora as that run did"
+            )
         generator.network.requires_grad_(True)
     elif weights is None:
         generator.add_lora(training.lora, config.seed)

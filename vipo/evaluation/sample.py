@@ -5,6 +5,7 @@ One batch of samples is in memory at a time, and one network. Whoever draws a ba
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from vipo.sampling.rollout import sample_ode
 from vipo.tracking.progress import progress_bar
 
 log = logging.getLogger(__name__)
+
+# Of a PNG: the chunk that ends it.
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 def evaluation_chain(generator: Generator, config: Config) -> Chain:
@@ -150,10 +154,11 @@ def _draw_missing(
     work: Work,
     share: Share,
 ) -> None:
-    parts = [(update, batch) for update in weights for batch in batches]
-    there = work.present()
+    parts = share.of([(update, batch) for update in weights for batch in batches])
+    names = {f"{sample_name(update, sample)}.png" for update, batch in parts for sample in batch}
+    there = work.present([FACTS, *sorted(names)], _opened)
     wanted: dict[int, list[Sequence[HeldOut]]] = {}
-    for update, batch in share.of(parts):
+    for update, batch in parts:
         if not all(f"{sample_name(update, sample)}.png" in there for sample in batch):
             wanted.setdefault(update, []).append(batch)
     # Not every share's: two that write one file are in each other's way.
@@ -181,6 +186,16 @@ def _draw_missing(
                     with atomic_file(work.parts / f"{sample_name(update, sample)}.png") as path:
                         save_sample(image, path, generator.frame_rate)
                 progress.update(len(batch))
+
+
+def _opened(path: Path) -> None:
+    if path.name == FACTS:
+        json.loads(path.read_text())
+        return
+    with path.open("rb") as file:
+        file.seek(-len(_END), os.SEEK_END)
+        if file.read() != _END:
+            raise ValueError("its end is missing")
 
 
 def _facts(generator: Generator) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vipo.config.compose import dump_config
@@ -135,10 +136,10 @@ def _measure_missing(
     work: Work,
     share: Share,
 ) -> None:
-    there = work.present()
+    own = {measure.name: share.of(measure.parts) for measure in measures}
+    there = work.present((measure.file(*part) for measure in measures for part in own[measure.name]), _opened)
     wanted = {
-        measure.name: [part for part in share.of(measure.parts) if measure.file(*part) not in there]
-        for measure in measures
+        measure.name: [part for part in own[measure.name] if measure.file(*part) not in there] for measure in measures
     }
     total = sum(map(len, wanted.values()))
     with progress_bar(total=total, description=f"{config.run_name}: scores", unit="batch") as progress:
@@ -154,6 +155,12 @@ def _measure_missing(
             # Else its network is there while the next one is loaded, and frozen with what stays.
             del measured
             free(config.generator.device)
+
+
+def _opened(path: Path) -> None:
+    # Its header tells how long it must be.
+    with safe_open(path, "pt"):
+        pass
 
 
 def _together(measure: Measure, work: Work) -> Measured:

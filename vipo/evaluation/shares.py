@@ -7,16 +7,21 @@ with the parts that are missing, and one process ends with the bytes of four.
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from safetensors import SafetensorError
+
 from vipo.errors import VipoError
 from vipo.provenance.files import named_write_errors, replace_folder
 from vipo.provenance.locks import run_lock
+
+log = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 
@@ -81,9 +86,26 @@ class Work:
             self.parts.mkdir(exist_ok=True)
             yield
 
-    def present(self) -> set[str]:
-        """Names of the parts that are there."""
-        return {path.name for path in self.parts.iterdir()}
+    def present(self, names: Iterable[str], opened: Callable[[Path], None]) -> set[str]:
+        """Which of the parts are there; a damaged one goes away, to be made again.
+
+        Args:
+            names: of parts.
+            opened: looks whether a file is whole, and raises OSError, ValueError or SafetensorError.
+        """
+        found = set()
+        for name in names:
+            path = self.parts / name
+            if not path.is_file():
+                continue
+            try:
+                opened(path)
+            except (OSError, ValueError, SafetensorError) as error:
+                log.warning("%s: is damaged (%s), and made again", path, error)
+                path.unlink()
+            else:
+                found.add(name)
+        return found
 
     def publish(self, target: Path, names: Sequence[str]) -> None:
         """Make the parts the folder `target`, whole, in place of the one that may be there.
