@@ -3,7 +3,7 @@
     python benchmarks/screenshots.py results/demo/report/index.html -o docs/images
 
 Needs Debian's chromium and chromium-driver. Nothing is posed: the first screen as it opens, the maps over the first
-prompts, and the first held-out prompt looked at closely.
+prompts, as many as are seen whole, and the first held-out prompt looked at closely.
 """
 
 import argparse
@@ -16,6 +16,11 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 _WIDTH, _HEIGHT = 1280, 860
+# Where the last row of prompts ends that is seen whole.
+_WHOLE_ROWS = """
+return Math.max(...[...document.querySelectorAll(".prompt")].map(item => item.getBoundingClientRect().bottom)
+  .filter(bottom => bottom <= innerHeight)) + 12
+"""
 _FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars")
 
 
@@ -54,18 +59,21 @@ def _shoot(browser: webdriver.Chrome, url: str, output: Path) -> None:
     _save(browser, output / "report.png")
     browser.execute_script("document.querySelector('#maps').click()")
     browser.execute_script("document.querySelector('#samples').scrollIntoView({behavior: 'instant'})")
-    _save(browser, output / "report-maps.png")
+    _save(browser, output / "report-maps.png", browser.execute_script(_WHOLE_ROWS))
     browser.execute_script("document.querySelector('#maps').click()")
     browser.execute_script("location.hash = document.querySelector('.prompt .open').hash")
     _save(browser, output / "report-prompt.png")
 
 
-def _save(browser: webdriver.Chrome, path: Path) -> None:
+def _save(browser: webdriver.Chrome, path: Path, height: float = _HEIGHT) -> None:
+    """What is seen, from its top down to `height`."""
     seen = (
         "[...document.images].filter(item => item.getBoundingClientRect().top < innerHeight && item.checkVisibility())"
     )
     browser.execute_async_script(f"Promise.all({seen}.map(item => item.decode())).then(arguments[0], arguments[0])")
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
+    left, top = browser.execute_script("return [scrollX, scrollY]")
+    clip = {"x": left, "y": top, "width": _WIDTH, "height": height, "scale": 1}
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "clip": clip})
     path.write_bytes(base64.b64decode(shot["data"]))
     print(path)
 
