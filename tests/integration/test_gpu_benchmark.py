@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -196,6 +197,30 @@ def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: py
     assert "used up" in results["not_run"]["flux"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == results
     assert "| machine | first | 1.5 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 60, ""), gpu.Step("flux", 60, "")))
+    figure, noted = '{"key": "first", "value": 1.5}', tmp_path / "machine.jsonl"
+    _stand_in(
+        monkeypatch, tmp_path, f"echo $$ > $3/pid; echo '{figure}' > $3/new; mv $3/new $3/$5.jsonl; exec sleep 3600"
+    )
+
+    def interrupted(_: float) -> None:
+        _there(noted)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(tmp_path, "cpu", True, 300, ["machine", "flux"])
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert {name: (step["status"], step["figures"]) for name, step in steps.items()} == {
+        "machine": ("stopped with the whole", {"first": 1.5})
+    }
+    assert "| machine | first | 1.5 |" in (tmp_path / "gpu.md").read_text()
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def _there(path: Path) -> None:
