@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.finished import finished_experiment, with_prompts
-from benchmarks.gpu.correct import HostReads
+from benchmarks.gpu.waits import HostReads
 from benchmarks.update_share import command_seconds, loaded, measure, watched
 from vipo.audit import audit_experiment
 from vipo.config.compose import dump_config, load_config, repository_root

@@ -3,7 +3,7 @@
     python benchmarks/screenshots.py results/demo/report/index.html -o docs/images
 
 Needs Debian's chromium and chromium-driver. Nothing is posed: the first screen as it opens, the maps over the first
-prompts with what finds and orders them and without, and the first held-out prompt looked at closely.
+prompts, as many as are seen whole, and the first held-out prompt looked at closely.
 """
 
 import argparse
@@ -16,15 +16,16 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 _WIDTH, _HEIGHT = 1280, 860
-_FIRST_PROMPTS = """
-    const [first, , last] = [...document.querySelectorAll('.prompt')].map(item => item.getBoundingClientRect())
-    return {x: first.x, y: first.y + scrollY, width: first.width, height: last.bottom - first.y, scale: 1}
+# Where the last row of prompts ends that is seen whole.
+_WHOLE_ROWS = """
+return Math.max(...[...document.querySelectorAll(".prompt")].map(item => item.getBoundingClientRect().bottom)
+  .filter(bottom => bottom <= innerHeight)) + 12
 """
 _FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars")
 
 
 def main() -> None:
-    """Write ``report.png``, ``report-maps.png``, ``demo.png`` and ``report-prompt.png``."""
+    """Write ``report.png``, ``report-maps.png`` and ``report-prompt.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="index.html of a report")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the pictures")
@@ -58,22 +59,21 @@ def _shoot(browser: webdriver.Chrome, url: str, output: Path) -> None:
     _save(browser, output / "report.png")
     browser.execute_script("document.querySelector('#maps').click()")
     browser.execute_script("document.querySelector('#samples').scrollIntoView({behavior: 'instant'})")
-    _save(browser, output / "report-maps.png")
-    _save(browser, output / "demo.png", browser.execute_script(_FIRST_PROMPTS))
+    _save(browser, output / "report-maps.png", browser.execute_script(_WHOLE_ROWS))
     browser.execute_script("document.querySelector('#maps').click()")
     browser.execute_script("location.hash = document.querySelector('.prompt .open').hash")
     _save(browser, output / "report-prompt.png")
 
 
-def _save(browser: webdriver.Chrome, path: Path, clip: dict[str, float] | None = None) -> None:
-    """The screen, or `clip` of the page in pixels of it."""
+def _save(browser: webdriver.Chrome, path: Path, height: float = _HEIGHT) -> None:
+    """What is seen, from its top down to `height`."""
     seen = (
-        "[...document.images].filter(item => item.getBoundingClientRect().top < 2 * innerHeight"
-        " && item.checkVisibility())"
+        "[...document.images].filter(item => item.getBoundingClientRect().top < innerHeight && item.checkVisibility())"
     )
     browser.execute_async_script(f"Promise.all({seen}.map(item => item.decode())).then(arguments[0], arguments[0])")
-    part = {} if clip is None else {"clip": clip, "captureBeyondViewport": True}
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", **part})
+    left, top = browser.execute_script("return [scrollX, scrollY]")
+    clip = {"x": left, "y": top, "width": _WIDTH, "height": height, "scale": 1}
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "clip": clip})
     path.write_bytes(base64.b64decode(shot["data"]))
     print(path)
 

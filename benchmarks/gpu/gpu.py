@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.record import read_figures
 from benchmarks.gpu.steps import STEPS, Step, figures_file, run_step
 from benchmarks.gpu.supervise import Running, side_by_side
 
@@ -74,7 +75,8 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, step in results["steps"].items():
-        lines.append(f"| **{name}** | {step['question']} | {step['status']}, {step['seconds']} s |")
+        seconds = "" if step["seconds"] is None else f", {step['seconds']} s"
+        lines.append(f"| **{name}** | {step['question']} | {step['status']}{seconds} |")
         lines += [f"| {name} | {key} | {_cell(value)} |" for key, value in step["figures"].items()]
     lines += ["", "Not run:", "", *(f"- {what}: {why}" for what, why in results["not_run"].items()), ""]
     return "\n".join(lines)
@@ -113,16 +115,29 @@ def run(output: Path, device: str, tiny: bool, budget: float, names: list[str]) 
         command = [sys.executable, "-m", "benchmarks.gpu.gpu", str(output), "--step", step.name, "--device", device]
         return Running(step, [*command, *(["--tiny"] if tiny else [])], output, min(step.limit, left))
 
-    for timed, group in itertools.groupby(chosen, key=lambda step: step.timed):
-        for step, found in side_by_side(list(group), 1 if timed else _at_once(), start):
-            if found is None:
-                results["not_run"][step.name] = f"the {budget:.0f} s of the whole were used up"
-            else:
-                results["steps"][step.name] = found
-                print(f"{step.name}: {found['status']}, {found['seconds']} s", flush=True)
-            results["seconds"] = round(time.monotonic() - begun, 1)
-            (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            (output / "gpu.md").write_text(table(results), encoding="utf-8")
+    def write() -> None:
+        results["seconds"] = round(time.monotonic() - begun, 1)
+        (output / "gpu.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (output / "gpu.md").write_text(table(results), encoding="utf-8")
+
+    try:
+        for timed, group in itertools.groupby(chosen, key=lambda step: step.timed):
+            for step, found in side_by_side(list(group), 1 if timed else _at_once(), start):
+                if found is None:
+                    results["not_run"][step.name] = f"the {budget:.0f} s of the whole were used up"
+                else:
+                    results["steps"][step.name] = found
+                    print(f"{step.name}: {found['status']}, {found['seconds']} s", flush=True)
+                write()
+    except BaseException:
+        # Ctrl-C or SIGTERM: steps that were under way have noted something.
+        for step in chosen:
+            noted = read_figures(figures_file(output, step.name))
+            if noted and step.name not in results["steps"]:
+                stopped = {"question": step.question, "status": "stopped with the whole", "seconds": None}
+                results["steps"][step.name] = stopped | {"figures": noted}
+        write()
+        raise
     return results
 
 

@@ -32,6 +32,7 @@ OPTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = MappingProxyT
             {
                 "off": (),
                 "joined": ("training.joined_transitions=2",),
+                "larger_rollout": ("training.micro_batch=4", "training.rollout_batch=8"),
                 "second_order": ("sampling.window.solver=dpm2",),
                 "bf16_map": _MAP,
                 "compiled": _COMPILED,

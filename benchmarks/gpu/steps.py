@@ -58,15 +58,14 @@ def run_step(name: str, folder: Path, device: str, tiny: bool) -> None:
         from benchmarks.gpu.machine import measure_machine
 
         measure_machine(record, device, tiny)
-    elif name in ("agreement", "bytes", "waits"):
-        from benchmarks.gpu import correct
+    elif name in ("agreement", "bytes"):
+        from benchmarks.gpu.correct import measure_agreement, measure_bytes
 
-        steps = {
-            "agreement": correct.measure_agreement,
-            "bytes": correct.measure_bytes,
-            "waits": correct.measure_waits,
-        }
-        steps[name](record, device)
+        (measure_agreement if name == "agreement" else measure_bytes)(record, device)
+    elif name == "waits":
+        from benchmarks.gpu.waits import measure_waits
+
+        measure_waits(record, device)
     elif name == "families":
         from benchmarks.gpu.families import measure_families
 

@@ -35,6 +35,33 @@ def test_command_parses_and_its_configuration_validates(command: list[str]) -> N
         assert load_config(list(overrides)).experiment.name == named
 
 
+def _fenced(page: Path) -> list[str]:
+    """Commands of vipo in a page's code blocks, as a shell would have them."""
+    blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").replace("experiment=NAME", "experiment=demo").splitlines()
+    parts = [part.strip() for line in lines for part in re.split(r" && | \| ", line)]
+    return [part for part in parts if re.match(r"vipo [a-z]", part)]
+
+
+def test_commands_of_every_page_parse_and_their_configurations_validate() -> None:
+    """Those of some pages are run, by tests of their own."""
+    group, found, read = typer.main.get_command(app), 0, set[tuple[str, ...]]()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for line in _fenced(page):
+            command = shlex.split(line, comments=True)
+            with group.make_context("vipo", command[1:]) as context:
+                name, subcommand, rest = group.resolve_command(context, command[1:])  # type: ignore[attr-defined]
+            with subcommand.make_context(name, rest) as parsed:
+                overrides = tuple(parsed.params.get("overrides") or ())
+            found += 1
+            # Placeholders, and experiments of a page's own.
+            composed = any(override.startswith("experiment=") for override in overrides)
+            if composed and not re.search(r"=(\.\.\.|mine)|[A-Z]{4}|mysite", line) and overrides not in read:
+                read.add(overrides)
+                load_config(list(overrides))
+    assert found > 100
+
+
 def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = next(c for c in COMMANDS if c[1] == "map")
     monkeypatch.chdir(tmp_path)

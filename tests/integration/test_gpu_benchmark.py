@@ -6,12 +6,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
+import torch
 from torch import nn
 
-from benchmarks.gpu import families, gpu, processes, supervise
-from benchmarks.gpu.correct import measure_agreement, measure_bytes, measure_waits, prepare
+from benchmarks.gpu import correct, families, gpu, processes, supervise
+from benchmarks.gpu.correct import measure_agreement, measure_bytes, prepare
 from benchmarks.gpu.evaluation import measure_evaluation
 from benchmarks.gpu.families import measure_families
 from benchmarks.gpu.options import OPTIONS, measure_options
@@ -19,6 +22,7 @@ from benchmarks.gpu.planned import count_plans, over_plan, planned_bytes
 from benchmarks.gpu.real_size import measure_family
 from benchmarks.gpu.record import Record, read_figures
 from benchmarks.gpu.sizes import REAL, TINY, family_overrides
+from benchmarks.gpu.waits import measure_waits
 from vipo.config.compose import load_config, repository_root
 from vipo.conformance.checks import EXACT, finding
 from vipo.conformance.table import CHECKS
@@ -41,7 +45,7 @@ def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "tried"),
     [
-        ("sd3_options", ("off", "compiled", "joined", "second_order")),
+        ("sd3_options", ("off", "compiled", "joined", "larger_rollout", "second_order")),
         ("flux_options", ("native_flash", "native_efficient", "bf16_map")),
         ("adamw_options", ("fused", "lists")),
     ],
@@ -76,10 +80,28 @@ def test_the_cpu_agrees_with_itself_and_its_waits_are_counted(tmp_path: Path) ->
     measure_waits(record, "cpu")
     figures = read_figures(tmp_path / "figures")
     assert figures["sd.log_prob.difference"] == figures["sd.update.largest_weight_difference"] == 0
-    more = figures["host_waits.4_micro_batches"] - figures["host_waits.2_micro_batches"]
+    assert set(figures["sd.relative_differences"].values()) == {0}
     # A constant number a micro-batch, none that grows faster: four, and a read of each of its prompt's two embeddings
     # from a file, for which no device is waited for.
-    assert 0 <= more <= 2 * (4 + 2)
+    assert 0 <= figures["host_waits.a_micro_batch"] <= 4 + 2
+
+
+def test_a_family_that_fails_or_is_apart_from_the_cpu_fails_the_step_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, seen = correct._computed, itertools.count()
+
+    def disturbed(*given: Any) -> dict[str, torch.Tensor]:
+        found = computed(*given)
+        # Of the device's, the log-probabilities alone.
+        return found | {"log_prob": found["log_prob"] * (1.1 if next(seen) else 1.0)}
+
+    monkeypatch.setattr(correct, "_computed", disturbed)
+    with pytest.raises(RuntimeError, match=r"^failed: nowhere, demo \(log_prob\)$"):
+        measure_agreement(Record(tmp_path / "figures"), "cpu", ["nowhere", "demo"])
+    apart = read_figures(tmp_path / "figures")["demo.relative_differences"]
+    assert {key for key, value in apart.items() if value} == {"log_prob"}
+    assert 0.1 <= apart["log_prob"] < 1
 
 
 def test_a_killed_run_leaves_the_same_bytes(tmp_path: Path) -> None:
@@ -175,6 +197,30 @@ def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: py
     assert "used up" in results["not_run"]["flux"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == results
     assert "| machine | first | 1.5 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "STEPS", (gpu.Step("machine", 60, ""), gpu.Step("flux", 60, "")))
+    figure, noted = '{"key": "first", "value": 1.5}', tmp_path / "machine.jsonl"
+    _stand_in(
+        monkeypatch, tmp_path, f"echo $$ > $3/pid; echo '{figure}' > $3/new; mv $3/new $3/$5.jsonl; exec sleep 3600"
+    )
+
+    def interrupted(_: float) -> None:
+        _there(noted)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(tmp_path, "cpu", True, 300, ["machine", "flux"])
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert {name: (step["status"], step["figures"]) for name, step in steps.items()} == {
+        "machine": ("stopped with the whole", {"first": 1.5})
+    }
+    assert "| machine | first | 1.5 |" in (tmp_path / "gpu.md").read_text()
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def _there(path: Path) -> None:
