@@ -271,3 +271,30 @@ def test_an_evaluation_that_starts_far_from_noise_is_told_before_training(
             generator,
             alone,
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scheduler/scheduler_config.json", "[]"),
+        ("transformer/config.json", "null"),
+        ("vae/config.json", '"x"'),
+        ("vae/config.json", {"z_dim": None}),
+        ("vae/config.json", {"scale_factor_spatial": None}),
+        ("vae/config.json", {"latents_mean": "x"}),
+        ("model_index.json", {"transformer_2": 5}),
+    ],
+)
+def test_configurations_of_another_kind_are_told(
+    file: str, content: str | dict[str, object], tiny_wan: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_wan, tmp_path / "wan")
+    if isinstance(content, str):
+        (folder / file).write_text(content)
+    else:
+        edit_json(folder / file, **content)
+    kind = (
+        r"configuration holds no mapping" if isinstance(content, str) else r"a setting .* is not of the kind .*\(Type"
+    )
+    with pytest.raises(GeneratorError, match=rf"{folder}.*: {'its ' if isinstance(content, str) else ''}{kind}"):
+        load_generator(generator_config("wan", folder), ROOT)
