@@ -293,8 +293,16 @@ def test_configurations_of_another_kind_are_told(
         (folder / file).write_text(content)
     else:
         edit_json(folder / file, **content)
-    kind = (
-        r"configuration holds no mapping" if isinstance(content, str) else r"a setting .* is not of the kind .*\(Type"
-    )
-    with pytest.raises(GeneratorError, match=rf"{folder}.*: {'its ' if isinstance(content, str) else ''}{kind}"):
+    told = r"a setting .* is not of the kind .*\(Type"
+    if isinstance(content, str):
+        told = "its configuration holds no mapping"
+    with pytest.raises(GeneratorError, match=f"{folder}.*: {told}"):
+        load_generator(generator_config("wan", folder), ROOT)
+
+
+def test_weights_that_can_hold_code_are_named(tiny_wan: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_wan, tmp_path / "wan")
+    [file] = (folder / "transformer").glob("*.safetensors")
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(GeneratorError, match=r"transformer: cannot be loaded .* vipo reads no \*\.bin"):
         load_generator(generator_config("wan", folder), ROOT)

@@ -137,12 +137,11 @@ def load_part(
     try:
         loaded: Any = loader(location, subfolder=part, revision=config.revision, **options)
     except Exception as error:
-        only = (
-            ""
-            if isinstance(location, Path)
-            else " (where the repository has *.fp16.safetensors only, download it and name its folder)"
-        )
-        raise GeneratorError(f"{location}/{part}: cannot be loaded ({shortened(error)}); {remedy}{only}") from error
+        if not isinstance(location, Path):
+            remedy += " (where the repository has *.fp16.safetensors only, download it and name its folder)"
+        elif weights and any((location / part).glob("*.bin")):
+            remedy = "vipo reads no *.bin, which can hold code: save the part by its class, as *.safetensors"
+        raise GeneratorError(f"{location}/{part}: cannot be loaded ({shortened(error)}); {remedy}") from error
     if not weights:
         if isinstance(loaded, str | int | float | list | None):
             raise GeneratorError(f"{location}/{part}: its configuration holds no mapping; {remedy}")

@@ -17,7 +17,7 @@ from vipo.generators.parts import load_part, model_index, odd_settings, part_cla
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
 from vipo.generators.trained import TrainedNetworks
-from vipo.generators.variants import NOT_HELD, check_options, check_pair
+from vipo.generators.variants import check_options, check_pair, not_held
 from vipo.rounding import hold_in_bf16
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -139,8 +139,7 @@ class PipelineGenerator(TrainedNetworks):
         if (kind := index.get("_class_name", cls.pipeline_class.__name__)) != cls.pipeline_class.__name__:
             raise GeneratorError(
                 f"{location}/model_index.json: _class_name {kind!r}; family {config.family!r} holds "
-                f"{cls.pipeline_class.__name__}: "
-                + NOT_HELD.get(str(kind), "give such a checkpoint, or another generator.family")
+                f"{cls.pipeline_class.__name__}: {not_held(str(kind))}"
             )
         with odd_settings(config, location):
             cls._check_settings(config, root, location, index)
