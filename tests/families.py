@@ -95,7 +95,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 (_INDEX, {"transformer": [None, None]}, "transformer class 'None' is not one of WanTransformer3DModel"),
                 (_INDEX, {"_class_name": "WanImageToVideoPipeline"}, "'WanImageToVideoPipeline'"),
-                (_INDEX, {"_class_name": "LTX2Pipeline"}, "'LTX2Pipeline'; .* LTX-2 draws sound and picture as one"),
+                (
+                    _INDEX,
+                    {"_class_name": "LTX2ImageToVideoPipeline"},
+                    "'LTX2I.*'; .* LTX-2 draws sound and picture as one .*; take another",
+                ),
                 (_NETWORK, {"image_dim": 1280}, "transformer: image_dim 1280: .*image-to-video"),
                 (_NETWORK, {"added_kv_proj_dim": 24}, "transformer: added_kv_proj_dim 24"),
                 (_NETWORK, {"pos_embed_seq_len": 514}, "transformer: pos_embed_seq_len 514"),

@@ -271,3 +271,38 @@ def test_an_evaluation_that_starts_far_from_noise_is_told_before_training(
             generator,
             alone,
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("scheduler/scheduler_config.json", "[]"),
+        ("transformer/config.json", "null"),
+        ("vae/config.json", '"x"'),
+        ("vae/config.json", {"z_dim": None}),
+        ("vae/config.json", {"scale_factor_spatial": None}),
+        ("vae/config.json", {"latents_mean": "x"}),
+        ("model_index.json", {"transformer_2": 5}),
+    ],
+)
+def test_configurations_of_another_kind_are_told(
+    file: str, content: str | dict[str, object], tiny_wan: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_wan, tmp_path / "wan")
+    if isinstance(content, str):
+        (folder / file).write_text(content)
+    else:
+        edit_json(folder / file, **content)
+    told = r"a setting .* is not of the kind .*\(Type"
+    if isinstance(content, str):
+        told = "its configuration holds no mapping"
+    with pytest.raises(GeneratorError, match=f"{folder}.*: {told}"):
+        load_generator(generator_config("wan", folder), ROOT)
+
+
+def test_weights_that_can_hold_code_are_named(tiny_wan: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_wan, tmp_path / "wan")
+    [file] = (folder / "transformer").glob("*.safetensors")
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(GeneratorError, match=r"transformer: cannot be loaded .* vipo reads no \*\.bin"):
+        load_generator(generator_config("wan", folder), ROOT)

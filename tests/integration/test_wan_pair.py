@@ -8,18 +8,21 @@ import torch
 import torch.distributed as dist
 from checkpoints import generator_config, write_wan22_a14b
 from safetensors import safe_open
+from tiny import OTHER_FAMILY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vipo.config.compose import load_config
 from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.lora import check_adapted
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.sharded import blocks
 from vipo.generators.wan import Wan22PairGenerator
+from vipo.training.plan import plan
 from vipo.training.sharding import join_alone, shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +197,25 @@ def test_a_plan_counts_the_one_that_acts(folder: Path) -> None:
             generator.predict(torch.empty(2, *generator.latent_shape), torch.empty(2), given)
         operations.append(counted.get_total_flops())
     assert operations[1] == 2 * operations[0] > 0
+
+
+def test_a_plan_counts_that_processes_in_shards_call_both(folder: Path) -> None:
+    """Of one sample a call: the one that acts, unless another process's sample needs the other."""
+    chosen = [*OTHER_FAMILY, "arm=grpo", "generator=wan22_a14b", f"generator.path={folder}", "generator.frames=5"]
+    chosen += ["generator.device=cpu", "generator.max_sequence_length=16", "training.group_size=2"]
+    chosen += ["training.micro_batch=1", "distribution.strategy=fsdp", "prompts.source=prompts.txt"]
+    drawn, alone, together, shared = (
+        plan(load_config([*chosen, *more]), ROOT, 2).flops
+        for more in (
+            ["training.trained_transitions=1", "distribution.processes=1"],
+            ["training.trained_transitions=2", "distribution.processes=1"],
+            ["training.trained_transitions=2", "distribution.processes=2"],
+            ["training.trained_transitions=2", "distribution.processes=2", "training.transition_choice=shared"],
+        )
+    )
+    lesson = alone - drawn
+    assert together == alone + 2 * lesson
+    assert shared == alone
 
 
 def test_options_of_two_networks_are_refused_of_one(tiny_wan: Path, folder: Path, tmp_path: Path) -> None:

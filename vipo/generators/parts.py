@@ -1,9 +1,10 @@
 """The parts of a diffusers checkpoint: found, read whole, and refused where a tensor is not what its class takes."""
 
+import contextlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
 from vipo.config.generator import GeneratorConfig
+from vipo.config.registries import FAMILIES
 from vipo.generators.base import GeneratorError
 from vipo.text import listed
 
@@ -135,13 +137,14 @@ def load_part(
     try:
         loaded: Any = loader(location, subfolder=part, revision=config.revision, **options)
     except Exception as error:
-        only = (
-            ""
-            if isinstance(location, Path)
-            else " (where the repository has *.fp16.safetensors only, download it and name its folder)"
-        )
-        raise GeneratorError(f"{location}/{part}: cannot be loaded ({shortened(error)}); {remedy}{only}") from error
+        if not isinstance(location, Path):
+            remedy += " (where the repository has *.fp16.safetensors only, download it and name its folder)"
+        elif weights and any((location / part).glob("*.bin")):
+            remedy = "vipo reads no *.bin, which can hold code: save the part by its class, as *.safetensors"
+        raise GeneratorError(f"{location}/{part}: cannot be loaded ({shortened(error)}); {remedy}") from error
     if not weights:
+        if isinstance(loaded, str | int | float | list | None):
+            raise GeneratorError(f"{location}/{part}: its configuration holds no mapping; {remedy}")
         part_without_weights: T = loaded
         return part_without_weights
     model, told = loaded
@@ -150,6 +153,24 @@ def load_part(
         raise GeneratorError(f"{location}/{part}: does not hold what {type(model).__name__} takes: {faults}; {remedy}")
     found: T = model
     return found
+
+
+@contextlib.contextmanager
+def odd_settings(config: GeneratorConfig, location: Path | str) -> Iterator[None]:
+    """Around what reads a checkpoint's configurations, which may say anything.
+
+    Raises:
+        GeneratorError: a family of ours stumbled over one; what another adapter raises is its own.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        if config.family not in FAMILIES:
+            raise
+        raise GeneratorError(
+            f"{location}: a setting in its configurations is not of the kind that family {config.family!r} takes "
+            f"({shortened(error)}); {AGAIN}"
+        ) from error
 
 
 def shortened(error: Exception) -> str:

@@ -13,11 +13,11 @@ from torch import Tensor
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.kernels import use_kernels
-from vipo.generators.parts import load_part, model_index, part_class, part_settings, part_without_weights
+from vipo.generators.parts import load_part, model_index, odd_settings, part_class, part_settings, part_without_weights
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
 from vipo.generators.trained import TrainedNetworks
-from vipo.generators.variants import NOT_HELD, check_options, check_pair
+from vipo.generators.variants import check_options, check_pair, not_held
 from vipo.rounding import hold_in_bf16
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -87,13 +87,14 @@ class PipelineGenerator(TrainedNetworks):
             network.register_to_config(_name_or_path=config.path)
             if config.weights == "bf16":
                 hold_in_bf16(network)
-        generator = cls(config, cls.joined(config, index, networks), vae)
-        if cls.prediction == "velocity":
-            generator.flow_shift = generator.checkpoint_shift(location)
-        else:
-            schedule = noise_schedule(location, index, config, cls.ddim)
-            generator.alphas_cumprod, generator.timesteps = schedule.alphas_cumprod, schedule.timesteps
-            generator.prediction = schedule.prediction
+        with odd_settings(config, location):
+            generator = cls(config, cls.joined(config, index, networks), vae)
+            if cls.prediction == "velocity":
+                generator.flow_shift = generator.checkpoint_shift(location)
+            else:
+                schedule = noise_schedule(location, index, config, cls.ddim)
+                generator.alphas_cumprod, generator.timesteps = schedule.alphas_cumprod, schedule.timesteps
+                generator.prediction = schedule.prediction
         return generator
 
     @classmethod
@@ -138,9 +139,23 @@ class PipelineGenerator(TrainedNetworks):
         if (kind := index.get("_class_name", cls.pipeline_class.__name__)) != cls.pipeline_class.__name__:
             raise GeneratorError(
                 f"{location}/model_index.json: _class_name {kind!r}; family {config.family!r} holds "
-                f"{cls.pipeline_class.__name__}: "
-                + NOT_HELD.get(str(kind), "give such a checkpoint, or another generator.family")
+                f"{cls.pipeline_class.__name__}: {not_held(str(kind))}"
             )
+        with odd_settings(config, location):
+            cls._check_settings(config, root, location, index)
+        if isinstance(location, Path) and config.revision is not None:
+            log.warning(
+                "generator.revision %s has no effect: generator.path %s is a folder here, which is read as it is",
+                config.revision,
+                config.path,
+            )
+        check_options(config, cls.pipeline_class.__name__, cls.guides, cls.neutral_guidance, cls.longest_sequence)
+        check_pair(config, cls.second_folder is not None)
+
+    @classmethod
+    def _check_settings(
+        cls, config: GeneratorConfig, root: Path, location: Path | str, index: Mapping[str, Any]
+    ) -> None:
         cls.check_index(location, index)
         check_start(config, root, cls.network_class, cls.second_folder is not None)
         *networks, vae = (
@@ -158,14 +173,8 @@ class PipelineGenerator(TrainedNetworks):
         made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
         if made != 3 * (patch if isinstance(patch, int) else 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
-        if isinstance(location, Path) and config.revision is not None:
-            log.warning(
-                "generator.revision %s has no effect: generator.path %s is a folder here, which is read as it is",
-                config.revision,
-                config.path,
-            )
-        check_options(config, cls.pipeline_class.__name__, cls.guides, cls.neutral_guidance, cls.longest_sequence)
-        check_pair(config, cls.second_folder is not None)
+        # What encoding and training read.
+        cls.conditioning_widths(config, root)
 
     @classmethod
     def part_classes(cls, location: Path | str, index: Mapping[str, Any]) -> dict[str, Any]:

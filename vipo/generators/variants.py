@@ -9,15 +9,22 @@ from typing import Any
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
 
-NOT_HELD: Mapping[str, str] = MappingProxyType(
+_NOT_HELD: Mapping[str, str] = MappingProxyType(
     {
-        "LTX2Pipeline": "LTX-2 draws sound and picture as one state whose parts attend to each other, and vipo's chain "
-        "has one latent, of pictures: there is no video alone that the stock pipeline would draw",
+        "LTX2": "LTX-2 draws sound and picture as one state whose parts attend to each other, and vipo's chain has one "
+        "latent, of pictures: there is no video alone that the stock pipeline would draw; take another generator of "
+        "videos, such as generator=wan22_ti2v",
     }
 )
-"""Why a stock pipeline's checkpoints are not held by any family, where there is more to say than that."""
+# By the beginning of the stock pipelines' names.
 
 log = logging.getLogger(__name__)
+
+
+def not_held(pipeline: str) -> str:
+    """Why a stock pipeline's checkpoints are of no family, or of another one, and what to do."""
+    told = (why for start, why in _NOT_HELD.items() if pipeline.startswith(start))
+    return next(told, "give such a checkpoint, or another generator.family")
 
 
 def refuse_settings(location: Path | str, part: str, settings: Any, keys: Mapping[str, str]) -> None:
