@@ -166,6 +166,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     if config.is_base:
         raise TrainingError("arm 'base' is the generator as it is: there is nothing to plan; choose another arm")
     training, objective = config.training, load_objective(config.objective)
+    samples = training.prompts_per_update * training.group_size
     keeps = checked_keeps(config.objective.name, objective.keeps)
     mode, distribution = FakeTensorMode(allow_non_fake_inputs=True), config.distribution
     # What is gathered is cast before the calls, which then make no copies of their own.
@@ -174,9 +175,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     check_joined(training, generator.network)
     if training.gradient_checkpointing:
         generator.recompute_activations()
-    size, steps = training.micro_batch, config.sampling.steps
-    samples = training.prompts_per_update * training.group_size
-    own = samples // distribution.world_size
+    size, steps, own = training.micro_batch, config.sampling.steps, samples // distribution.world_size
     joined, rolled = size * training.joined_transitions, training.rollout_batch or size
     learning, rolling = (_Calls(generator, root, mode, count) for count in (joined, rolled))
     with mode:
@@ -255,10 +254,10 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
 
 def _evaluation(config: Config, root: Path) -> int:
     """Bytes of a process that draws samples at the evaluation's size, which has the network whole."""
-    mode, batch = FakeTensorMode(allow_non_fake_inputs=True), config.evaluation.batch
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     generator = outline(config.evaluated, root, mode, config.training.lora)
     generator.read_no_values(one_time=True)
-    calls = _Calls(generator, root, mode, batch)
+    calls = _Calls(generator, root, mode, config.evaluation.batch)
     with torch.no_grad():
         found = [
             peak_bytes(mode, generator, calls.given, call)
@@ -271,9 +270,9 @@ def _evaluation(config: Config, root: Path) -> int:
 def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:
     """Bytes that a device holds whole while a sharded network computes, and what gradients are there."""
     found, unit = gathered_values(network), 2 if cast else _FP32
-    # Gradients as they come, and in fp32 where they are summed over the processes.
-    gradients = _FP32 * found.rest_trained + (unit + _FP32) * found.block_trained
-    return _FP32 * found.rest + unit * found.blocks, gradients
+    # As they come, and in fp32 where they are summed over the processes.
+    summed = _FP32 * found.rest_trained + (unit + _FP32) * found.block_trained
+    return _FP32 * found.rest + unit * found.blocks, summed
 
 
 def peak_bytes(
