@@ -42,7 +42,8 @@ class ProtocolConfig(Section):
         found = [f"{key} {wanted!r}, is {value!r}" for key, wanted, value in _differing("", self.pins, values)]
         found += _fewer(values["prompts"])
         # A reward without arguments is saved as its name alone.
-        judges = [{"name": r} if isinstance(r, str) else r for r in values["evaluation"]["rewards"]]
+        rewards = values["evaluation"]["rewards"]
+        judges: list[Mapping[str, Any]] = [{"name": r} if isinstance(r, str) else r for r in rewards]
         if self.judge is None:
             return found
         own = [judge.get("options", {}) for judge in judges if judge["name"] == self.judge]
