@@ -276,6 +276,9 @@ def test_texts_that_a_reward_is_asked_by_are_no_files_and_what_asks_elsewhere_is
     )
     with pytest.raises(RewardError, match=r"'envs/none': there is no .*; make it as docs/reward_process\.md says"):
         list(asked_lines([config_of(nowhere)], tmp_path))
+    # Of two arms, both: one label may be of two environments.
+    with pytest.raises(RewardError, match="'envs/none': there is no"):
+        list(asked_lines([config_of(nowhere.replace("process,", "process, label: far,")), config], tmp_path))
 
 
 class _Hub(BaseHTTPRequestHandler):

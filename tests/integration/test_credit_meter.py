@@ -112,7 +112,7 @@ def test_a_damaged_part_is_measured_again_to_the_same_bytes(
     (parts / "reference-0.safetensors").write_bytes(before["reference-0.safetensors"][:100])
     (parts / "update-0.json").write_text("[]")
     (parts / "update-1.json").write_bytes(before["update-1.json"][:50])
-    (parts / "costs.json").write_text("x")
+    (parts / "costs.json").write_text("[]")
     _measure(results, tiny_overrides, *small)
     assert (results / "demo/credit/base/credit.json").read_bytes() == whole
     assert {path.name: path.read_bytes() for path in parts.iterdir()} == before

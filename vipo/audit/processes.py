@@ -7,7 +7,7 @@ from typing import Any
 from vipo.audit.examination import Examination
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_process import ASKED
-from vipo.provenance.records import PROVENANCE
+from vipo.provenance.records import PROCESSES, PROVENANCE, differing_processes
 
 
 def check_processes(examination: Examination) -> None:
@@ -34,15 +34,15 @@ def _asked(rewards: Iterable[RewardSpec]) -> list[str]:
 
 def _check_one_measure(examination: Examination) -> None:
     """All runs, the base too, are measured by the same process: differences between them are of nothing else."""
-    first: dict[str, tuple[str, Any]] = {}
-    for folder, record in examination.records.items():
-        told = record.get("reward_processes", {}) if folder.startswith("evaluation/") else {}
-        for label, identity in told.items() if isinstance(told, dict) else ():
-            other, wanted = first.setdefault(label, (folder, identity))
-            if identity != wanted:
-                examination.broken(
-                    folder, "lineage", f"another process scored {label!r} here than in {other}", "evaluate both by one"
-                )
+    told = {
+        folder: own
+        for folder, record in examination.records.items()
+        if folder.startswith("evaluation/") and isinstance(own := record.get(PROCESSES), dict)
+    }
+    for label, folder, other in differing_processes(told):
+        examination.broken(
+            folder, "lineage", f"another process scored {label!r} here than in {other}", "evaluate both by one"
+        )
 
 
 def _measured_credit(examination: Examination) -> Iterator[tuple[str, list[str]]]:
@@ -62,7 +62,7 @@ def _told(examination: Examination, folder: str, labels: Iterable[str]) -> Mappi
     record = examination.records.get(folder)
     if record is None:
         return None
-    told = record.get("reward_processes", {})
+    told = record.get(PROCESSES, {})
     if not (isinstance(told, dict) and all(isinstance(value, dict) for value in told.values())):
         examination.broken(folder, "lineage", "its record names no reward processes that can be read", "make it again")
         return None

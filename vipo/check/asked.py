@@ -17,7 +17,7 @@ def asked_lines(configs: Sequence[Config], root: Path) -> Iterator[Line]:
         RewardError: an environment is not there.
     """
     specs = [spec for own in configs for spec in (*own.reward.terms, *own.evaluation.rewards) if spec.name in ASKED]
-    for spec in {spec.label: spec for spec in specs}.values():
+    for spec in {spec.identity: spec for spec in specs}.values():
         yield _line(spec, root)
 
 

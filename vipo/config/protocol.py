@@ -5,7 +5,6 @@ from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.config.section import LONGEST_NAME, PositiveInt, Section
 from vipo.config.values import config_hash
 
@@ -43,10 +42,11 @@ class ProtocolConfig(Section):
         found = [f"{key} {wanted!r}, is {value!r}" for key, wanted, value in _differing("", self.pins, values)]
         found += _fewer(values["prompts"])
         # A reward without arguments is saved as its name alone.
-        judges = [{"name": r} if isinstance(r, str) else r for r in values["evaluation"]["rewards"]]
+        rewards = values["evaluation"]["rewards"]
+        judges: list[Mapping[str, Any]] = [{"name": r} if isinstance(r, str) else r for r in rewards]
         if self.judge is None:
             return found
-        own = [_options(judge) for judge in judges if judge["name"] == self.judge]
+        own = [judge.get("options", {}) for judge in judges if judge["name"] == self.judge]
         if not own:
             return [*found, f"evaluation.rewards {self.judge!r}, are {[judge['name'] for judge in judges]!r}"]
         wrong = [_differing("", self.judge_options, options) for options in own]
@@ -62,12 +62,6 @@ def _fewer(prompts: Mapping[str, Any]) -> list[str]:
     dropping |= {"prompts.eval.categories": own["categories"]} if own.get("categories") else {}
     dropping |= {"prompts.ignore_case": True} if prompts["ignore_case"] else {}
     return [f"every prompt of its set, and {key} {value!r} leaves some out" for key, value in dropping.items()]
-
-
-def _options(reward: Mapping[str, Any]) -> dict[str, Any]:
-    section = REWARD_OPTIONS.get(reward["name"])
-    defaults = {} if section is None else {name: field.default for name, field in section.model_fields.items()}
-    return {**defaults, **reward.get("options", {})}
 
 
 def _differing(place: str, wanted: Mapping[str, Any], values: Any) -> list[tuple[str, Any, Any]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -12,7 +11,7 @@ from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_
 from vipo.evaluation.statistics import ScoresError
 from vipo.prompts import read_prompts
 from vipo.provenance.files import atomic_file
-from vipo.provenance.records import PROVENANCE, read_provenance
+from vipo.provenance.records import PROVENANCE, differing_processes, read_processes
 
 TABLES = ("categories", "win_rates", "metrics", "totals", "diversity")
 
@@ -63,18 +62,13 @@ def write_tables(tables: dict[str, pd.DataFrame], output: Path) -> list[Path]:
 
 
 def _check_one_measure(experiment: Path, runs: Sequence[str]) -> None:
-    first: dict[str, tuple[str, Any]] = {}
-    for run in runs:
-        record = experiment / "evaluation" / run / PROVENANCE
-        told = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
-        for label, identity in told.items():
-            other, wanted = first.setdefault(label, (run, identity))
-            if identity != wanted:
-                raise EvaluationError(
-                    f"reward {label!r}: another process scored {run} than {other} ({record} and that run's tell which "
-                    "packages and weights), so they cannot be compared; evaluate both by one: vipo evaluate does it "
-                    "again where the process is another one"
-                )
+    records = {run: experiment / "evaluation" / run / PROVENANCE for run in runs}
+    for label, run, other in differing_processes({run: read_processes(path) for run, path in records.items()}):
+        raise EvaluationError(
+            f"reward {label!r}: another process scored {run} than {other} ({records[run]} and that run's tell which "
+            "packages and weights), so they cannot be compared; evaluate both by one: vipo evaluate does it again "
+            "where the process is another one"
+        )
 
 
 def _scores(experiment: Path, run: str) -> pd.DataFrame:

@@ -78,7 +78,7 @@ def measure_credit(
         Others: as of training.
     """
     first = next(iter(configs.values()))
-    check_comparable(configs)
+    surrogate = check_comparable(configs)
     deterministic_algorithms()
     torch.set_num_threads(first.training.threads)
     train, held = (read_prompts(experiment / "prompts" / f"{split}.jsonl") for split in ("train", "eval"))
@@ -93,7 +93,6 @@ def measure_credit(
     schedule = (generator.prediction, generator.alphas_cumprod, generator.timesteps)
     chain = sampling_chain(first.sampling, *schedule, device=device)
     arms = load_arms(configs, Context(generator, train, rewards, first.perception, root))
-    surrogate = first.objective if isinstance(first.objective, SurrogateConfig) else SurrogateConfig()
     subject = Subject(
         generator,
         parameters,
@@ -185,8 +184,11 @@ def _costs(plan: Plan, subject: Subject, arms: int, kinds: int) -> Costs:
     )
 
 
-def check_comparable(configs: Mapping[str, Config]) -> None:
+def check_comparable(configs: Mapping[str, Config]) -> SurrogateConfig:
     """Refuse arms that differ in more than their credit, or that cannot be measured.
+
+    Returns:
+        The first one's objective.
 
     Raises:
         MeterError: naming the arm and the key.
@@ -228,6 +230,7 @@ def check_comparable(configs: Mapping[str, Config]) -> None:
         )
     if first.distribution.world_size > 1:
         raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
+    return surrogates[first_name]
 
 
 def _trainable(config: Config, generator: Generator, weights: Path | None) -> dict[str, torch.nn.Parameter]:

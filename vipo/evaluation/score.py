@@ -23,7 +23,7 @@ from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
-from vipo.provenance.records import PROVENANCE, read_provenance
+from vipo.provenance.records import PROVENANCE, read_processes
 from vipo.rewards import check_identities
 from vipo.tracking.progress import progress_bar
 
@@ -56,8 +56,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     files, processes = tried(config, root, batches[0][0])
     if processes and not config.is_base:
         record = experiment / "runs" / config.run_name / PROVENANCE
-        trained = read_provenance(record).get("reward_processes", {}) if record.is_file() else {}
-        check_identities(trained, processes, record)
+        check_identities(read_processes(record), processes, record)
     inputs = hashed("score", [*found, *files], root)
     if is_made("score", output, inputs, identity, root, processes):
         log.info("%s: its samples are scored already, in %s", config.run_name, output)

@@ -7,7 +7,6 @@ with the parts that are missing, and one process ends with the bytes of four.
 import contextlib
 import hashlib
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from safetensors import SafetensorError
-
 from vipo.errors import VipoError
-from vipo.provenance.files import named_write_errors, replace_folder
+from vipo.provenance.files import damaged_part, named_write_errors, replace_folder
 from vipo.provenance.locks import run_lock
-
-log = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 
@@ -91,20 +86,14 @@ class Work:
 
         Args:
             names: of parts.
-            opened: looks whether a file is whole, and raises OSError, ValueError or SafetensorError.
+            opened: looks whether a file is whole, and raises what `damaged_part` takes.
         """
         found = set()
         for name in names:
-            path = self.parts / name
-            if not path.is_file():
-                continue
-            try:
-                opened(path)
-            except (OSError, ValueError, SafetensorError) as error:
-                log.warning("%s: is damaged (%s), and made again", path, error)
-                path.unlink()
-            else:
-                found.add(name)
+            if (path := self.parts / name).is_file():
+                with damaged_part(path):
+                    opened(path)
+                    found.add(name)
         return found
 
     def publish(self, target: Path, names: Sequence[str]) -> None:

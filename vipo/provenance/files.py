@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vipo.errors import VipoError
+
+log = logging.getLogger(__name__)
 
 
 class StorageError(VipoError):
@@ -47,6 +50,19 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+@contextlib.contextmanager
+def damaged_part(path: Path) -> Iterator[None]:
+    """For the block that reads what an interrupted process left at `path`.
+
+    Where that is damaged the block ends without an error, and the file goes away, to be made again.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        log.warning("%s: is damaged (%s), and made again", path, error)
+        path.unlink()
 
 
 def partial_path(target: Path) -> Path:

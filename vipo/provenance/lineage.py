@@ -24,6 +24,7 @@ from vipo.provenance.files import atomic_file, replaced_path
 from vipo.provenance.records import (
     CHECKOUT_DIFF,
     DIFF,
+    PROCESSES,
     PROVENANCE,
     ProvenanceError,
     differences,
@@ -38,8 +39,6 @@ from vipo.provenance.superseded import bring_back, is_finished, set_aside
 _FORMER: Mapping[str, str] = {"evaluate": "score"}
 #: In the environment of a launcher's ranks: the command that it was given, as JSON.
 COMMAND = "VIPO_COMMAND"
-
-_PROCESSES = "reward_processes"
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def record_stage(
         "config_sha256": None if config is None else config_hash(dict(config)),
         "seeds": list(seeds),
         "inputs": hashed(stage, inputs, root),
-        **({_PROCESSES: dict(processes)} if processes else {}),
+        **({PROCESSES: dict(processes)} if processes else {}),
         "git": git,
         **({"checkout": checkout} if checkout != git else {}),
         "package_sha256": package_sha256(),
@@ -148,7 +147,7 @@ def is_made(
     """
     try:
         record = read_provenance(folder / PROVENANCE)
-        wanted = {"config_sha256": config_hash(dict(config)), "inputs": inputs, _PROCESSES: processes or {}}
+        wanted = {"config_sha256": config_hash(dict(config)), "inputs": inputs, PROCESSES: processes or {}}
         return (
             record["stage"] == stage
             and _same_work(record, wanted, folder, root)
@@ -233,7 +232,7 @@ def _same_work(earlier: Mapping[str, Any] | None, record: Mapping[str, Any], fol
     may be anything."""
     if earlier is None or earlier.get("config_sha256") != record["config_sha256"]:
         return False
-    if earlier.get(_PROCESSES, {}) != record.get(_PROCESSES, {}):
+    if earlier.get(PROCESSES, {}) != record.get(PROCESSES, {}):
         return False
     before, now = (
         [(entry["path"], entry["sha256"]) for entry in inputs]

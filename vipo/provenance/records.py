@@ -17,6 +17,8 @@ from typing import Any
 from vipo.errors import VipoError
 from vipo.provenance.files import file_sha256
 
+#: In a record: what rewards that compute elsewhere told of themselves, by label.
+PROCESSES = "reward_processes"
 PROVENANCE, DIFF, CHECKOUT_DIFF = "provenance.json", "provenance.diff", "provenance.checkout.diff"
 #: How deep below the experiment's folder that of a stage lies.
 _DEPTH: Mapping[str, int] = {
@@ -66,6 +68,30 @@ def _lists_files(record: Mapping[str, Any]) -> bool:
     return all(isinstance(entries, list) for entries in lists) and all(
         isinstance(entry, dict) and isinstance(entry.get("path"), str) for entries in lists for entry in entries or ()
     )
+
+
+def read_processes(path: Path) -> dict[str, Any]:
+    """What the record at `path` says of rewards that compute elsewhere, by label; nothing where there is no record.
+
+    Raises:
+        ProvenanceError: the file is no such record.
+    """
+    told: dict[str, Any] = read_provenance(path).get(PROCESSES, {}) if path.is_file() else {}
+    return told
+
+
+def differing_processes(told: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Each label with a run that another process scored than the first that has that label, and that first run.
+
+    Args:
+        told: of each run, what rewards that compute elsewhere told of themselves, by label.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for run, processes in told.items():
+        for label, identity in processes.items():
+            other, wanted = first.setdefault(label, (run, identity))
+            if identity != wanted:
+                yield label, run, other
 
 
 def verify_outputs(provenance: Path, root: Path) -> list[str]:

@@ -1,13 +1,11 @@
 """The measurement: the reference gradient, then one update after another; each part is a file, so that it resumes."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,9 +30,7 @@ from vipo.credit.meter.subject import (
     sample_group,
 )
 from vipo.prompts import Prompt
-from vipo.provenance.files import atomic_file
-
-log = logging.getLogger(__name__)
+from vipo.provenance.files import atomic_file, damaged_part
 
 Part = TypeVar("Part")
 
@@ -70,14 +66,10 @@ def measure_reference(
 def read_part(path: Path, read: Callable[[Path], Part]) -> Part | None:
     """What an earlier process measured; None where that is nothing, or a damaged file: it is measured again then, to
     the same bytes."""
-    if not path.is_file():
-        return None
-    try:
-        return read(path)
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        log.warning("%s: is damaged (%s), and measured again", path, error)
-        path.unlink()
-        return None
+    if path.is_file():
+        with damaged_part(path):
+            return read(path)
+    return None
 
 
 def _block(path: Path) -> dict[str, Tensor]:

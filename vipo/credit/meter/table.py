@@ -1,5 +1,6 @@
 """A measurement as text for the terminal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
@@ -97,7 +98,7 @@ def _notes(result: Result, confidence: float) -> list[str]:
                 f"In brackets: {result.first} itself cannot be told from zero ({name}: {', '.join(weak)}), so a ratio "
                 "to it says little yet; measure more."
             )
-    if result.reliability is not None and result.reliability == result.reliability:
+    if result.reliability is not None and not math.isnan(result.reliability):
         notes.append(f"Two halves of the reference agree with cosine {result.reliability:.2f}.")
     if result.agreement is not None:
         slope = shown(result.agreement.slope, 2)
