@@ -41,7 +41,7 @@ demo study dvc-import: export VIPO_AGAIN = $(strip make $@ $(MAKEOVERRIDES))
 # make demo SET_ASIDE=true: finished results that would be replaced are set aside; without it, nothing starts.
 CONSENT = $(if $(SET_ASIDE),set_aside=$(SET_ASIDE))
 
-demo: env  ## the whole experiment on CPU: base, GRPO, ViPO, controls, evaluation, report
+demo: env  ## the whole experiment on CPU: base, GRPO, product, ViPO, control, evaluation, report
 	snakemake --profile local --config experiment=$(EXPERIMENT) $(CONSENT)
 	@echo "report: file://$(abspath results/$(EXPERIMENT)/report/index.html)"
 	@if [ -n "$${DISPLAY:-}" ]; then python -m webbrowser "file://$(abspath results/$(EXPERIMENT)/report/index.html)" || true; fi

@@ -72,7 +72,7 @@ step "a tiny experiment"
 overrides=(
   training.updates=2 training.prompts_per_update=2 training.group_size=4 training.micro_batch=4 training.trained_transitions=2
   'training.save_at=[]' sampling.steps=4 evaluation.prompts=4 evaluation.steps=4 evaluation.bootstrap=200
-  evaluation.shown_prompts=2 '~experiment.arms.uniform' '~experiment.arms.inverted' 'experiment.arms.grpo.seeds=[0]'
+  evaluation.shown_prompts=2 '~experiment.arms.product' '~experiment.arms.inverted' 'experiment.arms.grpo.seeds=[0]'
   'experiment.arms.vipo.seeds=[0]'
 )
 written="[$(printf '%s,' "${overrides[@]}")]"

@@ -43,7 +43,7 @@ step "experiment in the image and here"
 overrides=(
   training.updates=4 training.group_size=4 training.micro_batch=4 training.trained_transitions=2 'training.save_at=[]'
   training.checkpoint_every=1 sampling.steps=4 evaluation.prompts=4 evaluation.steps=4 evaluation.bootstrap=200
-  evaluation.shown_prompts=2 '~experiment.arms.uniform' '~experiment.arms.inverted' 'experiment.arms.grpo.seeds=[0]'
+  evaluation.shown_prompts=2 '~experiment.arms.product' '~experiment.arms.inverted' 'experiment.arms.grpo.seeds=[0]'
   'experiment.arms.vipo.seeds=[0]'
 )
 whole=(snakemake --profile local --quiet --config experiment=demo "overrides=[$(printf '"%s",' "${overrides[@]}")]")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 # C0 and C1 controls but for new line and tab, separators of lines, overrides of direction, surrogates.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_LONGEST_LINE, _MOST_LINES = 900, 20
+_LONGEST_LINE, _LONGEST_CAUSE, _MOST_LINES = 900, 300, 20
 
 
 def visible(text: str) -> str:
@@ -29,6 +29,11 @@ def shortened(text: str, limit: int) -> str:
         return text
     head = limit * 2 // 3
     return f"{text[:head]} … ({len(text) - limit} characters left out) … {text[head - limit :]}"
+
+
+def cause(error: Exception) -> str:
+    """A library's error as a message quotes it: its kind and the beginning of what it says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import Record, others_go_on
 from vipo.config.compose import load_config, repository_root
 from vipo.generators.embeddings import stack_conditioning
 from vipo.provenance.files import file_sha256
@@ -136,19 +135,12 @@ def measure_agreement(
         RuntimeError: a family failed, or is beyond a tolerance; the others were measured.
     """
     record.put("tolerances", _TOLERANCES)
-    failed = []
+    failed: list[str] = []
     for family in families:
-        try:
-            with tempfile.TemporaryDirectory() as name:
-                apart = _measure_family(record, family, Path(name), device)
-        except Exception as error:
-            # The others are still worth their time.
-            traceback.print_exc()
-            record.put(f"{family}.failed", f"{type(error).__name__}: {error}"[:500])
-            failed.append(family)
-            continue
-        # NaN is beyond, too.
-        failed += [f"{family} ({key})" for key, value in apart.items() if not value <= _TOLERANCES[key]]
+        with others_go_on(record, family, failed), tempfile.TemporaryDirectory() as name:
+            apart = _measure_family(record, family, Path(name), device)
+            # NaN is beyond, too.
+            failed += [f"{family} ({key})" for key, value in apart.items() if not value <= _TOLERANCES[key]]
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 

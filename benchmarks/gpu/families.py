@@ -3,13 +3,12 @@
 import importlib
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import Record, others_go_on
 from vipo.config.compose import repository_root
 from vipo.conformance.checks import Finding
 from vipo.conformance.subject import Subject, subject
@@ -30,29 +29,23 @@ def measure_families(record: Record, device: str, names: Sequence[str] = ()) -> 
         RuntimeError: a family failed, or a comparison of it; the others were measured.
     """
     sys.path.insert(0, str(repository_root() / "tests"))
-    rows, failed = importlib.import_module("families").FAMILIES, []
+    rows, failed = importlib.import_module("families").FAMILIES, list[str]()
     for name in names or rows:
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                row = rows[name]
-                # What a stock pipeline has no deterministic kernel for is not vipo's.
-                torch.use_deterministic_algorithms(False)
-                compared = subject(
-                    row.config(row.write(Path(folder) / name), device=device), repository_root(), steps=row.steps
-                )
-                deterministic_algorithms()
-                for found in _findings(compared):
-                    if found.found is not None:
-                        record.put(f"{name}.{found.name}", found.found)
-                    if found.result == "fails":
-                        record.put(f"{name}.{found.name}.fails", f"limit {found.limit}; {found.note}"[:500])
-                        failed.append(f"{name} ({found.name})")
-                record.put(f"{name}.prediction.difference_to_cpu", _difference_to_cpu(compared))
-        except Exception as error:
-            # The others are still worth their time.
-            traceback.print_exc()
-            record.put(f"{name}.failed", f"{type(error).__name__}: {error}"[:500])
-            failed.append(name)
+        with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder:
+            row = rows[name]
+            # What a stock pipeline has no deterministic kernel for is not vipo's.
+            torch.use_deterministic_algorithms(False)
+            compared = subject(
+                row.config(row.write(Path(folder) / name), device=device), repository_root(), steps=row.steps
+            )
+            deterministic_algorithms()
+            for found in _findings(compared):
+                if found.found is not None:
+                    record.put(f"{name}.{found.name}", found.found)
+                if found.result == "fails":
+                    record.put(f"{name}.{found.name}.fails", f"limit {found.limit}; {found.note}"[:500])
+                    failed.append(f"{name} ({found.name})")
+            record.put(f"{name}.prediction.difference_to_cpu", _difference_to_cpu(compared))
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 

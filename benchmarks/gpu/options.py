@@ -4,7 +4,6 @@ import gc
 import os
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from benchmarks.gpu.real_size import GIB, note_update
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import Record, others_go_on
 from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
@@ -62,7 +61,7 @@ def measure_options(record: Record, size: Size, device: str, cases: Mapping[str,
         RuntimeError: a case failed, beyond a configuration that this device refuses; the others were measured.
     """
     record.put("setting", size.setting)
-    root, failed = repository_root(), []
+    root, failed = repository_root(), list[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # As for the first start on a machine.
@@ -72,15 +71,11 @@ def measure_options(record: Record, size: Size, device: str, cases: Mapping[str,
         prepare_stage(config, root, folder)
         encode_stage(config, root, folder)
         for case, chosen in cases.items():
-            try:
-                _measure_case(record, case, [*overrides, *chosen], folder, device)
-            except ConfigError as error:
-                record.put(f"{case}.refused", str(error)[:500])
-            except Exception as error:
-                # The others are still worth their time.
-                traceback.print_exc()
-                record.put(f"{case}.failed", f"{type(error).__name__}: {error}"[:500])
-                failed.append(case)
+            with others_go_on(record, case, failed):
+                try:
+                    _measure_case(record, case, [*overrides, *chosen], folder, device)
+                except ConfigError as error:
+                    record.put(f"{case}.refused", str(error)[:500])
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 

@@ -1,12 +1,11 @@
 """What `vipo plan` counts of the sizes that are measured, and what was measured against it."""
 
 import tempfile
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.record import Record
+from benchmarks.gpu.record import Record, others_go_on
 from benchmarks.gpu.sizes import Size, family_overrides
 from vipo.config.compose import load_config, repository_root
 from vipo.training.plan import plan
@@ -22,23 +21,16 @@ def count_plans(record: Record, sizes: Mapping[str, Size]) -> None:
     Raises:
         RuntimeError: one cannot be counted; the others were.
     """
-    failed = []
+    failed: list[str] = []
     for name, size in sizes.items():
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                config = load_config(family_overrides(size, Path(folder), "cpu"))
-                found = plan(config, repository_root(), config.training.prompts_per_update)
-        except Exception as error:
-            # The others are still worth their time.
-            traceback.print_exc()
-            record.put(f"{name}.failed", f"{type(error).__name__}: {error}"[:500])
-            failed.append(name)
-            continue
-        held = sum(found.held.values())
-        for part, phase in _PHASES.items():
-            record.put(_key(name, part), held + found.phases[phase])
-        if found.evaluation:
-            record.put(_key(name, _EVALUATION), found.evaluation)
+        with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder:
+            config = load_config(family_overrides(size, Path(folder), "cpu"))
+            found = plan(config, repository_root(), config.training.prompts_per_update)
+            held = sum(found.held.values())
+            for part, phase in _PHASES.items():
+                record.put(_key(name, part), held + found.phases[phase])
+            if found.evaluation:
+                record.put(_key(name, _EVALUATION), found.evaluation)
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
 

@@ -2,6 +2,9 @@
 
 import json
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,18 @@ class Record:
             stream.write(json.dumps({"key": key, "value": value}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
+
+
+@contextmanager
+def others_go_on(record: Record, name: str, failed: list[str]) -> Iterator[None]:
+    """Around one of several things that a step measures: its failure is noted and added to `failed`, for the others are
+    still worth their time."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        record.put(f"{name}.failed", f"{type(error).__name__}: {error}"[:500])
+        failed.append(name)
 
 
 def read_figures(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def overrides(tiny_wan: Path, tmp_path: Path) -> list[str]:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return [
         *OTHER_FAMILY,
-        *(f"~experiment.arms.{arm}" for arm in ("grpo", "uniform", "inverted")),
+        *(f"~experiment.arms.{arm}" for arm in ("grpo", "product", "inverted")),
         "experiment.arms.vipo.seeds=[0]",
         "generator=wan",
         f"generator.path={tiny_wan}",

@@ -53,7 +53,7 @@ def test_noise_is_float32_of_the_asked_shape_and_normal() -> None:
 
 def test_a_draw_is_torch_s_own_and_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as a machine without one can tell: what is asked for, not that the host does not wait."""
-    expected = torch.stack([torch.randn((2, 3), generator=keyed_generator(*key)) for key in _keys(2)])
+    expected = torch.stack([torch.randn((3, 7), generator=keyed_generator(*key)) for key in _keys(2)])
     asked: list[object] = []
     plain, copied = torch.empty, torch.Tensor.to
 
@@ -69,7 +69,7 @@ def test_a_draw_is_torch_s_own_and_goes_to_a_gpu_from_pinned_memory(monkeypatch:
     monkeypatch.setattr(torch.Tensor, "to", to)
     for device, pinned in (("cpu", False), ("cuda", True), (torch.device("cuda:1"), True)):
         asked.clear()
-        assert torch.equal(keyed_normal(_keys(2), (2, 3), device), expected)
+        assert torch.equal(keyed_normal(_keys(2), (3, 7), device), expected)
         assert asked == [pinned, (str(device), {"non_blocking": True})]
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from vipo.config.generator import DEFAULT_ATTENTION, GeneratorConfig
 from vipo.errors import VipoError
-
-_LONGEST_CAUSE = 300
+from vipo.text import cause
 
 
 class KernelError(VipoError):
@@ -30,10 +29,9 @@ def kernel_errors(config: GeneratorConfig) -> Iterator[None]:
     except Exception as error:
         if not config.chooses_kernels:
             raise
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
         raise KernelError(
             f"generator.attention {config.attention!r} and generator.compile {config.compile!r}: a call of the network "
-            f"on {config.device} failed ({cause}); set generator.attention=default, or generator.compile=none"
+            f"on {config.device} failed ({cause(error)}); set generator.attention=default, or generator.compile=none"
         ) from error
 
 

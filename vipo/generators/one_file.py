@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
-from vipo.generators.parts import load_part, not_floating, part_without_weights, shortened, stored_dtypes
-from vipo.text import listed
+from vipo.generators.parts import load_part, not_floating, part_without_weights, stored_dtypes
+from vipo.text import cause, listed
 
 # Which ComfyUI, and files that hold autoencoder and text encoders too, put before the network's names.
 _PREFIX = "model.diffusion_model."
@@ -65,7 +65,7 @@ def load_network_file(kind: Any, location: Path | str, part: str, config: Genera
     except GeneratorError:
         raise
     except Exception as error:
-        raise GeneratorError(f"{place} ({shortened(error)}); {_REMEDY}") from error
+        raise GeneratorError(f"{place} ({cause(error)}); {_REMEDY}") from error
     return network
 
 

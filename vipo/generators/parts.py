@@ -17,7 +17,7 @@ from safetensors import safe_open
 from vipo.config.generator import GeneratorConfig
 from vipo.config.registries import FAMILIES
 from vipo.generators.base import GeneratorError
-from vipo.text import listed
+from vipo.text import cause, listed
 
 AGAIN = "if a file is missing or damaged, copy or download generator.path again"
 
@@ -26,7 +26,6 @@ _WEIGHTS = re.compile(
 )
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _NAMED = 2
-_LONGEST_CAUSE = 300
 
 T = TypeVar("T")
 
@@ -141,7 +140,7 @@ def load_part(
             remedy += " (where the repository has *.fp16.safetensors only, download it and name its folder)"
         elif weights and any((location / part).glob("*.bin")):
             remedy = "vipo reads no *.bin, which can hold code: save the part by its class, as *.safetensors"
-        raise GeneratorError(f"{location}/{part}: cannot be loaded ({shortened(error)}); {remedy}") from error
+        raise GeneratorError(f"{location}/{part}: cannot be loaded ({cause(error)}); {remedy}") from error
     if not weights:
         if isinstance(loaded, str | int | float | list | None):
             raise GeneratorError(f"{location}/{part}: its configuration holds no mapping; {remedy}")
@@ -169,13 +168,8 @@ def odd_settings(config: GeneratorConfig, location: Path | str) -> Iterator[None
             raise
         raise GeneratorError(
             f"{location}: a setting in its configurations is not of the kind that family {config.family!r} takes "
-            f"({shortened(error)}); {AGAIN}"
+            f"({cause(error)}); {AGAIN}"
         ) from error
-
-
-def shortened(error: Exception) -> str:
-    """A library's error as a message quotes it: its kind and the beginning of what it says, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST_CAUSE]
 
 
 def _weight_files(folder: Path) -> dict[str | None, list[Path]]:

@@ -18,8 +18,8 @@ from vipo.config.validation import ConfigError, validate_section
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.lora import lora_file
 from vipo.generators.one_file import converter, load_network_file
-from vipo.generators.parts import load_part, not_floating, shortened, stored_dtypes
-from vipo.text import listed
+from vipo.generators.parts import load_part, not_floating, stored_dtypes
+from vipo.text import cause, listed
 
 log = logging.getLogger(__name__)
 
@@ -246,5 +246,5 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
     except (SafetensorError, OSError) as error:
         raise GeneratorError(f"{file}: cannot be read: {error}") from error
     except Exception as error:
-        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({shortened(error)})") from error
+        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({cause(error)})") from error
     log.info("%s: merged into %d modules of the %s, scale %g", file, len(adapted), part, scale)

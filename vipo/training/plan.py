@@ -185,7 +185,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         learning.predict().square().mean().backward()
 
     # Of two networks in shards, the one that a sample of any process needs acts in all of them.
-    apart = distribution.shards and own < samples and training.transition_choice in ("per_sample", "stratified")
+    several = distribution.shards and distribution.world_size > 1
+    apart = several and training.transition_choice in ("per_sample", "stratified")
     generator.read_no_values(one_time=joined == 1 and not apart)
     # First, for it leaves the gradients that every later backward pass adds to; and apart from what is alive at once,
     # for what counts operations keeps tensors that would be gone.
@@ -208,6 +209,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         draws = peak_bytes(mode, generator, rolling.given, rolling.predict)
         decodes = peak_bytes(mode, generator, [clean], lambda: generator.pictures(clean))
 
+    samples = training.prompts_per_update * training.group_size
+    own = samples // distribution.world_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
     policies = len(keeps) + (training.ema_decay is not None)
     referred = objective.needs_reference or training.base_distance
