@@ -36,7 +36,7 @@ from vipo.generators.sharded import blocks
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.sampling.chain import sampling_chain
-from vipo.training.plan import peak_bytes
+from vipo.training.peak import peak_bytes
 from vipo.training.sharding import join_alone, shard
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,7 @@ allocator and for kernels that another device has. Rewards, backbones and other 
 """
 
 import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from vipo.config.run import Config
@@ -34,6 +30,7 @@ from vipo.objectives.objective import checked_keeps
 from vipo.training.checkpoints import run_bytes
 from vipo.training.errors import TrainingError
 from vipo.training.joined import check_joined
+from vipo.training.peak import peak_bytes
 from vipo.training.sharding import gathered_values
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
@@ -99,34 +96,6 @@ def gib(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-class _Peak(TorchDispatchMode):
-    """The most bytes of tensors made within the block that are alive at once; those of `known` are not counted."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
-        for value in known:
-            self._seen[value.untyped_storage()._cdata] = value.untyped_storage()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for value in tree_iter(made):
-            if not isinstance(value, Tensor) or value.untyped_storage()._cdata in self._seen:
-                continue
-            storage = value.untyped_storage()
-            self._seen[storage._cdata] = storage
-            weakref.finalize(storage, self._gone, storage.nbytes())
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-        return made
-
-    def _gone(self, size: int) -> None:
-        self.now -= size
-
-
 class _Calls:
     """Calls of an outlined generator with `count` samples, of the longest prompts.
 
@@ -166,7 +135,6 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     if config.is_base:
         raise TrainingError("arm 'base' is the generator as it is: there is nothing to plan; choose another arm")
     training, objective = config.training, load_objective(config.objective)
-    samples = training.prompts_per_update * training.group_size
     keeps = checked_keeps(config.objective.name, objective.keeps)
     mode, distribution = FakeTensorMode(allow_non_fake_inputs=True), config.distribution
     # What is gathered is cast before the calls, which then make no copies of their own.
@@ -175,7 +143,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     check_joined(training, generator.network)
     if training.gradient_checkpointing:
         generator.recompute_activations()
-    size, steps, own = training.micro_batch, config.sampling.steps, samples // distribution.world_size
+    size, steps = training.micro_batch, config.sampling.steps
     joined, rolled = size * training.joined_transitions, training.rollout_batch or size
     learning, rolling = (_Calls(generator, root, mode, count) for count in (joined, rolled))
     with mode:
@@ -276,28 +244,6 @@ def _gathered(network: Any, *, cast: bool) -> tuple[int, int]:
     # As they come, and in fp32 where they are summed over the processes.
     summed = _FP32 * found.rest_trained + (unit + _FP32) * found.block_trained
     return _FP32 * found.rest + unit * found.blocks, summed
-
-
-def peak_bytes(
-    mode: AbstractContextManager[Any],
-    generator: PipelineGenerator,
-    known: Iterable[Tensor],
-    call: Callable[[], object],
-) -> int:
-    """The most bytes alive at once of what a call makes: not weights, gradients or what is `known`.
-
-    Args:
-        mode: that the call is made in.
-        generator: which the call is of.
-        known: tensors that are there before it.
-        call: what is measured.
-    """
-    parts = [*generator.network.parameters(), *generator.vae.parameters()]
-    buffers = [*generator.network.buffers(), *generator.vae.buffers()]
-    gradients = [value.grad for value in parts if value.grad is not None]
-    with mode, _Peak([*known, *parts, *buffers, *gradients]) as seen:
-        call()
-    return seen.peak
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
