@@ -101,7 +101,7 @@ def test_what_runs_here_is_ok_without_a_connection(
         "backbone efficientnet_lite0",
     } <= lines.keys()
     # base is not trained; grpo and vipo have two seeds.
-    assert " 6 runs " in lines["disk"]["said"]
+    assert " 7 runs " in lines["disk"]["said"]
     assert not results.exists()
 
 

@@ -219,7 +219,7 @@ def test_the_rate_is_that_of_the_libraries_schedule() -> None:
 
 def test_what_never_happens_is_refused() -> None:
     for override, told in (
-        ("optimizer.warmup_updates=30", "optimizer.warmup_updates 30 leaves none of the 30 updates"),
+        ("optimizer.warmup_updates=18", "optimizer.warmup_updates 18 leaves none of the 18 updates"),
         ("evaluation.weights=ema", "needs training.ema_decay"),
     ):
         with pytest.raises(ConfigError, match=told):
