@@ -5,7 +5,6 @@ One batch of samples is in memory at a time, and one network. Whoever draws a ba
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,7 @@ def _opened(path: Path) -> None:
         json.loads(path.read_text())
         return
     with path.open("rb") as file:
-        file.seek(-len(_END), os.SEEK_END)
+        file.seek(max(0, path.stat().st_size - len(_END)))
         if file.read() != _END:
             raise ValueError("its end is missing")
 

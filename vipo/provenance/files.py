@@ -56,11 +56,12 @@ def check_writable(folder: Path) -> None:
 def damaged_part(path: Path) -> Iterator[None]:
     """For the block that reads what an interrupted process left at `path`.
 
-    Where that is damaged the block ends without an error, and the file goes away, to be made again.
+    Where that is damaged the block ends without an error, and the file goes away, to be made again. A file that the
+    system would not let read is not damaged: its error goes on, and the file stays.
     """
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         log.warning("%s: is damaged (%s), and made again", path, error)
         path.unlink()
 

@@ -153,8 +153,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         learning.predict().square().mean().backward()
 
     # Of two networks in shards, the one that a sample of any process needs acts in all of them.
-    several = distribution.shards and distribution.world_size > 1
-    apart = several and training.transition_choice in ("per_sample", "stratified")
+    shards = distribution.world_size if distribution.shards else 1
+    apart = shards > 1 and training.transition_choice in ("per_sample", "stratified")
     generator.read_no_values(one_time=joined == 1 and not apart)
     # First, for it leaves the gradients that every later backward pass adds to; and apart from what is alive at once,
     # for what counts operations keeps tensors that would be gone.
@@ -184,7 +184,6 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     referred = objective.needs_reference or training.base_distance
     compared = objective.needs_old + referred + ("anchor" in keeps)
     lessons = kept * training.trained_transitions * training.epochs
-    shards = distribution.world_size if distribution.shards else 1
     parameters = list(generator.network.parameters())
     weights = _FP32 * sum(value.numel() for value in parameters) if cast else _bytes(parameters)
     trained = sum(value.numel() for value in parameters if value.requires_grad)
