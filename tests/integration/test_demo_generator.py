@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import FluxPipeline
 from tiny import TINY_PRETRAIN
 
@@ -21,7 +22,8 @@ from vipo.sampling.chain import sampling_chain
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import sample_ode
 from vipo.stages import base_stage
-from vipo.training import pretrain, pretrain_autoencoder, pretrain_parts
+from vipo.training import pretrain, pretrain_autoencoder, pretrain_decoder, pretrain_parts
+from vipo.training.checkpoints import load_newest
 
 ROOT = repository_root()
 
@@ -74,7 +76,7 @@ def test_rebuild_is_reproducible_and_resumable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A small budget, once undisturbed and once killed in each part, a state damaged since: the same bytes."""
-    config = PretrainConfig(**TINY_PRETRAIN)
+    config = PretrainConfig(**TINY_PRETRAIN, decoder_steps=15)
     monkeypatch.setattr(pretrain, "_CHECKPOINT_EVERY", 5)
     pretrain.train_base(config, tmp_path / "whole", tmp_path / "whole-work")
 
@@ -92,10 +94,13 @@ def test_rebuild_is_reproducible_and_resumable(
 
         return call
 
-    for module, name in ((pretrain_autoencoder, "cosine"), (pretrain.F, "mse_loss")):
+    def dies(module: Any, name: str) -> None:
         monkeypatch.setattr(module, name, dies_at_step_twelve(getattr(module, name)))
         with pytest.raises(Killed):
             pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
+
+    for module, name in ((pretrain_autoencoder, "cosine"), (pretrain.F, "mse_loss")):
+        dies(module, name)
     (first, second) = (tmp_path / "work").glob("*/reconstruction/*")
     assert {first.name, second.name} == {"000020", "000025"}
     assert not (tmp_path / "resumed" / "model_index.json").exists()
@@ -104,13 +109,21 @@ def test_rebuild_is_reproducible_and_resumable(
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["state.json"] = file_sha256(newest / "state.json")
     (newest / "manifest.json").write_text(json.dumps(manifest))
+    dies(pretrain_decoder, "cosine")
+    assert {path.name for path in (tmp_path / "work").glob("*/decoder/*")} == {"000005", "000010"}
+    assert not (tmp_path / "resumed" / "model_index.json").exists()
     pretrain.train_base(config, tmp_path / "resumed", tmp_path / "work")
     assert "checkpoint 10: damaged (its state's 'log' is int, not list)" in caplog.text
     for path in (tmp_path / "whole").rglob("*"):
         if path.is_file():
             other = tmp_path / "resumed" / path.relative_to(tmp_path / "whole")
             assert other.read_bytes() == path.read_bytes(), path.name
-    FluxPipeline.from_pretrained(tmp_path / "resumed")
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "resumed")
+    # The decoder alone went on: the network's latents are those that it learned.
+    (saved,) = (tmp_path / "work").glob("*/autoencoder")
+    learned = load_newest(saved).tensors
+    for key, value in pipeline.vae.state_dict().items():
+        assert torch.equal(learned[key], value) == (not key.startswith("decoder")), key
     # An hour's work makes way for nothing else.
     other = config.model_copy(update={"seed": 1})
     for folder, held in ((tmp_path / "resumed", "a generator of other settings"), (tmp_path, "something else")):

@@ -31,6 +31,10 @@ class PretrainConfig(Section):
     autoencoder_gradient_norm: PositiveFloat | None = Field(
         None, description="Length to which the gradient of the reconstruction is cut; null leaves it as it is."
     )
+    decoder_steps: Annotated[int, Field(ge=0, le=LARGEST_INT)] = Field(
+        0, description="Steps of the decoder alone, after all else; the latents stay as they are."
+    )
+    decoder_learning_rate: PositiveFloat = 1e-3
     text_width: Annotated[int, Field(ge=32, le=2**12, multiple_of=32)] = 96
     double_blocks: _Size = Field(2, description="Of a FLUX.")
     single_blocks: _Size = Field(3, description="Of a FLUX.")
@@ -48,7 +52,11 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
-        for steps, size in (("steps", "batch_size"), ("autoencoder_steps", "autoencoder_batch_size")):
+        for steps, size in (
+            ("steps", "batch_size"),
+            ("autoencoder_steps", "autoencoder_batch_size"),
+            ("decoder_steps", "autoencoder_batch_size"),
+        ):
             count = getattr(self, steps) * getattr(self, size)
             if count > MOST_CALLS:
                 raise ValueError(

@@ -1,8 +1,9 @@
 """Builds a demo generator: a genuine, small `FluxPipeline` or `WanPipeline` trained on drawn scenes (`vipo base`).
 
-Two parts, each seeded by key and each resumable: an autoencoder by reconstruction, then the
+Three parts, each seeded by key and each resumable: an autoencoder by reconstruction; the
 transformer with its text encoders by conditional flow matching (Lipman et al., arXiv 2210.02747) with
-logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an exponential moving average.
+logit-normal, shifted noise levels (Esser et al., arXiv 2403.03206) and an exponential moving average;
+the decoder alone, where its recipe asks for it.
 """
 
 import json
@@ -24,6 +25,7 @@ from vipo.sampling.noise import keyed_generator, keyed_seed
 from vipo.tracking.progress import progress_bar
 from vipo.training.pretrain_autoencoder import latents_of, trained_autoencoder
 from vipo.training.pretrain_clips import Clips
+from vipo.training.pretrain_decoder import finish_decoder
 from vipo.training.pretrain_parts import LOG_EVERY, Family, ScenePool, build_pool, cosine, vocabulary
 from vipo.training.pretrain_pictures import Pictures
 from vipo.training.pretrain_state import keep, take_up
@@ -134,6 +136,7 @@ def train_base(config: PretrainConfig, output: Path, work: Path) -> None:
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(average[name])
+    finish_decoder(config, family, vae, pool.images, latents, log, work / "decoder", _CHECKPOINT_EVERY)
     # Half the bytes in the repository; every loader here computes in float32. The model's own `to` warns of every cast.
     for value in model.eval().transformer.parameters():
         value.data = value.data.to(torch.float16)

@@ -65,7 +65,7 @@ class Clips:
     memory_format = torch.contiguous_format
 
     def __init__(self, config: PretrainConfig, words: list[str]) -> None:
-        self._config = config
+        self._config, self._words = config, words
         self._t5 = build_tokenizers(config, words)[1]
 
     def autoencoder(self) -> Any:
@@ -123,7 +123,8 @@ class Clips:
 
     def pipeline(self, vae: Any, denoiser: Any) -> Any:
         return WanPipeline(
-            tokenizer=self._t5,
+            # See `Pictures.pipeline`.
+            tokenizer=build_tokenizers(self._config, self._words)[1],
             text_encoder=denoiser.text_encoder,
             vae=vae,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=self._config.sampling_shift),

@@ -70,7 +70,7 @@ class Pictures:
     memory_format = torch.channels_last
 
     def __init__(self, config: PretrainConfig, words: list[str]) -> None:
-        self._config = config
+        self._config, self._words = config, words
         self._clip, self._t5 = build_tokenizers(config, words)
 
     def autoencoder(self) -> Any:
@@ -115,12 +115,14 @@ class Pictures:
         return velocity
 
     def pipeline(self, vae: Any, denoiser: Any) -> Any:
+        # A tokenizer's file tells how it was last called, which a run that had nothing left to learn never did.
+        clip, t5 = build_tokenizers(self._config, self._words)
         return FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=self._config.sampling_shift),
             vae=vae,
             text_encoder=denoiser.text_encoder,
-            tokenizer=self._clip,
+            tokenizer=clip,
             text_encoder_2=denoiser.text_encoder_2,
-            tokenizer_2=self._t5,
+            tokenizer_2=t5,
             transformer=denoiser.transformer,
         )
