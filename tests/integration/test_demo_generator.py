@@ -57,7 +57,9 @@ def test_quality_on_held_out_captions() -> None:
     assert min(shares.values()) >= 0.9, shares
 
 
-@pytest.mark.parametrize(("experiment", "most", "left"), [("demo", 20e6, 0.2), ("demo_text", 12e6, 0.3)])
+@pytest.mark.parametrize(
+    ("experiment", "most", "left"), [("demo", 20e6, 0.2), ("demo_text", 12e6, 0.3), ("demo_video", 12e6, 0.2)]
+)
 def test_ships_with_its_recipe_within_its_size(experiment: str, most: float, left: float) -> None:
     config = load_config([f"experiment={experiment}"])
     folder = ROOT / config.generator.path
@@ -70,6 +72,7 @@ def test_ships_with_its_recipe_within_its_size(experiment: str, most: float, lef
     flow = [row["loss"] for row in log if row["part"] == "flow"]
     assert sum(flow[-20:]) < left * sum(flow[:20])
     assert max(row["psnr"] for row in log if row["part"] == "autoencoder") > 28
+    assert len({row["part"] for row in log}) == 2 + (recorded.decoder_steps > 0)
 
 
 def test_rebuild_is_reproducible_and_resumable(

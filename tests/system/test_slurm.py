@@ -23,7 +23,7 @@ from waits import SECONDS, ended, eventually
 
 from vipo.config.compose import load_config, repository_root
 from vipo.provenance import read_provenance
-from vipo.stages import train_stage
+from vipo.stages import evaluate_stage, train_stage
 from vipo.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.slurm
@@ -298,10 +298,17 @@ def _artifacts(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """Pictures and scores, without records."""
+    found = [path for path in folder.rglob("*") if path.suffix in (".png", ".csv", ".safetensors")]
+    assert found
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
 def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
 ) -> None:
-    workflow = Workflow(cluster, project, overrides)
+    workflow = Workflow(cluster, project, [*overrides, "cluster.shares=2"])
     # Snakemake is killed while a job trains: the job goes on.
     workflow.arm()
     with workflow.started() as first:
@@ -340,11 +347,22 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     assert all(earlier.end <= later.start for earlier, later in pairwise(trained))
     for stage in ("prepare", "encode", "sample_wildcards_grpo-s0", "score_wildcards_grpo-s0", "report", "crate"):
         assert [known.state for known in cluster.jobs(f"rule_{stage}")] == ["COMPLETED"], stage
+    # Each share of the samples and of their scores is a job; what they make together is not put together otherwise.
+    for stage in ("sample", "score"):
+        for run in ("base-s0", "grpo-s0"):
+            shares = cluster.jobs(f"rule_{stage}_share_wildcards_{run}")
+            assert [known.state for known in shares] == ["COMPLETED", "COMPLETED"], (stage, run)
+            (whole,) = cluster.jobs(f"rule_{stage}_wildcards_{run}")
+            assert max(share.end for share in shares) <= whole.start
 
     # An undisturbed run ends with the same bytes.
     undisturbed = shutil.copytree(prepared, project.with_name("undisturbed"))
-    train_stage(load_config(["experiment=demo", "arm=grpo", *overrides]), ROOT, undisturbed)
+    config = load_config(["experiment=demo", "arm=grpo", *overrides])
+    train_stage(config, ROOT, undisturbed)
     assert _artifacts(workflow.run) == _artifacts(undisturbed / "demo/runs/grpo-s0")
+    evaluate_stage(config, ROOT, undisturbed)
+    for place in ("samples/base-s0", "samples/grpo-s0", "evaluation/grpo-s0"):
+        assert _bytes(project / "results/demo" / place) == _bytes(undisturbed / "demo" / place), place
 
 
 def test_two_nodes_train_one_run_and_stop_together(
