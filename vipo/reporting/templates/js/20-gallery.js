@@ -40,15 +40,17 @@ if (data) {
   const noted = () => cards.flatMap(card => $$("figure", card).map(figure => {
     const id = card.dataset.prompt, name = figure.dataset.run, final = Object.assign(data.prompts[id][name].at(-1), finalOf(id, name));
     const base = data.prompts[id][firstRun("base").name].at(-1);
-    return { figure, final, base, shots: data.prompts[id][name], media: $(".plain", figure), veil: $(".veil, .mapped", figure), score: $(".score", figure) };
+    return { figure, final, base, shown: final, shots: data.prompts[id][name], media: $(".plain", figure), veil: $(".veil, .mapped", figure), score: $(".score", figure) };
   }));
   const put = (item, update) => {
     const entry = update === undefined ? item.final : item.shots.find(shot => shot.u === update && shot.p);
-    const shown = entry || item.final, source = shown.f || shown.p;
-    // A source that is set again is read again.
-    if (item.media.getAttribute("src") !== source) item.media.setAttribute("src", source);
-    if (shown.f && item.media.getAttribute("poster") !== shown.p) item.media.poster = shown.p;
+    const shown = entry || item.final;
     item.figure.classList.toggle("missing", !entry && item.final !== item.base);
+    // A source that is set again is read again.
+    if (item.shown === shown) return;
+    item.shown = shown;
+    item.media.setAttribute("src", shown.f || shown.p);
+    if (shown.f) item.media.poster = shown.p;
     // Maps are kept of final samples alone.
     if (item.veil) item.veil.hidden = shown !== item.final;
     if (place < 0) return;
