@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
 from omegaconf import OmegaConf
+from PIL import Image
 
 from vipo.config.compose import load_config_file
 from vipo.config.published import PublishedConfig
