@@ -176,6 +176,12 @@ def test_the_matrix_is_sorted_by_a_column(browser: webdriver.Chrome, page: str) 
     assert found == sorted(found, reverse=True)
     head = browser.find_element(By.CSS_SELECTOR, "#comparison-table thead th:nth-child(3)")
     assert head.get_attribute("aria-sort") == "descending"
+    # And a table whose cells hold text alone.
+    browser.find_element(By.CSS_SELECTOR, "#change thead th:nth-child(2) button").send_keys(Keys.ENTER)
+    cells = "return [...document.querySelectorAll('#change tbody tr')].map(row => parseFloat(row.cells[1].textContent))"
+    found = browser.execute_script(cells)
+    assert len(found) == 4
+    assert found == sorted(found, reverse=True)
 
 
 def test_without_its_script_everything_is_there(browser: webdriver.Chrome, page: str) -> None:
