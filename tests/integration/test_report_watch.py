@@ -93,7 +93,13 @@ def test_it_draws_again_when_something_changed_and_says_what_it_waits_for(
 
 def test_the_command_watches(tmp_path: Path, vipo, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("vipo.reporting.watch.watch_report", lambda *values: asked.append(values))
+
+    def watch(*values: object) -> None:
+        asked.append(values)
+        # As Ctrl-C, which ends it without an error.
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vipo.reporting.watch.watch_report", watch)
     done = vipo("report", "experiment=demo", "--results", tmp_path, "--watch", "--every", "2")
     assert done.code == 0, done.err
     ((folder, runs, _, _, every),) = asked
