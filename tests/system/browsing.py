@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages: Debian's Chromium, headless. A pytest plugin."""
+"""A real browser for the tests of pages: Debian's Chromium, headless."""
 
 import shutil
 from collections.abc import Iterator

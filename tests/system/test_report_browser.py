@@ -14,7 +14,6 @@ from system.browsing import AXE, show
 from vipo.reporting import pictures as page_pictures
 
 pytestmark = pytest.mark.browser
-pytest_plugins = ["system.browsing"]
 
 # WCAG 2 contrast of an element's text with the first opaque ground behind it.
 CONTRAST = """
