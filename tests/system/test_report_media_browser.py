@@ -138,7 +138,8 @@ def test_films_of_a_prompt_play_together_with_and_without_their_maps(browser: we
 def test_a_film_is_held_and_moved_through_in_the_viewer(browser: webdriver.Chrome, films: str) -> None:
     show(browser, films)
     # The driver's own click would not wait for the page's smooth scrolling.
-    browser.execute_script("document.querySelector('.samples figure[data-run='grpo-s0'] .shot video').click()")
+    shot = browser.find_element(By.CSS_SELECTOR, ".samples figure[data-run='grpo-s0'] .shot video")
+    browser.execute_script("arguments[0].click()", shot)
     dialog = browser.find_element(By.ID, "viewer")
     assert dialog.find_element(By.ID, "viewer-right").get_attribute("value") == "grpo-s0"
     times = "return [...document.querySelectorAll('.stage video')].map(film => [film.paused, film.currentTime])"
