@@ -90,8 +90,12 @@ def test_back_closes_a_prompt_and_a_kept_update_is_not_taken_for_the_final_one(
     # The score is that of the picture which is shown, and the count tells which update it is.
     assert browser.execute_script(f"{score}.textContent") != first
     assert browser.find_element(By.ID, "count").text.endswith(", at update 8")
+    assert browser.find_element(By.ID, "update").get_attribute("aria-valuetext") == "8"
     link.send_keys(Keys.ENTER)
     assert browser.execute_script(source) == final
+    split = browser.find_element(By.ID, "viewer-split")
+    split.send_keys(Keys.END)
+    assert split.get_attribute("aria-valuetext") == "100 % base"
 
 
 def test_a_zoomed_picture_is_moved_by_keys(browser: webdriver.Chrome, page: str) -> None:

@@ -61,6 +61,7 @@ if (data) {
   const swap = () => {
     const update = updates[Number(slider.value)];
     told.textContent = update === undefined ? "final" : String(update);
+    slider.setAttribute("aria-valuetext", told.textContent);
     moment = update === undefined ? "" : ", at update " + update;
     figures ??= noted();
     figures.forEach(item => put(item, update));

@@ -13,7 +13,10 @@ if (data) {
   const choose = side => make("select", { id: "viewer-" + side, onchange: event => { state[side] = event.target.value; state.update = null; draw(); } },
     ...data.runs.map(run => make("option", { value: run.name }, runName(run))));
   const left = choose("left"), right = choose("right");
-  const split = range("viewer-split", 0, 100, 1, 50, () => stage.style.setProperty("--split", split.value + "%"));
+  const split = range("viewer-split", 0, 100, 1, 50, () => {
+    stage.style.setProperty("--split", split.value + "%");
+    split.setAttribute("aria-valuetext", split.value + " % " + names[0].textContent);
+  });
   const zoom = range("viewer-zoom", 1, 8, .5, 1, () => stage.style.setProperty("--zoom", zoom.value));
   const update = range("viewer-update", 0, 0, 1, 0, () => { state.update = Number(update.value); draw(); });
   const updateTold = make("output", { for: "viewer-update" });
@@ -82,6 +85,8 @@ if (data) {
     const [one, other] = [finalOf(state.id, state.left), all[place]];
     updateTold.textContent = place === all.length - 1 ? other.u + " (final)" : String(other.u);
     const told = [runName(runOf(state.left)), runName(runOf(state.right)) + (all.length > 1 ? ", update " + other.u : "")];
+    update.setAttribute("aria-valuetext", updateTold.textContent);
+    split.setAttribute("aria-valuetext", split.value + " % " + told[0]);
     names.forEach((item, index) => { item.textContent = told[index]; });
     const [moment, going] = [films()[0]?.currentTime || 0, playing()];
     fill(before, one, told[0]);
