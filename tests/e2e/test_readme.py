@@ -102,6 +102,15 @@ def test_headings_that_the_readme_points_to_exist() -> None:
         assert anchor in _anchors(page.parent / target), f"{page.name}: {target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_a_page_shows_an_example_before_its_first_table(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    example = re.search(r"^ *```", text, re.MULTILINE)
+    table = re.search(r"^\|.*\n\|[-: |]+\|$", text, re.MULTILINE)
+    if example and table:
+        assert example.start() < table.start()
+
+
 def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = next(c for c in COMMANDS if c[1] == "map")
     monkeypatch.chdir(tmp_path)
