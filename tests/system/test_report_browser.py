@@ -217,9 +217,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
         return write_report(folder, runs, folder / "report").as_uri()
 
 
-def test_two_thousand_prompts_are_loaded_as_they_are_seen(browser: webdriver.Chrome, large: str) -> None:
+@pytest.mark.parametrize("width", [390, 1280])
+def test_two_thousand_prompts_are_loaded_as_they_are_seen(browser: webdriver.Chrome, large: str, width: int) -> None:
     browser.get_log("performance")
-    show(browser, large)
+    show(browser, large, width=width)
     assert browser.get_log("browser") == []
     assert len(browser.find_elements(By.CSS_SELECTOR, ".prompt")) == 2000
     loaded = "return [...document.images].filter(item => item.complete && item.naturalWidth).length"
