@@ -35,18 +35,18 @@ def test_command_parses_and_its_configuration_validates(command: list[str]) -> N
         assert load_config(list(overrides)).experiment.name == named
 
 
-def _fenced(page: Path) -> list[str]:
-    """Commands of vipo in a page's code blocks, as a shell would have them."""
+def _fenced(page: Path, program: str = "vipo [a-z]") -> list[str]:
+    """Commands of a program in a page's code blocks, as a shell would have them."""
     blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").replace("experiment=NAME", "experiment=demo").splitlines()
     parts = [part.strip() for line in lines for part in re.split(r" && | \| ", line)]
-    return [part for part in parts if re.match(r"vipo [a-z]", part)]
+    return [part for part in parts if re.match(program, part)]
 
 
 def test_commands_of_every_page_parse_and_their_configurations_validate() -> None:
     """Those of some pages are run, by tests of their own."""
     group, found, read = typer.main.get_command(app), 0, set[tuple[str, ...]]()
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in sorted((ROOT / "docs").rglob("*.md")):
         for line in _fenced(page):
             command = shlex.split(line, comments=True)
             with group.make_context("vipo", command[1:]) as context:
@@ -60,6 +60,55 @@ def test_commands_of_every_page_parse_and_their_configurations_validate() -> Non
                 read.add(overrides)
                 load_config(list(overrides))
     assert found > 100
+
+
+def test_other_commands_of_every_page_name_what_is_there() -> None:
+    """Targets of the Makefile, experiments and profiles of the workflow, modules and scripts of Python."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    found = {"make": 0, "snakemake": 0, "python": 0}
+    for page in [*(ROOT / name for name in PAGES), *sorted((ROOT / "docs").rglob("*.md"))]:
+        for line in _fenced(page, "(make|snakemake|python) [a-z-]"):
+            program, *arguments = shlex.split(line, comments=True)
+            found[program] += 1
+            if program == "make":
+                assert arguments[0] in targets, f"{page.name}: {line}"
+            elif program == "snakemake":
+                for name in re.findall(r"experiment=(\w+)", line.partition(" overrides")[0]):
+                    # The reader's own.
+                    assert name in ("NAME", "mine") or (ROOT / f"configs/experiment/{name}.yaml").is_file(), line
+                for name in re.findall(r"--profile (\S+)", line):
+                    assert (ROOT / name / "config.yaml").is_file(), line
+            elif arguments[0] == "-m" and arguments[1].startswith("benchmarks"):
+                assert (ROOT / f"{arguments[1].replace('.', '/')}.py").is_file(), line
+    assert min(found.values()) >= 4, found
+
+
+def _anchors(page: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    named = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return named | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+def test_headings_that_the_readme_points_to_exist() -> None:
+    """The site's build looks at its own pages alone."""
+    linked = [
+        (page, target, anchor)
+        for page in (ROOT / name for name in PAGES)
+        for target, anchor in re.findall(r"\]\((?!\w+:)([\w./-]+)#([\w-]+)\)", page.read_text())
+    ]
+    assert len(linked) >= 2
+    for page, target, anchor in linked:
+        assert anchor in _anchors(page.parent / target), f"{page.name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_a_page_shows_an_example_before_its_first_table(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    example = re.search(r"^ *```", text, re.MULTILINE)
+    table = re.search(r"^\|.*\n\|[-: |]+\|$", text, re.MULTILINE)
+    if example and table:
+        assert example.start() < table.start()
 
 
 def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

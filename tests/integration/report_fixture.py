@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from vipo.config.compose import dump_config, load_config, load_config_file
 from vipo.demo.scenes import Scene, SceneObject, draw, object_mask
@@ -62,6 +62,19 @@ def write_report(folder: Path, runs: Sequence[str], output: Path) -> Path:
     config = load_config_file(folder / "evaluation" / "base-s0" / "config.yaml")
     build_data(folder, runs, config, output / "data")
     return build_report(folder, runs, config, output)
+
+
+def as_films(folder: Path, runs: Sequence[str]) -> None:
+    """Turn the samples into clips of five pictures that move, with maps of two latent frames that move along."""
+    for run in runs:
+        for path in (folder / "samples" / run / "pictures").glob("*.png"):
+            with Image.open(path) as picture:
+                still = np.asarray(picture.convert("RGB"))
+            frames = [Image.fromarray(np.roll(still, 4 * number, axis=1)) for number in range(5)]
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=125, loop=0)
+        path = folder / "evaluation" / run / "maps.safetensors"
+        maps = {name: np.stack([heat, np.roll(heat, 1, axis=1)]) for name, heat in load_file(path).items()}
+        save_file(maps, path, metadata={"frame_groups": json.dumps([[0, 1], [1, 5]])})
 
 
 def prompt_id(text: str) -> str:

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
 from omegaconf import OmegaConf
+from PIL import Image
 
 from vipo.config.compose import load_config_file
 from vipo.config.published import PublishedConfig
@@ -284,9 +285,13 @@ def test_published_numbers_stand_beside_ours_and_what_was_not_run_says_so(small:
     config = load_config_file(small[0] / "evaluation" / "base-s0" / "config.yaml")
     experiment = read_experiment(small[0], small[1], config)
     columns = [{"title": name, "metric": f"reward/{name}", "domain": "in"} for name in ("redness", "absent")]
-    rows = {arm: {"title": f"Their {arm}", "values": [0.5, None]} for arm in ("vipo", "average")}
+    rows = {
+        arm: {"title": f"Their {arm}", "values": [value, None]} for arm, value in (("vipo", 0.5), ("average", 0.309))
+    }
     table = PublishedConfig.model_validate({"source": "A paper <b>", "columns": columns, "rows": rows})
-    told = experiment.config.experiment.model_copy(update={"published": table})
+    arms = experiment.config.experiment.arms
+    more = {"vipo": arms["vipo"].model_copy(update={"seeds": (0, 1, 2)}), "average": arms["vipo"]}
+    told = experiment.config.experiment.model_copy(update={"published": table, "arms": {**arms, **more}})
     runs = tuple(replace(run, config=run.config.model_copy(update={"experiment": told})) for run in experiment.runs)
     experiment = replace(experiment, runs=runs)
     summary = summarize(experiment)
@@ -295,8 +300,9 @@ def test_published_numbers_stand_beside_ours_and_what_was_not_run_says_so(small:
     assert "A paper &lt;b&gt;" in section
     cells = re.findall(r'<td class="n">(.*?)</td>', section)
     ours = float(summary.arms.set_index("arm").loc["vipo", "reward/redness"])
-    assert cells[0::2] == ["0.5", "not published", "0.5", "not published"]
-    assert cells[1] == f"{ours:.4f}"
+    assert cells[0::2] == ["0.500", "not published", "0.309", "not published"]
+    seeds = int(summary.arms.set_index("arm").loc["vipo", "seed_count"])
+    assert cells[1] == f"{ours:.4f} ({seeds} of 3 seeds)"
     assert cells[3::2] == ["not measured", "not run", "not run"]
 
 
@@ -321,6 +327,11 @@ def test_videos_are_films_with_their_maps_over_time(tmp_path: Path) -> None:
         # The first latent frame's map is 0 there, the second one's 1.
         expected = (1 - DIMMING) * 40 if number == 0 else 40 * number + 40
         assert middle == pytest.approx(expected, abs=6)
+    # What stands still until it plays is dimmed, too.
+    poster = tmp_path / "poster.webp"
+    poster.write_bytes(store._files[str(shown.veiled_picture)])
+    with Image.open(poster) as still:
+        assert np.asarray(still)[10:, 15:].mean() == pytest.approx((1 - DIMMING) * 40, abs=6)
     again = pictures._Store()
     assert pictures._encoded(frames, 8.0, heat, [[0, 1], [1, 5]], again) == shown
 

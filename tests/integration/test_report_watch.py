@@ -1,6 +1,7 @@
 """`vipo report --watch`: the page of runs that still train."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,8 +33,16 @@ def test_the_page_grows_with_what_there_is(built: tuple[Path, list[str]], tmp_pa
     metrics.write_text("".join(whole.splitlines(keepends=True)[:5]))
 
     page = build_live(folder, runs, config).read_text(encoding="utf-8")
-    assert page.count("<section ") >= 4
-    assert 'http-equiv="refresh"' in page
+    assert re.findall(r'<section id="(\w+)"', page)[:2] == ["progress", "training"]
+    # By itself only where there is no script, which asks whether the reader is busy.
+    assert '<noscript><meta http-equiv="refresh" content="15"></noscript>' in page
+    assert page.count('http-equiv="refresh"') == 1
+    rows = re.findall(r'<td class="n">(.*?)</td>', page.split('id="progress"')[1].split("</section>")[0])
+    assert rows[0::2] == ["—", "24 of 24", "not begun", "not begun", "5 of 24", "not begun", "not begun"]
+    # What only a finished run has is not missed.
+    assert "Fewer updates than configured" not in page
+    assert "Records of the training are not here" not in page
+    assert "data/report.json" not in page
     assert 'id="training"' in page
     assert 'id="result"' not in page
     assert "Training reward" in page
@@ -84,7 +93,13 @@ def test_it_draws_again_when_something_changed_and_says_what_it_waits_for(
 
 def test_the_command_watches(tmp_path: Path, vipo, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("vipo.reporting.watch.watch_report", lambda *values: asked.append(values))
+
+    def watch(*values: object) -> None:
+        asked.append(values)
+        # As Ctrl-C, which ends it without an error.
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vipo.reporting.watch.watch_report", watch)
     done = vipo("report", "experiment=demo", "--results", tmp_path, "--watch", "--every", "2")
     assert done.code == 0, done.err
     ((folder, runs, _, _, every),) = asked

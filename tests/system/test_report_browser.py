@@ -1,33 +1,19 @@
 """The report in a real browser: silent, offline, readable in light and dark, narrow and wide."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from integration import report_fixture
 from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from system.browsing import AXE, show
 
-from vipo.config.compose import repository_root
 from vipo.reporting import pictures as page_pictures
 
 pytestmark = pytest.mark.browser
-
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 # WCAG 2 contrast of an element's text with the first opaque ground behind it.
 CONTRAST = """
@@ -57,39 +43,12 @@ TEXTS = [
     "figcaption small", "dt", "dd", "summary", "details pre", "pre mark", "footer", "footer code", "svg text",
     ".checks li", ".controls label", ".flat li", ".legend .arm", ".see-prompt a", ".strip-text", ".score",
 ]  # fmt: skip
-AXE = repository_root() / ".axe" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder, runs = build_experiment(tmp_path_factory.mktemp("browser"), kept=True)
     return write_report(folder, runs, folder / "report").as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert chromium, "no chromium: apt-get install chromium chromium-driver"
-    assert driver, "no chromedriver: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
-
-
-def show(browser: webdriver.Chrome, page: str, scheme: str = "light", width: int = 1280) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    )
-    browser.get(page)
-    browser.execute_script("document.querySelectorAll('details').forEach(item => { item.open = true; })")
 
 
 def test_it_opens_without_errors_or_outside_requests(browser: webdriver.Chrome, page: str) -> None:
@@ -216,6 +175,12 @@ def test_the_matrix_is_sorted_by_a_column(browser: webdriver.Chrome, page: str) 
     assert found == sorted(found, reverse=True)
     head = browser.find_element(By.CSS_SELECTOR, "#comparison-table thead th:nth-child(3)")
     assert head.get_attribute("aria-sort") == "descending"
+    # And a table whose cells hold text alone.
+    browser.find_element(By.CSS_SELECTOR, "#change thead th:nth-child(2) button").send_keys(Keys.ENTER)
+    cells = "return [...document.querySelectorAll('#change tbody tr')].map(row => parseFloat(row.cells[1].textContent))"
+    found = browser.execute_script(cells)
+    assert len(found) == 4
+    assert found == sorted(found, reverse=True)
 
 
 def test_without_its_script_everything_is_there(browser: webdriver.Chrome, page: str) -> None:
@@ -252,9 +217,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
         return write_report(folder, runs, folder / "report").as_uri()
 
 
-def test_two_thousand_prompts_are_loaded_as_they_are_seen(browser: webdriver.Chrome, large: str) -> None:
+@pytest.mark.parametrize("width", [390, 1280])
+def test_two_thousand_prompts_are_loaded_as_they_are_seen(browser: webdriver.Chrome, large: str, width: int) -> None:
     browser.get_log("performance")
-    show(browser, large)
+    show(browser, large, width=width)
     assert browser.get_log("browser") == []
     assert len(browser.find_elements(By.CSS_SELECTOR, ".prompt")) == 2000
     loaded = "return [...document.images].filter(item => item.complete && item.naturalWidth).length"

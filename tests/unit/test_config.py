@@ -737,6 +737,13 @@ def test_configuration_files_that_would_not_end_or_crash(project: Path, content:
         load_config(["experiment=mine"])
 
 
+def test_an_experiment_without_its_first_line_is_told_so(project: Path) -> None:
+    text = (project / "experiment" / "demo.yaml").read_text()
+    (project / "experiment" / "mine.yaml").write_text(text.replace("# @package _global_\n", ""))
+    with pytest.raises(ConfigError, match=r"experiment/mine\.yaml: .* first line must be '# @package _global_'"):
+        load_config(["experiment=mine"])
+
+
 def test_another_hydra_project_is_not_taken_for_this_one(project: Path) -> None:
     assert repository_root() == project.parent
     (project / "arm" / "base.yaml").unlink()

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from vipo.reporting.sections.result import _percent
 from vipo.reporting.verdict import equal_change
 
 UPDATES, PROMPTS, SAMPLES = (5, 10, 20), 12, 2
@@ -113,3 +114,7 @@ def test_what_cannot_be_compared_is_none() -> None:
     assert compared(table[table["arm"] != "vipo"]) is None
     unequal = scores({"grpo": (0.01, 0, 0.01), "vipo": (0.01, 0, 0.01)})
     assert compared(unequal[~((unequal["seed"] == 1) & (unequal["update"] == 10))]) is None
+
+
+def test_shares_have_a_minus_sign_and_no_negative_zero() -> None:
+    assert [_percent(share) for share in (-0.012, -0.004, 0.0, 1.136)] == ["−1", "0", "0", "114"]

@@ -1,5 +1,6 @@
 """Commands that read finished results: reports, studies, exports, the audit."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,7 +34,9 @@ def report(
 
     config = configuration(overrides, file)
     if watch:
-        watch_stage(config, results, say, every)
+        # That is how one stops looking; nothing is left undone.
+        with contextlib.suppress(KeyboardInterrupt):
+            watch_stage(config, results, say, every)
     else:
         say(report_stage(config, repository_root(), results, wait))
 

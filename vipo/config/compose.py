@@ -176,6 +176,13 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"{error} (overrides: {cut(' '.join(overrides))})") from error
     if not isinstance(data, dict):
         raise ConfigError("configs/config.yaml holds no mapping")
+    section = data.get("experiment")
+    if isinstance(section, dict) and "experiment" in section:
+        name = next((text.removeprefix("experiment=") for text in overrides if text.startswith("experiment=")), "NAME")
+        raise ConfigError(
+            f"configs/experiment/{name}.yaml: all of it was read as part of section 'experiment'; its first line must "
+            "be '# @package _global_'"
+        )
     return {str(key): value for key, value in data.items()}
 
 

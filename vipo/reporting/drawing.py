@@ -61,7 +61,7 @@ class Plot:
     """One figure: file name, group on the page, title, caption, text alternative and SVG.
 
     Attributes:
-        points: what the page tells under the pointer: x and y in the drawing's units, the arm's colour, and text.
+        points: what the page tells under the pointer: x and y in the drawing's units, the arm's number, and text.
         legend: height of the legend at the drawing's foot, in its units; 0 where the page must keep it.
     """
 
@@ -110,7 +110,7 @@ class Arms:
 
     def mark(self, arm: str) -> str:
         """What a drawn line of the arm carries, so that the page can show one arm alone."""
-        return f"{_ARM_MARK}{self.names.index(arm) % len(ARM_COLORS)}"
+        return f"{_ARM_MARK}{self.names.index(arm)}"
 
     def handles(self, shown: Iterable[str]) -> list[Line2D]:
         """Legend entries of the arms in `shown`."""
@@ -191,8 +191,9 @@ def _values(figure: Figure, title: str) -> tuple[tuple[float, float, int, str], 
                 says = f"{told}: {x_label} {x:.4g}" + (
                     f", {y_label} {y:.4g}" if axes.get_ylabel() or len(data) > 1 else ""
                 )
-                color = int(mark.removeprefix(_ARM_MARK))
-                found.append((round(left * width, 1), round((1 - bottom) * height, 1), color, says))
+                found.append(
+                    (round(left * width, 1), round((1 - bottom) * height, 1), int(mark.removeprefix(_ARM_MARK)), says)
+                )
     return tuple(found)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vipo.evaluation.statistics import decimals
+
 #: Folder of the pictures beside a page that does not hold them itself.
 PICTURES = "thumbs"
 #: Kept updates are shown of the first so many prompts.
@@ -16,8 +18,9 @@ class Shot:
     Attributes:
         picture, veil: what an ``img`` reads; a veil, there for final samples alone, lies over the picture.
         film, veiled_film: of a video, what a ``video`` reads: as it is, and with what its maps leave out dimmed.
+        veiled_picture: the first picture of `veiled_film`, shown until it plays.
         scores: by column.
-        original: the sample's file, relative to the page.
+        original: the sample's file, relative to the experiment's folder.
     """
 
     run: str
@@ -29,6 +32,7 @@ class Shot:
     veil: str | None
     film: str | None
     veiled_film: str | None
+    veiled_picture: str | None
     scores: Mapping[str, float]
     original: str
 
@@ -60,6 +64,22 @@ class Gallery:
     files: Mapping[str, bytes]
     size: tuple[int, int]
     pixelated: bool
+
+    @property
+    def films(self) -> bool:
+        """Whether the samples are videos."""
+        return any(shot.film is not None for prompt in self.prompts[:1] for shot in prompt.shots)
+
+    def digits(self, column: str) -> int:
+        """Decimal places that show the largest gain of `column` over the base with two digits; at least 2."""
+        gains = [
+            shot.scores[column] - base.scores[column]
+            for prompt in self.prompts
+            for base in (prompt.first("base"),)
+            for shot in prompt.shots
+            if shot.final
+        ]
+        return max(2, decimals(*gains) - 1)
 
     @property
     def arms(self) -> list[str]:

@@ -130,7 +130,9 @@ def read_training(folder: Path, runs: Sequence[str], config: Config) -> Experime
             own = load_config_file(path / "config.yaml")
             timing = path / "timing.jsonl"
             times = read_rows(timing) if timing.is_file() else pd.DataFrame()
-            found.append(Run(name, own, read_rows(path / "metrics.jsonl"), times, None))
+            record = path / "provenance.json"
+            made = _read_mapping(record) if record.is_file() else None
+            found.append(Run(name, own, read_rows(path / "metrics.jsonl"), times, made))
     if not found:
         raise ReportError(f"{folder / 'runs'}: no run has made an update yet; start one with 'vipo train'")
     order = list(config.experiment.arms)

@@ -42,9 +42,8 @@ def _environment(page: Page) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": signed, "number": number, "words": _against, "one_line": one_line}
-    environment.globals["arm_index"] = {
-        arm: index % len(ARM_COLORS) for index, arm in enumerate(page.experiment.coloured)
-    }
+    environment.globals["arm_index"] = {arm: index for index, arm in enumerate(page.experiment.coloured)}
+    environment.globals["arm_colors"] = len(ARM_COLORS)
     environment.globals["percent"] = f"{100 * page.summary.confidence:g}"
     return environment
 

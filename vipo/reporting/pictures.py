@@ -87,6 +87,7 @@ class _Store:
                         veil=uris.get(shot.veil or ""),
                         film=uris.get(shot.film or ""),
                         veiled_film=uris.get(shot.veiled_film or ""),
+                        veiled_picture=uris.get(shot.veiled_picture or ""),
                     )
                     for shot in prompt.shots
                 ),
@@ -129,7 +130,7 @@ def _shots(
                     final=update == final,
                     **_encoded(frames, rate, heat, maps.groups, store)._asdict(),
                     scores={column: float(row[column]) for column in [*experiment.rewards, *experiment.changes]},
-                    original=f"../{path.relative_to(experiment.folder).as_posix()}",
+                    original=path.relative_to(experiment.folder).as_posix(),
                 ),
             )
 
@@ -141,6 +142,7 @@ class _Media(NamedTuple):
     veil: str | None
     film: str | None
     veiled_film: str | None
+    veiled_picture: str | None
 
 
 def _encoded(
@@ -156,18 +158,19 @@ def _encoded(
     )
     film = None if groups is None else store.add(encode_film(shown, rate), "webm")
     if heat is None:
-        return _Media(picture, None, film, None)
+        return _Media(picture, None, film, None, None)
     heats = torch.from_numpy(heat)
     if groups is None:
         height, width = shown[0].shape[:2]
         scale = max(1.0, _VEIL_SIDE / max(height, width))
         laid = veil(heats, (round(height * scale), round(width * scale)))
-        return _Media(picture, store.add(_webp(laid), "webp"), None, None)
+        return _Media(picture, store.add(_webp(laid), "webp"), None, None, None)
     latent = {frame: number for number, (first, end) in enumerate(groups) for frame in range(first, end)}
     plain = [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels in shown]
     over = [dimmed(page, heats[latent[number]]) for number, page in enumerate(plain)]
     pages = [(page.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for page in over]
-    return _Media(picture, None, film, store.add(encode_film(pages, rate), "webm"))
+    first = store.add(_webp(Image.fromarray(pages[0])), "webp")
+    return _Media(picture, None, film, store.add(encode_film(pages, rate), "webm"), first)
 
 
 def _thumbnail(picture: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.evaluation.statistics import mean_score
@@ -34,13 +35,14 @@ def published_table(config: Config, results: Path) -> str:
     heads = [f"{column.title} ({_DOMAINS[column.domain]})" for column in table.columns]
     lines = [_row(["", *(text for head in heads for text in (f"{head}, published", "ours"))])]
     lines.append("|---|" + "---:|" * 2 * len(heads))
+    printed = published_values(table)
     for arm, row in table.rows.items():
         seeds = config.experiment.arms[arm].seeds
         found = (_final_scores(results / config.experiment.name, f"{arm}-s{seed}") for seed in seeds)
         scores = [own for own in found if own is not None]
         cells = [f"{row.title} (`{arm}`)"]
-        for column, value in zip(table.columns, row.values, strict=True):
-            cells += [published_value(value), _ours(scores, column.metric, len(seeds))]
+        for column, value in zip(table.columns, printed[arm], strict=True):
+            cells += [value, _ours(scores, column.metric, len(seeds))]
         lines.append(_row(cells))
     return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
 
@@ -53,9 +55,20 @@ def _cell(text: str) -> str:
     return visible(" ".join(text.split())).replace("|", "\\|")
 
 
-def published_value(value: float | None) -> str:
-    """A cell of the publication."""
-    return "not published" if value is None else f"{value:g}"
+def published_values(table: PublishedConfig) -> dict[str, list[str]]:
+    """The publication's cells by arm, each column with as many decimal places as its longest number."""
+    columns = zip(*(row.values for row in table.rows.values()), strict=True)
+    places = [
+        max((len(f"{value:g}".partition(".")[2]) for value in column if value is not None), default=0)
+        for column in columns
+    ]
+    return {
+        arm: [
+            "not published" if value is None else f"{value:.{digits}f}"
+            for value, digits in zip(row.values, places, strict=True)
+        ]
+        for arm, row in table.rows.items()
+    }
 
 
 def _ours(scores: list[pd.DataFrame], metric: str, seeds: int) -> str:

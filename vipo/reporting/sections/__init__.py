@@ -11,6 +11,7 @@ from vipo.reporting.sections.credit import credit
 from vipo.reporting.sections.extremes import extremes
 from vipo.reporting.sections.files import files
 from vipo.reporting.sections.matched import matched
+from vipo.reporting.sections.progress import progress
 from vipo.reporting.sections.provenance import provenance
 from vipo.reporting.sections.published import published
 from vipo.reporting.sections.result import result
@@ -22,6 +23,7 @@ from vipo.reporting.sections.training import training
 #: Each returns None where it has nothing to show.
 SECTIONS: tuple[Callable[[Page], Section | None], ...] = (
     result,
+    progress,
     samples,
     extremes,
     comparison,

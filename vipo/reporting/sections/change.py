@@ -22,7 +22,7 @@ def change(page: Page) -> Section | None:
                 "ratio": row["change/foreground"] / background if split and background > 0 else None,
             }
         )
-    if not rows:
+    if not rows or not columns:
         return None
     values = {"labels": [summary.columns[column] for column in columns], "split": split, "rows": rows}
     return Section("change", "Change", {**values, "figures": page.drawn("change")})

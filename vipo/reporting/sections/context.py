@@ -29,6 +29,11 @@ class Page:
     gallery: Gallery
     live: bool = False
 
+    @property
+    def root(self) -> str:
+        """The way from the page's file to the experiment's folder."""
+        return "" if self.live else "../"
+
     def drawn(self, group: str) -> list[dict[str, Any]]:
         """The figures of one group, for the macro `figure`."""
         return [drawn(plot) for plot in self.figures if plot.group == group]

@@ -22,7 +22,13 @@ def extremes(page: Page) -> Section | None:
     blocks = []
     for column, title, sign in kinds:
         rows = [{"arm": arm, "shown": _ranked(page, arm, column, sign)} for arm in arms]
-        blocks.append({"title": f"{title} {summary.columns[column]}", "rows": [row for row in rows if row["shown"]]})
+        blocks.append(
+            {
+                "title": f"{title} {summary.columns[column]}",
+                "digits": page.gallery.digits(column),
+                "rows": [row for row in rows if row["shown"]],
+            }
+        )
     blocks = [block for block in blocks if block["rows"]]
     if not blocks:
         return None

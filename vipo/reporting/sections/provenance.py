@@ -17,8 +17,13 @@ def provenance(page: Page) -> Section:
         "provenance",
         "Checks and provenance",
         {
-            "checks": _checks(experiment),
-            "records": [_provenance(run) for run in experiment.runs if not run.config.is_base],
+            "checks": _checks(experiment, page.live),
+            # A run that still trains has no record yet.
+            "records": [
+                _provenance(run)
+                for run in experiment.runs
+                if not run.config.is_base and not (page.live and run.provenance is None)
+            ],
             "manifest": json.dumps(experiment.manifest, indent=2, sort_keys=True, ensure_ascii=False),
         },
     )
@@ -27,8 +32,12 @@ def provenance(page: Page) -> Section:
 _NOISE = "log_ratio/rms_before_first_step"
 
 
-def _checks(experiment: Experiment) -> list[dict[str, Any]]:
-    """What must hold for the comparison to mean something, and whether the records say that it did."""
+def _checks(experiment: Experiment, live: bool) -> list[dict[str, Any]]:
+    """What must hold for the comparison to mean something, and whether the records say that it did.
+
+    Args:
+        live: whether runs may still train; what they have only at their end is not missed then.
+    """
     trained = [run for run in experiment.runs if not run.config.is_base]
     checks = []
     key = "log_ratio/max_before_first_step"
@@ -47,14 +56,15 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
         )
     done = {run.name: int(run.metrics["update"].max()) for run in trained}
     short = [run.name for run in trained if done[run.name] != run.config.training.updates]
-    checks.append(
-        {
-            "ok": not short,
-            "text": "Every run made all of its updates."
-            if not short
-            else "Fewer updates than configured: " + ", ".join(f"{name} {done[name]}" for name in short) + ".",
-        }
-    )
+    if not live:
+        checks.append(
+            {
+                "ok": not short,
+                "text": "Every run made all of its updates."
+                if not short
+                else "Fewer updates than configured: " + ", ".join(f"{name} {done[name]}" for name in short) + ".",
+            }
+        )
     constant = [
         float(run.metrics["map/constant_share"].mean()) for run in trained if "map/constant_share" in run.metrics
     ]
@@ -79,7 +89,9 @@ def _checks(experiment: Experiment) -> list[dict[str, Any]]:
             }
         )
     records = [run.provenance for run in trained if run.provenance is not None]
-    absent = [run.name for run in trained if run.provenance is None]
+    absent = [] if live else [run.name for run in trained if run.provenance is None]
+    if live and not records:
+        return checks
     if absent:
         checks.append(
             {

@@ -6,7 +6,7 @@ from vipo.evaluation.statistics import decimals
 from vipo.reporting.sections.context import Page, Section
 from vipo.reporting.summary import Summary
 from vipo.reporting.verdict import EqualChange, Span
-from vipo.reporting.wording import Statement, signed
+from vipo.reporting.wording import Statement, number, signed
 
 #: Rows and columns of pictures on the first screen.
 _PROMPTS, _ARMS = 2, 4
@@ -64,9 +64,9 @@ def _at_equal_change(summary: Summary, item: EqualChange) -> dict[str, Any]:
         interval = _interval(item.difference, digits)
         note = f"{reference}'s own gain there is not shown, so no share of it is given. "
     else:
-        figure = f"{100 * item.share.estimate:.0f} %"
+        figure = f"{_percent(item.share.estimate)} %"
         sentence = (f"At equal change of the picture, {arm} reached ", figure, f" of {reference}'s gain in {column}")
-        interval = f"{100 * item.share.low:.0f} to {100 * item.share.high:.0f} %"
+        interval = f"{_percent(item.share.low)} to {_percent(item.share.high)} %"
         note = ""
     note += (
         f"Read where both arms' pictures are {item.level:.3g} away from the base's (mean absolute pixel difference): "
@@ -84,6 +84,11 @@ def _at_equal_change(summary: Summary, item: EqualChange) -> dict[str, Any]:
         "reach": _reach(item),
         "note": note,
     }
+
+
+def _percent(share: float) -> str:
+    # An integer has no negative zero.
+    return number(round(100 * share), 0)
 
 
 def _at_the_end(summary: Summary, item: Statement) -> dict[str, Any]:
@@ -184,8 +189,8 @@ def _cell(span: Span) -> dict[str, str]:
     digits = max(1, decimals(*values) - 1)
     word = _word(span)
     return {
-        "figure": signed(values[0], digits),
-        "interval": _interval(Span(*values), digits),
+        "figure": signed(values[0], digits) if any(values) else "0",
+        "interval": _interval(Span(*values), digits) if any(values) else "",
         "word": word,
         "tone": "none" if word == "not shown" else "shift",
     }

@@ -22,6 +22,7 @@ def samples(page: Page) -> Section | None:
             "gallery": gallery,
             "cards": [_card(prompt, arms, trained) for prompt in gallery.prompts],
             "label": summary.columns[trained] if trained else "",
+            "digits": gallery.digits(trained) if trained else 2,
             "sorts": _sorts(page),
             "updates": updates,
             "history": HISTORY_PROMPTS if len(gallery.prompts) > HISTORY_PROMPTS else None,
@@ -66,11 +67,11 @@ def _data(page: Page, arms: list[str]) -> dict[str, Any]:
     def entry(shot: Shot, first: bool) -> dict[str, Any]:
         kept = {
             "u": shot.update,
-            "o": shot.original,
+            "o": page.root + shot.original,
             "s": [float(f"{shot.scores[column]:.5g}") for column in columns],
         }
         if not first:
-            media = {"p": shot.picture, "v": shot.veil, "f": shot.film, "m": shot.veiled_film}
+            media = {"p": shot.picture, "v": shot.veil, "f": shot.film, "m": shot.veiled_film, "w": shot.veiled_picture}
             kept |= {key: value for key, value in media.items() if value is not None}
         return kept
 
@@ -81,7 +82,11 @@ def _data(page: Page, arms: list[str]) -> dict[str, Any]:
         for shot in prompt.shots:
             runs.setdefault(shot.run, []).append(entry(shot, shot in firsts))
     return {
-        "columns": [{"key": column, "label": summary.columns[column]} for column in columns],
+        "columns": [
+            {"key": column, "label": summary.columns[column], "digits": page.gallery.digits(column)}
+            for column in columns
+        ],
+        "trained": next(iter(summary.trained), None),
         "runs": [{"name": shot.run, "arm": shot.arm, "seed": shot.seed} for shot in page.gallery.runs],
         "arms": arms,
         "pixelated": page.gallery.pixelated,

@@ -15,8 +15,8 @@ const make = (tag, attributes = {}, ...children) => {
   element.append(...children.filter(child => child !== null));
   return element;
 };
-const signed = value => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
-const shownNumber = value => (value < 0 ? "−" : "") + Math.abs(value).toFixed(3);
+const signed = (value, column) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(column.digits);
+const shownNumber = (value, column) => (value < 0 ? "−" : "") + Math.abs(value).toFixed(Math.max(3, column.digits));
 const cardOf = id => document.getElementById("prompt-" + id);
 const runOf = name => data.runs.find(run => run.name === name);
 const runName = run => (data.runs.filter(other => other.arm === run.arm).length > 1 ? run.arm + ", seed " + run.seed : run.arm);
@@ -32,6 +32,7 @@ const shotsOf = (id, name) => (data.prompts[id][name] || []).map(entry => {
     ...entry,
     p: film ? picture.getAttribute("poster") : picture.getAttribute("src"), v: veil && veil.getAttribute("src"),
     f: film ? picture.getAttribute("src") : null, m: film ? ($("video.mapped", figure) || picture).getAttribute("src") : null,
+    w: film ? ($("video.mapped", figure) || picture).getAttribute("poster") : null,
   };
 });
 const finalOf = (id, name) => shotsOf(id, name).at(-1);

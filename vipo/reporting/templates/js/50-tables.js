@@ -7,12 +7,16 @@ for (const table of $$("table.sortable")) {
     button.addEventListener("click", () => {
       const next = { none: "descending", descending: "ascending", ascending: "none" }[head.getAttribute("aria-sort") || "none"];
       $$("th[aria-sort]", table.tHead).forEach(other => other.removeAttribute("aria-sort"));
-      const value = row => row.cells[place].dataset.value === undefined
-        ? row.cells[place].textContent.trim() : Number(row.cells[place].dataset.value);
+      const value = row => {
+        const text = row.cells[place].dataset.value ?? row.cells[place].textContent.trim().replace("−", "-");
+        return Number.isNaN(parseFloat(text)) ? text : parseFloat(text);
+      };
       const sign = next === "ascending" ? 1 : -1;
-      const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+      // What is no number ("—") stands behind those that are, in either order.
+      const compare = (a, b) => (typeof a === typeof b
+        ? sign * (typeof a === "number" ? a - b : a.localeCompare(b)) : Number(typeof a === "string") - Number(typeof b === "string"));
       if (next !== "none") head.setAttribute("aria-sort", next);
-      body.append(...(next === "none" ? original : [...original].sort((a, b) => sign * compare(value(a), value(b)))));
+      body.append(...(next === "none" ? original : [...original].sort((a, b) => compare(value(a), value(b)))));
     });
   });
 }
