@@ -107,7 +107,13 @@ class Section(BaseModel):
     @classmethod
     def _writable(cls, value: Any) -> Any:
         # Half a surrogate reads from YAML and JSON, and is found to be no text when the first file is written.
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and _SURROGATE.search(text):
-                raise ValueError(f"{text[:LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
+        left = [value]
+        while left:
+            item = left.pop()
+            if isinstance(item, dict):
+                left += [*item, *item.values()]
+            elif isinstance(item, list | tuple):
+                left += item
+            elif isinstance(item, str) and _SURROGATE.search(item):
+                raise ValueError(f"{item[:LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
         return value
