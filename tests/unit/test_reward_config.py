@@ -1,5 +1,6 @@
 """Rewards with arguments in the configuration: own sections, labels, one spelling for training and evaluation."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from vipo.config.compose import dump_config, load_config, load_config_file
 from vipo.config.experiment import check_run
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.rewards import RewardError
+from vipo.rewards.weights import local_path, located
 
 DEMO = "experiment=demo"
 TERMS = (
@@ -113,3 +116,12 @@ def test_rewards_of_pictures_are_refused_for_videos() -> None:
         check_run(load_config([DEMO, "reward=flicker", "evaluation.rewards=[]"]))
     with pytest.raises(ConfigError, match=r"evaluation.rewards: reward 'pickscore' takes pictures"):
         check_run(load_config([DEMO, *video, "evaluation.rewards=[pickscore]"]))
+
+
+def test_weights_that_are_no_files_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(RewardError, match=rf"head '{path}': is neither a regular file nor a folder"):
+            local_path("head", str(path))
+        with pytest.raises(RewardError, match=rf"path '{path}': is neither a regular file nor a folder"):
+            located("path", str(path), None, [])

@@ -1,5 +1,6 @@
 """What a checkpoint's scheduler says of times and noise levels, and which of its settings are not held."""
 
+import inspect
 import itertools
 import logging
 import math
@@ -83,6 +84,12 @@ def noise_schedule(
         # Without signal at the first timestep there is no x0 to be had from the noise, but from v there is.
         if settings.get(key) and (key == "thresholding" or settings.prediction_type == "epsilon"):
             raise GeneratorError(f"{place}: {key} {settings[key]!r} is not held; set it to false")
+
+    if stock.config.get("clip_sample") and "clip_sample" in inspect.signature(named.__init__).parameters:
+        raise GeneratorError(
+            f"{place}: clip_sample {stock.config.clip_sample!r} (by default, where it is not there): the stock chain "
+            "would cut latents off, which vipo's does not; set it to false"
+        )
 
     def timesteps(steps: int) -> Tensor:
         try:

@@ -34,6 +34,7 @@ def local_path(key: str, path: str) -> Path:
     found = repository_root() / path
     if not found.exists():
         raise RewardError(f"{key} {path!r}: there is no such file or folder; mend the path")
+    _check_kind(key, path, found)
     return found
 
 
@@ -53,6 +54,7 @@ def located(key: str, path: str, revision: str | None, patterns: Sequence[str]) 
     if local.exists():
         if revision is not None:
             raise RewardError(f"{key} {path!r} is on this machine and has no revision; leave the revision out")
+        _check_kind(key, path, local)
         return local
     from huggingface_hub import snapshot_download
 
@@ -63,6 +65,12 @@ def located(key: str, path: str, revision: str | None, patterns: Sequence[str]) 
             f"{key} {path!r}: there is no {local}, and as a hub id it is neither in the local cache nor could it be "
             f"fetched ({type(error).__name__}); fetch it where there is a network, or name a local folder"
         ) from error
+
+
+def _check_kind(key: str, path: str, found: Path) -> None:
+    # A pipe would hang, and a device never end.
+    if not (found.is_file() or found.is_dir()):
+        raise RewardError(f"{key} {path!r}: is neither a regular file nor a folder; mend the path")
 
 
 def matching(place: Path, patterns: Sequence[str]) -> list[Path]:
