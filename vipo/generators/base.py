@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
+from vipo.config.registries import FAMILIES
 from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.generators.attention import TextAttention
@@ -165,8 +166,10 @@ class Generator(ABC):
         try:
             yield
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            # What is derived of it tells of the device, of other processes or of the compiler.
-            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            # What is derived of it tells of the device, of other processes or of the compiler; what another adapter
+            # raises is its own.
+            derived = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+            if derived or self.config.family not in FAMILIES:
                 raise
             told = GeneratorError(
                 f"generator.path {self.config.path}: {what} ({cause(error)}); the settings in its config.json may not "
