@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from vipo.cli import _COMMANDS
 from vipo.config.compose import dump_config, load_config, load_config_file, validate_config
 from vipo.config.protocol import ProtocolConfig
 from vipo.config.resolved import to_yaml
@@ -138,3 +139,17 @@ def test_yaml_is_at_most_sixteen_times_as_long_as_json(composed: dict[str, Any])
     """The worst are items of lists within lists of one sign each; a configuration nests no deeper."""
     for data in (*composed.values(), put(composed["demo"], ("experiment", "arms", "vipo", "seeds"), [0] * 5000)):
         assert len(to_yaml(data).encode()) < 16 * len(json.dumps(data, separators=(",", ":"), ensure_ascii=False))
+
+
+def test_every_number_of_a_command_has_both_bounds() -> None:
+    """NaN lies within none, and typer says so; what is unbounded overflows where it is used, or never ends."""
+    unbounded = {
+        key
+        for command in _COMMANDS
+        for key, hint in get_type_hints(command, include_extras=True).items()
+        for option in getattr(hint, "__metadata__", ())
+        if {int, float} & {hint.__origin__, *get_args(hint.__origin__)} and None in (option.min, option.max)
+    }
+    # Checked as the section of the configuration that they are; and one waits as long as one says.
+    checked = {"layer", "input_size", "components", "smoothing", "height", "width", "frames"}
+    assert unbounded == checked | {"wait"}

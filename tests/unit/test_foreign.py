@@ -391,6 +391,13 @@ def leaving_source(root: Path) -> Iterator[dict[str, str]]:
     sys.exit(0)
 
 
+def test_a_source_that_never_ends_is_named(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module("endless", "def rows(root):\n    while True:\n        yield {}\ndef texts(root):\n    return rows(root)\n")
+    monkeypatch.setattr("vipo.prompts.sources.MOST_BYTES", 2**20)
+    with pytest.raises(PromptError, match=r"^prompts\.source endless:texts: has not ended after 16385 rows, and 1 MiB"):
+        read_source("endless:texts", "prompt", Path())
+
+
 def test_a_source_that_ends_the_process_between_two_rows(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"prompts.source .*:leaving_source raised SystemExit: 0"):
         read_source(f"{__name__}:leaving_source", "prompt", tmp_path)
