@@ -151,5 +151,5 @@ def test_every_number_of_a_command_has_both_bounds() -> None:
         if {int, float} & {hint.__origin__, *get_args(hint.__origin__)} and None in (option.min, option.max)
     }
     # Checked as the section of the configuration that they are; and one waits as long as one says.
-    checked = {"layer", "input_size", "components", "smoothing", "height", "width", "frames"}
+    checked = {"components", "smoothing", "height", "width", "frames"}
     assert unbounded == checked | {"wait"}
