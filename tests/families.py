@@ -32,6 +32,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the transformer's"),
                 (_SCHEDULER, {"invert_sigmas": True}, "invert_sigmas True replaces"),
                 (_SCHEDULER, {"num_train_timesteps": 500}, "num_train_timesteps 500"),
+                (_SCHEDULER, {"time_shift_type": "other"}, "time_shift_type 'other' is not"),
+                (_SCHEDULER, {"shift_terminal": "x"}, "shift_terminal 'x' is no noise level"),
                 (_NETWORK, {"in_channels": None, "out_channels": None}, "transformer's in_channels are None"),
                 (_SCHEDULER, {"shift": None, "use_dynamic_shifting": False}, "its shift cannot be read"),
                 (

@@ -143,6 +143,10 @@ def flow_settings(location: Path | str, config: GeneratorConfig) -> Mapping[str,
             )
     if (count := settings.get("num_train_timesteps", 1000)) != 1000:
         raise GeneratorError(f"{place}: num_train_timesteps {count}; the family's network is called with 1000 sigma")
+    if (kind := settings.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
+        raise GeneratorError(f"{place}: time_shift_type {kind!r} is not 'exponential' or 'linear'; {AGAIN}")
+    if not isinstance(terminal := settings.get("shift_terminal") or 0.0, int | float):
+        raise GeneratorError(f"{place}: shift_terminal {terminal!r} is no noise level; {AGAIN}")
     return settings
 
 
