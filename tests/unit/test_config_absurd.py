@@ -13,7 +13,7 @@ from vipo.config.protocol import ProtocolConfig
 from vipo.config.resolved import to_yaml
 from vipo.config.reward_options import REWARD_OPTIONS
 from vipo.config.run import Config
-from vipo.config.section import Section
+from vipo.config.section import MOST_RUNS, Section
 from vipo.config.validation import ConfigError, validate_section
 from vipo.text import message
 
@@ -121,9 +121,16 @@ def test_what_would_not_be_read_again_is_refused(key: str, composed: dict[str, A
         assert load_config_file(path) == config
     with pytest.raises(ConfigError, match=rf"^{key}: has 300000 characters, .* shorten it"):
         validate_config(put(composed["demo"], at, "x" * 300_000))
-    seeds = put(composed["demo"], ("experiment", "arms", "vipo", "seeds"), list(range(50_000)))
-    with pytest.raises(ConfigError, match=r"^experiment\.arms\.vipo\.seeds: has .* shorten it"):
-        validate_config(seeds)
+
+
+def test_more_runs_than_could_be_composed_are_refused(composed: dict[str, Any]) -> None:
+    at = ("experiment", "arms", "vipo", "seeds")
+    others = sum(len(arm["seeds"]) for arm in composed["demo"]["experiment"]["arms"].values()) - len(
+        composed["demo"]["experiment"]["arms"]["vipo"]["seeds"]
+    )
+    validate_config(put(composed["demo"], at, list(range(MOST_RUNS - others))))
+    with pytest.raises(ConfigError, match=r"^experiment\.arms: 5 arms with their seeds are 4097 runs, more than"):
+        validate_config(put(composed["demo"], at, list(range(MOST_RUNS + 1 - others))))
 
 
 def test_every_number_of_an_option_of_a_reward_has_both_bounds() -> None:

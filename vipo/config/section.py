@@ -28,6 +28,9 @@ MOST_EVALUATED = 10**6
 MOST_CALLS = 10**9
 """Evaluations of the network (of one sample at one step) of a run's training, or of an evaluation."""
 
+MOST_RUNS = 2**12
+"""Of an experiment: each is composed before any starts."""
+
 MOST_PIXELS = 2**28
 """Of one sample, all frames together."""
 
