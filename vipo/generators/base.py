@@ -166,10 +166,10 @@ class Generator(ABC):
         try:
             yield
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            # What is derived of it tells of the device, of other processes or of the compiler; what another adapter
-            # raises is its own.
+            # What is derived of it tells of the device, of other processes or of the compiler; what kernels that were
+            # chosen do not take is told with their key, and what another adapter raises is its own.
             derived = isinstance(error, RuntimeError) and type(error) is not RuntimeError
-            if derived or self.config.family not in FAMILIES:
+            if derived or self.config.chooses_kernels or self.config.family not in FAMILIES:
                 raise
             told = GeneratorError(
                 f"generator.path {self.config.path}: {what} ({cause(error)}); the settings in its config.json may not "
