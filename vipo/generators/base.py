@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
@@ -166,9 +167,10 @@ class Generator(ABC):
         try:
             yield
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-            # What is derived of it tells of the device, of other processes or of the compiler; what kernels that were
-            # chosen do not take is told with their key, and what another adapter raises is its own.
-            derived = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+            # What is derived of it tells of the device or the compiler, and of several processes it may tell of another
+            # one; what kernels that were chosen do not take is told with their key, and what another adapter raises is
+            # its own.
+            derived = isinstance(error, RuntimeError) and (type(error) is not RuntimeError or dist.is_initialized())
             if derived or self.config.chooses_kernels or self.config.family not in FAMILIES:
                 raise
             told = GeneratorError(
