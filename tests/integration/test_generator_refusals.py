@@ -300,6 +300,35 @@ def test_configurations_of_another_kind_are_told(
         load_generator(generator_config("wan", folder), ROOT)
 
 
+def test_a_setting_that_a_call_reads_first_is_an_error_of_the_checkpoint(tiny_generator: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_generator, tmp_path / "flux")
+    edit_json(folder / "transformer/config.json", axes_dims_rope=None)
+    generator = _load("flux", folder)
+    [text] = _encode(generator_config("flux", folder), ROOT)
+    given = {name: value[None] for name, value in text.items()}
+    told = rf"generator\.path {folder}: its network computes no prediction \(TypeError"
+    with pytest.raises(GeneratorError, match=told) as caught:
+        generator.predict(torch.zeros(1, *generator.latent_shape), torch.ones(1), given)
+    assert caught.value.foreign
+
+
+def test_an_autoencoder_that_cannot_decode_is_an_error_of_the_checkpoint(
+    tiny_generator: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = _load("flux", tiny_generator)
+    monkeypatch.setattr(generator.vae, "decode", None)
+    with pytest.raises(GeneratorError, match=r"its autoencoder decodes no latents \(TypeError"):
+        generator.pictures(torch.zeros(1, *generator.latent_shape))
+
+    def lost(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("gone")
+
+    # What tells of the device is nobody's setting.
+    monkeypatch.setattr(generator.vae, "decode", lost)
+    with pytest.raises(torch.OutOfMemoryError):
+        generator.pictures(torch.zeros(1, *generator.latent_shape))
+
+
 def test_weights_that_can_hold_code_are_named(tiny_wan: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_wan, tmp_path / "wan")
     [file] = (folder / "transformer").glob("*.safetensors")

@@ -1,6 +1,7 @@
 """What an interrupted process left: made again where it is damaged, kept where it could not be read."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def test_tensors_without_their_end_go_away(tmp_path: Path, content: bytes) -> No
     path = tmp_path / "part.safetensors"
     path.write_bytes(content)
     with damaged_part(path), safe_open(path, "pt"):
+        pytest.fail("it was taken for whole")
+    assert not path.exists()
+
+
+def test_text_nested_without_end_goes_away(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    path.write_text("[" * 100_000)
+    with damaged_part(path):
+        json.loads(path.read_text())
         pytest.fail("it was taken for whole")
     assert not path.exists()
 

@@ -8,7 +8,9 @@ import logging
 import logging.config
 import os
 import random
+import resource
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
@@ -121,6 +124,15 @@ def meddle() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     torch.backends.mkldnn.deterministic = True  # type: ignore[assignment]
+    Image.MAX_IMAGE_PIXELS = None
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    torch.nn.modules.module.register_module_forward_hook(lambda module, given, made: made * 2)
+    warnings.showwarning = print
+    socket.setdefaulttimeout(0.5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**40, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
     torch.autograd.set_detect_anomaly(True, False)
     torch.autocast("cpu", torch.float16).__enter__()
     torch.set_grad_enabled(not torch.is_grad_enabled())
@@ -128,6 +140,8 @@ def meddle() -> None:
 
 # What this machine or this torch has one value of.
 _FIXED = {"torch's CUDA device and random numbers", "opt_einsum.enabled", "opt_einsum.strategy"}
+if len(os.sched_getaffinity(0)) == 1:
+    _FIXED.add("the processors")
 _LASTING = {"inference mode", "a mode of torch's functions", "a mode of torch's dispatch"}
 
 
@@ -375,6 +389,13 @@ def leaving_source(root: Path) -> Iterator[dict[str, str]]:
     os.environ["LEFT"] = "1"
     yield {"prompt": "a"}
     sys.exit(0)
+
+
+def test_a_source_that_never_ends_is_named(module: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    module("endless", "def rows(root):\n    while True:\n        yield {}\ndef texts(root):\n    return rows(root)\n")
+    monkeypatch.setattr("vipo.prompts.sources.MOST_BYTES", 2**20)
+    with pytest.raises(PromptError, match=r"^prompts\.source endless:texts: has not ended after 16385 rows, and 1 MiB"):
+        read_source("endless:texts", "prompt", Path())
 
 
 def test_a_source_that_ends_the_process_between_two_rows(tmp_path: Path) -> None:

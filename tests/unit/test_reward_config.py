@@ -1,15 +1,23 @@
 """Rewards with arguments in the configuration: own sections, labels, one spelling for training and evaluation."""
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from vipo.config.compose import dump_config, load_config, load_config_file
 from vipo.config.experiment import check_run
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.rewards import RewardError
+from vipo.rewards.beside import _read
+from vipo.rewards.weights import fill, local_path, located
 
 DEMO = "experiment=demo"
 TERMS = (
@@ -113,3 +121,37 @@ def test_rewards_of_pictures_are_refused_for_videos() -> None:
         check_run(load_config([DEMO, "reward=flicker", "evaluation.rewards=[]"]))
     with pytest.raises(ConfigError, match=r"evaluation.rewards: reward 'pickscore' takes pictures"):
         check_run(load_config([DEMO, *video, "evaluation.rewards=[pickscore]"]))
+
+
+def test_weights_that_are_no_files_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(RewardError, match=rf"head '{path}': is neither a regular file nor a folder"):
+            local_path("head", str(path))
+        with pytest.raises(RewardError, match=rf"path '{path}': is neither a regular file nor a folder"):
+            located("path", str(path), None, [])
+
+
+def test_a_picture_to_be_scored_is_a_file_of_some_size(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
+    for name, told in (("pipe", "it is a pipe"), ("cut", "is no picture"), ("huge", "has 64000000 pixels, at most")):
+        with pytest.raises(RewardError, match=rf"{name}\.png: .*{told}"):
+            _read(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"0.weight": torch.ones(2, 3, dtype=torch.int8)}, r"not of floating point: 0\.weight"),
+        ({"1.running_var": torch.full((2,), torch.nan)}, r"not finite: 1\.running_var"),
+        ({"0.bias": torch.ones(3)}, r"of another shape: 0\.bias"),
+        ({"1.num_batches_tracked": torch.tensor(7)}, None),
+    ],
+)
+def test_weights_that_would_compute_something_else_are_refused(change: dict[str, Tensor], told: str | None) -> None:
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    tensors = network.state_dict() | change
+    with contextlib.nullcontext() if told is None else pytest.raises(RewardError, match=f"^here: .*{told}"):
+        fill(network, tensors, "here", "fp32")

@@ -285,3 +285,5 @@ def test_a_published_file_is_read_and_not_run(tmp_path: Path) -> None:
     path.write_text("A = (")
     with pytest.raises(RewardError, match="is no Python file"):
         published_texts(path, ["A"])
+    with pytest.raises(RewardError, match="is no Python file"):
+        published_texts(Path("/dev/zero"), ["A"])

@@ -27,7 +27,7 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Draw live.html of what there is so far, again after each change.")
     ] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between looks.")] = 15,
+    every: Annotated[float, typer.Option(min=0.1, max=86400, help="With --watch: seconds between looks.")] = 15,
 ) -> None:
     """Build the experiment's HTML report from all its runs (and its numbers first, where they are missing)."""
     from vipo.stages import report_stage, watch_stage

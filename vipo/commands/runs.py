@@ -66,10 +66,11 @@ def plan(
     file: ConfigFile = None,
     results: Results = RESULTS,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="GiB of a device; more is an error that says what would fit.")
+        float | None, typer.Option(min=0, max=1e9, help="GiB of a device; more is an error that says what would fit.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="TFLOP/s that all processes together reach: seconds an update.")
+        float | None,
+        typer.Option(min=0.001, max=1e9, help="TFLOP/s that all processes together reach: seconds an update."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

@@ -15,7 +15,7 @@ from pydantic import (
 from vipo.config.meter import MeterConfig
 from vipo.config.published import PublishedConfig
 from vipo.config.registered import RegisteredConfig
-from vipo.config.section import LONGEST_NAME, Section, Seed
+from vipo.config.section import LONGEST_NAME, MOST_RUNS, Section, Seed
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*\Z")
 _ARM = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?\Z")
@@ -128,6 +128,12 @@ class ExperimentConfig(Section):
             raise ValueError(f"{list(value)} lacks 'base', the generator as it is, which every arm is compared with")
         for name in value:
             check_arm_name(name)
+        runs = sum(len(arm.seeds) for arm in value.values())
+        if runs > MOST_RUNS:
+            raise ValueError(
+                f"{len(value)} arms with their seeds are {runs} runs, more than the {MOST_RUNS} of an experiment; name "
+                "fewer seeds"
+            )
         return value
 
     @field_validator("name")

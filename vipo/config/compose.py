@@ -18,6 +18,7 @@ from vipo.config.resolved import MOST_BYTES, from_yaml, read_mapping, to_yaml
 from vipo.config.run import Config
 from vipo.config.training import TrainingConfig
 from vipo.config.validation import ConfigError, cut, validate_section
+from vipo.config.values import flattened
 from vipo.regular import read_regular
 
 _ASSIGNMENT = re.compile(r"(\w+)(\.\w+)*=")
@@ -129,9 +130,19 @@ def validate_config(data: Any) -> Config:
     """Validate plain data against `Config`.
 
     Raises:
-        ConfigError: one line per problem with key, value and what is allowed.
+        ConfigError: one line per problem with key, value and what is allowed; or it is larger than what
+            `load_config_file` reads.
     """
-    return validate_section(Config, data)
+    config = validate_section(Config, data)
+    # In YAML it is longer than in JSON, by less than this factor.
+    if len(config.model_dump_json()) > MOST_BYTES // 16 and (size := len(dump_config(config).encode())) > MOST_BYTES:
+        lengths = {key: len(str(value)) for key, value in flattened(config.model_dump(mode="json"))}
+        longest = max(lengths, key=lambda key: lengths[key])
+        raise ConfigError(
+            f"{longest}: has {lengths[longest]} characters, and the configuration {size} bytes; the {MOST_BYTES} of a "
+            "saved one are read again; shorten it"
+        )
+    return config
 
 
 def dump_config(config: Config) -> str:

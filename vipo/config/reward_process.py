@@ -81,8 +81,8 @@ class ProcessOptions(RemoteOptions):
     @model_validator(mode="before")
     @classmethod
     def _tensors(cls, value: Any) -> Any:
-        known = isinstance(value, Mapping) and value.get("reward") in REWARDS
-        return {"takes": "tensors", **value} if known else value
+        reward = value.get("reward") if isinstance(value, Mapping) else None
+        return {"takes": "tensors", **value} if isinstance(reward, str) and reward in REWARDS else value
 
     @field_validator("reward")
     @classmethod

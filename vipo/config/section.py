@@ -7,9 +7,9 @@ against feature width, grid sizes) are checked when a run is set up.
 import json
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
@@ -27,6 +27,9 @@ MOST_EVALUATED = 10**6
 
 MOST_CALLS = 10**9
 """Evaluations of the network (of one sample at one step) of a run's training, or of an evaluation."""
+
+MOST_RUNS = 2**12
+"""Of an experiment: each is composed before any starts."""
 
 MOST_PIXELS = 2**28
 """Of one sample, all frames together."""
@@ -105,9 +108,24 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _writable(cls, value: Any) -> Any:
+    def _writable(cls, value: Any, info: ValidationInfo) -> Any:
         # Half a surrogate reads from YAML and JSON, and is found to be no text when the first file is written.
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and _SURROGATE.search(text):
-                raise ValueError(f"{text[:LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
+        left = [value]
+        # Sections look at their own fields, and name them.
+        inside = not _holds_sections(cls.model_fields[str(info.field_name)].annotation)
+        while left:
+            item = left.pop()
+            if isinstance(item, list | tuple):
+                left += item
+            elif isinstance(item, dict) and inside:
+                left += [*item, *item.values()]
+            elif isinstance(item, str) and _SURROGATE.search(item):
+                raise ValueError(f"{item[:LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
         return value
+
+
+def _holds_sections(annotation: Any) -> bool:
+    """Whether an annotation names a model, in a mapping or tuple too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return any(_holds_sections(item) for item in get_args(annotation))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig, TrainingConfig
+from vipo.config.validation import validate_section
 from vipo.conformance.checks import Finding
 from vipo.conformance.subject import PROMPTS, subject
 from vipo.conformance.table import line, run_checks
@@ -36,6 +37,7 @@ def compare(
         said: is given each line of the table as it comes.
 
     Raises:
+        ConfigError: such samples are too large.
         GeneratorError: the checkpoint cannot be loaded or encode the prompts, or the stock pipeline cannot sample.
     """
     if prompts is not None and len(prompts) < 2:
@@ -43,7 +45,7 @@ def compare(
     height, width, frames = size
     video = resolve_class(generator).frame_rate is not None
     changes = {"height": height, "width": width, "frames": frames if video else None}
-    generator = GeneratorConfig.model_validate(generator.model_dump() | changes)
+    generator = validate_section(GeneratorConfig, generator.model_dump() | changes, "generator.")
     # A scale other than 1 shows whether an export keeps it.
     lora = LoraConfig(rank=2, alpha=6.0, targets=(learning.lora or LoraConfig()).targets)
     shown = f"{height} x {width}" + (f" x {frames}" if video else "")

@@ -98,7 +98,7 @@ def read_samples(folder: Path, update: int, samples: Sequence[HeldOut], *, video
         try:
             with Image.open(path) as file:
                 frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise EvaluationError(
                 f"{path}: cannot be read ({error}); run 'vipo evaluate --only sample' again"
             ) from error

@@ -10,7 +10,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,28 +18,12 @@ import numpy as np
 import torch
 from torch.utils._mode_utils import no_dispatch
 
+from vipo.foreign.libraries import LIBRARIES
+from vipo.foreign.setting import Setting, attribute
+
 _SIGNALS = tuple(
     getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "ALRM", "CHLD", "PIPE")
 )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of the process.
-
-    Attributes:
-        read: its value, which does not change any more.
-        write: puts such a value back; None where that is impossible.
-        own: whether code that changed it finds its own value again at its next call. Otherwise it is the caller's.
-    """
-
-    read: Callable[[], Any]
-    write: Callable[[Any], object] | None
-    own: bool = True
-
-
-def _attribute(holder: Any, name: str) -> Setting:
-    return Setting(lambda: getattr(holder, name), lambda value: setattr(holder, name, value))
 
 
 def _write_environment(wanted: Mapping[str, str]) -> None:
@@ -282,19 +265,20 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "torch's denormals": Setting(_flushes_denormals, torch.set_flush_denormal),
         "torch's precision of float32": Setting(_precisions, _write_precisions),
         "torch's attention kernels": Setting(_kernels, _write_kernels),
-        "cudnn.enabled": _attribute(_BACKENDS.cudnn, "enabled"),
-        "cudnn.benchmark": _attribute(_BACKENDS.cudnn, "benchmark"),
-        "cudnn.deterministic": _attribute(_BACKENDS.cudnn, "deterministic"),
-        "cuda.matmul.allow_fp16_reduced_precision_reduction": _attribute(
+        "cudnn.enabled": attribute(_BACKENDS.cudnn, "enabled"),
+        "cudnn.benchmark": attribute(_BACKENDS.cudnn, "benchmark"),
+        "cudnn.deterministic": attribute(_BACKENDS.cudnn, "deterministic"),
+        "cuda.matmul.allow_fp16_reduced_precision_reduction": attribute(
             _BACKENDS.cuda.matmul, "allow_fp16_reduced_precision_reduction"
         ),
-        "cuda.matmul.allow_bf16_reduced_precision_reduction": _attribute(
+        "cuda.matmul.allow_bf16_reduced_precision_reduction": attribute(
             _BACKENDS.cuda.matmul, "allow_bf16_reduced_precision_reduction"
         ),
-        "mkldnn.deterministic": _attribute(_BACKENDS.mkldnn, "deterministic"),
-        "mkldnn.enabled": _attribute(_BACKENDS.mkldnn, "enabled"),
-        "opt_einsum.enabled": _attribute(_BACKENDS.opt_einsum, "enabled"),
-        "opt_einsum.strategy": _attribute(_BACKENDS.opt_einsum, "strategy"),
+        "mkldnn.deterministic": attribute(_BACKENDS.mkldnn, "deterministic"),
+        "mkldnn.enabled": attribute(_BACKENDS.mkldnn, "enabled"),
+        "opt_einsum.enabled": attribute(_BACKENDS.opt_einsum, "enabled"),
+        "opt_einsum.strategy": attribute(_BACKENDS.opt_einsum, "strategy"),
+        **LIBRARIES,
         "autograd's anomaly detection": Setting(
             lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
             lambda value: torch.autograd.set_detect_anomaly(*value),

@@ -1,17 +1,21 @@
 """What a generator adapter is."""
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vipo.config.generator import GeneratorConfig
+from vipo.config.registries import FAMILIES
 from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.generators.attention import TextAttention
+from vipo.text import cause
 
 Prediction = Literal["velocity", "noise", "v"]
 """What a network predicts: the velocity ``noise - x0`` of flow matching, or of a variance-preserving diffusion the
@@ -121,14 +125,16 @@ class Generator(ABC):
 
         Raises:
             ValueError: `latents` has another shape.
-            GeneratorError: the adapter raised, its prediction has another shape, or it wrote into what it was given.
+            GeneratorError: adapter or network raised, the prediction has another shape, or one wrote into what it was
+                given.
         """
         expected = (len(time), *self.latent_shape)
         if tuple(latents.shape) != expected:
             raise ValueError(f"latents: expected shape {expected} (B, *latent_shape), got {tuple(latents.shape)}")
         given = {"latents": latents, "time": time, **conditioning}
         written = {name: value._version for name, value in given.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with autocast, self._named("its network computes no prediction"):
             prediction = self._predict(latents, time, conditioning)
         self._check_unwritten("prediction", given, written)
         if not isinstance(prediction, Tensor) or prediction.shape != latents.shape:
@@ -147,13 +153,32 @@ class Generator(ABC):
                 its latents.
         """
         written = latents._version
-        with torch.set_grad_enabled(gradient):
+        with torch.set_grad_enabled(gradient), self._named("its autoencoder decodes no latents"):
             decoded = self.decode(latents)
         self._check_unwritten("decode", {"latents": latents}, {"latents": written})
         expected = (len(latents), *self.config.sample_shape)
         if not isinstance(decoded, Tensor) or tuple(decoded.shape) != expected:
             raise self._misshapen("decode", expected, decoded)
         return decoded
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        # Checkpoints' configurations may say anything, and much of it is first read by a call.
+        try:
+            yield
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            # What is derived of it tells of the device or the compiler, and of several processes it may tell of another
+            # one; what kernels that were chosen do not take is told with their key, and what another adapter raises is
+            # its own.
+            derived = isinstance(error, RuntimeError) and (type(error) is not RuntimeError or dist.is_initialized())
+            if derived or self.config.chooses_kernels or self.config.family not in FAMILIES:
+                raise
+            told = GeneratorError(
+                f"generator.path {self.config.path}: {what} ({cause(error)}); the settings in its config.json may not "
+                "go together: copy or download generator.path again"
+            )
+            told.foreign = True
+            raise told from error
 
     def _check_unwritten(self, call: str, given: Mapping[str, Tensor], before: Mapping[str, int]) -> None:
         # The update calls the network again on the very states that the rollout keeps.

@@ -214,7 +214,7 @@ def _faults(model: Any, told: Mapping[str, Any], files: Sequence[Path]) -> str:
         "not of floating point": not_floating(stored, counters),
         "not finite": (
             name
-            for name, value in model.named_parameters()
+            for name, value in model.state_dict().items()
             if not value.is_meta and value.is_floating_point() and not bool(value.isfinite().all())
         ),
         "unreadable": told.get("error_msgs", ()),

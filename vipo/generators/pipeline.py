@@ -17,7 +17,7 @@ from vipo.generators.parts import load_part, model_index, odd_settings, part_cla
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
 from vipo.generators.trained import TrainedNetworks
-from vipo.generators.variants import check_options, check_pair, not_held
+from vipo.generators.variants import check_options, check_pair, check_scales, not_held
 from vipo.rounding import hold_in_bf16
 
 PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
@@ -173,6 +173,7 @@ class PipelineGenerator(TrainedNetworks):
         made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
         if made != 3 * (patch if isinstance(patch, int) else 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
+        check_scales(location, vae)
         # What encoding and training read.
         cls.conditioning_widths(config, root)
 

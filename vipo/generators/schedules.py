@@ -1,5 +1,6 @@
 """What a checkpoint's scheduler says of times and noise levels, and which of its settings are not held."""
 
+import inspect
 import itertools
 import logging
 import math
@@ -84,6 +85,12 @@ def noise_schedule(
         if settings.get(key) and (key == "thresholding" or settings.prediction_type == "epsilon"):
             raise GeneratorError(f"{place}: {key} {settings[key]!r} is not held; set it to false")
 
+    if stock.config.get("clip_sample") and "clip_sample" in inspect.signature(named.__init__).parameters:
+        raise GeneratorError(
+            f"{place}: clip_sample {stock.config.clip_sample!r} (by default, where it is not there): the stock chain "
+            "would cut latents off, which vipo's does not; set it to false"
+        )
+
     def timesteps(steps: int) -> Tensor:
         try:
             ddim.set_timesteps(steps)
@@ -136,6 +143,10 @@ def flow_settings(location: Path | str, config: GeneratorConfig) -> Mapping[str,
             )
     if (count := settings.get("num_train_timesteps", 1000)) != 1000:
         raise GeneratorError(f"{place}: num_train_timesteps {count}; the family's network is called with 1000 sigma")
+    if (kind := settings.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
+        raise GeneratorError(f"{place}: time_shift_type {kind!r} is not 'exponential' or 'linear'; {AGAIN}")
+    if not isinstance(terminal := settings.get("shift_terminal") or 0.0, int | float):
+        raise GeneratorError(f"{place}: shift_terminal {terminal!r} is no noise level; {AGAIN}")
     return settings
 
 

@@ -29,6 +29,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "addition_embed_type": "takes sizes, a second text embedding or a picture beside the prompt (SDXL, Kandinsky)",
         "encoder_hid_dim_type": "projects another encoder's output (IP-Adapter, Kandinsky, DeepFloyd)",
         "encoder_hid_dim": "projects another encoder's output (DeepFloyd)",
+        "dual_cross_attention": "attends to a picture beside the prompt (Versatile Diffusion)",
     }
 )
 

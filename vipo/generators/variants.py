@@ -1,6 +1,7 @@
 """Checkpoints of a family's class that its adapter does not hold, named by the setting that tells them."""
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -72,6 +73,29 @@ def refuse_channels(
             f"{location}/vae: {key} {channels}, but the {part}'s in_channels are {taken}, not {folded} times that; "
             "give the autoencoder that belongs to it"
         )
+
+
+def check_scales(location: Path | str, vae: Any) -> None:
+    """Refuse an autoencoder whose scales of latents are none: they are read after a rollout.
+
+    Args:
+        location: for the message.
+        vae: its settings.
+
+    Raises:
+        GeneratorError: naming the setting.
+    """
+    for key, needed in (("scaling_factor", True), ("shift_factor", False), ("batch_norm_eps", True)):
+        value = getattr(vae, key, 1.0)
+        if not (isinstance(value, int | float) and math.isfinite(value)) and (needed or value is not None):
+            raise GeneratorError(
+                f"{location}/vae: {key} {value!r} is no number; give the autoencoder's own config.json"
+            )
+    channels = getattr(vae, "z_dim", getattr(vae, "latent_channels", None))
+    for key in ("latents_mean", "latents_std"):
+        values = getattr(vae, key, None)
+        if isinstance(values, list) and len(values) != channels:
+            raise GeneratorError(f"{location}/vae: {key} has {len(values)} numbers for {channels} latent channels")
 
 
 def check_options(

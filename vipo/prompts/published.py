@@ -97,7 +97,7 @@ def fetch_published(name: str, root: Path, section: str = "prompts") -> dict[str
         entry = known.get(name)
         commit = None if entry is None else str(entry["commit"])
         wanted = None if entry is None else dict(entry["files"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PromptError(f"{lock}: cannot be read ({error}); restore it from git") from error
     try:
         commit, files = _fetched(name, commit, section)

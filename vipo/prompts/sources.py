@@ -22,6 +22,8 @@ from vipo.regular import read_regular
 MOST_BYTES = 2**29
 """Of a source: the file, and what a Parquet file unpacks to."""
 _BATCH = 256
+# That a row counts for, beside its texts.
+_ROW_BYTES = 64
 
 Row = tuple[int, Mapping[str, Any]]
 
@@ -234,7 +236,7 @@ def find_source(name: str, section: str = "prompts") -> Callable[[Path], Any]:
 
 
 def _called(name: str, root: Path, section: str) -> Source:
-    source, digest, rows = find_source(name, section), hashlib.sha256(), []
+    source, digest, rows, size = find_source(name, section), hashlib.sha256(), [], 0
     # The rows too are made by it, one by one, and may be mappings of its own.
     with foreign(PromptError, f"{section}.source {name}", name):
         for number, row in enumerate(source(root), start=1):
@@ -242,9 +244,17 @@ def _called(name: str, root: Path, section: str) -> Source:
                 raise PromptError(
                     f"{section}.source {name}: row {number}: is a {type(row).__name__}; a prompt source gives mappings"
                 )
-            rows.append((number, dict(row)))
-    for number, plain in rows:
-        digest.update(json_line(name, number, plain).encode())
+            plain = dict(row)
+            rows.append((number, plain))
+            # What never ends would fill the memory; an empty row takes some of it, too.
+            size += _ROW_BYTES + sum(len(value) for value in plain.values() if isinstance(value, str))
+            if size > MOST_BYTES:
+                raise PromptError(
+                    f"{section}.source {name}: has not ended after {number} rows, and {MOST_BYTES // 2**20} MiB are "
+                    "the most that are read; let it end before"
+                )
+    for number, kept in rows:
+        digest.update(json_line(name, number, kept).encode())
     return Source(tuple(rows), digest.hexdigest())
 
 

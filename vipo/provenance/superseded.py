@@ -88,7 +88,7 @@ def _cut_off(folder: Path, identity: str | None) -> bool:
     """Whether what an unfinished job left lacks the record of its end, or is what the next try would make as well."""
     try:
         config = json.loads((folder / "provenance.json").read_text())["config"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return True
     return identity is None or config == json.loads(identity)
 

@@ -31,7 +31,7 @@ def read_frames(path: Path) -> tuple[list[NDArray[np.uint8]], float]:
         with Image.open(path) as picture:
             frames = [np.array(frame.convert("RGB"), dtype=np.uint8) for frame in ImageSequence.Iterator(picture)]
             milliseconds = float(picture.info.get("duration") or 0)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ReportError(f"{path}: cannot be read ({error}); evaluate the run again") from error
     return frames, 1000 / milliseconds if milliseconds else 8.0
 

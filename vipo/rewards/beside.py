@@ -10,13 +10,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vipo.regular import open_regular
 from vipo.rewards.errors import RewardError
 from vipo.rewards.registry import Reward, load_reward, score
+from vipo.text import cause
 
 ORIGINALS: Mapping[str, str] = MappingProxyType(
     {"hpsv2": "originals:HPSv2", "imagereward": "originals:ImageReward", "hpsv3": "originals:HPSv3"}
 )
 """What a reward's own package is served as (`vipo.rewards.served.originals`), by the reward's name."""
+
+_MOST_BYTES, _MOST_PIXELS = 2**30, 2**25
+"""Of a picture."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,10 @@ def score_beside(
 
 def _read(path: Path) -> torch.Tensor:
     try:
-        with Image.open(path) as image:
+        with open_regular(path, _MOST_BYTES) as stream, Image.open(stream) as image:
+            if (pixels := image.width * image.height) > _MOST_PIXELS:
+                raise RewardError(f"{path}: has {pixels} pixels, at most {_MOST_PIXELS} are read; make it smaller")
             levels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise RewardError(f"{path}: is no picture ({type(error).__name__}); name a PNG, JPEG or WebP") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RewardError(f"{path}: is no picture ({cause(error)}); name a PNG, JPEG or WebP") from error
     return torch.from_numpy(levels).movedim(-1, 0)[None].float() / 255

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vipo.regular import read_regular
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import CLIP_MEAN, CLIP_STD
 from vipo.rewards.weights import check_filled, fill, filled, matching
@@ -23,6 +24,9 @@ CONFIGURATION = ("config.json",)
 
 _SIDE = 28
 """Pixels of a token's side: 14 of a patch, two patches."""
+
+# Of a file of texts.
+_MOST_BYTES = 2**20
 
 _LONGEST_RATIO = 200
 
@@ -247,7 +251,7 @@ def published_texts(path: Path, names: Sequence[str]) -> list[str]:
         RewardError: it is no such file.
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(read_regular(path, _MOST_BYTES).decode())
     except (OSError, ValueError, SyntaxError, RecursionError) as error:
         raise RewardError(f"instruction {path}: is no Python file ({type(error).__name__}); fetch it again") from error
     found = {

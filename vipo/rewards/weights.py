@@ -34,6 +34,7 @@ def local_path(key: str, path: str) -> Path:
     found = repository_root() / path
     if not found.exists():
         raise RewardError(f"{key} {path!r}: there is no such file or folder; mend the path")
+    _check_kind(key, path, found)
     return found
 
 
@@ -53,6 +54,7 @@ def located(key: str, path: str, revision: str | None, patterns: Sequence[str]) 
     if local.exists():
         if revision is not None:
             raise RewardError(f"{key} {path!r} is on this machine and has no revision; leave the revision out")
+        _check_kind(key, path, local)
         return local
     from huggingface_hub import snapshot_download
 
@@ -63,6 +65,12 @@ def located(key: str, path: str, revision: str | None, patterns: Sequence[str]) 
             f"{key} {path!r}: there is no {local}, and as a hub id it is neither in the local cache nor could it be "
             f"fetched ({type(error).__name__}); fetch it where there is a network, or name a local folder"
         ) from error
+
+
+def _check_kind(key: str, path: str, found: Path) -> None:
+    # A pipe would hang, and a device never end.
+    if not (found.is_file() or found.is_dir()):
+        raise RewardError(f"{key} {path!r}: is neither a regular file nor a folder; mend the path")
 
 
 def matching(place: Path, patterns: Sequence[str]) -> list[Path]:
@@ -146,7 +154,8 @@ def filled(kind: Any, config: Any, tensors: Mapping[str, Tensor], source: object
             **options,
         )
     other = [str(found[0]) for found in told["mismatched_keys"]]
-    check_filled(network, {"missing": sorted(told["missing_keys"]), "of another shape": sorted(other)}, source)
+    faults = {"missing": sorted(told["missing_keys"]), "of another shape": sorted(other)}
+    check_filled(network, faults | _not_floating(network, tensors), source)
     return network
 
 
@@ -161,6 +170,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: object, dtyp
         "missing": sorted(wanted.keys() - tensors.keys()),
         "of another shape": [name for name in wanted if name in tensors and tensors[name].shape != wanted[name].shape],
     }
+    faults |= _not_floating(network, {name: tensors[name] for name in wanted if name in tensors})
     if not any(faults.values()):
         network.load_state_dict({name: tensors[name] for name in wanted})
     network = network.to(DTYPES[dtype])
@@ -170,13 +180,21 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: object, dtyp
 
 def check_filled(network: nn.Module, faults: Mapping[str, Sequence[str]], source: object) -> None:
     """Refuse a network with such faults, or with tensors that are not finite."""
-    broken = [name for name, value in network.named_parameters() if not bool(value.isfinite().all())]
+    # What is computed with and no parameter, such as the means of a batch norm, stands in a file too.
+    broken = [name for name, value in network.state_dict().items() if not bool(value.isfinite().all())]
     told = [f"{kind}: {listed(names, _NAMED)}" for kind, names in {**faults, "not finite": broken}.items() if names]
     if told:
         raise RewardError(
             f"{source}: does not hold what {type(network).__name__} takes: {'; '.join(told)}; fetch it again, or name "
             "another"
         )
+
+
+def _not_floating(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    # Loading would take quantised integers for the weights themselves; counters and positions are integers.
+    counters = {name.split(".")[-1] for name, value in network.named_buffers() if not value.is_floating_point()}
+    whole = [n for n, value in tensors.items() if not value.is_floating_point() and n.split(".")[-1] not in counters]
+    return {"not of floating point": sorted(whole)}
 
 
 @contextlib.contextmanager
