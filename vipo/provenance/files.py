@@ -61,7 +61,7 @@ def damaged_part(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         log.warning("%s: is damaged (%s), and made again", path, error)
         path.unlink()
 
