@@ -6,6 +6,7 @@ sorted by path. Hidden files (`.snakemake_timestamp`, a download's `.cache`) bel
 the data, and are left out, as is the folder's own record.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from vipo.errors import VipoError
 from vipo.provenance.files import file_sha256
+from vipo.text import one_line
 
 #: In a record: what rewards that compute elsewhere told of themselves, by label.
 PROCESSES = "reward_processes"
@@ -70,6 +72,20 @@ def _lists_files(record: Mapping[str, Any]) -> bool:
     )
 
 
+@contextlib.contextmanager
+def whole_record(path: Path) -> Iterator[None]:
+    """For the block that looks into the record read from `path`: one that was edited can make it fail in any way.
+
+    Raises:
+        ProvenanceError: it did.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
+        raise ProvenanceError(f"{path}: is not a whole provenance record ({reason}); run its stage again") from error
+
+
 def read_processes(path: Path) -> dict[str, Any]:
     """What the record at `path` says of rewards that compute elsewhere, by label; nothing where there is no record.
 
@@ -107,8 +123,10 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
     Raises:
         ProvenanceError: `provenance` is missing or is no such record.
     """
-    record = located(read_provenance(provenance), provenance.parent, root)
-    return [problem for entry in record["outputs"] for problem in differences(entry, root)]
+    read = read_provenance(provenance)
+    with whole_record(provenance):
+        record = located(read, provenance.parent, root)
+        return [problem for entry in record["outputs"] for problem in differences(entry, root)]
 
 
 def located(record: Mapping[str, Any], folder: Path, root: Path) -> Mapping[str, Any]:
