@@ -67,8 +67,16 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def _lists_files(record: Mapping[str, Any]) -> bool:
     lists = [record.get(part) for part in ("inputs", "outputs")]
-    return all(isinstance(entries, list) for entries in lists) and all(
-        isinstance(entry, dict) and isinstance(entry.get("path"), str) for entries in lists for entry in entries or ()
+    return all(isinstance(entries, list) and all(map(_is_entry, entries)) for entries in lists)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not (isinstance(entry, dict) and isinstance(entry.get("path"), str)):
+        return False
+    files = entry.get("files", {})
+    return isinstance(files, dict) and all(
+        isinstance(file, dict) and isinstance(file.get("sha256"), str) and type(file.get("bytes")) is int
+        for file in (entry, *files.values())
     )
 
 
