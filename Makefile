@@ -24,14 +24,14 @@ env: $(VENV)/.complete  ## .venv from the hash-locked requirements (about 7 GB w
 # Looks first at all that is needed, and says in one message what is missing. Bytecode, or every start of a command compiles
 # what it imports anew where PYTHONDONTWRITEBYTECODE is set, as in many containers (CHANGELOG.md has what that took).
 $(VENV)/.complete: requirements.lock pyproject.toml
-	@UV=$(UV) workflow/preflight.sh
-	@$(MAKE) --no-print-directory $(UV)
+	@if [ -x $(UV) ]; then UV=$(UV) workflow/preflight.sh; else $(MAKE) --no-print-directory $(UV); fi
 	[ -x $(BIN)/python ] || $(UV) venv --clear --python "$$(workflow/preflight.sh --python)" $(VENV)
 	$(UV) pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(abspath .uv)/bin/uv:
+	@UV=$(UV) workflow/preflight.sh
 	"$$(workflow/preflight.sh --python)" -m venv .uv
 	.uv/bin/python -m pip install --disable-pip-version-check --require-hashes --requirement containers/installer.lock
 

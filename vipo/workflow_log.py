@@ -20,6 +20,8 @@ from statistics import fmean
 from types import FrameType
 from typing import Any
 
+from vipo.text import visible
+
 # What is wider than the log is cut off at the end.
 _BAR = re.compile(r"(\d+)/(\d+) \[[\d:]+<([\d:?]+)[^\]\n]*")
 _REWARD = re.compile(r"reward=([^,\]]+)")
@@ -36,7 +38,7 @@ _NO_NEWS = ("Building DAG of jobs...", "Assuming unrestricted shared filesystem 
 
 @dataclass(frozen=True)
 class _Job:
-    """A job of the workflow: its rule, its run (or ""), its log file; when it was started, in seconds."""
+    """A job of the workflow: its rule, its wildcards' values (or ""), its log file; when it was started, in seconds."""
 
     rule: str
     run: str
@@ -152,7 +154,7 @@ class WorkflowLog(logging.Handler):
                 self._waiting = Counter({rule: n for rule, n in told["stats"].items() if rule not in _NO_JOBS})
                 self._total = self._waiting.total()
             case "job_info" if told["log"]:
-                run = str(dict(told["wildcards"]).get("run", ""))
+                run = " ".join(map(str, dict(told["wildcards"]).values()))
                 self._start(told["jobid"], _Job(told["rule_name"], run, Path(told["log"][0]), self._clock()))
             case "job_finished":
                 self._finish(told["job_id"])
@@ -196,7 +198,8 @@ class WorkflowLog(logging.Handler):
             self._say(f"{job.name} failed after {_duration(self._clock() - job.started)}")
 
     def _keep(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        # Of others, in part: keys, names of files, what a library says.
+        text = visible(record.getMessage())
         self._locked |= getattr(record, "exception", "") == "LockException"
         # Of a stage that failed, its own error tells more.
         if not _STAGE_FAILED.search(text):

@@ -310,7 +310,13 @@ def test_a_reward_that_meddles_changes_nothing_else(vipo: Command, overrides: li
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("key", ["prompts.source", "generator.family", "perception.backbone", "reward", "evaluation"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("prompts.source", "prompts.eval.source", "generator.family", "perception.backbone", "reward", "evaluation"),
+        *("credit", "objective", "objective.gate.name", "tracker"),
+    ],
+)
 @pytest.mark.parametrize(
     ("path", "told"),
     [
@@ -325,6 +331,9 @@ def test_import_paths_are_tried_with_the_configuration(
     change = {
         "reward": [f'reward.terms=[{{name: redness}}, {{name: "{path}"}}]', f'evaluation.rewards=[redness, "{path}"]'],
         "evaluation": [f'evaluation.rewards=[object_redness, "{path}"]'],
+        "credit": ["arm=vipo", f'credit.sources=[{{name: "{path}"}}]'],
+        "objective": [f'objective={{name: "{path}"}}'],
+        "tracker": [f'tracking.trackers=[tensorboard, "{path}"]'],
     }.get(key, [f'{key}="{path}"'])
     for command in (["config"], ["prepare", "--results", tmp_path / "results"]):
         vipo(command[0], "experiment=demo", *change, *command[1:]).refuses(path, *told)

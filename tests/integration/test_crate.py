@@ -1,6 +1,7 @@
 """The crate says what the records say, points at files that are there, and has the same bytes every time."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -288,6 +289,20 @@ def test_results_that_do_not_hold_are_refused(root: Path) -> None:
     with pytest.raises(ProvenanceError, match=r"vipo-s0/metrics\.jsonl: changed"):
         write_crate(experiment, root)
     assert not (experiment / "ro-crate-metadata.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("started", [1]), ("git", math.nan), ("hardware", "x"), ("command", [3]), ("outputs", [{"path": "a"}])],
+)
+def test_a_record_that_was_edited_is_named(root: Path, key: str, value: object) -> None:
+    path = next((root / "results/demo").rglob("provenance.json"))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {key: value}))
+    with pytest.raises(
+        ProvenanceError, match=r"provenance\.json: is not a (whole )?provenance record.*; run its stage"
+    ):
+        write_crate(root / "results/demo", root)
 
 
 def test_lineage_that_does_not_join_is_refused(root: Path) -> None:

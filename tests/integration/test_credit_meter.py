@@ -93,6 +93,10 @@ def test_it_measures_writes_and_goes_on(results: Path, tiny_overrides: list[str]
     assert after.keys() - times.keys() == {"update-2.json"}
     assert {name: after[name] for name in times} == times
     assert json.loads((folder / "credit.json").read_text())["result"]["updates"] == 3
+    # The measurement of fewer is set aside, its parts are not.
+    (aside,) = (results / "demo/.superseded").glob("*/credit/base")
+    assert (aside / "credit.json").read_bytes() == before
+    assert not (aside / MEASURED).exists()
     # Measured from nothing it is the same.
     again = results.with_name("again")
     shutil.copytree(results, again, ignore=shutil.ignore_patterns("credit"))

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import shutil
 import sys
 import weakref
@@ -11,7 +12,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from nursery import Nurseries
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
@@ -106,6 +109,8 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
         assert len(drawn) == 2 * BATCHES - 2
         # A part that a disk cut off is drawn again, its batch alone.
         _cut_off(other / "demo/samples", "*.png")
+        # What tells of the samples, too, and whole files that hold something else.
+        next((other / "demo/samples").glob(".vipo-s0.*.partial/parts/samples.json")).write_text('{"grid": "x"}')
         sample_stage(config, ROOT, other)
         assert len(drawn) == 2 * BATCHES - 1
         sample_stage(config.as_base(), ROOT, other)
@@ -116,6 +121,10 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
     for number in range(4, 0, -1):
         score_stage(config, ROOT, other, share=f"{number}/4")
     _cut_off(other / "demo/evaluation", "reward*.safetensors")
+    for measure in ("change", "maps", "reward0"):
+        path = max((other / "demo/evaluation").glob(f".vipo-s0.*.partial/parts/{measure}-*.safetensors"))
+        values = load_file(path)
+        save_file({"x": torch.zeros(1)} if measure == "change" else {k: v * math.nan for k, v in values.items()}, path)
     score_stage(config, ROOT, other)
     score_stage(config.as_base(), ROOT, other)
     assert _files(other) == wanted

@@ -14,6 +14,7 @@ from hypothesis import given
 from safetensors.torch import save_file
 
 from vipo.provenance import StorageError, atomic_file, atomic_folder
+from vipo.provenance.files import file_sha256
 from vipo.training import checkpoints
 from vipo.training.checkpoints import (
     CheckpointError,
@@ -233,6 +234,20 @@ def test_a_missing_piece_is_found(tmp_path: Path) -> None:
     for left in (files[1:], files[:2], [files[0], files[2]], [*files, files[0]]):
         with pytest.raises(CheckpointError, match="the pieces of 'w' are not the whole of it"):
             StoredTensors(left)
+
+
+@pytest.mark.parametrize(
+    "rows", ["[]", "3", "{", '{"w": 3}', '{"w": [0, 1]}', '{"w": ["0", 2, 2]}', '{"w": [0, 2, 2]}']
+)
+def test_rows_that_tell_nothing_are_damage(tmp_path: Path, rows: str) -> None:
+    """Although the manifest fits: one process's file says itself which rows of its tensors it holds."""
+    folder = _save(tmp_path, 1)
+    file = folder / "tensors.safetensors"
+    save_file({"w": torch.ones(1) if "2, 2" in rows else torch.tensor(1.0)}, file, {"rows": rows})
+    hashes = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(hashes | {file.name: file_sha256(file)}))
+    with pytest.raises(CheckpointError):
+        load_checkpoint(folder)
 
 
 def _model() -> tuple[torch.nn.Linear, torch.optim.AdamW]:

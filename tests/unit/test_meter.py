@@ -3,15 +3,18 @@
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import save_file
 from torch import Tensor
 from toy_generator import ToyGenerator, left_redness
 
@@ -107,8 +110,13 @@ def _measure(folder: Path, plan: Plan = PLAN, stop_after: int | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], object]:
-    return _measure(tmp_path_factory.mktemp("meter"))
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("meter")
+
+
+@pytest.fixture(scope="module")
+def measured(whole: Path) -> tuple[list[Record], object]:
+    return _measure(whole)
 
 
 def test_the_oracle_beats_grpo_and_the_inverted_map_loses(tmp_path: Path) -> None:
@@ -248,6 +256,40 @@ def test_a_killed_measurement_resumes_to_the_same_numbers(
     assert torch.equal(reference.means, measured[1].means)
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("update-0.json", lambda told: told["sources"].update(grpo=3)),
+        ("update-0.json", lambda told: told.pop("change")),
+        ("update-1.json", lambda told: told["sources"].pop("oracle")),
+        ("update-1.json", lambda told: told["sources"]["grpo"]["kinds"]["sgd"]["step"]["gains"].pop()),
+        ("update-2.json", lambda told: told["sources"]["grpo"]["kinds"]["sign"]["products"].append(0.0)),
+        ("update-2.json", lambda told: told["sources"]["oracle"]["steps"]["0"].update(norm="x")),
+        ("update-3.json", lambda told: told["sources"]["grpo"].update(norm=math.nan)),
+        ("reference-0.safetensors", {"sum": torch.zeros(39), "batches": torch.tensor(1)}),
+        ("reference-0.safetensors", {"sum": torch.full((40,), math.inf), "batches": torch.tensor(1)}),
+        ("reference-1.safetensors", {"sum": torch.zeros(40), "batches": torch.tensor(9)}),
+        ("reference-2.safetensors", {"sum": torch.zeros(40), "batches": torch.tensor([1, 1])}),
+    ],
+)
+def test_a_part_of_damaged_content_is_named_and_measured_again(
+    measured: tuple[list[Record], object], whole: Path, tmp_path: Path, name: str, damage: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    if callable(damage):
+        told = json.loads((tmp_path / name).read_text())
+        damage(told)
+        (tmp_path / name).write_text(json.dumps(told))
+    else:
+        save_file(damage, tmp_path / name)
+    records, reference = _measure(tmp_path)
+    assert json.dumps(records) == json.dumps(measured[0])
+    assert torch.equal(reference.means, measured[1].means)
+    (message,) = (message for message in caplog.messages if "is damaged" in message)
+    assert name in message
+
+
 def test_equal_rewards_push_nowhere(tmp_path: Path) -> None:
     subject = _subject()
     records = measure_updates(
@@ -335,9 +377,29 @@ def test_the_pages_section_has_what_the_file_has(measured: tuple[list[Record], o
     assert "Not measured yet: grpo-s0@12." in page
     assert re.search(r"oracle</th>\s*<td class=\"n\">1</td>", page)
     assert credit_section(tmp_path, None) is None
-    (folder / "credit.json").write_text("{}")
-    with pytest.raises(MeterError, match=r"credit\.json: no measurement that this vipo reads"):
-        credit_section(tmp_path, meter)
+    told = json.loads((folder / "credit.json").read_text())
+    for damage in _DAMAGES:
+        damaged = json.loads(json.dumps(told))
+        damage(damaged)
+        (folder / "credit.json").write_text(json.dumps(damaged))
+        with pytest.raises(MeterError, match=r"credit\.json: no measurement that this vipo reads"):
+            credit_section(tmp_path, meter)
+
+
+_DAMAGES: Sequence[Callable[[dict[str, Any]], object]] = (
+    dict.clear,
+    lambda told: told["meter"].pop("size"),
+    lambda told: told["result"]["pathwise"][1].update(source="x"),
+    lambda told: told["result"]["pathwise"][3].update(kind=None),
+    lambda told: told["result"]["directional"].pop(),
+    lambda told: told["result"]["directional"][0]["ratio"].update(value=[1]),
+    lambda told: told["result"]["directional"][1]["value"].update(low=None),
+    lambda told: told["result"]["pathwise"][0]["value"].update(value=math.nan),
+    lambda told: told["result"]["steps"][2]["share"].update(low="x"),
+    lambda told: told["result"]["steps"][1].update(step=7),
+    lambda told: told["result"]["costs"].update(grpo=3),
+    lambda told: told["result"]["agreement"].update(slope=1),
+)
 
 
 def test_checkpoints_are_named_by_run_and_update() -> None:

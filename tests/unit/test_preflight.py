@@ -1,6 +1,5 @@
 """`make env` looks first at all it needs: on faked machines, one message each, with what to install."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -134,11 +133,33 @@ def test_a_driver_older_than_the_locks_cuda_is_told_and_stops_nothing(machine: M
     assert machine(nvidia_smi="echo NVIDIA-SMI has failed; exit 9").stderr == ""
 
 
-def test_make_env_begins_with_it() -> None:
-    tried = subprocess.run(
-        ["make", "--dry-run", "--assume-new=requirements.lock", "env"], cwd=ROOT, text=True, capture_output=True,
-        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
-    )  # fmt: skip
-    assert "workflow/preflight.sh" in tried.stdout.splitlines()[0]
-    # uv shows how far it is.
-    assert "--quiet" not in tried.stdout
+@pytest.fixture
+def make(tmp_path: Path) -> Machine:
+    """Runs make in a checkout without environment and installer, as on a fresh machine."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", "workflow/preflight.sh", "containers/rewards"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ["make", *arguments], cwd=tmp_path, text=True, capture_output=True, env={"PATH": "/usr/bin:/bin"}
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("target", ["env", "lock", "reward-env"])
+def test_whatever_needs_the_installer_begins_with_it(make: Machine, target: str) -> None:
+    tried = make("TORCH=cpu", "NAME=hpsv2", target)
+    assert tried.returncode != 0
+    # Once, and nothing was tried.
+    assert tried.stderr.count("error: `make env` needs what is not here:") == 1
+    assert "TORCH=cpu" in tried.stderr
+    assert "venv" not in tried.stdout.replace("python3-venv", "")
+
+
+def test_make_env_shows_how_far_uv_is(make: Machine) -> None:
+    shown = make("--dry-run", "env").stdout
+    assert "workflow/preflight.sh" in shown.splitlines()[0]
+    assert "pip sync" in shown
+    assert "--quiet" not in shown

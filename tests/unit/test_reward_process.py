@@ -61,6 +61,13 @@ def dies(pictures, prompts, metadata):
 def raises(pictures, prompts, metadata):
     raise ValueError("no such thing\\n\\x1b[31m")
 
+def exits(pictures, prompts, metadata):
+    sys.exit(0)
+
+class ExitsAtLoad:
+    def __init__(self, device):
+        sys.exit(0)
+
 def odd(pictures, prompts, metadata):
     return [float("nan"), 1.0][: len(prompts)]
 """
@@ -145,6 +152,8 @@ def test_what_the_reward_does_wrong_is_told_in_one_line(bare: Path) -> None:
     with pytest.raises(RewardError, match=r"raises.*status 500: ValueError: no such thing") as told:
         score("mine", process(bare, "bare_rewards:raises"), images, ["", ""], [{}] * 2)
     assert "\x1b" not in str(told.value)
+    with pytest.raises(RewardError, match=r"exits.*status 500: SystemExit: 0"):
+        score("mine", process(bare, "bare_rewards:exits"), images, ["", ""], [{}] * 2)
     found = score("mine", process(bare, "bare_rewards:odd"), images, ["", ""], [{}] * 2)
     assert math.isnan(found[0])
     assert found[1] == 1
@@ -166,6 +175,7 @@ def test_its_death_is_told_with_its_last_words(bare: Path) -> None:
         ("absent_module:x", {}, "No module named 'absent_module'"),
         ("bare_rewards:red", {"arguments": {"a": 1}}, "is no class and takes no arguments: a"),
         ("bare_rewards:BARE", {}, "has no attribute 'BARE'"),
+        ("bare_rewards:ExitsAtLoad", {}, r"could not be started \(status 1; .*ExitsAtLoad: SystemExit: 0"),
     ],
 )
 def test_what_cannot_be_started_is_told_at_once(bare: Path, reward: str, options: dict[str, Any], told: str) -> None:

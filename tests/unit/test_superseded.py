@@ -56,6 +56,22 @@ def test_a_run_is_set_aside_whole_with_its_log_and_its_lock_stays(experiment: Pa
     assert not any("superseded" in name for name in experiment_files(experiment))
 
 
+def test_a_measurement_is_a_result_and_its_parts_stay_to_be_gone_on_from(experiment: Path) -> None:
+    folder = experiment / "credit/grpo-s0-u12"
+    (folder / ".measured.partial/a1").mkdir(parents=True)
+    for name in ("credit.json", "credit.svg", "provenance.json", ".measured.partial/a1/update-0.json"):
+        (folder / name).write_text("{}")
+    (experiment / "logs/credit-grpo-s0-u12.log").touch()
+    job = PlannedJob("credit", "grpo-s0-u12", "its configuration changed")
+    with pytest.raises(WouldReplace, match=r"\n  credit: grpo-s0-u12 \(its configuration changed\)\n"):
+        _way(experiment, job)
+    assert _way(experiment, job, consent=True) == {
+        *(f"credit/grpo-s0-u12/{name}" for name in ("credit.json", "credit.svg", "provenance.json")),
+        "logs/credit-grpo-s0-u12.log",
+    }
+    assert (folder / ".measured.partial/a1/update-0.json").is_file()
+
+
 def test_what_was_cut_off_is_no_finished_result(experiment: Path) -> None:
     planned = [PlannedJob("score", "vipo-s0", incomplete=True), PlannedJob("train", "grpo-s0")]
     assert _way(experiment, *planned) == set()

@@ -140,6 +140,25 @@ def test_what_stops_before_any_job(terminal: Terminal) -> None:
     ]
 
 
+def test_what_others_named_steers_no_terminal(terminal: Terminal) -> None:
+    text = 'WorkflowError in file "/x", line 4:\nprompts: changed since: a\x1b[2J\u202e.json'
+    terminal.say("error", text, level=logging.ERROR, exception="WorkflowError")
+    assert terminal.end()[0] == "error: prompts: changed since: a\\x1b[2J\\u202e.json"
+
+
+def test_jobs_of_one_rule_are_told_apart(terminal: Terminal) -> None:
+    terminal.begin(credit=1, score_share=1)
+    for number, wildcards in enumerate(({"checkpoint": "grpo-s0-u12"}, {"run": "vipo-s0", "share": "2"})):
+        rule = ("credit", "score_share")[number]
+        terminal.say(
+            "job_info", jobid=number, rule_name=rule, wildcards=wildcards, log=[str(terminal.folder / "x.log")]
+        )
+        terminal.finish(number)
+    shown = terminal.end()
+    assert shown[0].startswith("[1/2] credit grpo-s0-u12: ")
+    assert shown[1].startswith("[2/2] score_share vipo-s0 2: ")
+
+
 def test_the_lock_of_a_killed_snakemake(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/x/snakemake", "--profile", "local", "--config", "overrides=[a=1, b=2]"])
     text = "LockException:\nError: Directory cannot be locked. Please"

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 
 def occlusion_map(reward: Callable[[Tensor], Tensor], pictures: Tensor, patches: int) -> Tensor:
@@ -44,6 +43,9 @@ def occlusion_map(reward: Callable[[Tensor], Tensor], pictures: Tensor, patches:
 def blur(pictures: Tensor, spread: float) -> Tensor:
     """Gaussian blur ``(..., 3, height, width)`` of a standard deviation in pixels, cut off at two of them, or at the
     picture's size."""
+    # Its import takes as long as torch's own, and few who import this file blur anything.
+    from torchvision.transforms.functional import gaussian_blur
+
     flat = pictures.flatten(0, -4)
     sides = [2 * min(round(2 * spread), side - 1) + 1 for side in (flat.shape[-1], flat.shape[-2])]
     return gaussian_blur(flat, sides, [spread, spread]).reshape(pictures.shape)

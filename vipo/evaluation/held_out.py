@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,20 @@ from vipo.prompts import Prompt, read_prompts
 
 #: Beside the pictures: what they are, for whoever reads them without the generator.
 FACTS = "samples.json"
+
+
+def check_facts(facts: Any) -> None:
+    """Check what samples say of themselves in `FACTS`: updates, latent grid, the frames of each latent frame.
+
+    Raises:
+        ValueError, LookupError, TypeError: they do not.
+    """
+    updates, grid, groups = (facts[name] for name in ("updates", "grid", "frame_groups"))
+    lists = [updates, grid, *([] if groups is None else groups)]
+    if not all(isinstance(own, list) and own and all(type(value) is int for value in own) for own in lists):
+        raise ValueError("its updates, grid or frame_groups are no lists of whole numbers")
+    if len(grid) not in (2, 3) or any(len(group) != 2 for group in groups or ()):
+        raise ValueError("its grid or frame_groups are of another length")
 
 
 def samples_folder(experiment: Path, run: str) -> Path:

@@ -5,7 +5,7 @@ One network is in memory at a time: what measures goes over all pictures before 
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ from vipo.evaluation.held_out import EvaluationError, HeldOut, sample_name
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.rewards import identities, in_use, load_reward, score, weight_files
 
+# In the order of the table.
+_CHANGES = ("change/total", "change/foreground", "change/background")
 #: Samples of the final weights whose maps are kept, the first ones: the report shows some of them.
 MAPPED = 512
 
@@ -56,11 +58,13 @@ class Measure:
     Attributes:
         name: file-safe.
         opened: loads what measures, for the block, and gives it.
+        holds: what one part holds: how many values by name, None where that is a map.
     """
 
     name: str
     parts: Sequence[tuple[int, int]]
     opened: Callable[[], AbstractContextManager[Callable[[Batch], Measured]]]
+    holds: Callable[[int, int], Mapping[str, int | None]]
 
     def file(self, update: int, number: int) -> str:
         """Of one part."""
@@ -84,12 +88,19 @@ def measures_of(
     scene = config.generator.frames is None and all(
         "objects" in sample.prompt.metadata for batch in batches for sample in batch
     )
+
+    def heat(update: int, number: int) -> dict[str, int | None]:
+        return {sample_name(update, sample): None for sample in batches[number]}
+
+    def columns(*names: str) -> Callable[[int, int], Mapping[str, int | None]]:
+        return lambda _, number: dict.fromkeys(names, len(batches[number]))
+
     rewards = [
-        Measure(f"reward{number}", every, partial(_reward, spec, config))
+        Measure(f"reward{number}", every, partial(_reward, spec, config), columns(f"reward/{spec.label}"))
         for number, spec in enumerate(config.evaluation.rewards)
     ]
-    change = Measure("change", every, partial(_change, scene))
-    return [Measure("maps", final, partial(_maps, config, root, facts)), *rewards, change]
+    change = Measure("change", every, partial(_change, scene), columns(*(_CHANGES if scene else _CHANGES[:1])))
+    return [Measure("maps", final, partial(_maps, config, root, facts), heat), *rewards, change]
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def measure_credit(
 
 def _told_costs(path: Path) -> dict[str, dict[str, int]]:
     told: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
-    if not all(isinstance(costs, dict) for costs in told.values()):
+    if not all(isinstance(count, int) for costs in told.values() for count in costs.values()):
         raise TypeError("it holds no costs by arm")
     return told
 

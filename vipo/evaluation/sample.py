@@ -18,6 +18,7 @@ from vipo.evaluation.held_out import (
     FACTS,
     EvaluationError,
     HeldOut,
+    check_facts,
     held_out_batches,
     sample_name,
     samples_folder,
@@ -189,7 +190,7 @@ def _draw_missing(
 
 def _opened(path: Path) -> None:
     if path.name == FACTS:
-        json.loads(path.read_text())
+        check_facts(json.loads(path.read_text()))
         return
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_END)))

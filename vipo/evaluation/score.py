@@ -6,18 +6,25 @@ is loaded.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vipo.config.compose import dump_config
 from vipo.config.run import Config
-from vipo.evaluation.held_out import FACTS, EvaluationError, HeldOut, held_out_batches, read_samples, samples_folder
+from vipo.evaluation.held_out import (
+    FACTS,
+    EvaluationError,
+    HeldOut,
+    check_facts,
+    held_out_batches,
+    read_samples,
+    samples_folder,
+)
 from vipo.evaluation.measures import Batch, Measure, Measured, free, measures_of, tried
 from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
@@ -114,6 +121,7 @@ def _check_samples(config: Config, experiment: Path, root: Path) -> dict[str, An
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
         made = facts["sampling"]
+        check_facts(facts)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise EvaluationError(f"{folder}: holds no samples that can be read ({error}); {again}") from error
     wanted = config.sampling_identity()
@@ -136,7 +144,8 @@ def _measure_missing(
     share: Share,
 ) -> None:
     own = {measure.name: share.of(measure.parts) for measure in measures}
-    there = work.present((measure.file(*part) for measure in measures for part in own[measure.name]), _opened)
+    holding = {measure.file(*part): measure.holds(*part) for measure in measures for part in own[measure.name]}
+    there = work.present(holding, lambda path: _opened(path, holding[path.name]))
     wanted = {
         measure.name: [part for part in own[measure.name] if measure.file(*part) not in there] for measure in measures
     }
@@ -156,10 +165,15 @@ def _measure_missing(
             free(config.generator.device)
 
 
-def _opened(path: Path) -> None:
-    # Its header tells how long it must be.
-    with safe_open(path, "pt"):
-        pass
+def _opened(path: Path, holds: Mapping[str, int | None]) -> None:
+    values = load_file(path)
+    if values.keys() != holds.keys():
+        raise ValueError("it holds other values")
+    for name, value in values.items():
+        if (count := holds[name]) is not None and value.shape != (count,):
+            raise ValueError(f"it holds {name!r} of shape {tuple(value.shape)}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"its {name!r} is not finite")
 
 
 def _together(measure: Measure, work: Work) -> Measured:
@@ -192,11 +206,8 @@ def _table(
         }
         for measure in measures:
             parts = [load_file(work.parts / measure.file(update, number)) for number in range(len(batches))]
-            # In the order of its measure: safetensors keeps one of its own.
-            for name in sorted(parts[0], key=_COLUMNS.index) if measure.name == "change" else parts[0]:
+            # Not in the order of the file: safetensors has one of its own.
+            for name in measure.holds(update, 0):
                 columns[name] = torch.cat([part[name] for part in parts]).double().numpy()
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
-
-
-_COLUMNS = ("change/total", "change/foreground", "change/background")

@@ -24,6 +24,7 @@ from vipo.provenance.records import (
     located,
     read_provenance,
     verify_outputs,
+    whole_record,
 )
 
 METADATA = "ro-crate-metadata.json"
@@ -75,8 +76,13 @@ def write_crate(experiment_dir: Path, root: Path) -> Path:
         experiment_dir, root, _read_citation(root / "CITATION.cff"), crate_files(experiment_dir), _written(records)
     )
     for path, record in records.items():
-        description.add_stage(path.parent, record)
-    text = description.finish()
+        with whole_record(path):
+            if not all(isinstance(record[key], str) for key in ("started", "ended")):
+                raise TypeError("its start or end is no text")
+            description.add_stage(path.parent, record)
+    # What all of them say together.
+    with whole_record(experiment_dir):
+        text = description.finish()
     with atomic_file(experiment_dir / METADATA) as temporary:
         temporary.write_text(text, encoding="utf-8")
         # Written, so that a full disk leaves the earlier crate and its signature; renamed after this.
@@ -127,8 +133,12 @@ def zip_crate(experiment_dir: Path) -> Path:
 
 
 def _written(records: Mapping[Path, Mapping[str, Any]]) -> dict[str, str]:
-    entries = [entry for record in records.values() for entry in record["outputs"]]
-    return {name: file["sha256"] for entry in entries for name, file in entry_files(entry).items()}
+    found: dict[str, str] = {}
+    for path, record in records.items():
+        with whole_record(path):
+            files = (item for entry in record["outputs"] for item in entry_files(entry).items())
+            found |= {name: file["sha256"] for name, file in files}
+    return found
 
 
 def _read_citation(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ sorted by path. Hidden files (`.snakemake_timestamp`, a download's `.cache`) bel
 the data, and are left out, as is the folder's own record.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 from vipo.errors import VipoError
 from vipo.provenance.files import file_sha256
+from vipo.text import one_line
 
 #: In a record: what rewards that compute elsewhere told of themselves, by label.
 PROCESSES = "reward_processes"
@@ -65,9 +67,31 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def _lists_files(record: Mapping[str, Any]) -> bool:
     lists = [record.get(part) for part in ("inputs", "outputs")]
-    return all(isinstance(entries, list) for entries in lists) and all(
-        isinstance(entry, dict) and isinstance(entry.get("path"), str) for entries in lists for entry in entries or ()
+    return all(isinstance(entries, list) and all(map(_is_entry, entries)) for entries in lists)
+
+
+def _is_entry(entry: Any) -> bool:
+    if not (isinstance(entry, dict) and isinstance(entry.get("path"), str)):
+        return False
+    files = entry.get("files", {})
+    return isinstance(files, dict) and all(
+        isinstance(file, dict) and isinstance(file.get("sha256"), str) and type(file.get("bytes")) is int
+        for file in (entry, *files.values())
     )
+
+
+@contextlib.contextmanager
+def whole_record(path: Path) -> Iterator[None]:
+    """For the block that looks into the record read from `path`: one that was edited can make it fail in any way.
+
+    Raises:
+        ProvenanceError: it did.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
+        raise ProvenanceError(f"{path}: is not a whole provenance record ({reason}); run its stage again") from error
 
 
 def read_processes(path: Path) -> dict[str, Any]:
@@ -107,8 +131,10 @@ def verify_outputs(provenance: Path, root: Path) -> list[str]:
     Raises:
         ProvenanceError: `provenance` is missing or is no such record.
     """
-    record = located(read_provenance(provenance), provenance.parent, root)
-    return [problem for entry in record["outputs"] for problem in differences(entry, root)]
+    read = read_provenance(provenance)
+    with whole_record(provenance):
+        record = located(read, provenance.parent, root)
+        return [problem for entry in record["outputs"] for problem in differences(entry, root)]
 
 
 def located(record: Mapping[str, Any], folder: Path, root: Path) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ Snakemake deletes the declared outputs of a job before the job starts. What that
 import contextlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ _RESULTS: Mapping[str, tuple[str, str]] = {
     "train": ("runs", "weights"),
     "sample": ("samples", "samples.json"),
     "score": ("evaluation", "scores.parquet"),
+    "credit": ("credit", "credit.json"),
 }
+#: Stays where it is: locks, and the parts of a measurement or of a stage's work, each under the hash of what it is of.
+_STAYING = re.compile(r"\.lock.*|\..+\.partial")
 #: Stages that show results, in seconds: set aside without asking.
 _VIEWS: Mapping[str, tuple[str, ...]] = {
     "compare": ("comparison/*",),
@@ -47,7 +51,7 @@ class PlannedJob:
 
     Attributes:
         stage: name of the stage.
-        run: ``<arm>-s<seed>``; None where the stage serves all runs.
+        run: ``<arm>-s<seed>``, of a measurement the checkpoint's label; None where the stage serves all runs.
         cause: why it is planned; empty where it follows from other jobs.
         incomplete: whether the workflow saw no end of an earlier try of this job: what that left is no finished result,
             unless it was finished without the workflow, by a configuration that is another one now.
@@ -132,8 +136,8 @@ def make_way(experiment: Path, planned: Sequence[PlannedJob], *, consent: bool, 
 def set_aside(experiment: Path, paths: Sequence[Path]) -> Path:
     """Move files and folders of an experiment below its `SUPERSEDED`, each to the same place there.
 
-    A folder's lock stays. What tells that a folder is finished, or was begun, moves last: a process that is killed in
-    between leaves something to be found and set aside again.
+    A folder's lock stays, and so does work in parts. What tells that a folder is finished, or was begun, moves last: a
+    process that is killed in between leaves something to be found and set aside again.
 
     Args:
         experiment: ``results/<experiment>``.
@@ -155,7 +159,7 @@ def set_aside(experiment: Path, paths: Sequence[Path]) -> Path:
                 continue
             target.mkdir(exist_ok=True)
             for child in sorted(path.iterdir(), key=_lateness):
-                if not child.name.startswith(".lock"):
+                if not _STAYING.fullmatch(child.name):
                     shutil.move(child, target / child.name)
             if not any(path.iterdir()):
                 path.rmdir()

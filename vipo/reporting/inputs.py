@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from vipo.config.compose import load_config_file
 from vipo.config.evaluation import REPORTED
@@ -253,7 +254,10 @@ def read_scores(path: Path, config: Config) -> pd.DataFrame:
                 f"{path}: the trained reward '{term.label}' was not evaluated; add it to evaluation.rewards and "
                 "evaluate again"
             )
-    numbers = table[[name for name in table.columns if name.startswith(("reward/", "change/"))]]
+    measured = [name for name in table.columns if name.startswith(("reward/", "change/"))]
+    if texts := [name for name in ("update", *measured) if not is_numeric_dtype(table[name])]:
+        raise ReportError(f"{path}: {', '.join(texts)}: no numbers; evaluate {name} again")
+    numbers = table[measured]
     finite = np.isfinite(numbers.to_numpy(dtype=np.float64)).all(axis=0)
     if not finite.all():
         raise ReportError(f"{path}: values of {', '.join(numbers.columns[~finite])} are not finite; evaluate again")

@@ -70,6 +70,7 @@ def credit_stage(
             },
             seeds=[config.seed],
             root=root,
+            experiment=experiment,
             processes=measured.processes,
         ):
             with atomic_file(files[0]) as path:

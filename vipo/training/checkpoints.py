@@ -146,7 +146,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder / _STATE}: damaged (holds no JSON object)")
         return Checkpoint(int(folder.name), StoredTensors([folder / name for name in sorted(hashes)]), state)
     # A pickle or half a header is safetensors' own error; JSON that is nested too deep, Python's.
-    except (OSError, KeyError, IndexError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: damaged ({type(error).__name__}: {error})") from error
 
 

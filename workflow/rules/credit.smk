@@ -52,13 +52,14 @@ rule credit:
         **job_resources(RUNS[FIRST], "train"),
     params:
         identity=json.dumps(
-            [
-                METER.model_dump(mode="json", exclude={"checkpoints"}),
-                *(
-                    identity(f"{arm}-s{ARMS[arm].seeds[0]}", "training")
+            {
+                "meter": METER.model_dump(mode="json", exclude={"checkpoints"}),
+                "arms": {
+                    arm: RUNS[f"{arm}-s{ARMS[arm].seeds[0]}"].training_identity()
                     for arm in METER.arms
-                ),
-            ]
+                },
+            },
+            sort_keys=True,
         ),
         weights=weights_option,
     shell:

@@ -5,6 +5,7 @@ import sys
 
 from vipo.errors import VipoError
 from vipo.provenance.superseded import PlannedJob, make_way
+from vipo.text import one_line
 
 # Snakemake reads true as a text and True as a truth.
 SET_ASIDE = {"true": True, "false": False}.get(
@@ -37,7 +38,7 @@ def planned_jobs():
         reason = workflow.dag.reason(job)
         cut_off = workflow.async_run(workflow.persistence.incomplete(job))
         files = sorted(reason.updated_input - reason.updated_input_run)
-        newer = ", ".join(map(str, files[:2]))
+        newer = ", ".join(one_line(str(file), 200) for file in files[:2])
         causes = [
             (reason.forced, "forced"),
             (reason.params_changed, "its configuration changed"),
@@ -49,7 +50,7 @@ def planned_jobs():
         ]
         yield PlannedJob(
             stage=job.rule.name,
-            run=job.wildcards_dict.get("run"),
+            run=job.wildcards_dict.get("run") or job.wildcards_dict.get("checkpoint"),
             cause=", ".join(told for holds, told in causes if holds),
             incomplete=bool(cut_off),
             identity=job.params.get("identity"),

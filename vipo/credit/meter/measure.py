@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from vipo.credit.meter.gradients import (
 )
 from vipo.credit.meter.held_out import HeldOut, take_steps
 from vipo.credit.meter.plan import Plan, Record, Reference
+from vipo.credit.meter.result import summarise
 from vipo.credit.meter.space import Space, Whole, products
 from vipo.credit.meter.subject import (
     Group,
@@ -49,7 +51,9 @@ def measure_reference(
     sums = torch.zeros(blocks, space.size, device=subject.generator.device)
     counts = [0] * blocks
     for block in range(blocks):
-        if (kept := read_part(folder / f"reference-{block}.safetensors", _block)) is not None:
+        most = len(range(block, plan.reference_batches, blocks))
+        whole = partial(_block, size=space.size, most=most)
+        if (kept := read_part(folder / f"reference-{block}.safetensors", whole)) is not None:
             counts[block] = int(kept["batches"])
             sums[block] = kept["sum"].to(sums.device)
     for number in range(plan.reference_batches):
@@ -72,18 +76,28 @@ def read_part(path: Path, read: Callable[[Path], Part]) -> Part | None:
     return None
 
 
-def _block(path: Path) -> dict[str, Tensor]:
+def _block(path: Path, size: int, most: int) -> dict[str, Tensor]:
     kept = load_file(path)
-    if kept["sum"].ndim != 1 or int(kept["batches"]) < 1:
+    found, batches = kept["sum"], kept["batches"]
+    if found.dtype != torch.float32 or found.shape != (size,) or not bool(found.isfinite().all()):
         raise ValueError("it holds no sum of gradients")
+    if batches.shape != () or not 1 <= int(batches) <= most:
+        raise ValueError("it is of no such number of batches")
     return kept
 
 
-def _record(path: Path) -> Record:
-    record: Record = json.loads(path.read_text(encoding="utf-8"))
-    if not record["sources"] or record["rewards"] is None:
-        raise ValueError("it holds no sources")
+def _record(path: Path, stepped: bool, first: Sequence[Record], reference: Reference | None) -> Record:
+    """Of an update along whose directions steps were taken, or not; one that goes with the first one's record."""
+    record: Record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
+    if record["rewards"] is None or stepped != ("change" in record):
+        raise ValueError("it is of no such update")
+    # Whatever it lacks, its readers would find out when all updates are measured.
+    summarise([*first, record], reference)
     return record
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"it holds {constant}")
 
 
 def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tensor:
@@ -148,16 +162,17 @@ def measure_updates(
     tested: HeldOut | None = None
     for number in range(plan.updates):
         path = folder / f"update-{number}.json"
-        if (kept := read_part(path, _record)) is not None:
+        whole = partial(_record, stepped=number < plan.stepped, first=records[:1], reference=reference)
+        if (kept := read_part(path, whole)) is not None:
             records.append(kept)
         else:
-            record, whole = _update(subject, prompts, placed, directions, plan, space, reference, number)
+            record, gradients = _update(subject, prompts, placed, directions, plan, space, reference, number)
             if number < plan.stepped:
                 tested = tested or HeldOut(subject, held_out, plan)
                 known = next((old["change"] for old in records if old.get("change")), plan.change)
-                take_steps(record, whole, directions, tested, reference, known)
-            with atomic_file(path) as partial:
-                partial.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+                take_steps(record, gradients, directions, tested, reference, known)
+            with atomic_file(path) as temporary:
+                temporary.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
             records.append(record)
         advance(records)
     return records

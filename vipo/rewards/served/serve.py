@@ -213,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, found = 200, answered()
         except Refused as refused:
             status, found = refused.status, {"error": str(refused)}
-        except Exception as error:
+        # A thread that ends answers nothing.
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             status, found = 500, {"error": f"{type(error).__name__}: {error}"}
         body = json.dumps(found, allow_nan=False).encode()
@@ -288,7 +289,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
     try:
         token = token_of(given.token_env, given.host)
         score, identity = loaded(given.reward, given.arguments, given.device)
-    except Exception as error:
+    # Status 0 is for a server that was told to end.
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         sys.exit(f"error: {given.reward}: {type(error).__name__}: {error}")
     serve(Server((given.host, given.port), score, identity, token), ready, with_parent=given.with_parent)
