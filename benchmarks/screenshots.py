@@ -56,6 +56,8 @@ def _browser(profile: str) -> webdriver.Chrome:
 
 def _shoot(browser: webdriver.Chrome, url: str, output: Path) -> None:
     browser.get(url)
+    # A link's scrolling that is still under way would be half in the picture.
+    browser.execute_script("document.documentElement.style.scrollBehavior = 'auto'")
     _save(browser, output / "report.png")
     browser.execute_script("document.querySelector('#maps').click()")
     browser.execute_script("document.querySelector('#samples').scrollIntoView({behavior: 'instant'})")
