@@ -76,7 +76,7 @@ dvc-commit: env  ## after Snakemake: results into DVC's cache and dvc.lock, so t
 
 dvc-import: env  ## after `dvc pull` or `dvc repro`: Snakemake sees the results as done; page and crate are made here
 	@dvc status --quiet || { dvc status; echo "error: results/ is not what dvc.lock says; run 'dvc pull' or 'dvc repro' first" >&2; exit 1; }
-	snakemake --profile local --touch --forceall summarize compare
+	snakemake --profile local --touch --forceall summarize compare $(wildcard results/$(EXPERIMENT)/credit/*/credit.json)
 	snakemake --profile local
 
 test: lint  ## lint, types and the suite that needs no privileges

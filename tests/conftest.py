@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def tiny_overrides(tiny_generator: Path) -> list[str]:
         "evaluation.steps=4",
         "evaluation.bootstrap=200",
         "evaluation.shown_prompts=2",
+    ]
+
+
+@pytest.fixture(scope="session")
+def measured_parts() -> list[str]:
+    """Overrides: a measurement of credit, shares of samples and scores, a reward of another process, a protocol."""
+    served = f"{{name: process, label: served, options: {{reward: redness, environment: {sys.executable}}}}}"
+    # Of trained weights: some tests' reward stands still at a call of training, which must not be another stage's.
+    meter = "arms: [grpo], checkpoints: [grpo-s0], updates: 1, reference: 0, stepped: 1, directions: [sgd]"
+    return [
+        f"evaluation.rewards=[object_redness, {served}]",
+        "cluster.shares=2",
+        f"experiment.meter={{{meter}, held_out: 1, held_out_samples: 1}}",
+        "++protocol={name: tiny, version: 1, pins: {evaluation: {prompts: 4}}}",
     ]
 
 

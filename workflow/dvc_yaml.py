@@ -40,6 +40,18 @@ READ = {
         "optimizer",
         "training",
     ),
+    "credit": (
+        "generator",
+        "prompts",
+        "reward",
+        "perception",
+        "sampling",
+        "credit",
+        "advantages",
+        "objective",
+        "optimizer",
+        "training",
+    ),
     "sample": ("generator", "sampling", "training", "evaluation"),
     "score": ("generator", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),
@@ -62,12 +74,15 @@ class Planned(logging.Handler):
 
 
 def planned_jobs() -> list[dict[str, Any]]:
-    """All jobs of the experiment, whatever is done already: ``rule_name``, ``input``, ``output``, ``shellcmd``."""
+    """All jobs of the experiment, whatever is done already: ``rule_name``, ``input``, ``output``, ``shellcmd``.
+
+    DVC runs one stage after another, so a run's samples and scores are a stage each, whatever ``cluster.shares`` says.
+    """
     planned = Planned()
     with SnakemakeApi(OutputSettings(quiet={Quietness.ALL})) as api:
         workflow = api.workflow(
             resource_settings=ResourceSettings(cores=1),
-            config_settings=ConfigSettings(config={"experiment": EXPERIMENT}),
+            config_settings=ConfigSettings(config={"experiment": EXPERIMENT, "overrides": ["cluster.shares=1"]}),
             snakefile=Path("Snakefile"),
         )
         dag = workflow.dag(dag_settings=DAGSettings(forceall=True))
@@ -100,7 +115,8 @@ def pipeline(root: Path) -> dict[str, Any]:
             elif rule == "sample" and not config.is_base:
                 deps.append(kept)
         metrics += [path for path in job["output"] if Path(path).name == "summary.json"]
-        stages[rule if run is None else f"{rule}-{run}"] = {
+        of = run or job["wildcards"].get("checkpoint")
+        stages[rule if of is None else f"{rule}-{of}"] = {
             "cmd": f"vipo {words} experiment={EXPERIMENT} arm={config.arm} seed={config.seed}",
             "deps": sorted(deps),
             "params": list(_parameters(rule, config, root)),
@@ -129,11 +145,16 @@ def _relative(path: str, root: Path) -> str:
 
 def _parameters(stage: str, config: Config, root: Path) -> Iterator[Any]:
     """The tracked files that a run's configuration is composed of, each with the keys that decide the stage."""
-    arm = config.experiment.arms[config.arm].base or config.arm
+    arms, meter = config.experiment.arms, config.experiment.meter
+    arm = arms[config.arm].base or config.arm
+    measured = () if stage != "credit" or meter is None else meter.arms
     with initialize_config_dir(str(root / "configs"), version_base="1.3"):
         composed = compose("config", [f"experiment={EXPERIMENT}", f"arm={arm}"], return_hydra_config=True)
     choices = {group: name for group, name in composed.hydra.runtime.choices.items() if not group.startswith("hydra")}
     yield {"configs/config.yaml": ["defaults"]}
+    for path in sorted({f"configs/arm/{arms[name].base or name}.yaml" for name in measured}):
+        if (root / path).is_file():
+            yield {path: None}
     for group, name in sorted(choices.items()):
         path = f"configs/{group}/{name}.yaml"
         # An optional default is a choice even where it has no file.
@@ -148,6 +169,8 @@ def _parameters(stage: str, config: Config, root: Path) -> Iterator[Any]:
             # An arm's overrides may hold keys of both; the Snakefile refuses those of what all arms share.
             if group == "experiment" and stage in ("train", "sample", "score"):
                 keys.append(f"experiment.arms.{config.arm}")
+            if group == "experiment" and measured:
+                keys += ["experiment.meter", *(f"experiment.arms.{name}" for name in measured)]
             if keys:
                 yield {path: keys}
         elif group in READ[stage]:

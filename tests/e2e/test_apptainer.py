@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from nursery import Nurseries
 
@@ -44,11 +45,11 @@ def _snakemake(project: Path, overrides: list[str], forks: Nurseries) -> subproc
 
 
 def test_every_stage_runs_in_the_image_and_records_its_digest(
-    project: Path, tiny_overrides: list[str], forks: Nurseries
+    project: Path, tiny_overrides: list[str], measured_parts: list[str], forks: Nurseries
 ) -> None:
     overrides = [text for text in tiny_overrides if not text.startswith("experiment=")]
     overrides += ["~experiment.arms.vipo", "~experiment.arms.product", "~experiment.arms.inverted"]
-    overrides += ["experiment.arms.grpo.seeds=[0]", "training.updates=1", "training.save_at=[]"]
+    overrides += ["experiment.arms.grpo.seeds=[0]", "training.updates=1", "training.save_at=[]", *measured_parts]
     refused = _snakemake(project, overrides, forks)
     assert refused.returncode != 0
     assert "containers/vipo.sif: is missing; `make sif` builds it" in refused.stdout + refused.stderr
@@ -63,10 +64,14 @@ def test_every_stage_runs_in_the_image_and_records_its_digest(
         assert "--nv" in command
         assert command[-4:-1] == ["containers/vipo.sif", "bash", "-c"]
         stages += re.findall(r"\bvipo (?:evaluate .*--only )?(\w+) ", command[-1])
-    assert sorted(stages) == [
-        "compare", "crate", "encode", "prepare", "report", "sample", "sample", "score", "score", "summarize", "train"
-    ]  # fmt: skip
+    once = ("compare", "crate", "credit", "encode", "prepare", "report", "summarize", "train")
+    # Of two runs, two shares each and what puts them together.
+    assert sorted(stages) == sorted([*once, *("sample", "score") * 6])
     digest = "sha256:" + hashlib.sha256(b"an image").hexdigest()
     records = [read_provenance(path) for path in sorted((project / "results/demo").glob("**/provenance.json"))]
     assert {record["stage"] for record in records} == set(stages) - {"crate"}
     assert {record["container_digest"] for record in records} == {digest}
+    scores = pd.read_parquet(project / "results/demo/evaluation/grpo-s0/scores.parquet")
+    assert scores["reward/served"].notna().all()
+    assert any("served" in record.get("reward_processes", {}) for record in records)
+    assert "tiny v1 (" in (project / "results/demo/comparison/metrics.csv").read_text()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncssh
+import pandas as pd
 import pytest
 import yaml
 from nursery import Nurseries, nurseries
@@ -32,6 +33,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "sampling": {"steps": 4},
     "training": {"updates": 2, "group_size": 4, "micro_batch": 4, "trained_transitions": 2, "save_at": [1, 6]},
     "evaluation": {"prompts": 4, "samples_per_prompt": 1, "steps": 2, "bootstrap": 100},
+}
+METER = {
+    **{"arms": ["vipo"], "updates": 1, "reference": 0, "stepped": 1, "directions": ["sgd"]},
+    **{"held_out": 1, "held_out_samples": 1},
 }
 VOLATILE = (
     *("provenance.json", "timing.jsonl", "tb", "sheets", "trackers", "checkpoints"),
@@ -125,6 +130,13 @@ def project(checkout: Path, written: str) -> Path:
     settings["experiment"]["arms"] = {"base": {"seeds": [0]}, "vipo": {"seeds": [0]}}
     for section, values in SMALL.items():
         settings[section] |= values
+    # A measurement of credit, a protocol, a reward of another process; shares are one stage for DVC.
+    settings["experiment"]["meter"] = METER
+    settings["cluster"] = {"shares": 2}
+    settings["protocol"] = {"name": "tiny", "version": 1, "pins": {"evaluation": {"prompts": 4}}}
+    served = {"reward": "redness", "environment": sys.executable}
+    rewards = ["object_redness", "scene_shape", {"name": "process", "label": "served", "options": served}]
+    settings["evaluation"]["rewards"] = rewards
     path.write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
     _run(checkout, "python", "workflow/dvc_yaml.py")
     _run(checkout, "git", "commit", "--quiet", "--all", "-m", "a small budget")
@@ -178,6 +190,12 @@ def test_after_snakemake_dvc_has_nothing_to_do(project: Path) -> None:
     files = _outputs(project)
     assert any(name.endswith("weights/transformer/diffusion_pytorch_model.safetensors") for name in files)
     assert any("/updates/000001/" in name for name in files)
+    assert "results/demo/credit/base/credit.json" in files
+    scores = pd.read_parquet(project / "results/demo/evaluation/vipo-s0/scores.parquet")
+    assert scores["reward/served"].notna().all()
+    totals = pd.read_csv(project / "results/demo/comparison/metrics.csv")
+    assert "reward/served" in set(totals["column"])
+    assert totals["protocol"].str.startswith("tiny v1 (").all()
     assert not [name for name in files if any(part in name for part in VOLATILE)]
 
 

@@ -306,9 +306,10 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
-    cluster: Cluster, project: Path, prepared: Path, overrides: list[str]
+    cluster: Cluster, project: Path, prepared: Path, overrides: list[str], measured_parts: list[str]
 ) -> None:
-    workflow = Workflow(cluster, project, [*overrides, "cluster.shares=2"])
+    overrides = [*overrides, *measured_parts]
+    workflow = Workflow(cluster, project, overrides)
     # Snakemake is killed while a job trains: the job goes on.
     workflow.arm()
     with workflow.started() as first:
@@ -345,15 +346,23 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     trained = cluster.jobs("rule_train")
     assert [known.state for known in trained] == ["CANCELLED", "FAILED", "COMPLETED"]
     assert all(earlier.end <= later.start for earlier, later in pairwise(trained))
-    for stage in ("prepare", "encode", "sample_wildcards_grpo-s0", "score_wildcards_grpo-s0", "report", "crate"):
+    for stage in (
+        "prepare",
+        "encode",
+        "sample_wildcards_grpo-s0",
+        "score_wildcards_grpo-s0",
+        "credit",
+        "report",
+        "crate",
+    ):
         assert [known.state for known in cluster.jobs(f"rule_{stage}")] == ["COMPLETED"], stage
     # Each share of the samples and of their scores is a job; what they make together is not put together otherwise.
     for stage in ("sample", "score"):
         for run in ("base-s0", "grpo-s0"):
             shares = cluster.jobs(f"rule_{stage}_share_wildcards_{run}")
             assert [known.state for known in shares] == ["COMPLETED", "COMPLETED"], (stage, run)
-            (whole,) = cluster.jobs(f"rule_{stage}_wildcards_{run}")
-            assert max(share.end for share in shares) <= whole.start
+            (made,) = cluster.jobs(f"rule_{stage}_wildcards_{run}")
+            assert max(share.end for share in shares) <= made.start
 
     # An undisturbed run ends with the same bytes.
     undisturbed = shutil.copytree(prepared, project.with_name("undisturbed"))

@@ -24,7 +24,7 @@ def finish_decoder(
     work: Path,
     every: int,
 ) -> None:
-    """Let the decoder go on learning in place, for `decoder_steps` steps, while the encoder stays as it is.
+    """Let the decoder go on learning in place, for `decoder_steps` steps (none: not at all), while the encoder stays as it is.
 
     What the network was trained on does not change, so this may come after it. A small object is a tenth of the
     pixels: it is still blurred when the mean error has long been small, and this part is for its edges.
@@ -42,6 +42,8 @@ def finish_decoder(
     Raises:
         StorageError: its state cannot be written.
     """
+    if not config.decoder_steps:
+        return
     decoding = ("decoder.", "post_quant_conv.")
     weights = {name: value for name, value in vae.named_parameters() if name.startswith(decoding)}
     optimizer = torch.optim.AdamW(weights.values(), lr=config.decoder_learning_rate, weight_decay=0.0)
