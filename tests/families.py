@@ -72,7 +72,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 16}, "vae: latent_channels 16, but the unet's in_channels"),
                 ("vae/config.json", {"scaling_factor": None}, "vae: scaling_factor None is no number"),
                 ("vae/config.json", {"shift_factor": "x"}, "vae: shift_factor 'x' is no number"),
-                (_SCHEDULER, {"clip_sample": True}, "clip_sample True .*set it to false"),
                 ("vae/config.json", {"out_channels": 1}, "vae: out_channels 1: it makes no pictures of red"),
                 (_INDEX, {"_class_name": "StableDiffusionXLPipeline"}, "'StableDiffusionXLPipeline'; family"),
                 (_SCHEDULER, {"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not"),
@@ -228,6 +227,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latents_mean": [0.0] * 4}, "vae: latents_mean is set, as in Playground"),
                 (_INDEX, {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "'StableDiffusionXLImg2ImgPipeline'"),
                 (_SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not held"),
+                (_SCHEDULER, {"clip_sample": True}, "clip_sample True .*set it to false"),
             ),
         ),
         "sdxl_v": Family(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, faulty, generator_config
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -207,6 +207,33 @@ def test_a_scheduler_that_visits_other_timesteps_is_named(tiny_stable_diffusion:
         timesteps(4)
     with pytest.raises(GeneratorError, match=r"scheduler class 'Nothing' is none of diffusers'"):
         noise_schedule(folder, {"scheduler": ["diffusers", "Nothing"]}, config)
+
+
+def test_clipping_that_the_stock_pipeline_does_not_do_is_no_reason_to_refuse(
+    tiny_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    """A file that does not name it gives the class's own default, which the pipeline calls outdated and mends."""
+    folder = shutil.copytree(tiny_stable_diffusion, tmp_path / "sd")
+    path = folder / "scheduler/scheduler_config.json"
+    settings = json.loads(path.read_text())
+    del settings["clip_sample"]
+    path.write_text(json.dumps(settings))
+    assert DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config.clip_sample
+    options = {"safety_checker": None, "feature_extractor": None}
+    assert not StableDiffusionPipeline.from_pretrained(folder, **options).scheduler.config.clip_sample
+    _load("sd", folder)
+    # The step of CogVideoX's makes the same of the same, whatever it says.
+    stepped = []
+    for cuts in (True, False):
+        scheduler = CogVideoXDDIMScheduler(clip_sample=cuts)
+        scheduler.set_timesteps(4)
+        noisy = 9 * torch.ones(1, 4)
+        stepped.append(scheduler.step(-noisy, int(scheduler.timesteps[0]), noisy, return_dict=False)[0])
+    assert torch.equal(*stepped)
+    CogVideoXDDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "cogvideox/scheduler")
+    index = {"_class_name": "CogVideoXPipeline", "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}
+    config = generator_config("cogvideox", tmp_path / "cogvideox")
+    noise_schedule(tmp_path / "cogvideox", index, config, CogVideoXDDIMScheduler)
 
 
 def test_the_generator_gives_its_checkpoints_timesteps(tiny_stable_diffusion: Path, tmp_path: Path) -> None:

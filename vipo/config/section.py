@@ -111,14 +111,14 @@ class Section(BaseModel):
     def _writable(cls, value: Any, info: ValidationInfo) -> Any:
         # Half a surrogate reads from YAML and JSON, and is found to be no text when the first file is written.
         left = [value]
-        # Sections look at their own fields, and name them.
-        inside = not _holds_sections(cls.model_fields[str(info.field_name)].annotation)
         while left:
             item = left.pop()
             if isinstance(item, list | tuple):
                 left += item
-            elif isinstance(item, dict) and inside:
-                left += [*item, *item.values()]
+            elif isinstance(item, dict):
+                # Sections look at their own fields, and name them.
+                if not _holds_sections(cls.model_fields[str(info.field_name)].annotation):
+                    left += [*item, *item.values()]
             elif isinstance(item, str) and _SURROGATE.search(item):
                 raise ValueError(f"{item[:LONGEST_NAME]!r} holds half a surrogate, which no file can; leave it out")
         return value

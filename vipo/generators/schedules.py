@@ -85,7 +85,9 @@ def noise_schedule(
         if settings.get(key) and (key == "thresholding" or settings.prediction_type == "epsilon"):
             raise GeneratorError(f"{place}: {key} {settings[key]!r} is not held; set it to false")
 
-    if stock.config.get("clip_sample") and "clip_sample" in inspect.signature(named.__init__).parameters:
+    # StableDiffusionPipeline itself switches it off, and CogVideoX's schedulers have it and never read it.
+    reads = index.get("_class_name") != "StableDiffusionPipeline" and not name.startswith("CogVideoX")
+    if reads and stock.config.get("clip_sample") and "clip_sample" in inspect.signature(named.__init__).parameters:
         raise GeneratorError(
             f"{place}: clip_sample {stock.config.clip_sample!r} (by default, where it is not there): the stock chain "
             "would cut latents off, which vipo's does not; set it to false"

@@ -1,4 +1,4 @@
-"""What both parts of `vipo base` keep of their training, and go on from."""
+"""What each part of `vipo base` keeps of its training, and goes on from."""
 
 from collections.abc import Mapping
 from pathlib import Path

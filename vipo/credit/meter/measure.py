@@ -22,6 +22,7 @@ from vipo.credit.meter.held_out import HeldOut, take_steps
 from vipo.credit.meter.plan import Plan, Record, Reference
 from vipo.credit.meter.result import summarise
 from vipo.credit.meter.space import Space, Whole, products
+from vipo.credit.meter.stored import read_finite
 from vipo.credit.meter.subject import (
     Group,
     Placed,
@@ -88,16 +89,12 @@ def _block(path: Path, size: int, most: int) -> dict[str, Tensor]:
 
 def _record(path: Path, stepped: bool, first: Sequence[Record], reference: Reference | None) -> Record:
     """Of an update along whose directions steps were taken, or not; one that goes with the first one's record."""
-    record: Record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
+    record: Record = read_finite(path)
     if record["rewards"] is None or stepped != ("change" in record):
         raise ValueError("it is of no such update")
     # Whatever it lacks, its readers would find out when all updates are measured.
     summarise([*first, record], reference)
     return record
-
-
-def _refused(constant: str) -> float:
-    raise ValueError(f"it holds {constant}")
 
 
 def _pathwise(subject: Subject, prompts: Sequence[Prompt], number: int) -> Tensor:

@@ -36,7 +36,7 @@ def read_stored(path: Path) -> Stored:
         MeterError: it is no measurement, or one of another vipo.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
+        data = read_finite(path)
         stored = _FILE.validate_python({**data["meter"], "result": _with_nan(data["result"])})
         _check(stored.result)
         return stored
@@ -47,11 +47,20 @@ def read_stored(path: Path) -> Stored:
         ) from error
 
 
-_FILE = TypeAdapter(Stored)
+def read_finite(path: Path) -> Any:
+    """JSON of a file without NaN and infinities, which Python's writer has and JSON has not.
+
+    Raises:
+        OSError, ValueError, RecursionError: it cannot be read, or is none.
+    """
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
 
 
 def _refused(constant: str) -> float:
     raise ValueError(f"it holds {constant}")
+
+
+_FILE = TypeAdapter(Stored)
 
 
 def _with_nan(found: Any) -> Any:
