@@ -14,9 +14,10 @@ from vipo.check import check_experiment
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import check_run
+from vipo.config.published import PublishedConfig
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
-from vipo.reporting.published import published_table
+from vipo.reporting.published import published_table, published_values
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
 
@@ -116,6 +117,17 @@ def test_a_recipe_says_again_what_its_setup_says(recipe: str, setup: str) -> Non
     for section in ("generator", "sampling", "objective", "advantages", "optimizer", "training", "perception"):
         left, right = (getattr(config, section).model_dump(exclude=kept.get(section)) for config in (one, other))
         assert left == right, section
+
+
+def test_published_numbers_are_as_they_were_printed() -> None:
+    values = {"a": [1e-5, 2345678, 0.0], "b": [0.02, 1.5, None]}
+    columns = [{"title": name, "metric": f"reward/{name}", "domain": "in"} for name in "xyz"]
+    rows = {arm: {"title": arm, "values": row} for arm, row in values.items()}
+    table = PublishedConfig.model_validate({"source": "A paper", "columns": columns, "rows": rows})
+    assert published_values(table) == {
+        "a": ["0.00001", "2345678.0", "0"],
+        "b": ["0.02000", "1.5", "not published"],
+    }
 
 
 def test_the_published_tables_are_on_their_page(capsys: pytest.CaptureFixture[str]) -> None:
