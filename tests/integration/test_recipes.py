@@ -170,8 +170,8 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
     assert rows[0] == "Published: A \\| b."
     assert rows[4:] == [
         "| base (`base`) | 1.5 | 0.2000 | not published | not measured |",
-        "| G (`grpo`) | 2 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
-        "| V (`vipo`) | 2 | not run | 3 | not run |",
+        "| G (`grpo`) | 2.0 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
+        "| V (`vipo`) | 2.0 | not run | 3 | not run |",
     ]
 
 
