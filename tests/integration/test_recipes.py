@@ -14,9 +14,10 @@ from vipo.check import check_experiment
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import check_run
+from vipo.config.published import PublishedConfig
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
-from vipo.reporting.published import published_table
+from vipo.reporting.published import published_table, published_values
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
 
@@ -118,6 +119,17 @@ def test_a_recipe_says_again_what_its_setup_says(recipe: str, setup: str) -> Non
         assert left == right, section
 
 
+def test_published_numbers_are_as_they_were_printed() -> None:
+    values = {"a": [1e-5, 2345678, 0.0], "b": [0.02, 1.5, None]}
+    columns = [{"title": name, "metric": f"reward/{name}", "domain": "in"} for name in "xyz"]
+    rows = {arm: {"title": arm, "values": row} for arm, row in values.items()}
+    table = PublishedConfig.model_validate({"source": "A paper", "columns": columns, "rows": rows})
+    assert published_values(table) == {
+        "a": ["0.00001", "2345678.0", "0"],
+        "b": ["0.02000", "1.5", "not published"],
+    }
+
+
 def test_the_published_tables_are_on_their_page(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs/paper.md").read_text()
     for name in ("paper_flux", "paper_wan"):
@@ -158,8 +170,8 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
     assert rows[0] == "Published: A \\| b."
     assert rows[4:] == [
         "| base (`base`) | 1.5 | 0.2000 | not published | not measured |",
-        "| G (`grpo`) | 2 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
-        "| V (`vipo`) | 2 | not run | 3 | not run |",
+        "| G (`grpo`) | 2.0 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
+        "| V (`vipo`) | 2.0 | not run | 3 | not run |",
     ]
 
 

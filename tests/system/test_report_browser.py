@@ -156,7 +156,7 @@ def test_charts_tell_values_and_light_one_arm(browser: webdriver.Chrome, page: s
     told = browser.execute_script("""
       const chart = document.querySelector('#training svg[data-points]');
       chart.scrollIntoView({block: 'center', behavior: 'instant'});
-      const [x, y, , text] = JSON.parse(chart.dataset.points)[0];
+      const [x, y, text] = JSON.parse(chart.dataset.points)[0];
       const place = new DOMPoint(x, y).matrixTransform(chart.getScreenCTM());
       chart.dispatchEvent(new PointerEvent('pointermove', {clientX: place.x, clientY: place.y, bubbles: true}));
       const tip = document.querySelector('.tip');

@@ -83,7 +83,7 @@ def test_back_closes_a_prompt_and_a_kept_update_is_not_taken_for_the_final_one(
     link.send_keys(Keys.ENTER)
     final = browser.execute_script(source)
     browser.back()
-    assert browser.find_element(By.ID, "viewer").get_attribute("open") is None
+    WebDriverWait(browser, 60).until(lambda _: browser.find_element(By.ID, "viewer").get_attribute("open") is None)
     score = f"return document.querySelector('#prompt-{prompt_id(PROMPTS[1])} figure[data-run=\"vipo-s0\"] .score')"
     first = browser.execute_script(f"{score}.textContent")
     browser.find_element(By.ID, "update").send_keys(Keys.HOME)
@@ -105,6 +105,13 @@ def test_a_zoomed_picture_is_moved_by_keys(browser: webdriver.Chrome, page: str)
     at = "const s = arguments[0].style; return [s.getPropertyValue('--at-x'), s.getPropertyValue('--at-y')]"
     assert browser.execute_script(at, stage) == ["60%", "70%"]
     assert browser.execute_script("return location.hash") == f"#prompt-{prompt_id(PROMPTS[1])}"
+
+
+def test_a_long_prompt_is_scrolled_by_keyboard(browser: webdriver.Chrome, page: str) -> None:
+    title = "return document.getElementById('viewer-title').tabIndex"
+    for text, index in ((PROMPTS[4], 0), (PROMPTS[1], -1)):
+        show(browser, f"{page}#prompt-{prompt_id(text)}")
+        assert browser.execute_script(title) == index
 
 
 @pytest.mark.parametrize("width", [400, 1280])

@@ -61,7 +61,7 @@ class Plot:
     """One figure: file name, group on the page, title, caption, text alternative and SVG.
 
     Attributes:
-        points: what the page tells under the pointer: x and y in the drawing's units, the arm's number, and text.
+        points: what the page tells under the pointer: x and y in the drawing's units, and text.
         legend: height of the legend at the drawing's foot, in its units; 0 where the page must keep it.
     """
 
@@ -71,7 +71,7 @@ class Plot:
     caption: str
     alternative: str
     svg: str
-    points: tuple[tuple[float, float, int, str], ...] = ()
+    points: tuple[tuple[float, float, str], ...] = ()
     legend: float = 0.0
 
     @property
@@ -175,15 +175,15 @@ def as_plot(figure: Figure, name: str, group: str, title: str, caption: str, alt
     )  # fmt: skip
 
 
-def _values(figure: Figure, title: str) -> tuple[tuple[float, float, int, str], ...]:
+def _values(figure: Figure, title: str) -> tuple[tuple[float, float, str], ...]:
     """What each named line's points say, where they lie in the drawing."""
     width, height = 72 * figure.get_size_inches()
     found = []
     for axes in figure.axes:
         x_label, y_label = axes.get_xlabel() or "x", axes.get_ylabel() or title
         for line in axes.lines:
-            mark, told = str(line.get_gid() or ""), str(line.get_label())
-            if not mark.startswith(_ARM_MARK) or told.startswith("_"):
+            told = str(line.get_label())
+            if not str(line.get_gid()).startswith(_ARM_MARK) or told.startswith("_"):
                 continue
             data = np.asarray(line.get_xydata(), dtype=np.float64)
             places = figure.transFigure.inverted().transform(axes.transData.transform(data))
@@ -191,9 +191,7 @@ def _values(figure: Figure, title: str) -> tuple[tuple[float, float, int, str], 
                 says = f"{told}: {x_label} {x:.4g}" + (
                     f", {y_label} {y:.4g}" if axes.get_ylabel() or len(data) > 1 else ""
                 )
-                found.append(
-                    (round(left * width, 1), round((1 - bottom) * height, 1), int(mark.removeprefix(_ARM_MARK)), says)
-                )
+                found.append((round(left * width, 1), round((1 - bottom) * height, 1), says))
     return tuple(found)
 
 

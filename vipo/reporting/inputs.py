@@ -39,6 +39,11 @@ class Run:
     timing: pd.DataFrame
     provenance: dict[str, Any] | None
 
+    @property
+    def updates(self) -> int:
+        """Updates made so far; 0 of the base."""
+        return 0 if self.metrics.empty else int(self.metrics["update"].max())
+
 
 @dataclass(frozen=True)
 class Experiment:

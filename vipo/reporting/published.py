@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from vipo.config.published import PublishedConfig
@@ -58,10 +59,7 @@ def _cell(text: str) -> str:
 def published_values(table: PublishedConfig) -> dict[str, list[str]]:
     """The publication's cells by arm, each column with as many decimal places as its longest number."""
     columns = zip(*(row.values for row in table.rows.values()), strict=True)
-    places = [
-        max((len(f"{value:g}".partition(".")[2]) for value in column if value is not None), default=0)
-        for column in columns
-    ]
+    places = [max((_places(value) for value in column if value is not None), default=0) for column in columns]
     return {
         arm: [
             "not published" if value is None else f"{value:.{digits}f}"
@@ -71,13 +69,23 @@ def published_values(table: PublishedConfig) -> dict[str, list[str]]:
     }
 
 
+def _places(value: float) -> int:
+    """Decimal places of a number as it is written out, without an exponent or zeros at its end."""
+    return len(np.format_float_positional(value, trim="-").partition(".")[2])
+
+
+def partly(found: int, planned: int) -> str:
+    """What stands behind a mean of fewer seeds than are planned."""
+    return f" ({found} of {planned} seeds)" if found < planned else ""
+
+
 def _ours(scores: list[pd.DataFrame], metric: str, seeds: int) -> str:
     if not scores:
         return NOT_RUN
     if not all(metric in table.columns for table in scores):
         return NOT_MEASURED
     mean = sum(mean_score(table, metric) for table in scores) / len(scores)
-    return f"{mean:.4f}" + (f" ({len(scores)} of {seeds} seeds)" if len(scores) < seeds else "")
+    return f"{mean:.4f}" + partly(len(scores), seeds)
 
 
 def _final_scores(experiment: Path, run: str) -> pd.DataFrame | None:

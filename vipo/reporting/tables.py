@@ -7,7 +7,7 @@ import pandas as pd
 from vipo.config.generator import GeneratorConfig
 from vipo.config.run import Config
 from vipo.evaluation.statistics import MINIMUM_SEEDS, mean_score
-from vipo.reporting.inputs import Experiment, Run
+from vipo.reporting.inputs import Experiment
 from vipo.reporting.wording import describe
 
 _TIME_PARTS = ("rollout", "learn", "decode", "reward", "map", "other")
@@ -89,17 +89,12 @@ def arm_table(experiment: Experiment, columns: Sequence[str]) -> pd.DataFrame:
                 "arm": arm,
                 "seeds": " ".join(str(run.config.seed) for run in runs),
                 "seed_count": len(runs),
-                "update": _updates(runs) if final.empty else int(final["update"].max()),
+                "update": max(run.updates for run in runs) if final.empty else int(final["update"].max()),
                 "objective": "untrained" if arm == "base" else describe(runs[0].config),
                 **{name: mean_score(final, name) for name in columns},
             }
         )
     return pd.DataFrame(rows)
-
-
-def _updates(runs: Sequence[Run]) -> int:
-    """Made so far by runs that nothing is evaluated of."""
-    return max((int(run.metrics["update"].max()) for run in runs if not run.metrics.empty), default=0)
 
 
 def seed_means(scores: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vipo.reporting.inputs import Run
 from vipo.reporting.sections.context import Page, Section
 
 
@@ -17,16 +18,17 @@ def progress(page: Page) -> Section | None:
         for seed in planned.seeds:
             name = f"{arm}-s{seed}"
             run = found.get(name)
-            begun = run is not None and not run.metrics.empty
             rows.append(
                 {
                     "run": name,
                     "arm": arm if arm in experiment.coloured else None,
-                    "trained": arm != "base",
-                    "done": int(run.metrics["update"].max()) if run is not None and begun else None,
-                    "updates": run.config.training.updates if run is not None else None,
-                    "reward": float(run.metrics["reward/mean"].iloc[-1]) if run is not None and begun else None,
+                    "updates": _updates(run) if arm != "base" else None,
+                    "reward": float(run.metrics["reward/mean"].iloc[-1]) if run and run.updates else None,
                     "evaluated": name in evaluated,
                 }
             )
     return Section("progress", "Progress", {"rows": rows})
+
+
+def _updates(run: Run | None) -> str:
+    return "not begun" if run is None else f"{run.updates} of {run.config.training.updates}"

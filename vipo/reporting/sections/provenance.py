@@ -54,15 +54,14 @@ def _checks(experiment: Experiment, live: bool) -> list[dict[str, Any]]:
                 f"(tolerance {tolerance:.0e}), its root mean square {noise:.1e}.",
             }
         )
-    done = {run.name: int(run.metrics["update"].max()) for run in trained}
-    short = [run.name for run in trained if done[run.name] != run.config.training.updates]
     if not live:
+        short = [run for run in trained if run.updates != run.config.training.updates]
         checks.append(
             {
                 "ok": not short,
                 "text": "Every run made all of its updates."
                 if not short
-                else "Fewer updates than configured: " + ", ".join(f"{name} {done[name]}" for name in short) + ".",
+                else "Fewer updates than configured: " + ", ".join(f"{run.name} {run.updates}" for run in short) + ".",
             }
         )
     constant = [

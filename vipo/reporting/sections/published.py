@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vipo.evaluation.statistics import decimals
-from vipo.reporting.published import NOT_MEASURED, NOT_RUN, published_values
+from vipo.reporting.published import NOT_MEASURED, NOT_RUN, partly, published_values
 from vipo.reporting.sections.context import Page, Section
 from vipo.reporting.wording import number
 
@@ -38,5 +38,4 @@ def _ours(row: Mapping[Any, Any] | None, metric: str, digits: int, seeds: int) -
         return NOT_RUN
     if metric not in row:
         return NOT_MEASURED
-    partly = "" if row["seed_count"] >= seeds else f" ({row['seed_count']} of {seeds} seeds)"
-    return number(row[metric], digits) + partly
+    return number(row[metric], digits) + partly(row["seed_count"], seeds)

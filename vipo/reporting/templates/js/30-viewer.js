@@ -1,5 +1,6 @@
 // One prompt at a time: before and after, zoom, map, updates, and every arm and seed beside each other.
 if (data) {
+  const linkTo = id => "#prompt-" + encodeURIComponent(id);
   const ids = () => $$(".prompt:not([hidden])").map(card => card.dataset.prompt);
   const main = data.arms.includes("vipo") ? "vipo" : data.arms.at(-1);
   const state = { id: null, left: null, right: null, update: null };
@@ -42,7 +43,7 @@ if (data) {
         make("thead", {}, make("tr", {}, ...["Measure", "left", "right", "difference"].map(text => make("th", { scope: "col" }, text)))), scores))));
   const step = by => {
     const all = ids(), place = all.indexOf(state.id);
-    if (all.length) location.hash = "#prompt-" + encodeURIComponent(all[(Math.max(place, 0) + by + all.length) % all.length]);
+    if (all.length) location.hash = linkTo(all[(Math.max(place, 0) + by + all.length) % all.length]);
   };
   const dialog = make("dialog", { id: "viewer", "aria-labelledby": "viewer-title" },
     make("div", { class: "viewer-head" }, title,
@@ -114,7 +115,8 @@ if (data) {
     Object.assign(state, { id, left: firstRun("base").name, right: state.right || firstRun(main).name, update: null });
     title.textContent = $("h3", cardOf(id)).textContent;
     // What scrolls can be reached by keyboard.
-    title.toggleAttribute("tabindex", title.textContent.length > 300);
+    if (title.textContent.length > 300) title.tabIndex = 0;
+    else title.removeAttribute("tabindex");
     draw();
     if (!dialog.open) dialog.showModal();
   };
@@ -135,8 +137,8 @@ if (data) {
     if (shot) {
       const figure = shot.closest("figure"), id = shot.closest("[data-prompt]").dataset.prompt;
       if (figure && runOf(figure.dataset.run).arm !== "base") state.right = figure.dataset.run;
-      if (location.hash === "#prompt-" + encodeURIComponent(id)) open(id);
-      else location.hash = "#prompt-" + encodeURIComponent(id);
+      if (location.hash === linkTo(id)) open(id);
+      else location.hash = linkTo(id);
     }
   });
   dialog.addEventListener("close", () => {
@@ -145,7 +147,7 @@ if (data) {
     if (location.hash.startsWith("#prompt-")) history.replaceState(null, "", location.pathname + location.search);
     // Back to the link that opened it, as a dialog goes by itself, or to that of the prompt that was looked at last.
     const link = document.activeElement.closest("a");
-    if (!link || link.hash !== "#prompt-" + encodeURIComponent(state.id)) $(".open", cardOf(state.id)).focus({ preventScroll: true });
+    if (!link || link.hash !== linkTo(state.id)) $(".open", cardOf(state.id)).focus({ preventScroll: true });
   });
   dialog.addEventListener("keydown", event => {
     const moves = { ArrowLeft: [-10, 0], ArrowRight: [10, 0], ArrowUp: [0, -10], ArrowDown: [0, 10] }[event.key];

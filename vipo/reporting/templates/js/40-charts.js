@@ -13,7 +13,7 @@
       }
       tip.hidden = !best;
       if (!best) return;
-      tip.textContent = best[3];
+      tip.textContent = best[2];
       tip.style.left = Math.max(4, Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 4)) + "px";
       tip.style.top = Math.max(4, event.clientY - tip.offsetHeight - 12) + "px";
     });
