@@ -24,9 +24,9 @@ def finish_decoder(
     work: Path,
     every: int,
 ) -> None:
-    """Let the decoder go on learning in place, for `decoder_steps` steps (none: not at all), while the encoder stays as it is.
+    """Let the decoder go on learning in place, for `decoder_steps` steps, while the encoder stays as it is.
 
-    What the network was trained on does not change, so this may come after it. A small object is a tenth of the
+    What the network was trained on does not change, so this may come after it. A small object is an eighth of the
     pixels: it is still blurred when the mean error has long been small, and this part is for its edges.
 
     Args:
