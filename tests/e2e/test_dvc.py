@@ -387,4 +387,4 @@ def test_after_a_pull_one_command_makes_snakemake_see_the_results(project: Path)
     override = 'overrides=["optimizer.learning_rate=1e-5"]'
     planned = _run(clone, "snakemake", "--profile", "local", "--dry-run", "--quiet", "rules", "--config", override)
     jobs = {line.split()[0] for line in planned.splitlines() if line.endswith(" 1") and not line.startswith("total")}
-    assert jobs == {"train", "sample", "score", "compare", "summarize", "report", "crate", "all"}
+    assert jobs == {"train", "credit", "sample", "score", "compare", "summarize", "report", "crate", "all"}
