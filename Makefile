@@ -92,7 +92,7 @@ types: env
 	mypy
 
 unit: env
-	pytest -n 2 --dist loadscope -m 'not browser and not root and not slurm' --durations 15
+	pytest -n 3 --dist loadscope -m 'not browser and not root and not slurm' --durations 15
 
 test-browser: env  ## the report in a real browser (needs Debian's chromium and chromium-driver; with axe-core if `make axe` got it)
 	pytest -m browser tests/system
