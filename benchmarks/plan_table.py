@@ -35,6 +35,7 @@ _NOISE = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
+    "clip_sample": False,
 }
 _DC_BLOCKS = ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3
 _DC_SCALES: list[list[int]] = [[], [], [], [5], [5], [5]]

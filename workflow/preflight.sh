@@ -86,13 +86,14 @@ existing() {
 }
 if ! [ -e .venv/.complete ]; then
   needed=${DISK_GB:-9}
-  cache=$(existing "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/}/.cache}/uv}")
+  kept_in=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/}/.cache}/uv}
+  cache=$(existing "$kept_in")
   for folder in . "$cache"; do
     [ "$folder" = . ] || [ "$(disk_of .)" != "$(disk_of "$cache")" ] || continue
     free=$(free_gb "$folder")
     [ "$free" -lt "$needed" ] || continue
-    # What an interrupted try has there already; a large cache takes minutes to count.
-    kept=$( (du -sk .venv "$cache" 2>/dev/null || true) | awk '{ if ($1 > most) most = $1 } END { print int(most / 1048576) }')
+    # What an interrupted try has there already; a large cache takes minutes to count. A home without one is not looked through.
+    kept=$( (du -sk .venv "$kept_in" 2>/dev/null || true) | awk '{ if ($1 > most) most = $1 } END { print int(most / 1048576) }')
     if [ $((free + kept)) -lt "$needed" ]; then
       miss "$needed GB of free disk in $(cd "$folder" && pwd): $free GB are free"
     fi

@@ -133,6 +133,15 @@ def test_a_driver_older_than_the_locks_cuda_is_told_and_stops_nothing(machine: M
     assert machine(nvidia_smi="echo NVIDIA-SMI has failed; exit 9").stderr == ""
 
 
+def test_a_home_without_a_cache_is_not_counted(machine: Machine, tmp_path: Path) -> None:
+    """A full disk; going through everything below a home, or a whole disk, would take minutes."""
+    counted = tmp_path / "counted"
+    result = machine(df="echo header; echo /dev/sda 100 1 50 1% /", du=f'echo "$@" > {counted}; echo 0 .')
+    assert result.returncode == 1
+    assert "GB of free disk" in result.stderr
+    assert counted.read_text().split() == ["-sk", ".venv", f"{tmp_path}/.cache/uv"]
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Machine:
     """Runs make in a checkout without environment and installer, as on a fresh machine."""
