@@ -48,6 +48,15 @@ def test_every_package_is_checked_against_a_hash() -> None:
     assert "--output-file containers/installer.lock" in MAKEFILE
 
 
+def test_transformers_with_zeros_for_tied_embeddings_is_not_allowed() -> None:
+    """As 5.0 may have them; 5.17, which machines with GPUs have, is."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert [need for need in needs if need.startswith("transformers")] == ["transformers>=5.17"]
+    locked = re.search(r"^transformers==(\d+)\.(\d+)\.", (ROOT / "requirements.lock").read_text(), re.M)
+    assert locked is not None
+    assert tuple(map(int, locked.groups())) >= (5, 17)
+
+
 def test_no_cache_stays_in_a_layer() -> None:
     for command in _all("RUN"):
         if "apt-get install" in command:
