@@ -23,35 +23,18 @@ EXPERIMENT = "demo"
 TARGET = "dvc.yaml"
 HEADER = "# Written by `make dvc-yaml` from the Snakefile and configs/; a test fails where it is not current.\n"
 
+_LEARNING = (
+    *("generator", "prompts", "reward", "perception", "sampling"),
+    *("credit", "advantages", "objective", "optimizer", "training"),
+)
+
 #: Sections of the configuration that a stage's result depends on. The page and the crate are no stages here: they show
 #: times and records of one machine.
-READ = {
+READ: dict[str, tuple[str, ...]] = {
     "prepare": ("prompts",),
     "encode": ("generator", "training"),
-    "train": (
-        "generator",
-        "prompts",
-        "reward",
-        "perception",
-        "sampling",
-        "credit",
-        "advantages",
-        "objective",
-        "optimizer",
-        "training",
-    ),
-    "credit": (
-        "generator",
-        "prompts",
-        "reward",
-        "perception",
-        "sampling",
-        "credit",
-        "advantages",
-        "objective",
-        "optimizer",
-        "training",
-    ),
+    "train": _LEARNING,
+    "credit": _LEARNING,
     "sample": ("generator", "sampling", "training", "evaluation"),
     "score": ("generator", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),

@@ -299,8 +299,8 @@ def _artifacts(run: Path) -> dict[str, bytes]:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    """Pictures and scores, without records."""
-    found = [path for path in folder.rglob("*") if path.suffix in (".png", ".csv", ".safetensors")]
+    """Pictures, scores and maps, without records."""
+    found = [path for path in folder.rglob("*") if path.suffix in (".png", ".parquet", ".safetensors")]
     assert found
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
