@@ -69,8 +69,10 @@ def _shoot(browser: webdriver.Chrome, url: str, output: Path) -> None:
 
 def _save(browser: webdriver.Chrome, path: Path, height: float = _HEIGHT) -> None:
     """What is seen, from its top down to `height`."""
+    # A map above what is seen, shown and scrolled away at once, is never loaded, and there is no waiting for it.
     seen = (
-        "[...document.images].filter(item => item.getBoundingClientRect().top < innerHeight && item.checkVisibility())"
+        "[...document.images].filter(item => item.checkVisibility() && item.getBoundingClientRect().top < innerHeight"
+        " && item.getBoundingClientRect().bottom > 0)"
     )
     browser.execute_async_script(f"Promise.all({seen}.map(item => item.decode())).then(arguments[0], arguments[0])")
     left, top = browser.execute_script("return [scrollX, scrollY]")
