@@ -18,8 +18,8 @@ from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.starting import checkpoint_inputs
-from vipo.handover.original import original_state
-from vipo.handover.original_names import NAMES
+from vipo.generators.original import original_state
+from vipo.generators.original_names import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,9 +23,9 @@ from published_names import cogvideox_from_comfyui, hunyuan_in_comfyui, hunyuan_
 from torch import Tensor
 
 from vipo.config.registries import FAMILIES
-from vipo.handover.original import PREFIX, NamesError, Rule, original_lora, original_state, place_of
-from vipo.handover.original_names import NAMES, REFUSED
-from vipo.handover.original_videos import whole_refused
+from vipo.generators.original import PREFIX, NamesError, Rule, original_lora, original_state, place_of
+from vipo.generators.original_names import NAMES, REFUSED
+from vipo.generators.original_videos import whole_refused
 
 # Few blocks, and of FLUX.1 as many rows as published, for its converter counts them; columns are cut to two.
 NETWORKS: Mapping[str, Callable[[], Any]] = {

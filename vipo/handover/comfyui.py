@@ -14,9 +14,9 @@ from vipo.generators.configured import resolve_class
 from vipo.generators.lora import LORA_FILE
 from vipo.generators.parts import load_part
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.handover.original import NamesError, original_lora, original_state
-from vipo.handover.original_names import NAMES, REFUSED, Rules
-from vipo.handover.original_videos import whole_refused
+from vipo.generators.original import NamesError, original_lora, original_state
+from vipo.generators.original_names import NAMES, REFUSED, Rules
+from vipo.generators.original_videos import whole_refused
 
 
 @dataclass(frozen=True)

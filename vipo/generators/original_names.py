@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from vipo.handover.original import Rule, joined
-from vipo.handover.original_flux import flux, flux2, last_layer
-from vipo.handover.original_videos import cogvideox, hunyuan_video, wan
+from vipo.generators.original import Rule, joined
+from vipo.generators.original_flux import flux, flux2, last_layer
+from vipo.generators.original_videos import cogvideox, hunyuan_video, wan
 
 Rules = Callable[[Any], list[Rule]]
 

@@ -1,6 +1,6 @@
 """Weights under the names of a family's original repository, which ComfyUI and others read.
 
-A family's map is a list of rules (`vipo.handover.original_names`). Where the original has one layer for several of
+A family's map is a list of rules (`vipo.generators.original_names`). Where the original has one layer for several of
 ours, their rows are put below each other; where it has the halves of a modulation in the other order, they change
 places. Both are exact for LoRA too: the product of its two matrices is what the rule would make of the products.
 """
