@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import re
 import shutil
 from dataclasses import dataclass
@@ -347,6 +348,26 @@ def test_what_the_adapter_does_not_hold_is_named_before_weights_are_read(case: C
         with pytest.raises(GeneratorError, match=message):
             load_generator(case.row.config(folder), ROOT)
         (folder / file).write_text(before)
+
+
+def test_an_odd_setting_is_refused_or_computed_with(case: Case, tmp_path: Path) -> None:
+    """Ten keys of the configurations, each with a value drawn for it: no error but ours, whichever call meets it."""
+    if not case.row.parts:
+        pytest.skip("another row has its configurations")
+    folder, drawn = shutil.copytree(case.folder, tmp_path / "odd"), random.Random(case.folder.name)
+    parts = {"scheduler", *case.row.parts} - {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    files = [path for part in sorted(parts) for path in sorted((folder / part).glob("*config.json"))]
+    keys = [(path, key) for path in files for key in json.loads(path.read_text()) if not key.startswith("_")]
+    for path, key in drawn.sample(keys, 10):
+        before, value = path.read_text(), drawn.choice([None, "x", -1, 0, 0.5, [], {}, True])
+        edit_json(path, **{key: value})
+        with contextlib.suppress(GeneratorError), torch.no_grad():
+            generator = load_generator(case.row.config(folder), ROOT)
+            latents = torch.zeros(2, *generator.latent_shape)
+            time = torch.ones(2) if generator.prediction == "velocity" else torch.tensor([900, 500])
+            generator.predict(latents, time, case.subject.conditioning)
+            generator.pictures(latents)
+        path.write_text(before)
 
 
 def test_what_the_chain_and_the_network_leave_out_is_told(case: Case, caplog: pytest.LogCaptureFixture) -> None:

@@ -92,12 +92,14 @@ def test_a_setup_is_planned_on_its_hardware(setup: str, hardware: str, checkpoin
             require_fit(config, ROOT, 8, found, found.peak - 1)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_looked_at(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*RECIPES, *SETUPS])
+def test_recipes_and_setups_are_looked_at(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\nan owl\n" * 20)
-    given = [f"experiment={name}", *_tiny(RECIPES[name], checkpoints), f"prompts.source={prompts}"]
-    runs = {arm: load_config([*given, f"arm={arm}"]) for arm in ("base", "grpo", "vipo")}
+    whole = [f"experiment={name}"] if name in RECIPES else ["experiment=ablation", f"setup={name}"]
+    given = [*whole, *_tiny((RECIPES | SETUPS)[name], checkpoints), f"prompts.source={prompts}"]
+    arms = ("base", "grpo", "vipo") if name in RECIPES else ("vipo",)
+    runs = {arm: load_config([*given, f"arm={arm}"]) for arm in arms}
     lines = {line.subject: line for line in check_experiment(runs, ROOT, tmp_path)}
     assert lines["configuration"].verdict == "ok", lines["configuration"]
     assert not [line for line in lines.values() if "could not be checked" in line.said]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import generator_config
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import ModelMixin, WanPipeline, WanTransformer3DModel
 from families import FAMILIES
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -16,10 +16,11 @@ from torch import Tensor
 from vipo.config.generator import GeneratorConfig
 from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
+from vipo.generators.original import original_state
+from vipo.generators.original_names import NAMES, UNUSED
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.starting import checkpoint_inputs
-from vipo.handover.original import original_state
-from vipo.handover.original_names import NAMES
+from vipo.generators.wan import WanGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,10 +100,10 @@ def test_a_file_that_does_not_hold_the_network_is_named(single: tuple[Path, Path
     name, query = "model.diffusion_model.head.head.bias", "model.diffusion_model.blocks.0.self_attn.q"
     one = tensors[f"{query}.weight"]
     for changed, fault in (
-        ({name: None}, "missing: proj_out.bias"),
-        ({name: torch.ones(3)}, r"of another shape: proj_out.bias \(3,\) instead of \(64,\)"),
-        ({name: torch.full_like(tensors[name], float("nan"))}, "not finite: proj_out.bias"),
-        ({f"{query}.lora_A.weight": torch.ones(2, 24)}, "extra: blocks.0.attn1.to_q.lora_A.weight"),
+        ({name: None}, "missing: head.head.bias"),
+        ({name: torch.ones(3)}, r"of another shape: head.head.bias \(3,\) instead of \(64,\)"),
+        ({name: torch.full_like(tensors[name], float("nan"))}, "not finite: head.head.bias"),
+        ({f"{query}.lora_A.weight": torch.ones(2, 24)}, "extra: blocks.0.self_attn.q.lora_A.weight"),
         ({f"{query}.weight": one.to(torch.float8_e4m3fn), f"{query}.scale_weight": torch.ones(())}, r"q.weight \(F8_"),
         ({f"{query}.weight": one.to(torch.int8)}, rf"not of floating point: {query}.weight \(I8\)"),
     ):
@@ -112,29 +113,63 @@ def test_a_file_that_does_not_hold_the_network_is_named(single: tuple[Path, Path
     assert "transformer: cannot be loaded" in told(file=str(file))
 
 
+def _original_of(generator: PipelineGenerator) -> dict[str, Tensor]:
+    """The network's tensors as its authors' file, or ComfyUI's, names them."""
+    return original_state(
+        generator.network.state_dict(), NAMES[generator.network_class.__name__](generator.network.config)
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_what_comfyui_is_handed_is_read_again(prefix: str, tiny_stable_diffusion: Path, tmp_path: Path) -> None:
-    """Of a UNet too, of which diffusers finds none without that prefix; other parts in the file are left alone."""
-    config = generator_config("sd", tiny_stable_diffusion)
-    whole = load_generator(config, ROOT)
-    assert isinstance(whole, PipelineGenerator)
-    named = original_state(whole.network.state_dict(), NAMES["UNet2DConditionModel"](whole.network.config))
-    file = tmp_path / "unet.safetensors"
-    beside = {"first_stage_model.a": torch.ones(1), "cond_stage_model.position_ids": torch.ones(1, dtype=torch.int64)}
-    save_file({f"{prefix}{name}": value for name, value in named.items()} | (beside if prefix else {}), file)
-    found = load_generator(config.model_copy(update={"file": str(file)}), ROOT)
-    assert isinstance(found, PipelineGenerator)
-    assert _same(_weights(found), _weights(whole))
-
-
-@pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video"])
-def test_a_family_without_a_single_file_says_so(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.parts and name != "wan22_a14b"])
+def test_a_network_under_its_original_names_is_read(family: str, prefix: str, tmp_path: Path) -> None:
+    """Where other parts are in the file they are left alone; what is not the network's is an error in each family."""
     row = FAMILIES[family]
-    file = tmp_path / "any.safetensors"
-    save_file({"a": torch.ones(1)}, file)
-    config = row.config(row.write(tmp_path / family), file=str(file))
-    with pytest.raises(GeneratorError, match=r"file: diffusers reads no single file of (CogVideoX|HunyuanVideo15)Tra"):
-        load_generator(config, ROOT)
+    folder = row.write(tmp_path / family)
+    whole = load_generator(row.config(folder), ROOT)
+    assert isinstance(whole, PipelineGenerator)
+    original, file = _original_of(whole), tmp_path / "network.safetensors"
+    beside = {"first_stage_model.a": torch.ones(1), "cond_stage_model.position_ids": torch.ones(1, dtype=torch.int64)}
+
+    def read(changes: dict[str, Tensor | None]) -> PipelineGenerator:
+        named = {f"{prefix}{key}": value for key, value in (original | changes).items() if value is not None}
+        save_file(named | (beside if prefix else {}), file)
+        found = load_generator(row.config(folder, file=str(file)), ROOT)
+        assert isinstance(found, PipelineGenerator)
+        return found
+
+    for weights in (folder / whole.network_folder).glob("*.safetensors"):
+        weights.unlink()
+    unused = UNUSED.get(whole.network_class.__name__, ())
+    found = read({name: torch.ones(2) for name in unused})
+    assert _same(dict(found.network.state_dict()), dict(whole.network.state_dict()))
+    assert _same(dict(found.network.named_buffers()), dict(whole.network.named_buffers()))
+    assert not found.network.training
+    # Parts of one tensor of the file, too, are written like others.
+    for name, generator in (("one", whole), ("other", found)):
+        generator.save_network(tmp_path / name)
+    [[one], [other]] = ([*(tmp_path / name).rglob("*.safetensors")] for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+    for strange in {"strange.weight", "norm_final.weight"} - original.keys() - {*unused}:
+        with pytest.raises(GeneratorError, match=rf"network.safetensors: does not hold what .*: extra: {strange};"):
+            read({strange: torch.ones(1)})
+    last = max(name for name in original if name.endswith(".weight"))
+    with pytest.raises(
+        GeneratorError, match=rf"network.safetensors: does not hold what .*: missing: {re.escape(last)};"
+    ):
+        read({last: None})
+
+
+def test_a_network_whose_names_nobody_knows_says_so(
+    tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unknown(ModelMixin):
+        pass
+
+    monkeypatch.setattr(WanGenerator, "network_class", Unknown)
+    save_file({"a": torch.ones(1)}, tmp_path / "any.safetensors")
+    with pytest.raises(GeneratorError, match=r"file: neither vipo nor diffusers knows how the files of a Unknown name"):
+        _load(tiny_wan, file=str(tmp_path / "any.safetensors"))
 
 
 def _lora(file: Path, names: dict[str, str], alpha: float | None = None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -23,9 +24,17 @@ from published_names import cogvideox_from_comfyui, hunyuan_in_comfyui, hunyuan_
 from torch import Tensor
 
 from vipo.config.registries import FAMILIES
-from vipo.handover.original import PREFIX, NamesError, Rule, original_lora, original_state, place_of
-from vipo.handover.original_names import NAMES, REFUSED
-from vipo.handover.original_videos import whole_refused
+from vipo.generators.original import (
+    PREFIX,
+    NamesError,
+    Rule,
+    original_lora,
+    original_state,
+    place_of,
+    state_of_original,
+)
+from vipo.generators.original_names import NAMES, REFUSED, UNUSED
+from vipo.generators.original_videos import whole_refused
 
 # Few blocks, and of FLUX.1 as many rows as published, for its converter counts them; columns are cut to two.
 NETWORKS: Mapping[str, Callable[[], Any]] = {
@@ -52,6 +61,10 @@ NETWORKS: Mapping[str, Callable[[], Any]] = {
     "ZImageTransformer2DModel": lambda: ZImageTransformer2DModel(
         dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=24, axes_dims=[8, 12, 12],
         axes_lens=[16, 16, 16],
+    ),
+    "SanaTransformer2DModel": lambda: SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
     ),
     "QwenImageTransformer2DModel": lambda: QwenImageTransformer2DModel(
         num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
@@ -97,6 +110,11 @@ def _hunyuan_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return back
 
 
+def _sana_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    beside = dict.fromkeys(UNUSED["SanaTransformer2DModel"], torch.zeros(1))
+    return utils.convert_sana_transformer_to_diffusers(state | beside)
+
+
 def _unet_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     named = {f"model.diffusion_model.{name}": value for name, value in state.items()}
     return utils.convert_ldm_unet_checkpoint(named, config)
@@ -108,6 +126,7 @@ BACK: Mapping[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
     "SD3Transformer2DModel": lambda state, _: utils.convert_sd3_transformer_checkpoint_to_diffusers(state),
     "WanTransformer3DModel": lambda state, _: utils.convert_wan_transformer_to_diffusers(state),
     "ZImageTransformer2DModel": lambda state, _: utils.convert_z_image_transformer_checkpoint_to_diffusers(state),
+    "SanaTransformer2DModel": _sana_back,
     "QwenImageTransformer2DModel": lambda state, _: state,
     "UNet2DConditionModel": _unet_back,
     "HunyuanVideo15Transformer3DModel": _hunyuan_back,
@@ -136,8 +155,29 @@ def test_diffusers_own_converter_gives_the_network_back(name: str) -> None:
     original = original_state(state, NAMES[name](config))
     back = BACK[name](dict(original), config)
     assert back.keys() == state.keys()
+    read = state_of_original(original, {key: value.shape for key, value in state.items()}, NAMES[name](config))
+    assert read.keys() == state.keys()
     for key, value in state.items():
         assert torch.equal(back[key], value), key
+        assert torch.equal(read[key], value), key
+
+
+@pytest.mark.parametrize(("guided", "tensors"), [(True, 780), (False, 776)])
+def test_flux_at_its_published_size_is_what_diffusers_reads(guided: bool, tensors: int) -> None:
+    """All 57 blocks of FLUX.1-dev or schnell, without data: shapes, which name what the authors' file holds."""
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(guidance_embeds=guided)
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    rules = NAMES["FluxTransformer2DModel"](network.config)
+    original = original_state(network.state_dict(), rules)
+    assert len(original) == tensors
+    assert original["double_blocks.18.img_attn.qkv.weight"].shape == (9216, 3072)
+    assert original["single_blocks.37.linear1.weight"].shape == (21504, 3072)
+    for read in (
+        utils.convert_flux_transformer_checkpoint_to_diffusers(dict(original)),
+        state_of_original(original, shapes, rules),
+    ):
+        assert {key: tuple(value.shape) for key, value in read.items()} == shapes
 
 
 @pytest.mark.parametrize("name", NETWORKS)

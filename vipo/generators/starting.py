@@ -17,7 +17,7 @@ from vipo.config.resolved import read_mapping
 from vipo.config.validation import ConfigError, validate_section
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.lora import lora_file
-from vipo.generators.one_file import converter, load_network_file
+from vipo.generators.one_file import load_network_file, readable
 from vipo.generators.parts import load_part, not_floating, stored_dtypes
 from vipo.text import cause, listed
 
@@ -146,10 +146,10 @@ def check_start(config: GeneratorConfig, root: Path, network_class: Any, pair: b
     if config.file is None:
         return
     single_file(config, root)
-    if converter(network_class) is None:
+    if not readable(network_class):
         raise GeneratorError(
-            f"generator.file: diffusers reads no single file of {network_class.__name__}; give the pipeline's folder "
-            "as generator.path alone"
+            f"generator.file: neither vipo nor diffusers knows how the files of a {network_class.__name__} name its "
+            "tensors; give the pipeline's folder as generator.path alone"
         )
 
 

@@ -12,11 +12,11 @@ from vipo.config.run import Config
 from vipo.generators.base import checkpoint_location
 from vipo.generators.configured import resolve_class
 from vipo.generators.lora import LORA_FILE
+from vipo.generators.original import NamesError, original_lora, original_state
+from vipo.generators.original_names import NAMES, REFUSED, Rules
+from vipo.generators.original_videos import whole_refused
 from vipo.generators.parts import load_part
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.handover.original import NamesError, original_lora, original_state
-from vipo.handover.original_names import NAMES, REFUSED, Rules
-from vipo.handover.original_videos import whole_refused
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _rules(config: Config) -> tuple[type[PipelineGenerator], Rules]:
     if not issubclass(adapter, PipelineGenerator):
         raise _refusal(config, adapter.__name__, "only a PipelineGenerator's network has names that are known")
     network = adapter.network_class.__name__
-    if network not in NAMES:
+    if network not in NAMES or network in REFUSED:
         raise _refusal(config, network, REFUSED.get(network, "the names that ComfyUI has for it are not known to vipo"))
     return adapter, NAMES[network]
 

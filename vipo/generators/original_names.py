@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from vipo.handover.original import Rule, joined
-from vipo.handover.original_flux import flux, flux2, last_layer
-from vipo.handover.original_videos import cogvideox, hunyuan_video, wan
+from vipo.generators.original import Rule, joined
+from vipo.generators.original_flux import flux, flux2, last_layer
+from vipo.generators.original_videos import cogvideox, hunyuan_video, wan
 
 Rules = Callable[[Any], list[Rule]]
 
@@ -65,6 +65,33 @@ def _z_image(config: Any) -> list[Rule]:
         Rule(r"(.+\.attention)\.norm_([qk])", r"\1.\2_norm"),
         Rule(r"all_(final_layer|x_embedder)\.2-1(.*)", r"\1\2"),
         Rule(r"(.+)", r"\1"),
+    ]
+
+
+def _sana(config: Any) -> list[Rule]:
+    """Sana (NVlabs'), with the norms of queries and keys that 1.5 has."""
+    block, theirs = r"transformer_blocks\.(\d+)\.", r"blocks.\1."
+    return [
+        *joined(block + r"attn1\.", ("to_q", "to_k", "to_v"), theirs + "attn.qkv"),
+        *joined(block + r"attn2\.", ("to_k", "to_v"), theirs + "cross_attn.kv_linear"),
+        Rule(block + r"attn2\.to_q", theirs + "cross_attn.q_linear"),
+        *(
+            Rule(rf"{block}{ours}\.{layer}", f"{theirs}{name}.{short}")
+            for ours, name in (("attn1", "attn"), ("attn2", "cross_attn"))
+            for layer, short in ((r"to_out\.0", "proj"), ("norm_q", "q_norm"), ("norm_k", "k_norm"))
+        ),
+        Rule(block + r"ff\.conv_(\w+)", theirs + r"mlp.\2_conv.conv"),
+        Rule(block + "scale_shift_table", theirs + "scale_shift_table"),
+        Rule("scale_shift_table", "final_layer.scale_shift_table"),
+        Rule("proj_out", "final_layer.linear"),
+        Rule(r"patch_embed\.proj", "x_embedder.proj"),
+        Rule(r"time_embed\.linear", "t_block.1"),
+        *(
+            Rule(rf"time_embed\.emb\.timestep_embedder\.linear_{number}", f"t_embedder.mlp.{place}")
+            for number, place in ((1, 0), (2, 2))
+        ),
+        Rule(r"caption_projection\.linear_(\d)", r"y_embedder.y_proj.fc\1"),
+        Rule("caption_norm", "attention_y_norm"),
     ]
 
 
@@ -130,6 +157,7 @@ NAMES: Mapping[str, Rules] = MappingProxyType(
         "SD3Transformer2DModel": _sd3,
         "WanTransformer3DModel": wan,
         "ZImageTransformer2DModel": _z_image,
+        "SanaTransformer2DModel": _sana,
         "QwenImageTransformer2DModel": _as_here,
         "HunyuanVideo15Transformer3DModel": hunyuan_video,
         "CogVideoXTransformer3DModel": cogvideox,
@@ -137,6 +165,15 @@ NAMES: Mapping[str, Rules] = MappingProxyType(
     }
 )
 """Rules by the network's class in diffusers."""
+
+UNUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        # A norm of Lumina 2's.
+        "ZImageTransformer2DModel": ("norm_final.weight",),
+        "SanaTransformer2DModel": ("pos_embed", "y_embedder.y_embedding"),
+    }
+)
+"""What files hold of a network beside what it computes with."""
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {

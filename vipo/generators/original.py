@@ -1,8 +1,9 @@
-"""Weights under the names of a family's original repository, which ComfyUI and others read.
+"""Weights under the names of a family's original repository, which ComfyUI and others read and write.
 
-A family's map is a list of rules (`vipo.handover.original_names`). Where the original has one layer for several of
-ours, their rows are put below each other; where it has the halves of a modulation in the other order, they change
-places. Both are exact for LoRA too: the product of its two matrices is what the rule would make of the products.
+One map serves both ways: a list of rules of the family (`vipo.generators.original_names`). Where the original has one
+layer for several of ours, their rows are put below each other; where it has the halves of a modulation in the other
+order, they change places. Both are exact for LoRA too: the product of its two matrices is what the rule would make of
+the products.
 """
 
 import re
@@ -66,7 +67,7 @@ def place_of(layer: str, rules: Iterable[Rule]) -> Place:
     for rule in rules:
         if match := re.fullmatch(rule.pattern, layer):
             return Place(match.expand(rule.template), rule)
-    raise NamesError(f"{layer}: has no name in the original repository's layout, so the weights are not handed over so")
+    raise NamesError(f"{layer}: has no name in the original repository's layout, and no place in its files")
 
 
 def original_state(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
@@ -81,12 +82,38 @@ def original_state(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[s
     """
     parts: dict[str, dict[int | None, Tensor]] = {}
     for key, value in state.items():
-        layer, kind = _layer_and_kind(key)
-        place = place_of(layer, rules)
-        named = place.rule.weight if kind == "weight" else kind
-        target = f"{place.name}.{named}" if named else place.name
-        parts.setdefault(target, {})[place.rule.part] = _turned(value) if place.rule.turned else value
+        target, rule = _target(key, rules)
+        parts.setdefault(target, {})[rule.part] = _turned(value) if rule.turned else value
     return {name: _joined(name, pieces) for name, pieces in parts.items()}
+
+
+def state_of_original(
+    original: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], rules: Sequence[Rule]
+) -> dict[str, Tensor]:
+    """A network's whole state of what `original_state` made of it; parts of a joined layer are views of it.
+
+    Args:
+        original: tensors by their original names, of the shapes that `original_state` gives; others are left alone.
+        shapes: of each tensor of the network, by its name in diffusers.
+        rules: of the family.
+
+    Raises:
+        NamesError: a tensor has no place.
+    """
+    parts: dict[str, list[tuple[int, str, Rule]]] = {}
+    for key in shapes:
+        target, rule = _target(key, rules)
+        parts.setdefault(target, []).append((rule.part or 0, key, rule))
+    found: dict[str, Tensor] = {}
+    for name, pieces in parts.items():
+        top = 0
+        for _, key, rule in sorted(pieces, key=lambda piece: piece[0]):
+            value = original[name]
+            if rule.part is not None:
+                value = value[top : top + shapes[key][0]]
+                top += len(value)
+            found[key] = _turned(value) if rule.turned else value
+    return found
 
 
 def original_lora(
@@ -124,9 +151,13 @@ def original_lora(
     return found, len(names)
 
 
-def _layer_and_kind(key: str) -> tuple[str, str]:
+def _target(key: str, rules: Sequence[Rule]) -> tuple[str, Rule]:
+    """The original name of a tensor, and the rule that says so."""
     layer, _, kind = key.rpartition(".")
-    return (layer, kind) if kind in ("weight", "bias") else (key, "")
+    layer, kind = (layer, kind) if kind in ("weight", "bias") else (key, "")
+    place = place_of(layer, rules)
+    named = place.rule.weight if kind == "weight" else kind
+    return (f"{place.name}.{named}" if named else place.name), place.rule
 
 
 def _turned(value: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vipo.handover.original import Rule, joined
-from vipo.handover.original_flux import double_blocks, last_layer
+from vipo.generators.original import Rule, joined
+from vipo.generators.original_flux import double_blocks, last_layer
 
 
 def wan(config: Any) -> list[Rule]:

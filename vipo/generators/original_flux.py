@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vipo.handover.original import Rule, joined
+from vipo.generators.original import Rule, joined
 
 
 def flux(config: Any) -> list[Rule]:
