@@ -31,7 +31,7 @@ ORIGIN, FILES = "origin", "files"
 """Key of a file's metadata that says what it belongs to (JSON), and in it, of several files, their SHA-256 by name."""
 
 _AGAIN = "; run the encode stage again"
-_ENCODERS = ("text_encoder", "tokenizer")
+_ENCODERS = ("text_encoder", "tokenizer", "connectors")
 
 
 @without_loading_bars()
