@@ -63,7 +63,7 @@ def encode_prompts(config: GeneratorConfig, root: Path, prompts: Sequence[Prompt
 
 
 def encoder_hashes(config: GeneratorConfig, root: Path) -> dict[str, str]:
-    """SHA-256 of each text encoder and tokenizer of a local checkpoint, by subfolder: of its files' names and hashes.
+    """SHA-256 of each text encoder, connectors and tokenizer of a local checkpoint, by subfolder: of names and hashes.
 
     Nothing of a hub id: its commit, which is part of the configuration, pins them.
 
