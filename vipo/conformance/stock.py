@@ -100,7 +100,10 @@ def stock_pipeline(kind: type[PipelineGenerator], config: GeneratorConfig, root:
             )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(config.device)
-        if kind.decoded_singly:
+        # The mask of HunyuanVideo 1.5's attention fits one video alone, and a slice of what takes noise levels is given
+        # the next one's latents for its level (diffusers 0.42).
+        sliced = hasattr(pipeline.vae, "enable_slicing") and not pipeline.vae.config.get("timestep_conditioning")
+        if sliced:
             pipeline.vae.enable_slicing()
     forced = dict(kind.stock_forced)
     getattr(pipeline, kind.network_folder).register_forward_pre_hook(

@@ -56,8 +56,6 @@ class HunyuanVideo15Generator(PipelineGenerator):
     autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"AutoencoderKLHunyuanVideo15": AutoencoderKLHunyuanVideo15}
     )
-    # The mask of its attention fits one video alone (diffusers 0.42).
-    decoded_singly: ClassVar[bool] = True
     longest_sequence: ClassVar[int | None] = 1000
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({_NAMES[0]: "text_embed_dim", _NAMES[2]: "text_embed_2_dim"})
     masks: ClassVar[tuple[str, ...]] = (_NAMES[1], _NAMES[3])
@@ -65,6 +63,8 @@ class HunyuanVideo15Generator(PipelineGenerator):
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
         self._lengths: AbstractContextManager[Any] = contextlib.nullcontext()
+        # The mask of its attention fits one video alone (diffusers 0.42).
+        self.vae.enable_slicing()
         settings = vae.config
         space, factor = settings.spatial_compression_ratio, settings.temporal_compression_ratio
         self.check_size(space * network.config.patch_size)

@@ -47,7 +47,6 @@ class PipelineGenerator(TrainedNetworks):
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
         masks: conditioning tensors that tell which of the tokens are the prompt's.
         folded: whether `out_channels` of an autoencoder with a `patch_size` counts the pixels of a patch.
-        decoded_singly: whether the autoencoder takes one sample alone.
     """
 
     vae: Any
@@ -62,7 +61,6 @@ class PipelineGenerator(TrainedNetworks):
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
     masks: ClassVar[tuple[str, ...]] = ()
     folded: ClassVar[bool] = True
-    decoded_singly: ClassVar[bool] = False
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         """Take loaded parts.
@@ -78,8 +76,6 @@ class PipelineGenerator(TrainedNetworks):
         self.network = self.placed(network).requires_grad_(False).eval()
         use_kernels(self.network, config)
         self.vae = vae.to(self.device).requires_grad_(False).eval()
-        if self.decoded_singly:
-            self.vae.enable_slicing()
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
