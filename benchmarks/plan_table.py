@@ -47,6 +47,7 @@ class Published:
 
     Attributes:
         network, vae: of both.
+        others: of parts that are looked at and not counted, by subfolder.
         scheduler: with its class.
         index: of ``model_index.json``.
     """
@@ -55,6 +56,7 @@ class Published:
     vae: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=lambda: _FLOW)
     index: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 GENERATORS: Mapping[str, Published] = {
@@ -141,6 +143,12 @@ GENERATORS: Mapping[str, Published] = {
     ),
     "wan22_a14b": Published(index={"boundary_ratio": 0.875}),
     "hunyuan_video": Published(),
+    "ltx2": Published(
+        {"rope_type": "split"},
+        {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+        _DYNAMIC,
+        others={"connectors": {}},
+    ),
     "cogvideox": Published(
         scheduler={
             "_class_name": "CogVideoXDDIMScheduler",
@@ -198,6 +206,9 @@ def write_checkpoint(name: str, folder: Path) -> None:
         index[part] = ["diffusers", class_name]
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps({"_class_name": class_name, **settings}))
+    for part, settings in published.others.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(settings))
     index["scheduler"] = ["diffusers", published.scheduler["_class_name"]]
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(published.scheduler)))

@@ -10,7 +10,7 @@ from checkpoints import write_stable_diffusion, write_wan, write_wan22_a14b, wri
 from family import Family
 from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
-from video_checkpoints import write_cogvideox, write_hunyuan_video
+from video_checkpoints import write_cogvideox, write_hunyuan_video, write_ltx2
 
 _GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": "blurry"})
 _SCHEDULER = "scheduler/scheduler_config.json"
@@ -103,7 +103,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (
                     _INDEX,
                     {"_class_name": "LTX2ImageToVideoPipeline"},
-                    "'LTX2I.*'; .* LTX-2 draws sound and picture as one .*; take another",
+                    "'LTX2I.*'; .* family 'ltx2' holds LTX2Pipeline",
                 ),
                 (_NETWORK, {"image_dim": 1280}, "transformer: image_dim 1280: .*image-to-video"),
                 (_NETWORK, {"added_kv_proj_dim": 24}, "transformer: added_kv_proj_dim 24"),
@@ -181,6 +181,42 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
                 (_INDEX, {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "'HunyuanVideo15ImageToVideoPipeline'"),
             ),
+        ),
+        "ltx2": Family(
+            "ltx2",
+            write_ltx2,
+            ("text_encoder", "connectors", "transformer", "vae"),
+            {**_GUIDED, "frames": 9, "width": 64, "max_sequence_length": 32},
+            gives_levels=True,
+            refused=(
+                (_INDEX, {"_class_name": "LTX2ConditionPipeline"}, "'LTX2ConditionPipeline'; .* no sound, no first"),
+                (
+                    _INDEX,
+                    {"text_encoder": ["transformers", "Gemma4UnifiedForConditionalGeneration"]},
+                    "text_encoder 'Gemma4Unified.*holds LTX-2 and 2.3",
+                ),
+                (_NETWORK, {"patch_size": 2}, "patch_size 2, patch_size_t 1; LTX-2 has 1 and 1"),
+                (_NETWORK, {"in_channels": 8}, "in_channels 8 and out_channels 4, as in checkpoints that take a cond"),
+                (
+                    "vae/config.json",
+                    {"latent_channels": 8},
+                    "latent_channels 8, but the transformer's in_channels are 4",
+                ),
+                ("vae/config.json", {"decoder_inject_noise": [True, False, False]}, "draws noise while it decodes"),
+                (
+                    "connectors/config.json",
+                    {"video_connector_num_learnable_registers": None},
+                    "video_connector_num_learnable_registers None",
+                ),
+            ),
+            misfits=(({"max_sequence_length": 30}, "max_sequence_length 30 is not a multiple of 8, the registers"),),
+        ),
+        "ltx2_3": Family(
+            "ltx2",
+            lambda folder: write_ltx2(folder, modulated=True),
+            (),
+            {**_GUIDED, "frames": 9, "width": 64, "max_sequence_length": 32},
+            gives_levels=True,
         ),
         "cogvideox": Family(
             "cogvideox",

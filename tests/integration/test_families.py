@@ -48,6 +48,7 @@ BLOCKS = (
     "sd",
     "sana",
     "hunyuan_video",
+    "ltx2",
     "cogvideox_rotary",
     "sd3",
     "flux2_klein",
@@ -61,6 +62,7 @@ DISPATCHED = (
     "flux2_dev",
     "flux2_klein",
     "hunyuan_video",
+    "ltx2",
     "qwen_image",
     "wan",
     "wan22_a14b",
@@ -266,9 +268,9 @@ def test_what_is_sharded_over_processes_is_a_block_of_the_network(case: Case) ->
     if isinstance(network, Experts):
         # Processes whose samples need different ones must gather the same: both, as a whole.
         network = network.transformer
-    blocks = set(network._no_split_modules)
-    held = [module for module in network.modules() if type(module).__name__ in blocks]
+    held = blocks(network)
     assert len(held) > 1
+    assert network not in held
 
 
 def test_its_blocks_can_be_compiled_whole_and_compute_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +331,7 @@ def test_a_tensor_that_a_part_lacks_or_does_not_take_is_named(case: Case, tmp_pa
         faults: list[str] = []
         edit_tensors(folder / part, lambda tensors, faults=faults: faults.extend(faulty(tensors)))
         config = case.row.config(folder)
-        read = _encode if part.startswith("text") else load_generator
+        read = _encode if part.startswith(("text", "connectors")) else load_generator
         with pytest.raises(GeneratorError) as told:
             read(config, ROOT)
         assert f"/{part}: does not hold what" in str(told.value)

@@ -15,6 +15,8 @@ JOBS = {
     "z_image": "ddp",
     "hunyuan_video": "fsdp",
     "cogvideox": "fsdp",
+    # Half of it is not trained.
+    "ltx2": "fsdp",
     # The first process's sample needs one of its networks, the second's the other.
     "wan22_a14b": "ddp",
 }
@@ -23,7 +25,7 @@ JOBS = {
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     for name in JOBS:
         FAMILIES[name].write(tmp_path / name)
-    jobs = [f"{name}:{strategy}" for name, strategy in JOBS.items()] + ["wan22_a14b:fsdp"]
+    jobs = [f"{name}:{strategy}" for name, strategy in JOBS.items()] + ["wan22_a14b:fsdp", "ltx2:ddp"]
     ran = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("spread.py")), str(tmp_path), *jobs],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

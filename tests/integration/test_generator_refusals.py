@@ -146,7 +146,7 @@ def test_lora_weights_without_a_module_that_was_trained_are_refused(tiny_generat
     tmp_path.joinpath("weights").mkdir()
     generator.save_network(tmp_path / "weights")
     generator.load_network(tmp_path / "weights")
-    check_adapted(generator.network, lora.targets, tmp_path)
+    check_adapted(generator, lora.targets, tmp_path)
     [first] = {min(load_file(tmp_path / "weights" / LORA_FILE)).partition(".lora_")[0]}
 
     def lose(tensors: dict[str, Tensor]) -> None:
@@ -156,7 +156,7 @@ def test_lora_weights_without_a_module_that_was_trained_are_refused(tiny_generat
     edit_tensors(tmp_path / "weights", lose)
     generator.load_network(tmp_path / "weights")
     with pytest.raises(GeneratorError, match=f"missing: {first.removeprefix('transformer.')}.lora_A.weight"):
-        check_adapted(generator.network, lora.targets, tmp_path)
+        check_adapted(generator, lora.targets, tmp_path)
 
 
 def test_a_lora_target_that_names_nothing_is_named(tiny_generator: Path) -> None:

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import OTHER_FAMILY
+from video_checkpoints import write_ltx2
 
 from vipo.cli import app
 from vipo.config.compose import load_config, load_config_file, repository_root
@@ -388,17 +389,24 @@ def test_the_commands_of_the_documentation(
 
 @pytest.mark.parametrize(
     ("family", "extra"),
-    [("wan", ["generator.frames=9", "generator.max_sequence_length=8", LORA]), ("sd", ["sampling.transition=ddim"])],
-    ids=["wan-lora", "sd-full"],
+    [
+        ("wan", ["generator.frames=9", "generator.max_sequence_length=8", LORA]),
+        ("sd", ["sampling.transition=ddim"]),
+        ("ltx2", ["generator.frames=9", "generator.max_sequence_length=16", "generator.width=64", LORA]),
+    ],
+    ids=["wan-lora", "sd-full", "ltx2-lora"],
 )
 def test_other_families(
     family: str, extra: list[str], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = request.getfixturevalue({"wan": "tiny_wan", "sd": "tiny_stable_diffusion"}[family])
+    if family == "ltx2":
+        base = write_ltx2(tmp_path / "ltx2")
+    else:
+        base = request.getfixturevalue({"wan": "tiny_wan", "sd": "tiny_stable_diffusion"}[family])
     (tmp_path / "prompts.txt").write_text("a fox\nan owl\na hen\na bee\nan elk\na cat\na dog\nrain\n")
     overrides = [
         *OTHER_FAMILY,
-        f"generator={ {'wan': 'wan', 'sd': 'stable_diffusion'}[family] }",
+        f"generator={'stable_diffusion' if family == 'sd' else family}",
         f"generator.path={base}",
         "generator.negative_prompt=mud",
         f"prompts.source={tmp_path / 'prompts.txt'}",
@@ -419,18 +427,20 @@ def test_other_families(
     folder = export_run(run, tmp_path / "export", ROOT, license_id="apache-2.0")
     names = _run_card(folder, monkeypatch)
     with Image.open(next(folder.glob("sample.*"))) as drawn:
-        assert drawn.size == (48, 32)
-        assert getattr(drawn, "n_frames", 1) == (9 if family == "wan" else 1)
-    network = getattr(names["pipeline"], "transformer" if family == "wan" else "unet")
-    stock = getattr(DiffusionPipeline.from_pretrained(base), "transformer" if family == "wan" else "unet")
-    if family == "wan":
+        assert drawn.size == (config.generator.width, 32)
+        assert getattr(drawn, "n_frames", 1) == (config.generator.frames or 1)
+    network = getattr(names["pipeline"], "unet" if family == "sd" else "transformer")
+    stock = getattr(DiffusionPipeline.from_pretrained(base), "unet" if family == "sd" else "transformer")
+    # With the example's own line, and there alone, the network is called without its sound.
+    assert len(network._forward_pre_hooks) == (family == "ltx2")
+    if config.training.lora is not None:
         assert network.peft_config
     else:
         assert any(
             not torch.equal(value, other) for value, other in zip(network.parameters(), stock.parameters(), strict=True)
         )
     card = ModelCard.load(folder / "README.md")
-    assert card.data.pipeline_tag == ("text-to-video" if family == "wan" else "text-to-image")
+    assert card.data.pipeline_tag == ("text-to-image" if family == "sd" else "text-to-video")
     assert "states no licence" in card.text
 
 

@@ -104,7 +104,7 @@ def test_one_alone_is_trained_and_saved(experts: str, mode: str, folder: Path, t
             assert all(name.startswith("transformer.blocks.") for name in stream.keys())  # noqa: SIM118
     again = _load(folder, experts=experts)
     again.load_network(tmp_path)
-    check_adapted(again.network, LoraConfig().targets, tmp_path)
+    check_adapted(again, LoraConfig().targets, tmp_path)
     with torch.no_grad():
         found = again.predict(noise, torch.tensor([0.5]), given), again.predict(noise, torch.ones(1), given)
     for one, two in zip(found, expected, strict=True):

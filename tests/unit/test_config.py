@@ -311,6 +311,7 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
         ("z_image", 64),
         ("sana", 32),
         ("hunyuan_video", (16 * 30 * 52) ** 0.5),
+        ("ltx2", (16 * 16 * 24) ** 0.5),
         ("wan", (14 * 30 * 52) ** 0.5),
         ("wan22_ti2v", (13 * 30 * 52) ** 0.5),
     ],

@@ -11,6 +11,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
+    LTX2VideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -91,7 +92,21 @@ NETWORKS: Mapping[str, Callable[[], Any]] = {
         num_attention_heads=2, attention_head_dim=16, num_layers=2, text_embed_dim=20, time_embed_dim=8,
         max_text_seq_length=4, use_rotary_positional_embeddings=True,
     ),
+    # All that LTX-2 and 2.3 have.
+    "LTX2VideoTransformer3DModel": lambda: LTX2VideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, audio_num_attention_heads=2,
+        audio_attention_head_dim=6, audio_cross_attention_dim=12, num_layers=2, caption_channels=16, gated_attn=True,
+        audio_gated_attn=True, cross_attn_mod=True, audio_cross_attn_mod=True,
+    ),
 }  # fmt: skip
+
+
+def _ltx2_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """By the converter of LoRA: that of whole files leaves the names that are 2.3's alone (diffusers 0.42)."""
+    back = lora_utils._convert_non_diffusers_ltx2_lora_to_diffusers(
+        {PREFIX + name: value for name, value in state.items()}
+    )
+    return {name.removeprefix("transformer."): value for name, value in back.items()}
 
 
 def _hunyuan_back(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -131,6 +146,7 @@ BACK: Mapping[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
     "UNet2DConditionModel": _unet_back,
     "HunyuanVideo15Transformer3DModel": _hunyuan_back,
     "CogVideoXTransformer3DModel": lambda state, _: cogvideox_from_comfyui(state),
+    "LTX2VideoTransformer3DModel": _ltx2_back,
 }
 
 
@@ -217,6 +233,7 @@ def test_lora_is_the_same_change_of_the_original_s_layers(name: str) -> None:
     [
         ("WanTransformer3DModel", lora_utils._convert_non_diffusers_wan_lora_to_diffusers),
         ("Flux2Transformer2DModel", lora_utils._convert_non_diffusers_flux2_lora_to_diffusers),
+        ("LTX2VideoTransformer3DModel", lora_utils._convert_non_diffusers_ltx2_lora_to_diffusers),
     ],
 )
 def test_diffusers_reads_the_lora_again(name: str, back: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -261,6 +278,16 @@ def test_wan_s_names_are_those_that_comfyui_knows() -> None:
     assert found.keys() == expected
 
 
+def test_ltx2_s_names_of_the_default_targets_are_lightricks() -> None:
+    """The published checkpoint's 48 blocks, without the modules of the sound: all 384 modules."""
+    attentions = [f"transformer_blocks.{block}.{name}" for block in range(48) for name in ("attn1", "attn2")]
+    layers = [f"{attention}.to_{target}" for attention in attentions for target in ("q", "k", "v", "out.0")]
+    adapted = {f"{layer}.lora_{side}.weight": torch.zeros(1, 1) for layer in layers for side in "AB"}
+    found, count = original_lora(adapted, {}, NAMES["LTX2VideoTransformer3DModel"](None))
+    assert count == 384
+    assert found.keys() == {f"diffusion_model.{name}" for name in adapted}
+
+
 def test_hunyuan_s_names_are_those_that_comfyui_makes_of_the_authors() -> None:
     """What its loader renames, and a LoRA of attention: the 54 blocks and 2 refiners of the published checkpoint."""
     state, config = _network("HunyuanVideo15Transformer3DModel")
@@ -286,6 +313,7 @@ def test_what_comfyui_would_take_for_another_network_is_refused() -> None:
         told = whole_refused("CogVideoXTransformer3DModel", {"use_rotary_positional_embeddings": rotary})
         assert (told is None) == rotary
     assert whole_refused("WanTransformer3DModel", {}) is None
+    assert "connectors" in str(whole_refused("LTX2VideoTransformer3DModel", {}))
 
 
 def test_what_has_no_place_is_refused_by_name() -> None:

@@ -14,6 +14,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "flux2_dev": "vipo.generators.flux2:Flux2DevGenerator",
         "flux2_klein": "vipo.generators.flux2:Flux2KleinGenerator",
         "hunyuan_video": "vipo.generators.hunyuan_video:HunyuanVideo15Generator",
+        "ltx2": "vipo.generators.ltx2:LTX2Generator",
         "qwen_image": "vipo.generators.qwen_image:QwenImageGenerator",
         "z_image": "vipo.generators.z_image:ZImageGenerator",
         "sana": "vipo.generators.sana:SanaGenerator",

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -99,9 +100,15 @@ def stock_pipeline(kind: type[PipelineGenerator], config: GeneratorConfig, root:
             )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(config.device)
-        # The mask of HunyuanVideo 1.5's attention fits one video alone (diffusers 0.42).
-        if hasattr(pipeline.vae, "enable_slicing"):
+        # The mask of HunyuanVideo 1.5's attention fits one video alone, and a slice of what takes noise levels is given
+        # the next one's latents for its level (diffusers 0.42).
+        sliced = hasattr(pipeline.vae, "enable_slicing") and not pipeline.vae.config.get("timestep_conditioning")
+        if sliced:
             pipeline.vae.enable_slicing()
+    forced = dict(kind.stock_forced)
+    getattr(pipeline, kind.network_folder).register_forward_pre_hook(
+        lambda _, args, given: (args, given | forced), with_kwargs=True
+    )
     pipeline.scheduler = deterministic_scheduler(kind, location, config)
     return pipeline
 
@@ -144,13 +151,13 @@ def sample_stock(
         GeneratorError: it raised.
     """
     seen: list[tuple[Tensor, float]] = []
-    step = pipeline.scheduler.step
 
-    def record(prediction: Tensor, time: Any, *args: object, **options: object) -> Any:
+    def record(scheduler: Any, prediction: Tensor, time: Any, *args: object, **options: object) -> Any:
         seen.append((prediction.clone(), float(time)))
-        return step(prediction, time, *args, **options)
+        return type(scheduler).step(scheduler, prediction, time, *args, **options)
 
-    pipeline.scheduler.step = record
+    # A method, so that a copy of the scheduler that the pipeline makes (LTX-2) steps by itself.
+    pipeline.scheduler.step = MethodType(record, pipeline.scheduler)
     settings = {
         "num_frames": config.frames,
         "guidance_scale": config.guidance_scale,
@@ -174,7 +181,7 @@ def sample_stock(
                 **{key: value for key, value in settings.items() if key in taken and value is not None},
             )
     finally:
-        pipeline.scheduler.step = step
+        del pipeline.scheduler.step
     prediction, time = seen[0]
     pictures = made.images if config.frames is None else made.frames
     return Sampled(kind.from_stock(prediction, noise.shape), time, pictures, pipeline.scheduler)

@@ -62,7 +62,7 @@ class Subject:
         if mode == "lora":
             generator.add_lora(self.lora, seed=0)
         elif mode == "full":
-            generator.network.requires_grad_(True)
+            generator.train_weights()
         return generator
 
     def stock(self, **parts: object) -> Any:

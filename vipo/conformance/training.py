@@ -1,6 +1,7 @@
 """The comparisons that train: an update, its resumption, what is exported, and frozen weights in bf16."""
 
 import copy
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,8 @@ def update(compared: Subject, mode: Mode) -> list[Finding]:
     second = step(generator, optimizer)
 
     adapters = {name for name in before if ".lora_A." in name or ".lora_B." in name}
-    meant = adapters if mode == "lora" else before.keys()
+    heard = {name for name in before if not re.fullmatch(generator.untrained, name)}
+    meant = adapters if mode == "lora" else heard
     trained = {name for name, value in parameters.items() if value.requires_grad}
     changed = {name for name, value in parameters.items() if not torch.equal(value.detach().cpu(), before[name])}
     unmoved = sorted(trained - changed)
@@ -58,7 +60,8 @@ def update(compared: Subject, mode: Mode) -> list[Finding]:
     if mode == "lora":
         adapted = {name.partition(".lora_")[0] for name in adapters}
         ends = tuple(f".{target}" for target in compared.lora.targets)
-        wanted = {name for name, module in generator.network.named_modules() if f".{name}".endswith(ends)}
+        modules = (name for name, _ in generator.network.named_modules() if f".{name}".endswith(ends))
+        wanted = {name for name in modules if not re.fullmatch(generator.untrained, name)}
         faults += _named("adapted by mistake", adapted - wanted)
     if torch.equal(first, second):
         faults.append("after an optimizer step the policy is the same")

@@ -245,7 +245,7 @@ def _trainable(config: Config, generator: Generator, weights: Path | None) -> di
                 f"--weights {weights}: holds a LoRA, which a run without training.lora does not train; set "
                 "training.lora as that run did"
             )
-        generator.network.requires_grad_(True)
+        generator.train_weights()
     elif weights is None:
         generator.add_lora(training.lora, config.seed)
     else:

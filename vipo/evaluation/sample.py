@@ -179,7 +179,7 @@ def _draw_missing(
             if (folder := weights[update]) is not None:
                 generator.load_network(folder)
                 if config.training.lora is not None:
-                    check_adapted(generator.network, config.training.lora.targets, folder)
+                    check_adapted(generator, config.training.lora.targets, folder)
             for batch in some:
                 images = draw(generator, chain, batch, conditioning, config)
                 for sample, image in zip(batch, images, strict=True):

@@ -72,7 +72,7 @@ def draw_side_by_side(
             pictures.append(_drawn(generator, drawn, embeddings, config, progress))
             generator.load_network(folder)
             if config.training.lora is not None:
-                check_adapted(generator.network, config.training.lora.targets, folder)
+                check_adapted(generator, config.training.lora.targets, folder)
             pictures.append(_drawn(generator, drawn, embeddings, config, progress))
     sheet = side_by_side([prompt.text for prompt in prompts], names, torch.stack(pictures))
     with atomic_file(output) as path:

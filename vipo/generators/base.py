@@ -1,9 +1,11 @@
 """What a generator adapter is."""
 
 import contextlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -44,6 +46,9 @@ class Generator(ABC):
         frame_rate: frames per second at which the family's videos play; None for images.
         network_folder: subfolder of the network in the diffusers layout.
         text_attention: where the network attends to the prompt, and to which words; None: it is not known.
+        untrained: matches the names of the network's modules and weights that have no way to a prediction, and that no
+            run trains; empty: none.
+        stock_forced: arguments of the network that the stock pipeline gives another value, or has no words for.
         prediction: what the network predicts.
         alphas_cumprod: where that is noise or v, the share of signal variance at each training timestep,
             ``(timesteps,)`` float32 on the CPU; None for flow matching.
@@ -64,6 +69,8 @@ class Generator(ABC):
     flow_shift: float | Callable[[int], float] | None = None
     network_folder: ClassVar[str]
     text_attention: ClassVar[TextAttention | None] = None
+    untrained: ClassVar[str] = ""
+    stock_forced: ClassVar[Mapping[str, object]] = MappingProxyType({})
     prediction: Prediction = "velocity"
 
     @property
@@ -200,6 +207,13 @@ class Generator(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Clean latents to images or videos ``(B, *config.sample_shape)`` in [0, 1], float32; call it by `pictures`."""
+
+    def train_weights(self) -> None:
+        """Let all of the network's weights be trained but those that are `untrained`."""
+        self.network.requires_grad_(True)
+        for name, value in self.network.named_parameters():
+            if re.fullmatch(self.untrained, name):
+                value.requires_grad_(False)
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:

@@ -31,7 +31,7 @@ ORIGIN, FILES = "origin", "files"
 """Key of a file's metadata that says what it belongs to (JSON), and in it, of several files, their SHA-256 by name."""
 
 _AGAIN = "; run the encode stage again"
-_ENCODERS = ("text_encoder", "tokenizer")
+_ENCODERS = ("text_encoder", "tokenizer", "connectors")
 
 
 @without_loading_bars()
@@ -63,7 +63,7 @@ def encode_prompts(config: GeneratorConfig, root: Path, prompts: Sequence[Prompt
 
 
 def encoder_hashes(config: GeneratorConfig, root: Path) -> dict[str, str]:
-    """SHA-256 of each text encoder and tokenizer of a local checkpoint, by subfolder: of its files' names and hashes.
+    """SHA-256 of each text encoder, connectors and tokenizer of a local checkpoint, by subfolder: of names and hashes.
 
     Nothing of a hub id: its commit, which is part of the configuration, pins them.
 

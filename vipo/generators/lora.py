@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from vipo.generators.base import GeneratorError
+from vipo.generators.base import Generator, GeneratorError
 from vipo.generators.experts import Experts
 from vipo.generators.parts import not_floating, stored_dtypes
 
@@ -24,13 +24,18 @@ def lora_file(part: str) -> str:
     return _SECOND_LORA_FILE if part.endswith("_2") else LORA_FILE
 
 
-def check_targets(network: Any, targets: Sequence[str]) -> None:
+def check_targets(network: Any, targets: Sequence[str], untrained: str) -> None:
     """Refuse a target that names no module; peft goes on as soon as another one does.
+
+    Args:
+        network: without an adapter.
+        targets: of the training.
+        untrained: as `vipo.generators.base.Generator` has it.
 
     Raises:
         GeneratorError: naming it.
     """
-    names = [name for name, _ in network.named_modules() if name]
+    names = [name for name, _ in network.named_modules() if name and not re.fullmatch(untrained, name)]
     for target in targets:
         if not any(_names(target, name) for name in names):
             ends = sorted({".".join(name.split(".")[-(target.count(".") + 1) :]) for name in names})
@@ -41,22 +46,24 @@ def check_targets(network: Any, targets: Sequence[str]) -> None:
             )
 
 
-def check_adapted(network: Any, targets: Sequence[str], folder: Path) -> None:
+def check_adapted(generator: Generator, targets: Sequence[str], folder: Path) -> None:
     """Refuse trained LoRA weights without a module that training adapted: the file alone does not tell.
 
     Args:
-        network: with the weights loaded; one without peft's layers is not looked at.
+        generator: with the weights loaded; a network without peft's layers is not looked at.
         targets: of the training.
         folder: where the weights are, for the message.
 
     Raises:
         GeneratorError: naming the first such module.
     """
+    network: Any = generator.network
     if not getattr(network, "peft_config", None):
         return
     trained = [getattr(network, name) for name in network.trained] if isinstance(network, Experts) else [network]
     for name, module in (named for part in trained for named in part.named_modules()):
-        if any(_names(target, name) for target in targets) and not hasattr(module, "lora_A"):
+        meant = any(_names(target, name) for target in targets) and not re.fullmatch(generator.untrained, name)
+        if meant and not hasattr(module, "lora_A"):
             raise _fault(folder, "missing", f"{name}.lora_A.weight and {name}.lora_B.weight")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from vipo.generators.original import Rule, joined
 from vipo.generators.original_flux import flux, flux2, last_layer
-from vipo.generators.original_videos import cogvideox, hunyuan_video, wan
+from vipo.generators.original_videos import cogvideox, hunyuan_video, ltx2, wan
 
 Rules = Callable[[Any], list[Rule]]
 
@@ -161,6 +161,7 @@ NAMES: Mapping[str, Rules] = MappingProxyType(
         "QwenImageTransformer2DModel": _as_here,
         "HunyuanVideo15Transformer3DModel": hunyuan_video,
         "CogVideoXTransformer3DModel": cogvideox,
+        "LTX2VideoTransformer3DModel": ltx2,
         "UNet2DConditionModel": _unet,
     }
 )

@@ -98,6 +98,20 @@ def cogvideox(config: Any) -> list[Rule]:
     ]
 
 
+def ltx2(config: Any) -> list[Rule]:
+    """LTX-2 and 2.3 (Lightricks')."""
+    return [
+        Rule("(audio_|)proj_in", r"\1patchify_proj"),
+        Rule(r"(audio_|)time_embed\.(.+)", r"\1adaln_single.\2"),
+        Rule(r"(audio_|)prompt_adaln\.(.+)", r"\1prompt_adaln_single.\2"),
+        Rule(r"av_cross_attn_(video|audio)_scale_shift\.(.+)", r"av_ca_\1_scale_shift_adaln_single.\2"),
+        Rule(r"av_cross_attn_(?:video|audio)_(a2v|v2a)_gate\.(.+)", r"av_ca_\1_gate_adaln_single.\2"),
+        Rule(r"(.+\.)(video|audio)_a2v_cross_attn_scale_shift_table", r"\1scale_shift_table_a2v_ca_\2"),
+        Rule(r"(.+)\.norm_([qk])", r"\1.\2_norm"),
+        Rule("(.+)", r"\1"),
+    ]
+
+
 def whole_refused(network: str, settings: Mapping[str, Any]) -> str | None:
     """Why a network's whole weights, unlike its LoRA, are not handed over; None: they are.
 
@@ -105,6 +119,8 @@ def whole_refused(network: str, settings: Mapping[str, Any]) -> str | None:
         network: class in diffusers.
         settings: of it.
     """
+    if network == "LTX2VideoTransformer3DModel":
+        return "ComfyUI reads its text connectors from the same file, and they are no part of it here; hand over LoRA"
     if network == "CogVideoXTransformer3DModel" and not settings.get("use_rotary_positional_embeddings"):
         return (
             "ComfyUI takes a CogVideoX file without 'patch_embed.pos_embedding' for one with rotary positions, and the "

@@ -45,7 +45,7 @@ def outline(
     plain = {"device": "meta", "attention": DEFAULT_ATTENTION, "compile": "none"}
     generator = without.load(config.model_copy(update=plain), root)
     if lora is None:
-        generator.network.requires_grad_(True)
+        generator.train_weights()
     else:
         generator.add_lora(lora, 0)
     if cast:

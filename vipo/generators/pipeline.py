@@ -46,6 +46,7 @@ class PipelineGenerator(TrainedNetworks):
         longest_sequence: the most text tokens that the stock pipeline reads, where it has a limit.
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
         masks: conditioning tensors that tell which of the tokens are the prompt's.
+        folded: whether `out_channels` of an autoencoder with a `patch_size` counts the pixels of a patch.
     """
 
     vae: Any
@@ -59,6 +60,7 @@ class PipelineGenerator(TrainedNetworks):
     ddim: ClassVar[Any] = DDIMScheduler
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
     masks: ClassVar[tuple[str, ...]] = ()
+    folded: ClassVar[bool] = True
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         """Take loaded parts.
@@ -171,7 +173,7 @@ class PipelineGenerator(TrainedNetworks):
         else:
             noise_schedule(location, index, config, cls.ddim)
         made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
-        if made != 3 * (patch if isinstance(patch, int) else 1) ** 2:
+        if made != 3 * (patch if cls.folded and isinstance(patch, int) else 1) ** 2:
             raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
         check_scales(location, vae)
         # What encoding and training read.
@@ -234,7 +236,8 @@ class PipelineGenerator(TrainedNetworks):
     def checkpoint_shift(self, location: Path | str) -> float | Callable[[int], float]:
         """What `flow_shift` is, by the checkpoint's scheduler; it may be overridden."""
         side, (height, width) = self.token_side, self.grid
-        tokens = None if side is None else (height // side) * (width // side)
+        frames = len(self.frame_groups or (0,))
+        tokens = None if side is None else frames * (height // side) * (width // side)
         return flow_shift(location, self.config, tokens)
 
     def use_picture_grid(self, channels: int, patch: int = 1) -> None:

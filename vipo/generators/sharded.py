@@ -17,8 +17,9 @@ from vipo.generators.pipeline import PipelineGenerator
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The parts of a sharded network that are gathered one after the other, inner ones first: the blocks that diffusers
-    keeps whole on one device; where none is named, the network itself."""
-    names = set(getattr(network, "_no_split_modules", None) or ())
+    keeps whole on one device, or else those that it compiles; where none is named, the network itself."""
+    named = (getattr(network, kind, None) for kind in ("_no_split_modules", "_repeated_blocks"))
+    names = set(next(filter(None, named), ()))
     found = [module for module in reversed(list(network.modules())) if type(module).__name__ in names]
     return found or [network]
 

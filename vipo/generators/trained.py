@@ -49,7 +49,7 @@ class TrainedNetworks(Generator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, "lora"))
             for network in self.networks.values():
-                check_targets(network, config.targets)
+                check_targets(network, config.targets, self.untrained)
                 try:
                     network.add_adapter(
                         PeftLoraConfig(
@@ -57,6 +57,7 @@ class TrainedNetworks(Generator):
                             lora_alpha=config.alpha,
                             init_lora_weights=True,
                             target_modules=list(config.targets),
+                            exclude_modules=self.untrained or None,
                         )
                     )
                 except ValueError as error:

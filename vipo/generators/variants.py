@@ -12,9 +12,8 @@ from vipo.generators.base import GeneratorError
 
 _NOT_HELD: Mapping[str, str] = MappingProxyType(
     {
-        "LTX2": "LTX-2 draws sound and picture as one state whose parts attend to each other, and vipo's chain has one "
-        "latent, of pictures: there is no video alone that the stock pipeline would draw; take another generator of "
-        "videos, such as generator=wan22_ti2v",
+        "LTX2": "of LTX-2, family 'ltx2' holds LTX2Pipeline, and of that the video from text alone: no sound, no first "
+        "picture or other condition, no upsampler, no second stage",
     }
 )
 # By the beginning of the stock pipelines' names.

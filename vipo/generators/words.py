@@ -149,6 +149,12 @@ def _hunyuan_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) ->
     return found
 
 
+def _ltx2_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
+    tokenizer = load_tokenizer(AutoTokenizer, checkpoint_location(config, root), "tokenizer", config)
+    # The connectors put what is no padding first, wherever the tokenizer has it.
+    return [_read(tokenizer, text.strip(), config.max_sequence_length).among_valid(0) for text in texts]
+
+
 _UNET = (r"down_blocks\..*\.attn2", r"mid_block\..*\.attn2", r"up_blocks\..*\.attn2")
 _BLOCKS = (r"transformer_blocks\.\d+\.attn",)
 _STREAMS = (*_BLOCKS, r"single_transformer_blocks\.\d+\.attn")
@@ -165,4 +171,5 @@ Z_IMAGE = TextAttention((r"layers\.\d+\.attention",), "last", _z_image_words, pa
 HUNYUAN_VIDEO = TextAttention(_BLOCKS, "last", _hunyuan_words)
 SD = TextAttention(_UNET, "cross", _tokens(CLIPTokenizer, own_limit=True))
 WAN = TextAttention((r"blocks\.\d+\.attn2",), "cross", _tokens(T5TokenizerFast, clean=prompt_clean))
+LTX2 = TextAttention((r"transformer_blocks\.\d+\.attn2",), "cross", _ltx2_words)
 SANA = TextAttention((r"transformer_blocks\.\d+\.attn2",), "cross", _sana_words)

@@ -240,6 +240,7 @@ def _metadata(
 def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision: str | None) -> str:
     """Python that loads the exported folder and draws one sample with the evaluation's settings."""
     generator = config.evaluated
+    adapter = resolve_class(generator)
     settings: dict[str, Any] = {
         "height": generator.height,
         "width": generator.width,
@@ -249,12 +250,12 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
         "max_sequence_length": generator.max_sequence_length,
         "negative_prompt": generator.negative_prompt or None,
         "output_type": None if generator.frames is None else "pil",
-        **resolve_class(generator).stock_arguments(generator),
+        **adapter.stock_arguments(generator),
     }
     taken = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
     given = "".join(f"    {key}={value!r},\n" for key, value in settings.items() if key in taken and value is not None)
     lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    video, part = generator.frames is not None, resolve_class(generator).network_folder
+    video, part = generator.frames is not None, adapter.network_folder
     lines += ["from diffusers.utils import export_to_gif"] if video else []
     lines += ["", 'folder = "."  # where this card is: a folder, or the id on the Hub']
     if config.training.lora is None:
@@ -268,9 +269,16 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
             if loads
             else f'pipeline.{part}.load_lora_adapter(folder, prefix="{part}", use_safetensors=True)'
         ]
+    if forced := dict(adapter.stock_forced):
+        lines += [
+            f"forced = {forced!r}  # in every call of the network, whatever the pipeline gives it",
+            f"pipeline.{part}.register_forward_pre_hook(",
+            "    lambda _, args, given: (args, given | forced), with_kwargs=True",
+            ")",
+        ]
     lines += [f"sample = pipeline(\n    prompt={prompt!r},\n{given}    generator=torch.Generator().manual_seed(0),"]
     if video:
-        lines += [").frames[0]", f'export_to_gif(sample, "sample.gif", fps={resolve_class(generator).frame_rate})']
+        lines += [").frames[0]", f'export_to_gif(sample, "sample.gif", fps={adapter.frame_rate})']
     else:
         lines += [").images[0]", 'sample.save("sample.png")']
     return "\n".join(lines)

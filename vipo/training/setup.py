@@ -229,7 +229,7 @@ def _prepare_network(
         # A copy is not compiled.
         use_kernels(reference, config.generator)
     if training.lora is None:
-        generator.network.requires_grad_(True)
+        generator.train_weights()
     else:
         generator.add_lora(training.lora, config.seed)
     precision = config.generator.precision
