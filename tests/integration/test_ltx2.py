@@ -15,8 +15,8 @@ from vipo.conformance.subject import Subject, subject
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.embeddings import encoder_hashes
 from vipo.generators.ltx2 import LTX2Generator
-from vipo.handover.original import original_state
-from vipo.handover.original_names import NAMES
+from vipo.generators.original import original_state
+from vipo.generators.original_names import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = FAMILIES["ltx2"]

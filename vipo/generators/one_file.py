@@ -87,8 +87,10 @@ def _converted(place: str, network: Any, state: dict[str, Tensor]) -> dict[str, 
     if (rules := _rules(type(network))) is not None:
         named = rules(network.config)
         original = {name: tuple(value.shape) for name, value in original_state(wanted, named).items()}
-        known = {*original, *(_of(type(network), UNUSED) or ())}
-        _check(place, original, state, [name for name in state if name not in known])
+        unused: tuple[str, ...] = _of(type(network), UNUSED) or ()
+        known = {*original, *unused}
+        beside = tuple(name for name in unused if name.endswith("."))
+        _check(place, original, state, [name for name in state if name not in known and not name.startswith(beside)])
         return state_of_original(state, shapes, named)
     convert, names = _converter(type(network)), len(state)
     assert convert is not None

@@ -172,9 +172,11 @@ UNUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         # A norm of Lumina 2's.
         "ZImageTransformer2DModel": ("norm_final.weight",),
         "SanaTransformer2DModel": ("pos_embed", "y_embedder.y_embedding"),
+        # What reads the prompt: a part of its own in diffusers.
+        "LTX2VideoTransformer3DModel": ("video_embeddings_connector.", "audio_embeddings_connector."),
     }
 )
-"""What files hold of a network beside what it computes with."""
+"""What files hold of a network beside what it computes with: tensors, and where a dot ends it, all of a part."""
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
