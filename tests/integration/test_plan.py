@@ -87,6 +87,8 @@ def test_the_command_says_what_would_fit(
     shown = capsys.readouterr().out
     assert re.search(r"^peak \(while it learns\) +\d+\.\d\d GiB$", shown, re.MULTILINE)
     assert re.search(r"^an update at 2 TFLOP/s +\d", shown, re.MULTILINE)
+    assert found["uncounted"] == ["reward object_redness", "backbone efficientnet_lite0"]
+    assert re.search(r"^memory of backbone efficientnet_lite0 +not counted\n\Z", shown, re.MULTILINE)
     with pytest.raises(VipoError, match=r"it would fit with training\.gradient_checkpointing=true"):
         app([*command, "--memory", str((found["peak"] - 1) / 2**30)], standalone_mode=False)
     with pytest.raises(VipoError, match="or shard it: distribution"):

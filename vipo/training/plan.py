@@ -51,6 +51,7 @@ class Plan:
         disk: bytes of a run's folder, at most.
         embeddings: bytes of the training prompts' embeddings, on disk.
         evaluation: bytes of a process that evaluates, at its fullest moment; 0 where it does so at training's size.
+        uncounted: what else is on the device, which these bytes are without.
     """
 
     held: Mapping[str, int]
@@ -62,6 +63,7 @@ class Plan:
     disk: int
     embeddings: int
     evaluation: int = 0
+    uncounted: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -83,6 +85,7 @@ class Plan:
             rows.append((f"an update at {tflops:g} TFLOP/s", f"{self.flops / tflops / 1e12:,.1f} s"))
         rows.append(("disk of the run", gib(self.disk)))
         rows.append(("disk of the embeddings", gib(self.embeddings)))
+        rows += [(f"memory of {name}", "not counted") for name in self.uncounted]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value:>18}" for name, value in rows)
 
@@ -219,6 +222,10 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         disk=run_bytes(config, trained, policies),
         embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
         evaluation=0 if config.evaluated == config.generator else _evaluation(config, root),
+        uncounted=(
+            *(f"reward {term.label}" for term in config.reward.terms),
+            *((f"backbone {config.perception.backbone}",) if config.credit.reads_backbone else ()),
+        ),
     )
 
 

@@ -1,0 +1,100 @@
+"""Memory of each setup on each hardware at its real size: computed by `vipo plan`, nothing is measured.
+
+    python -m benchmarks.setup_table FILE.json [SETUP...]   # counts the named setups (all), keeps the other rows
+    python -m benchmarks.setup_table FILE.json --table      # prints what docs/hardware.md shows
+
+Without rewards and backbone, with the prompts of one update; see `benchmarks.plan_table` for the checkpoints.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan_table import write_checkpoint
+from vipo.config.compose import load_config, repository_root, write_if_changed
+from vipo.training.plan import plan
+
+SETUPS: Mapping[str, str] = {
+    "flux_paper": "flux_dev",
+    "wan_paper": "wan",
+    "sd35_medium": "sd35_medium",
+    "flux2_klein": "flux2_klein",
+    "qwen_image": "qwen_image",
+}
+"""Generators of `configs/generator/` by the setups that have them."""
+
+HARDWARE: Mapping[str, int] = {"1x24gb": 24 * 2**30, "1x80gb": 80 * 2**30, "8x80gb": 80 * 2**30}
+"""Bytes of a GPU by the hardware of `configs/hardware/`."""
+
+# Whose weights are too many to be trained on eight GPUs (configs/setup/qwen_image.yaml says why).
+_LORA_ALONE = ("qwen_image",)
+
+
+def cell(setup: str, hardware: str) -> dict[str, Any]:
+    """What a process of a setup's run needs."""
+    own = f"{hardware}_lora" if hardware == "8x80gb" and setup in _LORA_ALONE else hardware
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(SETUPS[setup], Path(folder))
+        config = load_config(
+            [
+                "experiment=ablation",
+                f"setup={setup}",
+                f"hardware={own}",
+                f"generator.path={folder}",
+                "prompts.source=prompts.txt",
+                "reward=flicker" if setup == "wan_paper" else "reward=redness",
+                "evaluation.rewards=[]",
+            ]
+        )
+        prompts = config.training.prompts_per_update
+        found = plan(config, repository_root(), prompts=prompts)
+    return {
+        "setup": setup,
+        "hardware": own,
+        "bytes": found.peak,
+        "trained": found.trained,
+        "prompt": found.embeddings // prompts,
+    }
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """As docs/hardware.md shows it."""
+    lines = [
+        f"| setup | trained (8x80gb) | {' | '.join(f'`{name}`' for name in HARDWARE)} | an embedded prompt |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for setup in SETUPS:
+        row = {each["hardware"].removesuffix("_lora"): each for each in cells if each["setup"] == setup}
+        last = row["8x80gb"]
+        lora = last["hardware"] != "8x80gb"
+        shown = [
+            f"{row[name]['bytes'] / 2**30:.1f}{': refused' * (row[name]['bytes'] > there)}"
+            for name, there in HARDWARE.items()
+        ]
+        shown[-1] += f" (`{last['hardware']}`)" * lora
+        trained = "LoRA" if lora else f"{last['trained'] / 1e9:.1f} B"
+        lines.append(f"| `{setup}` | {trained} | {' | '.join(shown)} | {last['prompt'] / 2**20:.0f} MiB |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See above."""
+    file, *names = sys.argv[1:]
+    path = Path(file)
+    cells = json.loads(path.read_text()) if path.is_file() else []
+    if names == ["--table"]:
+        print(table(cells))
+        return
+    for setup in names or SETUPS:
+        made = [cell(setup, hardware) for hardware in HARDWARE]
+        known = [each for each in cells if each["setup"] != setup] + made
+        cells = [each for name in SETUPS for each in known if each["setup"] == name]
+        write_if_changed(path, json.dumps(cells, indent=1) + "\n")
+        print(setup, flush=True)
+
+
+if __name__ == "__main__":
+    main()
