@@ -99,6 +99,11 @@ class GeneratorConfig(Section):
         description="blocks: the network's repeated blocks are compiled (torch.compile), for each shape that they are "
         "called with.",
     )
+    decoding: Literal["whole", "tiled"] = Field(
+        "whole",
+        description="tiled: the autoencoder decodes overlapping tiles of a sample and blends their seams, as "
+        "enable_tiling of diffusers has it: less memory, other pixels.",
+    )
     device: str = Field(
         "cpu",
         pattern=DEVICE,

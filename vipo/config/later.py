@@ -6,7 +6,7 @@ from typing import Any
 
 _BEFORE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "generator": {"attention": "default", "compile": "none"},
+        "generator": {"attention": "default", "compile": "none", "decoding": "whole"},
         "optimizer": {"fused": True},
         "perception": {"precision": "fp32"},
         "training": {"base_distance": False, "joined_transitions": 1},

@@ -105,6 +105,8 @@ def stock_pipeline(kind: type[PipelineGenerator], config: GeneratorConfig, root:
         sliced = hasattr(pipeline.vae, "enable_slicing") and not pipeline.vae.config.get("timestep_conditioning")
         if sliced:
             pipeline.vae.enable_slicing()
+        if config.decoding == "tiled":
+            pipeline.vae.enable_tiling()
     forced = dict(kind.stock_forced)
     getattr(pipeline, kind.network_folder).register_forward_pre_hook(
         lambda _, args, given: (args, given | forced), with_kwargs=True

@@ -46,13 +46,17 @@ def load_generator(config: GeneratorConfig, root: Path, adapter: type[Generator]
 
     Raises:
         GeneratorError: the checkpoint cannot be loaded, the device is absent, or the adapter does not hold weights as
-            `config.weights` says; whatever the adapter raises.
+            `config.weights` says or decodes no tiles; whatever the adapter raises.
     """
     check_device(config)
     generator = (adapter or resolve_class(config)).load(config, root)
     if config.weights == "bf16" and all(value.dtype != torch.bfloat16 for value in generator.network.parameters()):
         raise GeneratorError(
             f"generator.weights bf16: family {config.family!r} holds its weights in fp32; set generator.weights=fp32"
+        )
+    if config.decoding == "tiled" and not getattr(getattr(generator, "vae", None), "use_tiling", False):
+        raise GeneratorError(
+            f"generator.decoding tiled: family {config.family!r} decodes samples whole; set generator.decoding=whole"
         )
     if missing := not_applied(generator.network, config):
         raise GeneratorError(missing)

@@ -16,6 +16,7 @@ from vipo.generators.kernels import use_kernels
 from vipo.generators.parts import load_part, model_index, odd_settings, part_class, part_settings, part_without_weights
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
+from vipo.generators.tiles import decode_in_tiles
 from vipo.generators.trained import TrainedNetworks
 from vipo.generators.variants import check_options, check_pair, check_scales, not_held
 from vipo.rounding import hold_in_bf16
@@ -76,6 +77,8 @@ class PipelineGenerator(TrainedNetworks):
         self.network = self.placed(network).requires_grad_(False).eval()
         use_kernels(self.network, config)
         self.vae = vae.to(self.device).requires_grad_(False).eval()
+        if config.decoding == "tiled":
+            decode_in_tiles(self.vae, config)
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
