@@ -66,7 +66,7 @@ ELSEWHERE = {
     "integration/test_families.py::test_it_is_the_stock_pipeline_and_trains": [
         *("vipo check-generator generator=sd35_medium", "vipo train experiment=... generator=sd35_medium"),
     ],
-    "integration/test_orientation.py::test_the_table": ["vipo orientation --photographs"],
+    "integration/test_orientation.py::test_the_table": ["vipo orientation "],
     "integration/test_study.py::test_study_page": ["vipo study collapse"],
     "unit/test_registered.py::test_the_page_of_a_made_up_credit2": ["vipo registered "],
     "unit/test_meter_demo.py::test_the_table_and_the_predictions": ["make meter-demo"],
