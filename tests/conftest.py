@@ -41,6 +41,7 @@ WORKER_GROUPS = {
     "tests/integration/test_audit.py": "audit",
     "tests/integration/test_copied_results.py": "audit",
     "tests/integration/test_crate.py::test_it_passes_the_required_checks": "audit",
+    "tests/integration/test_docs_commands.py": "audit",
     "tests/integration/test_git.py::test_a_replaced_lock_anchors_nothing": "audit",
     "tests/integration/test_tampering.py": "audit",
 }

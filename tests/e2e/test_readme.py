@@ -102,13 +102,26 @@ def test_headings_that_the_readme_points_to_exist() -> None:
         assert anchor in _anchors(page.parent / target), f"{page.name}: {target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+TABLE = re.compile(r"^\|.*\n\|[-: |]+\|$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_a_page_shows_an_example_before_its_first_table(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text()
-    example = re.search(r"^ *```", text, re.MULTILINE)
-    table = re.search(r"^\|.*\n\|[-: |]+\|$", text, re.MULTILINE)
-    if example and table:
-        assert example.start() < table.start()
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if table := TABLE.search(text):
+        assert "```" in text[: table.start()]
+
+
+def test_the_readme_is_three_lines_a_picture_two_commands_one_table_then_links() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 90
+    title, lines, picture, heading = (part.strip() for part in text.split("\n\n")[:4])
+    assert title == "# vipo"
+    assert len(lines.splitlines()) <= 3
+    assert picture.startswith("![")
+    assert heading.startswith("## Two commands")
+    assert len(TABLE.findall(text)) == 1
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Two commands", "What the demo shows", "Where to go"]
 
 
 def test_map_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,17 @@ def test_one_command_compares_the_maps_and_gives_their_share_of_a_training_step(
     assert 0 < share["module_share"]["median"] < 1
 
 
+def test_an_update_s_time_is_told_by_part(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import update_share
+
+    monkeypatch.setattr("sys.argv", ["update_share", *tiny_overrides, "arm=vipo", "--updates", "1"])
+    update_share.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["run"], figures["updates"]) == ("vipo-s0", 1)
+
+
 def test_the_pitfalls_are_measured(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import pitfalls
 

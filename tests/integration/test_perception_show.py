@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from films import moving, write_film
 from PIL import Image
 
 from vipo.config.perception import PerceptionConfig
@@ -264,25 +265,6 @@ def test_a_picture_of_the_largest_size_takes_less_than_a_gigabyte(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak * 4 < 2**30
-
-
-def moving(count=4, height=48, width=64):
-    frames = np.zeros((count, height, width, 3), np.uint8)
-    for index in range(count):
-        frames[index, 12:36, 8 + 8 * index : 32 + 8 * index] = (230, 40, 40)
-    return frames
-
-
-def write_film(path, frames):
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp", "clip.png", "clip.mp4"])

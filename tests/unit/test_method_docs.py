@@ -47,6 +47,12 @@ def test_rules_have_a_row_with_function_and_test(words: str, function: str) -> N
     assert re.search(r"`\S+\.py::\w+`", row)
 
 
+def test_the_example_says_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = re.findall(r"```(?:python)?\n(.*?)```", TEXT, re.DOTALL)[:2]
+    exec(code, {})
+    assert capsys.readouterr().out == told
+
+
 def test_the_page_was_read() -> None:
     assert len(FUNCTIONS) > 20
     assert len(TESTS) > 25
@@ -148,6 +154,26 @@ def test_every_interval_of_the_text_is_the_study_s() -> None:
     assert len(told) > 30
     known = list(_intervals())
     assert [text for text in sorted(told) if not any(_matches(text, row) for row in known)] == []
+
+
+def test_what_the_first_pages_say_of_credit2_is_its_result() -> None:
+    """README, and the table of docs/index.md."""
+    tests = json.loads((ROOT / "docs/registered/credit2.json").read_text())["tests"]
+    known = {(test["arm"], test["measure"]): pd.Series(test) for test in tests}
+    rows = re.findall(rf"^\| `(\w+)` \|.*?\| ({INTERVAL}) \| ({INTERVAL}) \|$", _plain("docs/index.md"), re.MULTILINE)
+    assert [row[0] for row in rows] == ["product", "contrast", "vipo", "shuffled_contrast"]
+    for row in rows:
+        assert _matches(row[1], known[row[0], "area at equal updates"]), row
+        assert _matches(row[5], known[row[0], "area at equal change"]), row
+    (told,) = (part for part in _plain("README.md").split("\n\n") if part.startswith("Twenty fresh seeds"))
+    cells = [found[0] for found in re.finditer(INTERVAL, told)]
+    arms = ["contrast", "product", "vipo", "shuffled_contrast"]
+    for arm, cell in zip(arms, cells, strict=True):
+        assert _matches(cell, known[arm, "area at equal change"]), (arm, cell)
+
+
+def _plain(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8").replace("**", "")
 
 
 def test_the_default_gate_is_told_to_be_unconfirmed() -> None:
