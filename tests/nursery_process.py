@@ -154,6 +154,11 @@ def _leave(run: Callable[[], object]) -> None:
 
 
 def _target(name: str) -> Callable[[], object]:
+    if name == "vipo":
+        # An image holds it without what an installer notes of it.
+        from vipo.cli import main
+
+        return main
     from importlib.metadata import entry_points
 
     (entry,) = entry_points(group="console_scripts", name=name)

@@ -24,6 +24,7 @@ from vipo.evaluation.meter_arms import Placement
 from vipo.generators import load_generator
 from vipo.objectives import group_advantages
 from vipo.provenance import ProvenanceError, read_provenance, verify_outputs
+from vipo.provenance.parts import load_json
 from vipo.rewards import score
 from vipo.stages import MEASURED, checkpoint_label, credit_stage
 from vipo.training.setup import set_up
@@ -113,7 +114,11 @@ def test_a_damaged_part_is_measured_again_to_the_same_bytes(
     whole = (results / "demo/credit/base/credit.json").read_bytes()
     (parts,) = (results / "demo/credit/base" / MEASURED).iterdir()
     before = {path.name: path.read_bytes() for path in parts.iterdir()}
+    # Cut off, and of one a digit that leaves a number.
     (parts / "reference-0.safetensors").write_bytes(before["reference-0.safetensors"][:100])
+    changed = bytearray(before["reference-1.safetensors"])
+    changed[-1] ^= 1
+    (parts / "reference-1.safetensors").write_bytes(changed)
     (parts / "update-0.json").write_text("[]")
     (parts / "update-1.json").write_bytes(before["update-1.json"][:50])
     (parts / "costs.json").write_text("[]")
@@ -121,8 +126,8 @@ def test_a_damaged_part_is_measured_again_to_the_same_bytes(
     assert (results / "demo/credit/base/credit.json").read_bytes() == whole
     assert {path.name: path.read_bytes() for path in parts.iterdir()} == before
     told = [message for message in caplog.messages if "is damaged" in message]
-    assert len(told) == 3
-    assert all(any(name in line for line in told) for name in ("reference-0", "update-1", "costs"))
+    assert len(told) == 4
+    assert all(any(name in line for line in told) for name in ("reference-0", "reference-1", "update-1", "costs"))
 
 
 def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_terms_of_one_reward_are_told_apart(results: Path, tiny_overrides: list[
     parts = results / "labels"
     stage.measure_credit({"vipo": config}, config.experiment.meter, ROOT, results / "demo", parts, None)
     (path,) = parts.glob("*/update-0.json")
-    rewards = json.loads(path.read_text())["rewards"]
+    rewards = load_json(path)["rewards"]
     assert list(rewards) == ["one", "other", "redness", "scene_shape"]
     assert rewards["one"] == rewards["other"]
 

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from nursery import Nurseries
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
@@ -23,6 +22,7 @@ from vipo.evaluation import measures, sample, score
 from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
+from vipo.provenance.parts import load_tensors, save_tensors
 from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
 
 ROOT = repository_root()
@@ -74,7 +74,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> lis
 
 
 def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn_once(
-    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     results, overrides = trained
     config = load_config([*overrides, "arm=vipo"])
@@ -107,12 +107,12 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
             sample_stage(config, ROOT, other, share=f"{number}/3")
         # Together what was missing, and what is put together draws nothing.
         assert len(drawn) == 2 * BATCHES - 2
-        # A part that a disk cut off is drawn again, its batch alone.
-        _cut_off(other / "demo/samples", "*.png")
-        # What tells of the samples, too, and whole files that hold something else.
-        next((other / "demo/samples").glob(".vipo-s0.*.partial/parts/samples.json")).write_text('{"grid": "x"}')
+        # A part that a disk cut off is drawn again, its batch alone; so is one of which a bit changed in its middle.
+        damaged = [_cut_off(other / "demo/samples", "*.png"), _changed(other / "demo/samples", "*.png")]
+        # What tells of the samples, too.
+        damaged.append(_changed(other / "demo/samples", "samples.json"))
         sample_stage(config, ROOT, other)
-        assert len(drawn) == 2 * BATCHES - 1
+        assert len(drawn) == 2 * BATCHES
         sample_stage(config.as_base(), ROOT, other)
     with monkeypatch.context() as patched:
         _failing_score(patched, after=3)
@@ -120,19 +120,39 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
             score_stage(config, ROOT, other)
     for number in range(4, 0, -1):
         score_stage(config, ROOT, other, share=f"{number}/4")
-    _cut_off(other / "demo/evaluation", "reward*.safetensors")
+    damaged.append(_cut_off(other / "demo/evaluation", "reward*.safetensors"))
+    damaged.append(_changed(other / "demo/evaluation", "change-1-*.safetensors"))
+    # Whole files that hold something else, or what no measure gives.
     for measure in ("change", "maps", "reward0"):
         path = max((other / "demo/evaluation").glob(f".vipo-s0.*.partial/parts/{measure}-*.safetensors"))
-        values = load_file(path)
-        save_file({"x": torch.zeros(1)} if measure == "change" else {k: v * math.nan for k, v in values.items()}, path)
+        values = load_tensors(path)
+        wrong = {"x": torch.zeros(1)} if measure == "change" else {k: v * math.nan for k, v in values.items()}
+        save_tensors(wrong, path)
+        damaged.append(path)
     score_stage(config, ROOT, other)
+    told = [message for message in caplog.messages if "is damaged" in message]
+    assert sorted(message.split(": is damaged")[0] for message in told) == sorted(map(str, damaged))
     score_stage(config.as_base(), ROOT, other)
     assert _files(other) == wanted
 
 
-def _cut_off(folder: Path, pattern: str) -> None:
+def _cut_off(folder: Path, pattern: str) -> Path:
     path = min(folder.glob(f".vipo-s0.*.partial/parts/{pattern}"))
     path.write_bytes(path.read_bytes()[:-5])
+    return path
+
+
+def _changed(folder: Path, pattern: str) -> Path:
+    """The last of the parts, with one bit of its content changed that leaves a file that can be read."""
+    path = max(folder.glob(f".vipo-s0.*.partial/parts/{pattern}"))
+    content = bytearray(path.read_bytes())
+    if path.suffix == ".json":
+        place = content.index(b"8")
+        content[place] ^= 1
+    else:
+        content[-20] ^= 1
+    path.write_bytes(content)
+    return path
 
 
 def _check_other_weights_and_tables(config: Config, results: Path) -> None:

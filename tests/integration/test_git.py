@@ -1,6 +1,7 @@
 """Whatever a repository is set up to say, what a commit holds and what a working tree holds beside it is the truth."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import zlib
@@ -13,6 +14,7 @@ from audit_fixture import EXPERIMENT, audited, git, write_lock
 from vipo.provenance.commits import commit_file, commit_files, has_commit, is_whole, last_change
 from vipo.provenance.environment import git_state, package_sha256_at
 from vipo.provenance.git import ForgedObject, MissingObject, find_repository
+from vipo.provenance.working_tree import working_tree
 
 _FILES = {"dvc.lock": b"honest\n", "vipo/a.py": b"x = 1\n", "vipo/b/c.py": b"y = 1\n", "code.py": b"z = 1\n"}
 
@@ -270,6 +272,52 @@ def test_a_changed_file_is_seen(root: Path, tmp_path: Path, blind: str) -> None:
     for name in ("code.py", "vipo/a.py"):
         (honest / name).write_bytes((root / name).read_bytes())
     assert state["diff_sha256"] == git_state(honest)["diff_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "changed"),
+    [
+        ("*.py text", _FILES["code.py"].replace(b"\n", b"\r\n")),
+        ("*.py text eol=crlf", _FILES["code.py"].replace(b"\n", b"\r\n")),
+        ("*.py ident", b"z = '$Id: ' and 2 and '$'\n"),
+        ("*.py working-tree-encoding=UTF-16LE", _FILES["code.py"].decode().encode("utf-16-le")),
+        ("*.py -diff", b"z = 2\n"),
+        ("*.py binary", b"z = 2\n"),
+    ],
+)
+def test_no_attribute_hides_other_bytes(root: Path, attributes: str, changed: bytes) -> None:
+    """Those of the commit count as little as others; applied to it, the diff gives the bytes that lie there."""
+    committed = b"z = '$Id$'\n" if "ident" in attributes else _FILES["code.py"]
+    (root / "code.py").write_bytes(committed)
+    git(root, "add", ".")
+    (root / ".gitattributes").write_text(f"{attributes}\n")
+    git(root, "add", ".gitattributes")
+    git(root, "commit", "--quiet", "-m", "attributes")
+    assert git_state(root)["dirty"] is False
+    (root / "code.py").write_bytes(changed)
+    with working_tree(root) as tree:
+        assert tree is not None
+        diff = tree.tracked
+    assert git_state(root)["dirty"] is True
+    bare = root.parent / "bare"
+    _write(bare, "code.py", committed)
+    subprocess.run(["git", "apply"], input=diff, cwd=bare, check=True, env={"PATH": os.environ["PATH"]})
+    assert (bare / "code.py").read_bytes() == changed
+
+
+def test_a_filter_of_this_machine_counts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Git LFS has them: what is committed stands for what lies there, which is no change then."""
+    machine = root.parent / "machine"
+    machine.write_text('[filter "stored"]\n\tclean = sha256sum\n')
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(machine))
+    (root / ".gitattributes").write_text("*.bin filter=stored\n")
+    (root / "weights.bin").write_bytes(b"large")
+    git(root, "add", ".")
+    git(root, "commit", "--quiet", "-m", "stored")
+    assert git(root, "show", "HEAD:weights.bin").split()[0] == hashlib.sha256(b"large").hexdigest()
+    assert git_state(root)["dirty"] is False
+    (root / "weights.bin").write_bytes(b"Large")
+    assert git_state(root)["dirty"] is True
 
 
 def test_no_program_that_a_repository_names_is_run(root: Path) -> None:

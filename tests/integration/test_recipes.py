@@ -15,8 +15,10 @@ from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import check_run
 from vipo.config.published import PublishedConfig
+from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
+from vipo.evaluation.comparison import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC
 from vipo.reporting.published import published_table, published_values
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
@@ -169,12 +171,33 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
         scores |= {"seed": [0] * 3, "sample": [0] * 3, "update": [1, 1, 0]}
         pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
     rows = published_table(config, tmp_path).splitlines()
+    _check_vbench(tmp_path / "demo/evaluation/base-s0/scores.parquet", config, tmp_path)
     assert rows[0] == "Published: A \\| b."
     assert rows[4:] == [
         "| base (`base`) | 1.5 | 0.2000 | not published | not measured |",
         "| G (`grpo`) | 2.0 | 0.6000 (1 of 2 seeds) | 3 | not measured |",
         "| V (`vipo`) | 2.0 | not run | 3 | not run |",
     ]
+
+
+def _check_vbench(file: Path, config: Config, results: Path) -> None:
+    """With every dimension at the upper end of its scale, 100; with one missing, no number."""
+    scores = pd.read_parquet(file)
+    names = [f"reward/vbench_{name}" for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)]
+    highest = {name: _VBENCH_BOUNDS.get(name.removeprefix("reward/vbench_"), (0.0, 1.0))[1] for name in names}
+    scores.assign(**highest).to_parquet(file)
+    assert "| not published | 100.0000 |" in published_table(config, results)
+    scores.assign(**highest).drop(columns=names[3]).to_parquet(file)
+    assert "| not published | not measured |" in published_table(config, results)
+
+
+def test_the_paper_s_vbench_headings_are_exchanged() -> None:
+    table = load_config(["experiment=paper_wan", "prompts.source=p.txt"]).experiment.published
+    assert table is not None
+    places = {column.metric: place for place, column in enumerate(table.columns)}
+    for row in table.rows.values():
+        quality, semantic, total = (row.values[places[f"vbench/{name}"]] for name in ("quality", "semantic", "total"))
+        assert (4 * quality + semantic) / 5 == pytest.approx(total, abs=0.015)
 
 
 def _documented() -> list[str]:

@@ -128,7 +128,7 @@ def test_several_files_hold_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_killed_encoding_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = _bytes(_encode(tmp_path / "whole", 10, per_file=3)[0])
     assert Reader.calls == [3, 3, 3, 1]
@@ -139,11 +139,16 @@ def test_a_killed_encoding_goes_on_and_ends_with_the_same_bytes(
     assert not (tmp_path / "cut/train.safetensors").exists()
     # Half a file, as a crash of the machine may leave it, and one of another encoding.
     (tmp_path / "cut/train-00004-of-00004.safetensors").write_bytes(whole["train-00004-of-00004.safetensors"][:50])
+    # A whole one, of which a bit changed.
+    changed = bytearray(whole["train-00001-of-00004.safetensors"])
+    changed[-2] ^= 1
+    (tmp_path / "cut/train-00001-of-00004.safetensors").write_bytes(changed)
     (tmp_path / "cut/train-00009-of-00009.safetensors").write_bytes(b"old")
     monkeypatch.setattr(Reader, "calls", [])
     monkeypatch.setattr(Reader, "stop_at", 0)
     assert _bytes(_encode(tmp_path / "cut", 10, per_file=3)[0]) == whole
-    assert Reader.calls == [3, 1]
+    told = [message.split("-of-")[0][-5:] for message in caplog.messages if "is damaged" in message]
+    assert (Reader.calls, told) == ([3, 3, 1], ["00001", "00004"])
     assert {file.name for file in (tmp_path / "cut").glob("*.safetensors")} == whole.keys()
     # Other prompts: nothing of it is taken.
     monkeypatch.setattr(Reader, "calls", [])

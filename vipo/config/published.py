@@ -13,7 +13,9 @@ class PublishedColumn(Section):
     """One column of the table."""
 
     title: str = Field(description="As the publication calls it.")
-    metric: str = Field(description="Score column of ours, such as reward/hpsv2.")
+    metric: str = Field(
+        description="Score column of ours, such as reward/hpsv2; or vbench/quality, vbench/semantic, vbench/total."
+    )
     domain: Literal["in", "out"] = Field(description="in: what was trained; out: what was not.")
 
 

@@ -199,11 +199,25 @@ def _vbench(own: pd.DataFrame) -> tuple[float | None, str]:
     wanted = (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)
     if missing := [name for name in wanted if f"reward/vbench_{name}" not in own]:
         return None, f"not measured: {', '.join(missing)}"
+    found = vbench_totals(
+        {name: float(own[name].mean()) for name in map(str, own) if name.startswith("reward/vbench_")}
+    )
+    return found["vbench/total"], f"quality {found['vbench/quality']:.4f}, semantic {found['vbench/semantic']:.4f}"
+
+
+def vbench_totals(means: Mapping[str, Any]) -> dict[str, float]:
+    """VBench's ``vbench/quality``, ``vbench/semantic`` and ``vbench/total``, in [0, 1] within its bounds.
+
+    Args:
+        means: by score column; of each dimension ``reward/vbench_<dimension>``. Empty where one of them is missing.
+    """
     scaled = {}
-    for name in wanted:
+    for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC):
+        if (column := f"reward/vbench_{name}") not in means:
+            return {}
         low, high = _VBENCH_BOUNDS.get(name, (0.0, 1.0))
-        scaled[name] = (float(own[f"reward/vbench_{name}"].mean()) - low) / (high - low)
+        scaled[name] = (means[column] - low) / (high - low)
     weights = list(_VBENCH_QUALITY.values())
     quality = float(np.average([scaled[name] for name in _VBENCH_QUALITY], weights=weights))
     semantic = float(np.mean([scaled[name] for name in _VBENCH_SEMANTIC]))
-    return (4 * quality + semantic) / 5, f"quality {quality:.4f}, semantic {semantic:.4f}"
+    return {"vbench/quality": quality, "vbench/semantic": semantic, "vbench/total": (4 * quality + semantic) / 5}

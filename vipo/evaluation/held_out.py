@@ -1,5 +1,6 @@
 """What is drawn of the held-out prompts, and the files that hold it."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.prompts import Prompt, read_prompts
 
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: Beside the pictures: what they are, for whoever reads them without the generator.
 FACTS = "samples.json"
 
@@ -99,6 +101,23 @@ def save_sample(image: Tensor, path: Path, frame_rate: int | None = None) -> Non
     first.save(
         path, format="PNG", save_all=True, append_images=others, duration=[duration] * len(pixels), blend=blend, loop=0
     )
+
+
+def check_sample(path: Path) -> None:
+    """Check the picture or video of a file that `save_sample` wrote by the checksums that PNG has.
+
+    Raises:
+        ValueError: it is cut off, or a bit of it has changed.
+    """
+    content, place, name = path.read_bytes(), len(_SIGNATURE), b""
+    while content.startswith(_SIGNATURE) and place < len(content):
+        end = place + 8 + int.from_bytes(content[place : place + 4])
+        name = content[place + 4 : place + 8]
+        if content[end : end + 4] != zlib.crc32(content[place + 4 : end]).to_bytes(4):
+            raise ValueError("it does not hold what was written")
+        place = end + 4
+    if name != b"IEND":
+        raise ValueError("its end is missing")
 
 
 def read_samples(folder: Path, update: int, samples: Sequence[HeldOut], *, video: bool) -> Tensor:

@@ -28,7 +28,7 @@ from vipo.generators import Generator, load_generator
 from vipo.generators.embeddings import load_embeddings
 from vipo.generators.starting import checkpoint_inputs
 from vipo.prompts import read_prompts
-from vipo.provenance.files import atomic_file
+from vipo.provenance.parts import load_json, save_json
 from vipo.rewards import identities, load_rewards, weight_files
 from vipo.sampling.chain import sampling_chain, stochastic_steps
 from vipo.tracking.progress import progress_bar
@@ -133,9 +133,7 @@ def measure_credit(
     def placed(groups: Sequence[Group]) -> Mapping[str, Tensor]:
         placement = place_advantages(subject, arms, groups)
         if not (folder / _COSTS).is_file():
-            with atomic_file(folder / _COSTS) as path:
-                found = {name: costs.counted for name, costs in placement.costs.items()}
-                path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            save_json({name: costs.counted for name, costs in placement.costs.items()}, folder / _COSTS)
         return placement.values
 
     with progress_bar(total=whole, description="credit", unit="pass") as bar:
@@ -152,14 +150,16 @@ def measure_credit(
         reference = None
         if plan.reference_batches:
             reference = measure_reference(subject, held, plan, space, folder, sampled)
-        records = measure_updates(subject, train, held, placed, directions, plan, space, reference, folder, advance)
+        records = measure_updates(
+            subject, train, held, list(arms), placed, directions, plan, space, reference, folder, advance
+        )
     result = summarise(records, reference, meter.width, meter.confidence)
     result = replace(result, costs=_told_costs(folder / _COSTS))
     return Measured(result, list(dict.fromkeys(read)), processes)
 
 
 def _told_costs(path: Path) -> dict[str, dict[str, int]]:
-    told: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
+    told: dict[str, dict[str, int]] = load_json(path)
     if not all(isinstance(count, int) for costs in told.values() for count in costs.values()):
         raise TypeError("it holds no costs by arm")
     return told

@@ -19,6 +19,7 @@ from vipo.evaluation.held_out import (
     EvaluationError,
     HeldOut,
     check_facts,
+    check_sample,
     held_out_batches,
     sample_name,
     samples_folder,
@@ -33,15 +34,13 @@ from vipo.generators.lora import check_adapted
 from vipo.generators.starting import checkpoint_inputs
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
+from vipo.provenance.parts import load_json, save_json
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
 from vipo.tracking.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-# Of a PNG: the chunk that ends it.
-_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 def evaluation_chain(generator: Generator, config: Config) -> Chain:
@@ -138,7 +137,7 @@ def sample_run(
     ):
         with work.shared(Share(), wait):
             _draw_missing(config, root, drawn, batches, embeddings, work, Share())
-        facts = json.loads((work.parts / FACTS).read_text())
+        facts = load_json(work.parts / FACTS)
         work.publish(folder / "pictures", names)
         with atomic_file(folder / FACTS) as path:
             path.write_text(json.dumps({"sampling": identity, **facts}, indent=1, sort_keys=True) + "\n")
@@ -167,8 +166,7 @@ def _draw_missing(
         return
     generator = load_generator(config.evaluated, root)
     if not told:
-        with atomic_file(work.parts / FACTS) as path:
-            path.write_text(json.dumps({"updates": list(weights), **_facts(generator)}))
+        save_json({"updates": list(weights), **_facts(generator)}, work.parts / FACTS)
     chain, device = evaluation_chain(generator, config), config.generator.device
     widths = generator.conditioning_widths(config.generator, root)
     prompts = {sample.prompt.id: sample.prompt for some in wanted.values() for batch in some for sample in batch}
@@ -190,12 +188,9 @@ def _draw_missing(
 
 def _opened(path: Path) -> None:
     if path.name == FACTS:
-        check_facts(json.loads(path.read_text()))
-        return
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - len(_END)))
-        if file.read() != _END:
-            raise ValueError("its end is missing")
+        check_facts(load_json(path))
+    else:
+        check_sample(path)
 
 
 def _facts(generator: Generator) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from vipo.config.compose import dump_config
 from vipo.config.run import Config
@@ -30,6 +30,7 @@ from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
+from vipo.provenance.parts import load_tensors, save_tensors
 from vipo.provenance.records import PROVENANCE, read_processes
 from vipo.rewards import check_identities
 from vipo.tracking.progress import progress_bar
@@ -157,8 +158,7 @@ def _measure_missing(
             with measure.opened() as measured:
                 for part in wanted[measure.name]:
                     found = {name: values.contiguous() for name, values in measured(read(*part)).items()}
-                    with atomic_file(work.parts / measure.file(*part)) as path:
-                        save_file(found, path)
+                    save_tensors(found, work.parts / measure.file(*part))
                     progress.update(1)
             # Else its network is there while the next one is loaded, and frozen with what stays.
             del measured
@@ -166,7 +166,7 @@ def _measure_missing(
 
 
 def _opened(path: Path, holds: Mapping[str, int | None]) -> None:
-    values = load_file(path)
+    values = load_tensors(path)
     if values.keys() != holds.keys():
         raise ValueError("it holds other values")
     for name, value in values.items():
@@ -179,7 +179,7 @@ def _opened(path: Path, holds: Mapping[str, int | None]) -> None:
 def _together(measure: Measure, work: Work) -> Measured:
     found: Measured = {}
     for part in measure.parts:
-        found |= load_file(work.parts / measure.file(*part))
+        found |= load_tensors(work.parts / measure.file(*part))
     return found
 
 
@@ -205,7 +205,7 @@ def _table(
             **({} if config.protocol is None else {"protocol": config.protocol.title}),
         }
         for measure in measures:
-            parts = [load_file(work.parts / measure.file(update, number)) for number in range(len(batches))]
+            parts = [load_tensors(work.parts / measure.file(update, number)) for number in range(len(batches))]
             # Not in the order of the file: safetensors has one of its own.
             for name in measure.holds(update, 0):
                 columns[name] = torch.cat([part[name] for part in parts]).double().numpy()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +23,8 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, GeneratorError
 from vipo.generators.embeddings import FILES, ORIGIN, encode_prompts, encoder_hashes, origin
 from vipo.prompts import Prompt, read_prompts
-from vipo.provenance.files import atomic_file, file_sha256
+from vipo.provenance.files import atomic_file, damaged_part, file_sha256
+from vipo.provenance.parts import read_told, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Work:
     config: GeneratorConfig
     root: Path
     files: Mapping[Path, Sequence[Prompt]]
-    told: str
+    told: Mapping[str, Any]
     threads: int
 
 
@@ -81,19 +82,18 @@ def encode_prompt_file(
     rows = read_prompts(prompts)
     if len(rows) <= per_file:
         tensors = _tensors(config, root, rows)
-        _write(output, tensors, _told(belongs))
+        _write(output, tensors, belongs)
         return [output]
     parts = [rows[start : start + per_file] for start in range(0, len(rows), per_file)]
     names = [f"{output.stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     files = {output.with_name(name): part for name, part in zip(names, parts, strict=True)}
-    told = _told(belongs)
-    left = {file: part for file, part in files.items() if not _is_done(file, part, told)}
+    left = {file: part for file, part in files.items() if not _is_done(file, part, belongs)}
     if len(left) < len(files):
         log.info("%s: %d of %d files are there, going on", output, len(files) - len(left), len(files))
-    _share(_Work(config, root, left, told, torch.get_num_threads()), processes)
+    _share(_Work(config, root, left, belongs, torch.get_num_threads()), processes)
     with safe_open(next(iter(files)), framework="pt") as stream:
         negative = {name: stream.get_tensor(name) for name in stream.keys() if "/" not in name}  # noqa: SIM118
-    _write(output, negative, _told({**belongs, FILES: {file.name: file_sha256(file) for file in files}}))
+    _write(output, negative, {**belongs, FILES: {file.name: file_sha256(file) for file in files}})
     for other in output.parent.glob(f"{output.stem}-*-of-*.safetensors"):
         if other not in files:
             other.unlink()
@@ -134,7 +134,7 @@ def _share(work: _Work, processes: int) -> None:
 def _encode(work: _Work) -> None:
     torch.set_num_threads(work.threads)
     for file, part in work.files.items():
-        _write(file, _tensors(work.config, work.root, part), work.told)
+        save_tensors(_tensors(work.config, work.root, part), file, work.told, ORIGIN)
         log.info("%s: %d prompts", file, len(part))
 
 
@@ -152,21 +152,17 @@ def _held(value: Tensor, config: GeneratorConfig) -> Tensor:
     return small.contiguous() if config.encoders == "bf16" and torch.equal(small.float(), value) else value.contiguous()
 
 
-def _told(belongs: Mapping[str, Any]) -> str:
-    return json.dumps(belongs, sort_keys=True)
-
-
-def _write(file: Path, tensors: dict[str, Tensor], told: str) -> None:
+def _write(file: Path, tensors: dict[str, Tensor], told: Mapping[str, Any]) -> None:
     with atomic_file(file) as temporary:
         # One entry: safetensors writes several in an order that changes from process to process.
-        save_file(tensors, temporary, metadata={ORIGIN: told})
+        save_file(tensors, temporary, metadata={ORIGIN: json.dumps(told, sort_keys=True)})
 
 
-def _is_done(file: Path, prompts: Sequence[Prompt], told: str) -> bool:
-    """Whether a file is one of this encoding, left by a stage that was killed."""
-    try:
-        with safe_open(file, framework="pt") as stream:
-            owners = {key.rpartition("/")[0] for key in stream.keys()} - {""}  # noqa: SIM118
-            return (stream.metadata() or {}).get(ORIGIN) == told and owners == {prompt.id for prompt in prompts}
-    except (OSError, SafetensorError):
-        return False
+def _is_done(file: Path, prompts: Sequence[Prompt], belongs: Mapping[str, Any]) -> bool:
+    """Whether a file is one of this encoding, left by a stage that was killed; a damaged one goes away."""
+    if file.is_file():
+        with damaged_part(file):
+            told, names = read_told(file, ORIGIN)
+            owners = {name.rpartition("/")[0] for name in names} - {""}
+            return told == belongs and owners == {prompt.id for prompt in prompts}
+    return False

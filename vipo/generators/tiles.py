@@ -3,6 +3,8 @@
 import logging
 from typing import Any
 
+from diffusers import AutoencoderTiny
+
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError
 
@@ -20,6 +22,11 @@ def decode_in_tiles(vae: Any, config: GeneratorConfig) -> None:
     if not hasattr(vae, "use_tiling"):
         raise GeneratorError(
             f"generator.decoding tiled: {type(vae).__name__} decodes no tiles; set generator.decoding=whole"
+        )
+    if isinstance(vae, AutoencoderTiny) and vae.spatial_scale_factor != 2 ** (len(vae.config.block_out_channels) - 1):
+        raise GeneratorError(
+            f"generator.decoding tiled: diffusers counts {vae.spatial_scale_factor} pixels a latent of AutoencoderTiny, "
+            "of which this one has others; set generator.decoding=whole"
         )
     vae.enable_tiling()
     for names in _SIZES:

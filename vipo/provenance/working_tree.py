@@ -8,6 +8,8 @@ from pathlib import Path
 from vipo.provenance.git import QUIET, GitError, ask_git, empty_repository, find_repository, run_git
 
 _CARRIED = ("filemode", "symlinks", "ignorecase", "precomposeunicode")
+# What runs are the bytes that lie there: with line ends, keywords or an encoding converted they are not the commit's.
+_AS_IT_LIES = "* -text -ident !working-tree-encoding\n"
 # Written by the workflow itself, so their change is no change of the code.
 _NOT_CODE = (":(exclude)results", ":(exclude)dvc.lock")
 
@@ -16,6 +18,7 @@ class WorkingTree:
     """A working tree against its commit: every file is read, whatever index and configuration say of it.
 
     Files below ``results/`` and ``dvc.lock`` do not count, for the workflow writes them, nor do files that git ignores.
+    Of ``.gitattributes`` filters alone count, which this machine's own configuration must define (Git LFS does).
 
     Attributes:
         commit: that it is at.
@@ -76,6 +79,10 @@ def working_tree(root: Path) -> Iterator[WorkingTree | None]:
     settings = [f"\t{name.partition('.')[2]} = {value}" for name, value in told.items() if value in ("true", "false")]
     with empty_repository(repository, settings) as environment:
         environment["GIT_WORK_TREE"] = str(repository.top)
+        # It comes before every .gitattributes.
+        attributes = Path(environment["GIT_DIR"]) / "info" / "attributes"
+        attributes.parent.mkdir()
+        attributes.write_text(_AS_IT_LIES)
         # The names alone: no flag that says a file is as it was, and no time to believe it by.
         run_git(["-C", str(repository.top), "update-index", "-z", "--index-info"], environment, entries)
         # Its status only says that there are differences.

@@ -1,6 +1,8 @@
 """A published table beside our own numbers: every cell that nothing was run for says so."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,8 @@ import pandas as pd
 from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
-from vipo.evaluation.statistics import mean_score
+from vipo.evaluation.comparison import vbench_totals
+from vipo.evaluation.statistics import mean_scores
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import read_run
 from vipo.text import visible
@@ -79,12 +82,18 @@ def partly(found: int, planned: int) -> str:
     return f" ({found} of {planned} seeds)" if found < planned else ""
 
 
+def with_totals(means: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Means by score column, and where they tell them VBench's three numbers, in percent as they are published."""
+    return {**means, **{name: 100 * value for name, value in vbench_totals(means).items()}}
+
+
 def _ours(scores: list[pd.DataFrame], metric: str, seeds: int) -> str:
     if not scores:
         return NOT_RUN
-    if not all(metric in table.columns for table in scores):
+    means = [with_totals(mean_scores(table, [name for name in map(str, table) if "/" in name])) for table in scores]
+    if not all(metric in own for own in means):
         return NOT_MEASURED
-    mean = sum(mean_score(table, metric) for table in scores) / len(scores)
+    mean = sum(own[metric] for own in means) / len(means)
     return f"{mean:.4f}" + partly(len(scores), seeds)
 
 

@@ -1,13 +1,11 @@
 """The measurement: the reference gradient, then one update after another; each part is a file, so that it resumes."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vipo.credit.meter.directions import Directions, Kind
@@ -22,7 +20,6 @@ from vipo.credit.meter.held_out import HeldOut, take_steps
 from vipo.credit.meter.plan import Plan, Record, Reference
 from vipo.credit.meter.result import summarise
 from vipo.credit.meter.space import Space, Whole, products
-from vipo.credit.meter.stored import read_finite
 from vipo.credit.meter.subject import (
     Group,
     Placed,
@@ -33,7 +30,8 @@ from vipo.credit.meter.subject import (
     sample_group,
 )
 from vipo.prompts import Prompt
-from vipo.provenance.files import atomic_file, damaged_part
+from vipo.provenance.files import damaged_part
+from vipo.provenance.parts import load_json, load_tensors, save_json, save_tensors
 
 Part = TypeVar("Part")
 
@@ -62,8 +60,8 @@ def measure_reference(
         if counts[block] <= number // blocks:
             sums[block] += space(_pathwise(subject, prompts, number))
             counts[block] += 1
-            with atomic_file(folder / f"reference-{block}.safetensors") as path:
-                save_file({"sum": sums[block].cpu(), "batches": torch.tensor(counts[block])}, path)
+            part = {"sum": sums[block].cpu(), "batches": torch.tensor(counts[block])}
+            save_tensors(part, folder / f"reference-{block}.safetensors")
         advance()
     return Reference(sums / torch.tensor(counts, device=sums.device)[:, None], counts)
 
@@ -78,7 +76,7 @@ def read_part(path: Path, read: Callable[[Path], Part]) -> Part | None:
 
 
 def _block(path: Path, size: int, most: int) -> dict[str, Tensor]:
-    kept = load_file(path)
+    kept = load_tensors(path)
     found, batches = kept["sum"], kept["batches"]
     if found.dtype != torch.float32 or found.shape != (size,) or not bool(found.isfinite().all()):
         raise ValueError("it holds no sum of gradients")
@@ -87,9 +85,20 @@ def _block(path: Path, size: int, most: int) -> dict[str, Tensor]:
     return kept
 
 
-def _record(path: Path, stepped: bool, first: Sequence[Record], reference: Reference | None) -> Record:
-    """Of an update along whose directions steps were taken, or not; one that goes with the first one's record."""
-    record: Record = read_finite(path)
+def _record(
+    path: Path, layout: tuple[list[str], ...], stepped: bool, first: Sequence[Record], reference: Reference | None
+) -> Record:
+    """Of an update along whose directions steps were taken, or not; one that goes with the first one's record.
+
+    Args:
+        layout: its sources, and of each the kinds of directions and the transitions.
+    """
+    record: Record = load_json(path)
+    names, *each = layout
+    if list(record["sources"]) != names or any(
+        [list(own["kinds"]), list(own["steps"])] != each for own in record["sources"].values()
+    ):
+        raise ValueError("it is of other sources, directions or transitions")
     if record["rewards"] is None or stepped != ("change" in record):
         raise ValueError("it is of no such update")
     # Whatever it lacks, its readers would find out when all updates are measured.
@@ -131,6 +140,7 @@ def measure_updates(
     subject: Subject,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
+    names: Sequence[str],
     placed: Placed,
     directions: Directions,
     plan: Plan,
@@ -144,7 +154,8 @@ def measure_updates(
     Args:
         prompts: training ones; their order is keyed.
         held_out: whose rewards are compared.
-        placed: the sources.
+        names: of the sources.
+        placed: what they give, by name.
         directions: what steps are made of gradients.
         space: a sketch keeps no signs and takes no steps: 'sgd' alone is measured then.
         reference: None: no pathwise estimator.
@@ -157,19 +168,20 @@ def measure_updates(
     check_space(space, directions.kinds, plan)
     records: list[Record] = []
     tested: HeldOut | None = None
+    layout = (list(names), list[str](directions.kinds), [str(step) for step in subject.stochastic])
     for number in range(plan.updates):
         path = folder / f"update-{number}.json"
-        whole = partial(_record, stepped=number < plan.stepped, first=records[:1], reference=reference)
+        stepped = number < plan.stepped
+        whole = partial(_record, layout=layout, stepped=stepped, first=records[:1], reference=reference)
         if (kept := read_part(path, whole)) is not None:
             records.append(kept)
         else:
             record, gradients = _update(subject, prompts, placed, directions, plan, space, reference, number)
-            if number < plan.stepped:
+            if stepped:
                 tested = tested or HeldOut(subject, held_out, plan)
                 known = next((old["change"] for old in records if old.get("change")), plan.change)
                 take_steps(record, gradients, directions, tested, reference, known)
-            with atomic_file(path) as temporary:
-                temporary.write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
+            save_json(record, path)
             records.append(record)
         advance(records)
     return records

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vipo.evaluation.statistics import decimals
-from vipo.reporting.published import NOT_MEASURED, NOT_RUN, partly, published_values
+from vipo.reporting.published import NOT_MEASURED, NOT_RUN, partly, published_values, with_totals
 from vipo.reporting.sections.context import Page, Section
 from vipo.reporting.wording import number
 
@@ -16,7 +16,7 @@ def published(page: Page) -> Section | None:
     if table is None:
         return None
     evaluated = set(page.experiment.scores["arm"])
-    arms = {row["arm"]: row for row in page.summary.arms.to_dict("records") if row["arm"] in evaluated}
+    arms = {row["arm"]: with_totals(row) for row in page.summary.arms.to_dict("records") if row["arm"] in evaluated}
     heads = [{"title": column.title, "domain": column.domain} for column in table.columns]
     digits = {
         column.metric: max(4, decimals(*(row[column.metric] for row in arms.values() if column.metric in row)))
