@@ -25,8 +25,8 @@ def decode_in_tiles(vae: Any, config: GeneratorConfig) -> None:
         )
     if isinstance(vae, AutoencoderTiny) and vae.spatial_scale_factor != 2 ** (len(vae.config.block_out_channels) - 1):
         raise GeneratorError(
-            f"generator.decoding tiled: diffusers counts {vae.spatial_scale_factor} pixels a latent of AutoencoderTiny, "
-            "of which this one has others; set generator.decoding=whole"
+            f"generator.decoding tiled: diffusers counts {vae.spatial_scale_factor} pixels a latent of AutoencoderTiny,"
+            " of which this has others; set generator.decoding=whole"
         )
     vae.enable_tiling()
     for names in _SIZES:
