@@ -156,20 +156,30 @@ def test_every_interval_of_the_text_is_the_study_s() -> None:
     assert [text for text in sorted(told) if not any(_matches(text, row) for row in known)] == []
 
 
-def test_what_the_first_pages_say_of_credit2_is_its_result() -> None:
-    """README, and the table of docs/index.md."""
-    tests = json.loads((ROOT / "docs/registered/credit2.json").read_text())["tests"]
-    known = {(test["arm"], test["measure"]): pd.Series(test) for test in tests}
-    rows = re.findall(rf"^\| `(\w+)` \|.*?\| ({INTERVAL}) \| ({INTERVAL}) \|$", _plain("docs/index.md"), re.MULTILINE)
-    assert [row[0] for row in rows] == ["product", "contrast", "vipo", "shuffled_contrast"]
-    for row in rows:
-        assert _matches(row[1], known[row[0], "area at equal updates"]), row
-        assert _matches(row[5], known[row[0], "area at equal change"]), row
+def test_what_the_pages_say_of_registered_studies_is_their_result() -> None:
+    """README, the table of docs/index.md, and those beside the questions."""
+    known = {
+        (name, test["arm"], test["measure"]): pd.Series(test)
+        for name in ("credit2", "credit2_normalised")
+        for test in json.loads((ROOT / f"docs/registered/{name}.json").read_text())["tests"]
+    }
+    sections = _plain("docs/registered.md").split("\n## ")
+    for name, text, arms in (
+        ("credit2", _plain("docs/index.md"), ["product", "contrast", "vipo", "shuffled_contrast"]),
+        *((each.split("`")[1], each, ["vipo", "contrast", "product", "shuffled_contrast"]) for each in sections[1:3]),
+    ):
+        rows = re.findall(rf"^\| `(\w+)`[^|]*\|.*?({INTERVAL}) \|.*?({INTERVAL}) \|.*$", text, re.MULTILINE)
+        assert [row[0] for row in rows] == arms, name
+        for row in rows:
+            assert _matches(row[1], known[name, row[0], "area at equal updates"]), (name, row)
+            assert _matches(row[5], known[name, row[0], "area at equal change"]), (name, row)
     (told,) = (part for part in _plain("README.md").split("\n\n") if part.startswith("Twenty fresh seeds"))
     cells = [found[0] for found in re.finditer(INTERVAL, told)]
-    arms = ["contrast", "product", "vipo", "shuffled_contrast"]
-    for arm, cell in zip(arms, cells, strict=True):
-        assert _matches(cell, known[arm, "area at equal change"]), (arm, cell)
+    places = [("credit2", arm) for arm in ("contrast", "product", "vipo", "shuffled_contrast")] + [
+        ("credit2_normalised", "vipo")
+    ]
+    for place, cell in zip(places, cells, strict=True):
+        assert _matches(cell, known[*place, "area at equal change"]), (place, cell)
 
 
 def _plain(page: str) -> str:
