@@ -3,7 +3,7 @@
     python -m benchmarks.setup_table FILE.json [SETUP...]   # counts the named setups (all), keeps the other rows
     python -m benchmarks.setup_table FILE.json --table      # prints what docs/hardware.md shows
 
-Without rewards and backbone, with the prompts of one update; see `benchmarks.plan_table` for the checkpoints.
+Without rewards' networks, with the prompts of one update; see `benchmarks.plan_table` for the checkpoints.
 """
 
 import json

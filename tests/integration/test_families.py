@@ -212,7 +212,10 @@ def _most_alive(
         generator.predict(latents, times, given).square().mean().backward()
 
     known = [latents, times, *given.values()]
-    return [peak_bytes(mode, generator, known, call) for call in (learn, lambda: generator.pictures(latents))]
+    return [
+        peak_bytes(mode, [generator.network, generator.vae], known, call)
+        for call in (learn, lambda: generator.pictures(latents))
+    ]
 
 
 def test_prompts_are_encoded_apart_and_the_negative_one_is_stored_once(case: Case, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_what_cannot_be_joined_is_refused(tiny_overrides: list[str], tmp_path: P
 
 def test_a_plan_counts_the_joined_call(tiny_overrides: list[str]) -> None:
     def of(*more: str) -> Any:
-        return plan(load_config([*tiny_overrides, "arm=vipo", *more]), ROOT, 2)
+        return plan(load_config([*tiny_overrides, "arm=grpo", *more]), ROOT, 2)
 
     plain, joined = of("training.micro_batch=2"), of("training.micro_batch=2", "training.joined_transitions=2")
     larger = of("training.micro_batch=4")
@@ -127,7 +127,7 @@ def test_a_plan_counts_the_joined_call(tiny_overrides: list[str]) -> None:
     rolled = of("training.micro_batch=2", "training.rollout_batch=4")
     assert rolled.phases["rolls out"] == larger.phases["rolls out"]
     assert rolled.phases["learns"] == plain.phases["learns"]
-    config = load_config([*tiny_overrides, "arm=vipo", "training.joined_transitions=2"])
+    config = load_config([*tiny_overrides, "arm=grpo", "training.joined_transitions=2"])
     with pytest.raises(VipoError, match=r"it would fit with training\.joined_transitions=1 \("):
         require_fit(config, ROOT, 2, plan(config, ROOT, 2), of().peak)
 

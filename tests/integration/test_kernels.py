@@ -263,7 +263,7 @@ def test_a_backend_that_the_environment_chooses_is_refused(
 
 def test_a_plan_is_of_pytorchs_own_kernels(tiny_overrides: list[str]) -> None:
     plans = [
-        plan(load_config([*tiny_overrides, "arm=vipo", *more]), ROOT, 2)
+        plan(load_config([*tiny_overrides, "arm=grpo", *more]), ROOT, 2)
         for more in ([], ["generator.compile=blocks", "generator.attention=_native_math"])
     ]
     assert plans[0].peak == plans[1].peak

@@ -20,7 +20,7 @@ from vipo.config.compose import load_config
 from vipo.config.perception import PerceptionConfig
 from vipo.maps.scoring import drawn_scenes, score_orientations
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
-from vipo.perception.backbones import NOT_MEASURED, registered_evidence
+from vipo.perception.backbones import NOT_MEASURED, backbone_without_weights, registered_evidence
 from vipo.perception.weights import packaged_weights
 from vipo.sampling.noise import keyed_generator
 
@@ -30,6 +30,21 @@ def photographs():
     return [
         torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255 for image in load_sample_images().images
     ]
+
+
+def check_shapes(config):
+    """Without weights it is the same, in shapes and types."""
+    for precision in ("fp32", "bf16"):
+        chosen = config.model_copy(update={"precision": precision})
+        loaded, outlined = load_backbone(chosen), backbone_without_weights(chosen, Path())
+        assert all(value.is_meta for value in outlined.state_dict().values())
+        kinds = [
+            {name: (value.shape, value.dtype) for name, value in each.state_dict().items()}
+            for each in (loaded, outlined)
+        ]
+        assert kinds[0] == kinds[1]
+        for name in ("feature_width", "input_size", "stride", "square", "orientation"):
+            assert getattr(loaded, name) == getattr(outlined, name)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +281,7 @@ def test_every_kind_of_backbone_from_a_timm_folder(tmp_path, name, arguments, si
     (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": arguments}))
     config = PerceptionConfig(backbone=name, weights=str(tmp_path), input_size=size[0])
     backbone = load_backbone(config)
+    check_shapes(config)
     picture = torch.rand(1, 3, 2 * size[0], 2 * size[1], generator=generator)
     features = backbone(picture)
     assert features.shape == (1, width, *grid)
@@ -303,15 +319,20 @@ def test_dinov2_in_the_layout_of_transformers(tmp_path, monkeypatch, registers):
     name = f"vit_small_patch14{'_reg4' if registers else ''}_dinov2.lvd142m"
     asked = []
 
-    def download(repository, filename, revision):
-        asked.append((repository, filename, revision))
+    def download(repository, filename, revision, local_files_only):
+        asked.append((repository, filename, revision, local_files_only))
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     local = load_backbone(PerceptionConfig(backbone=name, weights=str(tmp_path)))
     commit = "ab" * 20
     hub = load_backbone(PerceptionConfig(backbone="hf-hub:owner/name", revision=commit))
-    assert asked == [("owner/name", "config.json", commit), ("owner/name", "model.safetensors", commit)]
+    assert asked == [
+        ("owner/name", "config.json", commit, False), ("owner/name", "model.safetensors", commit, False),
+    ]  # fmt: skip
+    outlined = backbone_without_weights(PerceptionConfig(backbone="hf-hub:owner/name", revision=commit), Path())
+    assert asked[2:] == [("owner/name", "config.json", commit, True)]
+    assert [value.shape for value in outlined.parameters()] == [value.shape for value in hub.parameters()]
     images = torch.rand(1, 3, 518, 518)
     with torch.no_grad():
         tokens = theirs((images - local.mean) / local.std).last_hidden_state[:, 5 if registers else 1 :]
@@ -329,7 +350,7 @@ def test_dinov2_in_the_layout_of_transformers(tmp_path, monkeypatch, registers):
 def test_a_hub_repository_names_its_architecture(weights, tmp_path, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(tmp_path / file))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **_: str(tmp_path / file))
     shutil.copy(weights / "resnet10t.safetensors", tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(
         json.dumps({"architecture": "resnet10t", "pretrained_cfg": {"tag": "c3_in1k"}})

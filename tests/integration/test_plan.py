@@ -1,17 +1,25 @@
 """`vipo plan`: counted by hand on the tiny generator, and refused where a device is too small."""
 
+import functools
 import json
 import math
 import re
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from reward_checkpoints import write_clip
+from safetensors.torch import load_file
 
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.errors import VipoError
 from vipo.generators import load_generator
+from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.training.fit import require_fit
+from vipo.training.peak import peak_bytes
 from vipo.training.plan import Plan, plan
 
 ROOT = repository_root()
@@ -85,10 +93,15 @@ def test_the_command_says_what_would_fit(
     found = json.loads(capsys.readouterr().out)
     app([*command, "--memory", "1", "--tflops", "2"], standalone_mode=False)
     shown = capsys.readouterr().out
-    assert re.search(r"^peak \(while it learns\) +\d+\.\d\d GiB$", shown, re.MULTILINE)
+    # The packaged backbone is larger than the tiny generator.
+    assert re.search(r"^peak \(while it maps\) +\d+\.\d\d GiB$", shown, re.MULTILINE)
     assert re.search(r"^an update at 2 TFLOP/s +\d", shown, re.MULTILINE)
-    assert found["uncounted"] == ["reward object_redness", "backbone efficientnet_lite0"]
-    assert re.search(r"^memory of backbone efficientnet_lite0 +not counted\n\Z", shown, re.MULTILINE)
+    assert found["uncounted"] == []
+    assert re.search(r"^backbone +\d+\.\d\d GiB$", shown, re.MULTILINE)
+    assert re.search(r"^while it maps +\d+\.\d\d GiB$", shown, re.MULTILINE)
+    command.append("arm=grpo")
+    app([*command, "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
     with pytest.raises(VipoError, match=r"it would fit with training\.gradient_checkpointing=true"):
         app([*command, "--memory", str((found["peak"] - 1) / 2**30)], standalone_mode=False)
     with pytest.raises(VipoError, match="or shard it: distribution"):
@@ -115,6 +128,67 @@ def test_what_would_fit_can_be_set(tiny_overrides: list[str]) -> None:
         assert saved not in str(caught.value)
         assert ("generator.weights" in str(caught.value)) == (config.distribution.strategy == "ddp")
         require_fit(config, ROOT, 2, found, math.inf)
+
+
+def test_the_backbone_is_counted_as_it_is(tiny_overrides: list[str]) -> None:
+    """Its bytes are the loaded one's, and a call takes what the same call takes with data."""
+    for more in ([], ["perception.precision=bf16", "training.micro_batch=2"]):
+        config = load_config([*tiny_overrides, "arm=vipo", *more])
+        found, generator = plan(config, ROOT, prompts=2), load_generator(config.generator, ROOT)
+        backbone = load_backbone(config.perception)
+        assert found.held["backbone"] == bytes_of(backbone)
+        structuring = PerceptualStructuring(backbone, config.perception)
+        pictures = torch.rand(config.training.micro_batch, *config.generator.sample_shape)
+        with torch.no_grad():
+            taken = peak_bytes(
+                nullcontext(), [backbone], [pictures], functools.partial(structuring, pictures, generator.grid)
+            )
+        samples = config.training.prompts_per_update * config.training.group_size
+        assert found.phases["maps"] == taken + samples * pictures[0].nbytes
+    # A source that compares features has a backbone of its own.
+    both = "credit.sources=[{name: backbone}, {name: contrast, of: features}]"
+    twice = plan(load_config([*tiny_overrides, "arm=vipo", both]), ROOT, prompts=2)
+    assert twice.held["backbone"] == 2 * plan(load_config([*tiny_overrides, "arm=vipo"]), ROOT, 2).held["backbone"]
+    assert twice.uncounted == ("features that the source contrast compares",)
+    without = plan(load_config([*tiny_overrides, "arm=grpo"]), ROOT, prompts=2)
+    assert "backbone" not in without.held
+    assert "maps" not in without.phases
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+
+
+def test_networks_of_rewards_are_counted_where_they_are(tiny_overrides: list[str], tmp_path: Path) -> None:
+    def of(*terms: str) -> Plan:
+        return plan(load_config([*tiny_overrides, "arm=grpo", f"reward.terms=[{', '.join(terms)}]"]), ROOT, 2)
+
+    write_clip(tmp_path / "clip")
+    size = sum(value.nbytes for value in load_file(tmp_path / "clip/model.safetensors").values())
+    clip = f"{{name: clipscore, label: %s, options: {{path: {tmp_path / 'clip'}, dtype: %s, resident: %s}}}}"
+    none = of("redness")
+    assert (none.held.get("rewards"), none.phases.get("scores"), none.uncounted) == (None, None, ())
+    kept = of(clip % ("a", "fp32", "keep"), clip % ("b", "bf16", "keep"), "redness")
+    assert kept.held["rewards"] == size + size // 2
+    assert kept.uncounted == ("what the rewards' networks make while they score",)
+    moved = of(clip % ("a", "fp32", "offload"), clip % ("b", "bf16", "free"), clip % ("c", "bf16", "keep"))
+    assert moved.held["rewards"] == size // 2
+    # One of them is there at a time.
+    assert moved.phases["scores"] - kept.phases["scores"] == size
+    served = f"{{name: process, options: {{reward: redness, environment: {sys.executable}%s}}}}"
+    assert of(served % ", device: cpu").uncounted == ()
+    assert of(served % "").uncounted == ("reward process (a process of its own on the generator's device)",)
+    absent = of("my_rewards:mine", f"{{name: clipscore, options: {{path: {tmp_path / 'none'}}}}}").uncounted
+    assert absent[0] == "reward my_rewards:mine (others' code)"
+    assert absent[1].startswith("reward clipscore (reward 'clipscore' raised RewardError: path '")
+
+
+def test_gradients_are_told_apart(tiny_overrides: list[str]) -> None:
+    found = plan(load_config([*tiny_overrides, "arm=grpo"]), ROOT, prompts=2)
+    assert found.gradients == 4 * found.trained < found.phases["learns"]
+    offload = "distribution={strategy: fsdp, offload: true}"
+    other = plan(load_config([*tiny_overrides, "arm=grpo", offload]), ROOT, prompts=2)
+    assert (other.gradients, other.main["gradients"]) == (0, found.gradients)
 
 
 ADAPTERS = """

@@ -14,7 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from vipo.config.reward import RewardSpec
+from vipo.config.reward_options import HPSv3Options, NetworkOptions, VideoAlignOptions
 from vipo.rewards import Reward, RewardError, load_reward, load_rewards, score, weight_files
+from vipo.rewards.networks import network_bytes
 from vipo.rewards.qwen2_vl import merged, published_texts, smart_size, vision_of
 from vipo.rewards.videoalign import _chosen
 
@@ -30,6 +32,12 @@ def frames(*shape: int) -> Tensor:
     small = made.integers(0, 256, (shape[0], 4, 5, 3), dtype=np.uint8)
     large = np.stack([np.array(Image.fromarray(x).resize(shape[:0:-1])) for x in small])
     return torch.from_numpy(large).permute(0, 3, 1, 2)
+
+
+def check_count(reward: Any, options: NetworkOptions) -> None:
+    """By its files, whatever else they hold, the network is as large as it is."""
+    with reward.resident as network:
+        assert network_bytes(reward, options) == 4 * sum(value.numel() for value in network.parameters())
 
 
 def processed(levels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -113,6 +121,8 @@ def test_hpsv3_is_the_published_formula(hpsv3: tuple[Path, Any, dict[str, Tensor
     found = score("hpsv3", reward, levels.float() / 255, PROMPTS, [{}] * 3)
     torch.testing.assert_close(found, torch.tensor(expected), atol=2e-4, rtol=0)
     assert found.std() > 1e-2
+    places = {"path": str(folder), "base": str(folder), "instruction": str(folder / "texts.py")}
+    check_count(reward, HPSv3Options.model_validate(places))
     assert [path.name for path in weight_files(reward)] == [
         "HPSv3.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "texts.py",
@@ -187,6 +197,7 @@ def test_videoalign_is_the_published_formula(
     for place, values in enumerate(found.values()):
         torch.testing.assert_close(values, wanted[:, place], atol=5e-4, rtol=0)
         assert values.std() > 1e-3
+    check_count(rewards["VQ"], VideoAlignOptions.model_validate(specs[0].options))
     # One network for all, and one pass.
     shared = {id(reward.resident) for reward in rewards.values()}  # type: ignore[attr-defined]
     assert len(shared) == 1

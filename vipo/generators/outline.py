@@ -56,7 +56,7 @@ def outline(
     generator.config, generator.device = config.model_copy(update={"device": "cpu"}), torch.device("cpu")
     with mode:
         for module in (generator.network, generator.vae):
-            _without_data(module)
+            without_data(module)
         for name, value in vars(generator).items():
             if name not in ("network", "vae"):
                 setattr(generator, name, tree_map_only(Tensor, _empty, value))
@@ -69,7 +69,8 @@ def _shapes(
     return [part_without_weights(kind, location, part, config, torch.device("meta")) for part, kind in kinds.items()]
 
 
-def _without_data(module: nn.Module) -> None:
+def without_data(module: nn.Module) -> None:
+    """Exchange a module's tensors for such as the mode makes that is on."""
     # Not by `Module.to`, which cannot exchange a parameter that something refers to weakly.
     for each in module.modules():
         for name, parameter in each.named_parameters(recurse=False):

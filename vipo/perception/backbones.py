@@ -31,6 +31,7 @@ from vipo.perception.weights import (
     published_metadata,
     read_folder_config,
     read_safetensors,
+    timm_model,
 )
 from vipo.rounding import hold_in_bf16
 
@@ -273,6 +274,23 @@ def load_backbone(config: PerceptionConfig, device: str | torch.device = "cpu", 
     return backbone.in_bf16() if config.precision == "bf16" else backbone
 
 
+def backbone_without_weights(config: PerceptionConfig, root: Path) -> Backbone:
+    """The backbone of a configuration on the device ``meta``: its tensors have shapes and no data; nothing is fetched.
+
+    Args:
+        config, root: as of `load_backbone`.
+
+    Raises:
+        PerceptionError: unknown name, no such layer, a hub repository's config.json is not in the cache, or others'
+            code makes it, which reads its weights.
+    """
+    if is_import_path(config.backbone):
+        raise PerceptionError(f"{_called(config.backbone)}: others' code makes it")
+    with torch.device("meta"):
+        backbone = _timm_backbone(config, root, data=False)
+    return backbone.in_bf16() if config.precision == "bf16" else backbone
+
+
 def find_backbone(name: str) -> Any:
     """The callable that an import path names, imported but not called yet.
 
@@ -306,20 +324,23 @@ def _imported(config: PerceptionConfig, device: torch.device) -> Backbone:
     return backbone
 
 
-def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
+def _timm_backbone(config: PerceptionConfig, root: Path, *, data: bool = True) -> Backbone:
     packaged = config.backbone == PACKAGED
     architecture = _PACKAGED_ARCHITECTURE if packaged else config.backbone
     path = None if config.weights is None else root / config.weights
     if config.backbone.startswith(HUB):
         repository = config.backbone.removeprefix(HUB)
         if path is None:
-            path = hub_file(repository, "config.json", config.revision).parent
-            hub_file(repository, "model.safetensors", config.revision)
+            path = hub_file(repository, "config.json", config.revision, fetch=data).parent
+            if data:
+                hub_file(repository, "model.safetensors", config.revision)
         architecture = named_architecture(path)
     metadata = published_metadata(architecture)
-    arguments: dict[str, Any] = {}
-    if path is not None:
-        arguments, published = read_folder_config(path, architecture, metadata)
+    arguments, published = ({}, False) if path is None else read_folder_config(path, architecture, metadata)
+    weights: Mapping[str, Tensor] = {}
+    if not data:
+        pass
+    elif path is not None:
         weights = read_safetensors(path / "model.safetensors" if path.is_dir() else path)
         weights = dinov2.published_names(weights) if published else weights
     elif packaged:
@@ -334,7 +355,12 @@ def _timm_backbone(config: PerceptionConfig, root: Path) -> Backbone:
         filename = metadata["hf_hub_filename"] or "model.safetensors"
         path = hub_file(repository, filename, config.revision or revision or None)
         weights = read_safetensors(path)
-    model, any_size = filled_model(architecture, weights, metadata, arguments)
+    if data:
+        model, any_size = filled_model(architecture, weights, metadata, arguments)
+    else:
+        model, any_size = timm_model(architecture, metadata, arguments)
+    if not hasattr(model, "forward_intermediates"):
+        raise PerceptionError(f"perception.backbone: {architecture!r} gives no intermediate features; choose another")
 
     defaults = _defaults(config.backbone if packaged else architecture)
     info: Any = model.feature_info

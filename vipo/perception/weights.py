@@ -119,13 +119,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise PerceptionError(f"{path}: cannot be read as safetensors ({error}); fetch or convert it again") from error
 
 
-def hub_file(repository: str, filename: str, revision: str | None) -> Path:
-    """A file of a hub repository, from the local cache or fetched."""
+def hub_file(repository: str, filename: str, revision: str | None, *, fetch: bool = True) -> Path:
+    """A file of a hub repository, from the local cache or, if it may be, fetched."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repository, filename, revision=revision))
+        return Path(hf_hub_download(repository, filename, revision=revision, local_files_only=not fetch))
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise PerceptionError(
             f"perception.weights: {filename} of {repository} is neither in the local cache nor could it be fetched "
@@ -178,8 +178,6 @@ def filled_model(
     architecture: str, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[nn.Module, bool]:
     """A timm model without classifier, every tensor of it from `weights`; and whether it takes any picture size."""
-    import timm
-
     heads = metadata["classifier"] or ()
     heads = (heads,) if isinstance(heads, str) else heads
     kept = {key: value for key, value in weights.items() if not key.startswith(tuple(f"{head}." for head in heads))}
@@ -187,20 +185,8 @@ def filled_model(
         raise PerceptionError(f"perception.weights: no tensors for {architecture!r}")
     # timm loads leniently as soon as the class count differs; a source that never had classes is loaded strictly.
     overlay = {"state_dict": kept, "num_classes": 0, "classifier": None, "custom_load": False}
-    options = {**arguments, "num_classes": 0}
     try:
-        try:
-            model = timm.create_model(
-                architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options, dynamic_img_size=True
-            )
-            any_size = True
-        except TypeError as error:
-            if "dynamic_img_size" not in str(error):
-                raise
-            model = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-            # SAM embeds patches of any size, although its metadata names one.
-            strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
-            any_size = not (metadata["fixed_input_size"] and strict)
+        model, any_size = timm_model(architecture, metadata, arguments, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise PerceptionError(
             f"perception.weights: the tensors do not fit {architecture!r}: {' '.join(str(error).split())[:600]}"
@@ -217,8 +203,31 @@ def filled_model(
             f"perception.weights: {len(broken)} tensors for {architecture!r} are not finite or not of floating point, "
             f"first {broken[0]} ({kept[broken[0]].dtype}); fetch or convert them again"
         )
-    if not hasattr(model, "forward_intermediates"):
-        raise PerceptionError(f"perception.backbone: {architecture!r} gives no intermediate features; choose another")
     # timm keeps the overlay, and with it a second copy of all weights.
     del model.pretrained_cfg["state_dict"]
     return model, any_size
+
+
+def timm_model(
+    architecture: str, metadata: Mapping[str, Any], arguments: Mapping[str, Any], **options: Any
+) -> tuple[Any, bool]:
+    """A timm model without classifier, and whether it takes any picture size.
+
+    Args:
+        architecture: its timm name.
+        metadata: what timm knows about it.
+        arguments: of its class.
+        options: of `timm.create_model`; where they name no weights, the model is at its random start.
+    """
+    import timm
+
+    options |= {**arguments, "num_classes": 0}
+    try:
+        return timm.create_model(architecture, **options, dynamic_img_size=True), True
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+    model = timm.create_model(architecture, **options)
+    # SAM embeds patches of any size, although its metadata names one.
+    strict = getattr(getattr(model, "patch_embed", None), "strict_img_size", True)
+    return model, not (metadata["fixed_input_size"] and strict)

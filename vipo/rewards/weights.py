@@ -5,7 +5,9 @@ Safetensors, or what `torch.load` reads with ``weights_only=True``, which runs n
 
 import contextlib
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,19 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 """Names of a checkpoint's weights in transformers' layout, the better first."""
 
 _NAMED = 3
+
+
+_fetches = ContextVar("fetches", default=True)
+
+
+@contextlib.contextmanager
+def at_hand() -> Iterator[None]:
+    """Within it nothing is fetched: what a hub has is found in the local cache, or not at all."""
+    token = _fetches.set(False)
+    try:
+        yield
+    finally:
+        _fetches.reset(token)
 
 
 def local_path(key: str, path: str) -> Path:
@@ -59,7 +74,8 @@ def located(key: str, path: str, revision: str | None, patterns: Sequence[str]) 
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
+        cached = not _fetches.get()
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), local_files_only=cached))
     except Exception as error:
         raise RewardError(
             f"{key} {path!r}: there is no {local}, and as a hub id it is neither in the local cache nor could it be "
@@ -87,15 +103,19 @@ def matching(place: Path, patterns: Sequence[str]) -> list[Path]:
     raise RewardError(f"{place}: holds no {' or '.join(patterns)}; fetch it again, or name another folder")
 
 
-def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of some files, on the CPU; of a training checkpoint those below ``state_dict``.
+def read_tensors(paths: Sequence[Path], device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of some files; of a training checkpoint those below ``state_dict``.
+
+    Args:
+        paths: the files; of two tensors of one name the later counts.
+        device: ``cpu``, or ``meta``: shapes alone.
 
     Raises:
         RewardError: a file cannot be read, or holds anything else.
     """
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        content = _read(path)
+        content = _read(path, device)
         content = content.get("state_dict", content) if isinstance(content, Mapping) else content
         if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
             raise RewardError(f"{path}: holds no tensors by name; fetch it again, or name another file")
@@ -103,14 +123,16 @@ def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, device: str) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return {name: value.to(device) for name, value in load_file(path).items()}
+        # Mapped, no data is read for shapes alone; a file of PyTorch's older format cannot be.
+        mapped = device == "meta" and zipfile.is_zipfile(path)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise RewardError(f"{path}: cannot be read ({one_line(str(error), 300)}); fetch or convert it again") from error
 

@@ -6,16 +6,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-
-from vipo.generators.pipeline import PipelineGenerator
 
 
 def peak_bytes(
     mode: AbstractContextManager[Any],
-    generator: PipelineGenerator,
+    modules: Iterable[nn.Module],
     known: Iterable[Tensor],
     call: Callable[[], object],
 ) -> int:
@@ -23,14 +21,13 @@ def peak_bytes(
 
     Args:
         mode: that the call is made in.
-        generator: which the call is of.
+        modules: which the call is of.
         known: tensors that are there before it.
         call: what is measured.
     """
-    parts = [*generator.network.parameters(), *generator.vae.parameters()]
-    buffers = [*generator.network.buffers(), *generator.vae.buffers()]
-    gradients = [value.grad for value in parts if value.grad is not None]
-    with mode, _Peak([*known, *parts, *buffers, *gradients]) as seen:
+    held = [value for module in modules for value in (*module.parameters(), *module.buffers())]
+    gradients = [value.grad for value in held if value.grad is not None]
+    with mode, _Peak([*known, *held, *gradients]) as seen:
         call()
     return seen.peak
 

@@ -2,7 +2,8 @@
 
 The policy is made of the checkpoint's configurations with tensors that have shapes and no data, and called as an update
 calls it: what autograd keeps for the backward pass is what the same code keeps there, but for rounding up by a device's
-allocator and for kernels that another device has. Rewards, backbones and other credit sources are not counted.
+allocator and for kernels that another device has. Of rewards the networks are counted, of credit the backbone;
+whatever else is there is named.
 """
 
 import math
@@ -27,6 +28,7 @@ from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.objectives import load_objective
 from vipo.objectives.objective import checked_keeps
+from vipo.training.beside import beside
 from vipo.training.checkpoints import run_bytes
 from vipo.training.errors import TrainingError
 from vipo.training.joined import check_joined
@@ -44,14 +46,15 @@ class Plan:
     Attributes:
         held: bytes on the device that are there all the time, by part.
         main: bytes of main memory, by part, where ``distribution.offload`` keeps them there.
-        phases: bytes beside them while an update rolls out, decodes and learns; the largest one counts.
+        phases: bytes beside them while an update rolls out, decodes, scores, maps and learns; the largest one counts.
+        gradients: bytes of them on the device, of what is there while it learns.
         trained: parameters that are trained, of all processes.
         evaluations: of the network by one sample at one step, an update, by phase; guidance doubles the work of each.
         flops: an update's floating point operations in the network, of all processes.
         disk: bytes of a run's folder, at most.
         embeddings: bytes of the training prompts' embeddings, on disk.
         evaluation: bytes of a process that evaluates, at its fullest moment; 0 where it does so at training's size.
-        uncounted: what else is on the device, which these bytes are without.
+        uncounted: what else is on the device, which these bytes are without, and why where that differs.
     """
 
     held: Mapping[str, int]
@@ -62,6 +65,7 @@ class Plan:
     flops: int
     disk: int
     embeddings: int
+    gradients: int = 0
     evaluation: int = 0
     uncounted: tuple[str, ...] = ()
 
@@ -75,6 +79,7 @@ class Plan:
         fullest = max(self.phases, key=lambda name: self.phases[name])
         rows = [(name, gib(size)) for name, size in self.held.items() if size]
         rows += [(f"while it {name}", gib(size)) for name, size in self.phases.items()]
+        rows += [("of that gradients", gib(self.gradients))] if self.gradients else []
         rows.append((f"peak (while it {fullest})", gib(self.peak)))
         rows += [(f"in main memory: {name}", gib(size)) for name, size in self.main.items() if size]
         rows += [("peak of an evaluation", gib(self.evaluation))] if self.evaluation else []
@@ -85,9 +90,9 @@ class Plan:
             rows.append((f"an update at {tflops:g} TFLOP/s", f"{self.flops / tflops / 1e12:,.1f} s"))
         rows.append(("disk of the run", gib(self.disk)))
         rows.append(("disk of the embeddings", gib(self.embeddings)))
-        rows += [(f"memory of {name}", "not counted") for name in self.uncounted]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value:>18}" for name, value in rows)
+        lines = [f"{name:<{width}}  {value:>18}" for name, value in rows]
+        return "\n".join([*lines, *(f"memory not counted: {name}" for name in self.uncounted)])
 
     def as_json(self) -> dict[str, Any]:
         """The same, for programs."""
@@ -172,13 +177,15 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
             f"generator.family {config.generator.family!r}: its calls depend on values, such as how long the prompts "
             "are, so that they cannot be counted without data; measure an update of 'vipo train' instead"
         ) from error
-    learns = peak_bytes(mode, generator, learning.given, lesson)
+    parts = (generator.network, generator.vae)
+    learns = peak_bytes(mode, parts, learning.given, lesson)
     generator.read_no_values(one_time=True)
     with mode, torch.no_grad(), FlopCounterMode(display=False) as drawn:
         rolling.predict()
     with torch.no_grad():
-        draws = peak_bytes(mode, generator, rolling.given, rolling.predict)
-        decodes = peak_bytes(mode, generator, [clean], lambda: generator.pictures(clean))
+        draws = peak_bytes(mode, parts, rolling.given, rolling.predict)
+        decodes = peak_bytes(mode, parts, [clean], lambda: generator.pictures(clean))
+    others = beside(config, root, generator, mode)
 
     samples = training.prompts_per_update * training.group_size
     own = samples // distribution.world_size
@@ -209,12 +216,19 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         "autoencoder": _bytes(generator.vae.parameters()),
         "embeddings": own * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
+        **others.held,
     }
-    learns += reduced + (0 if distribution.offload else gradients)
+    there = 0 if distribution.offload else gradients
+    learns += reduced + there
     return Plan(
         held=held,
         main={**sharded, "gradients": gradients} if distribution.offload else {},
-        phases={"rolls out": draws + pictures, "decodes": decodes + pictures, "learns": learns},
+        phases={
+            "rolls out": draws + pictures,
+            "decodes": decodes + pictures,
+            **{name: size + pictures for name, size in others.calls.items()},
+            "learns": learns,
+        },
         trained=trained,
         evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared} | credited,
         flops=drawn.get_total_flops() * (samples * steps + lessons * compared + sum(credited.values())) // rolled
@@ -222,10 +236,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         disk=run_bytes(config, trained, policies),
         embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
         evaluation=0 if config.evaluated == config.generator else _evaluation(config, root),
-        uncounted=(
-            *(f"reward {term.label}" for term in config.reward.terms),
-            *((f"backbone {config.perception.backbone}",) if config.credit.reads_backbone else ()),
-        ),
+        gradients=there,
+        uncounted=tuple(others.uncounted),
     )
 
 
@@ -237,7 +249,7 @@ def _evaluation(config: Config, root: Path) -> int:
     calls = _Calls(generator, root, mode, config.evaluation.batch)
     with torch.no_grad():
         found = [
-            peak_bytes(mode, generator, calls.given, call)
+            peak_bytes(mode, (generator.network, generator.vae), calls.given, call)
             for call in (calls.predict, lambda: generator.pictures(calls.latents))
         ]
     parts = (*generator.network.parameters(), *generator.vae.parameters())
