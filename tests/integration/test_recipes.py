@@ -18,7 +18,7 @@ from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
-from vipo.evaluation.comparison import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC
+from vipo.evaluation.comparison import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC, vbench_totals
 from vipo.reporting.published import published_table, published_values
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
@@ -181,13 +181,17 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
 
 
 def _check_vbench(file: Path, config: Config, results: Path) -> None:
-    """With every dimension at the upper end of its scale, 100; with one missing, no number."""
+    """With quality at the upper end of every scale and meaning at the lower, 100, 0 and 80; one missing, none."""
     scores = pd.read_parquet(file)
-    names = [f"reward/vbench_{name}" for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)]
-    highest = {name: _VBENCH_BOUNDS.get(name.removeprefix("reward/vbench_"), (0.0, 1.0))[1] for name in names}
-    scores.assign(**highest).to_parquet(file)
-    assert "| not published | 100.0000 |" in published_table(config, results)
-    scores.assign(**highest).drop(columns=names[3]).to_parquet(file)
+    ends = {
+        f"reward/vbench_{name}": _VBENCH_BOUNDS.get(name, (0.0, 1.0))[end]
+        for end, names in ((1, _VBENCH_QUALITY), (0, _VBENCH_SEMANTIC))
+        for name in names
+    }
+    assert vbench_totals(ends) == {"vbench/quality": 1.0, "vbench/semantic": 0.0, "vbench/total": 0.8}
+    scores.assign(**ends).to_parquet(file)
+    assert "| not published | 80.0000 |" in published_table(config, results)
+    scores.assign(**ends).drop(columns=list(ends)[3]).to_parquet(file)
     assert "| not published | not measured |" in published_table(config, results)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from vipo.evaluation.held_out import check_sample, save_sample
 from vipo.evaluation.sample import _opened
 from vipo.provenance.files import damaged_part
-from vipo.provenance.parts import load_json, load_tensors, read_told, save_json, save_tensors
+from vipo.provenance.parts import load_json, load_tensors, names_of, save_json, save_tensors
 
 TENSORS = {
     "sum": torch.tensor([0.0, -1.5, 2.0]),
@@ -28,7 +28,7 @@ PICTURE = torch.linspace(0, 1, 75).reshape(3, 5, 5)
 
 
 def _told(path: Path) -> None:
-    if read_told(path, "origin")[0] != {"prompts": "abc"}:
+    if names_of(path, "origin", {"prompts": "abc"}) is None:
         raise ValueError("other prompts'")
 
 

@@ -174,7 +174,7 @@ def test_what_the_pages_say_of_registered_studies_is_their_result() -> None:
             assert _matches(row[5], known[name, row[0], "area at equal change"]), (name, row)
     (told,) = (part for part in _plain("README.md").split("\n\n") if part.startswith("Twenty fresh seeds"))
     cells = [found[0] for found in re.finditer(INTERVAL, told)]
-    places = [("credit2", arm) for arm in ("contrast", "product", "vipo", "shuffled_contrast")] + [
+    places = [("credit2", arm) for arm in ("product", "contrast", "vipo", "shuffled_contrast")] + [
         ("credit2_normalised", "vipo")
     ]
     for place, cell in zip(places, cells, strict=True):

@@ -107,10 +107,10 @@ def stock_pipeline(kind: type[PipelineGenerator], config: GeneratorConfig, root:
             pipeline.vae.enable_slicing()
         if config.decoding == "tiled":
             pipeline.vae.enable_tiling()
-    forced = dict(kind.stock_forced)
-    getattr(pipeline, kind.network_folder).register_forward_pre_hook(
-        lambda _, args, given: (args, given | forced), with_kwargs=True
-    )
+    if forced := dict(kind.stock_forced):
+        getattr(pipeline, kind.network_folder).register_forward_pre_hook(
+            lambda _, args, given: (args, given | forced), with_kwargs=True
+        )
     pipeline.scheduler = deterministic_scheduler(kind, location, config)
     return pipeline
 

@@ -13,6 +13,7 @@ from vipo.foreign import foreign, guarded_class, resolve
 from vipo.generators.applied import not_applied
 from vipo.generators.base import Generator, GeneratorError
 from vipo.generators.loading import without_loading_bars
+from vipo.generators.tiles import check_tiles
 
 T = TypeVar("T")
 
@@ -54,10 +55,7 @@ def load_generator(config: GeneratorConfig, root: Path, adapter: type[Generator]
         raise GeneratorError(
             f"generator.weights bf16: family {config.family!r} holds its weights in fp32; set generator.weights=fp32"
         )
-    if config.decoding == "tiled" and not getattr(getattr(generator, "vae", None), "use_tiling", False):
-        raise GeneratorError(
-            f"generator.decoding tiled: family {config.family!r} decodes samples whole; set generator.decoding=whole"
-        )
+    check_tiles(generator, config)
     if missing := not_applied(generator.network, config):
         raise GeneratorError(missing)
     if config.family not in FAMILIES:

@@ -24,7 +24,7 @@ from vipo.generators.base import NEGATIVE, GeneratorError
 from vipo.generators.embeddings import FILES, ORIGIN, encode_prompts, encoder_hashes, origin
 from vipo.prompts import Prompt, read_prompts
 from vipo.provenance.files import atomic_file, damaged_part, file_sha256
-from vipo.provenance.parts import read_told, save_tensors
+from vipo.provenance.parts import names_of, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,6 @@ def _is_done(file: Path, prompts: Sequence[Prompt], belongs: Mapping[str, Any]) 
     """Whether a file is one of this encoding, left by a stage that was killed; a damaged one goes away."""
     if file.is_file():
         with damaged_part(file):
-            told, names = read_told(file, ORIGIN)
-            owners = {name.rpartition("/")[0] for name in names} - {""}
-            return told == belongs and owners == {prompt.id for prompt in prompts}
+            if (names := names_of(file, ORIGIN, belongs)) is not None:
+                return {name.rpartition("/")[0] for name in names} - {""} == {prompt.id for prompt in prompts}
     return False

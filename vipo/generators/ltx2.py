@@ -71,15 +71,16 @@ class LTX2Generator(PipelineGenerator):
         }
 
     @classmethod
-    def check(cls, config: GeneratorConfig, root: Path) -> None:
-        super().check(config, root)
-        location = checkpoint_location(config, root)
+    def _check_settings(
+        cls, config: GeneratorConfig, root: Path, location: Path | str, index: Mapping[str, Any]
+    ) -> None:
+        super()._check_settings(config, root, location, index)
         settings = part_settings(LTX2TextConnectors, location, "connectors", config)
         registers = settings.video_connector_num_learnable_registers
-        if registers is None:
+        if type(registers) is not int or registers < 1:
             raise GeneratorError(
-                f"{location}/connectors: video_connector_num_learnable_registers None: what a prompt leaves over would "
-                "be read as words; give LTX-2's own connectors"
+                f"{location}/connectors: video_connector_num_learnable_registers {registers!r}: what a prompt leaves "
+                "over would be read as words; give LTX-2's own connectors"
             )
         if config.max_sequence_length % registers:
             raise GeneratorError(

@@ -1,5 +1,6 @@
 """A network in one safetensors file, as its authors or ComfyUI name the tensors."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vipo.generators.original import original_state, state_of_original
 from vipo.generators.original_names import NAMES, UNUSED, Rules
 from vipo.generators.parts import not_floating, part_without_weights, stored_dtypes
 from vipo.text import cause, listed
+
+log = logging.getLogger(__name__)
 
 # Which ComfyUI, and files that hold autoencoder and text encoders too, put before the network's names.
 _PREFIX = "model.diffusion_model."
@@ -67,7 +70,7 @@ def load_network_file(kind: Any, location: Path | str, part: str, config: Genera
         own = [name for name in state if name.startswith(_PREFIX)] or list(state)
         if whole := not_floating({name: kinds[name] for name in own}):
             raise GeneratorError(f"{place}: not of floating point: {listed(whole, _NAMED)}; {_REMEDY}")
-        made = _converted(place, network, {name.removeprefix(_PREFIX): state[name] for name in own})
+        made = _converted(file, place, network, {name.removeprefix(_PREFIX): state[name] for name in own})
         network.load_state_dict({name: value.float() for name, value in made.items()}, assign=True)
     except GeneratorError:
         raise
@@ -76,7 +79,7 @@ def load_network_file(kind: Any, location: Path | str, part: str, config: Genera
     return network.eval()
 
 
-def _converted(place: str, network: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _converted(file: Path, place: str, network: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The network's own tensors under diffusers' names."""
     with torch.device("meta"):
         wanted = {name: torch.empty(value.shape) for name, value in network.state_dict().items()}
@@ -91,6 +94,8 @@ def _converted(place: str, network: Any, state: dict[str, Tensor]) -> dict[str, 
         known = {*original, *unused}
         beside = tuple(name for name in unused if name.endswith("."))
         _check(place, original, state, [name for name in state if name not in known and not name.startswith(beside)])
+        if parts := sorted({name.partition(".")[0] for name in state if name.startswith(beside)}):
+            log.warning("%s: %s of it are not read: those of the folder are", file, ", ".join(parts))
         return state_of_original(state, shapes, named)
     convert, names = _converter(type(network)), len(state)
     assert convert is not None

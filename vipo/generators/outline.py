@@ -16,6 +16,7 @@ from vipo.generators.configured import resolve_class
 from vipo.generators.parts import part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.sharded import blocks
+from vipo.generators.tiles import check_tiles
 
 # What a family's conditioning has of a prompt as a whole, not of its tokens.
 _POOLED = frozenset({"pooled_projections", "text_embeds"})
@@ -44,6 +45,7 @@ def outline(
     # By PyTorch's own kernels, which there are for shapes alone.
     plain = {"device": "meta", "attention": DEFAULT_ATTENTION, "compile": "none"}
     generator = without.load(config.model_copy(update=plain), root)
+    check_tiles(generator, config)
     if lora is None:
         generator.train_weights()
     else:

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import AutoencoderTiny
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import GeneratorError
+from vipo.generators.base import Generator, GeneratorError
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,23 @@ def decode_in_tiles(vae: Any, config: GeneratorConfig) -> None:
             " of which this has others; set generator.decoding=whole"
         )
     vae.enable_tiling()
-    for names in _SIZES:
+    # Which begins a second tile within the first.
+    for names in () if isinstance(vae, AutoencoderTiny) else _SIZES:
         height, width = (getattr(vae, name, None) for name in names)
         if height and width and config.height <= height and config.width <= width:
             log.warning(
                 "generator.decoding tiled has no effect: a sample of %d x %d is no larger than a tile of %d x %d",
                 *(config.height, config.width, height, width),
             )
+
+
+def check_tiles(generator: Generator, config: GeneratorConfig) -> None:
+    """Refuse an adapter that does not decode as `config.decoding` says.
+
+    Raises:
+        GeneratorError: it decodes samples whole.
+    """
+    if config.decoding == "tiled" and not getattr(getattr(generator, "vae", None), "use_tiling", False):
+        raise GeneratorError(
+            f"generator.decoding tiled: family {config.family!r} decodes samples whole; set generator.decoding=whole"
+        )

@@ -52,17 +52,21 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_told(path: Path, key: str) -> tuple[dict[str, Any], list[str]]:
-    """What a file that `save_tensors` wrote under `key` was told, and the names of its tensors; one is read at a time.
+def names_of(path: Path, key: str, told: Mapping[str, Any]) -> list[str] | None:
+    """Names of the tensors in a file that `save_tensors` wrote with `told` under `key`; None: it was told otherwise.
+
+    One that an older vipo wrote, without a hash, is believed: results that were made of it stay.
 
     Raises:
         As `load_tensors`.
     """
     with safe_open(path, "pt") as stream:
-        told, names = json.loads((stream.metadata() or {})[key]), list(stream.keys())
-        found = _tensors_sha256((name, stream.get_tensor(name)) for name in names)
-    _check(told, found)
-    return {name: value for name, value in told.items() if name != _SHA256}, names
+        own, names = json.loads((stream.metadata() or {})[key]), list(stream.keys())
+        if {name: value for name, value in own.items() if name != _SHA256} != told:
+            return None
+        if _SHA256 in own:
+            _check(own, _tensors_sha256((name, stream.get_tensor(name)) for name in names))
+    return names
 
 
 def save_json(content: Any, path: Path) -> None:
@@ -89,7 +93,7 @@ def load_json(path: Path) -> Any:
 
 def _check(told: Mapping[str, Any], found: str) -> None:
     if _SHA256 not in told:
-        raise ValueError("it has no hash of what it holds")
+        raise ValueError("it has no hash of what it holds, as those of an older vipo")
     if told[_SHA256] != found:
         raise ValueError("it does not hold what was written")
 
