@@ -1,4 +1,4 @@
-"""Every line that the docs say to type is typed (workflows: planned) where the demo is tiny, or listed: where, why not."""
+"""Every line that the docs say to type is typed (workflows: planned) where the demo is tiny, or listed, and why."""
 
 import os
 import re
