@@ -157,6 +157,21 @@ def test_a_killed_encoding_goes_on_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("fresh")
+def test_embeddings_of_an_older_vipo_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold no hash, and runs were made of them."""
+    (_, *files), _ = _encode(tmp_path, 4, per_file=2)
+    for file in files:
+        with safe_open(file, "pt") as stream:
+            told = {key: value for key, value in json.loads(stream.metadata()["origin"]).items() if key != "sha256"}
+        save_file(load_file(file), file, {"origin": json.dumps(told, sort_keys=True)})
+    before = _bytes(_encode(tmp_path, 4, per_file=2)[0])
+    monkeypatch.setattr(Reader, "calls", [])
+    assert _bytes(_encode(tmp_path, 4, per_file=2)[0]) == before
+    assert Reader.calls == []
+    assert "sha256" not in json.loads(safe_open(files[0], "pt").metadata()["origin"])
+
+
+@pytest.mark.usefixtures("fresh")
 def test_processes_share_the_files(tmp_path: Path) -> None:
     alone = _bytes(_encode(tmp_path / "alone", 10, per_file=4)[0])
     Reader.calls.clear()
