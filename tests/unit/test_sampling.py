@@ -177,7 +177,8 @@ def test_ddim_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
     _assert_is_a_step_of(scheduler, ddim_transition, eta, time)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+# At 1 the stock step takes the root of 0 from there, or of what its rounding leaves below 0.
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.999])
 @pytest.mark.parametrize("time", [999, 499, 39])
 def test_v_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
     """From a first timestep without signal too."""
@@ -189,6 +190,15 @@ def test_v_transition_is_the_stock_schedulers(eta: float, time: int) -> None:
         timestep_spacing="trailing",
     )
     _assert_is_a_step_of(scheduler, v_transition, eta, time)
+
+
+def test_with_eta_one_nothing_of_a_first_noise_without_signal_is_left() -> None:
+    """Whatever the rounding of 1 - alpha' - std^2, which is 0."""
+    step = _step(0)
+    for after in torch.linspace(1e-4, 1 - 1e-4, 50):
+        mean, std = v_transition(step["latents"], step["velocity"], torch.zeros(3), after.expand(3), 1.0)
+        torch.testing.assert_close(mean, -after.sqrt() * step["velocity"], atol=2e-3, rtol=0)
+        torch.testing.assert_close(std.flatten(), (1 - after).sqrt().expand(3), atol=1e-6, rtol=0)
 
 
 def test_ddim_with_eta_one_is_ddpm() -> None:
