@@ -78,10 +78,16 @@ def test_back_closes_a_prompt_and_a_kept_update_is_not_taken_for_the_final_one(
     browser: webdriver.Chrome, page: str
 ) -> None:
     show(browser, page)
-    source = "return document.querySelector('.stage .after img').src"
+    source = "return document.querySelector('.stage .after img')?.src"
+
+    def after() -> str:
+        """Of the opened viewer: it opens when the address has changed."""
+        found: str = WebDriverWait(browser, 60).until(lambda _: browser.execute_script(source))
+        return found
+
     link = browser.find_element(By.CSS_SELECTOR, f"#prompt-{prompt_id(PROMPTS[1])} .open")
     link.send_keys(Keys.ENTER)
-    final = browser.execute_script(source)
+    final = after()
     browser.back()
     WebDriverWait(browser, 60).until(lambda _: browser.find_element(By.ID, "viewer").get_attribute("open") is None)
     score = f"return document.querySelector('#prompt-{prompt_id(PROMPTS[1])} figure[data-run=\"vipo-s0\"] .score')"
@@ -92,7 +98,7 @@ def test_back_closes_a_prompt_and_a_kept_update_is_not_taken_for_the_final_one(
     assert browser.find_element(By.ID, "count").text.endswith(", at update 8")
     assert browser.find_element(By.ID, "update").get_attribute("aria-valuetext") == "8"
     link.send_keys(Keys.ENTER)
-    assert browser.execute_script(source) == final
+    assert after() == final
     split = browser.find_element(By.ID, "viewer-split")
     split.send_keys(Keys.END)
     assert split.get_attribute("aria-valuetext") == "100 % base"
