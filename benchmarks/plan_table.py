@@ -11,7 +11,7 @@ row says whether they are.
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,19 +258,35 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """See above."""
-    file, *names = sys.argv[1:]
-    path = Path(file)
-    rows = json.loads(path.read_text()) if path.is_file() else []
+    recount(sys.argv[1:], "generator", dict.fromkeys(GENERATORS, MODES), row, table)
+
+
+def recount(
+    arguments: Sequence[str],
+    key: str,
+    cells: Mapping[str, Iterable[str]],
+    count: Callable[[str, str], dict[str, Any]],
+    show: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Count the named rows of a file of figures, and keep the others; or print what the page shows of all.
+
+    Args:
+        arguments: the file, then the names, or `--table`.
+        key: of an entry, under which its row's name stands.
+        cells: what is counted of each row, in the order of the page.
+        count: an entry.
+        show: what the page shows of entries.
+    """
+    path, names = Path(arguments[0]), list(arguments[1:])
+    known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
     if names == ["--table"]:
-        print(table(rows))
+        print(show(known))
         return
-    for name in names or GENERATORS:
-        made = [row(name, mode) for mode in MODES]
-        known = {each["generator"]: [r for r in rows if r["generator"] == each["generator"]] for each in rows}
-        known[name] = made
-        rows = [each for key in GENERATORS for each in known.get(key, [])]
-        write_if_changed(path, json.dumps(rows, indent=1) + "\n")
-        print(table(made), flush=True)
+    for name in names or cells:
+        known = [each for each in known if each[key] != name] + [count(name, cell) for cell in cells[name]]
+        known.sort(key=lambda each: list(cells).index(each[key]))
+        write_if_changed(path, json.dumps(known, indent=1) + "\n")
+        print(name, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@
 Without rewards' networks, with the prompts of one update; see `benchmarks.plan_table` for the checkpoints.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_table import write_checkpoint
-from vipo.config.compose import load_config, repository_root, write_if_changed
+from benchmarks.plan_table import recount, write_checkpoint
+from vipo.config.compose import load_config, repository_root
 from vipo.training.plan import plan
 
 SETUPS: Mapping[str, str] = {
@@ -82,18 +81,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """See above."""
-    file, *names = sys.argv[1:]
-    path = Path(file)
-    cells = json.loads(path.read_text()) if path.is_file() else []
-    if names == ["--table"]:
-        print(table(cells))
-        return
-    for setup in names or SETUPS:
-        made = [cell(setup, hardware) for hardware in HARDWARE]
-        known = [each for each in cells if each["setup"] != setup] + made
-        cells = [each for name in SETUPS for each in known if each["setup"] == name]
-        write_if_changed(path, json.dumps(cells, indent=1) + "\n")
-        print(setup, flush=True)
+    recount(sys.argv[1:], "setup", dict.fromkeys(SETUPS, HARDWARE), cell, table)
 
 
 if __name__ == "__main__":

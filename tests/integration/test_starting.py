@@ -160,6 +160,19 @@ def test_a_network_under_its_original_names_is_read(family: str, prefix: str, tm
         read({last: None})
 
 
+def test_names_that_diffusers_alone_knows_are_read_by_its_converter(
+    tiny_wan: Path, single: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of another's adapter, whose network is none of vipo's families'."""
+    monkeypatch.setattr("vipo.generators.one_file.NAMES", {})
+    folder, file = single
+    assert _same(_weights(_load(folder, file=str(file))), _weights(_load(tiny_wan)))
+    left = {"model.diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 24)}
+    save_file(load_file(file) | left, file)
+    with pytest.raises(GeneratorError, match=r"extra: blocks\.0\..*lora_A"):
+        _load(folder, file=str(file))
+
+
 def test_a_network_whose_names_nobody_knows_says_so(
     tiny_wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ Up to `PER_FILE` prompts lie in one file. More lie in several beside it, each wr
 stage that was killed goes on with the one it was at, and several processes share them. No part depends on another one.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,15 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, GeneratorError
 from vipo.generators.embeddings import FILES, ORIGIN, encode_prompts, encoder_hashes, origin
 from vipo.prompts import Prompt, read_prompts
-from vipo.provenance.files import atomic_file, damaged_part, file_sha256
-from vipo.provenance.parts import names_of, save_tensors
+from vipo.provenance.files import damaged_part, file_sha256
+from vipo.provenance.parts import names_of, save_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +80,7 @@ def encode_prompt_file(
     rows = read_prompts(prompts)
     if len(rows) <= per_file:
         tensors = _tensors(config, root, rows)
-        _write(output, tensors, belongs)
+        write_tensors(tensors, output, belongs, ORIGIN)
         return [output]
     parts = [rows[start : start + per_file] for start in range(0, len(rows), per_file)]
     names = [f"{output.stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
@@ -93,7 +91,8 @@ def encode_prompt_file(
     _share(_Work(config, root, left, belongs, torch.get_num_threads()), processes)
     with safe_open(next(iter(files)), framework="pt") as stream:
         negative = {name: stream.get_tensor(name) for name in stream.keys() if "/" not in name}  # noqa: SIM118
-    _write(output, negative, {**belongs, FILES: {file.name: file_sha256(file) for file in files}})
+    told = {**belongs, FILES: {file.name: file_sha256(file) for file in files}}
+    write_tensors(negative, output, told, ORIGIN)
     for other in output.parent.glob(f"{output.stem}-*-of-*.safetensors"):
         if other not in files:
             other.unlink()
@@ -150,12 +149,6 @@ def _held(value: Tensor, config: GeneratorConfig) -> Tensor:
     """As the encoders gave it: what came of bf16 is held in bf16, where nothing was computed with it since."""
     small = value.bfloat16()
     return small.contiguous() if config.encoders == "bf16" and torch.equal(small.float(), value) else value.contiguous()
-
-
-def _write(file: Path, tensors: dict[str, Tensor], told: Mapping[str, Any]) -> None:
-    with atomic_file(file) as temporary:
-        # One entry: safetensors writes several in an order that changes from process to process.
-        save_file(tensors, temporary, metadata={ORIGIN: json.dumps(told, sort_keys=True)})
 
 
 def _is_done(file: Path, prompts: Sequence[Prompt], belongs: Mapping[str, Any]) -> bool:

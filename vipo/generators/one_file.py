@@ -91,17 +91,18 @@ def _converted(file: Path, place: str, network: Any, state: dict[str, Tensor]) -
         named = rules(network.config)
         original = {name: tuple(value.shape) for name, value in original_state(wanted, named).items()}
         unused: tuple[str, ...] = _of(type(network), UNUSED) or ()
-        known = {*original, *unused}
         beside = tuple(name for name in unused if name.endswith("."))
-        _check(place, original, state, [name for name in state if name not in known and not name.startswith(beside)])
+        used = {name: value for name, value in state.items() if name in original}
+        left = [name for name in state if name not in {*used, *unused} and not name.startswith(beside)]
+        _check(place, original, used, left)
         if parts := sorted({name.partition(".")[0] for name in state if name.startswith(beside)}):
             log.warning("%s: %s of it are not read: those of the folder are", file, ", ".join(parts))
         return state_of_original(state, shapes, named)
-    convert, names = _converter(type(network)), len(state)
+    convert, names = _converter(type(network)), list(state)
     assert convert is not None
     made = convert(checkpoint=state, config=network.config)
     # Most take out of the file what they use; where one does not, nothing is known of what it leaves.
-    left = list(state) if len(state) < names else []
+    left = list(state) if len(state) < len(names) else [name for name in names if ".lora_" in name]
     _check(place, shapes, made, [*(name for name in made if name not in shapes), *left])
     return made
 

@@ -33,10 +33,14 @@ def save_tensors(
     Raises:
         StorageError: the disk refuses.
     """
-    data = {**(told or {}), _SHA256: _tensors_sha256(tensors.items())}
+    write_tensors(tensors, path, {**(told or {}), _SHA256: _tensors_sha256(tensors.items())}, key)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, told: Mapping[str, Any], key: str) -> None:
+    """The same without a hash, of a file that no stage goes on with."""
     with atomic_file(path) as temporary:
         # One entry: safetensors writes several in an order that changes from process to process.
-        save_file(dict(tensors), temporary, {key: json.dumps(data, sort_keys=True)})
+        save_file(dict(tensors), temporary, {key: json.dumps(told, sort_keys=True)})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

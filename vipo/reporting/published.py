@@ -43,10 +43,10 @@ def published_table(config: Config, results: Path) -> str:
     for arm, row in table.rows.items():
         seeds = config.experiment.arms[arm].seeds
         found = (_final_scores(results / config.experiment.name, f"{arm}-s{seed}") for seed in seeds)
-        scores = [own for own in found if own is not None]
+        means = [_means(own) for own in found if own is not None]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, printed[arm], strict=True):
-            cells += [value, _ours(scores, column.metric, len(seeds))]
+            cells += [value, _ours(means, column.metric, len(seeds))]
         lines.append(_row(cells))
     return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
 
@@ -87,14 +87,17 @@ def with_totals(means: Mapping[Any, Any]) -> dict[Any, Any]:
     return {**means, **{name: 100 * value for name, value in vbench_totals(means).items()}}
 
 
-def _ours(scores: list[pd.DataFrame], metric: str, seeds: int) -> str:
-    if not scores:
+def _means(scores: pd.DataFrame) -> dict[Any, Any]:
+    return with_totals(mean_scores(scores, [name for name in map(str, scores) if "/" in name]))
+
+
+def _ours(means: list[dict[Any, Any]], metric: str, seeds: int) -> str:
+    if not means:
         return NOT_RUN
-    means = [with_totals(mean_scores(table, [name for name in map(str, table) if "/" in name])) for table in scores]
     if not all(metric in own for own in means):
         return NOT_MEASURED
     mean = sum(own[metric] for own in means) / len(means)
-    return f"{mean:.4f}" + partly(len(scores), seeds)
+    return f"{mean:.4f}" + partly(len(means), seeds)
 
 
 def _final_scores(experiment: Path, run: str) -> pd.DataFrame | None:

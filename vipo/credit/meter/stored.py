@@ -36,7 +36,7 @@ def read_stored(path: Path) -> Stored:
         MeterError: it is no measurement, or one of another vipo.
     """
     try:
-        data = read_finite(path)
+        data = _read_finite(path)
         stored = _FILE.validate_python({**data["meter"], "result": _with_nan(data["result"])})
         _check(stored.result)
         return stored
@@ -47,7 +47,7 @@ def read_stored(path: Path) -> Stored:
         ) from error
 
 
-def read_finite(path: Path) -> Any:
+def _read_finite(path: Path) -> Any:
     """JSON of a file without NaN and infinities, which Python's writer has and JSON has not.
 
     Raises:
