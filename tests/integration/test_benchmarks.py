@@ -33,6 +33,8 @@ def test_an_update_s_time_is_told_by_part(
     update_share.main()
     figures = json.loads(capsys.readouterr().out)
     assert (figures["run"], figures["updates"]) == ("vipo-s0", 1)
+    assert figures["parts"].keys() == {"time/rollout", "time/decode", "time/reward", "time/map", "time/learn"}
+    assert figures["update_over_floor"] > 1
 
 
 def test_the_pitfalls_are_measured(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
