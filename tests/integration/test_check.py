@@ -211,7 +211,9 @@ def test_a_cached_checkpoint_is_whole_or_told_what_it_lacks(cache: Path) -> None
 def test_what_a_network_is_read_from_instead_is_looked_at(demo: Config, tmp_path: Path) -> None:
     """The folder's own network need not be there; a guider of the pipeline has no weights."""
     (tmp_path / "base/guider").mkdir(parents=True)
-    files = _pipeline(transformer="config.json", vae="w.safetensors", guider="guider_config.json")
+    files = _pipeline(
+        transformer="config.json", transformer_2="config.json", vae="w.safetensors", guider="guider_config.json"
+    )
     for name, text in files.items():
         (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / name).write_text(text)
@@ -222,13 +224,16 @@ def test_what_a_network_is_read_from_instead_is_looked_at(demo: Config, tmp_path
         generator = demo.generator.model_copy(update={"path": str(tmp_path / "base"), **changes})
         return _said(weight_lines(wanted(demo.model_copy(update={"generator": generator}), ROOT), ROOT, False))
 
-    assert said()["generator"][1].endswith("lacks transformer/*.safetensors; copy it again, or name another folder")
+    assert said()["generator"][1].endswith(
+        "lacks transformer/*.safetensors, transformer_2/*.safetensors; copy it again, or name another folder"
+    )
     found = said(file=str(tmp_path / "net.safetensors"), start=str(tmp_path / "run"))
     assert (found["generator"][0], found["generator: file"][0]) == ("ok", "ok")
     assert "run lacks weights or transformer or" in found["generator: start"][1]
     (tmp_path / "run/weights").mkdir()
     assert said(start=str(tmp_path / "run"))["generator: start"][0] == "ok"
-    assert "no such file or folder" in said(file=str(tmp_path / "gone.safetensors"))["generator: file"][1]
+    for key in ("file", "file_2"):
+        assert "no such file or folder" in said(**{key: str(tmp_path / "gone.safetensors")})[f"generator: {key}"][1]
     fetched = fetch_command(_item(replaced=("transformer", "unet")), NEW)
     assert "--exclude 'transformer/*.safetensors'" in fetched
 

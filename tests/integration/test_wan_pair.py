@@ -1,13 +1,16 @@
 """Wan 2.2 A14B's two transformers: which acts, which is trained, and what a batch of several noise levels gives."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import generator_config, write_wan22_a14b
+from pydantic import ValidationError
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import OTHER_FAMILY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,8 +22,11 @@ from vipo.config.compose import load_config
 from vipo.config.training import LoraConfig
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.lora import check_adapted
+from vipo.generators.original import original_state
+from vipo.generators.original_names import NAMES
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.sharded import blocks
+from vipo.generators.starting import checkpoint_inputs
 from vipo.generators.wan import Wan22PairGenerator
 from vipo.training.plan import plan
 from vipo.training.sharding import join_alone, shard
@@ -219,9 +225,35 @@ def test_a_plan_counts_that_processes_in_shards_call_both(folder: Path) -> None:
 
 
 def test_options_of_two_networks_are_refused_of_one(tiny_wan: Path, folder: Path, tmp_path: Path) -> None:
-    for key, value in (("experts", "low_noise"), ("guidance_scale_2", 2.0)):
+    for key, value in (("experts", "low_noise"), ("guidance_scale_2", 2.0), ("file_2", "low.safetensors")):
         with pytest.raises(GeneratorError, match=rf"generator\.{key} {value}: family 'wan' has one network"):
-            load_generator(generator_config("wan", tiny_wan, **{key: value}), ROOT)
+            load_generator(generator_config("wan", tiny_wan, file="any.safetensors", **{key: value}), ROOT)
     (tmp_path / "lora.safetensors").write_bytes(b"")
     with pytest.raises(GeneratorError, match=r"generator\.start: family 'wan22_a14b' has two networks"):
         _load(folder, start=str(tmp_path / "lora.safetensors"))
+
+
+def test_each_network_may_be_in_a_file_of_its_own(folder: Path, tmp_path: Path) -> None:
+    whole, files, copy = _load(folder), dict[str, str](), shutil.copytree(folder, tmp_path / "configurations")
+    rules = NAMES["WanTransformer3DModel"]
+    for key, part in (("file", "transformer"), ("file_2", "transformer_2")):
+        network = getattr(whole.network, part)
+        files[key] = str(tmp_path / f"{part}.safetensors")
+        save_file(original_state(network.state_dict(), rules(network.config)), files[key])
+        for weights in (copy / part).glob("*.safetensors"):
+            weights.unlink()
+    found = _load(copy, **files).network.state_dict()
+    assert found.keys() == whole.network.state_dict().keys()
+    assert all(torch.equal(value, found[name]) for name, value in whole.network.state_dict().items())
+    swapped = _load(copy, file=files["file_2"], file_2=files["file"]).network
+    assert not torch.equal(swapped.transformer.proj_out.weight, whole.network.transformer.proj_out.weight)
+    assert checkpoint_inputs(generator_config("wan22_a14b", copy, frames=5, **files), ROOT) == [
+        copy,
+        *map(Path, files.values()),
+    ]
+    with pytest.raises(GeneratorError, match=r"generator\.file: family 'wan22_a14b' has two .* generator\.file_2"):
+        _load(copy, file=files["file"])
+    with pytest.raises(GeneratorError, match=r"generator\.file_2 'absent\.safetensors': there is no such"):
+        _load(copy, file=files["file"], file_2="absent.safetensors")
+    with pytest.raises(ValidationError, match="set file, the first one's, too"):
+        generator_config("wan22_a14b", copy, frames=5, file_2=files["file_2"])

@@ -22,7 +22,8 @@ _FILES = {
 _EACH = frozenset({("imagereward", "path")})
 # As the hub has them.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
-_NETWORKS = ("transformer", "unet")
+_NETWORKS = ("transformer", "transformer_2", "unet")
+_FILE = ("*.safetensors",)
 # A finished run, one of its weights, or a LoRA's folder.
 _STARTS = ("weights", *_NETWORKS, "*.safetensors")
 _PACKAGED = "efficientnet_lite0"
@@ -84,7 +85,7 @@ def wanted(config: Config, root: Path) -> Iterator[Wanted]:
         _repository(generator.path),
         replaced=() if generator.file is None else _NETWORKS,
     )
-    for field, files in (("file", ("*.safetensors",)), ("start", _STARTS)):
+    for field, files in (("file", _FILE), ("file_2", _FILE), ("start", _STARTS)):
         if (written := getattr(generator, field)) is not None:
             yield Wanted(f"generator: {field}", field, written, "generator", None, None, None, files)
     for reward in (*config.reward.terms, *config.evaluation.rewards):

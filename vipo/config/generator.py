@@ -45,6 +45,9 @@ class GeneratorConfig(Section):
         description="A .safetensors file with the network's weights, in any naming that diffusers reads; everything "
         "else is read from `path`.",
     )
+    file_2: UserPath | None = Field(
+        None, description="The same of the network for low noise, where a family has two; `file` is the other's then."
+    )
     start: UserPath | None = Field(
         None,
         description="What training starts from: a LoRA's .safetensors file, which is merged, or the folder of a "
@@ -140,6 +143,12 @@ class GeneratorConfig(Section):
     def _scales_something(self) -> Self:
         if self.start is None and self.start_scale != 1:
             raise ValueError(f"start_scale {self.start_scale:g} has no effect: start is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _both_files(self) -> Self:
+        if self.file is None and self.file_2 is not None:
+            raise ValueError("file_2 is the file of a second network: set file, the first one's, too")
         return self
 
     @model_validator(mode="after")

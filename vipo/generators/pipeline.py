@@ -146,6 +146,7 @@ class PipelineGenerator(TrainedNetworks):
                 f"{location}/model_index.json: _class_name {kind!r}; family {config.family!r} holds "
                 f"{cls.pipeline_class.__name__}: {not_held(str(kind))}"
             )
+        check_pair(config, cls.second_folder is not None)
         with odd_settings(config, location):
             cls._check_settings(config, root, location, index)
         if isinstance(location, Path) and config.revision is not None:
@@ -155,7 +156,6 @@ class PipelineGenerator(TrainedNetworks):
                 config.path,
             )
         check_options(config, cls.pipeline_class.__name__, cls.guides, cls.neutral_guidance, cls.longest_sequence)
-        check_pair(config, cls.second_folder is not None)
 
     @classmethod
     def _check_settings(

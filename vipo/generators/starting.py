@@ -76,7 +76,7 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
         if any(start.path == weights for start in found):
             raise GeneratorError(f"generator.start {config.start!r}: the run started from itself")
         trained = _trained(run / _RUN)
-        for key in ("family", "path", "revision", "file"):
+        for key in ("family", "path", "revision", "file", "file_2"):
             if (own := getattr(trained, key)) != (now := getattr(config, key)):
                 raise GeneratorError(
                     f"generator.start {config.start!r}: that run trained generator.{key} {own!r}, not {now!r}; its "
@@ -105,24 +105,25 @@ def _trained(file: Path) -> GeneratorConfig:
 def checkpoint_inputs(config: GeneratorConfig, root: Path) -> list[Path]:
     """The checkpoint as inputs of a stage: its local folder (a hub id is pinned by its commit), file and start."""
     location = checkpoint_location(config, root)
-    file = [] if config.file is None else [single_file(config, root)]
     folder = [location] if isinstance(location, Path) else []
-    return [*folder, *file, *(start.path for start in starts(config, root))]
+    return [*folder, *single_files(config, root), *(start.path for start in starts(config, root))]
 
 
-def single_file(config: GeneratorConfig, root: Path) -> Path:
-    """The file that `config.file` names.
+def single_files(config: GeneratorConfig, root: Path) -> list[Path]:
+    """The files that `config.file` and `config.file_2` name, of one network each.
 
     Raises:
         GeneratorError: there is none, or it is no safetensors file.
     """
-    path = (root / str(config.file)).resolve()
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise GeneratorError(
-            f"generator.file {config.file!r}: there is no such .safetensors file; generator.path is then the folder "
-            "with the pipeline's configurations, tokenizers, text encoders and autoencoder"
-        )
-    return path
+    named = {key: own for key in ("file", "file_2") if (own := getattr(config, key)) is not None}
+    paths = [(root / own).resolve() for own in named.values()]
+    for (key, own), path in zip(named.items(), paths, strict=True):
+        if not path.is_file() or path.suffix != ".safetensors":
+            raise GeneratorError(
+                f"generator.{key} {own!r}: there is no such .safetensors file; generator.path is then the folder "
+                "with the pipeline's configurations, tokenizers, text encoders and autoencoder"
+            )
+    return paths
 
 
 def check_start(config: GeneratorConfig, root: Path, network_class: Any, pair: bool) -> None:
@@ -138,15 +139,18 @@ def check_start(config: GeneratorConfig, root: Path, network_class: Any, pair: b
         GeneratorError: naming the key.
     """
     found = starts(config, root)
-    if pair and (config.file is not None or any(start.path.is_file() for start in found)):
+    if pair and any(start.path.is_file() for start in found):
         raise GeneratorError(
-            f"generator.{'start' if config.file is None else 'file'}: family {config.family!r} has two networks, and "
-            "one file does not say which; give the pipeline's folder, or a trained run"
+            f"generator.start: family {config.family!r} has two networks, and one file does not say which; give a "
+            "folder with pytorch_lora_weights.safetensors and pytorch_lora_weights_2.safetensors, or a trained run"
         )
-    if config.file is None:
-        return
-    single_file(config, root)
-    if not readable(network_class):
+    files = single_files(config, root)
+    if pair and len(files) == 1:
+        raise GeneratorError(
+            f"generator.file: family {config.family!r} has two networks; give the other's, for low noise, as "
+            "generator.file_2"
+        )
+    if files and not readable(network_class):
         raise GeneratorError(
             f"generator.file: neither vipo nor diffusers knows how the files of a {network_class.__name__} name its "
             "tensors; give the pipeline's folder as generator.path alone"
@@ -175,8 +179,8 @@ def load_started(
     if whole:
         folder, found = found[whole[-1]].path, found[whole[-1] + 1 :]
         network = load_part(kind.from_pretrained, folder, part, config, remedy="train that run again")
-    elif config.file is not None:
-        network = load_network_file(kind, location, part, config, single_file(config, root))
+    elif files := single_files(config, root):
+        network = load_network_file(kind, location, part, config, files[part.endswith("_2")])
     else:
         network = load_part(kind.from_pretrained, location, part, config)
     for start in found:

@@ -144,6 +144,7 @@ def check_pair(config: GeneratorConfig, pair: bool) -> None:
     for key, value, neutral in (
         ("experts", config.experts, "both"),
         ("guidance_scale_2", config.guidance_scale_2, None),
+        ("file_2", config.file_2, None),
     ):
         if value != neutral:
             raise GeneratorError(f"generator.{key} {value}: family {config.family!r} has one network; leave it out")
