@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from typer.testing import CliRunner
 
 from vipo.audit import audit_experiment
 from vipo.cli import app
+from vipo.config.comparable import check_comparable
 from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import configured_arms
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
-from vipo.credit.meter.gradients import MeterError
+from vipo.credit.meter.gradients import Chains, MeterError, total_gradient
 from vipo.credit.meter.subject import Group, Subject, chain_rewards
 from vipo.evaluation import meter as stage
 from vipo.evaluation.meter_arms import Placement
@@ -26,6 +28,7 @@ from vipo.objectives import group_advantages
 from vipo.provenance import ProvenanceError, read_provenance, verify_outputs
 from vipo.provenance.parts import load_json
 from vipo.rewards import score
+from vipo.rewards.resident import Resident
 from vipo.stages import MEASURED, checkpoint_label, credit_stage
 from vipo.training.setup import set_up
 from vipo.training.update import update
@@ -225,20 +228,24 @@ def test_gradients_that_do_not_fit_are_sketched_and_those_of_lora_fit(
         _measure(results, tiny_overrides, *cheap[:1], cheap[2], "experiment.meter.memory_mb=1")
 
 
-def test_what_cannot_be_compared_is_named(results: Path, tiny_overrides: list[str], tmp_path: Path) -> None:
-    with pytest.raises(MeterError, match=r"'flow_grpo' differs from 'grpo' in more than its credit \(sampling"):
+def test_what_cannot_be_compared_is_named(
+    results: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before prompts and embeddings are made.
+    monkeypatch.setattr("vipo.stages.credit.make_missing", None)
+    with pytest.raises(ConfigError, match=r"'flow_grpo' differs from 'grpo' in more than its credit \(sampling"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,flow_grpo]")
-    with pytest.raises(MeterError, match="'base' is not trained and has no direction; leave it out"):
+    with pytest.raises(ConfigError, match="'base' is not trained and has no direction; leave it out"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,base]")
-    with pytest.raises(MeterError, match="'nft' has the objective 'nft', whose gradient is not the surrogate's"):
+    with pytest.raises(ConfigError, match="'nft' has the objective 'nft', whose gradient is not the surrogate's"):
         _measure(results, tiny_overrides, "experiment.meter.arms=[grpo,nft]")
     grpo = load_config([*tiny_overrides, "arm=grpo"])
     for chosen, told in (
         ("objective.density=squared_error", "'vipo' has objective.density 'squared_error' and 'grpo' 'gaussian'"),
         ("objective.ratio_norm=guard", "'vipo' weights its steps by objective.ratio_norm 'guard'"),
     ):
-        with pytest.raises(MeterError, match=told):
-            stage.check_comparable({"grpo": grpo, "vipo": load_config([*tiny_overrides, "arm=vipo", chosen])})
+        with pytest.raises(ConfigError, match=told):
+            check_comparable({"grpo": grpo, "vipo": load_config([*tiny_overrides, "arm=vipo", chosen])})
     with pytest.raises(ConfigError, match="leave nothing to measure"):
         _configs(tiny_overrides, "experiment.meter.reference=0", "experiment.meter.stepped=0")
     with pytest.raises(ConfigError, match="named twice"):
@@ -299,6 +306,69 @@ def test_advantages_are_placed_as_training_places_them(
     torch.testing.assert_close(found["step_tweedie"][:, 0].flatten(), expected, rtol=1e-2, atol=1e-2)
 
 
+def test_the_measured_update_is_the_trained_one(
+    prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its best and worst samples, and its first transitions, where training learns from no others."""
+    seen: list[torch.Tensor] = []
+    placed = stage.place_advantages
+
+    def kept(subject: Subject, arms: dict, groups: Sequence[Group]) -> Placement:
+        found = placed(subject, arms, groups)
+        seen.append(found.values["grpo"].flatten())
+        return found
+
+    monkeypatch.setattr(stage, "place_advantages", kept)
+    cheap = ["experiment.meter.stepped=0", "experiment.meter.directions=[sgd]", "experiment.meter.updates=1"]
+    cheap += ["experiment.meter.reference=2", "experiment.meter.arms=[grpo]"]
+    cheap += ["training.trained_transitions=1", "training.optimizer_steps_per_update=1"]
+    found = []
+    for number, own in enumerate(([], ["training.best_of=2"], ["training.transition_choice=first"])):
+        results = shutil.copytree(prepared, tmp_path / f"{number}")
+        _measure(results, tiny_overrides, *cheap, *own)
+        [part] = (results / "demo/credit/base" / MEASURED).glob("*/update-0.json")
+        found.append(list(load_json(part)["sources"]["grpo"]["steps"]))
+    every, best, _ = seen
+    for group, chosen in zip(every.split(4), best.split(4), strict=True):
+        order = group.argsort(descending=True, stable=True)
+        expected = torch.zeros(4)
+        expected[order[[0, -1]]] = 2 * group[order[[0, -1]]]
+        assert torch.equal(chosen, expected)
+    assert found == [["0", "1", "2"], ["0", "1", "2"], ["0"]]
+
+
+def test_a_rewards_network_is_in_use_while_a_batch_is_scored_and_differentiated(
+    prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is read once for a gradient, and once for all batches of an update."""
+    reads: list[str] = []
+
+    def read() -> torch.nn.Module:
+        reads.append("read")
+        return torch.nn.LayerNorm(3)
+
+    class Whiteness:
+        resident = Resident(read, "cpu", "free")
+
+        def __call__(self, pictures: torch.Tensor, texts: Sequence[str], metadata: object) -> torch.Tensor:
+            with self.resident as network:
+                uses.append(self.resident._uses)
+                return network(pictures.movedim(1, -1)).flatten(1)[:, 0]
+
+    uses: list[int] = []
+    subject = object.__new__(Subject)
+    generator = load_generator(load_config(tiny_overrides).generator, ROOT)
+    object.__setattr__(subject, "generator", generator)
+    object.__setattr__(subject, "rewards", {"white": Whiteness()})
+    clean = torch.randn(2, *generator.latent_shape, generator=torch.Generator().manual_seed(0))
+    batch = Chains((0, 1), {}, SimpleNamespace(clean=clean), ["a", "b"], [{}, {}])
+    assert chain_rewards(subject, [batch, batch])["white"].shape == (4,)
+    assert (reads, uses) == (["read"], [2, 2])
+    gradient = total_gradient(generator, batch, subject.rewards, {"white": 1.0})
+    assert (reads, uses) == (["read"] * 2, [2] * 3)
+    assert bool((gradient != 0).any())
+
+
 def test_arms_of_contrast_train(prepared: Path, tiny_overrides: list[str]) -> None:
     for arm in ("contrast", "product", "shuffled_contrast"):
         metrics = update(set_up(load_config([*tiny_overrides, f"arm={arm}"]), ROOT, prepared / "demo"), 1)
@@ -344,6 +414,11 @@ def test_it_is_a_stage_of_an_experiment_that_asks_for_it(tmp_path: Path) -> None
     assert "rule credit:" in text, text
     assert "credit/base/credit.json" in text.split("rule crate:")[1].split("output:")[0]
     assert "not among experiment.arms" in planned("overrides=[experiment.meter.arms=[grpo,contrast]]")
+    told = planned("overrides=[+experiment.arms.nft.seeds=[0],experiment.meter.arms=[grpo,nft]]")
+    assert "'nft' has the objective 'nft', whose gradient is not the surrogate's" in told, told
+    text = planned("overrides=[distribution.processes=2,training.micro_batch=4,experiment.meter.arms=[grpo,vipo]]")
+    asked = [text.split(f"rule {rule}:")[1].split("cpus_per_task=")[1].split(",")[0] for rule in ("train", "credit")]
+    assert asked == ["2", "1"]
     more = "experiment.meter.checkpoints=[base,grpo-s0@12,grpo-s0]"
     text = planned(f"overrides=[experiment.meter.arms=[grpo,vipo],{more}]")
     assert "--weights results/demo/runs/grpo-s0/updates/000012" in text, text

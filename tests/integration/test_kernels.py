@@ -206,6 +206,7 @@ def test_an_attention_backend_is_what_the_run_computes_with(
         (["generator.attention=_native_efficient"], "has kernels for CUDA devices alone"),
         (["generator.attention=_native_flash", "generator.device=cuda"], "for bf16 alone on CUDA devices"),
         (["generator.compile=blocks", "arm=attention"], "it listens to calls inside the network"),
+        (["training.rollout_batch=16", "arm=attention"], "attention': it watches the rollout of each micro-batch"),
         (["optimizer=adamw_8bit", "+optimizer.fused=true"], "fused"),
     ],
 )

@@ -29,6 +29,10 @@ def test_gpus_follow_the_device_and_the_processes() -> None:
     gres = {stage: job_resources(config, stage).get("gres") for stage in get_args(Stage)}
     assert gres == {**dict.fromkeys(get_args(Stage)), "encode": "gpu:1", "train": "gpu:8", "evaluate": "gpu:8"}
     assert job_resources(config, "train")["cpus_per_task"] == 16
+    alone = job_resources(
+        load_config([DEMO, CUDA, "distribution.processes=8", "cluster.train.gpus=8"]), "train", alone=True
+    )
+    assert (alone["gres"], alone["cpus_per_task"]) == ("gpu:1", 1)
     assert job_resources(config, "evaluate")["cpus_per_task"] == 16
     assert [stage for stage in get_args(Stage) if job_resources(config, stage)["cuda"]] == [
         "encode", "train", "evaluate"

@@ -296,21 +296,37 @@ def test_a_part_of_damaged_content_is_named_and_measured_again(
     assert name in message
 
 
-def test_equal_rewards_push_nowhere(tmp_path: Path) -> None:
+def _of_two_updates(folder: Path, share: Callable[[int], float]) -> list[Record]:
+    """Of GRPO's advantages times what the number of the update gives."""
     subject = _subject()
-    records = measure_updates(
+    return measure_updates(
         subject,
         PROMPTS,
         HELD_OUT,
         ["grpo"],
-        lambda groups: {"grpo": torch.zeros(8, 1, 4, 4)},
+        lambda groups: {"grpo": _placed(subject, groups)["grpo"] * share(groups[0].number // 2)},
         _directions(subject),
         Plan(2, 2, 0, 1, 2, 2, 1, "kl", None),
         Whole(40),
         None,
-        tmp_path,
+        folder,
         lambda records: None,
     )
+
+
+def test_an_update_of_equal_rewards_takes_no_step_where_another_does(tmp_path: Path) -> None:
+    """Not even the optimizer's, whose weight decay would."""
+    other, empty = (
+        record["sources"]["grpo"]["kinds"] for record in _of_two_updates(tmp_path, lambda number: 1 - number)
+    )
+    for kind in ("sgd", "sign", "optimizer"):
+        assert other[kind]["step"]["length"] > 0
+        assert (empty[kind]["length"], empty[kind]["step"]["length"]) == (0, 0)
+        assert empty[kind]["step"]["gains"] == [0, 0]
+
+
+def test_equal_rewards_push_nowhere(tmp_path: Path) -> None:
+    records = _of_two_updates(tmp_path, lambda number: 0)
     assert all(record["change"] is None for record in records)
     result = summarise(records, None)
     assert all(along.value.value == 0 for along in result.directional)

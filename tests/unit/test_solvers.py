@@ -8,13 +8,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from vipo.config.comparable import check_comparable
 from vipo.config.compose import load_config
 from vipo.config.experiment import check_solver
 from vipo.config.generator import GeneratorConfig
 from vipo.config.sampling import SamplingConfig, Solver
 from vipo.config.validation import ConfigError
-from vipo.credit.meter.gradients import MeterError
-from vipo.evaluation.meter import check_comparable
 from vipo.generators.base import Conditioning, Generator
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.rollout import rollout
@@ -119,7 +118,7 @@ def test_what_follows_eulers_steps_refuses_another_solver() -> None:
     check_solver(load_config(["experiment=demo", "arm=vipo", window]))
     with pytest.raises(ConfigError, match=r"credit\.steps 'tweedie': it follows Euler's steps.*set that to euler"):
         check_solver(load_config(["experiment=demo", "arm=step_tweedie", window]))
-    with pytest.raises(MeterError, match=r"sampling\.window\.solver 'dpm2': the meter's gradients follow Euler's"):
+    with pytest.raises(ConfigError, match=r"sampling\.window\.solver 'dpm2': the meter's gradients follow Euler's"):
         check_comparable({"vipo": load_config(["experiment=demo", "arm=vipo", window])})
     with pytest.raises(ConfigError, match=r"window\.solver 'dpm2' is one of flow matching"):
         load_config(["experiment=demo", "arm=vipo", window, "sampling.transition=ddim"])

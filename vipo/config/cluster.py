@@ -7,7 +7,7 @@ from vipo.config.run import Config
 Stage = Literal["prepare", "encode", "train", "evaluate", "report", "crate"]
 
 
-def job_resources(config: Config, stage: Stage) -> dict[str, str | int]:
+def job_resources(config: Config, stage: Stage, *, alone: bool = False) -> dict[str, str | int]:
     """The ``resources:`` of a stage's rule.
 
     Beside what Slurm is asked for: ``cuda`` is 1 for a stage that computes on CUDA devices, so that a machine without
@@ -16,15 +16,16 @@ def job_resources(config: Config, stage: Stage) -> dict[str, str | int]:
 
     Args:
         config: the configuration of a run, or of any run for a stage that all runs share.
-        stage: what section `cluster` calls a rule of the workflow; sample and score are evaluate.
+        stage: what section `cluster` calls a rule of the workflow; sample and score are evaluate, credit is train.
+        alone: it is one process, whatever the runs have.
     """
     asked = getattr(config.cluster, stage)
     train, distribution = stage == "train", config.distribution
-    processes = distribution.processes if stage in ("train", "evaluate") else 1
-    nodes = distribution.nodes if train else 1
+    processes = distribution.processes if stage in ("train", "evaluate") and not alone else 1
+    nodes = distribution.nodes if train and not alone else 1
     cuda = int(config.generator.device != "cpu" and stage in ("encode", "train", "evaluate"))
-    gpus = processes * cuda if asked.gpus is None else asked.gpus
-    cpus = processes * config.training.threads if asked.cpus is None else asked.cpus
+    gpus = processes * cuda if asked.gpus is None or alone else asked.gpus
+    cpus = processes * config.training.threads if asked.cpus is None or alone else asked.cpus
     named = {"slurm_partition": asked.partition, "slurm_account": config.cluster.account, "qos": asked.qos}
     resources: dict[str, str | int] = {name: value for name, value in named.items() if value is not None}
     resources |= {

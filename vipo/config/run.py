@@ -79,11 +79,17 @@ class Config(Sections):
         return self
 
     @model_validator(mode="after")
-    def _compiles(self) -> Self:
+    def _watches(self) -> Self:
         if self.generator.compile != "none" and "attention" in self.credit.names:
             raise ValueError(
                 f"generator.compile {self.generator.compile} and credit source 'attention': it listens to calls inside "
                 "the network, which compiled blocks do not make; set generator.compile=none, or take another source"
+            )
+        own = self.training
+        if "attention" in self.credit.names and (own.rollout_batch or own.micro_batch) > own.micro_batch:
+            raise ValueError(
+                f"training.rollout_batch {own.rollout_batch} and credit source 'attention': it watches the rollout of "
+                "each micro-batch; set training.rollout_batch=null, or take another source"
             )
         return self
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vipo.config.comparable import check_comparable
 from vipo.config.meter import MeterConfig
-from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.credit import Context, source_inputs
@@ -37,8 +37,6 @@ from vipo.training.state import content_hash
 
 log = logging.getLogger(__name__)
 
-# What all arms must share for their directions to be comparable.
-_SHARED = ("generator", "prompts", "reward", "sampling", "optimizer", "training", "advantages", "seed")
 # Beside the gradients of the sources (whole, and of one transition) and the reference.
 _OTHER_VECTORS = 4
 # Beside the parts of a measurement.
@@ -74,7 +72,8 @@ def measure_credit(
         weights: folder of a run's weights; None: the generator as it is.
 
     Raises:
-        MeterError: the arms differ in more than their credit, or cannot be measured as asked.
+        ConfigError: see `check_comparable`.
+        MeterError: it cannot be measured as asked.
         Others: as of training.
     """
     first = next(iter(configs.values()))
@@ -108,7 +107,11 @@ def measure_credit(
         surrogate.channels,
         surrogate.density,
         {f"{arm.key}/{name}": source for arm in arms.values() for name, source in arm.sources.items()},
+        first.training.trained_transitions if first.training.transition_choice == "first" else None,
     )
+    if first.sampling.window is not None and first.sampling.window.move != "fixed":
+        window = subject.stochastic
+        log.info("sampling.window moves: measured at update 1's, steps %d to %d", window[0] + 1, window[-1] + 1)
     plan = _plan(meter, first)
     vectors = 2 * len(arms) + min(plan.blocks, plan.reference_batches) + _OTHER_VECTORS
     space, told = choose_space(subject.size, vectors, 2**20 * meter.memory_mb, first.seed, device)
@@ -179,58 +182,9 @@ def _costs(plan: Plan, subject: Subject, arms: int, kinds: int) -> Costs:
     held = -(-plan.held_out * plan.held_out_samples // subject.micro_batch)
     return Costs(
         batches * 3 * steps,
-        plan.update_groups * batches * (steps + len(subject.stochastic) * (1 + arms)),
+        plan.update_groups * batches * (steps + len(subject.trained) * (1 + arms)),
         arms * kinds * held * steps,
     )
-
-
-def check_comparable(configs: Mapping[str, Config]) -> SurrogateConfig:
-    """Refuse arms that differ in more than their credit, or that cannot be measured.
-
-    Returns:
-        The first one's objective.
-
-    Raises:
-        MeterError: naming the arm and the key.
-    """
-    if untrained := [name for name, config in configs.items() if config.is_base]:
-        raise MeterError(f"experiment.meter.arms: {untrained[0]!r} is not trained and has no direction; leave it out")
-    (first_name, first), *others = configs.items()
-    for name, config in others:
-        differing = [key for key in _SHARED if getattr(config, key) != getattr(first, key)]
-        if differing:
-            raise MeterError(
-                f"experiment.meter.arms: {name!r} differs from {first_name!r} in more than its credit "
-                f"({', '.join(differing)}), so their directions cannot be compared; leave it out"
-            )
-    surrogates = {
-        name: config.objective for name, config in configs.items() if isinstance(config.objective, SurrogateConfig)
-    }
-    for name, config in configs.items():
-        if name not in surrogates:
-            raise MeterError(
-                f"experiment.meter.arms: {name!r} has the objective {config.objective.name!r}, whose gradient is not "
-                "the surrogate's that is measured; leave it out"
-            )
-    for name, objective in surrogates.items():
-        if objective.ratio_norm != "none":
-            raise MeterError(
-                f"experiment.meter.arms: {name!r} weights its steps by objective.ratio_norm {objective.ratio_norm!r}, "
-                "which is not measured; leave it out, or set that to none"
-            )
-        if objective.density != surrogates[first_name].density:
-            raise MeterError(
-                f"experiment.meter.arms: {name!r} has objective.density {objective.density!r} and {first_name!r} "
-                f"{surrogates[first_name].density!r}, so their directions cannot be compared; leave it out"
-            )
-    if first.sampling.solver != "euler":
-        raise MeterError(
-            f"sampling.window.solver {first.sampling.solver!r}: the meter's gradients follow Euler's steps; set it to "
-            "euler"
-        )
-    if first.distribution.world_size > 1:
-        raise MeterError("distribution: the meter is one process; set distribution.processes=1 and nodes=1")
-    return surrogates[first_name]
 
 
 def _trainable(config: Config, generator: Generator, weights: Path | None) -> dict[str, torch.nn.Parameter]:

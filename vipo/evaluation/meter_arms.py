@@ -12,7 +12,7 @@ from vipo.credit import Context, Costs, CreditSource, Samples, assign_credit, lo
 from vipo.credit.meter.gradients import Chains
 from vipo.credit.meter.subject import Group, Subject, chain_rewards
 from vipo.credit.steps import Estimate, clean_estimate, step_costs
-from vipo.objectives import allocate_advantages, group_advantages, step_advantages
+from vipo.objectives import allocate_advantages, best_and_worst, group_advantages, step_advantages
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence
         else:
             credit_of = weights.cpu() if weights is not None and section.multiplies == "reward" else None
             values = group_advantages(rewards, *options, credit_of).values
+        if (count := arm.config.training.best_of) is not None:
+            values = _of_best_and_worst(values, members, count)
         values = values.to(clean.device)
         if weights is not None and section.multiplies == "advantage":
             if values.ndim == 2 and weights.ndim < clean.ndim:
@@ -114,6 +116,15 @@ def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence
         # Where transitions have weights of their own there is a dimension more: that of the channels.
         found[name] = values if values.ndim == clean.ndim else values.unsqueeze(1)
     return Placement(found, costs)
+
+
+def _of_best_and_worst(values: Tensor, members: Tensor, count: int) -> Tensor:
+    """Zero but for those that are learned from, whose mean the mean over all then is."""
+    scalar = values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+    rows = best_and_worst(scalar, members, count).flatten()
+    kept = torch.zeros_like(values)
+    kept[rows] = values[rows] * (len(values) / len(rows))
+    return kept
 
 
 def _step_rewards(

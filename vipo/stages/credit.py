@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from vipo.config.comparable import check_comparable
 from vipo.config.meter import MeterConfig
 from vipo.config.run import Config
 from vipo.provenance import record_stage, run_lock
@@ -35,7 +36,7 @@ def credit_stage(
         The table, and where the files are.
 
     Raises:
-        MeterError: what cannot be measured as asked.
+        ConfigError, MeterError: what cannot be measured as asked.
         Others: as of training.
     """
     from vipo.credit.meter.gradients import MeterError
@@ -48,6 +49,7 @@ def credit_stage(
 
     if weights is not None and not weights.is_dir():
         raise MeterError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
+    check_comparable(configs)
     config = next(iter(configs.values()))
     check_device(config.generator)
     experiment = experiment_folder(config, results)

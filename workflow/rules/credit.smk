@@ -1,5 +1,6 @@
 """What the credit of the experiment's arms is worth at the checkpoints that section experiment.meter names."""
 
+from vipo.config.comparable import check_comparable
 from vipo.config.meter import check_checkpoints
 
 ARMS = RUNS[FIRST].experiment.arms
@@ -7,8 +8,16 @@ if absent := [arm for arm in METER.arms if arm not in ARMS]:
     raise WorkflowError(
         f"experiment {EXPERIMENT}: experiment.meter.arms: {', '.join(absent)}: not among experiment.arms; add them there"
     )
+COMPARED = {arm: RUNS[f"{arm}-s{ARMS[arm].seeds[0]}"] for arm in METER.arms}
 try:
     check_checkpoints(METER, {run: RUNS[run].training.save_at for run in TRAINED})
+    # `vipo credit` measures all arms at the first run's seed.
+    check_comparable(
+        {
+            arm: own.model_copy(update={"seed": RUNS[FIRST].seed})
+            for arm, own in COMPARED.items()
+        }
+    )
 except ConfigError as error:
     raise WorkflowError(f"experiment {EXPERIMENT}: {error}") from error
 WEIGHTS = {
@@ -49,14 +58,13 @@ rule credit:
         checkpoint="|".join(map(re.escape, WEIGHTS)),
     threads: RUNS[FIRST].training.threads
     resources:
-        **job_resources(RUNS[FIRST], "train"),
+        **job_resources(RUNS[FIRST], "train", alone=True),
     params:
         identity=json.dumps(
             {
                 "meter": METER.model_dump(mode="json", exclude={"checkpoints"}),
                 "arms": {
-                    arm: RUNS[f"{arm}-s{ARMS[arm].seeds[0]}"].training_identity()
-                    for arm in METER.arms
+                    arm: own.training_identity() for arm, own in COMPARED.items()
                 },
             },
             sort_keys=True,

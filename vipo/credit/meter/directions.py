@@ -36,12 +36,13 @@ class Directions:
     max_grad_norm: float = float("inf")
 
     def __call__(self, kind: Kind, gradient: Tensor) -> Tensor:
-        """The direction ``(P,)`` in which the reward should rise, of any length.
+        """The direction ``(P,)`` in which the reward should rise, of any length; none where there is no gradient.
 
         Raises:
             MeterError: 'optimizer' without one.
         """
-        if kind == "sgd":
+        # Of no gradient, the optimizer would make a step of weight decay alone.
+        if kind == "sgd" or not bool((gradient != 0).any()):
             return gradient
         if kind == "sign":
             return gradient.sign()

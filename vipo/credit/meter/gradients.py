@@ -16,6 +16,7 @@ from vipo.credit.source import CreditError
 from vipo.errors import VipoError
 from vipo.generators.base import Conditioning, Generator
 from vipo.rewards import Reward
+from vipo.rewards.resident import in_use
 from vipo.sampling.chain import Chain
 from vipo.sampling.rollout import Trajectory
 from vipo.sampling.transitions import Channels, Density, position_log_prob
@@ -62,7 +63,8 @@ def total_gradient(
             continue
         placed = differentiated(name, reward, chains.texts, chains.metadata)
         try:
-            _, own = reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")
+            with in_use(reward):
+                _, own = reward_gradient(generator, chains.trajectory.clean, placed, f"reward {name!r}")
         except CreditError as error:
             raise MeterError(
                 f"{error}; set experiment.meter.reference=0 for the directional estimator alone"

@@ -168,7 +168,7 @@ def measure_updates(
     check_space(space, directions.kinds, plan)
     records: list[Record] = []
     tested: HeldOut | None = None
-    layout = (list(names), list[str](directions.kinds), [str(step) for step in subject.stochastic])
+    layout = (list(names), list[str](directions.kinds), [str(step) for step in subject.trained])
     for number in range(plan.updates):
         path = folder / f"update-{number}.json"
         stepped = number < plan.stepped
@@ -203,7 +203,7 @@ def _update(
     advantages = placed(groups)
     whole = {name: torch.zeros(space.size, device=subject.generator.device) for name in advantages}
     steps: dict[str, Record] = {name: {} for name in advantages}
-    for step in subject.stochastic:
+    for step in subject.trained:
         own = _transition(subject, groups, advantages, step, space)
         told = None if reference is None else products(list(own.values()), reference.means).tolist()
         for row, (name, added) in enumerate(own.items()):
@@ -237,7 +237,7 @@ def _transition(
             here = {
                 name: values[rows, step if values.shape[1] > 1 else 0].to(device) for name, values in advantages.items()
             }
-            share = len(rows) / (subject.group_size * len(groups) * len(subject.stochastic))
+            share = len(rows) / (subject.group_size * len(groups) * len(subject.trained))
             found = update_gradients(
                 subject.generator,
                 batch,

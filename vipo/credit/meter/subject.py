@@ -13,6 +13,7 @@ from vipo.generators.base import Generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.prompts import Prompt
 from vipo.rewards import Reward, score
+from vipo.rewards.resident import by_network, in_use
 from vipo.sampling.chain import Chain
 from vipo.sampling.noise import Key, keyed_generator
 from vipo.sampling.rollout import rollout
@@ -36,6 +37,7 @@ class Subject:
         same_initial_noise: whether the samples of a group begin at the same noise.
         channels, density: of the log-probability.
         watching: sources by name, which are told of every batch of an update's samples that is drawn.
+        lessons: how many stochastic steps, from the first, an update trains; None: any of them.
     """
 
     generator: Generator
@@ -52,6 +54,12 @@ class Subject:
     channels: Channels = "mean"
     density: Density = "gaussian"
     watching: Mapping[str, CreditSource] = field(default_factory=dict)
+    lessons: int | None = None
+
+    @property
+    def trained(self) -> range:
+        """The steps whose gradients an update takes the mean of."""
+        return self.stochastic[: self.lessons]
 
     @property
     def size(self) -> int:
@@ -152,12 +160,17 @@ def drawn_prompts(prompts: Sequence[Prompt], seed: int, purpose: str, first: int
 
 def chain_rewards(subject: Subject, batches: Sequence[Chains]) -> dict[str, Tensor]:
     """Each term of the reward, ``(N,)`` float32 on the CPU; not finite where a sample has none."""
-    values: dict[str, list[Tensor]] = {name: [] for name in subject.rewards}
-    for batch in batches:
-        pictures = subject.generator.pictures(batch.trajectory.clean)
-        for name, reward in subject.rewards.items():
-            values[name].append(score(name, reward, pictures, batch.texts, batch.metadata))
-    return {name: torch.cat(parts) for name, parts in values.items()}
+    pictures = [subject.generator.pictures(batch.trajectory.clean) for batch in batches]
+    values: dict[str, Tensor] = {}
+    for group in by_network(subject.rewards):
+        with in_use(next(iter(group.values()))):
+            for name, reward in group.items():
+                parts = [
+                    score(name, reward, drawn, batch.texts, batch.metadata)
+                    for drawn, batch in zip(pictures, batches, strict=True)
+                ]
+                values[name] = torch.cat(parts)
+    return {name: values[name] for name in subject.rewards}
 
 
 def total_reward(subject: Subject, batches: Sequence[Chains]) -> Tensor:
