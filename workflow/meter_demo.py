@@ -1,10 +1,12 @@
 """The experiment `meter_demo` (docs/registered.md): `make meter-demo` measures its cells; killed, it goes on.
 
-Each cell is a `vipo credit` of experiment=meter_demo with overrides of its own, in a results folder of its own.
+Each cell is a `vipo credit` of experiment=meter_demo with overrides of its own, in a results folder of its own. Its
+``credit.json`` is kept in the repository, so that one machine may go on where another stopped.
 """
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from scipy import special
 
 from vipo.config.meter import measured_weights, measurement_label
 from vipo.evaluation.comparison import holm
+from vipo.provenance.files import atomic_file
 
 RUN = ("experiment=meter_demo", "seed=300")
 #: By directional gains alone: `scene` has no gradient, so more steps are taken along fewer kinds of direction.
@@ -80,21 +83,33 @@ def cells() -> Iterator[Cell]:
         yield Cell(factor, factor, overrides)
 
 
-def measure(cell: Cell, results: Path) -> None:
+def kept(cell: Cell, output: Path) -> Path:
+    """Where a cell's result stays."""
+    return output / "meter_demo" / f"{cell.name}.json"
+
+
+def measure(cell: Cell, results: Path, output: Path) -> None:
     """Train what the cell's checkpoint comes from where that is not done, then measure; either goes on where it was.
+
+    A cell whose result is kept is not measured again.
 
     Raises:
         subprocess.CalledProcessError: a command failed, and has said why.
     """
+    if (file := kept(cell, output)).is_file():
+        return
     place = ["--results", str(results / cell.folder)]
     trained: list[str] = []
     if (weights := measured_weights(cell.checkpoint, results / cell.folder / "meter_demo")) is not None:
         subprocess.run(["vipo", "train", *RUN, "arm=grpo", *cell.overrides, *place], check=True)
         trained = ["--weights", str(weights)]
     subprocess.run(["vipo", "credit", *RUN, *cell.overrides, *place, *trained], check=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as path:
+        shutil.copyfile(cell.found(results), path)
 
 
-def table(results: Path) -> pd.DataFrame:
+def table(output: Path) -> pd.DataFrame:
     """Ratios to GRPO of all cells that are measured.
 
     Returns:
@@ -104,7 +119,7 @@ def table(results: Path) -> pd.DataFrame:
     """
     rows = []
     for cell in cells():
-        if not (path := cell.found(results)).is_file():
+        if not (path := kept(cell, output)).is_file():
             continue
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
         for estimator in ("pathwise", "directional"):
@@ -162,13 +177,13 @@ def write(found: pd.DataFrame, output: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure every cell below the first folder, write the tables into the second."""
+    """Measure every cell below the first folder, keep them in the second and write the tables there."""
     results, output = map(Path, arguments)
     every = list(cells())
     for number, cell in enumerate(every, start=1):
         print(f"cell {number} of {len(every)}: {cell.name}", flush=True)
-        measure(cell, results)
-    write(table(results), output)
+        measure(cell, results, output)
+    write(table(output), output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from vipo.config.compose import load_config
-from workflow.meter_demo import PREDICTIONS, RUN, Cell, cells, predictions, table, write
+from workflow import meter_demo
+from workflow.meter_demo import PREDICTIONS, RUN, Cell, cells, kept, measure, predictions, table, write
 
 
 def _result(cell: Cell, ratio: float, low: float = 0.01) -> str:
@@ -44,15 +45,12 @@ def test_every_cell_is_one_change_of_a_configuration_that_holds() -> None:
 def test_the_table_and_the_predictions(tmp_path: Path) -> None:
     every = list(cells())
     ratios = {cell.name: 1 + 0.1 * place for place, cell in enumerate(every)}
+    (tmp_path / "meter_demo").mkdir()
     for cell in every[:-1]:
-        path = cell.found(tmp_path)
-        path.parent.mkdir(parents=True)
-        path.write_text(_result(cell, ratios[cell.name]))
+        kept(cell, tmp_path).write_text(_result(cell, ratios[cell.name]))
     write(table(tmp_path), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["meter_demo.csv"], "one is not measured yet"
-    path = every[-1].found(tmp_path)
-    path.parent.mkdir(parents=True)
-    path.write_text(_result(every[-1], ratios[every[-1].name]))
+    kept(every[-1], tmp_path).write_text(_result(every[-1], ratios[every[-1].name]))
     found = table(tmp_path)
     assert len(found) == 3 * (2 * len(every) - 3)
     told = predictions(found).set_index("prediction")
@@ -67,8 +65,26 @@ def test_the_table_and_the_predictions(tmp_path: Path) -> None:
     assert (tmp_path / "out/meter_demo_predictions.csv").is_file()
     # Where GRPO's own value cannot be told from zero the cell says nothing, of predictions too.
     group_4 = next(cell for cell in every if cell.name == "group_4")
-    group_4.found(tmp_path).write_text(_result(group_4, 9.0, low=-0.01))
+    kept(group_4, tmp_path).write_text(_result(group_4, 9.0, low=-0.01))
     untold = predictions(table(tmp_path)).set_index("prediction")
     assert (untold.loc["smaller groups", "p"], math.isnan(untold.loc["smaller groups", "log_ratio"])) == (1, True)
     for name in ("smaller objects", "a local reward", "fewer groups"):
         assert untold.loc[name, "p"] == pytest.approx(raw[name])
+
+
+def test_a_cell_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = next(cell for cell in cells() if cell.checkpoint != "base")
+    ran: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> None:
+        ran.append(command)
+        cell.found(tmp_path / "results").parent.mkdir(parents=True, exist_ok=True)
+        cell.found(tmp_path / "results").write_text("{}")
+
+    monkeypatch.setattr(meter_demo.subprocess, "run", run)
+    for _ in range(2):
+        measure(cell, tmp_path / "results", tmp_path / "out")
+    assert [command[:2] for command in ran] == [["vipo", "train"], ["vipo", "credit"]]
+    weights = tmp_path / "results/object_redness/meter_demo/runs/grpo-s300/updates/000006"
+    assert ran[1][-2:] == ["--weights", str(weights)]
+    assert kept(cell, tmp_path / "out").read_text() == "{}"
