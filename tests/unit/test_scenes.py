@@ -164,6 +164,14 @@ def test_foreground_is_the_drawn_object(scenes: list[Scene]) -> None:
         assert not np.any(mask[coverage < 0.01])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 3), (4, 9), (5, 5), (16, 7)])
+def test_border_color_is_the_lower_median_of_the_two_outermost_rings(size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    ring = torch.ones(size, dtype=torch.bool)
+    ring[2:-2, 2:-2] = False
+    assert torch.equal(border_color(images), images[..., ring].median(dim=-1).values)
+
+
 def test_border_color_ignores_a_minority_of_the_border() -> None:
     image = torch.full((1, 3, 16, 16), 0.5)
     image[..., :, :6] = 1.0

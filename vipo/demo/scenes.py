@@ -228,9 +228,12 @@ class SeenScene:
 
 def border_color(images: torch.Tensor) -> torch.Tensor:
     """Median colour of the two outermost pixel rings: ``(B, 3, H, W)`` to ``(B, 3)``."""
-    ring = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)
-    ring[2:-2, 2:-2] = False
-    return images[..., ring].median(dim=-1).values
+    bottom, right = (max(2, side - 2) for side in images.shape[-2:])
+    between = images[..., 2:bottom, :]
+    parts = (images[..., :2, :], images[..., bottom:, :], between[..., :2], between[..., right:])
+    ring = torch.cat([part.flatten(-2) for part in parts], dim=-1)
+    # Not `median`, which has no deterministic kernel on CUDA.
+    return ring.sort(dim=-1).values[..., (ring.shape[-1] - 1) // 2]
 
 
 def foreground(images: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,32 @@ class _Rounded(torch.autograd.Function):
         return gradients[0]
 
 
+class _Bicubic(torch.autograd.Function):
+    """``F.interpolate``, whose backward pass has no deterministic kernel on CUDA: its transpose, by two products."""
+
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, height: int, width: int) -> Tensor:
+        ctx.sizes = ((levels.shape[2], height), (levels.shape[3], width))
+        return F.interpolate(levels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        rows, columns = (_weights(before, after, gradients[0]) for before, after in ctx.sizes)
+        return rows.T @ gradients[0] @ columns, None, None
+
+
+def _weights(before: int, after: int, like: Tensor) -> Tensor:
+    """What each of `after` lines takes of each of `before`, ``(after, before)``."""
+    eye = torch.eye(before, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(eye, size=(after, before), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+
+
+def bicubic(levels: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic resize with antialiasing, ``(B, C, H, W)`` to ``(B, C, height, width)``, in floating point."""
+    resized: Tensor = _Bicubic.apply(levels, height, width)
+    return resized
+
+
 def need_pictures(images: Tensor) -> None:
     """Refuse videos.
 
@@ -75,8 +101,7 @@ def pil_bicubic(levels: Tensor, height: int, width: int) -> Tensor:
     """
     for size in ((levels.shape[2], width), (height, width)):
         if tuple(levels.shape[2:]) != size:
-            resized = F.interpolate(levels, size=size, mode="bicubic", antialias=True, align_corners=False)
-            levels = _Rounded.apply(resized)
+            levels = _Rounded.apply(bicubic(levels, *size))
     return levels
 
 
@@ -137,11 +162,6 @@ def padded_pixels(images: Tensor, size: int) -> Tensor:
     scale = size / max(images.shape[2:])
     height, width = (max(1, round(side * scale)) for side in images.shape[2:])
     if (height, width) != tuple(images.shape[2:]):
-        levels = (
-            F.interpolate(
-                levels.float() / 255, size=(height, width), mode="bicubic", antialias=True, align_corners=False
-            )
-            * 255
-        )
+        levels = bicubic(levels.float() / 255, height, width) * 255
     down, right = size - height, size - width
     return normalised(F.pad(levels.double(), (right // 2, right - right // 2, down // 2, down - down // 2)))

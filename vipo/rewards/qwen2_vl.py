@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vipo.regular import read_regular
@@ -269,8 +268,3 @@ def published_texts(path: Path, names: Sequence[str]) -> list[str]:
 def with_prompt(template: str, prompt: str) -> str:
     """A template in which ``{text_prompt}`` is the prompt; other braces are doubled in it, as `str.format` has it."""
     return template.format(text_prompt=prompt)
-
-
-def resized(levels: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased, in floating point; not rounded. ``(N, 3, H, W)``."""
-    return F.interpolate(levels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)

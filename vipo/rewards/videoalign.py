@@ -14,7 +14,7 @@ from vipo.config.reward_options import VideoAlignOptions
 from vipo.rewards.ahead import key_of
 from vipo.rewards.errors import RewardError
 from vipo.rewards.flicker import need_clips
-from vipo.rewards.pixels import eight_bit, grey_levels, rounded
+from vipo.rewards.pixels import bicubic, eight_bit, grey_levels, rounded
 from vipo.rewards.qwen2_vl import (
     CONFIGURATION,
     TOKENIZER,
@@ -22,7 +22,6 @@ from vipo.rewards.qwen2_vl import (
     head_of,
     merged,
     published_texts,
-    resized,
     smart_size,
     vision_of,
     with_prompt,
@@ -89,7 +88,7 @@ class _Shared:
         levels = grey_levels(videos[:, frames])
         height, width = smart_size(levels.shape[3], levels.shape[4], _LEAST_PIXELS, self._data["max_frame_pixels"])
         with self.resident as networks:
-            seen = [vision_of(rounded(resized(clip.float(), height, width))) for clip in levels]
+            seen = [vision_of(rounded(bicubic(clip.float(), height, width))) for clip in levels]
             texts = [with_prompt(self._template, prompt) for prompt in prompts]
             vectors = self._scorer.vectors(networks["network"], seen, texts)
             raw = networks["head"](vectors)
