@@ -100,6 +100,11 @@ def test_categories_are_means_of_their_prompts() -> None:
     assert dict(table["prompts"]) == {
         (arm, kind): n for arm in ("base", "vipo") for kind, n in (("even", 3), ("odd", 2))
     }
+    # A prompt of several categories counts in each, one of none nowhere.
+    both = {**{prompt: (kind,) for prompt, kind in categories.items()}, "0000": ("odd", "even"), "0005": ()}
+    assert dict(by_category(scores, both, COLUMNS[:1]).set_index(["arm", "category"])["prompts"]) == {
+        (arm, kind): 3 for arm in ("base", "vipo") for kind in ("even", "odd")
+    }
     own = scores[(scores["arm"] == "vipo") & scores["prompt_id"].isin(["0001", "0003"])]
     assert table.loc[("vipo", "odd"), "reward/a"] == pytest.approx(own["reward/a"].mean())
 

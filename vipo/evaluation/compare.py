@@ -9,7 +9,7 @@ from vipo.config.run import Config
 from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
 from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_folder
 from vipo.evaluation.statistics import ScoresError
-from vipo.prompts import read_prompts
+from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROVENANCE, differing_processes, read_processes
 
@@ -31,7 +31,7 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     _check_one_measure(experiment, runs)
     path = experiment / "prompts" / "eval.jsonl"
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
-    categories = {id_: str(row["category"]) for id_, row in metadata.items() if "category" in row}
+    categories = {id_: categories_of(row) for id_, row in metadata.items()}
     scores = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
     rewards = [name for name in columns if name.startswith("reward/")]

@@ -55,18 +55,18 @@ _VBENCH_SEMANTIC = (
 )
 
 
-def by_category(scores: pd.DataFrame, categories: Mapping[str, str], columns: Sequence[str]) -> pd.DataFrame:
+def by_category(scores: pd.DataFrame, categories: Mapping[str, Sequence[str]], columns: Sequence[str]) -> pd.DataFrame:
     """Final means of every arm on the prompts of each category.
 
     Args:
         scores: rows of all runs.
-        categories: category by prompt id; prompts without one are left out.
+        categories: those of each prompt, by its id: it counts in each, and without one in none.
         columns: scores to average.
 
     Returns:
         `arm`, `category`, `prompts` and `columns`.
     """
-    final = scores[scores["final"]].assign(category=lambda rows: rows["prompt_id"].map(categories))
+    final = scores[scores["final"]].assign(category=lambda rows: rows["prompt_id"].map(categories)).explode("category")
     rows = [
         {"arm": arm, "category": category, "prompts": own["prompt_id"].nunique(), **mean_scores(own, columns)}
         for (arm, category), own in final.dropna(subset="category").groupby(["arm", "category"], sort=True)
