@@ -42,13 +42,19 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         "metrics": over_metrics(
             scores, rewards, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
         ),
-        "totals": set_totals(scores, metadata),
+        "totals": set_totals(scores, metadata, _geneval_columns(config)),
         "diversity": _diversity(config, experiment, runs, scores, path),
     }
     if config.protocol is not None:
         for table in found.values():
             table.insert(0, "protocol", config.protocol.title)
     return found
+
+
+def _geneval_columns(config: Config) -> list[str]:
+    """Of the reward `geneval`, whatever its label, here or in a reward process."""
+    specs = config.evaluation.rewards
+    return [f"reward/{spec.label}" for spec in specs if "geneval" in (spec.name, spec.options.get("reward"))]
 
 
 def write_tables(tables: dict[str, pd.DataFrame], output: Path) -> list[Path]:
