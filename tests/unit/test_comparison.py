@@ -219,3 +219,16 @@ def test_runs_that_another_process_scored_are_not_compared(tmp_path: Path) -> No
     write("grpo-s0", "1")
     with pytest.raises(PromptError, match=r"eval\.jsonl"):
         compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
+
+
+def test_runs_of_two_titles_are_not_put_into_one_table(tmp_path: Path) -> None:
+    config = load_config(["experiment=demo", "arm=base"])
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/eval.jsonl").write_text("")
+    for run, shift in (("base-s0", 3), ("grpo-s0", 10)):
+        folder = tmp_path / "evaluation" / run
+        folder.mkdir(parents=True)
+        (folder / "provenance.json").write_text(json.dumps({"stage": "score", "inputs": [], "outputs": []}))
+        pd.DataFrame({"run": [run], "protocol": f"parti v2 (0): shift {shift}"}).to_parquet(folder / "scores.parquet")
+    with pytest.raises(EvaluationError, match=r"different protocols \(parti v2 \(0\): shift 3, .*: shift 10\)"):
+        compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])

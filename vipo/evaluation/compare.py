@@ -25,7 +25,8 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         runs: names of scored runs, the base's among them.
 
     Raises:
-        EvaluationError: a run is not scored, its samples are not there, or another process scored it than the others.
+        EvaluationError: a run is not scored, its samples are not there, or another process or protocol scored it than
+            the others.
         ScoresError: runs were not evaluated on the same prompts and samples.
     """
     _check_one_measure(experiment, runs)
@@ -33,6 +34,11 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
     categories = {id_: categories_of(row) for id_, row in metadata.items()}
     scores = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
+    if "protocol" in scores and len(titles := scores["protocol"].unique()) > 1:
+        raise EvaluationError(
+            f"{experiment}: runs were evaluated by different protocols ({', '.join(map(str, titles))}), so one table "
+            "cannot name them; evaluate all with one guidance and shift, or leave the protocol out"
+        )
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
     rewards = [name for name in columns if name.startswith("reward/")]
     settings = config.evaluation
@@ -47,7 +53,7 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     }
     if config.protocol is not None:
         for table in found.values():
-            table.insert(0, "protocol", config.protocol.title)
+            table.insert(0, "protocol", config.protocol_title)
     return found
 
 
