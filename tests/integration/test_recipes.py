@@ -1,9 +1,11 @@
 """Setups, hardware and recipes: each composes, is planned on a tiny checkpoint of its family, and is looked at."""
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,7 +20,8 @@ from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
-from vipo.evaluation.comparison import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC, vbench_totals
+from vipo.evaluation.comparison import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC
+from vipo.prompts import prompt_id
 from vipo.reporting.published import published_table, published_values
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
@@ -188,8 +191,19 @@ def _check_vbench(file: Path, config: Config, results: Path) -> None:
         for end, names in ((1, _VBENCH_QUALITY), (0, _VBENCH_SEMANTIC))
         for name in names
     }
-    assert vbench_totals(ends) == {"vbench/quality": 1.0, "vbench/semantic": 0.0, "vbench/total": 0.8}
+    folder = results / "demo/prompts"
+    folder.mkdir()
+
+    def hold_out(metadata: dict[str, Any]) -> None:
+        rows = [{"id": prompt_id(text), "text": text, "metadata": metadata} for text in ("a", "b")]
+        (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    scores["prompt_id"] = [prompt_id(text) for text in scores["prompt_id"]]
     scores.assign(**ends).to_parquet(file)
+    # The same columns on prompts that are not VBench's are nothing to stand beside its numbers.
+    hold_out({})
+    assert "| not published | not measured |" in published_table(config, results)
+    hold_out({"dimension": [*_VBENCH_QUALITY, *_VBENCH_SEMANTIC]})
     assert "| not published | 80.0000 |" in published_table(config, results)
     scores.assign(**ends).drop(columns=list(ends)[3]).to_parquet(file)
     assert "| not published | not measured |" in published_table(config, results)

@@ -11,13 +11,24 @@ import torch
 from scipy import stats
 
 from vipo.config.compose import load_config
-from vipo.evaluation.compare import compare_runs
-from vipo.evaluation.comparison import by_category, holm, over_metrics, set_totals, win_rates
+from vipo.evaluation.compare import _geneval_columns, compare_runs
+from vipo.evaluation.comparison import (
+    _VBENCH_BOUNDS,
+    _VBENCH_QUALITY,
+    _VBENCH_SEMANTIC,
+    by_category,
+    holm,
+    over_metrics,
+    set_totals,
+    vbench_totals,
+    win_rates,
+)
 from vipo.evaluation.diversity import SIDE, diversity
 from vipo.evaluation.held_out import EvaluationError, HeldOut, sample_name, save_sample
 from vipo.evaluation.statistics import ScoresError
 from vipo.prompts import Prompt, PromptError
 
+_VBENCH_TOTALS = ("vbench/quality", "vbench/semantic", "vbench/total")
 COLUMNS = ["reward/a", "reward/b", "reward/c"]
 
 
@@ -100,6 +111,11 @@ def test_categories_are_means_of_their_prompts() -> None:
     assert dict(table["prompts"]) == {
         (arm, kind): n for arm in ("base", "vipo") for kind, n in (("even", 3), ("odd", 2))
     }
+    # A prompt of several categories counts in each, one of none nowhere.
+    both = {**{prompt: (kind,) for prompt, kind in categories.items()}, "0000": ("odd", "even"), "0005": ()}
+    assert dict(by_category(scores, both, COLUMNS[:1]).set_index(["arm", "category"])["prompts"]) == {
+        (arm, kind): 3 for arm in ("base", "vipo") for kind in ("even", "odd")
+    }
     own = scores[(scores["arm"] == "vipo") & scores["prompt_id"].isin(["0001", "0003"])]
     assert table.loc[("vipo", "odd"), "reward/a"] == pytest.approx(own["reward/a"].mean())
 
@@ -121,6 +137,8 @@ def test_totals_are_of_the_set_or_say_what_is_missing() -> None:
     high |= {"overall_consistency": 0.364}
     names = [*low, *high, "aesthetic_quality", "imaging_quality", "dynamic_degree", "object_class", "multiple_objects"]
     names += ["human_action", "color", "spatial_relationship"]
+    # Every prompt is of every dimension.
+    metadata = {prompt: {**row, "dimension": names} for prompt, row in metadata.items()}
     for bounds, other, total in ((low, 0.0, 0.0), (high, 1.0, 1.0)):
         table = frame.assign(**{f"reward/vbench_{name}": bounds.get(name, other) for name in names})
         assert set_totals(table, metadata).set_index("total").loc["vbench", "value"] == pytest.approx(total)
@@ -129,6 +147,45 @@ def test_totals_are_of_the_set_or_say_what_is_missing() -> None:
     table["reward/vbench_dynamic_degree"] = 1.0
     expected = 4 * 0.5 / 6.5 / 5
     assert set_totals(table, metadata).set_index("total").loc["vbench", "value"] == pytest.approx(expected)
+
+
+def test_vbench_measures_a_dimension_on_its_own_prompts_alone() -> None:
+    names = [*_VBENCH_QUALITY, *_VBENCH_SEMANTIC]
+    columns = {name: f"reward/vbench_{name}" for name in names}
+    frame = pd.DataFrame({"arm": "base", "final": True, "prompt_id": names})
+    for name, column in columns.items():
+        # At its upper bound where it is asked for, and no number, or one that counts nowhere, on the others.
+        foreign = float("nan") if name in _VBENCH_SEMANTIC else -5.0
+        frame[column] = [_VBENCH_BOUNDS.get(name, (0.0, 1.0))[1] if own == name else foreign for own in names]
+    metadata = {name: {"dimension": [name, "another"]} for name in names}
+    found = set_totals(frame, metadata).set_index("total").loc["vbench"]
+    assert found["value"] == pytest.approx(1)
+    assert found["note"].endswith("each dimension on its own of 16 prompts")
+    assert vbench_totals(frame, metadata) == pytest.approx(dict.fromkeys(_VBENCH_TOTALS, 1))
+    # A sample of its own that has no score is told; a dimension without any, or without prompts, is not measured.
+    more = pd.concat([frame, frame.assign(**dict.fromkeys(columns.values(), float("nan")))], ignore_index=True)
+    found = set_totals(more, metadata).set_index("total").loc["vbench"]
+    assert found["value"] == pytest.approx(1)
+    assert found["note"].endswith(", 16 samples without a score")
+    for fewer, left in ((frame[frame["prompt_id"] != "scene"], metadata), (frame, {**metadata, "scene": {}})):
+        found = set_totals(fewer, left).set_index("total").loc["vbench"]
+        assert (found["value"], found["note"]) == (
+            None,
+            "not measured on prompts whose 'dimension' names it: scene",
+        )
+        assert vbench_totals(fewer, left) == {}
+    assert vbench_totals(frame, {}) == {}
+
+
+def test_genevals_total_is_of_its_reward_whatever_its_label() -> None:
+    frame = pd.DataFrame({"arm": "base", "final": True, "prompt_id": ["a", "b"], "reward/mine": [1.0, 0.0]})
+    metadata = {prompt: {"tag": "counting"} for prompt in "ab"}
+    found = set_totals(frame, metadata, ["reward/mine"]).set_index("total")
+    assert (found.loc["geneval (mine)", "value"], "geneval" in found.index) == (0.5, False)
+    specs = ["evaluation.rewards=[{name: geneval, label: mine}, redness,"]
+    specs += ["{name: process, label: there, options: {reward: geneval, url: 'http://127.0.0.1:1'}}]"]
+    config = load_config(["experiment=demo", " ".join(specs)])
+    assert _geneval_columns(config) == ["reward/mine", "reward/there"]
 
 
 @pytest.mark.parametrize("frames", [None, 3])
@@ -161,4 +218,17 @@ def test_runs_that_another_process_scored_are_not_compared(tmp_path: Path) -> No
         compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
     write("grpo-s0", "1")
     with pytest.raises(PromptError, match=r"eval\.jsonl"):
+        compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
+
+
+def test_runs_of_two_titles_are_not_put_into_one_table(tmp_path: Path) -> None:
+    config = load_config(["experiment=demo", "arm=base"])
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/eval.jsonl").write_text("")
+    for run, shift in (("base-s0", 3), ("grpo-s0", 10)):
+        folder = tmp_path / "evaluation" / run
+        folder.mkdir(parents=True)
+        (folder / "provenance.json").write_text(json.dumps({"stage": "score", "inputs": [], "outputs": []}))
+        pd.DataFrame({"run": [run], "protocol": f"parti v2 (0): shift {shift}"}).to_parquet(folder / "scores.parquet")
+    with pytest.raises(EvaluationError, match=r"different protocols \(parti v2 \(0\): shift 3, .*: shift 10\)"):
         compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])

@@ -171,7 +171,8 @@ def _prompts(count: int, **metadata: Any) -> list[Prompt]:
     return [Prompt(prompt_id(f"text {number}"), f"text {number}", metadata) for number in range(count)]
 
 
-SCENE = {"objects": [{"shape": "circle"}], "background": "white"}
+URL = 'url: "http://127.0.0.1:1"'
+SCENE: dict[str, Any] = {"objects": [{"shape": "circle"}], "background": "white"}
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,21 @@ SCENE = {"objects": [{"shape": "circle"}], "background": "white"}
         *(
             ([], _prompts(2, **SCENE), _prompts(2, **SCENE | {"objects": objects}), "a list of mappings with a 'shape'")
             for objects in ([], "circle", [{"color": "red"}], [{"shape": "circle"}, "square"])
+        ),
+        (
+            [f"evaluation.rewards=[{{name: process, label: there, options: {{reward: geneval, {URL}}}}}]"],
+            _prompts(2, **SCENE),
+            _prompts(2, **SCENE),
+            r"evaluation\.rewards: reward 'process' needs GenEval's metadata",
+        ),
+        *(
+            (
+                [f"evaluation.rewards=[{{name: judge, options: {{{URL}, model: m, key: vqa_list}}}}]"],
+                _prompts(2, **SCENE),
+                _prompts(2, **SCENE, **more),
+                r"evaluation\.rewards: reward 'judge' needs the prompt's own questions as metadata 'vqa_list'",
+            )
+            for more in ({}, {"vqa_list": []}, {"vqa_list": [["a?"]]}, {"vqa_list": "a?"})
         ),
         ([], _prompts(2), _prompts(2), r"evaluation\.rewards: reward 'scene_shape' needs .*'objects', 'background'"),
     ],

@@ -9,8 +9,8 @@ import pytest
 
 from vipo.config.compose import repository_root
 from vipo.prompts import clean_text, prompt_id
-from vipo.prompts.needs import drawn_text, geneval_fault
-from vipo.rewards.geneval import COLORS, OBJECTS
+from vipo.prompts.geneval import COLORS, OBJECTS, geneval_fault
+from vipo.prompts.needs import drawn_text
 
 PATH = repository_root() / "data/prompts/evaluation.jsonl"
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitlines()]

@@ -16,11 +16,12 @@ from torchvision import transforms
 from torchvision.transforms import functional as tv
 
 from vipo.config.compose import load_config
+from vipo.prompts.geneval import COLORS, OBJECTS, RELATIONS, geneval_fault
 from vipo.prompts.needs import check_needs
 from vipo.prompts.prompt import Prompt, PromptError
 from vipo.rewards import RewardError, load_reward, score, score_where, weight_files
 from vipo.rewards.detection import Detection, instances
-from vipo.rewards.geneval import COLORS, OBJECTS, claims, kept, relations
+from vipo.rewards.geneval import claims, kept, relations
 
 # --- Claims
 
@@ -193,7 +194,8 @@ def test_a_picture_s_score_is_that_of_its_detections_and_colours(places: dict[st
     assert found.scores.tolist() == [1.0, 1.0]
     assert found.where is not None
     torch.testing.assert_close(found.where, torch.stack(masks))
-    other = [{**row, "include": [{**row["include"][0], "color": "no colour"}]} for row in rows]
+    claimed = [row["include"][0] for row in rows]
+    other = [{"include": [{**own, "color": COLORS[COLORS.index(own["color"]) - 1]}]} for own in claimed]
     assert score("geneval", reward, images, ["a", "b"], other).tolist() == [0.0, 0.0]
     share = load_reward("geneval", "cpu", {**places, "threshold": 0.0, "score": "claims", "batch": 1})
     assert score("geneval", share, images, ["a", "b"], other).tolist() == [0.5, 0.5]
@@ -246,6 +248,19 @@ def test_another_detector_is_refused(places: dict[str, str], tmp_path: Path) -> 
         ({"include": [{"class": "cat", "count": True}]}, "claim 0 has no 'class' or no 'count'"),
         ({"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, "no relation to a claim before it"),
         ({"include": [{"class": "cat", "count": 1}], "exclude": 3}, "'exclude' is no list of claims"),
+        ({"include": [{"class": "unicorn", "count": 1}]}, "claim 0 is of 'unicorn', none of COCO's 80 objects"),
+        ({**ONE, "exclude": [{"class": "sofa", "count": 1}]}, "claim 1 is of 'sofa', none of COCO's 80 objects"),
+        ({"include": [{"class": "cat", "count": 1, "color": "teal"}]}, "has the colour 'teal', none of red, orange,"),
+        (
+            {"include": [*ONE["include"], {"class": "dog", "count": 1, "position": ["behind", 0]}]},
+            "claim 1 has the relation 'behind', none of left of, right of, above, below",
+        ),
+        # Would be "no cat", of any colour.
+        (
+            {**ONE, "exclude": [{"class": "cat", "count": 2, "color": "red"}]},
+            "claim 1 says color, which is not read of",
+        ),
+        ({"include": [{"class": "cat", "count": 1, "size": "large"}]}, "claim 0 says size, which is not read"),
     ],
 )
 def test_metadata_is_checked_before_and_at_the_call(row: dict[str, Any], told: str, places: dict[str, str]) -> None:
@@ -257,8 +272,14 @@ def test_metadata_is_checked_before_and_at_the_call(row: dict[str, Any], told: s
         check_needs(config, prompts, prompts)
 
 
-def test_an_object_that_coco_does_not_know_is_named(places: dict[str, str]) -> None:
-    row = {"include": [{"class": "unicorn", "count": 1}]}
-    with pytest.raises(RewardError, match=r"metadata of sample 0: 'unicorn' is none of COCO's 80 objects"):
-        score("geneval", load_reward("geneval", "cpu", places), pictures(1), ["a"], [row])
+def test_what_is_null_is_not_claimed() -> None:
+    """As a Parquet file has rows of which one names a colour."""
+    row = {"include": [{"class": "cat", "count": 1, "color": None, "position": None}], "exclude": None}
+    assert geneval_fault(row) is None
+    assert holds([CAT], row) == [True]
     assert len(OBJECTS) == len(set(OBJECTS)) == 80
+
+
+def test_the_relations_are_those_that_are_told() -> None:
+    places = ((0, 45), (90, 45), (45, 0), (45, 90))
+    assert tuple(next(iter(relations(thing("cat", *place), thing("dog", 45, 45)))) for place in places) == RELATIONS

@@ -50,7 +50,7 @@ class HeldOutSource(Section):
     categories: tuple[str, ...] = Field(
         (),
         strict=False,
-        description="Only rows whose `category` is one of these: rewards that read facts need them of every prompt. "
+        description="Only rows with a `category` of these: rewards that read facts need them of every prompt. "
         "Empty: all.",
     )
 

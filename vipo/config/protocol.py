@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from vipo.config.prompts import PromptsConfig
 from vipo.config.section import LONGEST_NAME, PositiveInt, Section
 from vipo.config.values import config_hash
 
@@ -20,39 +21,65 @@ class ProtocolConfig(Section):
         default_factory=dict, description="Of its options, those that its scores depend on, by name."
     )
 
+    judge_weights: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="Of its options, those that name weights: a hub id, or a local file or folder whose name is a hub "
+        "id's last part or one of these.",
+    )
+    labels: tuple[str, ...] = Field(
+        (), strict=False, description="Of evaluation.rewards, one must have one of these labels; empty: any."
+    )
+
     @model_validator(mode="after")
     def _of_a_judge(self) -> Self:
-        if self.judge_options and self.judge is None:
-            raise ValueError("judge_options without judge: name the reward whose options they are")
+        for key in ("judge_options", "judge_weights"):
+            if getattr(self, key) and self.judge is None:
+                raise ValueError(f"{key} without judge: name the reward whose options they are")
         return self
 
-    @property
-    def sha256(self) -> str:
-        """Of everything that the protocol says."""
-        # One without them keeps the hash that it had before there were any.
-        return config_hash(self.model_dump(mode="json", exclude=set() if self.judge_options else {"judge_options"}))
+    def title(self, called: Mapping[str, Any]) -> str:
+        """As it stands in every table: ``parti v2 (0123456789ab): guidance 3.5, shift 3``.
 
-    @property
-    def title(self) -> str:
-        """As it stands in every table: ``geneval2 v1 (0123456789ab)``."""
-        return f"{self.name} v{self.version} ({self.sha256[:12]})"
+        Args:
+            called: how the generator is called, which belongs to it and moves scores as much as what is pinned:
+                ``guidance_scale``, ``guidance_scale_2``, ``negative_prompt``, ``shift`` and what else decides its
+                samples. It is in the hash, too.
+        """
+        sha256 = config_hash({**self.model_dump(mode="json"), "called": dict(called)})
+        second, shift = called["guidance_scale_2"], called["shift"]
+        told = [f"guidance {called['guidance_scale']:g}" + (f" and {second:g}" if second is not None else "")]
+        told += [f"shift {shift:g}"] if shift is not None else []
+        told += ["a negative prompt"] if called["negative_prompt"] else []
+        return f"{self.name} v{self.version} ({sha256[:12]}): {', '.join(told)}"
 
     def broken(self, values: Mapping[str, Any]) -> list[str]:
         """What of a configuration, as JSON, is not as pinned: ``key wanted, is value``."""
         found = [f"{key} {wanted!r}, is {value!r}" for key, wanted, value in _differing("", self.pins, values)]
         found += _fewer(values["prompts"])
         # A reward without arguments is saved as its name alone.
-        rewards = values["evaluation"]["rewards"]
-        judges: list[Mapping[str, Any]] = [{"name": r} if isinstance(r, str) else r for r in rewards]
+        saved = values["evaluation"]["rewards"]
+        rewards: list[Mapping[str, Any]] = [{"name": r} if isinstance(r, str) else r for r in saved]
+        labels = [reward.get("label", reward["name"]) for reward in rewards]
+        if self.labels and not set(self.labels) & set(labels):
+            found.append(f"evaluation.rewards: one of the labels {', '.join(self.labels)}; they are {labels!r}")
         if self.judge is None:
             return found
-        own = [judge.get("options", {}) for judge in judges if judge["name"] == self.judge]
+        own = [self._asked_otherwise(r.get("options", {})) for r in rewards if r["name"] == self.judge]
         if not own:
-            return [*found, f"evaluation.rewards {self.judge!r}, are {[judge['name'] for judge in judges]!r}"]
-        wrong = [_differing("", self.judge_options, options) for options in own]
-        if all(wrong):
-            found += [f"options.{key} of {self.judge!r} {wanted!r}, is {value!r}" for key, wanted, value in wrong[0]]
-        return found
+            return [*found, f"evaluation.rewards {self.judge!r}, are {[reward['name'] for reward in rewards]!r}"]
+        return found + own[0] if all(own) else found
+
+    def _asked_otherwise(self, options: Mapping[str, Any]) -> list[str]:
+        found = [(key, repr(wanted), value) for key, wanted, value in _differing("", self.judge_options, options)]
+        for key, names in self.judge_weights.items():
+            known, name = {_last(each) for each in names}, options.get(key)
+            if not isinstance(name, str) or _last(name) not in known:
+                found.append((key, " or a local ".join(map(repr, dict.fromkeys((names[0], *sorted(known))))), name))
+        return [f"options.{key} of {self.judge!r} {wanted}, is {value!r}" for key, wanted, value in found]
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _fewer(prompts: Mapping[str, Any]) -> list[str]:
@@ -60,6 +87,8 @@ def _fewer(prompts: Mapping[str, Any]) -> list[str]:
     own = prompts["eval"] or {}
     dropping = {f"prompts.filters.{name}": value for name, value in prompts["filters"].items() if value is not None}
     dropping |= {"prompts.eval.categories": own["categories"]} if own.get("categories") else {}
+    if prompts["max_characters"] < PromptsConfig.model_fields["max_characters"].default:
+        dropping["prompts.max_characters"] = prompts["max_characters"]
     dropping |= {"prompts.ignore_case": True} if prompts["ignore_case"] else {}
     return [f"every prompt of its set, and {key} {value!r} leaves some out" for key, value in dropping.items()]
 

@@ -60,6 +60,23 @@ class Sections(Section):
         return self.evaluation.generator_of(self.generator)
 
     @property
+    def protocol_title(self) -> str | None:
+        """The protocol's title, with how the generator is called."""
+        if self.protocol is None:
+            return None
+        generator, sampling = self.evaluated, self.evaluation.sampling_of(self.sampling)
+        called = {
+            "guidance_scale": generator.guidance_scale,
+            "guidance_scale_2": generator.guidance_scale_2,
+            "negative_prompt": generator.negative_prompt,
+            "max_sequence_length": generator.max_sequence_length,
+            "decoding": generator.decoding,
+            # Where noise is predicted there is none.
+            "shift": None if sampling.transition == "ddim" else sampling.shift,
+        }
+        return self.protocol.title(called)
+
+    @property
     def is_base(self) -> bool:
         """Whether this arm is the untrained generator."""
         return self.arm == "base"
@@ -118,7 +135,7 @@ class Sections(Section):
             "shift": self.evaluation.sampling_of(self.sampling).shift,
             "threads": self.training.threads,
             "kept": kept,
-            **({} if self.protocol is None else {"protocol": self.protocol.title}),
+            **({} if self.protocol is None else {"protocol": self.protocol_title}),
         }
         return without_later_choices(found)
 
@@ -140,4 +157,4 @@ class Sections(Section):
     def report_identity(self) -> dict[str, Any]:
         """What the report reads beside the results."""
         found = self.model_dump(mode="json", include={"experiment", "reward", "evaluation"})
-        return found if self.protocol is None else {**found, "protocol": self.protocol.title}
+        return found if self.protocol is None else {**found, "protocol": self.protocol_title}

@@ -9,7 +9,7 @@ from vipo.config.run import Config
 from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
 from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_folder
 from vipo.evaluation.statistics import ScoresError
-from vipo.prompts import read_prompts
+from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROVENANCE, differing_processes, read_processes
 
@@ -25,14 +25,20 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         runs: names of scored runs, the base's among them.
 
     Raises:
-        EvaluationError: a run is not scored, its samples are not there, or another process scored it than the others.
+        EvaluationError: a run is not scored, its samples are not there, or another process or protocol scored it than
+            the others.
         ScoresError: runs were not evaluated on the same prompts and samples.
     """
     _check_one_measure(experiment, runs)
     path = experiment / "prompts" / "eval.jsonl"
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
-    categories = {id_: str(row["category"]) for id_, row in metadata.items() if "category" in row}
+    categories = {id_: categories_of(row) for id_, row in metadata.items()}
     scores = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
+    if "protocol" in scores and len(titles := scores["protocol"].unique()) > 1:
+        raise EvaluationError(
+            f"{experiment}: runs were evaluated by different protocols ({', '.join(map(str, titles))}), so one table "
+            "cannot name them; evaluate all with one guidance and shift, or leave the protocol out"
+        )
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
     rewards = [name for name in columns if name.startswith("reward/")]
     settings = config.evaluation
@@ -42,13 +48,19 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         "metrics": over_metrics(
             scores, rewards, resamples=settings.bootstrap, confidence=settings.confidence, seed=settings.seed
         ),
-        "totals": set_totals(scores, metadata),
+        "totals": set_totals(scores, metadata, _geneval_columns(config)),
         "diversity": _diversity(config, experiment, runs, scores, path),
     }
     if config.protocol is not None:
         for table in found.values():
-            table.insert(0, "protocol", config.protocol.title)
+            table.insert(0, "protocol", config.protocol_title)
     return found
+
+
+def _geneval_columns(config: Config) -> list[str]:
+    """Of the reward `geneval`, whatever its label, here or in a reward process."""
+    specs = config.evaluation.rewards
+    return [f"reward/{spec.label}" for spec in specs if "geneval" in (spec.name, spec.options.get("reward"))]
 
 
 def write_tables(tables: dict[str, pd.DataFrame], output: Path) -> list[Path]:

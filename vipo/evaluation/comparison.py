@@ -55,18 +55,18 @@ _VBENCH_SEMANTIC = (
 )
 
 
-def by_category(scores: pd.DataFrame, categories: Mapping[str, str], columns: Sequence[str]) -> pd.DataFrame:
+def by_category(scores: pd.DataFrame, categories: Mapping[str, Sequence[str]], columns: Sequence[str]) -> pd.DataFrame:
     """Final means of every arm on the prompts of each category.
 
     Args:
         scores: rows of all runs.
-        categories: category by prompt id; prompts without one are left out.
+        categories: those of each prompt, by its id: it counts in each, and without one in none.
         columns: scores to average.
 
     Returns:
         `arm`, `category`, `prompts` and `columns`.
     """
-    final = scores[scores["final"]].assign(category=lambda rows: rows["prompt_id"].map(categories))
+    final = scores[scores["final"]].assign(category=lambda rows: rows["prompt_id"].map(categories)).explode("category")
     rows = [
         {"arm": arm, "category": category, "prompts": own["prompt_id"].nunique(), **mean_scores(own, columns)}
         for (arm, category), own in final.dropna(subset="category").groupby(["arm", "category"], sort=True)
@@ -163,16 +163,20 @@ def over_metrics(
     )
 
 
-def set_totals(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def set_totals(
+    scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]], geneval: Sequence[str] = ("reward/geneval",)
+) -> pd.DataFrame:
     """Numbers of a whole set: GenEval's overall score and VBench's total, of every arm's final samples.
 
-    GenEval's is the mean over its tasks of the share of samples that are right (reward ``geneval`` of 1; the task is
-    the prompt's `tag`). VBench's is the mean of quality, weighed 4, and semantics, weighed 1, each a weighted mean of
-    dimensions scaled to [0, 1] by its published bounds; a dimension is a reward called ``vbench_<dimension>``.
+    GenEval's is the mean over its tasks of the share of samples that are right (a score of 1; the task is the prompt's
+    `tag`). VBench's is the mean of quality, weighed 4, and semantics, weighed 1, each a weighted mean of
+    dimensions scaled to [0, 1] by its published bounds; a dimension is a reward called ``vbench_<dimension>``, on the
+    prompts whose `dimension` names it.
 
     Args:
         scores: rows of all runs.
         metadata: of the prompts, by id.
+        geneval: columns of GenEval's scores: those of another label have a total each, ``geneval (label)``.
 
     Returns:
         `arm`, `total`, `value` (missing where it cannot be computed) and `note`, which then says what is missing.
@@ -180,43 +184,67 @@ def set_totals(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) 
     final = scores[scores["final"]]
     rows: list[dict[str, Any]] = []
     for arm, own in final.groupby("arm", sort=False):
-        for total, (value, note) in (("geneval", _geneval(own, metadata)), ("vbench", _vbench(own))):
+        found = {_named_total(column): _geneval(own, column, metadata) for column in geneval or ("reward/geneval",)}
+        for total, (value, note) in {**found, "vbench": _vbench(own, metadata)}.items():
             rows.append({"arm": arm, "total": total, "value": value, "note": note})
     return pd.DataFrame(rows, columns=["arm", "total", "value", "note"])
 
 
-def _geneval(own: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:
-    if "reward/geneval" not in own:
+def _named_total(column: str) -> str:
+    label = column.removeprefix("reward/")
+    return "geneval" if label == "geneval" else f"geneval ({label})"
+
+
+def _geneval(own: pd.DataFrame, column: str, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:
+    if column not in own:
         return None, "not measured: reward geneval is not among evaluation.rewards"
     tags = own["prompt_id"].map(lambda prompt: metadata.get(prompt, {}).get("tag"))
     if bool(tags.isna().any()):
         return None, "not measured: prompts without a 'tag', which names GenEval's task"
-    right = (own["reward/geneval"] >= 1).groupby(tags).mean()
+    right = (own[column] >= 1).groupby(tags).mean()
     return float(right.mean()), f"mean of {len(right)} tasks: {', '.join(map(str, right.index))}"
 
 
-def _vbench(own: pd.DataFrame) -> tuple[float | None, str]:
-    wanted = (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)
-    if missing := [name for name in wanted if f"reward/vbench_{name}" not in own]:
+def _vbench(own: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:
+    columns = {name: f"reward/vbench_{name}" for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)}
+    if missing := [name for name, column in columns.items() if column not in own]:
         return None, f"not measured: {', '.join(missing)}"
-    found = vbench_totals(
-        {name: float(own[name].mean()) for name in map(str, own) if name.startswith("reward/vbench_")}
+    samples = {name: _of_dimension(own, name, metadata)[column] for name, column in columns.items()}
+    if missing := [name for name, values in samples.items() if values.isna().all()]:
+        return None, f"not measured on prompts whose 'dimension' names it: {', '.join(missing)}"
+    found = vbench_totals(own, metadata)
+    without = sum(int(values.isna().sum()) for values in samples.values())
+    return found["vbench/total"], (
+        f"quality {found['vbench/quality']:.4f}, semantic {found['vbench/semantic']:.4f}, each dimension on its own of "
+        f"{own['prompt_id'].nunique()} prompts" + f", {without} samples without a score" * bool(without)
     )
-    return found["vbench/total"], f"quality {found['vbench/quality']:.4f}, semantic {found['vbench/semantic']:.4f}"
 
 
-def vbench_totals(means: Mapping[str, Any]) -> dict[str, float]:
+def _of_dimension(scores: pd.DataFrame, name: str, metadata: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Samples of the prompts on which VBench measures a dimension, by their metadata's `dimension`, a list."""
+    prompts = [prompt for prompt, row in metadata.items() if name in _listed(row.get("dimension"))]
+    return scores[scores["prompt_id"].isin(prompts)]
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+
+def vbench_totals(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """VBench's ``vbench/quality``, ``vbench/semantic`` and ``vbench/total``, in [0, 1] within its bounds.
 
     Args:
-        means: by score column; of each dimension ``reward/vbench_<dimension>``. Empty where one of them is missing.
+        scores: final samples of one arm; of each dimension a column ``reward/vbench_<dimension>``.
+        metadata: of the prompts, by id: a dimension is the mean over samples of the prompts whose `dimension` names it,
+            as VBench measures it nowhere else. Empty where one of them has none: also on prompts that are not VBench's.
     """
     scaled = {}
     for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC):
-        if (column := f"reward/vbench_{name}") not in means:
+        own = _of_dimension(scores, name, metadata).get(f"reward/vbench_{name}")
+        if own is None or bool(own.isna().all()):
             return {}
         low, high = _VBENCH_BOUNDS.get(name, (0.0, 1.0))
-        scaled[name] = (means[column] - low) / (high - low)
+        scaled[name] = (float(own.mean()) - low) / (high - low)
     weights = list(_VBENCH_QUALITY.values())
     quality = float(np.average([scaled[name] for name in _VBENCH_QUALITY], weights=weights))
     semantic = float(np.mean([scaled[name] for name in _VBENCH_SEMANTIC]))

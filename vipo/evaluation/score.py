@@ -202,7 +202,7 @@ def _table(
             "prompt_id": [s.prompt.id for s in samples],
             "prompt": [s.prompt.text for s in samples],
             "sample": [s.number for s in samples],
-            **({} if config.protocol is None else {"protocol": config.protocol.title}),
+            **({} if config.protocol is None else {"protocol": config.protocol_title}),
         }
         for measure in measures:
             parts = [load_tensors(work.parts / measure.file(update, number)) for number in range(len(batches))]

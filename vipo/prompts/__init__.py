@@ -2,11 +2,12 @@
 
 from vipo.prompts.needs import check_needs, told_split
 from vipo.prompts.prepare import check_prompts, prepare_prompts, read_prompts, split_prompts
-from vipo.prompts.prompt import Prompt, PromptError, clean_text, prompt_id
+from vipo.prompts.prompt import Prompt, PromptError, categories_of, clean_text, prompt_id
 
 __all__ = [
     "Prompt",
     "PromptError",
+    "categories_of",
     "check_needs",
     "check_prompts",
     "clean_text",

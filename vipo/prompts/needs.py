@@ -6,6 +6,7 @@ from typing import Any
 from vipo.config.registries import SCENE_REWARDS
 from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
+from vipo.prompts.geneval import geneval_fault
 from vipo.prompts.prompt import Prompt, PromptError
 
 # Intervals of an evaluation resample prompts.
@@ -69,28 +70,15 @@ def drawn_text(text: str, metadata: Mapping[str, Any], key: str) -> str | None:
     return found if isinstance(found, str) and found.strip() else None
 
 
-def geneval_fault(metadata: Mapping[str, Any]) -> str | None:
-    """What of a prompt's metadata is not GenEval's, or None.
+def own_questions(metadata: Mapping[str, Any], key: str) -> list[tuple[str, str]] | None:
+    """Questions and their answers that a prompt's metadata holds under `key`: pairs, or texts whose answer is yes.
 
-    It has one claim or more in ``include``: ``class``, ``count``, and perhaps ``color`` and ``position`` (a relation,
-    and the number of a claim before it); and perhaps some in ``exclude``: ``class`` and ``count``.
+    None where it holds none, or something else.
     """
-    claims = metadata.get("include")
-    if not isinstance(claims, list) or not claims:
-        return "'include' is no list of claims"
-    others = metadata.get("exclude", [])
-    if not isinstance(others, list):
-        return "'exclude' is no list of claims"
-    for number, claim in enumerate([*claims, *others]):
-        counted = isinstance(claim, Mapping) and isinstance(claim.get("class"), str)
-        if not counted or type(claim.get("count")) is not int or claim["count"] < 1:
-            return f"claim {number} has no 'class' or no 'count' from 1"
-        place = claim.get("position")
-        if place is not None and not (
-            isinstance(place, list) and len(place) == 2 and place[1] in range(min(number, len(claims)))
-        ):
-            return f"claim {number}: 'position' is no relation to a claim before it"
-    return None
+    found = metadata.get(key)
+    pairs = [(item, "yes") if isinstance(item, str) else item for item in found] if isinstance(found, list) else []
+    whole = all(isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs)
+    return [(question, answer) for question, answer in pairs] if pairs and whole else None
 
 
 def is_scene(metadata: Mapping[str, Any]) -> bool:
@@ -105,12 +93,27 @@ def is_scene(metadata: Mapping[str, Any]) -> bool:
 
 
 def _need_of(reward: RewardSpec, what: str, source: str, prompts: Sequence[Prompt]) -> None:
-    if reward.name in SCENE_REWARDS:
+    name, options = reward.name, reward.options
+    if name == "process" and isinstance(arguments := options["arguments"], dict):
+        # It needs what the reward needs that is scored there, whose defaults are not filled in.
+        name, options = str(options["reward"]), arguments
+    if name in SCENE_REWARDS:
         _need_scenes(what, source, prompts)
-    if reward.name == "ocr":
-        _need_texts(what, str(reward.options["key"]), source, prompts)
-    if reward.name == "geneval":
+    if name == "ocr":
+        _need_texts(what, str(options.get("key", "text")), source, prompts)
+    if name == "geneval":
         _need_claims(what, source, prompts)
+    if name == "judge" and options.get("key") is not None:
+        _need_questions(what, str(options["key"]), source, prompts)
+
+
+def _need_questions(what: str, key: str, source: str, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if own_questions(prompt.metadata, key) is None:
+            raise PromptError(
+                f"{source}: {what} needs the prompt's own questions as metadata {key!r}, a list of texts, or of pairs "
+                f"of question and answer; {prompt.text[:80]!r} has none"
+            )
 
 
 def _need_texts(what: str, key: str, source: str, prompts: Sequence[Prompt]) -> None:

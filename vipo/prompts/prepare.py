@@ -10,7 +10,16 @@ from typing import Any
 
 from vipo.config.prompts import PromptsConfig
 from vipo.prompts.filters import Filter, load_filters
-from vipo.prompts.prompt import Prompt, PromptError, clean_text, duplicate_key, is_blank, is_evaluation, prompt_id
+from vipo.prompts.prompt import (
+    Prompt,
+    PromptError,
+    categories_of,
+    clean_text,
+    duplicate_key,
+    is_blank,
+    is_evaluation,
+    prompt_id,
+)
 from vipo.prompts.sources import SET_KEY, Source, json_line, missing_key, read_source
 from vipo.provenance.files import atomic_file, file_sha256
 
@@ -122,9 +131,8 @@ def split_prompts(config: PromptsConfig, root: Path, tokens: Tokens | None = Non
         counts = {"rows": found.rows, "kept": len(found.lines), "train": len(train.lines), "eval": len(held_out.lines)}
     else:
         own = config.model_copy(update={"source": config.eval.source, "text_key": config.eval.text_key})
-        held_out = _cleaned(
-            own, read_source(own.source, own.text_key, root, "prompts.eval"), filters, config.eval.categories
-        )
+        source = read_source(own.source, own.text_key, root, "prompts.eval")
+        held_out = _cleaned(own, source, filters, config.eval.categories)
         leaked, train = found.split(lambda identity: identity not in held_out.lines)
         counts = {"rows": found.rows, "kept": len(train.lines), "train": len(train.lines), "eval": len(held_out.lines)}
         others = {
@@ -165,7 +173,7 @@ def _cleaned(
             dropped["whitespace_duplicate"].append(number)
         elif key in seen:
             dropped["case_duplicate"].append(number)
-        elif categories and row.get("category") not in categories:
+        elif categories and not set(categories_of(row)) & set(categories):
             dropped.setdefault("other_category", []).append(number)
         elif (reason := next((name for name, drops in filters if drops(text)), None)) is not None:
             dropped[reason].append(number)
@@ -262,11 +270,10 @@ def _check_split(config: PromptsConfig, counts: Mapping[str, int], dropped: Mapp
                 f"{named}: no prompt is left of it for {half}{of}; add prompts, or change "
                 f"{'the categories or ' * bool(chosen)}prompts.filters"
             )
-        else:
-            raise PromptError(
-                f"{config.source}: prompts.eval_share {config.eval_share} leaves no prompt for {half} "
-                f"of {counts['kept']}; change it or add prompts"
-            )
+        raise PromptError(
+            f"{config.source}: prompts.eval_share {config.eval_share} leaves no prompt for {half} of {counts['kept']}; "
+            "change it or add prompts"
+        )
 
 
 def _write(output: Path, files: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,13 @@ def is_blank(text: str) -> bool:
     return all(
         c.isspace() or c in _UNSEEN or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp") for c in text
     )
+
+
+def categories_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The categories of a prompt by the `category` of its metadata: none, one, or those of a list, each once."""
+    found = metadata.get("category")
+    named = found if isinstance(found, list) else [found]
+    return tuple(dict.fromkeys(str(value) for value in named if value not in (None, "")))
 
 
 def duplicate_key(text: str) -> str:

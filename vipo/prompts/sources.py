@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -75,22 +75,17 @@ def read_source(name: str, text_key: str, root: Path, section: str = "prompts") 
 
 
 def _published(name: str, text_key: str, root: Path, section: str) -> Source:
-    rows: list[Mapping[str, Any]] = []
     # Imports the hub's client, which few prompts need.
-    from vipo.prompts.published import fetch_published, published_key
+    from vipo.prompts.published import fetch_published, published_key, published_rows
 
-    digest, key = hashlib.sha256(), published_key(name, text_key)
+    digest, key, rows = hashlib.sha256(), published_key(name, text_key), {}
     for path, data in fetch_published(name, root, section).items():
         reader = _READERS.get(Path(path).suffix.lower())
         if reader is None:
             raise PromptError(f"{section}.source {name}: {path} is of no known format: {', '.join(_READERS)}")
         digest.update(hashlib.sha256(data).digest())
-        # The set's own key becomes the one that is asked for.
-        rows += [
-            {text_key: row.get(key, ""), **{other: value for other, value in row.items() if other != key}}
-            for _, row in reader(path, data, key)
-        ]
-    return Source(tuple(enumerate(rows, start=1)), digest.hexdigest())
+        rows[path] = [row for _, row in reader(path, data, key)]
+    return Source(tuple(enumerate(published_rows(name, text_key, rows, section), start=1)), digest.hexdigest())
 
 
 def _decoded(name: str, data: bytes) -> str:
@@ -151,17 +146,32 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _csv_rows(name: str, data: bytes, text_key: str, delimiter: str = ",") -> Iterator[Row]:
+@dataclass(frozen=True)
+class _Fields:
+    """How a line is cut into fields, and what to do where that fails."""
+
+    delimiter: str
+    quoting: Literal[0, 3]
+    form: str
+    fix: str
+
+
+_CSV = _Fields(",", csv.QUOTE_MINIMAL, "CSV", "quote fields that hold commas or quotes")
+# As tab-separated text is published: a quote is a character of the field, also at its start.
+_TSV = _Fields("\t", csv.QUOTE_NONE, "TSV", "a tab ends a field, and quotes do not keep one together")
+
+
+def _csv_rows(name: str, data: bytes, text_key: str, fields: _Fields = _CSV) -> Iterator[Row]:
     text = _decoded(name, data)
     # The module's own limit of 128 kB a field would refuse a long prompt instead of counting it.
     limit = csv.field_size_limit(len(text))
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        reader = csv.reader(
+            io.StringIO(text, newline=""), strict=True, delimiter=fields.delimiter, quoting=fields.quoting
+        )
         records = [(reader.line_num, record) for record in reader]
     except csv.Error as error:
-        raise PromptError(
-            f"{name}: line {reader.line_num}: is not CSV ({error}); quote fields that hold commas or quotes"
-        ) from error
+        raise PromptError(f"{name}: line {reader.line_num}: is not {fields.form} ({error}); {fields.fix}") from error
     finally:
         csv.field_size_limit(limit)
     header = records[0][1]
@@ -172,8 +182,7 @@ def _csv_rows(name: str, data: bytes, text_key: str, delimiter: str = ",") -> It
     for number, record in records[1:]:
         if record and len(record) != len(header):
             raise PromptError(
-                f"{name}: line {number}: has {len(record)} fields, the first line names {len(header)}; "
-                "quote fields that hold commas"
+                f"{name}: line {number}: has {len(record)} fields, the first line names {len(header)}; {fields.fix}"
             )
         yield number, dict(zip(header, record, strict=True)) if record else {text_key: ""}
 
@@ -216,7 +225,7 @@ _READERS: Mapping[str, Callable[[str, bytes, str], Iterator[Row]]] = MappingProx
         ".json": _json_rows,
         ".jsonl": _jsonl_rows,
         ".csv": _csv_rows,
-        ".tsv": partial(_csv_rows, delimiter="\t"),
+        ".tsv": partial(_csv_rows, fields=_TSV),
         ".parquet": _parquet_rows,
     }
 )

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from vipo.config.protocol import ProtocolConfig
 from vipo.config.run import Config
 from vipo.provenance.files import atomic_file, atomic_folder
 from vipo.reporting.drawing import Plot
@@ -46,7 +45,7 @@ def build_data(experiment_dir: Path, runs: Sequence[str], config: Config, output
         StorageError: the disk refused a write; `output` is as it was.
     """
     summary = summarize(read_experiment(experiment_dir, runs, config))
-    files = _data_files(summary, draw_figures(summary), config.protocol)
+    files = _data_files(summary, draw_figures(summary), config.protocol_title)
     with atomic_folder(output) as folder:
         (folder / "figures").mkdir()
         (folder / "tables").mkdir()
@@ -99,7 +98,7 @@ def report_files(experiment_dir: Path, runs: Sequence[str], config: Config) -> d
     experiment = read_experiment(experiment_dir, runs, config)
     summary = summarize(experiment)
     figures = draw_figures(summary)
-    data = {f"data/{name}": text for name, text in _data_files(summary, figures, config.protocol).items()}
+    data = {f"data/{name}": text for name, text in _data_files(summary, figures, config.protocol_title).items()}
     return data | _page_files(experiment, summary, figures)[0]
 
 
@@ -112,7 +111,7 @@ def _write_pictures(pictures: Mapping[str, bytes], output: Path) -> None:
             (folder / Path(name).name).write_bytes(content)
 
 
-def _data_files(summary: Summary, figures: Sequence[Plot], protocol: ProtocolConfig | None) -> dict[str, str]:
+def _data_files(summary: Summary, figures: Sequence[Plot], protocol: str | None) -> dict[str, str]:
     return {
         **{f"figures/{figure.name}.svg": figure.standalone() for figure in figures},
         **{f"tables/{name}.csv": _csv(_named(table, protocol)) for name, table in summary.tables().items()},
@@ -120,12 +119,12 @@ def _data_files(summary: Summary, figures: Sequence[Plot], protocol: ProtocolCon
     }
 
 
-def _named(table: pd.DataFrame, protocol: ProtocolConfig | None) -> pd.DataFrame:
+def _named(table: pd.DataFrame, protocol: str | None) -> pd.DataFrame:
     """A table with the evaluation's protocol in front: without it, a number is nobody else's."""
     if protocol is None or not len(table.columns):
         return table
     named = table.copy()
-    named.insert(0, "protocol", protocol.title)
+    named.insert(0, "protocol", protocol)
     return named
 
 

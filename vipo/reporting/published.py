@@ -12,6 +12,7 @@ from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.evaluation.comparison import vbench_totals
 from vipo.evaluation.statistics import mean_scores
+from vipo.prompts import read_prompts
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import read_run
 from vipo.text import visible
@@ -28,7 +29,7 @@ def published_table(config: Config, results: Path) -> str:
 
     Raises:
         ConfigError: the experiment has no published table.
-        ReportError, ProvenanceError: files of an evaluation are damaged.
+        PromptError, ReportError, ProvenanceError: files of an evaluation are damaged.
     """
     table = config.experiment.published
     if table is None:
@@ -39,11 +40,11 @@ def published_table(config: Config, results: Path) -> str:
     heads = [f"{column.title} ({_DOMAINS[column.domain]})" for column in table.columns]
     lines = [_row(["", *(text for head in heads for text in (f"{head}, published", "ours"))])]
     lines.append("|---|" + "---:|" * 2 * len(heads))
-    printed = published_values(table)
+    printed, folder = published_values(table), results / config.experiment.name
     for arm, row in table.rows.items():
         seeds = config.experiment.arms[arm].seeds
-        found = (_final_scores(results / config.experiment.name, f"{arm}-s{seed}") for seed in seeds)
-        means = [_means(own) for own in found if own is not None]
+        found = (_final_scores(folder, f"{arm}-s{seed}") for seed in seeds)
+        means = [_means(own, folder) for own in found if own is not None]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, printed[arm], strict=True):
             cells += [value, _ours(means, column.metric, len(seeds))]
@@ -82,13 +83,25 @@ def partly(found: int, planned: int) -> str:
     return f" ({found} of {planned} seeds)" if found < planned else ""
 
 
-def with_totals(means: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Means by score column, and where they tell them VBench's three numbers, in percent as they are published."""
-    return {**means, **{name: 100 * value for name, value in vbench_totals(means).items()}}
+def with_totals(means: Mapping[Any, Any], final: pd.DataFrame, experiment: Path) -> dict[Any, Any]:
+    """Means by score column, and where the held-out prompts are VBench's its three numbers, in percent as published.
+
+    Args:
+        means: of one arm.
+        final: its final samples.
+        experiment: ``results/<experiment>``, with the prompts.
+
+    Raises:
+        PromptError: there are scores of VBench's dimensions, and the prompts cannot be read.
+    """
+    if not any(str(name).startswith("reward/vbench_") for name in final):
+        return dict(means)
+    metadata = {prompt.id: prompt.metadata for prompt in read_prompts(experiment / "prompts" / "eval.jsonl")}
+    return {**means, **{name: 100 * value for name, value in vbench_totals(final, metadata).items()}}
 
 
-def _means(scores: pd.DataFrame) -> dict[Any, Any]:
-    return with_totals(mean_scores(scores, [name for name in map(str, scores) if "/" in name]))
+def _means(scores: pd.DataFrame, experiment: Path) -> dict[Any, Any]:
+    return with_totals(mean_scores(scores, [name for name in map(str, scores) if "/" in name]), scores, experiment)
 
 
 def _ours(means: list[dict[Any, Any]], metric: str, seeds: int) -> str:

@@ -55,7 +55,7 @@ def facts(experiment: Experiment) -> dict[str, str]:
         "Generator": f"{config.generator.family}, {_size(config.generator)}"
         + ("" if config.evaluated == config.generator else f", evaluated at {_size(config.evaluated)}"),
         "Checkpoint": config.generator.path,
-        **({} if config.protocol is None else {"Protocol": config.protocol.title}),
+        **({} if config.protocol_title is None else {"Protocol": config.protocol_title}),
         "Trained reward": rewards,
         "Arms × seeds": ", ".join(f"{arm} × {len(experiment.of_arm(arm))}" for arm in experiment.arms),
         "Updates": f"{updates}, each {samples}",

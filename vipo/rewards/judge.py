@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vipo.config.reward_judge import JudgeOptions
+from vipo.prompts.needs import own_questions
 from vipo.rewards.ahead import Ahead, key_of
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import eight_bit
@@ -92,10 +93,8 @@ class Judge:
         key = self._options.key
         if key is None:
             return [(self._options.question.replace("{}", prompt), "yes")]
-        found = row.get(key)
-        pairs = [(item, "yes") if isinstance(item, str) else item for item in found] if isinstance(found, list) else []
-        whole = all(isinstance(p, list | tuple) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in pairs)
-        if not pairs or not whole:
+        pairs = own_questions(row, key)
+        if pairs is None:
             raise RewardError(
                 f"metadata {key!r} of {prompt[:80]!r}: expected a list of questions, or of pairs of question and answer"
             )

@@ -15,8 +15,13 @@ def published(page: Page) -> Section | None:
     table = experiment.published
     if table is None:
         return None
-    evaluated = set(page.experiment.scores["arm"])
-    arms = {row["arm"]: with_totals(row) for row in page.summary.arms.to_dict("records") if row["arm"] in evaluated}
+    scores = page.experiment.scores
+    final = dict(list(scores[scores["final"]].groupby("arm")))
+    arms = {
+        row["arm"]: with_totals(row, final[row["arm"]], page.experiment.folder)
+        for row in page.summary.arms.to_dict("records")
+        if row["arm"] in final
+    }
     heads = [{"title": column.title, "domain": column.domain} for column in table.columns]
     digits = {
         column.metric: max(4, decimals(*(row[column.metric] for row in arms.values() if column.metric in row)))
