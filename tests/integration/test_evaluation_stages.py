@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import math
 import shutil
 import sys
@@ -22,6 +23,7 @@ from vipo.evaluation import measures, sample, score
 from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
+from vipo.prompts import read_prompts
 from vipo.provenance.parts import load_tensors, save_tensors
 from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
 
@@ -126,7 +128,11 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
     for measure in ("change", "maps", "reward0"):
         path = max((other / "demo/evaluation").glob(f".vipo-s0.*.partial/parts/{measure}-*.safetensors"))
         values = load_tensors(path)
-        wrong = {"x": torch.zeros(1)} if measure == "change" else {k: v * math.nan for k, v in values.items()}
+        wrong = (
+            {"x": torch.zeros(1)}
+            if measure == "change"
+            else {k: torch.full_like(v, math.inf) for k, v in values.items()}
+        )
         save_tensors(wrong, path)
         damaged.append(path)
     score_stage(config, ROOT, other)
@@ -169,6 +175,45 @@ def _check_other_weights_and_tables(config: Config, results: Path) -> None:
     assert list(tables) == list(TABLES)
     paths = write_tables(tables, experiment / "comparison")
     assert [path.read_text().count("\n") for path in paths[1:]] == [1 + len(config.evaluation.rewards)] * 2 + [5, 3]
+
+
+def test_a_sample_without_a_score_ends_no_evaluation(
+    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = shutil.copytree(trained[0], tmp_path / "results")
+    config, experiment = load_config([*trained[1], "arm=vipo"]), results / "demo"
+    prompt = next(iter(read_prompts(experiment / "prompts/eval.jsonl")))
+    original, lacking = measures.score, {prompt.text}
+
+    def score_some(name: str, reward: Any, images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        lacks = torch.tensor([name == "redness" and text in lacking for text in prompts])
+        # Whatever is not finite is no score.
+        return original(name, reward, images, prompts, metadata).masked_fill(lacks, math.inf)
+
+    evaluate_stage(config.as_base(), ROOT, results)
+    monkeypatch.setattr(measures, "score", score_some)
+    evaluate_stage(config, ROOT, results)
+    scores = pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")
+    assert (scores["reward/redness"].isna() == (scores["prompt_id"] == prompt.id)).all()
+    told = json.loads((experiment / "evaluation/vipo-s0/summary.json").read_text())
+    assert told["left_out"] == {"reward/redness": PER_PROMPT}
+    assert told["reward/redness"] == pytest.approx(scores[scores["final"]]["reward/redness"].mean())
+    note = f"{PER_PROMPT} of {PROMPTS * PER_PROMPT} samples have no score and are left out"
+    assert f"vipo-s0: reward/redness: {note}" in caplog.messages
+    tables = compare_runs(config, experiment, ["base-s0", "vipo-s0"])
+    for name in ("win_rates", "metrics"):
+        own = tables[name].set_index("column")["note"].str.contains(note)
+        assert own.to_dict() == {"reward/redness": True, "reward/object_redness": False}
+    assert tables["win_rates"].set_index("column").loc["reward/redness", "samples"] == (PROMPTS - 1) * PER_PROMPT
+    # A reward that scores nothing at all is refused, and measured again once it is mended.
+    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch": 2})})
+    lacking |= set(scores["prompt"])
+    for _ in range(2):
+        with pytest.raises(EvaluationError, match=r"'redness' is not finite for any of the 16 .*evaluation\.rewards"):
+            evaluate_stage(other, ROOT, results)
+    lacking.clear()
+    evaluate_stage(other, ROOT, results)
+    assert pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")["reward/redness"].notna().all()
 
 
 def _failing_score(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
