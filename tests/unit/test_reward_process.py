@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import PIL
@@ -27,10 +29,11 @@ from torch import Tensor
 from waits import eventually, gone
 
 from vipo.config.reward import RewardSpec
-from vipo.config.reward_process import ProcessOptions
+from vipo.config.reward_process import ProcessOptions, RemoteOptions
 from vipo.rewards import RewardError, begin, check_identities, identities, load_reward, score, score_where
 from vipo.rewards.served import serve
 from vipo.rewards.serving import OnPillow
+from vipo.rewards.wire import Endpoint
 
 SERVED = Path(serve.__file__).parent
 BARE = """
@@ -426,10 +429,74 @@ def test_a_server_that_drips_is_hung_up_on() -> None:
     stop.set()
 
 
+@contextlib.contextmanager
+def dripping(greeting: bytes, stop: threading.Event) -> Iterator[int]:
+    """A server that greets whoever connects, and then says a byte at a time."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                client, _ = listener.accept()
+                with client:
+                    client.sendall(greeting)
+                    while not stop.wait(0.05):
+                        client.sendall(b" ")
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            stop.set()
+
+
+def test_the_time_of_a_request_is_over_while_it_still_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def slow(self: socket.socket, address: Any) -> None:
+        time.sleep(0.7)
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", slow)
+    with dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", threading.Event()) as port:
+        _is_hung_up_on(f"http://127.0.0.1:{port}")
+
+
+def test_a_handshake_that_drips_is_hung_up_on() -> None:
+    # The beginning of a record of 16 KiB, of which a byte comes at a time.
+    with dripping(b"\x16\x03\x03\x40\x00", threading.Event()) as port:
+        _is_hung_up_on(f"https://127.0.0.1:{port}")
+
+
+def test_an_address_that_never_answers_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with raw(b"") as url:
+        own = ("127.0.0.1", urlsplit(url).port)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in (("192.0.2.1", 80), own)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        connect = socket.socket.connect
+
+        def dropped(self: socket.socket, address: Any) -> None:
+            if address[0].startswith("192."):
+                time.sleep(self.gettimeout() or 60)
+                raise TimeoutError
+            connect(self, address)
+
+        monkeypatch.setattr(socket.socket, "connect", dropped)
+        endpoint = Endpoint(url, RemoteOptions(timeout=4, retries=0), "a server")
+        assert endpoint.ask("/identity", None, 2**20)["reward"] == IDENTITY["reward"]
+
+
+def _is_hung_up_on(url: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"no answer in one try, the last one: it took more than 0\.5 s"):
+        Endpoint(url, RemoteOptions(timeout=0.5, retries=0), "a server").ask("/", None, 2**10)
+    # What drips says 100 bytes in 5 s.
+    assert time.monotonic() - began < 4
+
+
 def test_what_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     # Of this module alone: processes of the tests before may be ended meanwhile, which sleeps too.
-    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
     answers = [b"", message(b"{}", "503 Busy"), message(b'{"scores": [4]}')]
     with raw(lambda client: client.sendall(answers.pop(0))) as url:
         reward = process(None, "a:b", url=url, retries=2)
