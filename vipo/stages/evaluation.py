@@ -91,8 +91,12 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, w
         weights: folder of weights of this generator in place of the run's: a checkpoint's, an average's, a LoRA. Their
             evaluation is called as the folder is.
     """
+    from vipo.rewards.early import check_found
+
     if weights is not None:
         config = _of_weights(config, weights)
+    for spec in config.evaluation.rewards:
+        check_found(spec)
     sample_stage(config, root, results, wait, weights=weights)
     if not config.is_base:
         sample_stage(config.as_base(), root, results, wait)
