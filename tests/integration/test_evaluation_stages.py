@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 import weakref
@@ -15,17 +16,19 @@ import pandas as pd
 import pytest
 import torch
 from nursery import Nurseries
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.evaluation import measures, sample, score
 from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
 from vipo.prompts import read_prompts
 from vipo.provenance.parts import load_tensors, save_tensors
-from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
+from vipo.stages import compare_stage, evaluate_stage, evaluation, sample_stage, score_stage, train_stage
 
 ROOT = repository_root()
 VIPO = Path(sys.executable).with_name("vipo")
@@ -165,12 +168,16 @@ def _check_other_weights_and_tables(config: Config, results: Path) -> None:
     """A kept update, named by its folder, has the scores that it has in its run; and the tables are written."""
     experiment = results / "demo"
     evaluate_stage(config, ROOT, results, weights=experiment / "runs/vipo-s0/updates/000001")
-    found = pd.read_parquet(experiment / "evaluation/vipo_s0_u1-s0/scores.parquet")
+    (place,) = experiment.glob("evaluation/vipo_s0_u1_*-s0")
+    found = pd.read_parquet(place / "scores.parquet")
     within = pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")
     within = within[within["update"] == 1].reset_index(drop=True)
     columns = [name for name in within.columns if "/" in name]
     assert columns
     assert found[columns].equals(within[columns])
+    # A run of its own beside the others.
+    beside = compare_runs(config, experiment, ["base-s0", "vipo-s0", place.name])["metrics"]
+    assert beside["arm"].unique().tolist() == ["vipo", place.name.removesuffix("-s0")]
     tables = compare_runs(config, experiment, ["base-s0", "vipo-s0"])
     assert list(tables) == list(TABLES)
     paths = write_tables(tables, experiment / "comparison")
@@ -214,6 +221,27 @@ def test_a_sample_without_a_score_ends_no_evaluation(
     lacking.clear()
     evaluate_stage(other, ROOT, results)
     assert pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")["reward/redness"].notna().all()
+
+
+def test_other_weights_take_no_run_s_place_and_no_other_s_of_their_name(tmp_path: Path) -> None:
+    config, names = load_config(["experiment=demo", "arm=vipo"]), []
+    for number, place in enumerate(("a/vipo", "b/vipo", "c/base", "d")):
+        (tmp_path / place).mkdir(parents=True)
+        save_file({"x": torch.full((1,), float(number % 3))}, tmp_path / place / "adapter.safetensors")
+        names.append(evaluation._of_weights(config, tmp_path / place).run_name)
+    assert all(
+        re.fullmatch(rf"{name}_[0-9a-f]{{8}}-s0", own)
+        for name, own in zip(["vipo", "vipo", "base", "d"], names, strict=True)
+    )
+    assert len(set(names)) == 4
+    # The same bytes in a folder of the same name are the same weights.
+    assert evaluation._of_weights(config, shutil.copytree(tmp_path / "a", tmp_path / "e") / "vipo").run_name == names[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no safetensors"):
+        evaluation._of_weights(config, tmp_path / "empty")
+    for name in ("vipo_00000000-s0", "../runs/vipo-s0"):
+        with pytest.raises(ConfigError, match=r"--also .*: is not evaluated in .*demo; there are: "):
+            compare_stage(config, ROOT, tmp_path, also=[name])
 
 
 def _failing_score(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
