@@ -29,6 +29,7 @@ from torch import Tensor
 from waits import eventually, gone
 
 from vipo.config.reward import RewardSpec
+from vipo.config.reward_options import GenEvalOptions
 from vipo.config.reward_process import ProcessOptions, RemoteOptions
 from vipo.rewards import RewardError, begin, check_identities, identities, load_reward, score, score_where
 from vipo.rewards.served import serve
@@ -286,6 +287,38 @@ def test_a_server_that_scores_something_else_is_refused() -> None:
         pytest.raises(RewardError, match="reward redness, not object_redness"),
     ):
         process(None, "object_redness", url=url)
+
+
+def test_a_server_of_a_registered_reward_is_held_to_the_defaults_too() -> None:
+    defaults = GenEvalOptions().model_dump(mode="json")
+
+    def serving(**changed: Any) -> dict[str, Any]:
+        return {**IDENTITY, "reward": "geneval", "arguments": {**defaults, **changed}}
+
+    silent = {name: value for name, value in defaults.items() if name != "score"}
+    for told, message in (
+        (serving(score="claims", threshold=0.9), r"arguments \{'score': 'claims', 'threshold': 0\.9\}, not"),
+        (serving(dtype="fp16"), r"\{'dtype': 'fp16'\}, not \{'dtype': 'fp32'\}"),
+        ({**serving(), "arguments": silent}, r"\{'score': None\}, not \{'score': 'strict'\}"),
+        (serving(other=1), r"\{'other': 1\}, not \{'other': None\}"),
+    ):
+        with served(None, told) as url, pytest.raises(RewardError, match=message):
+            process(None, "geneval", url=url)
+    # Where the weights are there and how many go through at once is the server's own; what is asked for is not.
+    own = serving(path="/weights/clip", detector="/weights/detector", batch=4, resident="free")
+    with served(None, own) as url:
+        process(None, "geneval", url=url, arguments={"threshold": 0.3})
+        with pytest.raises(RewardError, match=r"\{'batch': 4\}, not \{'batch': 8\}"):
+            process(None, "geneval", url=url, arguments={"batch": 8})
+
+
+def test_arguments_of_a_registered_reward_are_checked_here() -> None:
+    for reward, arguments, told in (
+        ("geneval", {"thresold": 1}, "arguments.thresold"),
+        ("redness", {"a": 1}, "'redness' takes none"),
+    ):
+        with pytest.raises(ValidationError, match=told):
+            ProcessOptions(reward=reward, arguments=arguments, url="http://127.0.0.1:1")
 
 
 # --- A hostile server
