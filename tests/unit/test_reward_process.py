@@ -28,9 +28,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from waits import eventually, gone
 
+from vipo.commands import rewards as commands
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_options import GenEvalOptions
 from vipo.config.reward_process import ProcessOptions, RemoteOptions
+from vipo.config.validation import ConfigError
 from vipo.rewards import RewardError, begin, check_identities, identities, load_reward, score, score_where
 from vipo.rewards.served import serve
 from vipo.rewards.serving import OnPillow
@@ -671,13 +673,33 @@ def test_a_reward_is_scored_beside_its_original(bare: Path, tmp_path: Path) -> N
     assert "largest difference" in found.text()
     missing = score_beside("redness", {}, {**original, "environment": str(tmp_path / "no")}, files, ["a"])
     assert missing.ours == []
-    told = f"reward 'process' raised RewardError: environment '{tmp_path}/no': there is no "
+    told = f"reward 'process': environment '{tmp_path}/no': there is no "
     assert missing.text().startswith(f"skipped, nothing was scored: {told}")
     for wrong in ([], ["a", "b", "c"]):
         with pytest.raises(RewardError, match="give one prompt, or one a picture"):
             score_beside("redness", {}, original, files, wrong)
     with pytest.raises(RewardError, match="name its original"):
         score_beside("redness", {}, {}, files, ["a"])
+    # What is wrong is no reason to skip, whatever else is missing.
+    for own, theirs, told in (
+        ({"pth": 1}, {}, "options.*it takes none"),
+        ({}, {"batch": 0}, "batch"),
+        ({}, {"reward": "bare_rewards:no_such"}, "no_such"),
+    ):
+        with pytest.raises(RewardError, match=told):
+            score_beside("redness", own, {**original, **theirs}, files, ["a"])
+    with pytest.raises(RewardError, match="unknown key"):
+        score_beside("hpsv2", {"pth": 1}, {"environment": "envs/hpsv2"}, files, ["a"])
+    assert "there is no" in score_beside("flicker", {}, {}, files, ["a"]).skipped
+    for wrong_json in ("[1]", '"a"'):
+        with pytest.raises(ConfigError, match="objects of JSON"):
+            commands.score_beside("hpsv2", files, ["a"], None, None, wrong_json, "{}", "cpu")
+    # A file of several frames is a clip.
+    clip = [Image.fromarray(picture) for picture in levels]
+    clip[0].save(tmp_path / "clip.webp", save_all=True, append_images=clip[1:], lossless=True)
+    other = {**original, "reward": "bare_rewards:dies"}
+    (one,) = score_beside("flicker", {}, other, [tmp_path / "clip.webp"], ["a"]).ours
+    assert one == pytest.approx(1 - np.abs(levels[1].astype(float) - levels[0]).mean() / 255)
     (tmp_path / "x.png").write_text("no")
     with pytest.raises(RewardError, match="is no picture"):
         score_beside("redness", {}, original, [tmp_path / "x.png"], ["a"])

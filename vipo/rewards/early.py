@@ -22,6 +22,13 @@ def check_found(spec: RewardSpec) -> None:
             here. Of a hub repository that is not in the cache, that the hub cannot be asked for it.
     """
     find_reward(spec.name, spec.options)
+    try:
+        _check_made_of(spec)
+    except RewardError as error:
+        raise RewardError(f"reward {spec.label!r}: {error}") from error
+
+
+def _check_made_of(spec: RewardSpec) -> None:
     for name, revision in places(spec.name).items():
         written = str(spec.options[name])
         if revision is None:
@@ -34,7 +41,7 @@ def check_found(spec: RewardSpec) -> None:
         python_of(str(environment), repository_root())
     variable = spec.options.get("token_env")
     if variable is not None and not os.environ.get(str(variable)):
-        raise RewardError(f"reward {spec.label!r}: the environment has no {variable}; put the token there")
+        raise RewardError(f"the environment has no {variable}; put the token there")
 
 
 def _check_located(name: str, written: str, revision: object) -> None:
