@@ -74,7 +74,7 @@ class ScoreRow:
     @property
     def label(self) -> str:
         """The words for the column, and how many samples without a score it is not over."""
-        return label(self.column) + (f" ({self.left_out} samples left out)" if self.left_out else "")
+        return label(self.column) + (f" (samples left out: {self.left_out})" if self.left_out else "")
 
     @property
     def digits(self) -> int:

@@ -68,7 +68,7 @@ def _evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
         digits = decimals(row.difference, row.low, row.high)
         limits = f"[{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
         name = row.column if row.better is None else f"{row.column} (trained)"
-        name += f" ({row.left_out} samples left out)" if row.left_out else ""
+        name += f" (samples left out: {row.left_out})" if row.left_out else ""
         rows.append((name, f"{row.a:.4g}", f"{row.b:.4g}", f"{row.difference:+.{digits}f}", limits, row.verdict))
     yield from _table(("score", "A", "B", "B - A", "interval", "B is"), rows)
     if evaluation.missing:

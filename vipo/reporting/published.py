@@ -86,7 +86,7 @@ def partly(found: int, planned: int) -> str:
 def unscored(scores: pd.DataFrame, metric: str) -> str:
     """What a mean is not over."""
     count = left_out(scores, metric) if metric in scores else 0
-    return f" ({count} samples left out)" if count else ""
+    return f" (samples left out: {count})" if count else ""
 
 
 def with_totals(means: Mapping[Any, Any]) -> dict[Any, Any]:
