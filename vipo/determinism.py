@@ -14,7 +14,7 @@ def deterministic_algorithms() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # For those who look for reads of memory that nothing wrote: each allocation would be a kernel that fills it.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def prepare_process(device: str, threads: int, local_rank: int = 0) -> None:

@@ -242,7 +242,17 @@ def test_a_score_of_one_run_alone_is_named(experiment: Path) -> None:
     assert found.evaluation is not None
     assert found.evaluation.missing == ("reward/redness",)
     assert found.notes == (f"{path}: changed since its stage wrote it",)
-    assert "In one run only: reward/redness." in render_diff(found)
+    assert "Not of both runs: reward/redness." in render_diff(found)
+
+
+def test_samples_without_a_score_are_left_out_of_both_and_told(experiment: Path) -> None:
+    path = experiment / "evaluation/vipo-s0/scores.parquet"
+    table = pd.read_parquet(path)
+    lacking = table["final"] & (table["prompt_id"] == table["prompt_id"].iloc[0]) & (table["sample"] == 0)
+    table.assign(**{"reward/redness": table["reward/redness"].where(~lacking)}).to_parquet(path)
+    told = render_diff(_diff(experiment, "grpo-s0", "vipo-s0"))
+    assert "reward/redness (samples left out: 1)" in told
+    assert "reward/object_redness (samples" not in told
 
 
 def test_the_base_has_scores_and_no_training(experiment: Path) -> None:

@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import json
 import math
+import re
 import shutil
 import sys
 import weakref
@@ -14,16 +16,19 @@ import pandas as pd
 import pytest
 import torch
 from nursery import Nurseries
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.evaluation import measures, sample, score
 from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
+from vipo.prompts import read_prompts
 from vipo.provenance.parts import load_tensors, save_tensors
-from vipo.stages import evaluate_stage, sample_stage, score_stage, train_stage
+from vipo.stages import compare_stage, evaluate_stage, evaluation, sample_stage, score_stage, train_stage
 
 ROOT = repository_root()
 VIPO = Path(sys.executable).with_name("vipo")
@@ -126,7 +131,11 @@ def test_killed_shared_and_undisturbed_give_the_same_bytes_and_the_base_is_drawn
     for measure in ("change", "maps", "reward0"):
         path = max((other / "demo/evaluation").glob(f".vipo-s0.*.partial/parts/{measure}-*.safetensors"))
         values = load_tensors(path)
-        wrong = {"x": torch.zeros(1)} if measure == "change" else {k: v * math.nan for k, v in values.items()}
+        wrong = (
+            {"x": torch.zeros(1)}
+            if measure == "change"
+            else {k: torch.full_like(v, math.inf) for k, v in values.items()}
+        )
         save_tensors(wrong, path)
         damaged.append(path)
     score_stage(config, ROOT, other)
@@ -159,16 +168,80 @@ def _check_other_weights_and_tables(config: Config, results: Path) -> None:
     """A kept update, named by its folder, has the scores that it has in its run; and the tables are written."""
     experiment = results / "demo"
     evaluate_stage(config, ROOT, results, weights=experiment / "runs/vipo-s0/updates/000001")
-    found = pd.read_parquet(experiment / "evaluation/vipo_s0_u1-s0/scores.parquet")
+    (place,) = experiment.glob("evaluation/vipo_s0_u1_*-s0")
+    found = pd.read_parquet(place / "scores.parquet")
     within = pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")
     within = within[within["update"] == 1].reset_index(drop=True)
     columns = [name for name in within.columns if "/" in name]
     assert columns
     assert found[columns].equals(within[columns])
+    # A run of its own beside the others.
+    beside = compare_runs(config, experiment, ["base-s0", "vipo-s0", place.name])["metrics"]
+    assert beside["arm"].unique().tolist() == ["vipo", place.name.removesuffix("-s0")]
     tables = compare_runs(config, experiment, ["base-s0", "vipo-s0"])
     assert list(tables) == list(TABLES)
     paths = write_tables(tables, experiment / "comparison")
     assert [path.read_text().count("\n") for path in paths[1:]] == [1 + len(config.evaluation.rewards)] * 2 + [5, 3]
+
+
+def test_a_sample_without_a_score_ends_no_evaluation(
+    trained: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = shutil.copytree(trained[0], tmp_path / "results")
+    config, experiment = load_config([*trained[1], "arm=vipo"]), results / "demo"
+    prompt = next(iter(read_prompts(experiment / "prompts/eval.jsonl")))
+    original, lacking = measures.score, {prompt.text}
+
+    def score_some(name: str, reward: Any, images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        lacks = torch.tensor([name == "redness" and text in lacking for text in prompts])
+        # Whatever is not finite is no score.
+        return original(name, reward, images, prompts, metadata).masked_fill(lacks, math.inf)
+
+    evaluate_stage(config.as_base(), ROOT, results)
+    monkeypatch.setattr(measures, "score", score_some)
+    evaluate_stage(config, ROOT, results)
+    scores = pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")
+    assert (scores["reward/redness"].isna() == (scores["prompt_id"] == prompt.id)).all()
+    told = json.loads((experiment / "evaluation/vipo-s0/summary.json").read_text())
+    assert told["left_out"] == {"reward/redness": PER_PROMPT}
+    assert told["reward/redness"] == pytest.approx(scores[scores["final"]]["reward/redness"].mean())
+    note = f"{PER_PROMPT} of {PROMPTS * PER_PROMPT} samples have no score and are left out"
+    assert f"vipo-s0: reward/redness: {note}" in caplog.messages
+    tables = compare_runs(config, experiment, ["base-s0", "vipo-s0"])
+    for name in ("win_rates", "metrics"):
+        own = tables[name].set_index("column")["note"].str.contains(note)
+        assert own.to_dict() == {"reward/redness": True, "reward/object_redness": False}
+    assert tables["win_rates"].set_index("column").loc["reward/redness", "samples"] == (PROMPTS - 1) * PER_PROMPT
+    # A reward that scores nothing at all is refused, and measured again once it is mended.
+    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch": 2})})
+    lacking |= set(scores["prompt"])
+    for _ in range(2):
+        with pytest.raises(EvaluationError, match=r"'redness' is not finite for any of the 16 .*evaluation\.rewards"):
+            evaluate_stage(other, ROOT, results)
+    lacking.clear()
+    evaluate_stage(other, ROOT, results)
+    assert pd.read_parquet(experiment / "evaluation/vipo-s0/scores.parquet")["reward/redness"].notna().all()
+
+
+def test_other_weights_take_no_run_s_place_and_no_other_s_of_their_name(tmp_path: Path) -> None:
+    config, names = load_config(["experiment=demo", "arm=vipo"]), []
+    for number, place in enumerate(("a/vipo", "b/vipo", "c/base", "d")):
+        (tmp_path / place).mkdir(parents=True)
+        save_file({"x": torch.full((1,), float(number % 3))}, tmp_path / place / "adapter.safetensors")
+        names.append(evaluation._of_weights(config, tmp_path / place).run_name)
+    assert all(
+        re.fullmatch(rf"{name}_[0-9a-f]{{8}}-s0", own)
+        for name, own in zip(["vipo", "vipo", "base", "d"], names, strict=True)
+    )
+    assert len(set(names)) == 4
+    # The same bytes in a folder of the same name are the same weights.
+    assert evaluation._of_weights(config, shutil.copytree(tmp_path / "a", tmp_path / "e") / "vipo").run_name == names[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no safetensors"):
+        evaluation._of_weights(config, tmp_path / "empty")
+    for name in ("vipo_00000000-s0", "../runs/vipo-s0"):
+        with pytest.raises(ConfigError, match=r"--also .*: is not evaluated in .*demo; there are: "):
+            compare_stage(config, ROOT, tmp_path, also=[name])
 
 
 def _failing_score(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pandas as pd
 import pytest
-from integration.report_fixture import HOSTILE, PROMPTS, build_experiment, prompt_id, write_report
+from integration.report_fixture import HOSTILE, PROMPTS, SAMPLES, build_experiment, prompt_id, write_report
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -352,6 +352,36 @@ def _scores(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], 
     return apply
 
 
+def test_samples_without_a_score_are_left_out_and_told(tmp_path: Path) -> None:
+    folder, runs = build_experiment(tmp_path, {"base": [0], "grpo": [0], "vipo": [0]})
+    path = folder / "evaluation/vipo-s0/scores.parquet"
+    scores = pd.read_parquet(path)
+    lacking = scores["final"] & (scores["prompt_id"] == prompt_id(PROMPTS[3])) & (scores["sample"] == 0)
+    assert lacking.sum() == 1
+    scores.assign(**{"reward/redness": scores["reward/redness"].where(~lacking)}).to_parquet(path)
+    page = write_report(folder, runs, folder / "report").read_text()
+    numbers = json.loads((folder / "report/data/report.json").read_text())
+    assert numbers["labels"]["reward/redness"] == "redness (1 sample left out)"
+    assert numbers["labels"]["reward/object_redness"] == "object redness"
+    told = f"1 of {len(PROMPTS) * SAMPLES} samples have no score and are left out"
+    assert any(told in caveat for caveat in numbers["caveats"])
+    assert page.count("redness (1 sample left out)") > 5
+    data = json.loads(page.split('id="page-data">')[1].split("</script>")[0])
+    place = [column["key"] for column in data["columns"]].index("reward/redness")
+    for run in runs:
+        assert data["prompts"][prompt_id(PROMPTS[3])][run][-1]["s"][place] is None
+        assert data["prompts"][prompt_id(PROMPTS[5])][run][-1]["s"][place] is not None
+    # Of a metric that nothing is left of, the page says that it is not told.
+    scores.assign(**{"reward/redness": float("nan")}).to_parquet(path)
+    write_report(folder, runs, folder / "report")
+    numbers = json.loads((folder / "report/data/report.json").read_text())
+    assert "reward/redness" not in numbers["labels"]
+    assert any(caveat.startswith("Redness is not told") for caveat in numbers["caveats"])
+    scores.assign(**{"reward/object_redness": float("nan")}).to_parquet(path)
+    with pytest.raises(ReportError, match=r"fewer than two prompts have a score of reward/object_redness"):
+        write_report(folder, runs, folder / "report")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -366,7 +396,7 @@ def _scores(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], 
         (_scores(lambda rows: rows.drop(columns="change/total")), r"no column change/total"),
         (_scores(lambda rows: rows.drop(columns="reward/redness")), r"columns .* are not those of base-s0"),
         (_scores(lambda rows: rows.drop(columns="reward/object_redness")), r"'object_redness' was not evaluated"),
-        (_scores(lambda rows: rows.assign(**{"reward/redness": float("nan")})), r"reward/redness are not finite"),
+        (_scores(lambda rows: rows.assign(**{"reward/redness": float("inf")})), r"reward/redness are not finite"),
         (_scores(lambda rows: rows.assign(**{"change/total": "x"})), r"change/total: no numbers"),
         (_scores(lambda rows: rows.assign(run="grpo-s0")), r"holds rows of \['grpo-s0'\], not of vipo-s0"),
         (_scores(lambda rows: rows[rows["prompt_id"] != prompt_id(PROMPTS[3])]), r"no row for \(.*cannot be paired"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from reward_checkpoints import write_clip
 
 from vipo.config.compose import load_config, repository_root
 from vipo.provenance import read_provenance
+from vipo.rewards import RewardError
 from vipo.stages import evaluate_stage, train_stage
 from vipo.training.setup import set_up
 from vipo.training.state import run_identity
@@ -59,3 +61,23 @@ def test_two_terms_of_one_reward_are_trained_measured_and_recorded(
         assert before == run_identity(set_up(config, root, results / "demo"))
         write_clip(clip, seed=1)
         assert before != run_identity(set_up(config, root, results / "demo"))
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_reward_that_is_only_measured_is_looked_for_before_anything_is_loaded(
+    stage: str, prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise AssertionError("the generator was loaded")
+
+    monkeypatch.setattr("vipo.training.setup.load_generator", loads)
+    monkeypatch.setattr("vipo.evaluation.sample.load_generator", loads)
+    reward = f"evaluation.rewards=[{{name: aesthetic, options: {{path: {tmp_path}, head: no_such.pth}}}}]"
+    config = load_config([*tiny_overrides, "arm=grpo", reward])
+    root, experiment = repository_root(), prepared / "demo"
+    begin: dict[str, Callable[[], object]] = {
+        "train": lambda: set_up(config, root, experiment),
+        "evaluate": lambda: evaluate_stage(config.as_base(), root, prepared),
+    }
+    with pytest.raises(RewardError, match=r"head 'no_such\.pth': there is no such file or folder"):
+        begin[stage]()

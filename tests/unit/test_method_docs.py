@@ -158,13 +158,17 @@ def test_every_interval_of_the_text_is_the_study_s() -> None:
 
 def test_what_the_pages_say_of_registered_studies_is_their_result() -> None:
     """README, the table of docs/index.md, and those beside the questions."""
-    names = ("credit2", "credit2_normalised", "objectives")
+    names = ("credit2", "credit2_normalised", "objectives", "objectives_scene")
     known = {
         (name, test["arm"], test["measure"]): pd.Series(test)
         for name in names
         for test in json.loads((ROOT / f"docs/registered/{name}.json").read_text())["tests"]
     }
-    sections = {each.split("`")[1]: each for each in _plain("docs/registered.md").split("\n## ") if each[0] == "`"}
+    sections = {}
+    for each in _plain("docs/registered.md").split("\n## "):
+        asked, *results = re.split(r"^Result of (?=`)", each, flags=re.MULTILINE)
+        # Two experiments of one question have a result each.
+        sections |= {part.split("`")[1]: part for part in results or [asked] if part[0] == "`"}
     for name, text in (("credit2", _plain("docs/index.md")), *((name, sections[name]) for name in names)):
         rows = re.findall(rf"^\| `(\w+)`.*?({INTERVAL}) \|.*?({INTERVAL}) \|.*$", text, re.MULTILINE)
         decided = {arm for (one, arm, _), test in known.items() if one == name and test["role"] != "told"}

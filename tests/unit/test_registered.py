@@ -192,7 +192,7 @@ def test_runs_that_cannot_be_compared_are_named() -> None:
         (runs[2][runs[2]["update"] != 6], r"grpo-s1 was evaluated at updates \[3, 9, 12\], better-s0"),
         (runs[2][(runs[2]["update"] != 6) | (runs[2]["prompt_id"] == "a")], "grpo-s1 at update 6 has other prompts"),
         (runs[2].assign(**{CHANGE: 0.0}), "grpo of seed 1 never changed a picture"),
-        (runs[2].drop(columns=SHAPE), f"grpo: {SHAPE} is not finite for .seed 1,"),
+        (runs[2].drop(columns=SHAPE), f"grpo: no sample has a score of {SHAPE} for every seed"),
     ):
         with pytest.raises(ScoresError, match=message):
             analyse(pd.concat([*runs[:2], broken, *runs[3:]], ignore_index=True), RULE, 0.95)

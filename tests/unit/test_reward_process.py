@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import venv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import PIL
@@ -26,11 +28,15 @@ from pydantic import ValidationError
 from torch import Tensor
 from waits import eventually, gone
 
+from vipo.commands import rewards as commands
 from vipo.config.reward import RewardSpec
-from vipo.config.reward_process import ProcessOptions
+from vipo.config.reward_options import GenEvalOptions
+from vipo.config.reward_process import ProcessOptions, RemoteOptions
+from vipo.config.validation import ConfigError
 from vipo.rewards import RewardError, begin, check_identities, identities, load_reward, score, score_where
 from vipo.rewards.served import serve
 from vipo.rewards.serving import OnPillow
+from vipo.rewards.wire import Endpoint
 
 SERVED = Path(serve.__file__).parent
 BARE = """
@@ -285,6 +291,38 @@ def test_a_server_that_scores_something_else_is_refused() -> None:
         process(None, "object_redness", url=url)
 
 
+def test_a_server_of_a_registered_reward_is_held_to_the_defaults_too() -> None:
+    defaults = GenEvalOptions().model_dump(mode="json")
+
+    def serving(**changed: Any) -> dict[str, Any]:
+        return {**IDENTITY, "reward": "geneval", "arguments": {**defaults, **changed}}
+
+    silent = {name: value for name, value in defaults.items() if name != "score"}
+    for told, message in (
+        (serving(score="claims", threshold=0.9), r"arguments \{'score': 'claims', 'threshold': 0\.9\}, not"),
+        (serving(dtype="fp16"), r"\{'dtype': 'fp16'\}, not \{'dtype': 'fp32'\}"),
+        ({**serving(), "arguments": silent}, r"\{'score': None\}, not \{'score': 'strict'\}"),
+        (serving(other=1), r"\{'other': 1\}, not \{'other': None\}"),
+    ):
+        with served(None, told) as url, pytest.raises(RewardError, match=message):
+            process(None, "geneval", url=url)
+    # Where the weights are there and how many go through at once is the server's own; what is asked for is not.
+    own = serving(path="/weights/clip", detector="/weights/detector", batch=4, resident="free")
+    with served(None, own) as url:
+        process(None, "geneval", url=url, arguments={"threshold": 0.3})
+        with pytest.raises(RewardError, match=r"\{'batch': 4\}, not \{'batch': 8\}"):
+            process(None, "geneval", url=url, arguments={"batch": 8})
+
+
+def test_arguments_of_a_registered_reward_are_checked_here() -> None:
+    for reward, arguments, told in (
+        ("geneval", {"thresold": 1}, "arguments.thresold"),
+        ("redness", {"a": 1}, "'redness' takes none"),
+    ):
+        with pytest.raises(ValidationError, match=told):
+            ProcessOptions(reward=reward, arguments=arguments, url="http://127.0.0.1:1")
+
+
 # --- A hostile server
 
 IDENTITY = {"protocol": 1, "reward": "a:b", "arguments": {}, "packages": {}, "code": {}, "weights": {}}
@@ -426,10 +464,74 @@ def test_a_server_that_drips_is_hung_up_on() -> None:
     stop.set()
 
 
+@contextlib.contextmanager
+def dripping(greeting: bytes, stop: threading.Event) -> Iterator[int]:
+    """A server that greets whoever connects, and then says a byte at a time."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                client, _ = listener.accept()
+                with client:
+                    client.sendall(greeting)
+                    while not stop.wait(0.05):
+                        client.sendall(b" ")
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            stop.set()
+
+
+def test_the_time_of_a_request_is_over_while_it_still_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def slow(self: socket.socket, address: Any) -> None:
+        time.sleep(0.7)
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", slow)
+    with dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", threading.Event()) as port:
+        _is_hung_up_on(f"http://127.0.0.1:{port}")
+
+
+def test_a_handshake_that_drips_is_hung_up_on() -> None:
+    # The beginning of a record of 16 KiB, of which a byte comes at a time.
+    with dripping(b"\x16\x03\x03\x40\x00", threading.Event()) as port:
+        _is_hung_up_on(f"https://127.0.0.1:{port}")
+
+
+def test_an_address_that_never_answers_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with raw(b"") as url:
+        own = ("127.0.0.1", urlsplit(url).port)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in (("192.0.2.1", 80), own)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        connect = socket.socket.connect
+
+        def dropped(self: socket.socket, address: Any) -> None:
+            if address[0].startswith("192."):
+                time.sleep(self.gettimeout() or 60)
+                raise TimeoutError
+            connect(self, address)
+
+        monkeypatch.setattr(socket.socket, "connect", dropped)
+        endpoint = Endpoint(url, RemoteOptions(timeout=4, retries=0), "a server")
+        assert endpoint.ask("/identity", None, 2**20)["reward"] == IDENTITY["reward"]
+
+
+def _is_hung_up_on(url: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"no answer in one try, the last one: it took more than 0\.5 s"):
+        Endpoint(url, RemoteOptions(timeout=0.5, retries=0), "a server").ask("/", None, 2**10)
+    # What drips says 100 bytes in 5 s.
+    assert time.monotonic() - began < 4
+
+
 def test_what_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     # Of this module alone: processes of the tests before may be ended meanwhile, which sleeps too.
-    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
     answers = [b"", message(b"{}", "503 Busy"), message(b'{"scores": [4]}')]
     with raw(lambda client: client.sendall(answers.pop(0))) as url:
         reward = process(None, "a:b", url=url, retries=2)
@@ -571,13 +673,33 @@ def test_a_reward_is_scored_beside_its_original(bare: Path, tmp_path: Path) -> N
     assert "largest difference" in found.text()
     missing = score_beside("redness", {}, {**original, "environment": str(tmp_path / "no")}, files, ["a"])
     assert missing.ours == []
-    told = f"reward 'process' raised RewardError: environment '{tmp_path}/no': there is no "
+    told = f"reward 'process': environment '{tmp_path}/no': there is no "
     assert missing.text().startswith(f"skipped, nothing was scored: {told}")
     for wrong in ([], ["a", "b", "c"]):
         with pytest.raises(RewardError, match="give one prompt, or one a picture"):
             score_beside("redness", {}, original, files, wrong)
     with pytest.raises(RewardError, match="name its original"):
         score_beside("redness", {}, {}, files, ["a"])
+    # What is wrong is no reason to skip, whatever else is missing.
+    for own, theirs, told in (
+        ({"pth": 1}, {}, "options.*it takes none"),
+        ({}, {"batch": 0}, "batch"),
+        ({}, {"reward": "bare_rewards:no_such"}, "no_such"),
+    ):
+        with pytest.raises(RewardError, match=told):
+            score_beside("redness", own, {**original, **theirs}, files, ["a"])
+    with pytest.raises(RewardError, match="unknown key"):
+        score_beside("hpsv2", {"pth": 1}, {"environment": "envs/hpsv2"}, files, ["a"])
+    assert "there is no" in score_beside("flicker", {}, {}, files, ["a"]).skipped
+    for wrong_json in ("[1]", '"a"'):
+        with pytest.raises(ConfigError, match="objects of JSON"):
+            commands.score_beside("hpsv2", files, ["a"], None, None, wrong_json, "{}", "cpu")
+    # A file of several frames is a clip.
+    clip = [Image.fromarray(picture) for picture in levels]
+    clip[0].save(tmp_path / "clip.webp", save_all=True, append_images=clip[1:], lossless=True)
+    other = {**original, "reward": "bare_rewards:dies"}
+    (one,) = score_beside("flicker", {}, other, [tmp_path / "clip.webp"], ["a"]).ours
+    assert one == pytest.approx(1 - np.abs(levels[1].astype(float) - levels[0]).mean() / 255)
     (tmp_path / "x.png").write_text("no")
     with pytest.raises(RewardError, match="is no picture"):
         score_beside("redness", {}, original, [tmp_path / "x.png"], ["a"])

@@ -112,7 +112,7 @@ def test_originals_and_locks_are_those_of_the_page() -> None:
         pinned = (repository_root() / lock).read_text(encoding="utf-8")
         assert f"=={version} " in pinned
         assert "://" not in pinned
-    assert {path.partition(":")[2] for path in ORIGINALS.values()} <= {name for name, _, _ in named}
+    assert {known.reward.partition(":")[2] for known in ORIGINALS.values()} <= {name for name, _, _ in named}
 
 
 def test_the_alarms_of_the_page_are_alarms() -> None:

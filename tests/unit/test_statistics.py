@@ -147,8 +147,8 @@ def test_missing_doubled_and_broken_rows_are_named() -> None:
         paired_difference(ours.iloc[:-1], theirs, "x")
     with pytest.raises(ScoresError, match=r"several rows for .*and 19 more; select one update"):
         paired_difference(pd.concat([ours, ours.assign(update=20)]), theirs, "x")
-    with pytest.raises(ScoresError, match=r"x is not finite for \(seed 0, prompt_id p000, sample 1\)"):
-        paired_difference(ours.assign(x=np.where(ours.index == 1, np.nan, 0)), theirs, "x")
+    with pytest.raises(ScoresError, match=r"x is infinite for \(seed 0, prompt_id p000, sample 1\)"):
+        paired_difference(ours.assign(x=np.where(ours.index == 1, np.inf, 0)), theirs, "x")
     with pytest.raises(ScoresError, match=r"no column 'y'"):
         paired_difference(ours, theirs, "y")
     with pytest.raises(ScoresError, match="evaluate at least 2 prompts"):

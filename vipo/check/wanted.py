@@ -4,12 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from vipo.config.reward import RewardSpec
-from vipo.config.reward_options import REWARD_OPTIONS
+from vipo.config.reward_options import places
 from vipo.config.run import Config
-from vipo.config.section import UserPath
 from vipo.foreign import is_import_path
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -101,26 +99,17 @@ def packaged_backbone(config: Config) -> bool:
 
 
 def _of_reward(reward: RewardSpec) -> Iterator[Wanted]:
-    section = REWARD_OPTIONS.get(reward.name)
-    if section is None:
-        return
-    fields = section.model_fields
-    for name, field in fields.items():
-        # Its annotation is gone: what tells a `UserPath` from other texts is its validator.
-        if field.annotation is not str or not any(item in get_args(UserPath)[1:] for item in field.metadata):
-            continue
-        revision = "revision" if name == "path" else f"{name}_revision"
-        has_revision = revision in fields
+    for name, revision in places(reward.name).items():
         written = str(reward.options[name])
-        commit = reward.options.get(revision)
+        commit = None if revision is None else reward.options[revision]
         yield Wanted(
             f"reward {reward.title}" + ("" if name == "path" else f": {name}"),
             name,
             written,
             "",
             None if commit is None else str(commit),
-            revision if has_revision else None,
-            _repository(written) if has_revision else None,
+            revision,
+            None if revision is None else _repository(written),
             TOKENIZER if name == "tokenizer" else _FILES.get((reward.name, name), WEIGHTS),
             (reward.name, name) in _EACH,
         )

@@ -42,11 +42,20 @@ def evaluate(
         (sample_stage if only == "sample" else score_stage)(chosen, root, results, wait, share=share)
 
 
-def compare(overrides: Overrides = None, file: ConfigFile = None, results: Results = RESULTS, wait: Wait = 0) -> None:
+def compare(
+    overrides: Overrides = None,
+    file: ConfigFile = None,
+    results: Results = RESULTS,
+    wait: Wait = 0,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="A further run, as 'vipo evaluate --weights' called it; may come twice."),
+    ] = None,
+) -> None:
     """Compare all scored runs: by category, wins, all metrics together (Holm), totals of a set, diversity."""
     from vipo.stages import compare_stage
 
-    for path in compare_stage(configuration(overrides, file), repository_root(), results, wait):
+    for path in compare_stage(configuration(overrides, file), repository_root(), results, wait, also or ()):
         say(path)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,10 +29,10 @@ def serve_reward(
 
 def score_beside(
     name: Annotated[str, typer.Argument(help="A reward of ours, such as hpsv2.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files; of several frames, a clip.")],
     prompts: Annotated[list[str], typer.Option("--prompt", help="One for all pictures, or one each.")],
     environment: Annotated[
-        str | None, typer.Option(help="Virtual environment of its own package; default: envs/NAME.")
+        str | None, typer.Option(help="Virtual environment of its own package; default: envs/PACKAGE.")
     ] = None,
     original: Annotated[
         str | None, typer.Option(metavar="MODULE:OBJECT", help="What is served there; known for hpsv2 and the like.")
@@ -48,7 +48,11 @@ def score_beside(
         own, theirs = json.loads(options), json.loads(arguments)
     except ValueError as error:
         raise ConfigError(f'--options and --arguments are JSON such as \'{{"path": "weights/x"}}\': {error}') from error
-    process = {"environment": environment or f"envs/{name}", "arguments": theirs}
+    if not (isinstance(own, dict) and isinstance(theirs, dict)):
+        raise ConfigError('--options and --arguments are objects of JSON, such as \'{"path": "weights/x"}\'')
+    process: dict[str, Any] = {"arguments": theirs}
+    if environment is not None:
+        process["environment"] = environment
     if original is not None:
-        process["reward"] = original
+        process |= {"environment": environment or f"envs/{name}", "reward": original}
     say(beside(name, own, process, pictures, prompts, device).text())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -162,3 +162,19 @@ REWARD_OPTIONS: Mapping[str, type[Section]] = MappingProxyType(
     }
 )
 """Those of a registered reward, checked without its code being imported. A reward that is not here takes none."""
+
+
+def places(reward: str) -> dict[str, str | None]:
+    """Options of a registered reward that name a file, a folder or a hub repository, and the option of its commit.
+
+    None: it is no hub repository.
+    """
+    section = REWARD_OPTIONS.get(reward)
+    fields = {} if section is None else section.model_fields
+    found = {}
+    for name, field in fields.items():
+        # Its annotation is gone: what tells a `UserPath` from other texts is its validator.
+        if field.annotation is str and any(item in get_args(UserPath)[1:] for item in field.metadata):
+            revision = "revision" if name == "path" else f"{name}_revision"
+            found[name] = revision if revision in fields else None
+    return found

@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from vipo.config.registries import REWARDS, registered
 from vipo.config.section import PositiveInt, Section, UserPath, check_saved
+from vipo.config.validation import ConfigError, validate_section
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
@@ -110,9 +111,26 @@ class ProcessOptions(RemoteOptions):
             raise ValueError("device is of a process that vipo starts; one at an address has its own")
         if self.environment is not None and self.token_env is not None:
             raise ValueError("token_env is of one at an address; one that vipo starts gets a token of its own")
+        _check_arguments(self.reward, self.arguments)
         if self.reward in REWARDS and self.takes != "tensors":
             raise ValueError(f"takes {self.takes!r}: {self.reward!r} is a reward of vipo's and takes tensors")
         return self
+
+
+def _check_arguments(reward: str, arguments: Mapping[str, Any]) -> None:
+    if reward not in REWARDS:
+        return
+    # It holds this module's section.
+    from vipo.config.reward_options import REWARD_OPTIONS
+
+    section = REWARD_OPTIONS.get(reward)
+    if section is not None:
+        try:
+            validate_section(section, dict(arguments), "arguments.")
+        except ConfigError as error:
+            raise ValueError("; ".join(str(error).splitlines())) from error
+    elif arguments:
+        raise ValueError(f"arguments: {', '.join(arguments)}: {reward!r} takes none")
 
 
 ASKED = frozenset({"process", "judge"})

@@ -8,6 +8,7 @@ import pandas as pd
 from vipo.config.run import Config
 from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
 from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_folder
+from vipo.evaluation.left_out import on_common_samples
 from vipo.evaluation.statistics import ScoresError
 from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
@@ -33,7 +34,7 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     path = experiment / "prompts" / "eval.jsonl"
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
     categories = {id_: categories_of(row) for id_, row in metadata.items()}
-    scores = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
+    scores, lost = on_common_samples(pd.concat([_scores(experiment, run) for run in runs], ignore_index=True))
     if "protocol" in scores and len(titles := scores["protocol"].unique()) > 1:
         raise EvaluationError(
             f"{experiment}: runs were evaluated by different protocols ({', '.join(map(str, titles))}), so one table "
@@ -51,6 +52,10 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         "totals": set_totals(scores, metadata, _geneval_columns(config)),
         "diversity": _diversity(config, experiment, runs, scores, path),
     }
+    metrics = found["metrics"]
+    for column in lost:
+        note = "not measured: fewer than 2 prompts have a score in every run"
+        metrics.loc[len(metrics), ["column", "note"]] = [column, note]
     if config.protocol is not None:
         for table in found.values():
             table.insert(0, "protocol", config.protocol_title)

@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
+from vipo.evaluation.left_out import told
 from vipo.evaluation.statistics import (
     ScoresError,
     mean_scores,
@@ -64,21 +65,23 @@ def by_category(scores: pd.DataFrame, categories: Mapping[str, Sequence[str]], c
         columns: scores to average.
 
     Returns:
-        `arm`, `category`, `prompts` and `columns`.
+        `arm`, `category`, `prompts`, `columns` (missing where no sample of the category has a score) and `note`.
     """
     final = scores[scores["final"]].assign(category=lambda rows: rows["prompt_id"].map(categories)).explode("category")
-    rows = [
-        {"arm": arm, "category": category, "prompts": own["prompt_id"].nunique(), **mean_scores(own, columns)}
-        for (arm, category), own in final.dropna(subset="category").groupby(["arm", "category"], sort=True)
-    ]
-    return pd.DataFrame(rows, columns=["arm", "category", "prompts", *columns])
+    rows = []
+    for (arm, category), own in final.dropna(subset="category").groupby(["arm", "category"], sort=True):
+        means = mean_scores(own, [column for column in columns if own[column].notna().any()])
+        note = "; ".join(f"{column}: {text}" for column in columns if (text := told(own, column)))
+        prompts = own["prompt_id"].nunique()
+        rows.append({"arm": arm, "category": category, "prompts": prompts, **means, "note": note})
+    return pd.DataFrame(rows, columns=["arm", "category", "prompts", *columns, "note"])
 
 
 def win_rates(scores: pd.DataFrame, columns: Sequence[str], reference: str = "base") -> pd.DataFrame:
     """How often an arm's final sample scores above the reference's of the same prompt and noise; a tie is half a win.
 
     Returns:
-        `arm`, `reference`, `column`, `samples`, `wins`, `ties`, `rate` (in [0, 1]).
+        `arm`, `reference`, `column`, `samples`, `wins`, `ties`, `rate` (in [0, 1]), `note`.
 
     Raises:
         ScoresError: there is no row of the reference, or an arm's sample has none there.
@@ -91,15 +94,18 @@ def win_rates(scores: pd.DataFrame, columns: Sequence[str], reference: str = "ba
     means = theirs.groupby(keys)[list(columns)].mean()
     rows = []
     for arm, own in final[final["arm"] != reference].groupby("arm", sort=False):
-        other = means.reindex(pd.MultiIndex.from_frame(own[keys]))
-        if bool(other.isna().any(axis=None)):
+        places = pd.MultiIndex.from_frame(own[keys])
+        if not bool(places.isin(means.index).all()):
             raise ScoresError(f"win rates: samples of {arm} have no counterpart of {reference}")
+        other = means.reindex(places)
         for column in columns:
             difference = own[column].to_numpy() - other[column].to_numpy()
+            difference = difference[~np.isnan(difference)]
             wins, ties = int((difference > 0).sum()), int((difference == 0).sum())
             rate = (wins + ties / 2) / len(difference)
-            rows.append((arm, reference, column, len(difference), wins, ties, rate))
-    return pd.DataFrame(rows, columns=["arm", "reference", "column", "samples", "wins", "ties", "rate"])
+            note = told(pd.concat([own, theirs]), column)
+            rows.append((arm, reference, column, len(difference), wins, ties, rate, note))
+    return pd.DataFrame(rows, columns=["arm", "reference", "column", "samples", "wins", "ties", "rate", "note"])
 
 
 def holm(p_values: Sequence[float]) -> NDArray[np.float64]:
@@ -139,24 +145,33 @@ def over_metrics(
     for arm, own in trained_rows(final).groupby("arm", sort=False):
         if arm == reference:
             continue
-        differences = np.stack(paired_means(own, theirs, columns), axis=1)
-        prompts = len(differences)
-        if prompts < 2:
+        differences = np.ascontiguousarray(paired_means(own, theirs, columns).to_numpy(dtype=np.float64))
+        known = np.isfinite(differences)
+        prompts = known.sum(axis=0)
+        if prompts.min() < 2:
             raise ScoresError("one prompt has no spread to resample; evaluate at least 2 prompts")
         rng = np.random.default_rng(keyed_seed("bootstrap", seed))
+        weights = resampled(rng, len(differences), resamples)
         # Without BLAS: the sums do not depend on the number of threads.
-        draws = np.einsum("bp,pc->bc", resampled(rng, prompts, resamples), differences)
+        draws = np.einsum("bp,pc->bc", weights, np.where(known, differences, 0))
+        for place in np.flatnonzero(~known.all(axis=0)):
+            # Means over the prompts that have a score; a draw without any of them is none.
+            shares = np.einsum("bp,p->b", weights, known[:, place].astype(np.float64))
+            draws[:, place] = np.divide(draws[:, place], shares, out=np.full(resamples, np.nan), where=shares > 0)
         below, above = (draws <= 0).sum(axis=0), (draws >= 0).sum(axis=0)
-        tails = np.minimum(0.5, (np.minimum(below, above) + 1) / (resamples + 1))
+        made = (~np.isnan(draws)).sum(axis=0)
+        tails = np.minimum(0.5, (np.minimum(below, above) + 1) / (made + 1))
         # As the interval is expanded, so is the tail: p is below 1 - confidence where the interval lies beside zero.
         p = 2 * special.stdtr(prompts - 1, special.ndtri(tails) * np.sqrt((prompts - 1) / prompts))
         ranks = np.argsort(np.argsort(p, kind="stable"), kind="stable")
         for number, (column, adjusted) in enumerate(zip(columns, holm(p), strict=True)):
             level = 1 - (1 - confidence) / (len(columns) - int(ranks[number]))
-            tail = tail_probability(level, prompts)
-            low, high = np.quantile(draws[:, number], [tail, 1 - tail])
-            estimate = float(differences[:, number].mean())
-            note = f"{prompts} prompts, {len(columns)} metrics, conditional on these seeds"
+            tail = tail_probability(level, int(prompts[number]))
+            low, high = np.quantile(draws[~np.isnan(draws[:, number]), number], [tail, 1 - tail])
+            estimate = float(differences[known[:, number], number].mean())
+            note = f"{prompts[number]} prompts, {len(columns)} metrics, conditional on these seeds"
+            if text := told(pd.concat([own, theirs]), column):
+                note += f"; {text}"
             rows.append((arm, reference, column, estimate, low, high, p[number], adjusted, note))
     return pd.DataFrame(
         rows, columns=["arm", "reference", "column", "difference", "low", "high", "p", "p_holm", "note"]
@@ -201,8 +216,14 @@ def _geneval(own: pd.DataFrame, column: str, metadata: Mapping[str, Mapping[str,
     tags = own["prompt_id"].map(lambda prompt: metadata.get(prompt, {}).get("tag"))
     if bool(tags.isna().any()):
         return None, "not measured: prompts without a 'tag', which names GenEval's task"
-    right = (own[column] >= 1).groupby(tags).mean()
-    return float(right.mean()), f"mean of {len(right)} tasks: {', '.join(map(str, right.index))}"
+    known = own[column].dropna()
+    right = (known >= 1).groupby(tags[known.index]).mean()
+    note = f"mean of {len(right)} tasks: {', '.join(map(str, right.index))}"
+    if missing := sorted(set(map(str, tags)) - set(map(str, right.index))):
+        return None, f"not measured: no sample of {', '.join(missing)} has a score"
+    if len(known) < len(own):
+        note += f"; {len(own) - len(known)} of {len(own)} samples have no score and are left out"
+    return float(right.mean()), note
 
 
 def _vbench(own: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.demo.scenes import foreground
-from vipo.evaluation.held_out import EvaluationError, HeldOut, sample_name
+from vipo.evaluation.held_out import HeldOut, sample_name
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.rewards import identities, in_use, load_reward, score, weight_files
 
@@ -126,13 +126,8 @@ def _reward(spec: RewardSpec, config: Config) -> Iterator[Callable[[Batch], Meas
 
     def measure(batch: Batch) -> Measured:
         values = score(spec.label, reward, batch.images.to(device), batch.texts, batch.metadata)
-        if not bool(values.isfinite().all()):
-            worst = batch.samples[int((~values.isfinite()).nonzero()[0])]
-            raise EvaluationError(
-                f"reward {spec.label!r} is not finite for {worst.prompt.text!r}, sample {worst.number}, update "
-                f"{batch.update}; mend it, or leave it out of evaluation.rewards"
-            )
-        return {f"reward/{spec.label}": values}
+        # As in training: what is not finite is no score.
+        return {f"reward/{spec.label}": values.masked_fill(~values.isfinite(), float("nan"))}
 
     with in_use(reward):
         yield measure

@@ -25,6 +25,7 @@ from vipo.evaluation.held_out import (
     read_samples,
     samples_folder,
 )
+from vipo.evaluation.left_out import told
 from vipo.evaluation.measures import Batch, Measure, Measured, free, measures_of, tried
 from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
@@ -50,7 +51,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         config, root, experiment, share, wait: as of `vipo.evaluation.sample.sample_run`.
 
     Raises:
-        EvaluationError: samples are missing, damaged or of another configuration, or a reward is not finite.
+        EvaluationError: samples are missing, damaged or of another configuration, or a reward scores none of them.
     """
     output, identity = experiment / "evaluation" / config.run_name, config.evaluation_identity()
     prompts = experiment / "prompts" / "eval.jsonl"
@@ -98,6 +99,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         with work.shared(Share(), wait):
             _measure_missing(config, measures, read, work, Share())
         scores = _table(config, facts["updates"], batches, measures[1:], work)
+        _tell_left_out(config, scores, measures[1:], work)
         maps = _together(measures[0], work)
         with atomic_file(output / "maps.safetensors") as path:
             groups = facts["frame_groups"]
@@ -172,8 +174,28 @@ def _opened(path: Path, holds: Mapping[str, int | None]) -> None:
     for name, value in values.items():
         if (count := holds[name]) is not None and value.shape != (count,):
             raise ValueError(f"it holds {name!r} of shape {tuple(value.shape)}")
-        if not bool(value.isfinite().all()):
+        # NaN of a reward: it has no score there.
+        if bool(value.isinf().any() if name.startswith("reward/") else ~value.isfinite().all()):
             raise ValueError(f"its {name!r} is not finite")
+
+
+def _tell_left_out(config: Config, scores: pd.DataFrame, measures: Sequence[Measure], work: Work) -> None:
+    """Warn of samples that a reward has no score of, and refuse one that has none at all.
+
+    Raises:
+        EvaluationError: that one; its parts are measured again the next time.
+    """
+    for measure in measures:
+        for column in measure.holds(*measure.parts[0]):
+            if bool(scores[column].isna().all()):
+                for part in measure.parts:
+                    (work.parts / measure.file(*part)).unlink()
+                raise EvaluationError(
+                    f"reward {column.removeprefix('reward/')!r} is not finite for any of the {len(scores)} samples of "
+                    f"{config.run_name}; mend it, or leave it out of evaluation.rewards"
+                )
+            if note := told(scores, column):
+                log.warning("%s: %s: %s", config.run_name, column, note)
 
 
 def _together(measure: Measure, work: Work) -> Measured:

@@ -2,7 +2,9 @@
 
 All functions are pure and take the rows of `scores.parquet` (one row per run, update, prompt and
 sample). A mean is always taken over samples, then prompts, then seeds. Arms are paired by
-``(prompt_id, sample)``: the evaluation gives every arm the same prompts and noise.
+``(prompt_id, sample)``: the evaluation gives every arm the same prompts and noise. A sample without a
+score (NaN) is left out, with its like of every seed; arms are compared on samples that both have
+(`vipo.evaluation.left_out`).
 """
 
 import math
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from vipo.errors import VipoError
+from vipo.evaluation.left_out import told
 from vipo.keys import keyed_seed
 
 #: Fewer seeds than this cannot carry an interval over seeds.
@@ -77,7 +80,7 @@ def paired_difference(
         seed: key of the draws; the same inputs and seed give the same interval.
 
     Raises:
-        ScoresError: a pair is missing or doubled (named), a value is not finite, or there are fewer
+        ScoresError: a pair is missing or doubled (named), a value is infinite, or there are fewer
             than two prompts.
         ValueError: `confidence` is out of range.
     """
@@ -125,7 +128,7 @@ def independent_difference(
         confidence: nominal coverage, in (0, 1).
 
     Raises:
-        ScoresError: a pair is doubled, a value is not finite, or a side has fewer than two prompts.
+        ScoresError: a pair is doubled, a value is infinite, or a side has fewer than two prompts.
     """
     sides = [_sides(rows, [column])[column].means.mean(axis=0) for rows in (scores, reference)]
     if min(map(len, sides)) < 2:
@@ -196,6 +199,7 @@ def compare_arms(
                 known[reference, place] = _sides(theirs, columns)
             others = known[reference, place]
             for column in columns:
+                text = told(pd.concat([ours, theirs]), column)
                 interval = _paired(sides[column], others[column], column, resamples, confidence, seed)
                 rows.append(
                     {
@@ -210,15 +214,15 @@ def compare_arms(
                         "low": interval.low,
                         "high": interval.high,
                         "unit": interval.unit,
-                        "note": interval.note,
+                        "note": f"{interval.note}; {text}" if text else interval.note,
                     }
                 )
     names = "arm update final column seeds mean reference difference low high unit note"
     return pd.DataFrame(rows, columns=names.split())
 
 
-def paired_means(scores: pd.DataFrame, reference: pd.DataFrame, columns: Sequence[str]) -> list[NDArray[np.float64]]:
-    """Differences of two arms by prompt, ``(prompts,)`` for each column, over samples and seeds.
+def paired_means(scores: pd.DataFrame, reference: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Differences of two arms by prompt, a column each, over samples and seeds; NaN of a prompt that is left out.
 
     Raises:
         ScoresError: as `paired_difference`.
@@ -226,14 +230,19 @@ def paired_means(scores: pd.DataFrame, reference: pd.DataFrame, columns: Sequenc
     ours, theirs = _sides(scores, columns), _sides(reference, columns)
     for column in columns:
         _require_same_pairs(ours[column], theirs[column])
-    return [ours[column].means.mean(axis=0) - theirs[column].means.mean(axis=0) for column in columns]
+    return pd.DataFrame(
+        {
+            column: pd.Series(ours[column].means.mean(axis=0) - theirs[column].means.mean(axis=0), ours[column].prompts)
+            for column in columns
+        }
+    )
 
 
 def mean_score(scores: pd.DataFrame, column: str) -> float:
     """Mean of `column` over samples, then prompts, then seeds.
 
     Raises:
-        ScoresError: a pair is doubled, a seed lacks pairs of another, or a value is not finite.
+        ScoresError: a pair is doubled, a seed lacks pairs of another, a value is infinite, or no sample has a score.
     """
     return mean_scores(scores, [column])[column]
 
@@ -304,7 +313,8 @@ class _Side:
         label: of the arm, for messages.
         trained: whether it is of an update after the base.
         seeds: sorted.
-        pairs: (prompt_id, sample), sorted; every one is known for every seed, and finite.
+        pairs: (prompt_id, sample), sorted; every one has a score for every seed, and a finite one.
+        prompts: sorted, of `pairs`.
         means: ``(seeds, prompts)``, over samples.
     """
 
@@ -312,6 +322,7 @@ class _Side:
     trained: bool
     seeds: pd.Index
     pairs: pd.Index
+    prompts: pd.Index
     means: NDArray[np.float64]
 
 
@@ -329,24 +340,32 @@ def _sides(scores: pd.DataFrame, columns: Sequence[str]) -> dict[str, _Side]:
     if len(doubled):
         raise ScoresError(f"scores of {label}: several rows for {_named(doubled[keys])}; select one update of one arm")
     for column in columns:
-        broken = scores[~np.isfinite(scores[column].to_numpy(dtype=np.float64))]
+        broken = scores[np.isinf(scores[column].to_numpy(dtype=np.float64))]
         if len(broken):
-            raise ScoresError(f"scores of {label}: {column} is not finite for {_named(broken[keys])}")
+            raise ScoresError(f"scores of {label}: {column} is infinite for {_named(broken[keys])}")
     # All columns at once: a pivot's time is the same for one.
     wide = scores.pivot(index="seed", columns=["prompt_id", "sample"], values=list(dict.fromkeys(columns)))
     wide = wide.sort_index(axis=0).sort_index(axis=1)
     pairs = wide[columns[0]].columns if len(columns) else wide.columns
-    if len(columns):
-        gaps = np.argwhere(wide[columns[0]].isna().to_numpy())
-        if len(gaps):
-            absent = pd.DataFrame([(wide.index[row], *pairs[place]) for row, place in gaps], columns=keys)
-            raise ScoresError(f"scores of {label}: no row for {_named(absent)}, which other seeds have")
+    if len(columns) and len(wide) * len(pairs) > len(scores):
+        cells = pd.MultiIndex.from_tuples([(seed, *pair) for seed in wide.index for pair in pairs], names=keys)
+        absent = cells[~cells.isin(pd.MultiIndex.from_frame(scores[keys]))].to_frame(index=False)
+        raise ScoresError(f"scores of {label}: no row for {_named(absent)}, which other seeds have")
+    known = {column: ~np.isnan(wide[column].to_numpy(dtype=np.float64)).any(axis=0) for column in columns}
+    for column, there in known.items():
+        if not there.any():
+            raise ScoresError(f"scores of {label}: no sample has a score of {column} for every seed")
+        if not there.all():
+            wide.loc[:, [(column, *pair) for pair in pairs[~there]]] = np.nan
     means = wide.T.groupby(level=[0, "prompt_id"], sort=True).mean()
     trained = bool((scores["update"] > 0).any())
-    return {
-        column: _Side(label, trained, wide.index, pairs, means.loc[column].T.to_numpy(dtype=np.float64))
-        for column in columns
-    }
+    sides = {}
+    for column, there in known.items():
+        # Nothing is taken out of a whole one: its layout decides the last digit of a sum.
+        own = means.loc[column].T if there.all() else means.loc[column].dropna().T
+        kept, values = pairs[there], own.to_numpy(dtype=np.float64)
+        sides[column] = _Side(label, trained, wide.index, kept, own.columns, values)
+    return sides
 
 
 def _require_same_pairs(ours: _Side, theirs: _Side) -> None:

@@ -69,11 +69,12 @@ class ScoreRow:
     mean: float
     interval: Interval
     better: Better | None
+    left_out: int = 0
 
     @property
     def label(self) -> str:
-        """The words for the column."""
-        return label(self.column)
+        """The words for the column, and how many samples without a score it is not over."""
+        return label(self.column) + (f" (samples left out: {self.left_out})" if self.left_out else "")
 
     @property
     def digits(self) -> int:
@@ -89,6 +90,7 @@ class ScoreRow:
         """Plain JSON values."""
         interval = self.interval
         found = {"score": self.column, "trained": self.better is not None, "base": self.base, "model": self.mean}
+        found |= {"left_out": self.left_out} if self.left_out else {}
         return found | {"difference": interval.estimate, "low": interval.low, "high": interval.high}
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from vipo.config.run import Config
 from vipo.config.values import flattened
+from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.statistics import Better, independent_difference, mean_score, wording
 from vipo.provenance.records import PROVENANCE
 from vipo.reporting.inputs import read_rows, read_scores
@@ -73,7 +74,12 @@ class Training:
 
 @dataclass(frozen=True)
 class ScoreDifference:
-    """Means of a held-out score and B minus A with its interval; `better` is the direction in which it was trained."""
+    """Means of a held-out score and B minus A with its interval.
+
+    Attributes:
+        better: the direction in which it was trained.
+        left_out: samples that one of them has no score of.
+    """
 
     column: str
     a: float
@@ -83,6 +89,7 @@ class ScoreDifference:
     high: float
     better: Better | None
     verdict: str
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class Evaluation:
         confidence: of the intervals, A's.
         note: what the intervals are conditional on.
         scores: one per score that both runs have.
-        missing: scores that one run alone has.
+        missing: scores that one run alone has, or that fewer than two prompts have of both.
     """
 
     unpaired: str | None
@@ -259,12 +266,15 @@ def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:
     if not (a.is_evaluated and b.is_evaluated):
         return None
     tables = [read_scores(run.evaluated / "scores.parquet", run.config) for run in (a, b)]
-    left, right = (table[table["final"]] for table in tables)
+    finals = [table[table["final"]] for table in tables]
+    # Both sides may be of one run's name.
+    both, lost = on_common_samples(pd.concat(finals, keys=("a", "b"), join="inner"))
+    left, right = (both[both.index.get_level_values(0) == side] for side in ("a", "b"))
     unpaired = _unpaired(a.config, b.config, left, right)
     settings = a.config.evaluation
-    columns = [measured_columns(table) for table in (left, right)]
+    columns = [set(measured_columns(table)) for table in finals]
     rows, note = [], ""
-    for column in (name for name in columns[0] if name in columns[1]):
+    for column in measured_columns(both):
         if unpaired is None:
             interval = configured_difference(right, left, column, settings)
         else:
@@ -280,9 +290,10 @@ def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:
                 interval.high,
                 better,
                 wording(interval, better),
+                left_out(both, column),
             )
         )
-    missing = tuple(sorted(set(columns[0]) ^ set(columns[1])))
+    missing = tuple(sorted((columns[0] ^ columns[1]) | set(lost)))
     return Evaluation(unpaired, settings.confidence, note, tuple(rows), missing)
 
 

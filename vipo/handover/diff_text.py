@@ -68,10 +68,11 @@ def _evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
         digits = decimals(row.difference, row.low, row.high)
         limits = f"[{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
         name = row.column if row.better is None else f"{row.column} (trained)"
+        name += f" (samples left out: {row.left_out})" if row.left_out else ""
         rows.append((name, f"{row.a:.4g}", f"{row.b:.4g}", f"{row.difference:+.{digits}f}", limits, row.verdict))
     yield from _table(("score", "A", "B", "B - A", "interval", "B is"), rows)
     if evaluation.missing:
-        yield f"In one run only: {', '.join(evaluation.missing)}."
+        yield f"Not of both runs: {', '.join(evaluation.missing)}."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

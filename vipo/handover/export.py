@@ -23,6 +23,7 @@ from vipo.config.compose import dump_config
 from vipo.config.run import Config
 from vipo.config.training import EMA
 from vipo.errors import VipoError
+from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.statistics import mean_score
 from vipo.generators.base import checkpoint_location
 from vipo.generators.finite import check_finite
@@ -100,7 +101,7 @@ def export_run(
     reference = _checked(run, root)
     base = _base(run, root, base_model, whole=run.config.training.lora is None and not comfyui)
     licence = _licence(base, license_id)
-    final, others = (_final(item) for item in (run, reference))
+    final, others = _finals(run, reference)
     samples = _samples(run, reference, final)
     scores = _scores(run.config, final, others)
     with atomic_folder(target) as folder:
@@ -261,9 +262,16 @@ def _licence(base: _Base, chosen: str | None) -> Licence:
 # ---- content -----------------------------------------------------------------------------------------------------
 
 
-def _final(run: RunRecords) -> pd.DataFrame:
-    scores = read_scores(run.evaluated / "scores.parquet", run.config)
-    return scores[scores["final"]]
+def _finals(run: RunRecords, reference: RunRecords) -> list[pd.DataFrame]:
+    tables = [read_scores(own.evaluated / "scores.parquet", own.config) for own in (run, reference)]
+    both, lost = on_common_samples(pd.concat([table[table["final"]] for table in tables]))
+    trained = {f"reward/{term.label}" for term in run.config.reward.terms if term.weight != 0}
+    if missing := sorted(trained & set(lost)):
+        raise ExportError(
+            f"{run.evaluated}: fewer than two prompts have a score of {', '.join(missing)} here and of the base, so "
+            "the card cannot tell what the training did; see why it scores so few, and evaluate again"
+        )
+    return [both[both["run"] == own.name] for own in (run, reference)]
 
 
 def _scores(config: Config, final: pd.DataFrame, reference: pd.DataFrame) -> list[ScoreRow]:
@@ -272,7 +280,8 @@ def _scores(config: Config, final: pd.DataFrame, reference: pd.DataFrame) -> lis
     for column in [*trained, *(name for name in measured if name not in trained)]:
         interval = configured_difference(final, reference, column, config.evaluation)
         better = trained_direction(column, config)
-        rows.append(ScoreRow(column, mean_score(reference, column), mean_score(final, column), interval, better))
+        means = (mean_score(reference, column), mean_score(final, column))
+        rows.append(ScoreRow(column, *means, interval, better, left_out(final, column)))
     return rows
 
 

@@ -1,5 +1,6 @@
 """What the page shows of each prompt: references to pictures, and the scores of what they show."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class Shot:
         picture, veil: what an ``img`` reads; a veil, there for final samples alone, lies over the picture.
         film, veiled_film: of a video, what a ``video`` reads: as it is, and with what its maps leave out dimmed.
         veiled_picture: the first picture of `veiled_film`, shown until it plays.
-        scores: by column.
+        scores: by column; NaN where it has none.
         original: the sample's file, relative to the experiment's folder.
     """
 
@@ -77,7 +78,7 @@ class Gallery:
             for prompt in self.prompts
             for base in (prompt.first("base"),)
             for shot in prompt.shots
-            if shot.final
+            if shot.final and math.isfinite(shot.scores[column] - base.scores[column])
         ]
         return max(2, decimals(*gains) - 1)
 

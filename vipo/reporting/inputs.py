@@ -16,6 +16,7 @@ from vipo.config.evaluation import REPORTED
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
+from vipo.evaluation.left_out import on_common_samples
 from vipo.provenance.files import text_lines
 
 _RUN = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?-s\d+\Z")
@@ -54,6 +55,8 @@ class Experiment:
     scores: pd.DataFrame
     prompt_counts: dict[str, int]
     manifest: dict[str, Any]
+    #: Metrics that too few prompts have a score of in every run; no columns of `scores`.
+    lost: tuple[str, ...] = ()
 
     @property
     def config(self) -> Config:
@@ -117,7 +120,14 @@ def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experi
                 f"{folder / 'evaluation' / run.name / 'scores.parquet'}: columns {list(table.columns)} are not those "
                 f"of {loaded[0].name} ({list(scores[0].columns)}); evaluate both again"
             )
-    return Experiment(folder, tuple(loaded), pd.concat(scores, ignore_index=True), *_read_prompts(folder))
+    common, lost = on_common_samples(pd.concat(scores, ignore_index=True))
+    trained = {f"reward/{term.label}" for run in loaded for term in run.config.reward.terms}
+    if missing := sorted(trained & set(lost)):
+        raise ReportError(
+            f"{folder / 'evaluation'}: fewer than two prompts have a score of {', '.join(missing)} in every run, and "
+            "it was trained; see why it scores so few, and evaluate again"
+        )
+    return Experiment(folder, tuple(loaded), common, *_read_prompts(folder), lost)
 
 
 def read_training(folder: Path, runs: Sequence[str], config: Config) -> Experiment:
@@ -239,7 +249,8 @@ def read_scores(path: Path, config: Config) -> pd.DataFrame:
     """A run's ``scores.parquet``: one row per update and sample.
 
     Raises:
-        ReportError: the file is missing or malformed, holds another run's rows or values that are not finite.
+        ReportError: the file is missing or malformed, holds another run's rows or values that are not finite; NaN of
+            a reward is a sample without a score.
     """
     name = config.run_name
     if not path.is_file():
@@ -263,7 +274,9 @@ def read_scores(path: Path, config: Config) -> pd.DataFrame:
     if texts := [name for name in ("update", *measured) if not is_numeric_dtype(table[name])]:
         raise ReportError(f"{path}: {', '.join(texts)}: no numbers; evaluate {name} again")
     numbers = table[measured]
-    finite = np.isfinite(numbers.to_numpy(dtype=np.float64)).all(axis=0)
+    values = numbers.to_numpy(dtype=np.float64)
+    rewards = numbers.columns.str.startswith("reward/")
+    finite = (np.isfinite(values) | (np.isnan(values) & rewards)).all(axis=0)
     if not finite.all():
         raise ReportError(f"{path}: values of {', '.join(numbers.columns[~finite])} are not finite; evaluate again")
     if config.is_base != bool((table["update"] == 0).all()) or not table["final"].any():

@@ -11,6 +11,7 @@ from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.evaluation.comparison import vbench_totals
+from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.statistics import mean_scores
 from vipo.prompts import read_prompts
 from vipo.reporting.inputs import read_scores
@@ -44,10 +45,10 @@ def published_table(config: Config, results: Path) -> str:
     for arm, row in table.rows.items():
         seeds = config.experiment.arms[arm].seeds
         found = (_final_scores(folder, f"{arm}-s{seed}") for seed in seeds)
-        means = [_means(own, folder) for own in found if own is not None]
+        scores = [on_common_samples(own)[0] for own in found if own is not None]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, printed[arm], strict=True):
-            cells += [value, _ours(means, column.metric, len(seeds))]
+            cells += [value, _ours(scores, column.metric, len(seeds), folder)]
         lines.append(_row(cells))
     return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
 
@@ -83,6 +84,12 @@ def partly(found: int, planned: int) -> str:
     return f" ({found} of {planned} seeds)" if found < planned else ""
 
 
+def unscored(scores: pd.DataFrame, metric: str) -> str:
+    """What a mean is not over."""
+    count = left_out(scores, metric) if metric in scores else 0
+    return f" (samples left out: {count})" if count else ""
+
+
 def with_totals(means: Mapping[Any, Any], final: pd.DataFrame, experiment: Path) -> dict[Any, Any]:
     """Means by score column, and where the held-out prompts are VBench's its three numbers, in percent as published.
 
@@ -104,13 +111,14 @@ def _means(scores: pd.DataFrame, experiment: Path) -> dict[Any, Any]:
     return with_totals(mean_scores(scores, [name for name in map(str, scores) if "/" in name]), scores, experiment)
 
 
-def _ours(means: list[dict[Any, Any]], metric: str, seeds: int) -> str:
+def _ours(scores: list[pd.DataFrame], metric: str, seeds: int, experiment: Path) -> str:
+    means = [_means(own, experiment) for own in scores]
     if not means:
         return NOT_RUN
     if not all(metric in own for own in means):
         return NOT_MEASURED
     mean = sum(own[metric] for own in means) / len(means)
-    return f"{mean:.4f}" + partly(len(means), seeds)
+    return f"{mean:.4f}" + partly(len(means), seeds) + unscored(pd.concat(scores), metric)
 
 
 def _final_scores(experiment: Path, run: str) -> pd.DataFrame | None:

@@ -10,6 +10,7 @@ import pandas as pd
 from vipo.config.registered import RegisteredConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.registered import DECIDING, Analysis, Verdict, analyse
 from vipo.provenance.files import atomic_file
 from vipo.reporting.drawing import INK, WIDTH, Arms, Plot, as_plot, bare_rows, new_row
@@ -47,7 +48,9 @@ def write_registered(config: Config, results: Path, output: Path) -> list[Path]:
         for arm, own in experiment.arms.items()
         for seed in own.seeds
     ]
-    scores = _all_scores(runs, folder)
+    scores, _ = on_common_samples(_all_scores(runs, folder))
+    used = dict.fromkeys((rule.reward, rule.change, *rule.side_effects))
+    missing = {name: count for name in used if name in scores and (count := left_out(scores, name))}
     found = analyse(scores, rule, config.evaluation.confidence)
     updates = sorted(int(update) for update in scores["update"].unique())
     facts = {
@@ -55,6 +58,7 @@ def write_registered(config: Config, results: Path, output: Path) -> list[Path]:
         "commits": _commits(runs, folder),
         "updates": updates,
         "held_out_samples": int((scores["update"] == 0).sum()),
+        **({"left_out": missing} if missing else {}),
         "confidence": config.evaluation.confidence,
         "rule": rule.model_dump(mode="json"),
         **found.decision(),
@@ -142,6 +146,8 @@ def _page(config: Config, rule: RegisteredConfig, found: Analysis, facts: dict[s
         f"at updates {', '.join(map(str, facts['updates']))}.",
         "",
     ]
+    for metric, count in facts.get("left_out", {}).items():
+        lines.append(f"- Of `{metric}`, {count} of the samples have no score in some run and are left out of all.")
     if not found.learned:
         lines.append(
             "- **Nothing was learned**: in no arm did the reward rise above the base's, by its area at equal updates."

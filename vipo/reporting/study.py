@@ -13,6 +13,7 @@ from vipo.config.objective import SurrogateConfig
 from vipo.config.run import Config
 from vipo.config.values import config_hash
 from vipo.errors import VipoError
+from vipo.evaluation.left_out import told
 from vipo.evaluation.matched import evaluation_curves
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.provenance.files import atomic_folder
@@ -240,6 +241,13 @@ def _page(
         "",
         f"Trained at commit {', '.join(commits)}.",
         "",
+        *(
+            text
+            for item in experiments
+            for column in item.rewards
+            if (note := told(item.scores, column))
+            for text in (f"`{item.config.experiment.name}`, `{column}`: {note}.", "")
+        ),
         "## The decision",
         "",
         "```json",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from vipo.evaluation.left_out import left_out
 from vipo.evaluation.matched import evaluation_curves, matched_reward
 from vipo.evaluation.statistics import Better, compare_arms
 from vipo.reporting.expected import flat_metrics
@@ -144,7 +145,7 @@ def summarize(experiment: Experiment) -> Summary:
     return Summary(
         name=config.experiment.name,
         facts=facts(experiment),
-        columns={name: words(name) for name in columns},
+        columns={name: _titled(name, scores) for name in columns},
         trained=trained,
         arms=arm_table(experiment, columns),
         seed_means=seed_means(scores, columns),
@@ -163,6 +164,12 @@ def summarize(experiment: Experiment) -> Summary:
         caveats=caveats(experiment, final, config),
         confidence=config.evaluation.confidence,
     )
+
+
+def _titled(column: str, scores: pd.DataFrame) -> str:
+    """What a metric is called wherever it is told, with how many samples it is not over."""
+    count = left_out(scores, column)
+    return words(column) + (f" ({count} sample{'s' if count > 1 else ''} left out)" if count else "")
 
 
 def _equal_change(

@@ -6,9 +6,10 @@ import pandas as pd
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.run import Config
+from vipo.evaluation.left_out import told
 from vipo.evaluation.statistics import MINIMUM_SEEDS, mean_score
 from vipo.reporting.inputs import Experiment
-from vipo.reporting.wording import describe
+from vipo.reporting.wording import describe, words
 
 _TIME_PARTS = ("rollout", "learn", "decode", "reward", "map", "other")
 
@@ -157,4 +158,13 @@ def caveats(experiment: Experiment, final: pd.DataFrame, config: Config) -> tupl
     )
     if invalid:
         result.append(f"{invalid:.0f} training samples had a reward that was not finite and were left out.")
+    for column in experiment.rewards:
+        if text := told(experiment.scores, column):
+            result.append(
+                f"{words(column).capitalize()}: {text}, in every run, where one run has no score or several have none."
+            )
+    result += [
+        f"{words(column).capitalize()} is not told: fewer than two prompts have a score in every run."
+        for column in experiment.lost
+    ]
     return tuple(result)

@@ -111,14 +111,21 @@ def equal_change(
     cubes = [cube for rows in (base, *sides) if (cube := _cube(rows, columns)) is not None]
     if len(cubes) <= len(sides):
         return None
-    start, *curves = cubes
     updates = [np.array([0, *sorted(side["update"].unique())], dtype=np.float64) for side in sides]
-    prompts, seeds = start.shape[-1], (curves[0].shape[1], curves[1].shape[1])
+    prompts, seeds = cubes[0].shape[-1], (cubes[1].shape[1], cubes[2].shape[1])
     over_seeds = min(seeds) >= MINIMUM_SEEDS
     rng = np.random.default_rng(keyed_seed("equal change", seed))
     sign = 1.0 if better == "higher" else -1.0
 
+    # Prompts by column; of some a column may have no score. Then its means are over the others.
+    known = np.logical_and.reduce([np.isfinite(cube).all(axis=(1, 2)) for cube in cubes])
+    start, *curves = (np.where(known[:, None, None], cube, 0) for cube in cubes)
+    whole = known.all(axis=1)
+
     def read(prompt_weights: _Array, seed_weights: Sequence[_Array]) -> _Array | None:
+        shares = np.where(whole, 1.0, np.einsum("kp,p->k", known.astype(np.float64), prompt_weights))
+        if not shares.all():
+            return None
         means = [
             np.concatenate(
                 [
@@ -127,13 +134,14 @@ def equal_change(
                 ],
                 axis=1,
             )
+            / shares[:, None]
             for curve, weights in zip(curves, seed_weights, strict=True)
         ]
         level = min(float(mean[0].max()) for mean in means)
         if level <= 0:
             return None
         found = [_at(mean, own, level) for mean, own in zip(means, updates, strict=True)]
-        origin = np.einsum("ksup,p->k", start, prompt_weights)
+        origin = np.einsum("ksup,p->k", start, prompt_weights) / shares
         return np.concatenate([[level], *[np.concatenate([point[:1], point[2:] - origin[1:]]) for point in found]])
 
     even = [np.full(count, 1 / count) for count in (prompts, *seeds)]

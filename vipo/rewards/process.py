@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vipo.config.compose import repository_root
 from vipo.config.registries import REWARDS
+from vipo.config.reward_options import REWARD_OPTIONS, places
 from vipo.config.reward_process import ProcessOptions
 from vipo.rewards.ahead import Ahead, key_of
 from vipo.rewards.child import Child, python_of
@@ -172,16 +173,28 @@ class Process:
         plain = all(isinstance(value, str) for name in _LISTS for value in told[name].values())
         if not plain or len(json.dumps(told)) > _MOST_TOLD:
             raise RewardError(f"{called}: says of {', '.join(_LISTS)} something else than texts, or too much")
-        for name, wanted in (("reward", self._options.reward), ("arguments", self._options.arguments)):
-            if name == "arguments" and self._options.reward in REWARDS:
-                # With defaults filled in there.
-                wrong = [key for key, value in self._options.arguments.items() if told[name].get(key) != value]
-                if not wrong:
-                    continue
-            elif told[name] == wanted:
-                continue
-            raise RewardError(f"{called}: scores {name} {str(told[name])[:200]}, not {wanted}; start it with those")
+        reward, arguments = self._options.reward, self._options.arguments
+        if told["reward"] != reward:
+            raise RewardError(f"{called}: scores reward {told['reward'][:200]}, not {reward}; start it with that")
+        if differing := _differing(reward, arguments, told["arguments"]):
+            here, there = ({key: pair[side] for key, pair in differing.items()} for side in (0, 1))
+            raise RewardError(f"{called}: scores with arguments {str(there)[:200]}, not {here}; start it with those")
         return told
+
+
+def _differing(reward: str, given: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Arguments that a reward is asked for with and those that its server tells, by name, where they differ.
+
+    A registered one tells its defaults too, and is held to them but for where its weights are, whose hashes are
+    recorded, and how they are computed with.
+    """
+    wanted, free = dict(given), set[str | None]()
+    if (section := REWARD_OPTIONS.get(reward) if reward in REWARDS else None) is not None:
+        wanted = section.model_validate(wanted).model_dump(mode="json")
+        free = {name for place in places(reward).items() for name in place} | {"batch", "resident"}
+    names = sorted(name for name in wanted.keys() | there.keys() if name in given or name not in free)
+    pairs = {name: (wanted.get(name), there.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if (name in wanted) != (name in there) or pair[0] != pair[1]}
 
 
 def _command(options: ProcessOptions, device: str) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -98,10 +99,13 @@ class Endpoint:
         raise AssertionError
 
     def _once(self, path: str, body: bytes | None, most: int) -> tuple[int, bytes]:
-        secure = self._parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        limit = self._options.timeout
-        connection = kind(str(self._parts.hostname), self._parts.port, timeout=limit)
+        limit, host = self._options.timeout, str(self._parts.hostname)
+        context = ssl.create_default_context() if self._parts.scheme == "https" else None
+        connection: http.client.HTTPConnection = (
+            http.client.HTTPConnection(host, self._parts.port, timeout=limit)
+            if context is None
+            else http.client.HTTPSConnection(host, self._parts.port, timeout=limit, context=context)
+        )
         late = threading.Event()
 
         def hang_up() -> None:
@@ -115,11 +119,18 @@ class Endpoint:
         timer.daemon = True
         timer.start()
         try:
+            # Not by the connection itself: what is hung up on must be known to it before anything is awaited.
+            connection.sock = _connected(host, connection.port, limit)
+            if context is not None:
+                secured = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
+                connection.sock = secured
+                self._in_time(late)
+                secured.do_handshake()
+            self._in_time(late)
             connection.request("GET" if body is None else "POST", self._parts.path + path, body, self._headers)
             response = connection.getresponse()
-            found = self._read(response, most)
-            if late.is_set():
-                raise _Failed(f"it took more than {limit:g} s")
+            found = self._read(response, most, late)
+            self._in_time(late)
             if response.status in _AGAIN:
                 raise _Failed(f"status {response.status}")
             return response.status, found
@@ -133,7 +144,11 @@ class Endpoint:
             timer.cancel()
             connection.close()
 
-    def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
+    def _in_time(self, late: threading.Event) -> None:
+        if late.is_set():
+            raise _Failed(f"it took more than {self._options.timeout:g} s")
+
+    def _read(self, response: http.client.HTTPResponse, most: int, late: threading.Event) -> bytes:
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding != "identity":
             self._refuse(f"the answer is compressed ({one_line(encoding, _SHOWN)}), which was not asked for")
@@ -142,6 +157,7 @@ class Endpoint:
         found, block = bytearray(), memoryview(bytearray(min(_BLOCK, most + 1)))
         # Into a buffer of ours: what is read of a chunk whose length is below 0 would have no end.
         while count := response.readinto(block):
+            self._in_time(late)
             found += block[:count]
             if len(found) > most:
                 self._refuse(f"the answer has more than the {most} bytes that it can need")
@@ -166,6 +182,31 @@ class Endpoint:
 
     def _refuse(self, why: str) -> NoReturn:
         raise RewardError(f"{self.called}: {why}")
+
+
+def _connected(host: str, port: int, seconds: float) -> socket.socket:
+    """A connection to the first address of a host that answers; all of them together get these seconds.
+
+    Raises:
+        OSError: none does.
+    """
+    end = time.monotonic() + seconds
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for number, (family, kind, protocol, _, address) in enumerate(places):
+        found = socket.socket(family, kind, protocol)
+        try:
+            # Each gets its share of what is left: one that never answers leaves time for the next.
+            found.settimeout(max(0.001, (end - time.monotonic()) / (len(places) - number)))
+            found.connect(address)
+        except OSError:
+            found.close()
+            if number == len(places) - 1:
+                raise
+            continue
+        found.settimeout(seconds)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return found
+    raise OSError(f"{host} has no address")
 
 
 def encoded(frame: np.ndarray[Any, Any], form: str = "png") -> str:

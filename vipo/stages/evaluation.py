@@ -1,9 +1,12 @@
 """The stages that sample, score and compare runs."""
 
 import contextlib
+import hashlib
+import json
+import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +16,20 @@ from vipo.config.section import LONGEST_NAME
 from vipo.config.validation import ConfigError
 from vipo.prompts import check_prompts
 from vipo.provenance import record_stage, run_lock
+from vipo.provenance.files import file_sha256
 from vipo.stages.inputs import check_shared
 from vipo.stages.names import checkpoint_label, experiment_folder, run_names
 from vipo.stages.ranks import launch_ranks
+from vipo.text import listed, one_line
 
 if TYPE_CHECKING:
     from vipo.evaluation.shares import Share
+
+log = logging.getLogger(__name__)
+
+_RUN = re.compile(r"[a-z0-9_.]+-s\d+")
+# Of a hash, in a run's name.
+_DIGITS = 8
 
 
 def sample_stage(
@@ -54,15 +65,27 @@ def score_stage(config: Config, root: Path, results: Path, wait: float = 0, shar
     _evaluate("score", score_run, config, root, results, wait, share, config.distribution.processes)
 
 
-def compare_stage(config: Config, root: Path, results: Path, wait: float = 0) -> list[Path]:
+def compare_stage(config: Config, root: Path, results: Path, wait: float = 0, also: Sequence[str] = ()) -> list[Path]:
     """The scores of all runs to tables in ``comparison/``.
+
+    Args:
+        config, root, results, wait: as of every stage.
+        also: further runs, as `evaluate_stage` called other weights; each is an arm of the tables.
 
     Returns:
         The files.
+
+    Raises:
+        ConfigError: nothing of such a name is evaluated.
     """
     from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 
-    experiment, runs = experiment_folder(config, results), run_names(config)
+    experiment = experiment_folder(config, results)
+    for name in also:
+        if not _RUN.fullmatch(name) or not (experiment / "evaluation" / name / "scores.parquet").is_file():
+            there = listed(sorted(path.parent.name for path in experiment.glob("evaluation/*/scores.parquet")), 8)
+            raise ConfigError(f"--also {one_line(name, 200)}: is not evaluated in {experiment}; there are: {there}")
+    runs = list(dict.fromkeys([*run_names(config), *also]))
     output = experiment / "comparison"
     inputs = [experiment / "prompts" / "eval.jsonl"]
     inputs += [experiment / "evaluation" / run / "scores.parquet" for run in runs]
@@ -89,10 +112,15 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, w
     Args:
         config, root, results, wait: as of every stage.
         weights: folder of weights of this generator in place of the run's: a checkpoint's, an average's, a LoRA. Their
-            evaluation is called as the folder is.
+            evaluation is called as the folder is and by eight digits of their hash: it takes no trained run's place,
+            nor that of other weights in a folder of that name.
     """
+    from vipo.rewards.early import check_found
+
     if weights is not None:
         config = _of_weights(config, weights)
+    for spec in config.evaluation.rewards:
+        check_found(spec)
     sample_stage(config, root, results, wait, weights=weights)
     if not config.is_base:
         sample_stage(config.as_base(), root, results, wait)
@@ -105,11 +133,18 @@ def _of_weights(config: Config, weights: Path) -> Config:
         raise ConfigError(
             f"--weights {weights}: no such folder; give a run's weights/, one of its updates/, or a LoRA's"
         )
-    label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_")[:LONGEST_NAME]
-    if label == "base":
-        raise ConfigError(f"--weights {weights}: 'base' is what every arm is compared with; rename the folder")
+    hashes = [(str(path.relative_to(weights)), file_sha256(path)) for path in sorted(weights.rglob("*.safetensors"))]
+    if not hashes:
+        raise ConfigError(f"--weights {weights}: holds no safetensors; give a run's weights/, an update's, or a LoRA's")
+    digits = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:_DIGITS]
+    label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_") or "weights"
+    arm = f"{label[: LONGEST_NAME - _DIGITS - 1]}_{digits}"
+    if arm in config.experiment.arms:
+        raise ConfigError(f"--weights {weights}: the experiment has an arm {arm!r}; rename the folder")
     training = config.training.model_copy(update={"save_at": ()})
-    return config.model_copy(update={"arm": label or "weights", "training": training})
+    found = config.model_copy(update={"arm": arm, "training": training})
+    log.info("%s is evaluated as %s", weights, found.run_name)
+    return found
 
 
 def _evaluate(

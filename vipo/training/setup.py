@@ -24,6 +24,7 @@ from vipo.objectives import Objective, load_objective
 from vipo.objectives.objective import checked_keeps
 from vipo.prompts import Prompt, read_prompts
 from vipo.rewards import Reward, load_rewards, score, weight_files
+from vipo.rewards.early import check_found
 from vipo.sampling.chain import Chain, chain_remarks, sampling_chain
 from vipo.tracking.timer import Timer
 from vipo.training.checkpoints import run_bytes
@@ -126,6 +127,9 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
     device = distribution.device
     prompts = read_prompts(prompts_path(experiment))
     update_prompts(prompts, config.seed, 1, config.training.prompts_per_update)
+    # Loaded by an evaluation alone, after all training.
+    for spec in config.evaluation.rewards:
+        check_found(spec)
     if distribution.shards:
         generator = load_to_shard(config.generator, root, whole=distribution.is_main)
     else:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vipo.evaluation.statistics import decimals
-from vipo.reporting.published import NOT_MEASURED, NOT_RUN, partly, published_values, with_totals
+from vipo.reporting.published import NOT_MEASURED, NOT_RUN, partly, published_values, unscored, with_totals
 from vipo.reporting.sections.context import Page, Section
 from vipo.reporting.wording import number
 
@@ -31,7 +31,11 @@ def published(page: Page) -> Section | None:
     for arm, theirs in published_values(table).items():
         seeds = len(experiment.arms[arm].seeds)
         cells = [
-            {"theirs": value, "ours": _ours(arms.get(arm), column.metric, digits[column.metric], seeds)}
+            {
+                "theirs": value,
+                "ours": _ours(arms.get(arm), column.metric, digits[column.metric], seeds)
+                + (unscored(page.experiment.scores, column.metric) if arm in arms else ""),
+            }
             for column, value in zip(table.columns, theirs, strict=True)
         ]
         rows.append({"arm": arm, "title": table.rows[arm].title, "known": arm in arms, "cells": cells})

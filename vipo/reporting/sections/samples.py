@@ -1,5 +1,6 @@
 """Every held-out prompt with every arm's sample beside each other, and the data that the page's script reads."""
 
+import math
 from typing import Any
 
 from vipo.reporting.gallery import HISTORY_PROMPTS, Shot, ShownPrompt
@@ -38,6 +39,8 @@ def _card(prompt: ShownPrompt, arms: list[str], trained: str | None) -> dict[str
         shot = prompt.first(arm)
         score = shot.scores[trained] if trained else None
         gain = None if trained is None or arm == "base" else shot.scores[trained] - base.scores[trained]
+        if score is not None and math.isnan(score):
+            score = gain = None
         shown.append({"shot": shot, "score": score, "gain": gain})
     return {"id": prompt.id, "text": prompt.text, "shown": shown}
 
@@ -68,7 +71,7 @@ def _data(page: Page, arms: list[str]) -> dict[str, Any]:
         kept = {
             "u": shot.update,
             "o": page.root + shot.original,
-            "s": [float(f"{shot.scores[column]:.5g}") for column in columns],
+            "s": [None if math.isnan(score := shot.scores[column]) else float(f"{score:.5g}") for column in columns],
         }
         if not first:
             media = {"p": shot.picture, "v": shot.veil, "f": shot.film, "m": shot.veiled_film, "w": shot.veiled_picture}

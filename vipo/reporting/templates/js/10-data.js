@@ -15,8 +15,9 @@ const make = (tag, attributes = {}, ...children) => {
   element.append(...children.filter(child => child !== null));
   return element;
 };
-const signed = (value, column) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(column.digits);
-const shownNumber = (value, column) => (value < 0 ? "−" : "") + Math.abs(value).toFixed(Math.max(3, column.digits));
+// A sample without a score has null.
+const signed = (value, column) => value === null ? "" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(column.digits);
+const shownNumber = (value, column) => value === null ? "no score" : (value < 0 ? "−" : "") + Math.abs(value).toFixed(Math.max(3, column.digits));
 const cardOf = id => document.getElementById("prompt-" + id);
 const runOf = name => data.runs.find(run => run.name === name);
 const runName = run => (data.runs.filter(other => other.arm === run.arm).length > 1 ? run.arm + ", seed " + run.seed : run.arm);

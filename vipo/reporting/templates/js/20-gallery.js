@@ -55,7 +55,7 @@ if (data) {
     if (item.veil) item.veil.hidden = shown !== item.final;
     if (place < 0) return;
     const column = data.columns[place];
-    const gain = item.final === item.base ? [] : [" ", make("span", { class: "gain" }, signed(shown.s[place] - item.base.s[place], column))];
+    const gain = item.final === item.base || shown.s[place] === null ? [] : [" ", make("span", { class: "gain" }, signed(shown.s[place] - item.base.s[place], column))];
     item.score.replaceChildren(shownNumber(shown.s[place], column), ...gain);
   };
   const swap = () => {

@@ -109,7 +109,7 @@ if (data) {
     }));
     scores.replaceChildren(...data.columns.map((column, index) => make("tr", {},
       make("th", { scope: "row" }, column.label), make("td", {}, shownNumber(one.s[index], column)), make("td", {}, shownNumber(other.s[index], column)),
-      make("td", {}, signed(other.s[index] - one.s[index], column)))));
+      make("td", {}, signed(one.s[index] === null ? null : other.s[index] - one.s[index], column)))));
   };
   const open = id => {
     Object.assign(state, { id, left: firstRun("base").name, right: state.right || firstRun(main).name, update: null });
