@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.correct import without_tf32
 from benchmarks.gpu.record import Record, others_go_on
 from vipo.config.compose import repository_root
 from vipo.conformance.checks import Finding
@@ -31,7 +32,7 @@ def measure_families(record: Record, device: str, names: Sequence[str] = ()) -> 
     sys.path.insert(0, str(repository_root() / "tests"))
     rows, failed = importlib.import_module("families").FAMILIES, list[str]()
     for name in names or rows:
-        with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder:
+        with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder, without_tf32():
             row = rows[name]
             # What a stock pipeline has no deterministic kernel for is not vipo's.
             torch.use_deterministic_algorithms(False)
