@@ -44,7 +44,7 @@ class Lesson:
 
     @cached_property
     def rows(self) -> list[Tensor]:
-        """Of each micro-batch, which samples it holds: ``(B,)`` on the device, for which the host waits once an update."""
+        """Of each micro-batch, which samples it holds, ``(B,)`` on the device: the host waits for it once an update."""
         whole = torch.tensor([row for batch in self.batches for row in batch.rows])
         return list(whole.to(self.advantages.values.device).split([len(batch.rows) for batch in self.batches]))
 
