@@ -119,13 +119,14 @@ def _computed(setup: Setup, given: Trajectory | None = None) -> dict[str, Tensor
 
 
 # Relative to the root mean square of what the CPU has, of an update to that of the change of the weights: the first
-# steps of AdamW go by the sign of gradients that may be next to nothing. The log ratio is as it is.
+# steps of AdamW go by the sign of gradients that may be next to nothing. At least seventy times what the CPU's own
+# kernels are apart, with oneDNN and without; TF32 is beyond. The log ratio is as it is.
 _TOLERANCES = {
     "prediction": 1e-3,
-    "rollout": 2e-3,
-    "pictures": 2e-3,
-    "log_prob": 5e-3,
-    "update": 0.1,
+    "rollout": 1e-3,
+    "pictures": 1e-3,
+    "log_prob": 1e-3,
+    "update": 0.02,
     "log_ratio": 1e-5,
 }
 _COMPUTED = ("prediction", "rollout", "pictures", "log_prob")

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import read_figures
-from benchmarks.gpu.steps import STEPS, Step, figures_file, run_step
+from benchmarks.gpu.steps import BUDGET, STEPS, Step, figures_file, run_step
 from benchmarks.gpu.supervise import UNDER_WAY, Running, side_by_side
 from vipo.provenance.files import atomic_file
+from vipo.runtime import settle_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "timm", "safetensors", "numpy")
 _NOT_WRITTEN = {
     "CUDA graphs, FP8 rollouts": "not built, docs/performance.md says why",
-    "decoding and rewards beside the next rollout": "not built",
+    "decoding beside the next rollout": "not built, docs/performance.md says why",
 }
 # Seconds within which no step can tell anything.
 _LEAST = 5
@@ -158,8 +159,8 @@ def run(output: Path, work: Path, device: str, tiny: bool, budget: float, names:
 
 
 def _at_once() -> int:
-    # A step is up to three processes, of a thread each.
-    return max(1, (os.cpu_count() or 1) // 2)
+    # A step is one process most of the time, and three at most, of a thread each.
+    return max(1, (os.cpu_count() or 1) * 2 // 3)
 
 
 def main() -> None:
@@ -168,10 +169,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path("results/gpu"), help="folder of the results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="in miniature, on any machine: does it still run?")
-    parser.add_argument("--budget", type=float, default=470, help="seconds of the whole")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of the whole")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS])
     parser.add_argument("--step", choices=[step.name for step in STEPS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # As the command does, before anything is computed.
+    settle_runtime()
     if arguments.step:
         run_step(arguments.step, arguments.output, arguments.device, arguments.tiny)
         return

@@ -31,8 +31,12 @@ class Running:
         self.step, self._folder, self._seconds = step, folder, seconds
         self._log = folder / f"{step.name}.log"
         self._start, self._told = time.monotonic(), ""
+        # Beside others a thread each, or they would wait for each other's.
+        env = os.environ | ({} if step.timed else {"OMP_NUM_THREADS": "1"})
         with self._log.open("wb") as stream:
-            self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=env
+            )
 
     def ended(self) -> bool:
         """Whether it is over; ends it where its time is."""
