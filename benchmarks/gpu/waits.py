@@ -1,12 +1,13 @@
 """How often the host waits for the device."""
 
+import sys
 import tempfile
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -26,9 +27,11 @@ _WAITS = "called a synchronizing CUDA operation"
 
 def _line() -> str:
     """Of vipo, the innermost that is being run: ``training/learn.py:90 learn``."""
-    for frame, number in traceback.walk_stack(None):
-        if frame.f_code.co_filename.startswith(_PACKAGE):
-            return f"{frame.f_code.co_filename.removeprefix(_PACKAGE)}:{number} {frame.f_code.co_name}"
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if (file := frame.f_code.co_filename).startswith(_PACKAGE):
+            return f"{file.removeprefix(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
     return "outside vipo"
 
 

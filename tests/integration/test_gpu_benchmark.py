@@ -36,7 +36,8 @@ from vipo.training.plan import plan
 from vipo.training.setup import set_up
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+# `sd3_lora` is `sd3_window` but for the steps that are trained.
+@pytest.mark.parametrize("family", sorted(set(TINY) - {"sd3_lora"}))
 def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
     measure_family(Record(tmp_path / "figures"), TINY[family], "cpu", 1.0, {})
     figures = read_figures(tmp_path / "figures")
@@ -120,7 +121,7 @@ def test_what_pytorch_warns_of_and_the_timer_s_synchronisations_are_the_waits_fo
         with timer("afterwards"):
             pass
     assert modes == ["default", "warn", "default"]
-    timed = [line for line in lines if line.startswith("tracking/timer.py:")]
+    timed = [line for line in lines if line.startswith("tracking/timer.py:") and line.endswith(" _now")]
     assert sum(lines[line] for line in timed) == 2
     assert {line: count for line, count in lines.items() if line not in timed} == {"outside vipo": 3}
     assert "something else" in [str(warning.message) for warning in others]
