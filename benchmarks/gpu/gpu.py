@@ -88,7 +88,7 @@ def table(results: dict[str, Any]) -> str:
     for name, step in results["steps"].items():
         seconds = "" if step["seconds"] is None else f", {step['seconds']} s"
         lines.append(f"| **{name}** | {step['question']} | {step['status']}{seconds} |")
-        lines += [f"| {name} | {key} | {_cell(value)} |" for key, value in step["figures"].items()]
+        lines += [f"| {name} | {_cell(key)} | {_cell(value)} |" for key, value in step["figures"].items()]
     lines += ["", "Not run:", "", *(f"- {what}: {why}" for what, why in results["not_run"].items()), ""]
     return "\n".join(lines)
 

@@ -48,13 +48,13 @@ STEPS = (
         for part in range(1, _FAMILIES + 1)
     ),
     Step(
-        "sd3_window", 55, "Stable Diffusion 3.5 medium as others count images per GPU-hour: a window of 2 trained steps"
+        "sd3_window", 65, "Stable Diffusion 3.5 medium as others count images per GPU-hour: a window of 2 trained steps"
     ),
     Step("flux", 80, "FLUX.1-dev at its real size"),
     Step("wan", 95, "Wan 2.1 1.3 B at its real size"),
     Step(
         "sd3_options",
-        120,
+        110,
         "no recomputation, compiled blocks, joined transitions, a second-order solver, at sd3_window's size",
     ),
     Step("sd3_full", 50, "Stable Diffusion 3.5 medium at its real size, all weights"),

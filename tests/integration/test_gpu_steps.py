@@ -84,7 +84,7 @@ def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "STEPS", (Step("machine", 60, ""), Step("flux", 60, "")))
-    figure, noted = '{"key": "first", "value": 1.5}', tmp_path / "machine.jsonl"
+    figure, noted = '{"key": "|first|", "value": 1.5}', tmp_path / "machine.jsonl"
     _stand_in(
         monkeypatch, tmp_path, f"echo $$ > $3/pid; echo '{figure}' > $3/new; mv $3/new $3/$5.jsonl; exec sleep 3600"
     )
@@ -97,7 +97,7 @@ def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(
             return
         # Who kills it now, so that it can do nothing more, finds this.
         found = json.loads((output / "gpu.json").read_text())["steps"]["machine"]
-        assert (found["status"], found["figures"]) == ("under way", {"first": 1.5})
+        assert (found["status"], found["figures"]) == ("under way", {"|first|": 1.5})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=time.monotonic, sleep=interrupted))
@@ -106,9 +106,9 @@ def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(
         gpu.run(output, tmp_path, "cpu", True, 300, ["machine", "flux"])
     steps = json.loads((output / "gpu.json").read_text())["steps"]
     assert {name: (step["status"], step["figures"]) for name, step in steps.items()} == {
-        "machine": ("stopped with the whole", {"first": 1.5})
+        "machine": ("stopped with the whole", {"|first|": 1.5})
     }
-    assert "| machine | first | 1.5 |" in (output / "gpu.md").read_text()
+    assert r"| machine | \|first\| | 1.5 |" in (output / "gpu.md").read_text()
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
