@@ -1,7 +1,8 @@
-"""What a command asks of Python and of the C library before it does anything: figures in docs/performance.md."""
+"""What a command asks of Python and of libraries before it does anything: figures in docs/performance.md."""
 
 import ctypes
 import gc
+import os
 import sys
 
 # Of <malloc.h>.
@@ -12,8 +13,11 @@ _MIB = 2**20
 def settle_runtime() -> None:
     """Let a short-lived process import and compute without collecting and returning memory that it needs again.
 
-    Changes when memory is given back, and no result. Where the C library is another than glibc, the first part alone.
+    That changes when memory is given back, and no result. Where the C library is another than glibc, the first part
+    alone. Fixes cuBLAS's workspace, too: see `vipo.determinism`.
     """
+    # PyTorch looks at it once, at a process's first matrix product: a text encoder's, before anything is deterministic.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     # Half a million objects are imported and stay: full collections would go over all of them, again and again.
     gc.set_threshold(10_000, 10, 100)
     # A backward pass frees what the next one asks for. Left to itself, glibc gives it back and each page is fetched and

@@ -13,6 +13,7 @@ from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
+from vipo.determinism import prepare_process
 from vipo.evaluation.held_out import held_out_batches
 from vipo.evaluation.sample import draw, evaluation_chain
 from vipo.generators import load_generator
@@ -38,6 +39,8 @@ def measure_evaluation(record: Record, size: Size, device: str, planned: Mapping
         overrides = family_overrides(size, folder, device)
         cases = {"at_training_size": load_config([*overrides, *_SAME]), "at_its_own_size": load_config(overrides)}
         experiment = folder / cases["at_its_own_size"].experiment.name
+        # As the stage does: other kernels have other seconds and other memory.
+        prepare_process(device, cases["at_its_own_size"].training.threads)
         prepare_stage(cases["at_its_own_size"], root, folder)
         encode_stage(cases["at_its_own_size"], root, folder)
         for case, config in cases.items():

@@ -3,11 +3,13 @@
 import importlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.gpu.correct import without_tf32
 from benchmarks.gpu.record import Record, others_go_on
 from vipo.config.compose import repository_root
 from vipo.conformance.checks import Finding
@@ -19,19 +21,28 @@ from vipo.generators import load_generator
 _CHECKS = ("prediction", "joined", "update_lora", "update_full", "bf16")
 
 
-def measure_families(record: Record, device: str, names: Sequence[str] = ()) -> None:
+def _rows() -> Mapping[str, Any]:
+    sys.path.insert(0, str(repository_root() / "tests"))
+    return dict(importlib.import_module("families").FAMILIES)
+
+
+def share_of_families(part: int, parts: int) -> list[str]:
+    """The rows of ``tests/families.py`` of one of `parts` processes, from 1."""
+    return list(_rows())[part - 1 :: parts]
+
+
+def measure_families(record: Record, device: str, names: Sequence[str]) -> None:
     """Note, by family, what `vipo check-generator` finds on the device, and how far it predicts from the CPU.
 
     Args:
-        names: rows of ``tests/families.py``; none: all.
+        names: rows of ``tests/families.py``.
 
     Raises:
         RuntimeError: a family failed, or a comparison of it; the others were measured.
     """
-    sys.path.insert(0, str(repository_root() / "tests"))
-    rows, failed = importlib.import_module("families").FAMILIES, list[str]()
-    for name in names or rows:
-        with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder:
+    rows, failed = _rows(), list[str]()
+    for name in names:
+        with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder, without_tf32():
             row = rows[name]
             # What a stock pipeline has no deterministic kernel for is not vipo's.
             torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Options for speed at real size, each on and off: the same update, the same network, in one process."""
+"""Options for speed at real size, one after the other in one process: the same update, the same network."""
 
 import gc
 import os
@@ -21,19 +21,19 @@ from vipo.training.setup import set_up
 from vipo.training.update import update
 
 _COMPILED = ("generator.compile=blocks",)
-_MAP = ("perception.precision=bf16",)
+_WITHOUT_RECOMPUTATION = ("training.gradient_checkpointing=false",)
 
 OPTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
     {
-        # The second compiled one finds the first one's kernels.
+        # The last one finds the kernels of those before it.
         "sd3_options": (
             "sd3_window",
             {
-                "off": (),
+                "without_recomputation": _WITHOUT_RECOMPUTATION,
+                "compiled_without_recomputation": (*_COMPILED, *_WITHOUT_RECOMPUTATION),
                 "joined": ("training.joined_transitions=2",),
-                "larger_rollout": ("training.micro_batch=4", "training.rollout_batch=8"),
                 "second_order": ("sampling.window.solver=dpm2",),
-                "bf16_map": _MAP,
+                "larger_rollout": ("training.micro_batch=4", "training.rollout_batch=8"),
                 "compiled": _COMPILED,
                 "compiled_again": _COMPILED,
             },
@@ -41,17 +41,16 @@ OPTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = MappingProxyT
         "flux_options": (
             "flux",
             {
-                "off": (),
+                "without_recomputation": _WITHOUT_RECOMPUTATION,
                 "compiled": _COMPILED,
                 "native_flash": ("generator.attention=_native_flash",),
                 "native_efficient": ("generator.attention=_native_efficient",),
-                "bf16_map": _MAP,
             },
         ),
         "adamw_options": ("sd3_full", {"fused": (), "lists": ("optimizer.fused=false",)}),
     }
 )
-"""By step: the size, and Hydra overrides by the name of what they switch on."""
+"""By step: the size, whose own step shows it without any, and Hydra overrides by the name of what they switch."""
 
 
 def measure_options(record: Record, size: Size, device: str, cases: Mapping[str, tuple[str, ...]]) -> None:

@@ -140,7 +140,8 @@ def dinov2_small(config: PerceptionConfig) -> Backbone:
 
 
 def _dinov2(name: str, config: PerceptionConfig) -> Backbone:
-    with torch.random.fork_rng():
+    # A core takes seconds for the larger one, and every set-up makes it anew.
+    with torch.random.fork_rng(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=0, dynamic_img_size=True)
     return Backbone(

@@ -20,6 +20,7 @@ from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.credit import CreditConfig
+from vipo.credit import Context, load_sources
 from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import load_objective
@@ -29,8 +30,9 @@ from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
 from vipo.stages import encode_stage, prepare_stage
 from vipo.tracking.timer import Timer
+from vipo.training.rollouts import Rollouts
 from vipo.training.setup import Setup, set_up
-from vipo.training.update import update
+from vipo.training.update import assign_credit, update
 
 GIB = 2**30
 
@@ -101,7 +103,14 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None, planned:
         record.put("memory_gib.resident", round(torch.cuda.memory_allocated(device) / GIB, 2))
     timer = MemoryTimer(device)
     setup = replace(setup, timer=timer)
-    record.put("warm_up_seconds", round(seconds_of(lambda: update(setup, 1), device), 2))
+    in_bf16: list[float] = []
+
+    def compare(rollouts: Rollouts, weights: Tensor | None) -> None:
+        in_bf16.append(bf16_map(record, setup, rollouts, weights))
+
+    warm_up = seconds_of(lambda: update(setup, 1, show=compare), device)
+    record.put("warm_up_seconds", round(warm_up - timer.pop()["time/sheet"], 2))
+    timer.peaks.clear()
     total, parts = note_update(record, setup)
     record.put("update_seconds.other", round(total - sum(parts.values()), 3))
     for part, peak in timer.peaks.items():
@@ -111,6 +120,7 @@ def _measure(record: Record, setup: Setup, matmul_tflops: float | None, planned:
     for part, share in over_plan(timer.peaks, planned, backbone).items():
         record.put(f"memory_over_plan.{part}", round(share, 4))
     record.put("map_share", round(parts["time/map"] / total, 5))
+    record.put("map_bf16.share", round(in_bf16[0] / (total - parts["time/map"] + in_bf16[0]), 5))
 
     record.put("batch.largest_difference", batch_difference(setup))
     floor = seconds_of(lambda: network_calls(setup), device)
@@ -155,6 +165,22 @@ def network_calls(setup: Setup) -> None:
     for _ in range(batches * training.trained_transitions):
         setup.generator.predict(latents, time_, conditioning).sum().backward()
     setup.optimizer.zero_grad(set_to_none=True)
+
+
+def bf16_map(record: Record, setup: Setup, rollouts: Rollouts, weights: Tensor | None) -> float:
+    """Note how far an update's maps are from `weights`, its own, with the backbone in bf16; gives their seconds."""
+    perception = setup.config.perception.model_copy(update={"precision": "bf16"})
+    sources = load_sources(setup.config.credit)
+    for source in sources.values():
+        source.set_up(Context(setup.generator, setup.prompts, setup.rewards, perception, repository_root()))
+    half = replace(setup, sources=sources)
+    found = assign_credit(half, rollouts).weights
+    assert found is not None
+    assert weights is not None
+    record.put("map_bf16.largest_difference", round(float((found - weights).abs().max()), 4))
+    seconds = seconds_of(lambda: assign_credit(half, rollouts), setup.device)
+    record.put("map_bf16.seconds", round(seconds, 4))
+    return seconds
 
 
 @torch.no_grad()

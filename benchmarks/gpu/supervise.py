@@ -12,7 +12,9 @@ from typing import Any
 from benchmarks.gpu.record import read_figures
 from benchmarks.gpu.steps import Step, figures_file
 
-_POLL = 0.05
+UNDER_WAY = "under way"
+"""Status of a step that has not ended."""
+_POLL, _EVERY = 0.05, 5.0
 
 
 class Running:
@@ -21,7 +23,7 @@ class Running:
     Args:
         step: which.
         command: that does its work.
-        folder: of the results; the step's log is written there.
+        folder: of the steps' figures; its log is written there.
         seconds: after which it is ended.
     """
 
@@ -29,8 +31,12 @@ class Running:
         self.step, self._folder, self._seconds = step, folder, seconds
         self._log = folder / f"{step.name}.log"
         self._start, self._told = time.monotonic(), ""
+        # Beside others a thread each, or they would wait for each other's.
+        env = os.environ | ({} if step.timed else {"OMP_NUM_THREADS": "1"})
         with self._log.open("wb") as stream:
-            self._process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, env=env
+            )
 
     def ended(self) -> bool:
         """Whether it is over; ends it where its time is."""
@@ -48,10 +54,10 @@ class Running:
             self._process.wait()
 
     def found(self) -> dict[str, Any]:
-        """What came of it, once it has ended."""
-        seconds = round(time.monotonic() - self._start, 1)
-        found: dict[str, Any] = {"question": self.step.question, "status": self._told, "seconds": seconds}
-        if self._told != "ok":
+        """What came of it, or has come until now."""
+        seconds, status = round(time.monotonic() - self._start, 1), self._told or UNDER_WAY
+        found: dict[str, Any] = {"question": self.step.question, "status": status, "seconds": seconds}
+        if status not in ("ok", UNDER_WAY):
             found["last_lines"] = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
         return found | {"figures": read_figures(figures_file(self._folder, self.step.name))}
 
@@ -59,14 +65,15 @@ class Running:
 def side_by_side(
     steps: Sequence[Step], at_once: int, start: Callable[[Step], Running | None]
 ) -> Iterator[tuple[Step, dict[str, Any] | None]]:
-    """Run steps, so many at a time, and give each with what came of it when it has ended.
+    """Run steps, so many at a time, and give each with what has come of it: when it starts, every few seconds, and when
+    it has ended.
 
     Args:
         steps: in the order in which they are started.
         at_once: how many run beside each other.
         start: starts one, or gives None where there is no time left for it.
     """
-    waiting, running = deque(steps), list[Running]()
+    waiting, running, shown = deque(steps), list[Running](), time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -76,10 +83,15 @@ def side_by_side(
                     yield step, None
                 else:
                     running.append(started)
+                    yield step, started.found()
             time.sleep(_POLL)
             for each in [each for each in running if each.ended()]:
                 running.remove(each)
                 yield each.step, each.found()
+            if time.monotonic() - shown > _EVERY:
+                shown = time.monotonic()
+                for each in running:
+                    yield each.step, each.found()
     finally:
         for each in running:
             each.kill()

@@ -1,16 +1,20 @@
 """Which samples and transitions an update takes, and that every tensor stays with its sample."""
 
+import math
 from dataclasses import fields
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from vipo.config.training import TrainingConfig
-from vipo.objectives import best_and_worst
+from vipo.objectives import Advantages, best_and_worst
 from vipo.prompts import Prompt
 from vipo.sampling.rollout import Trajectory
+from vipo.training import learn
 from vipo.training.samples import (
     MicroBatch,
     TrainingError,
@@ -160,3 +164,38 @@ def test_equal_advantages_are_ordered_by_row() -> None:
 def test_selection_refuses_what_is_odd_or_too_many(count: int) -> None:
     with pytest.raises(ValueError, match=f"count: {count} must be even and at most the group size 4"):
         best_and_worst(torch.zeros(4), torch.zeros(4, dtype=torch.int64), count)
+
+
+class _Indexed(Tensor):
+    """Notes what it is indexed by."""
+
+    asked: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__:
+            cls.asked.append(args[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("shape", "by_transition"), [((), False), ((3,), True), ((2, 2), False), ((3, 2, 2), True)])
+def test_the_advantages_of_a_loss_are_picked_by_indices_that_are_on_the_device_before_it(
+    shape: tuple[int, ...], by_transition: bool
+) -> None:
+    whole, steps = torch.arange(float(6 * math.prod(shape))).reshape(6, *shape), torch.tensor([2, 0])
+    chains = Trajectory(*(torch.zeros(2, 4, 1, 2, 2) for _ in range(2)), torch.zeros(2, 1, 2, 2))
+    batches = [MicroBatch(rows, {}, chains, steps[:, None]) for rows in ((3, 1), (0, 5))]
+    indexed = whole.as_subclass(_Indexed)
+    lesson = learn.Lesson(1, batches, Advantages(indexed, whole[:, 0] if by_transition else whole, indexed), [])
+    _Indexed.asked.clear()
+    for _ in range(2):
+        found = learn._advantages(lesson, learn.Place(1, 0, 0), steps)
+        expected = torch.stack([whole[0, 2], whole[5, 0]]) if by_transition else whole[[0, 5]]
+        assert found.weights is not None
+        assert torch.equal(found.values.as_subclass(Tensor), expected)
+        assert torch.equal(found.weights.as_subclass(Tensor), expected)
+    # A list, or a tensor that is elsewhere, would be copied to the device, and the host would wait, at every loss.
+    parts = [part for asked in _Indexed.asked for part in (asked if isinstance(asked, tuple) else (asked,))]
+    assert len(parts) == (8 if by_transition else 4)
+    assert {id(part) for part in parts} == {id(part) for part in (lesson.rows[1], *([steps] * by_transition))}

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ class Lesson:
     batches: list[MicroBatch]
     advantages: Advantages
     samples: list[Sample]
+
+    @cached_property
+    def rows(self) -> list[Tensor]:
+        """Of each micro-batch, which samples it holds, ``(B,)`` on the device: the host waits for it once an update."""
+        whole = torch.tensor([row for batch in self.batches for row in batch.rows])
+        return list(whole.to(self.advantages.values.device).split([len(batch.rows) for batch in self.batches]))
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ def outcomes_of(
     for place, share, own, new, reference in zip(joined, shares, points, news, references, strict=True):
         given = reference if objective.needs_reference else None
         predictions = Predictions(new, old.get(place), given, anchor.get(place))
-        outcome = objective(share, own, predictions, _advantages(lesson, batch, share.steps))
+        outcome = objective(share, own, predictions, _advantages(lesson, place, share.steps))
         outcome = checked_outcome(setup.config.objective.name, objective.needs, outcome, share)
         if measured and reference is not None:
             apart = {BASE_DISTANCE: velocity_kl(new.detach(), reference).mean()}
@@ -197,13 +204,13 @@ def outcomes_of(
     return found
 
 
-def _advantages(lesson: Lesson, batch: MicroBatch, steps: Tensor) -> Advantages:
+def _advantages(lesson: Lesson, place: Place, steps: Tensor) -> Advantages:
     """Of a micro-batch, at one transition of each sample where they have their own."""
+    rows, positions = lesson.rows[place.batch], lesson.batches[place.batch].trajectory.clean.ndim
 
     def own(values: Tensor) -> Tensor:
-        found = values[list(batch.rows)]
         # Positions alone are two dimensions or more: with one dimension beside the samples', it is the transitions'.
-        return found[torch.arange(len(found)), steps] if found.ndim in (2, batch.trajectory.clean.ndim) else found
+        return values[rows, steps] if values.ndim in (2, positions) else values[rows]
 
     whole = lesson.advantages
     return Advantages(own(whole.values), own(whole.scalar), None if whole.weights is None else own(whole.weights))
