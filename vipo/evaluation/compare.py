@@ -34,12 +34,13 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     path = experiment / "prompts" / "eval.jsonl"
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
     categories = {id_: categories_of(row) for id_, row in metadata.items()}
-    scores, lost = on_common_samples(pd.concat([_scores(experiment, run) for run in runs], ignore_index=True))
-    if "protocol" in scores and len(titles := scores["protocol"].unique()) > 1:
+    every = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
+    if "protocol" in every and len(titles := every["protocol"].unique()) > 1:
         raise EvaluationError(
             f"{experiment}: runs were evaluated by different protocols ({', '.join(map(str, titles))}), so one table "
             "cannot name them; evaluate all with one guidance and shift, or leave the protocol out"
         )
+    scores, lost = on_common_samples(every)
     columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
     rewards = [name for name in columns if name.startswith("reward/")]
     settings = config.evaluation
