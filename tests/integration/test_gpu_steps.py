@@ -14,6 +14,7 @@ from families import FAMILIES
 from benchmarks.gpu import gpu, supervise
 from benchmarks.gpu.families import share_of_families
 from benchmarks.gpu.options import OPTIONS
+from benchmarks.gpu.sizes import REAL
 from benchmarks.gpu.steps import BUDGET, STEPS, Step
 
 
@@ -29,6 +30,7 @@ def test_what_is_worth_most_has_its_time_even_where_every_step_reaches_its_limit
     own = [int(step.name.removeprefix("families_")) for step in beside if step.name.startswith("families_")]
     shares = [share_of_families(part, len(own)) for part in own]
     assert sorted(itertools.chain(*shares)) == sorted(FAMILIES)
+    assert list(REAL) == [name for name in names if name in REAL]
     cases = OPTIONS["sd3_options"][1]
     assert next(iter(cases.values())) == ("training.gradient_checkpointing=false",)
 
