@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from vipo.runtime import CUBLAS_WORKSPACE
+
 
 def deterministic_algorithms() -> None:
     """From now on PyTorch takes deterministic kernels only, and raises where there is none.
@@ -11,7 +13,8 @@ def deterministic_algorithms() -> None:
     cuBLAS is deterministic with a fixed workspace alone, which it reads from the environment when it is first used:
     without it, the first matrix product on a GPU is an error.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    name, value = CUBLAS_WORKSPACE
+    os.environ[name] = value
     torch.use_deterministic_algorithms(True)
     # For those who look for reads of memory that nothing wrote: each allocation would be a kernel that fills it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ import sys
 # Of <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MIB = 2**20
+# (variable, value) without which cuBLAS is not deterministic; of those that PyTorch accepts, the larger.
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def settle_runtime() -> None:
@@ -17,7 +19,8 @@ def settle_runtime() -> None:
     alone. Fixes cuBLAS's workspace, too: see `vipo.determinism`.
     """
     # PyTorch looks at it once, at a process's first matrix product: a text encoder's, before anything is deterministic.
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    name, value = CUBLAS_WORKSPACE
+    os.environ[name] = value
     # Half a million objects are imported and stay: full collections would go over all of them, again and again.
     gc.set_threshold(10_000, 10, 100)
     # A backward pass frees what the next one asks for. Left to itself, glibc gives it back and each page is fetched and

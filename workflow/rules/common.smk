@@ -145,7 +145,11 @@ def generator_files():
     """
     generator = RUNS[FIRST].generator
     folder = ROOT / generator.path
-    beside = [ROOT / name for name in (generator.file, generator.file_2, generator.start) if name]
+    beside = [
+        ROOT / name
+        for name in (generator.file, generator.file_2, generator.start)
+        if name
+    ]
     folders = [
         folder,
         *(path / "weights" if (path / "weights").is_dir() else path for path in beside),
