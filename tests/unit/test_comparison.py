@@ -230,5 +230,33 @@ def test_runs_of_two_titles_are_not_put_into_one_table(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "provenance.json").write_text(json.dumps({"stage": "score", "inputs": [], "outputs": []}))
         pd.DataFrame({"run": [run], "protocol": f"parti v2 (0): shift {shift}"}).to_parquet(folder / "scores.parquet")
-    with pytest.raises(EvaluationError, match=r"different protocols \(parti v2 \(0\): shift 3, .*: shift 10\)"):
+    with pytest.raises(EvaluationError, match=r"grpo-s0: was evaluated by parti v2 .*: shift 10, not by .*: shift 3;"):
         compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
+    parti = load_config(["experiment=demo", "arm=base", "protocol=parti"])
+    assert str(parti.protocol_title).startswith("parti v2 (")
+    with pytest.raises(EvaluationError, match=r"base-s0: was evaluated by parti v2 \(0\): shift 3, not by parti v2"):
+        compare_runs(parti, tmp_path, ["base-s0"])
+
+
+def test_runs_are_compared_by_what_all_of_them_measured(tmp_path: Path) -> None:
+    config = load_config(["experiment=demo", "arm=base"])
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/eval.jsonl").write_text("")
+    for run, columns in (("base-s0", ["reward/a", "reward/b"]), ("grpo-s0", ["reward/a"])):
+        folder = tmp_path / "evaluation" / run
+        folder.mkdir(parents=True)
+        (folder / "provenance.json").write_text(json.dumps({"stage": "score", "inputs": [], "outputs": []}))
+        pd.DataFrame({"run": [run], **dict.fromkeys(columns, 0.5)}).to_parquet(folder / "scores.parquet")
+    with pytest.raises(EvaluationError, match=r"grpo-s0: reward/b is measured of it or of base-s0, not of both"):
+        compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
+
+
+def test_where_no_metric_is_left_there_is_no_difference() -> None:
+    """Beside the note that says so."""
+    scores = pd.DataFrame(
+        {"run": ["base-s0"], "arm": ["base"], "final": [True], "update": [0], "prompt_id": ["a"], "sample": [0]}
+    )
+    other = scores.assign(run="grpo-s0", arm="grpo")
+    found = over_metrics(pd.concat([scores, other]), [], resamples=10, confidence=0.95, seed=0)
+    assert found.empty
+    assert "p_holm" in found

@@ -21,6 +21,8 @@ def job_resources(config: Config, stage: Stage, *, alone: bool = False) -> dict[
     """
     asked = getattr(config.cluster, stage)
     train, distribution = stage == "train", config.distribution
+    # What was asked for was meant for the processes of a run.
+    alone = alone and distribution.world_size > 1
     processes = distribution.processes if stage in ("train", "evaluate") and not alone else 1
     nodes = distribution.nodes if train and not alone else 1
     cuda = int(config.generator.device != "cpu" and stage in ("encode", "train", "evaluate"))

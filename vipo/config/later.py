@@ -6,7 +6,7 @@ from typing import Any
 
 _BEFORE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "generator": {"attention": "default", "compile": "none", "decoding": "whole"},
+        "generator": {"attention": "default", "compile": "none", "decoding": "whole", "file_2": None},
         "optimizer": {"fused": True},
         "perception": {"precision": "fp32"},
         "training": {"base_distance": False, "joined_transitions": 1},
@@ -29,6 +29,6 @@ def without_later_choices(identity: dict[str, Any]) -> dict[str, Any]:
         for name in section.split("."):
             found = found.get(name) or {}
         for key, before in keys.items():
-            if found.get(key) == before:
+            if key in found and found[key] == before:
                 del found[key]
     return identity

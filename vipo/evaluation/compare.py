@@ -34,14 +34,19 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
     path = experiment / "prompts" / "eval.jsonl"
     metadata = {prompt.id: prompt.metadata for prompt in read_prompts(path)}
     categories = {id_: categories_of(row) for id_, row in metadata.items()}
-    every = pd.concat([_scores(experiment, run) for run in runs], ignore_index=True)
-    if "protocol" in every and len(titles := every["protocol"].unique()) > 1:
-        raise EvaluationError(
-            f"{experiment}: runs were evaluated by different protocols ({', '.join(map(str, titles))}), so one table "
-            "cannot name them; evaluate all with one guidance and shift, or leave the protocol out"
-        )
-    scores, lost = on_common_samples(every)
-    columns = [name for name in scores.columns if name.startswith(("reward/", "change/"))]
+    tables = {run: _scores(experiment, run) for run in runs}
+    first, measured = next(iter(tables)), {run: _measured(table) for run, table in tables.items()}
+    title = config.protocol_title or titles(tables[first])[0]
+    for run, table in tables.items():
+        if fault := other_title(table, title):
+            raise EvaluationError(f"{experiment / 'evaluation' / run}: {fault}")
+        if differing := set(measured[run]) ^ set(measured[first]):
+            raise EvaluationError(
+                f"{experiment / 'evaluation' / run}: {', '.join(sorted(differing))} is measured of it or of {first}, "
+                "not of both; evaluate both again with the same evaluation.rewards"
+            )
+    scores, lost = on_common_samples(pd.concat(tables.values(), ignore_index=True))
+    columns = _measured(scores)
     rewards = [name for name in columns if name.startswith("reward/")]
     settings = config.evaluation
     found = {
@@ -61,6 +66,29 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         for table in found.values():
             table.insert(0, "protocol", config.protocol_title)
     return found
+
+
+def other_title(scores: pd.DataFrame, title: str | None) -> str | None:
+    """Why scores cannot stand under a protocol's title; None: they were measured under it.
+
+    Args:
+        scores: of a run.
+        title: None: that of no protocol.
+    """
+    found = titles(scores)
+    if found == [title]:
+        return None
+    own, wanted = ((" and ".join(each or "no protocol" for each in names)) for names in (found, [title]))
+    return f"was evaluated by {own}, not by {wanted}; evaluate it again, or name the other protocol"
+
+
+def titles(scores: pd.DataFrame) -> list[str | None]:
+    """The titles of the protocols that scores were measured under."""
+    return [*sorted(map(str, scores["protocol"].unique()))] if "protocol" in scores else [None]
+
+
+def _measured(scores: pd.DataFrame) -> list[str]:
+    return [name for name in scores.columns if name.startswith(("reward/", "change/"))]
 
 
 def _geneval_columns(config: Config) -> list[str]:

@@ -43,6 +43,7 @@ _VBENCH_QUALITY: Mapping[str, float] = {
     "imaging_quality": 1,
     "dynamic_degree": 0.5,
 }
+_VBENCH = "reward/vbench_"
 _VBENCH_SEMANTIC = (
     "object_class",
     "multiple_objects",
@@ -145,6 +146,8 @@ def over_metrics(
     for arm, own in trained_rows(final).groupby("arm", sort=False):
         if arm == reference:
             continue
+        if not columns:
+            break
         differences = np.ascontiguousarray(paired_means(own, theirs, columns).to_numpy(dtype=np.float64))
         known = np.isfinite(differences)
         prompts = known.sum(axis=0)
@@ -212,7 +215,7 @@ def _named_total(column: str) -> str:
 
 def _geneval(own: pd.DataFrame, column: str, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:
     if column not in own:
-        return None, "not measured: reward geneval is not among evaluation.rewards"
+        return None, "not measured: evaluation.rewards has no geneval, or it scored too few samples"
     tags = own["prompt_id"].map(lambda prompt: metadata.get(prompt, {}).get("tag"))
     if bool(tags.isna().any()):
         return None, "not measured: prompts without a 'tag', which names GenEval's task"
@@ -227,10 +230,10 @@ def _geneval(own: pd.DataFrame, column: str, metadata: Mapping[str, Mapping[str,
 
 
 def _vbench(own: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> tuple[float | None, str]:
-    columns = {name: f"reward/vbench_{name}" for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC)}
-    if missing := [name for name, column in columns.items() if column not in own]:
+    parts = {column.removeprefix(_VBENCH): part for column, part in vbench_parts(own, metadata).items()}
+    if missing := [name for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC) if name not in parts]:
         return None, f"not measured: {', '.join(missing)}"
-    samples = {name: _of_dimension(own, name, metadata)[column] for name, column in columns.items()}
+    samples = {name: part[_VBENCH + name] for name, part in parts.items()}
     if missing := [name for name, values in samples.items() if values.isna().all()]:
         return None, f"not measured on prompts whose 'dimension' names it: {', '.join(missing)}"
     found = vbench_totals(own, metadata)
@@ -241,10 +244,15 @@ def _vbench(own: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> tup
     )
 
 
-def _of_dimension(scores: pd.DataFrame, name: str, metadata: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Samples of the prompts on which VBench measures a dimension, by their metadata's `dimension`, a list."""
-    prompts = [prompt for prompt, row in metadata.items() if name in _listed(row.get("dimension"))]
-    return scores[scores["prompt_id"].isin(prompts)]
+def vbench_parts(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, pd.DataFrame]:
+    """By the column of each dimension that is scored, the samples of the prompts on which VBench measures it: those
+    whose metadata names it in `dimension`, a list."""
+    parts = {}
+    for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC):
+        if (column := _VBENCH + name) in scores:
+            prompts = [prompt for prompt, row in metadata.items() if name in _listed(row.get("dimension"))]
+            parts[column] = scores[scores["prompt_id"].isin(prompts)]
+    return parts
 
 
 def _listed(value: Any) -> Sequence[Any]:
@@ -259,10 +267,10 @@ def vbench_totals(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]
         metadata: of the prompts, by id: a dimension is the mean over samples of the prompts whose `dimension` names it,
             as VBench measures it nowhere else. Empty where one of them has none: also on prompts that are not VBench's.
     """
-    scaled = {}
+    scaled, parts = {}, vbench_parts(scores, metadata)
     for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC):
-        own = _of_dimension(scores, name, metadata).get(f"reward/vbench_{name}")
-        if own is None or bool(own.isna().all()):
+        own = parts[_VBENCH + name][_VBENCH + name] if _VBENCH + name in parts else pd.Series(dtype=float)
+        if bool(own.isna().all()):
             return {}
         low, high = _VBENCH_BOUNDS.get(name, (0.0, 1.0))
         scaled[name] = (float(own.mean()) - low) / (high - low)

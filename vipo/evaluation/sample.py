@@ -35,6 +35,7 @@ from vipo.generators.starting import checkpoint_inputs
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.provenance.parts import load_json, save_json
+from vipo.rewards.early import check_found
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import sample_ode
@@ -118,6 +119,9 @@ def sample_run(
     if is_made("sample", folder, inputs, identity, root):
         log.info("%s: its samples are drawn already, in %s", config.run_name, folder)
         return
+    # What cannot be scored is not worth drawing.
+    for spec in config.evaluation.rewards:
+        check_found(spec)
     batches = held_out_batches(prompts, config)
     work = Work(folder, identity, inputs)
     names = [f"{sample_name(update, sample)}.png" for update in drawn for batch in batches for sample in batch]

@@ -185,17 +185,20 @@ def _tell_left_out(config: Config, scores: pd.DataFrame, measures: Sequence[Meas
     Raises:
         EvaluationError: that one; its parts are measured again the next time.
     """
+    without: list[str] = []
     for measure in measures:
         for column in measure.holds(*measure.parts[0]):
             if bool(scores[column].isna().all()):
+                without.append(repr(column.removeprefix("reward/")))
                 for part in measure.parts:
-                    (work.parts / measure.file(*part)).unlink()
-                raise EvaluationError(
-                    f"reward {column.removeprefix('reward/')!r} is not finite for any of the {len(scores)} samples of "
-                    f"{config.run_name}; mend it, or leave it out of evaluation.rewards"
-                )
-            if note := told(scores, column):
+                    (work.parts / measure.file(*part)).unlink(missing_ok=True)
+            elif note := told(scores, column):
                 log.warning("%s: %s: %s", config.run_name, column, note)
+    if without:
+        raise EvaluationError(
+            f"reward {', '.join(without)} is not finite for any of the {len(scores)} samples of {config.run_name}; "
+            "mend it, or leave it out of evaluation.rewards"
+        )
 
 
 def _together(measure: Measure, work: Work) -> Measured:

@@ -264,8 +264,11 @@ def _licence(base: _Base, chosen: str | None) -> Licence:
 
 def _finals(run: RunRecords, reference: RunRecords) -> list[pd.DataFrame]:
     tables = [read_scores(own.evaluated / "scores.parquet", own.config) for own in (run, reference)]
-    both, lost = on_common_samples(pd.concat([table[table["final"]] for table in tables]))
     trained = {f"reward/{term.label}" for term in run.config.reward.terms if term.weight != 0}
+    for own, table in zip((run, reference), tables, strict=True):
+        if missing := sorted(trained - set(table)):
+            raise ExportError(f"{own.evaluated}: {', '.join(missing)} was trained and is not measured; evaluate again")
+    both, lost = on_common_samples(pd.concat([table[table["final"]] for table in tables], join="inner"))
     if missing := sorted(trained & set(lost)):
         raise ExportError(
             f"{run.evaluated}: fewer than two prompts have a score of {', '.join(missing)} here and of the base, so "

@@ -192,6 +192,11 @@ def fetch_published(name: str, root: Path, section: str = "prompts") -> dict[str
                 with atomic_file(lock) as path:
                     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
                 return files
+    if wanted.keys() != found.keys() and all(found[path] == wanted[path] for path in wanted.keys() & found.keys()):
+        raise PromptError(
+            f"{section}.source {name}: is of other files now ({', '.join(found)}) than when it was fetched first "
+            f"({', '.join(wanted)}, in {LOCK}); remove its entry there to take these, as another experiment's prompts"
+        )
     if wanted != found:
         changed = ", ".join(path for path in {**wanted, **found} if wanted.get(path) != found.get(path))
         raise PromptError(

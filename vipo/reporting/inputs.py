@@ -16,6 +16,7 @@ from vipo.config.evaluation import REPORTED
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
+from vipo.evaluation.compare import other_title, titles
 from vipo.evaluation.left_out import on_common_samples
 from vipo.provenance.files import text_lines
 
@@ -120,6 +121,8 @@ def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experi
                 f"{folder / 'evaluation' / run.name / 'scores.parquet'}: columns {list(table.columns)} are not those "
                 f"of {loaded[0].name} ({list(scores[0].columns)}); evaluate both again"
             )
+        if fault := other_title(table, config.protocol_title or titles(scores[0])[0]):
+            raise ReportError(f"{folder / 'evaluation' / run.name}: {fault}")
     common, lost = on_common_samples(pd.concat(scores, ignore_index=True))
     trained = {f"reward/{term.label}" for run in loaded for term in run.config.reward.terms}
     if missing := sorted(trained & set(lost)):

@@ -10,7 +10,7 @@ import pandas as pd
 from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
-from vipo.evaluation.comparison import vbench_totals
+from vipo.evaluation.comparison import vbench_parts, vbench_totals
 from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.statistics import mean_scores
 from vipo.prompts import read_prompts
@@ -42,13 +42,16 @@ def published_table(config: Config, results: Path) -> str:
     lines = [_row(["", *(text for head in heads for text in (f"{head}, published", "ours"))])]
     lines.append("|---|" + "---:|" * 2 * len(heads))
     printed, folder = published_values(table), results / config.experiment.name
+    seeds = {arm: config.experiment.arms[arm].seeds for arm in table.rows}
+    every = {name: _final_scores(folder, name) for arm, own in seeds.items() for name in (f"{arm}-s{s}" for s in own)}
+    there = [own for own in every.values() if own is not None]
+    # What is printed below each other is over the same samples.
+    runs = dict(list(on_common_samples(pd.concat(there, ignore_index=True))[0].groupby("run"))) if there else {}
     for arm, row in table.rows.items():
-        seeds = config.experiment.arms[arm].seeds
-        found = (_final_scores(folder, f"{arm}-s{seed}") for seed in seeds)
-        scores = [on_common_samples(own)[0] for own in found if own is not None]
+        scores = [runs[name] for name in (f"{arm}-s{seed}" for seed in seeds[arm]) if name in runs]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, printed[arm], strict=True):
-            cells += [value, _ours(scores, column.metric, len(seeds), folder)]
+            cells += [value, _ours(scores, column.metric, len(seeds[arm]), folder)]
         lines.append(_row(cells))
     return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
 
@@ -84,9 +87,12 @@ def partly(found: int, planned: int) -> str:
     return f" ({found} of {planned} seeds)" if found < planned else ""
 
 
-def unscored(scores: pd.DataFrame, metric: str) -> str:
-    """What a mean is not over."""
+def unscored(scores: pd.DataFrame, metric: str, experiment: Path) -> str:
+    """What a mean, or one of VBench's numbers, is not over."""
     count = left_out(scores, metric) if metric in scores else 0
+    if metric.startswith("vbench/"):
+        own = scores[scores["final"]]
+        count = sum(left_out(part, column) for column, part in vbench_parts(own, _metadata(experiment)).items())
     return f" (samples left out: {count})" if count else ""
 
 
@@ -103,8 +109,11 @@ def with_totals(means: Mapping[Any, Any], final: pd.DataFrame, experiment: Path)
     """
     if not any(str(name).startswith("reward/vbench_") for name in final):
         return dict(means)
-    metadata = {prompt.id: prompt.metadata for prompt in read_prompts(experiment / "prompts" / "eval.jsonl")}
-    return {**means, **{name: 100 * value for name, value in vbench_totals(final, metadata).items()}}
+    return {**means, **{name: 100 * value for name, value in vbench_totals(final, _metadata(experiment)).items()}}
+
+
+def _metadata(experiment: Path) -> dict[str, Mapping[str, Any]]:
+    return {prompt.id: prompt.metadata for prompt in read_prompts(experiment / "prompts" / "eval.jsonl")}
 
 
 def _means(scores: pd.DataFrame, experiment: Path) -> dict[Any, Any]:
@@ -118,7 +127,7 @@ def _ours(scores: list[pd.DataFrame], metric: str, seeds: int, experiment: Path)
     if not all(metric in own for own in means):
         return NOT_MEASURED
     mean = sum(own[metric] for own in means) / len(means)
-    return f"{mean:.4f}" + partly(len(means), seeds) + unscored(pd.concat(scores), metric)
+    return f"{mean:.4f}" + partly(len(means), seeds) + unscored(pd.concat(scores), metric, experiment)
 
 
 def _final_scores(experiment: Path, run: str) -> pd.DataFrame | None:

@@ -100,7 +100,8 @@ def score_beside(
     known = ORIGINALS.get(name)
     if "reward" not in original and known is not None:
         arguments = {**known.arguments, **original.get("arguments", {})}
-        original = {"environment": known.environment, **original, "reward": known.reward, "arguments": arguments}
+        there = {} if "url" in original else {"environment": known.environment}
+        original = {**there, **original, "reward": known.reward, "arguments": arguments}
     specs = [_spec(name, options), _spec("process", original)]
     texts = list(prompts) if len(prompts) == len(pictures) else [prompts[0]] * len(pictures)
     images = [_read(path) for path in pictures]

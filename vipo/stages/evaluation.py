@@ -115,12 +115,8 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, w
             evaluation is called as the folder is and by eight digits of their hash: it takes no trained run's place,
             nor that of other weights in a folder of that name.
     """
-    from vipo.rewards.early import check_found
-
     if weights is not None:
         config = _of_weights(config, weights)
-    for spec in config.evaluation.rewards:
-        check_found(spec)
     sample_stage(config, root, results, wait, weights=weights)
     if not config.is_base:
         sample_stage(config.as_base(), root, results, wait)

@@ -34,7 +34,7 @@ def published(page: Page) -> Section | None:
             {
                 "theirs": value,
                 "ours": _ours(arms.get(arm), column.metric, digits[column.metric], seeds)
-                + (unscored(page.experiment.scores, column.metric) if arm in arms else ""),
+                + (unscored(page.experiment.scores, column.metric, page.experiment.folder) if arm in arms else ""),
             }
             for column, value in zip(table.columns, theirs, strict=True)
         ]
