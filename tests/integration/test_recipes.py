@@ -174,6 +174,18 @@ def test_a_cell_is_filled_by_what_was_evaluated(tmp_path: Path, monkeypatch: pyt
         scores |= {"seed": [0] * 3, "sample": [0] * 3, "update": [1, 1, 0]}
         pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
     rows = published_table(config, tmp_path).splitlines()
+    # Of a sample that one has no score of, no other's counts.
+    path = tmp_path / "demo/evaluation/grpo-s1/scores.parquet"
+    whole = pd.read_parquet(path)
+    more = pd.DataFrame({"prompt_id": ["c"], "final": [True], "seed": [0], "sample": [0], "update": [1]})
+    for run, value in (("base-s0", 0.9), ("grpo-s1", None)):
+        own = pd.read_parquet(tmp_path / f"demo/evaluation/{run}/scores.parquet")
+        own = pd.concat([own, more.assign(**{"reward/redness": [value]}).astype({"reward/redness": float})])
+        own.to_parquet(tmp_path / f"demo/evaluation/{run}/scores.parquet")
+    without = published_table(config, tmp_path).splitlines()
+    assert without[4].startswith("| base (`base`) | 1.5 | 0.2000 (samples left out: 1) |")
+    assert without[5].startswith("| G (`grpo`) | 2.0 | 0.6000 (1 of 2 seeds) (samples left out: 1) |")
+    whole.to_parquet(path)
     _check_vbench(tmp_path / "demo/evaluation/base-s0/scores.parquet", config, tmp_path)
     assert rows[0] == "Published: A \\| b."
     assert rows[4:] == [

@@ -43,12 +43,11 @@ def published_table(config: Config, results: Path) -> str:
     lines.append("|---|" + "---:|" * 2 * len(heads))
     printed, folder = published_values(table), results / config.experiment.name
     seeds = {arm: config.experiment.arms[arm].seeds for arm in table.rows}
-    every = {name: _final_scores(folder, name) for arm, own in seeds.items() for name in (f"{arm}-s{s}" for s in own)}
-    there = [own for own in every.values() if own is not None]
-    # What is printed below each other is over the same samples.
-    runs = dict(list(on_common_samples(pd.concat(there, ignore_index=True))[0].groupby("run"))) if there else {}
+    names = [f"{arm}-s{seed}" for arm, own in seeds.items() for seed in own]
+    there = {name: own for name in names if (own := _final_scores(folder, name)) is not None}
+    every = _on_common_samples(there)
     for arm, row in table.rows.items():
-        scores = [runs[name] for name in (f"{arm}-s{seed}" for seed in seeds[arm]) if name in runs]
+        scores = [every[name] for name in (f"{arm}-s{seed}" for seed in seeds[arm]) if name in every]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, printed[arm], strict=True):
             cells += [value, _ours(scores, column.metric, len(seeds[arm]), folder)]
@@ -128,6 +127,21 @@ def _ours(scores: list[pd.DataFrame], metric: str, seeds: int, experiment: Path)
         return NOT_MEASURED
     mean = sum(own[metric] for own in means) / len(means)
     return f"{mean:.4f}" + partly(len(means), seeds) + unscored(pd.concat(scores), metric, experiment)
+
+
+def _on_common_samples(every: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """What is printed below each other is over the same samples: of each metric, those of all runs that measured it."""
+    found = dict(every)
+    for column in sorted({str(name) for own in every.values() for name in own if str(name).startswith("reward/")}):
+        having = {name: own[["prompt_id", "sample", column]] for name, own in every.items() if column in own}
+        common, lost = on_common_samples(pd.concat(having))
+        for name in having:
+            found[name] = (
+                found[name].drop(columns=column)
+                if lost
+                else found[name].assign(**{column: common.loc[[name], column].to_numpy()})
+            )
+    return found
 
 
 def _final_scores(experiment: Path, run: str) -> pd.DataFrame | None:
