@@ -10,6 +10,7 @@ from vipo.evaluation.comparison import by_category, over_metrics, set_totals, wi
 from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_folder
 from vipo.evaluation.left_out import on_common_samples
 from vipo.evaluation.statistics import ScoresError
+from vipo.evaluation.titles import other_title, titles
 from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROVENANCE, differing_processes, read_processes
@@ -66,25 +67,6 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         for table in found.values():
             table.insert(0, "protocol", config.protocol_title)
     return found
-
-
-def other_title(scores: pd.DataFrame, title: str | None) -> str | None:
-    """Why scores cannot stand under a protocol's title; None: they were measured under it.
-
-    Args:
-        scores: of a run.
-        title: None: that of no protocol.
-    """
-    found = titles(scores)
-    if found == [title]:
-        return None
-    own, wanted = ((" and ".join(each or "no protocol" for each in names)) for names in (found, [title]))
-    return f"was evaluated by {own}, not by {wanted}; evaluate it again, or name the other protocol"
-
-
-def titles(scores: pd.DataFrame) -> list[str | None]:
-    """The titles of the protocols that scores were measured under."""
-    return [*sorted(map(str, scores["protocol"].unique()))] if "protocol" in scores else [None]
 
 
 def _measured(scores: pd.DataFrame) -> list[str]:

@@ -16,8 +16,8 @@ from vipo.config.evaluation import REPORTED
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
-from vipo.evaluation.compare import other_title, titles
 from vipo.evaluation.left_out import on_common_samples
+from vipo.evaluation.titles import other_title, titles
 from vipo.provenance.files import text_lines
 
 _RUN = re.compile(r"[a-z0-9][a-z0-9_]*(\.[0-9]+)?-s\d+\Z")
