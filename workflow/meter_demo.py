@@ -6,7 +6,6 @@ Each cell is a `vipo credit` of experiment=meter_demo with overrides of its own,
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from scipy import special
 from vipo.config.meter import measured_weights, measurement_label
 from vipo.evaluation.comparison import holm
 from vipo.provenance.files import atomic_file
+from vipo.provenance.records import PROVENANCE
 
 RUN = ("experiment=meter_demo", "seed=300")
 #: By directional gains alone: `scene` has no gradient, so more steps are taken along fewer kinds of direction.
@@ -94,9 +94,11 @@ def measure(cell: Cell, results: Path, output: Path) -> None:
     A cell whose result is kept is not measured again.
 
     Raises:
+        ValueError: what is kept is of other overrides.
         subprocess.CalledProcessError: a command failed, and has said why.
     """
     if (file := kept(cell, output)).is_file():
+        _read(cell, file)
         return
     place = ["--results", str(results / cell.folder)]
     trained: list[str] = []
@@ -105,8 +107,18 @@ def measure(cell: Cell, results: Path, output: Path) -> None:
         trained = ["--weights", str(weights)]
     subprocess.run(["vipo", "credit", *RUN, *cell.overrides, *place, *trained], check=True)
     file.parent.mkdir(parents=True, exist_ok=True)
+    found = cell.found(results)
+    commit = json.loads((found.parent / PROVENANCE).read_text(encoding="utf-8"))["git"]["commit"]
+    told = {"commit": commit, "overrides": cell.overrides, **json.loads(found.read_text(encoding="utf-8"))}
     with atomic_file(file) as path:
-        shutil.copyfile(cell.found(results), path)
+        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(cell: Cell, file: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if tuple(told["overrides"]) != cell.overrides:
+        raise ValueError(f"{file}: was measured with other overrides than the cell has now; remove it to measure again")
+    return told
 
 
 def table(output: Path) -> pd.DataFrame:
@@ -121,7 +133,7 @@ def table(output: Path) -> pd.DataFrame:
     for cell in cells():
         if not (path := kept(cell, output)).is_file():
             continue
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
+        result: dict[str, Any] = _read(cell, path)["result"]
         for estimator in ("pathwise", "directional"):
             own = {along["kind"]: along["value"] for along in result[estimator] if along["source"] == result["first"]}
             for along in result[estimator]:
@@ -149,8 +161,8 @@ def predictions(found: pd.DataFrame) -> pd.DataFrame:
     tested and keeps p = 1 where a cell of it says nothing (GRPO's own value cannot be told from zero), or where its
     ratios are not both above zero, or have no errors.
     """
-    kept = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")]
-    own: Mapping[Any, Any] = kept.set_index(["cell", "source"]).to_dict("index")
+    sgd = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")]
+    own: Mapping[Any, Any] = sgd.set_index(["cell", "source"]).to_dict("index")
     rows: list[dict[str, Any]] = []
     for name, (source, larger, smaller) in PREDICTIONS.items():
         ratios = [float(own[cell, source]["ratio"]) for cell in (larger, smaller)]

@@ -340,7 +340,7 @@ def test_the_measured_update_is_the_trained_one(
 def test_a_rewards_network_is_in_use_while_a_batch_is_scored_and_differentiated(
     prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is read once for a gradient, and once for all batches of an update."""
+    """It is read once for a gradient, and once for all batches that are scored together."""
     reads: list[str] = []
 
     def read() -> torch.nn.Module:

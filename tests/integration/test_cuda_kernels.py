@@ -19,7 +19,12 @@ from vipo.training.update import update
 # functions replace by others on CUDA are not among them.
 _RAISES = {
     *("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward"),
-    *("avg_pool3d_backward", "max_pool3d_with_indices_backward", "fractional_max_pool2d_backward"),
+    *(
+        "avg_pool3d_backward",
+        "max_pool3d_with_indices_backward",
+        "fractional_max_pool2d_backward",
+        "fractional_max_pool3d_backward",
+    ),
     *("reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward"),
     *("upsample_bicubic2d_backward", "_upsample_bicubic2d_aa_backward", "_upsample_bilinear2d_aa_backward"),
     *("upsample_linear1d_backward", "upsample_trilinear3d_backward", "grid_sampler_2d_backward"),
@@ -37,7 +42,7 @@ class Refused(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         with_indices = name in ("median", "nanmedian") and len(args) > 1
-        if name in _RAISES and (with_indices or "median" not in name):
+        if {name, name.removesuffix("_")} & _RAISES and (with_indices or "median" not in name):
             raise RuntimeError(f"{name} does not have a deterministic implementation")
         return func(*args, **(kwargs or {}))
 

@@ -106,10 +106,12 @@ def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(
     monkeypatch.setattr(supervise, "_EVERY", 0)
     with pytest.raises(KeyboardInterrupt):
         gpu.run(output, tmp_path, "cpu", True, 300, ["machine", "flux"])
-    steps = json.loads((output / "gpu.json").read_text())["steps"]
-    assert {name: (step["status"], step["figures"]) for name, step in steps.items()} == {
+    told = json.loads((output / "gpu.json").read_text())
+    assert {name: (step["status"], step["figures"]) for name, step in told["steps"].items()} == {
         "machine": ("stopped with the whole", {"|first|": 1.5})
     }
+    assert told["not_run"]["flux"] == "the whole ended before it"
+    assert "machine" not in told["not_run"]
     assert r"| machine | \|first\| | 1.5 |" in (output / "gpu.md").read_text()
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 

@@ -19,7 +19,9 @@ def _result(cell: Cell, ratio: float, low: float = 0.01) -> str:
 
     found = [along(source, "sgd", 1 if source == "grpo" else ratio) for source in ("grpo", "contrast", "oracle")]
     pathwise = [] if cell.name.startswith("scene") else found
-    return json.dumps({"result": {"first": "grpo", "pathwise": pathwise, "directional": found}})
+    return json.dumps(
+        {"overrides": cell.overrides, "result": {"first": "grpo", "pathwise": pathwise, "directional": found}}
+    )
 
 
 def test_every_cell_is_one_change_of_a_configuration_that_holds() -> None:
@@ -79,7 +81,9 @@ def test_a_cell_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pyte
     def run(command: list[str], check: bool) -> None:
         ran.append(command)
         cell.found(tmp_path / "results").parent.mkdir(parents=True, exist_ok=True)
-        cell.found(tmp_path / "results").write_text("{}")
+        cell.found(tmp_path / "results").write_text('{"result": 1}')
+        record = cell.found(tmp_path / "results").parent / "provenance.json"
+        record.write_text('{"git": {"commit": "abc"}}')
 
     monkeypatch.setattr(meter_demo.subprocess, "run", run)
     for _ in range(2):
@@ -87,4 +91,9 @@ def test_a_cell_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pyte
     assert [command[:2] for command in ran] == [["vipo", "train"], ["vipo", "credit"]]
     weights = tmp_path / "results/object_redness/meter_demo/runs/grpo-s300/updates/000006"
     assert ran[1][-2:] == ["--weights", str(weights)]
-    assert kept(cell, tmp_path / "out").read_text() == "{}"
+    told = json.loads(kept(cell, tmp_path / "out").read_text())
+    assert told == {"commit": "abc", "overrides": list(cell.overrides), "result": 1}
+    # What is kept under a cell's name and is of another is neither believed nor lost.
+    kept(cell, tmp_path / "out").write_text(json.dumps(told | {"overrides": ["prompts=large"]}))
+    with pytest.raises(ValueError, match=f"{cell.name}.json: was measured with other overrides"):
+        measure(cell, tmp_path / "results", tmp_path / "out")

@@ -182,7 +182,7 @@ def over_metrics(
 
 
 def set_totals(
-    scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]], geneval: Sequence[str] = ("reward/geneval",)
+    scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]], geneval: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Numbers of a whole set: GenEval's overall score and VBench's total, of every arm's final samples.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vipo.config.registries import SCENE_REWARDS
+from vipo.config.registries import REWARDS, SCENE_REWARDS
 from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.prompts.geneval import geneval_fault
@@ -93,14 +93,14 @@ def is_scene(metadata: Mapping[str, Any]) -> bool:
 
 
 def _need_of(reward: RewardSpec, what: str, source: str, prompts: Sequence[Prompt]) -> None:
+    if reward.name == "process" and (served := str(reward.options["reward"])) in REWARDS:
+        # It needs what the reward needs that is scored there.
+        reward = RewardSpec.model_validate({"name": served, "options": reward.options["arguments"]})
     name, options = reward.name, reward.options
-    if name == "process" and isinstance(arguments := options["arguments"], dict):
-        # It needs what the reward needs that is scored there, whose defaults are not filled in.
-        name, options = str(options["reward"]), arguments
     if name in SCENE_REWARDS:
         _need_scenes(what, source, prompts)
     if name == "ocr":
-        _need_texts(what, str(options.get("key", "text")), source, prompts)
+        _need_texts(what, str(options["key"]), source, prompts)
     if name == "geneval":
         _need_claims(what, source, prompts)
     if name == "judge" and options.get("key") is not None:

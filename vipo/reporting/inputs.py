@@ -124,7 +124,7 @@ def read_experiment(folder: Path, runs: Sequence[str], config: Config) -> Experi
         if fault := other_title(table, config.protocol_title or titles(scores[0])[0]):
             raise ReportError(f"{folder / 'evaluation' / run.name}: {fault}")
     common, lost = on_common_samples(pd.concat(scores, ignore_index=True))
-    trained = {f"reward/{term.label}" for run in loaded for term in run.config.reward.terms}
+    trained = {f"reward/{term.label}" for run in loaded for term in run.config.reward.terms if term.weight != 0}
     if missing := sorted(trained & set(lost)):
         raise ReportError(
             f"{folder / 'evaluation'}: fewer than two prompts have a score of {', '.join(missing)} in every run, and "

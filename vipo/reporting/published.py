@@ -48,9 +48,10 @@ def published_table(config: Config, results: Path) -> str:
     every = _on_common_samples(there)
     for arm, row in table.rows.items():
         scores = [every[name] for name in (f"{arm}-s{seed}" for seed in seeds[arm]) if name in every]
+        means = [_means(own, folder) for own in scores]
         cells = [f"{row.title} (`{arm}`)"]
         for column, value in zip(table.columns, printed[arm], strict=True):
-            cells += [value, _ours(scores, column.metric, len(seeds[arm]), folder)]
+            cells += [value, _ours(means, scores, column.metric, len(seeds[arm]), folder)]
         lines.append(_row(cells))
     return f"Published: {_cell(table.source)}.\n\n" + "\n".join(lines) + "\n"
 
@@ -119,8 +120,7 @@ def _means(scores: pd.DataFrame, experiment: Path) -> dict[Any, Any]:
     return with_totals(mean_scores(scores, [name for name in map(str, scores) if "/" in name]), scores, experiment)
 
 
-def _ours(scores: list[pd.DataFrame], metric: str, seeds: int, experiment: Path) -> str:
-    means = [_means(own, experiment) for own in scores]
+def _ours(means: list[dict[Any, Any]], scores: list[pd.DataFrame], metric: str, seeds: int, experiment: Path) -> str:
     if not means:
         return NOT_RUN
     if not all(metric in own for own in means):

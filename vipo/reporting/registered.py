@@ -48,8 +48,13 @@ def write_registered(config: Config, results: Path, output: Path) -> list[Path]:
         for arm, own in experiment.arms.items()
         for seed in own.seeds
     ]
-    scores, _ = on_common_samples(_all_scores(runs, folder))
+    scores, lost = on_common_samples(_all_scores(runs, folder))
     used = dict.fromkeys((rule.reward, rule.change, *rule.side_effects))
+    if gone := [name for name in used if name in lost]:
+        raise ReportError(
+            f"{folder / 'evaluation'}: fewer than two prompts have a score of {', '.join(gone)} in every run; see why "
+            "it scores so few, and evaluate again"
+        )
     missing = {name: count for name in used if name in scores and (count := left_out(scores, name))}
     found = analyse(scores, rule, config.evaluation.confidence)
     updates = sorted(int(update) for update in scores["update"].unique())

@@ -193,13 +193,15 @@ def _connected(host: str, port: int, seconds: float) -> socket.socket:
     end = time.monotonic() + seconds
     places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     for number, (family, kind, protocol, _, address) in enumerate(places):
-        found = socket.socket(family, kind, protocol)
+        found = None
         try:
+            found = socket.socket(family, kind, protocol)
             # Each gets its share of what is left: one that never answers leaves time for the next.
             found.settimeout(max(0.001, (end - time.monotonic()) / (len(places) - number)))
             found.connect(address)
         except OSError:
-            found.close()
+            if found is not None:
+                found.close()
             if number == len(places) - 1:
                 raise
             continue

@@ -1,8 +1,6 @@
 """The stages that sample, score and compare runs."""
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
@@ -16,7 +14,6 @@ from vipo.config.section import LONGEST_NAME
 from vipo.config.validation import ConfigError
 from vipo.prompts import check_prompts
 from vipo.provenance import record_stage, run_lock
-from vipo.provenance.files import file_sha256
 from vipo.stages.inputs import check_shared
 from vipo.stages.names import checkpoint_label, experiment_folder, run_names
 from vipo.stages.ranks import launch_ranks
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RUN = re.compile(r"[a-z0-9_.]+-s\d+")
 # Of a hash, in a run's name.
 _DIGITS = 8
 
@@ -81,10 +77,11 @@ def compare_stage(config: Config, root: Path, results: Path, wait: float = 0, al
     from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 
     experiment = experiment_folder(config, results)
+    there = sorted(path.parent.name for path in experiment.glob("evaluation/*/scores.parquet"))
     for name in also:
-        if not _RUN.fullmatch(name) or not (experiment / "evaluation" / name / "scores.parquet").is_file():
-            there = listed(sorted(path.parent.name for path in experiment.glob("evaluation/*/scores.parquet")), 8)
-            raise ConfigError(f"--also {one_line(name, 200)}: is not evaluated in {experiment}; there are: {there}")
+        if name not in there:
+            told = f"is not evaluated in {experiment}; there are: {listed(there, 8)}"
+            raise ConfigError(f"--also {one_line(name, 200)}: {told}")
     runs = list(dict.fromkeys([*run_names(config), *also]))
     output = experiment / "comparison"
     inputs = [experiment / "prompts" / "eval.jsonl"]
@@ -125,14 +122,15 @@ def evaluate_stage(config: Config, root: Path, results: Path, wait: float = 0, w
 
 def _of_weights(config: Config, weights: Path) -> Config:
     """A run that is these weights alone."""
+    from vipo.training.state import content_hash
+
     if not weights.is_dir():
         raise ConfigError(
             f"--weights {weights}: no such folder; give a run's weights/, one of its updates/, or a LoRA's"
         )
-    hashes = [(str(path.relative_to(weights)), file_sha256(path)) for path in sorted(weights.rglob("*.safetensors"))]
-    if not hashes:
+    if not any(weights.rglob("*.safetensors")):
         raise ConfigError(f"--weights {weights}: holds no safetensors; give a run's weights/, an update's, or a LoRA's")
-    digits = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:_DIGITS]
+    digits = content_hash(weights)[:_DIGITS]
     label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_") or "weights"
     arm = f"{label[: LONGEST_NAME - _DIGITS - 1]}_{digits}"
     if arm in config.experiment.arms:

@@ -160,17 +160,15 @@ def drawn_prompts(prompts: Sequence[Prompt], seed: int, purpose: str, first: int
 
 def chain_rewards(subject: Subject, batches: Sequence[Chains]) -> dict[str, Tensor]:
     """Each term of the reward, ``(N,)`` float32 on the CPU; not finite where a sample has none."""
-    pictures = [subject.generator.pictures(batch.trajectory.clean) for batch in batches]
-    values: dict[str, Tensor] = {}
+    values: dict[str, list[Tensor]] = {name: [] for name in subject.rewards}
     for group in by_network(subject.rewards):
         with in_use(next(iter(group.values()))):
-            for name, reward in group.items():
-                parts = [
-                    score(name, reward, drawn, batch.texts, batch.metadata)
-                    for drawn, batch in zip(pictures, batches, strict=True)
-                ]
-                values[name] = torch.cat(parts)
-    return {name: values[name] for name in subject.rewards}
+            for batch in batches:
+                # Of one batch at a time: those of all may be gigabytes.
+                pictures = subject.generator.pictures(batch.trajectory.clean)
+                for name, reward in group.items():
+                    values[name].append(score(name, reward, pictures, batch.texts, batch.metadata))
+    return {name: torch.cat(parts) for name, parts in values.items()}
 
 
 def total_reward(subject: Subject, batches: Sequence[Chains]) -> Tensor:

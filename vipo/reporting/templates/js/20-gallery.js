@@ -8,7 +8,8 @@ if (data) {
   const moved = (card, arm, column) => {
     const place = data.columns.findIndex(item => item.key === column), id = card.dataset.prompt;
     const last = run => data.prompts[id][run.name].at(-1).s[place];
-    return last(firstRun(arm)) - last(firstRun("base"));
+    const end = last(firstRun(arm)), start = last(firstRun("base"));
+    return end === null || start === null ? null : end - start;
   };
   let moment = "";
   const show = () => {
@@ -23,8 +24,10 @@ if (data) {
   const sort = () => {
     const [arm, column, direction] = order.value.split("|");
     const sign = direction === "down" ? -1 : 1;
+    // Those without a score come last.
+    const rank = gain => (gain === null ? Number.MAX_VALUE : sign * gain);
     const ranked = order.value
-      ? cards.map(card => [sign * moved(card, arm, column), card]).sort((a, b) => a[0] - b[0]).map(item => item[1])
+      ? cards.map(card => [rank(moved(card, arm, column)), card]).sort((a, b) => a[0] - b[0]).map(item => item[1])
       : cards;
     list.append(...ranked);
   };
