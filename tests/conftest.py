@@ -108,8 +108,13 @@ def forks() -> Iterator[Nurseries]:
 
 
 @pytest.fixture(scope="session")
-def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder made by `vipo base`'s own code at a tiny budget, once for all workers."""
+def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A diffusers folder made by `vipo base`'s own code at a tiny budget, once for all workers.
+
+    Raises:
+        AssertionError: at the end, a test wrote into it. Other workers have its files mapped: one that is cut short,
+            be it for a moment, ends them with SIGBUS.
+    """
     from vipo.config.pretrain import PretrainConfig
     from vipo.training.pretrain import train_base
 
@@ -120,7 +125,13 @@ def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(shared / "tiny-generator.lock"):
         if not (folder / "model_index.json").is_file():
             train_base(PretrainConfig(**TINY_PRETRAIN), folder, shared / "tiny-work")
-    return folder
+    made = _written(folder)
+    yield folder
+    assert _written(folder) == made, f"a test wrote into {folder}, which all workers share; copy it first"
+
+
+def _written(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: ((told := path.stat()).st_ino, told.st_mtime_ns) for path in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from torch import Tensor
 from vipo.config.compose import load_config, load_config_file, repository_root
 from vipo.config.run import Config
 from vipo.generators import GeneratorError
-from vipo.stages import evaluate_stage, train_stage
+from vipo.stages import encode_stage, evaluate_stage, prepare_stage, train_stage
 from vipo.training import recorded
 from vipo.training import run as run_module
 from vipo.training.checkpoints import list_checkpoints
@@ -37,7 +37,9 @@ WEIGHTS = f"{RUN}/weights/transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def config(tiny_generator: Path) -> Config:
+def config(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Of a copy of the generator: a test spoils it for a moment."""
+    generator = shutil.copytree(tiny_generator, tmp_path_factory.mktemp("copied") / "generator")
     settings = ["steps=4"]
     training = ("updates=4", "prompts_per_update=2", "group_size=4", "micro_batch=4", "trained_transitions=2")
     training += ("checkpoint_every=1", "keep_checkpoints=4", "save_at=[2]")
@@ -46,12 +48,21 @@ def config(tiny_generator: Path) -> Config:
         [
             "experiment=demo",
             "arm=vipo",
-            f"generator.path={tiny_generator}",
+            f"generator.path={generator}",
             *(f"sampling.{item}" for item in settings),
             *(f"training.{item}" for item in training),
             *(f"evaluation.{item}" for item in evaluation),
         ]
     )
+
+
+@pytest.fixture(scope="module")
+def prepared(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with prompts and embeddings of the copy."""
+    results = tmp_path_factory.mktemp("prepared")
+    prepare_stage(config, ROOT, results)
+    encode_stage(config, ROOT, results)
+    return results
 
 
 @pytest.fixture(scope="module")
