@@ -21,7 +21,8 @@ from PIL import Image
 
 from vipo.config.compose import load_config_file
 from vipo.config.published import PublishedConfig
-from vipo.evaluation.statistics import ScoresError, paired_difference
+from vipo.evaluation.means import ScoresError
+from vipo.evaluation.statistics import paired_difference
 from vipo.maps.veil import DIMMING
 from vipo.provenance import read_provenance
 from vipo.reporting import TIMES, ReportError, build_report, pictures

@@ -14,7 +14,8 @@ from scipy import stats
 from vipo.config.arms import StudyConfig
 from vipo.config.compose import load_config_file, repository_root
 from vipo.evaluation.matched import matched_arms
-from vipo.evaluation.statistics import ScoresError, seed_interval
+from vipo.evaluation.means import ScoresError
+from vipo.evaluation.statistics import seed_interval
 from vipo.evaluation.study import SELECTIVITY, clip_table, compare_over_seeds, decide
 from vipo.reporting.study import StudyError, build_study
 

@@ -13,19 +13,15 @@ from scipy import stats
 from vipo.config.compose import load_config
 from vipo.evaluation.compare import _geneval_columns, compare_runs
 from vipo.evaluation.comparison import (
-    _VBENCH_BOUNDS,
-    _VBENCH_QUALITY,
-    _VBENCH_SEMANTIC,
     by_category,
     holm,
     over_metrics,
-    set_totals,
-    vbench_totals,
     win_rates,
 )
 from vipo.evaluation.diversity import SIDE, diversity
 from vipo.evaluation.held_out import EvaluationError, HeldOut, sample_name, save_sample
-from vipo.evaluation.statistics import ScoresError
+from vipo.evaluation.means import ScoresError
+from vipo.evaluation.totals import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC, set_totals, vbench_totals
 from vipo.prompts import Prompt, PromptError
 
 _VBENCH_TOTALS = ("vbench/quality", "vbench/semantic", "vbench/total")

@@ -4,11 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
+from vipo.evaluation.comparison import by_category, over_metrics, win_rates
 from vipo.evaluation.left_out import left_out, on_common_samples, told
 from vipo.evaluation.matched import evaluation_curves, matched_reward
-from vipo.evaluation.statistics import ScoresError, compare_arms, mean_scores
+from vipo.evaluation.means import ScoresError, mean_scores
+from vipo.evaluation.statistics import compare_arms
 from vipo.evaluation.summary import summarize
+from vipo.evaluation.totals import set_totals
 from vipo.reporting.verdict import EqualChange, equal_change
 
 JUDGE, CHANGE = "reward/judge", "change/total"

@@ -15,6 +15,7 @@ from vipo.config.compose import load_config
 from vipo.config.registered import RegisteredConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.evaluation.means import ScoresError
 from vipo.evaluation.registered import (
     EQUAL_CHANGE,
     EQUAL_UPDATES,
@@ -22,7 +23,6 @@ from vipo.evaluation.registered import (
     area_over_change,
     area_over_updates,
 )
-from vipo.evaluation.statistics import ScoresError
 from vipo.reporting.inputs import ReportError
 from vipo.reporting.registered import write_registered
 

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vipo.evaluation.matched import evaluation_curves, matched_reward
+from vipo.evaluation.means import ScoresError, mean_score
 from vipo.evaluation.statistics import (
     Interval,
-    ScoresError,
     compare_arms,
     decimals,
     independent_difference,
-    mean_score,
     paired_difference,
     tail_probability,
     wording,

@@ -6,11 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from vipo.config.run import Config
-from vipo.evaluation.comparison import by_category, over_metrics, set_totals, win_rates
+from vipo.evaluation.comparison import by_category, over_metrics, win_rates
 from vipo.evaluation.held_out import EvaluationError, held_out_batches, samples_folder
 from vipo.evaluation.left_out import on_common_samples
-from vipo.evaluation.statistics import ScoresError
+from vipo.evaluation.means import ScoresError
 from vipo.evaluation.titles import other_title, titles
+from vipo.evaluation.totals import set_totals
 from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROVENANCE, differing_processes, read_processes

@@ -1,6 +1,6 @@
 """Curves over updates, and comparisons at matched reward or change: a faster arm read where the slowest one got to.
 
-Pure functions of the rows of `scores.parquet`, as in `vipo.evaluation.statistics`.
+Pure functions of the rows of `scores.parquet`, as in `vipo.evaluation.means`.
 """
 
 import math
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vipo.evaluation.statistics import Better, ScoresError, mean_scores, trained_rows
+from vipo.evaluation.means import ScoresError, mean_scores, trained_rows
+from vipo.evaluation.statistics import Better
 
 
 def evaluation_curves(scores: pd.DataFrame, columns: Sequence[str], *, per_seed: bool = False) -> pd.DataFrame:

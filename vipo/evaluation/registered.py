@@ -14,7 +14,8 @@ import pandas as pd
 from vipo.config.registered import RegisteredConfig
 from vipo.evaluation.comparison import holm
 from vipo.evaluation.matched import evaluation_curves, matched_curves
-from vipo.evaluation.statistics import ScoresError, seed_interval
+from vipo.evaluation.means import ScoresError
+from vipo.evaluation.statistics import seed_interval
 
 EQUAL_UPDATES, EQUAL_CHANGE = "area at equal updates", "area at equal change"
 #: The measures that decide; a candidate passes by both.

@@ -1,11 +1,4 @@
-"""Paired comparisons of arms with bootstrap intervals.
-
-All functions are pure and take the rows of `scores.parquet` (one row per run, update, prompt and
-sample). A mean is always taken over samples, then prompts, then seeds. Arms are paired by
-``(prompt_id, sample)``: the evaluation gives every arm the same prompts and noise. A sample without a
-score (NaN) is left out, with its like of every seed; arms are compared on samples that both have
-(`vipo.evaluation.left_out`).
-"""
+"""Comparisons of arms with intervals. All functions are pure and take the rows of `scores.parquet`, as do means."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,20 +10,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
-from vipo.errors import VipoError
 from vipo.evaluation.left_out import told
+from vipo.evaluation.means import ScoresError, Side, require_same_pairs, sides_of, trained_rows
 from vipo.keys import keyed_seed
 
 #: Fewer seeds than this cannot carry an interval over seeds.
 MINIMUM_SEEDS = 5
 
-_NAMED_PAIRS = 5
-
 Better = Literal["higher", "lower"]
-
-
-class ScoresError(VipoError):
-    """Scores that cannot be compared; the message names the arm and the rows."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +71,12 @@ def paired_difference(
             than two prompts.
         ValueError: `confidence` is out of range.
     """
-    ours, theirs = _sides(scores, [column]), _sides(reference, [column])
+    ours, theirs = sides_of(scores, [column]), sides_of(reference, [column])
     return _paired(ours[column], theirs[column], column, resamples, confidence, seed)
 
 
-def _paired(ours: "_Side", theirs: "_Side", column: str, resamples: int, confidence: float, seed: int) -> Interval:
-    _require_same_pairs(ours, theirs)
+def _paired(ours: Side, theirs: Side, column: str, resamples: int, confidence: float, seed: int) -> Interval:
+    require_same_pairs(ours, theirs)
     values, others = ours.means, theirs.means
     prompts = values.shape[1]
     if prompts < 2:
@@ -130,7 +117,7 @@ def independent_difference(
     Raises:
         ScoresError: a pair is doubled, a value is infinite, or a side has fewer than two prompts.
     """
-    sides = [_sides(rows, [column])[column].means.mean(axis=0) for rows in (scores, reference)]
+    sides = [sides_of(rows, [column])[column].means.mean(axis=0) for rows in (scores, reference)]
     if min(map(len, sides)) < 2:
         raise ScoresError(f"{column}: one prompt has no spread; evaluate at least 2 prompts")
     estimate = float(sides[0].mean() - sides[1].mean())
@@ -184,9 +171,9 @@ def compare_arms(
     """
     rows: list[dict[str, Any]] = []
     # One reference serves many arms.
-    known: dict[tuple[str, Any], Mapping[str, _Side]] = {}
+    known: dict[tuple[str, Any], Mapping[str, Side]] = {}
     for (arm, update, final), ours in trained_rows(scores).groupby(["arm", "update", "final"], sort=False):
-        sides = _sides(ours, columns)
+        sides = sides_of(ours, columns)
         for reference in (name for name in references if name != arm):
             theirs = scores[scores["arm"] == reference]
             place = None
@@ -196,7 +183,7 @@ def compare_arms(
             if theirs.empty:
                 continue
             if (reference, place) not in known:
-                known[reference, place] = _sides(theirs, columns)
+                known[reference, place] = sides_of(theirs, columns)
             others = known[reference, place]
             for column in columns:
                 text = told(pd.concat([ours, theirs]), column)
@@ -219,41 +206,6 @@ def compare_arms(
                 )
     names = "arm update final column seeds mean reference difference low high unit note"
     return pd.DataFrame(rows, columns=names.split())
-
-
-def paired_means(scores: pd.DataFrame, reference: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Differences of two arms by prompt, a column each, over samples and seeds; NaN of a prompt that is left out.
-
-    Raises:
-        ScoresError: as `paired_difference`.
-    """
-    ours, theirs = _sides(scores, columns), _sides(reference, columns)
-    for column in columns:
-        _require_same_pairs(ours[column], theirs[column])
-    return pd.DataFrame(
-        {
-            column: pd.Series(ours[column].means.mean(axis=0) - theirs[column].means.mean(axis=0), ours[column].prompts)
-            for column in columns
-        }
-    )
-
-
-def mean_score(scores: pd.DataFrame, column: str) -> float:
-    """Mean of `column` over samples, then prompts, then seeds.
-
-    Raises:
-        ScoresError: a pair is doubled, a seed lacks pairs of another, a value is infinite, or no sample has a score.
-    """
-    return mean_scores(scores, [column])[column]
-
-
-def mean_scores(scores: pd.DataFrame, columns: Sequence[str]) -> dict[str, float]:
-    """`mean_score` of several columns, by column.
-
-    Raises:
-        ScoresError: as `mean_score`.
-    """
-    return {column: float(side.means.mean()) for column, side in _sides(scores, columns).items()}
 
 
 def seed_interval(differences: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -294,97 +246,6 @@ def decimals(*values: float) -> int:
     """Decimal places that show the largest magnitude of `values` with three significant digits (0 to 6)."""
     largest = max((abs(value) for value in values), default=0.0)
     return min(6, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 3
-
-
-def trained_rows(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rows after the base."""
-    return scores[scores["update"] > 0]
-
-
-def _arm_label(scores: pd.DataFrame) -> str:
-    return "/".join(map(str, scores["arm"].unique())) if "arm" in scores else "the arm"
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One column of one arm at one update.
-
-    Attributes:
-        label: of the arm, for messages.
-        trained: whether it is of an update after the base.
-        seeds: sorted.
-        pairs: (prompt_id, sample), sorted; every one has a score for every seed, and a finite one.
-        prompts: sorted, of `pairs`.
-        means: ``(seeds, prompts)``, over samples.
-    """
-
-    label: str
-    trained: bool
-    seeds: pd.Index
-    pairs: pd.Index
-    prompts: pd.Index
-    means: NDArray[np.float64]
-
-
-def _sides(scores: pd.DataFrame, columns: Sequence[str]) -> dict[str, _Side]:
-    label = _arm_label(scores)
-    keys, wanted = ["seed", "prompt_id", "sample"], ", ".join(columns)
-    missing = [name for name in (*keys, "update", *columns) if name not in scores]
-    if missing:
-        raise ScoresError(
-            f"scores of {label}: no column {', '.join(map(repr, missing))}; there are {list(scores.columns)}"
-        )
-    if scores.empty:
-        raise ScoresError(f"scores of {label}: no rows to compare in {wanted}")
-    doubled = scores[scores.duplicated(keys, keep=False)]
-    if len(doubled):
-        raise ScoresError(f"scores of {label}: several rows for {_named(doubled[keys])}; select one update of one arm")
-    for column in columns:
-        broken = scores[np.isinf(scores[column].to_numpy(dtype=np.float64))]
-        if len(broken):
-            raise ScoresError(f"scores of {label}: {column} is infinite for {_named(broken[keys])}")
-    # All columns at once: a pivot's time is the same for one.
-    wide = scores.pivot(index="seed", columns=["prompt_id", "sample"], values=list(dict.fromkeys(columns)))
-    wide = wide.sort_index(axis=0).sort_index(axis=1)
-    pairs = wide[columns[0]].columns if len(columns) else wide.columns
-    if len(columns) and len(wide) * len(pairs) > len(scores):
-        cells = pd.MultiIndex.from_tuples([(seed, *pair) for seed in wide.index for pair in pairs], names=keys)
-        absent = cells[~cells.isin(pd.MultiIndex.from_frame(scores[keys]))].to_frame(index=False)
-        raise ScoresError(f"scores of {label}: no row for {_named(absent)}, which other seeds have")
-    known = {column: ~np.isnan(wide[column].to_numpy(dtype=np.float64)).any(axis=0) for column in columns}
-    for column, there in known.items():
-        if not there.any():
-            raise ScoresError(f"scores of {label}: no sample has a score of {column} for every seed")
-        if not there.all():
-            wide.loc[:, [(column, *pair) for pair in pairs[~there]]] = np.nan
-    means = wide.T.groupby(level=[0, "prompt_id"], sort=True).mean()
-    trained = bool((scores["update"] > 0).any())
-    sides = {}
-    for column, there in known.items():
-        # Nothing is taken out of a whole one: its layout decides the last digit of a sum.
-        own = means.loc[column].T if there.all() else means.loc[column].dropna().T
-        kept, values = pairs[there], own.to_numpy(dtype=np.float64)
-        sides[column] = _Side(label, trained, wide.index, kept, own.columns, values)
-    return sides
-
-
-def _require_same_pairs(ours: _Side, theirs: _Side) -> None:
-    for have, want in ((ours, theirs), (theirs, ours)):
-        absent = want.pairs.difference(have.pairs)
-        if len(absent):
-            raise ScoresError(
-                f"scores of {have.label}: no row for {_named(absent.to_frame(index=False))}, so {ours.label} and "
-                f"{theirs.label} cannot be paired; evaluate both on the same prompts and samples"
-            )
-
-
-def _named(pairs: pd.DataFrame) -> str:
-    shown = [
-        "(" + ", ".join(f"{key} {value}" for key, value in row.items()) + ")"
-        for row in pairs.head(_NAMED_PAIRS).to_dict("records")
-    ]
-    more = len(pairs) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def resampled(rng: np.random.Generator, units: int, resamples: int) -> NDArray[np.float64]:

@@ -11,7 +11,8 @@ import pandas as pd
 
 from vipo.config.arms import StudyConfig
 from vipo.evaluation.matched import matched_arms
-from vipo.evaluation.statistics import Interval, ScoresError, seed_interval
+from vipo.evaluation.means import ScoresError
+from vipo.evaluation.statistics import Interval, seed_interval
 
 #: Change of a pixel on the base picture's object over the sum of that and a background pixel's: 0.5 is an even change.
 SELECTIVITY = "change/selectivity"

@@ -11,7 +11,8 @@ import pandas as pd
 from vipo.config.run import Config
 from vipo.config.values import flattened
 from vipo.evaluation.left_out import left_out, on_common_samples
-from vipo.evaluation.statistics import Better, independent_difference, mean_score, wording
+from vipo.evaluation.means import mean_score
+from vipo.evaluation.statistics import Better, independent_difference, wording
 from vipo.provenance.records import PROVENANCE
 from vipo.reporting.inputs import read_rows, read_scores
 from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction

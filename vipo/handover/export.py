@@ -24,7 +24,7 @@ from vipo.config.run import Config
 from vipo.config.training import EMA
 from vipo.errors import VipoError
 from vipo.evaluation.left_out import left_out, on_common_samples
-from vipo.evaluation.statistics import mean_score
+from vipo.evaluation.means import mean_score
 from vipo.generators.base import checkpoint_location
 from vipo.generators.finite import check_finite
 from vipo.generators.parts import model_index

@@ -10,9 +10,9 @@ import pandas as pd
 from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
-from vipo.evaluation.comparison import vbench_parts, vbench_totals
 from vipo.evaluation.left_out import left_out, on_common_samples
-from vipo.evaluation.statistics import mean_scores
+from vipo.evaluation.means import mean_scores
+from vipo.evaluation.totals import vbench_parts, vbench_totals
 from vipo.prompts import read_prompts
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import read_run

@@ -7,7 +7,8 @@ import pandas as pd
 from vipo.config.generator import GeneratorConfig
 from vipo.config.run import Config
 from vipo.evaluation.left_out import told
-from vipo.evaluation.statistics import MINIMUM_SEEDS, mean_score
+from vipo.evaluation.means import mean_score
+from vipo.evaluation.statistics import MINIMUM_SEEDS
 from vipo.reporting.inputs import Experiment
 from vipo.reporting.wording import describe, words
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vipo.evaluation.statistics import MINIMUM_SEEDS, Better, tail_probability, trained_rows
+from vipo.evaluation.means import trained_rows
+from vipo.evaluation.statistics import MINIMUM_SEEDS, Better, tail_probability
 from vipo.keys import keyed_seed
 
 CHANGE = "change/total"
