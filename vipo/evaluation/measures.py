@@ -5,6 +5,7 @@ One network is in memory at a time: what measures goes over all pictures before 
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from vipo.config.run import Config
 from vipo.demo.scenes import foreground
 from vipo.evaluation.held_out import HeldOut, sample_name
 from vipo.perception import PerceptualStructuring, load_backbone
+from vipo.prompts.vbench import is_measured
 from vipo.rewards import identities, in_use, load_reward, score, weight_files
 
 # In the order of the table.
@@ -36,16 +38,6 @@ class Batch:
     samples: Sequence[HeldOut]
     images: Tensor
     base: Tensor
-
-    @property
-    def texts(self) -> list[str]:
-        """Prompts."""
-        return [sample.prompt.text for sample in self.samples]
-
-    @property
-    def metadata(self) -> list[dict[str, Any]]:
-        """What the prompts carry."""
-        return [sample.prompt.metadata for sample in self.samples]
 
 
 Measured = dict[str, Tensor]
@@ -125,9 +117,15 @@ def _reward(spec: RewardSpec, config: Config) -> Iterator[Callable[[Batch], Meas
     reward = load_reward(spec.name, device, spec.options)
 
     def measure(batch: Batch) -> Measured:
-        values = score(spec.label, reward, batch.images.to(device), batch.texts, batch.metadata)
-        # As in training: what is not finite is no score.
-        return {f"reward/{spec.label}": values.masked_fill(~values.isfinite(), float("nan"))}
+        found = torch.full((len(batch.samples),), math.nan)
+        every = [sample.prompt for sample in batch.samples]
+        if asked := [place for place, prompt in enumerate(every) if is_measured(spec.label, prompt.metadata)]:
+            prompts = [every[place] for place in asked]
+            texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+            values = score(spec.label, reward, batch.images[asked].to(device), texts, metadata)
+            # As in training: what is not finite is no score.
+            found[asked] = values.masked_fill(~values.isfinite(), math.nan)
+        return {f"reward/{spec.label}": found}
 
     with in_use(reward):
         yield measure

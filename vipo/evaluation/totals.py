@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vipo.prompts.vbench import VBENCH, has_dimensions, is_measured
+
 #: Bounds that scale VBench's dimensions (its repository's constants, arXiv 2311.17982), where they are not 0 to 1.
 _VBENCH_BOUNDS: Mapping[str, tuple[float, float]] = {
     "subject_consistency": (0.1462, 1.0),
@@ -29,7 +31,7 @@ _VBENCH_QUALITY: Mapping[str, float] = {
     "imaging_quality": 1,
     "dynamic_degree": 0.5,
 }
-_VBENCH = "reward/vbench_"
+_VBENCH = f"reward/{VBENCH}"
 _VBENCH_SEMANTIC = (
     "object_class",
     "multiple_objects",
@@ -112,13 +114,9 @@ def vbench_parts(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]
     parts = {}
     for name in (*_VBENCH_QUALITY, *_VBENCH_SEMANTIC):
         if (column := _VBENCH + name) in scores:
-            prompts = [prompt for prompt, row in metadata.items() if name in _listed(row.get("dimension"))]
+            prompts = [id_ for id_, row in metadata.items() if has_dimensions(row) and is_measured(VBENCH + name, row)]
             parts[column] = scores[scores["prompt_id"].isin(prompts)]
     return parts
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
 
 
 def vbench_totals(scores: pd.DataFrame, metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

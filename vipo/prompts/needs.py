@@ -8,6 +8,7 @@ from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.prompts.geneval import geneval_fault
 from vipo.prompts.prompt import Prompt, PromptError
+from vipo.prompts.vbench import is_measured
 
 # Intervals of an evaluation resample prompts.
 LEAST_HELD_OUT = 2
@@ -44,6 +45,13 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
         _need_of(term, f"reward.terms: reward {term.name!r}", source, train)
     for reward in evaluation.rewards:
         _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", held_source, held_out)
+        asked = sorted(held_out, key=lambda prompt: prompt.id)[: evaluation.prompts]
+        if asked and not any(is_measured(reward.label, prompt.metadata) for prompt in asked):
+            raise PromptError(
+                f"{held_source}: evaluation.rewards: reward {reward.label!r} is VBench's measure on the prompts whose "
+                f"'dimension' names it, and none of the {len(asked)} that evaluation.prompts takes does; leave it out, "
+                "or evaluate more prompts"
+            )
 
 
 def told_split(config: Config, train: int, held_out: int) -> str:
