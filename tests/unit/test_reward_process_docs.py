@@ -111,6 +111,7 @@ def test_originals_and_locks_are_those_of_the_page() -> None:
         assert isinstance(getattr(originals, name), type)
         pinned = (repository_root() / lock).read_text(encoding="utf-8")
         assert f"=={version} " in pinned
+        assert f"\nIMPORTED_{Path(lock).stem} := " in (repository_root() / "Makefile").read_text(encoding="utf-8")
         assert "://" not in pinned
     assert {known.reward.partition(":")[2] for known in ORIGINALS.values()} <= {name for name, _, _ in named}
 

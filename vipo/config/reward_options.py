@@ -69,7 +69,7 @@ class AestheticOptions(ModelOptions):
     path: UserPath = "openai/clip-vit-large-patch14"
     head: UserPath = Field(
         "weights/sac+logos+ava1-l14-linearMSE.pth",
-        description="File of the published predictor's head, or safetensors of the same tensors; on no hub.",
+        description="File of the published predictor's head, or safetensors of the same tensors.",
     )
 
 

@@ -1,17 +1,23 @@
 """Rewards by their authors' own packages, each in its own environment: what `serve.py` serves beside our rewrites.
 
 ``serve.py originals:HPSv2`` and so on; the folder of this file is on the path there. Each says which files its weights
-are in. Where a package takes other things than Pillow pictures, its own form is made of them without a loss.
+are in, and what its texts are read by. Where a package takes other things than Pillow pictures, its own form is made of
+them without a loss.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
+
+from PIL import Image
 
 Rows = List[Dict[str, Any]]
 
@@ -37,8 +43,15 @@ class HPSv2:
 
     def __call__(self, pictures: list[Any], prompts: list[str], metadata: Rows) -> list[float]:
         """A score each."""
-        score, options = self._module.score, {"cp": self._checkpoint, "hps_version": self._version}
-        return [float(score(p, text, **options)[0]) for p, text in zip(pictures, prompts)]
+        found = [math.nan] * len(pictures)
+        # It reads the whole checkpoint at each call, which takes the pictures of one prompt.
+        for text in dict.fromkeys(prompts):
+            places = [place for place, prompt in enumerate(prompts) if prompt == text]
+            own = [pictures[place] for place in places]
+            scores = self._module.score(own, text, cp=self._checkpoint, hps_version=self._version)
+            for place, score in zip(places, scores):
+                found[place] = float(score)
+        return found
 
 
 class ImageReward:
@@ -55,8 +68,10 @@ class ImageReward:
 
         checkpoint = checkpoint or hf_hub_download("THUDM/ImageReward", "ImageReward.pt")
         med_config = med_config or hf_hub_download("THUDM/ImageReward", "med_config.json")
-        self._model = package.load(checkpoint, device=device, med_config=med_config)
-        self.weight_files = [checkpoint, med_config]
+        # Of the tokenizer too, which it fetches under a name of its own.
+        self._model, self.weight_files = _reading(
+            lambda: package.load(checkpoint, device=device, med_config=med_config)
+        )
 
     def __call__(self, pictures: list[Any], prompts: list[str], metadata: Rows) -> list[float]:
         """A score each."""
@@ -76,11 +91,13 @@ class HPSv3:
 
     def __init__(self, device: str, checkpoint: Optional[str] = None) -> None:
         from hpsv3 import HPSv3RewardInferencer
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
         checkpoint = checkpoint or hf_hub_download("MizzenAI/HPSv3", "HPSv3.safetensors")
+        # The base model's own weights are wholly overwritten; its texts and pictures are read by these.
+        texts = Path(snapshot_download("Qwen/Qwen2-VL-7B-Instruct", allow_patterns=["*.json", "*.txt"]))
         self._model = HPSv3RewardInferencer(checkpoint_path=checkpoint, device=device)
-        self.weight_files = [checkpoint]
+        self.weight_files = [checkpoint, *sorted(p for p in texts.iterdir() if p.suffix in (".json", ".txt"))]
 
     def __call__(self, pictures: list[Any], prompts: list[str], metadata: Rows) -> list[float]:
         """A score each."""
@@ -91,44 +108,96 @@ class HPSv3:
         return [float(row[0]) for row in found]
 
 
+#: Of its sixteen: the other four need detectron2, which no package index has.
+DIMENSIONS = (
+    "subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree",
+    "aesthetic_quality", "imaging_quality", "human_action", "scene", "appearance_style", "temporal_style",
+    "overall_consistency",
+)  # fmt: skip
+_AUXILIARY = ("scene", "appearance_style")
+
+
 class VBench:
-    """Package vbench: one of its dimensions that take any prompt, of each clip by itself.
+    """Package vbench: one of its dimensions, of each clip by itself, as its own total counts it.
 
     Args:
         device: where it computes.
-        dimension: such as subject_consistency, motion_smoothness or aesthetic_quality.
-        frames_per_second: of the files that are written for it, without a loss.
+        dimension: one of `DIMENSIONS`. `scene` and `appearance_style` read the prompt's `auxiliary_info`, of VBench's
+            own list of prompts; `human_action` the words after "person is ".
+        frames_per_second: of the files that are written for it, without a loss; some dimensions take frames by it.
+
+    Raises:
+        ValueError: another dimension.
     """
 
     def __init__(self, device: str, dimension: str, frames_per_second: int = 8) -> None:
+        if dimension not in DIMENSIONS:
+            raise ValueError(f"dimension {dimension!r}: its package can be asked for {', '.join(DIMENSIONS)}")
         import torch
-        from vbench import VBench as Package
+        from vbench.utils import init_submodules
 
-        self._dimension, self._rate = dimension, frames_per_second
-        self._folder = tempfile.TemporaryDirectory()
-        self._package = Package(torch.device(device), "", self._folder.name)
-        self.weight_files: list[str] = []
+        self._dimension, self._rate, self._device = dimension, frames_per_second, torch.device(device)
+        self._compute = getattr(importlib.import_module(f"vbench.{dimension}"), f"compute_{dimension}")
+        # A dimension fetches and reads its networks when it is computed.
+        blank = [Image.new("RGB", (256, 256))] * 16
+        auxiliary = {"scene": {"scene": {"scene": "alley"}}, "appearance_style": {"appearance_style": "oil painting"}}
+
+        def tried() -> Any:
+            self._parts = init_submodules([dimension])[dimension]
+            self([blank], ["A person is reading a book"], [{"auxiliary_info": auxiliary}])
+
+        _, self.weight_files = _reading(tried)
 
     def __call__(self, pictures: list[Any], prompts: list[str], metadata: Rows) -> list[float]:
         """A score each; NaN where the package leaves a clip out."""
         with tempfile.TemporaryDirectory() as place:
-            texts = {}
-            for number, (clip, text) in enumerate(zip(pictures, prompts)):
-                _write_clip(clip, Path(place) / f"{number:06d}.mp4", self._rate)
-                texts[f"{number:06d}.mp4"] = text
-            self._package.evaluate(
-                place, "clips", prompt_list=texts, dimension_list=[self._dimension], mode="custom_input"
-            )
-        told = json.loads((Path(self._folder.name) / "clips_eval_results.json").read_text())
-        each = {Path(row["video_path"]).name: float(row["video_results"]) for row in told[self._dimension][1]}
-        return [each.get(f"{number:06d}.mp4", math.nan) for number in range(len(pictures))]
+            asked, clips = [], []
+            for number, (clip, text, row) in enumerate(zip(pictures, prompts, metadata)):
+                # The action that is looked for is read from the file's name.
+                name = text.replace("/", " ").encode()[:200].decode(errors="ignore")
+                clips.append(str(Path(place) / f"{name}-{number}.mp4"))
+                _write_clip(clip, clips[-1], self._rate)
+                one = {"prompt_en": text, "dimension": [self._dimension], "video_list": [clips[-1]]}
+                if self._dimension in _AUXILIARY:
+                    if self._dimension not in row.get("auxiliary_info", {}):
+                        raise ValueError(f"{text[:80]!r} has no auxiliary_info of {self._dimension}, as VBench's have")
+                    one["auxiliary_info"] = row["auxiliary_info"]
+                asked.append(one)
+            listed = Path(place) / "clips.json"
+            listed.write_text(json.dumps(asked), encoding="utf-8")
+            _, told = self._compute(str(listed), self._device, self._parts)
+        # Of this one it divides the mean alone.
+        scale = 100 if self._dimension == "imaging_quality" else 1
+        each = {row["video_path"]: float(row["video_results"]) / scale for row in told}
+        return [each.get(clip, math.nan) for clip in clips]
 
 
-def _write_clip(frames: list[Any], path: Path, rate: int) -> None:
+def _reading(work: Callable[[], Any]) -> tuple[Any, list[Path]]:
+    """What `work` gives, and the files that Python opens in it to read, as far as they stay: not the system's, and not
+    those of installed packages, which are told by their versions."""
+    own = (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/etc", "/usr")
+    elsewhere = tuple(f"{Path(folder).resolve()}{os.sep}" for folder in own)
+    found: Dict[Path, None] = {}
+    listens = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if listens and event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[1] in ("r", "rb"):
+            found[Path.cwd() / os.fsdecode(arguments[0])] = None
+
+    sys.addaudithook(hook)
+    try:
+        given = work()
+    finally:
+        listens = False
+    there = [path for path in found if path.is_file() and not str(path.resolve()).startswith(elsewhere)]
+    return given, sorted(path for path in there if path.suffix not in (".lock", ".pyc"))
+
+
+def _write_clip(frames: list[Any], path: str, rate: int) -> None:
     """H.264 in RGB at quality 0, which keeps every level."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
     width, height = frames[0].size
     form = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(rate), "-i", "-"]
-    command = [get_ffmpeg_exe(), "-loglevel", "error", *form, "-c:v", "libx264rgb", "-qp", "0", str(path)]
+    command = [get_ffmpeg_exe(), "-loglevel", "error", *form, "-c:v", "libx264rgb", "-qp", "0", path]
     subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), check=True)
