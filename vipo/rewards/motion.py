@@ -25,8 +25,8 @@ _MULTIPLE, _LEAST = 8, 128
 class Motion:
     """Mean length of the 5 % largest flows of a pair of frames, mean over pairs, in 1/256 of the shorter side; >= 0.
 
-    Pairs are neighbouring frames. VBench, which calls a pair moving from 6 on, takes frames an eighth of a second apart,
-    two of 16 frames a second. Where: length of the flow at each frame.
+    Pairs are neighbouring frames. VBench, which calls a pair moving from 6 on, takes frames an eighth of a second
+    apart. Where: length of the flow at each frame.
 
     Source: VBench, arXiv 2311.17982, dynamic degree before its thresholds; RAFT (arXiv 2003.12039) is torchvision's.
 
