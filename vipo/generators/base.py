@@ -93,6 +93,11 @@ class Generator(ABC):
         return {}
 
     @classmethod
+    def stock_guidance(cls, config: GeneratorConfig) -> float | None:
+        """The scale of a stock pipeline that is guided by its part `guider`; None: its call takes the scale."""
+        return None
+
+    @classmethod
     def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
         """The last dimension that the network takes of each conditioning tensor, by name, as far as it is known."""
         return {}
