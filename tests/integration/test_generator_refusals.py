@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, faulty, generator_config
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from families import FAMILIES
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,6 +64,31 @@ def test_names_and_counters_of_older_files_are_read(tiny_stable_diffusion: Path,
 
     edit_tensors(folder / "vae", attention)
     assert _load("sd", folder).latent_shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "sana", "wan", "z_image"])
+def test_a_text_encoder_saved_with_its_language_model_is_read_without(family: str, tmp_path: Path) -> None:
+    """As the stock pipelines do, whether or not the configuration ties the head to the embeddings."""
+    folder = FAMILIES[family].write(tmp_path / family)
+    config = FAMILIES[family].config(folder)
+    [expected] = _encode(config, ROOT)
+
+    def whole(tensors: dict[str, Tensor]) -> None:
+        if family == "wan":
+            tensors["decoder.final_layer_norm.weight"] = torch.ones(32)
+        else:
+            for name in list(tensors):
+                tensors[f"model.{name}"] = tensors.pop(name)
+        tensors["lm_head.weight"] = torch.ones(8, 32)
+
+    edit_tensors(folder / "text_encoder", whole)
+    for tied in (True, False):
+        edit_json(folder / "text_encoder/config.json", tie_word_embeddings=tied)
+        [found] = _encode(config, ROOT)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    edit_tensors(folder / "text_encoder", lambda tensors: tensors.update({"head.weight": torch.ones(8)}))
+    with pytest.raises(GeneratorError, match=r"extra: head\.weight; if"):
+        _encode(config, ROOT)
 
 
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])

@@ -46,6 +46,7 @@ class Generator(ABC):
         frame_rate: frames per second at which the family's videos play; None for images.
         network_folder: subfolder of the network in the diffusers layout.
         text_attention: where the network attends to the prompt, and to which words; None: it is not known.
+        prompt_tokenizers: subfolders of the tokenizers that read whole prompts; None: all of ``tokenizer*``.
         untrained: matches the names of the network's modules and weights that have no way to a prediction, and that no
             run trains; empty: none.
         stock_forced: arguments of the network that the stock pipeline gives another value, or has no words for.
@@ -69,6 +70,7 @@ class Generator(ABC):
     flow_shift: float | Callable[[int], float] | None = None
     network_folder: ClassVar[str]
     text_attention: ClassVar[TextAttention | None] = None
+    prompt_tokenizers: ClassVar[Sequence[str] | None] = None
     untrained: ClassVar[str] = ""
     stock_forced: ClassVar[Mapping[str, object]] = MappingProxyType({})
     prediction: Prediction = "velocity"

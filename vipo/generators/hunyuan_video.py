@@ -63,6 +63,8 @@ class HunyuanVideo15Generator(PipelineGenerator):
     """HunyuanVideo 1.5 text-to-video."""
 
     frame_rate: ClassVar[int | None] = 24
+    # The other one reads quoted words alone.
+    prompt_tokenizers: ClassVar[Sequence[str] | None] = ("tokenizer",)
     text_attention: ClassVar[TextAttention | None] = HUNYUAN_VIDEO
     pipeline_class: ClassVar[Any] = HunyuanVideo15Pipeline
     network_class: ClassVar[Any] = HunyuanVideo15Transformer3DModel
