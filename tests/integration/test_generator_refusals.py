@@ -20,6 +20,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.configured import resolve_class
 from vipo.generators.lora import LORA_FILE, check_adapted
+from vipo.generators.parts import load_part
 from vipo.generators.schedules import flow_shift, noise_schedule
 from vipo.sampling.chain import chain_remarks, sampling_chain
 from vipo.training.distribution import Distribution
@@ -110,6 +111,15 @@ def test_weights_that_are_there_as_a_variant_only_are_read(
     else:
         with pytest.raises(GeneratorError, match=r"unet: its weights are there only as the variants another, non_ema"):
             _load("sd", folder)
+
+
+def test_of_a_hub_id_that_has_variants_alone_the_way_round_is_told(tiny_stable_diffusion: Path) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise OSError("no file named diffusion_pytorch_model.safetensors")
+
+    told = r"acme/big/vae: .* has variants only, such as \*\.fp16\.safetensors or \*\.bf16\.safetensors, download it"
+    with pytest.raises(GeneratorError, match=told):
+        load_part(absent, "acme/big", "vae", generator_config("sd", tiny_stable_diffusion))
 
 
 @pytest.mark.parametrize("family", ["flux", "sd", "wan"])

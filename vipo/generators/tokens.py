@@ -11,7 +11,7 @@ from vipo.generators.configured import resolve_class
 
 
 def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
-    """A function that counts a text's tokens, special ones included: the most of any tokenizer that reads whole prompts.
+    """A function that counts a text's tokens, special ones included: most of any tokenizer that reads whole prompts.
 
     Raises:
         GeneratorError: it has none that can be loaded.
