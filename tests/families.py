@@ -15,6 +15,7 @@ from video_checkpoints import write_cogvideox, write_hunyuan_video, write_ltx2
 _GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": "blurry"})
 _SCHEDULER = "scheduler/scheduler_config.json"
 _NETWORK = "transformer/config.json"
+_GUIDER = "guider/guider_config.json"
 _INDEX = "model_index.json"
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -179,6 +180,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 (_NETWORK, {"use_meanflow": True}, "use_meanflow True: .*second timestep"),
                 (_NETWORK, {"in_channels": 4}, "in_channels 4 and out_channels 4; HunyuanVideo 1.5 takes"),
                 ("vae/config.json", {"latent_channels": 32}, "latent_channels 32, but the transformer's in_channels"),
+                (_GUIDER, {"guidance_rescale": 0.7}, "guider: guidance_rescale 0.7: .*give a checkpoint with 0.0"),
+                (_GUIDER, {"use_original_formulation": True}, "guider: use_original_formulation True"),
+                (_GUIDER, {"start": 0.2}, "guider: start 0.2"),
+                (_GUIDER, {"stop": 0.5}, "guider: stop 0.5"),
+                (
+                    _INDEX,
+                    {"guider": ["diffusers", "AdaptiveProjectedGuidance"]},
+                    "guider class 'AdaptiveProjectedGuidance' is not one of ClassifierFreeGuidance",
+                ),
                 (_INDEX, {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "'HunyuanVideo15ImageToVideoPipeline'"),
             ),
         ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -13,16 +14,17 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 
 from vipo.check import Line, check_experiment
 from vipo.check.asked import asked_lines
-from vipo.check.hub import fetch_command, missing_files
+from vipo.check.hub import Told, fetch_command, missing_files
 from vipo.check.line import found, ok
 from vipo.check.machine import gpus, machine_lines
 from vipo.check.pin import pin
 from vipo.check.places import disk_line, folder_lines
 from vipo.check.wanted import Wanted, wanted
-from vipo.check.weights import commits, weight_lines
+from vipo.check.weights import _to_fetch, commits, weight_lines
 from vipo.cli import app
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
@@ -206,6 +208,55 @@ def test_a_cached_checkpoint_is_whole_or_told_what_it_lacks(cache: Path) -> None
     (place / "model_index.json").write_text("{")
     [line] = found("generator", lambda: weight_lines([item], ROOT, False))
     assert (line.verdict, "could not be checked (JSONDecodeError" in line.said) == ("to do", True)
+
+
+def _sharded(part: Path, index: str, *shards: str) -> None:
+    (part / index).write_text(json.dumps({"weight_map": dict(enumerate(shards))}))
+    (part / shards[-1]).touch()
+
+
+def test_variants_are_read_from_a_folder_and_not_of_a_hub_id(cache: Path) -> None:
+    """As the loader does: of a hub id each machine reads the same files of a commit."""
+    name = "diffusion_pytorch_model.bf16.safetensors"
+    files = _pipeline(text_encoder="model.fp16.safetensors", transformer=name, vae="model.safetensors")
+    place = _cached(cache, "acme/big", OLD, files)
+    assert missing_files(_item(), place) == []
+    absent = ["text_encoder/*.safetensors", "transformer/*.safetensors"]
+    assert missing_files(_item(), place, cached=True) == absent
+    [line] = weight_lines([_item(revision=OLD)], ROOT, False)
+    assert line.verdict == "to do"
+    assert "lacks text_encoder/*.safetensors, transformer/*.safetensors in the cache" in line.said
+    # Of the shards of a variant, or without their index.
+    (place / "transformer" / name).unlink()
+    shards = [f"diffusion_pytorch_model.bf16-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    _sharded(place / "transformer", "diffusion_pytorch_model.safetensors.index.bf16.json", *shards)
+    assert missing_files(_item(), place) == [f"transformer/{shards[0]}"]
+    (place / "transformer/diffusion_pytorch_model.safetensors.index.bf16.json").unlink()
+    assert missing_files(_item(), place) == ["transformer/*.bf16.safetensors"]
+    # Beside variants, the plain files count.
+    _sharded(place / "transformer", "m.safetensors.index.json", "m-1.safetensors", "model-2-of-2.safetensors")
+    assert missing_files(_item(), place) == ["transformer/m-1.safetensors"]
+
+
+def test_what_is_there_twice_is_not_fetched_and_variants_alone_are_told() -> None:
+    plain = ["model_index.json", "vae/config.json", "vae/model.safetensors", "text_encoder/model-1-of-2.safetensors"]
+    variants = [
+        "text_encoder/model.fp16-1-of-2.safetensors",
+        "text_encoder/model.safetensors.index.bf16.json",
+        "transformer/diffusion_pytorch_model.int4.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+    ]
+    told = Told(NEW, False, dict.fromkeys([*plain, *variants], 1))
+    assert told.size(_item()) == len(plain)
+    fetched = shlex.split(fetch_command(_item(), NEW))
+    excluded = [fetched[row + 1] for row, word in enumerate(fetched) if word == "--exclude"]
+    left = list(
+        filter_repo_objects([*plain, *variants], allow_patterns=["model_index.json", "*/*"], ignore_patterns=excluded)
+    )
+    assert left == plain
+    assert told.parts_of_variants(_item(replaced=("unet",))) == ["transformer"]
+    said = _to_fetch(_item(), NEW, None, told)
+    assert "weights of transformer, unet are variants, which are read from a folder alone: hf download acme/" in said
 
 
 def test_what_a_network_is_read_from_instead_is_looked_at(demo: Config, tmp_path: Path) -> None:

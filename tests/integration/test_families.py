@@ -218,11 +218,14 @@ def _most_alive(
     ]
 
 
-def test_prompts_are_encoded_apart_and_the_negative_one_is_stored_once(case: Case, tmp_path: Path) -> None:
+def test_prompts_are_encoded_apart_and_the_negative_one_is_stored_once(
+    case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     prompts = [Prompt(prompt_id(text), text, {}) for text in PROMPTS]
     source = tmp_path / "eval.jsonl"
     source.write_text("".join(json.dumps(vars(prompt)) + "\n" for prompt in prompts))
     encode_prompt_file(case.config, ROOT, source, tmp_path / "eval.safetensors", {})
+    assert "other tokens" not in caplog.text
     widths = resolve_class(case.config).conditioning_widths(case.config, ROOT)
     loaded = load_embeddings(tmp_path / "eval.safetensors", prompts, widths=widths)
     found = stack_conditioning(loaded, [prompt.id for prompt in prompts])

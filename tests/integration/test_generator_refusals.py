@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import edit_json, edit_tensors, faulty, generator_config
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from families import FAMILIES
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from vipo.config.training import LoraConfig
 from vipo.generators import Generator, GeneratorError, load_generator
 from vipo.generators.configured import resolve_class
 from vipo.generators.lora import LORA_FILE, check_adapted
+from vipo.generators.parts import load_part
 from vipo.generators.schedules import flow_shift, noise_schedule
 from vipo.sampling.chain import chain_remarks, sampling_chain
 from vipo.training.distribution import Distribution
@@ -65,6 +67,31 @@ def test_names_and_counters_of_older_files_are_read(tiny_stable_diffusion: Path,
     assert _load("sd", folder).latent_shape == (4, 16, 16)
 
 
+@pytest.mark.parametrize("family", ["hunyuan_video", "sana", "wan", "z_image"])
+def test_a_text_encoder_saved_with_its_language_model_is_read_without(family: str, tmp_path: Path) -> None:
+    """As the stock pipelines do, whether or not the configuration ties the head to the embeddings."""
+    folder = FAMILIES[family].write(tmp_path / family)
+    config = FAMILIES[family].config(folder)
+    [expected] = _encode(config, ROOT)
+
+    def whole(tensors: dict[str, Tensor]) -> None:
+        if family == "wan":
+            tensors["decoder.final_layer_norm.weight"] = torch.ones(32)
+        else:
+            for name in list(tensors):
+                tensors[f"model.{name}"] = tensors.pop(name)
+        tensors["lm_head.weight"] = torch.ones(8, 32)
+
+    edit_tensors(folder / "text_encoder", whole)
+    for tied in (True, False):
+        edit_json(folder / "text_encoder/config.json", tie_word_embeddings=tied)
+        [found] = _encode(config, ROOT)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    edit_tensors(folder / "text_encoder", lambda tensors: tensors.update({"head.weight": torch.ones(8)}))
+    with pytest.raises(GeneratorError, match=r"extra: head\.weight; if"):
+        _encode(config, ROOT)
+
+
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])
 def test_weights_that_are_there_as_a_variant_only_are_read(
     variant: str, tiny_stable_diffusion: Path, tmp_path: Path
@@ -84,6 +111,15 @@ def test_weights_that_are_there_as_a_variant_only_are_read(
     else:
         with pytest.raises(GeneratorError, match=r"unet: its weights are there only as the variants another, non_ema"):
             _load("sd", folder)
+
+
+def test_of_a_hub_id_that_has_variants_alone_the_way_round_is_told(tiny_stable_diffusion: Path) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise OSError("no file named diffusion_pytorch_model.safetensors")
+
+    told = r"acme/big/vae: .* has variants only, such as \*\.fp16\.safetensors or \*\.bf16\.safetensors, download it"
+    with pytest.raises(GeneratorError, match=told):
+        load_part(absent, "acme/big", "vae", generator_config("sd", tiny_stable_diffusion))
 
 
 @pytest.mark.parametrize("family", ["flux", "sd", "wan"])

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checkpoints import edit_json, edit_tensors, generator_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
 from torch import Tensor
 
 from vipo.config.compose import load_config
@@ -185,20 +187,41 @@ def test_more_tokens_than_the_encoder_has_positions_are_refused(tiny_stable_diff
         _encode(generator_config("sd", folder), tmp_path, "a fox")
 
 
-@pytest.mark.parametrize(("part", "prompt", "count"), [("tokenizer", "a  fox", 1), ("tokenizer", "a fox", 0)])
-def test_a_normalizer_that_transformers_leaves_out_is_told(
-    part: str, prompt: str, count: int, tiny_wan: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def _other_rules(tokens: Tokenizer) -> None:
+    tokens.normalizer = normalizers.Sequence([normalizers.Replace("  ", " "), normalizers.Replace("fox", "owl")])
+
+
+def _as_umt5(tokens: Tokenizer) -> None:
+    """Its third piece begins a text, and what is unknown is the fourth."""
+    pieces = ("<pad>", "</s>", "<s>", "<unk>", *sorted(tokens.get_vocab().keys() - {"<pad>", "</s>", "<unk>"}))
+    tokens.model = Unigram([(piece, -float(row)) for row, piece in enumerate(pieces)], unk_id=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "prompt", "count"),
+    [(_other_rules, "a fox", 1), (_other_rules, "a cat", 0), (_as_umt5, "a red 猫", 1), (_as_umt5, "a red cat", 0)],
+)
+def test_tokens_that_transformers_makes_otherwise_than_the_file_are_told(
+    change: Callable[[Tokenizer], None],
+    prompt: str,
+    count: int,
+    tiny_wan: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = shutil.copytree(tiny_wan, tmp_path / "wan")
-    file = folder / part / "tokenizer.json"
+    file = folder / "tokenizer/tokenizer.json"
     tokens = Tokenizer.from_file(str(file))
-    tokens.normalizer = normalizers.Sequence([normalizers.Replace("  ", " "), normalizers.NFKC()])
+    change(tokens)
+    # A length that the file has been cut or filled to is no difference.
+    tokens.enable_truncation(2)
+    tokens.enable_padding(length=40)
     tokens.save(str(file))
     _encode(generator_config("wan", folder), tmp_path, prompt)
-    [told] = _warnings(caplog)
     # The negative prompt is one of them.
-    assert "normalizer none instead of the file's Replace+NFKC" in told
-    assert f"{count} of 2 prompts read differently" in told
+    told = f"other tokens of {count} of 2 prompts than this file, first of {prompt!a}"
+    assert len(_warnings(caplog)) == count
+    assert all(told in text for text in _warnings(caplog))
 
 
 def test_options_without_effect_are_told(

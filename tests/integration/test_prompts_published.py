@@ -284,6 +284,24 @@ def test_filters_are_counted(tmp_path: Path) -> None:
     assert "filters" not in PromptsConfig(source="p.txt").identity()
 
 
+def test_a_tokenizer_that_reads_parts_of_prompts_alone_counts_nothing(tmp_path: Path) -> None:
+    from language_checkpoints import qwen_tokenizer
+    from transformers import ByT5Tokenizer
+
+    from vipo.config.compose import load_config
+    from vipo.generators.tokens import token_counter
+
+    (tmp_path / "model_index.json").write_text("{}")
+    qwen_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer_2")
+    text, counts = "a large triangle on a white background", []
+    for family in ("hunyuan_video", "flux"):
+        given = ["experiment=demo", f"generator.path={tmp_path}", f"generator.family={family}"]
+        counts.append(token_counter(load_config(given).generator, Path())(text))
+    assert counts == [len(qwen_tokenizer()(text).input_ids), len(text) + 1]
+    assert counts[0] < counts[1]
+
+
 def test_tokens_are_the_generators_own(tiny_generator: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -99,6 +99,11 @@ def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
             "HunyuanVideo15Pipeline",
             'pipeline.transformer.load_lora_adapter(folder, prefix="transformer"',
         ),
+        (
+            "hunyuan_video",
+            "HunyuanVideo15Pipeline",
+            "pipeline.guider = ClassifierFreeGuidance(guidance_scale=3.5)\n",
+        ),
         ("ltx2", "LTX2Pipeline", "forced = {'isolate_modalities': True}  #"),
         ("ltx2", "LTX2Pipeline", "    modality_scale=1.0,\n"),
         ("flux2_dev", "Flux2Pipeline", "    prompt='a fox',\n"),

@@ -43,12 +43,22 @@ def snapshot_of(item: Wanted) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def missing_files(item: Wanted, place: Path) -> list[str]:
-    """What is wanted and not in a file's or folder's place: names, or patterns of names."""
+def missing_files(item: Wanted, place: Path, *, cached: bool = False) -> list[str]:
+    """What is wanted and not in a file's or folder's place: names, or patterns of names.
+
+    Args:
+        item: what is wanted.
+        place: where it is.
+        cached: the place is the hub's cache. A hub id is read from plain files alone, on every machine alike, whatever
+            variants are in the cache.
+
+    Raises:
+        GeneratorError: a part of a folder is there in several variants, and none of them is fp16.
+    """
     if place.is_file():
         return []
     if item.is_pipeline:
-        return list(_missing_parts(place, item.replaced))
+        return list(_missing_parts(place, item.replaced, cached))
     names = [path.name for path in place.iterdir()]
     absent = [pattern for pattern in item.files if not any(fnmatchcase(name, pattern) for name in names)]
     if item.each:
@@ -56,7 +66,10 @@ def missing_files(item: Wanted, place: Path) -> list[str]:
     return [" or ".join(item.files)] if len(absent) == len(item.files) else []
 
 
-def _missing_parts(folder: Path, replaced: Sequence[str]) -> Iterator[str]:
+def _missing_parts(folder: Path, replaced: Sequence[str], cached: bool) -> Iterator[str]:
+    # Only here, for it loads torch.
+    from vipo.generators.parts import variant_of
+
     index = folder / "model_index.json"
     if not index.is_file():
         yield index.name
@@ -69,16 +82,23 @@ def _missing_parts(folder: Path, replaced: Sequence[str]) -> Iterator[str]:
         if not part.is_dir() or not any(part.iterdir()):
             yield f"{name}/"
         elif not name.startswith(_WITHOUT_WEIGHTS) and name not in replaced:
-            yield from (f"{name}/{file}" for file in _missing_weights(part))
+            variant = None if cached else variant_of(folder, name)
+            yield from (f"{name}/{file}" for file in _missing_weights(part, variant))
 
 
-def _missing_weights(part: Path) -> Iterator[str]:
-    indices = sorted(part.glob("*.safetensors.index.json"))
+def _missing_weights(part: Path, variant: str | None) -> Iterator[str]:
+    from vipo.generators.parts import weight_files
+
+    end = "" if variant is None else f".{variant}"
+    indices = sorted(part.glob(f"*.safetensors.index{end}.json"))
     for index in indices:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         yield from sorted(name for name in map(str, shards) if not (part / name).is_file())
-    if not indices and not any(part.glob("*.safetensors")):
-        yield "*.safetensors"
+    files = weight_files(part)
+    others = {path for name, paths in files.items() if name != variant for path in paths}
+    whole = [path for path in part.glob("*.safetensors") if path not in others and "-of-" not in path.name]
+    if not indices and not whole:
+        yield f"*{end}.safetensors"
 
 
 def fetch_command(item: Wanted, commit: str | None) -> str:
@@ -94,8 +114,13 @@ def fetch_command(item: Wanted, commit: str | None) -> str:
 def _patterns(item: Wanted) -> tuple[Sequence[str], Sequence[str]]:
     """Names of the files that are fetched, and of those among them that are not."""
     if item.is_pipeline:
-        # Its repository may hold everything once more in one file at the top, and in other formats.
-        return (*_TOP, "*/*"), (*_OTHER_FORMATS, *(f"{part}/*.safetensors" for part in item.replaced))
+        # Only here, for it loads torch.
+        from vipo.generators.parts import VARIANTS
+
+        # Its repository may hold everything once more in one file at the top, in other formats, and as variants, which
+        # are not read of a hub id.
+        replaced = (f"{part}/*.safetensors" for part in item.replaced)
+        return (*_TOP, "*/*"), (*_OTHER_FORMATS, *VARIANTS, *replaced)
     # Of several formats the first: repositories hold the same weights in more than one.
     files = item.files[:1] if item.files == WEIGHTS else item.files
     return (*files, "*.json", "*.txt"), ()
@@ -119,6 +144,15 @@ class Told:
         """Bytes of what `fetch_command` brings."""
         included, excluded = _patterns(item)
         return sum(size for name, size in self.sizes.items() if _any(name, included) and not _any(name, excluded))
+
+    def parts_of_variants(self, item: Wanted) -> list[str]:
+        """Subfolders of a pipeline whose weights are variants alone."""
+        from vipo.generators.parts import VARIANTS
+
+        named = [name.split("/") for name in self.sizes if _any(name, ("*/model*", "*/diffusion_pytorch_model*"))]
+        weights = [(part, file[0]) for part, *file in named if len(file) == 1 and file[0].endswith(".safetensors")]
+        plain = {part for part, file in weights if not _any(file, VARIANTS)}
+        return sorted({part for part, _ in weights} - plain - {*_UNREAD, *item.replaced})
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

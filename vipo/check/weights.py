@@ -54,7 +54,7 @@ def _on_hub(item: Wanted, online: bool) -> Iterator[Line]:
             refused = str(error)
     commit = item.revision or (None if told is None else told.commit)
     folder = snapshot_of(item)
-    missing = None if folder is None else missing_files(item, folder)
+    missing = None if folder is None else missing_files(item, folder, cached=True)
     if folder is not None and not missing:
         yield ok(item.what, f"{item.repository} in the cache: {folder}" + (f"; {refused}" if refused else ""))
     elif refused:
@@ -67,6 +67,10 @@ def _on_hub(item: Wanted, online: bool) -> Iterator[Line]:
 
 def _to_fetch(item: Wanted, commit: str | None, missing: list[str] | None, told: Told | None) -> str:
     absent = "is not in the cache" if missing is None else f"lacks {named(missing)} in the cache"
+    if told is not None and item.is_pipeline and (alone := told.parts_of_variants(item)):
+        fetched = f"hf download {item.repository} --revision {told.commit} --local-dir FOLDER"
+        why = f"weights of {named(alone)} are variants, which are read from a folder alone"
+        return f"{item.repository} {absent}: {why}: {fetched}, and name the folder"
     access = "" if told is None else f" ({told.size(item) / 2**30:.1f} GiB{', gated: you have access' * told.gated})"
     hint = "" if told is not None else " (if it is gated: accept its terms on its page, then 'hf auth login')"
     return f"{item.repository} {absent}: {fetch_command(item, commit)}{access}{hint}"

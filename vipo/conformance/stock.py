@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
@@ -111,6 +111,8 @@ def stock_pipeline(kind: type[PipelineGenerator], config: GeneratorConfig, root:
         getattr(pipeline, kind.network_folder).register_forward_pre_hook(
             lambda _, args, given: (args, given | forced), with_kwargs=True
         )
+    if (guidance := kind.stock_guidance(config)) is not None:
+        pipeline.guider = ClassifierFreeGuidance(guidance_scale=guidance)
     pipeline.scheduler = deterministic_scheduler(kind, location, config)
     return pipeline
 

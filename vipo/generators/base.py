@@ -46,6 +46,7 @@ class Generator(ABC):
         frame_rate: frames per second at which the family's videos play; None for images.
         network_folder: subfolder of the network in the diffusers layout.
         text_attention: where the network attends to the prompt, and to which words; None: it is not known.
+        prompt_tokenizers: subfolders of the tokenizers that read whole prompts; None: all of ``tokenizer*``.
         untrained: matches the names of the network's modules and weights that have no way to a prediction, and that no
             run trains; empty: none.
         stock_forced: arguments of the network that the stock pipeline gives another value, or has no words for.
@@ -69,6 +70,7 @@ class Generator(ABC):
     flow_shift: float | Callable[[int], float] | None = None
     network_folder: ClassVar[str]
     text_attention: ClassVar[TextAttention | None] = None
+    prompt_tokenizers: ClassVar[Sequence[str] | None] = None
     untrained: ClassVar[str] = ""
     stock_forced: ClassVar[Mapping[str, object]] = MappingProxyType({})
     prediction: Prediction = "velocity"
@@ -91,6 +93,11 @@ class Generator(ABC):
     def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
         """Arguments of the stock pipeline that are not named, or not meant, as the configuration's keys."""
         return {}
+
+    @classmethod
+    def stock_guidance(cls, config: GeneratorConfig) -> float | None:
+        """The scale of a stock pipeline that is guided by its part `guider`; None: its call takes the scale."""
+        return None
 
     @classmethod
     def conditioning_widths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:

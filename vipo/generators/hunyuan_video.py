@@ -1,6 +1,7 @@
 """HunyuanVideo 1.5 (`HunyuanVideo15Transformer3DModel`): a language model reads prompts, ByT5 quoted words."""
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -8,7 +9,12 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline, HunyuanVideo15Transformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo15,
+    ClassifierFreeGuidance,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5EncoderModel
@@ -18,12 +24,19 @@ from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
+from vipo.generators.parts import part_class, part_settings
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import HUNYUAN_VIDEO
 
+log = logging.getLogger(__name__)
+
 _NEEDS: Mapping[str, str] = MappingProxyType({"use_meanflow": "takes a second timestep (MeanFlow)"})
+# Of the guider, what would make another prediction of the same two.
+_GUIDER: Mapping[str, object] = MappingProxyType(
+    {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
+)
 _NAMES = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2")
 
 
@@ -50,6 +63,8 @@ class HunyuanVideo15Generator(PipelineGenerator):
     """HunyuanVideo 1.5 text-to-video."""
 
     frame_rate: ClassVar[int | None] = 24
+    # The other one reads quoted words alone.
+    prompt_tokenizers: ClassVar[Sequence[str] | None] = ("tokenizer",)
     text_attention: ClassVar[TextAttention | None] = HUNYUAN_VIDEO
     pipeline_class: ClassVar[Any] = HunyuanVideo15Pipeline
     network_class: ClassVar[Any] = HunyuanVideo15Transformer3DModel
@@ -72,6 +87,35 @@ class HunyuanVideo15Generator(PipelineGenerator):
         channels = settings.latent_channels
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         self._image_width = network.config.image_embed_dim
+
+    @classmethod
+    def _check_settings(
+        cls, config: GeneratorConfig, root: Path, location: Path | str, index: Mapping[str, Any]
+    ) -> None:
+        super()._check_settings(config, root, location, index)
+        if "guider" not in index:
+            return
+        kind = part_class(location, index, "guider", {ClassifierFreeGuidance.__name__: ClassifierFreeGuidance})
+        guider = part_settings(kind, location, "guider", config)
+        for key, held in _GUIDER.items():
+            if (value := getattr(guider, key)) != held:
+                raise GeneratorError(
+                    f"{location}/guider: {key} {value!r}: generator.guidance_scale alone guides here, at every step; "
+                    f"give a checkpoint with {held}"
+                )
+        off = not guider.enabled or guider.guidance_scale <= cls.neutral_guidance
+        if off and config.guidance_scale > cls.neutral_guidance:
+            log.warning(
+                "generator.guidance_scale %s guides a checkpoint whose own guider does not (guidance_scale %s), as "
+                "where guidance is distilled into the network; set it to 1",
+                config.guidance_scale,
+                guider.guidance_scale if guider.enabled else "off",
+            )
+
+    @classmethod
+    def stock_guidance(cls, config: GeneratorConfig) -> float | None:
+        # Below 1, the guider would draw towards the negative prompt.
+        return max(config.guidance_scale, cls.neutral_guidance)
 
     def read_no_values(self, *, one_time: bool) -> None:
         self._lengths = _AllWords()

@@ -24,6 +24,10 @@ AGAIN = "if a file is missing or damaged, copy or download generator.path again"
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(\.(?P<before>\w+))?(-\d+-of-\d+)?(\.(?P<after>\w+))?\.safetensors\Z"
 )
+#: What holds a part's weights once more, in the names of files below a pipeline's parts.
+VARIANTS = ("*fp16*", "*bf16*", "*int4*", "*non_ema*")
+# Of a whole language model that is saved for its encoder: what gives it words back, which no prompt is read with.
+_SPEAKS = re.compile(r"lm_head\.weight|decoder\..*")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _NAMED = 2
 
@@ -137,7 +141,8 @@ def load_part(
         loaded: Any = loader(location, subfolder=part, revision=config.revision, **options)
     except Exception as error:
         if not isinstance(location, Path):
-            remedy += " (where the repository has *.fp16.safetensors only, download it and name its folder)"
+            remedy += " (where the repository has variants only, such as *.fp16.safetensors or *.bf16.safetensors, "
+            remedy += "download it and name its folder)"
         elif weights and any((location / part).glob("*.bin")):
             remedy = "vipo reads no *.bin, which can hold code: save the part by its class, as *.safetensors"
         raise GeneratorError(f"{location}/{part}: cannot be loaded ({cause(error)}); {remedy}") from error
@@ -147,7 +152,7 @@ def load_part(
         part_without_weights: T = loaded
         return part_without_weights
     model, told = loaded
-    files = _weight_files(snapshot(location, config.revision) / part)[options.get("variant")]
+    files = weight_files(snapshot(location, config.revision) / part)[options.get("variant")]
     if faults := _faults(model, told, files):
         raise GeneratorError(f"{location}/{part}: does not hold what {type(model).__name__} takes: {faults}; {remedy}")
     found: T = model
@@ -172,7 +177,7 @@ def odd_settings(config: GeneratorConfig, location: Path | str) -> Iterator[None
         ) from error
 
 
-def _weight_files(folder: Path) -> dict[str | None, list[Path]]:
+def weight_files(folder: Path) -> dict[str | None, list[Path]]:
     """A part's safetensors files by their variant; None: the plain ones."""
     found: dict[str | None, list[Path]] = {None: []}
     for path in sorted(folder.glob("*.safetensors")):
@@ -189,7 +194,7 @@ def variant_of(location: Path | str, part: str) -> str | None:
     """
     if not isinstance(location, Path):
         return None
-    files = _weight_files(location / part)
+    files = weight_files(location / part)
     variants = sorted(name for name in files if name is not None)
     if files[None] or not variants:
         return None
@@ -205,9 +210,10 @@ def _faults(model: Any, told: Mapping[str, Any], files: Sequence[Path]) -> str:
     stored = stored_dtypes(files)
     # Old files hold the positions of a text encoder, which are no weights.
     counters = {name.split(".")[-1] for name, value in model.named_buffers() if not value.is_floating_point()}
+    silent = getattr(model, "get_output_embeddings", lambda: model)() is None
     kinds = {
         "missing": told["missing_keys"],
-        "extra": told["unexpected_keys"],
+        "extra": (name for name in told["unexpected_keys"] if not (silent and _SPEAKS.fullmatch(name))),
         "of another shape": (
             f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in told["mismatched_keys"]
         ),

@@ -1,6 +1,5 @@
 """Tokenizers and text encoders: loaded together, and what of a prompt they do not read is told."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,8 @@ def load_text_encoder(
 ) -> tuple[Any, Any]:
     """A tokenizer and the text encoder that reads its tokens, which is in eval mode, on the device.
 
-    Warns of prompts whose end the encoder does not see, and of a normalizer that transformers leaves out.
+    Warns of prompts whose end the encoder does not see, and of those that transformers
+    makes other tokens of than the tokenizer's file.
 
     Args:
         config: section `generator`.
@@ -61,9 +61,10 @@ def load_text_encoder(
     if positions is not None and tokens > positions:
         key = "model_max_length of tokenizer_config.json" if limit is None else "generator.max_sequence_length"
         raise GeneratorError(f"{place}: {key} {tokens} exceeds the {positions} positions of {encoder[1]}; lower it")
-    _warn_of_the_normalizer(snapshot(location, config.revision) / tokenizer[1], words, texts)
-    lengths = [len(ids) for ids in words([template(words, text) for text in texts]).input_ids] if texts else []
-    if cut := [row for row, length in enumerate(lengths) if length > tokens]:
+    read = [template(words, text) for text in texts]
+    ids = words(read).input_ids if read else []
+    _warn_of_other_tokens(snapshot(location, config.revision) / tokenizer[1] / "tokenizer.json", read, ids, texts)
+    if cut := [row for row, own in enumerate(ids) if len(own) > tokens]:
         remedy = "" if limit is None else ", or raise generator.max_sequence_length"
         log.warning(
             "%s reads %d tokens: the end of %d of %d prompts is cut off, first of %s (%d tokens); shorten them%s",
@@ -72,7 +73,7 @@ def load_text_encoder(
             len(cut),
             len(texts),
             shown(texts[cut[0]]),
-            lengths[cut[0]],
+            len(ids[cut[0]]),
             remedy,
         )
     found: nn.Module = model.to(config.device).eval()
@@ -180,36 +181,29 @@ def shown(text: str) -> str:
     return ascii(text) if len(text) <= _SHOWN_CHARACTERS else ascii(text[:_SHOWN_CHARACTERS]) + "..."
 
 
-def _warn_of_the_normalizer(folder: Path, tokenizer: Any, texts: Sequence[str]) -> None:
-    file = folder / "tokenizer.json"
+def _warn_of_other_tokens(file: Path, read: Sequence[str], ids: Sequence[list[int]], texts: Sequence[str]) -> None:
+    """Warn where transformers, which builds some tokenizers anew, has not made the tokens that the file makes.
+
+    Args:
+        file: ``tokenizer.json``; without one there is nothing to compare with.
+        read: texts that were tokenized.
+        ids: what transformers made of them.
+        texts: the prompts in them, for the message.
+    """
     if not file.is_file():
         return
-    written, used = Tokenizer.from_file(str(file)).normalizer, tokenizer.backend_tokenizer.normalizer
-    if _rules(written) == _rules(used):
-        return
-    changed = [text for text in texts if _normalized(written, text) != _normalized(used, text)]
-    log.warning(
-        "%s: transformers reads prompts with normalizer %s instead of the file's %s: %d of %d prompts read differently"
-        "%s; if they should not, write the file as `save_pretrained` of the tokenizer does",
-        file,
-        _name(used),
-        _name(written),
-        len(changed),
-        len(texts),
-        f", first {shown(changed[0])}" if changed else "",
-    )
-
-
-def _rules(normalizer: Any) -> Any:
-    return None if normalizer is None else json.loads(normalizer.__getstate__())
-
-
-def _normalized(normalizer: Any, text: str) -> str:
-    return text if normalizer is None else str(normalizer.normalize_str(text))
-
-
-def _name(normalizer: Any) -> str:
-    rules = _rules(normalizer)
-    if rules is None:
-        return "none"
-    return "+".join(part["type"] for part in rules.get("normalizers", [rules]))
+    written = Tokenizer.from_file(str(file))
+    written.no_truncation()
+    written.no_padding()
+    made = written.encode_batch(list(read))
+    other = [text for text, found, own in zip(texts, ids, made, strict=True) if found != own.ids]
+    if other:
+        log.warning(
+            "%s: transformers makes other tokens of %d of %d prompts than this file, first of %s; so does the stock "
+            "pipeline beside it, but the encoder may have learnt the file's (another version of transformers may "
+            "read it as it stands)",
+            file,
+            len(other),
+            len(texts),
+            shown(other[0]),
+        )

@@ -7,10 +7,11 @@ from huggingface_hub import snapshot_download
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError, checkpoint_location
+from vipo.generators.configured import resolve_class
 
 
 def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
-    """A function that counts a text's tokens, special ones included: the largest count of the generator's tokenizers.
+    """A function that counts a text's tokens, special ones included: most of any tokenizer that reads whole prompts.
 
     Raises:
         GeneratorError: it has none that can be loaded.
@@ -22,6 +23,8 @@ def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
         if not isinstance(location, Path):
             location = Path(snapshot_download(location, revision=config.revision, allow_patterns=["tokenizer*/*"]))
         folders = sorted(path for path in location.iterdir() if path.is_dir() and path.name.startswith("tokenizer"))
+        if (read := resolve_class(config).prompt_tokenizers) is not None:
+            folders = [path for path in folders if path.name in read]
         tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
     except (OSError, ValueError) as error:
         raise GeneratorError(f"{config.path}: its tokenizers cannot be loaded ({error})") from error

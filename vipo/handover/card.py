@@ -271,6 +271,9 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
             if loads
             else f'pipeline.{part}.load_lora_adapter(folder, prefix="{part}", use_safetensors=True)'
         ]
+    if (guidance := adapter.stock_guidance(generator)) is not None:
+        lines[1] += ", ClassifierFreeGuidance"
+        lines += [f"pipeline.guider = ClassifierFreeGuidance(guidance_scale={guidance!r})"]
     if forced := dict(adapter.stock_forced):
         lines += [
             f"forced = {forced!r}  # in every call of the network, whatever the pipeline gives it",

@@ -27,7 +27,7 @@ from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.means import mean_score
 from vipo.generators.base import checkpoint_location
 from vipo.generators.finite import check_finite
-from vipo.generators.parts import model_index
+from vipo.generators.parts import VARIANTS, model_index
 from vipo.handover.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
 from vipo.handover.comfyui import check_comfyui, write_comfyui
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
@@ -37,7 +37,6 @@ from vipo.reporting.runs import RunRecords, configured_difference, measured_colu
 
 #: What a pipeline's parts consist of. Pickles and code are never copied, nor are weights in a second precision.
 _PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-_VARIANTS = ("*.fp16[.-]*", "*.bf16[.-]*", "*.non_ema[.-]*")
 _TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
@@ -225,7 +224,7 @@ def _base(run: RunRecords, root: Path, base_model: str | None, *, whole: bool) -
     wanted = ["*.md", "model_index.json", *_TERMS, *(f"{part}/{kind}" for part in parts for kind in _PARTS)]
     try:
         folder = snapshot_download(
-            location, revision=config.revision, allow_patterns=wanted, ignore_patterns=list(_VARIANTS)
+            location, revision=config.revision, allow_patterns=wanted, ignore_patterns=list(VARIANTS)
         )
     except (OSError, ValueError) as error:
         raise ExportError(f"{location}: cannot be downloaded or read from the cache ({error})") from error
@@ -331,7 +330,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _part_files(folder: Path) -> Iterator[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    yield from filter_repo_objects(names, allow_patterns=list(_PARTS), ignore_patterns=list(_VARIANTS))
+    yield from filter_repo_objects(names, allow_patterns=list(_PARTS), ignore_patterns=list(VARIANTS))
 
 
 def _write_provenance(run: RunRecords, reference: RunRecords, scores: Sequence[ScoreRow], folder: Path) -> None:
