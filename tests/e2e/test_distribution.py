@@ -213,19 +213,67 @@ def test_a_step_of_one_length_is_the_same_on_any_number_of_processes(
     assert len(list((moved / RUN / "weights/ema").rglob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+# Of two, a sum has one order only; four have one micro-batch each.
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 4), ("fsdp", 2)], ids=["ddp", "fsdp"])
 def test_killed_processes_end_with_the_same_bytes(
-    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, strategy: str
+    prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, strategy: str, world: int
 ) -> None:
-    chosen = [*overrides, f"distribution.strategy={strategy}"]
+    chosen, errors = [*overrides, f"distribution.strategy={strategy}"], tmp_path / "errors.txt"
     whole, disturbed = shutil.copytree(prepared, tmp_path / "whole"), shutil.copytree(prepared, tmp_path / "disturbed")
-    assert ranks(
-        {"world": 2, "results": whole, "overrides": chosen},
-        {"world": 2, "results": disturbed, "overrides": chosen, "kill_at": 3},
-        {"world": 2, "results": disturbed, "overrides": chosen},
-    ) == [[0, 0], [-9, -9], [0, 0]]
+    job: dict[str, Any] = {"world": world, "overrides": chosen, "results": disturbed}
+    found = ranks(job | {"results": whole}, job | {"kill_at": 3}, job, errors=errors)
+    assert found == [[0] * world, [-9] * world, [0] * world]
+    assert "Warning" not in errors.read_text()
     assert _artifacts(whole) == _artifacts(disturbed)
     assert not list((disturbed / RUN).rglob("*.partial"))
+
+
+ALIKE = """
+import os, socket, torch
+from vipo.config.training import DistributionConfig
+from vipo.training.distribution import Distribution
+
+def work():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(6)))
+    names = [name for name, _ in network.named_parameters()]
+    distribution = Distribution(DistributionConfig(processes=3), "cpu")
+    policy = distribution.wrap(network, "fp32")
+    assert distribution.unwrap(policy) is network
+    assert [name for name, _ in network.named_parameters()] == names == list(network.state_dict())
+    values, found = torch.randn(4, 32, generator=torch.Generator().manual_seed(distribution.rank)), []
+    for _ in range(3):
+        for last in (False, True):
+            with distribution.gradients(policy, last):
+                policy(values).square().mean().backward()
+        found.append(torch.cat([value.grad.flatten() for value in network.parameters()]))
+        network.zero_grad()
+    print([int((other != found[0]).sum()) for other in found], flush=True)
+    distribution.leave()
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}
+children = []
+for rank in range(3):
+    child = os.fork()
+    if child == 0:
+        os.environ |= {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        try:
+            work()
+        finally:
+            os._exit(0)
+    children.append(child)
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
+def test_replicated_gradients_are_summed_alike_from_the_first(forks: Nurseries, tmp_path: Path) -> None:
+    """What a process that goes on has made before must not show in its sums; and nobody is told of how that is so."""
+    (tmp_path / "alike.py").write_text(ALIKE)
+    assert forks.run(str(tmp_path / "alike.py"), cwd=ROOT) == (0, "[0, 0, 0]\n" * 3, "")
 
 
 def test_sharded_weights_stay_fp32_with_bf16(

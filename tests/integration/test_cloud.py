@@ -55,7 +55,9 @@ def test_the_command_line_takes_its_arguments() -> None:
     assert configs["train"] == configs["evaluate"]
     assert configs["train"].run_name in JOB["metadata"]["name"]
     training, processes = configs["train"].training, configs["train"].distribution.processes
-    assert STEPS["train"]["resources"]["limits"]["nvidia.com/gpu"] == processes == 8
+    # A process takes one.
+    for name in configs:
+        assert STEPS[name]["resources"]["limits"]["nvidia.com/gpu"] == processes == 8, name
     samples = training.prompts_per_update * training.group_size // training.optimizer_steps_per_update
     assert samples // training.micro_batch % processes == 0
 
@@ -114,6 +116,23 @@ def test_the_commands_of_the_page_exist() -> None:
     for target in re.findall(r"\]\(([\w./-]+)\)", page):
         assert (ROOT / "docs" / target).is_file(), target
     assert set(re.findall(r"^make (\w+)", blocks, re.MULTILINE)) == {"image", "sif"}
+    # Root would own the folder that Docker makes.
+    assert not [line for line in blocks.splitlines() if line.startswith("docker run")]
+    assert blocks.count("mkdir -p results") == 2
+
+
+def test_apptainer_sees_the_hub_s_cache() -> None:
+    """The image says that caches are elsewhere; what is bound takes the place of the profile's own arguments."""
+    (block,) = re.findall(r"```bash\n(export HF_HOME=.*?)```", (ROOT / "docs/cloud.md").read_text(), re.DOTALL)
+    home, line = block.splitlines()
+    arguments = shlex.split(line)
+    given = arguments[arguments.index("--apptainer-args") + 1].split()
+    for profile in ("local", "slurm"):
+        own = yaml.safe_load((ROOT / "workflow/profiles" / profile / "config.yaml").read_text())["apptainer-args"]
+        assert given[0] == own
+    assert given[1] == "--bind"
+    assert Path(home.partition("=")[2]).is_relative_to(given[2])
+    assert "XDG_CACHE_HOME=/tmp" in (ROOT / "containers/Dockerfile").read_text()
 
 
 def test_the_commands_of_the_cluster_page_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,6 @@ ELSEWHERE = {
             "export VIPO_IMAGE_DIGEST=",
             "node() {",
             "node ",
-            "docker run",
             "until node",
             "mkdir -p results && docker run",
         ),
@@ -103,6 +102,7 @@ NOT_RUN = {
     "the environment of the tests is made already": [
         *("make env", "source .venv/bin/activate", "sudo apt-get", "git clone", "export HTTPS_PROXY="),
     ],
+    "a folder of the reader's site": ["export HF_HOME="],
     "this suite, or what contains it": ["make test", "pytest -k resume", "bash .ci/run"],
     "minutes to hours of all cores; `make demo` is the first thing that CONTRIBUTING.md asks for": [
         *("make demo", "make study", "make meter-demo", "python -m benchmarks.growth benchmarks/growth.json"),

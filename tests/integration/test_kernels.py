@@ -1,6 +1,7 @@
 """Compiled blocks, attention backends and AdamW's fused kernel in training: the same run, or an error that says why."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,16 +16,19 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_generator import ToyNetwork
 
+from vipo.check.machine import machine_lines
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
 from vipo.evaluation.held_out import HeldOut
 from vipo.evaluation.sample import draw, evaluation_chain
-from vipo.generators import kernels, load_generator
+from vipo.generators import GeneratorError, kernels, load_generator
 from vipo.generators.applied import KernelError, not_applied
+from vipo.generators.compiler import check_compiler
 from vipo.generators.embeddings import load_embeddings
 from vipo.generators.kernels import repeated_blocks, use_kernels
 from vipo.prompts import read_prompts
+from vipo.stages import train_stage, training
 from vipo.training.plan import plan
 from vipo.training.recorded import train_run
 from vipo.training.setup import Setup, set_up
@@ -159,6 +163,59 @@ def test_kernels_that_fail_are_told_before_anything_is_computed(
     embeddings = load_embeddings(prepared / "demo/embeddings/eval.safetensors", [each.prompt for each in samples])
     with torch.no_grad(), pytest.raises(KernelError, match=told):
         draw(generator, evaluation_chain(generator, config), samples, embeddings, config)
+
+
+@pytest.mark.parametrize(
+    ("programs", "variables", "headers", "told"),
+    [
+        (["gcc"], {}, True, None),
+        (["clang"], {}, True, None),
+        (["mine"], {"CC": "mine"}, True, None),
+        ([], {}, True, "install gcc libc6-dev (Debian"),
+        (["gcc"], {"CC": "mine"}, True, "install gcc libc6-dev (Debian"),
+        (["gcc"], {}, False, "Python.h not here, with which Triton builds: install python3."),
+        ([], {}, False, "install gcc libc6-dev python3."),
+    ],
+)
+def test_a_gpu_s_blocks_want_a_c_compiler_before_anything_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    programs: list[str],
+    variables: dict[str, str],
+    headers: bool,
+    told: str | None,
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name in programs:
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("vipo.generators.configured.check_device", lambda _: None)
+
+    def encoding(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "make_missing", encoding)
+    demo = ["experiment=demo", "arm=vipo"]
+    config = load_config([*demo, "generator.device=cuda", "generator.compile=blocks"])
+    lines = {line.subject: (line.verdict, line.said) for line in machine_lines(config, [])}
+    if told is None:
+        assert lines["compiler"][0] == "ok"
+        with pytest.raises(InterruptedError):
+            train_stage(config, ROOT, tmp_path)
+        return
+    assert lines["compiler"][0] == "to do"
+    assert told in lines["compiler"][1]
+    with pytest.raises(GeneratorError, match=re.escape(told)):
+        train_stage(config, ROOT, tmp_path)
+    # Nobody else needs one.
+    for other in (["generator.compile=blocks"], ["generator.device=cuda"]):
+        check_compiler(load_config([*demo, *other]).generator)
 
 
 def test_a_compiler_that_is_switched_off_is_told(traced: list[Any], prepared: Path, tiny_overrides: list[str]) -> None:

@@ -20,7 +20,7 @@ from vipo.config.published import PublishedConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.errors import VipoError
-from vipo.evaluation.comparison import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC
+from vipo.evaluation.totals import _VBENCH_BOUNDS, _VBENCH_QUALITY, _VBENCH_SEMANTIC
 from vipo.prompts import prompt_id
 from vipo.reporting.published import published_table, published_values
 from vipo.training.fit import require_fit
@@ -70,7 +70,8 @@ def test_hardware_leaves_the_update_as_it_is(setup: str) -> None:
     """How many samples an update has, and in how many steps, is no matter of how many GPUs there are."""
     given = ["experiment=ablation", f"setup={setup}", "prompts.source=p.txt"]
     configs = {name: load_config([*given, f"hardware={name}"]) for name in HARDWARE}
-    updates = {config.training.model_dump_json(exclude={"lora", "micro_batch"}) for config in configs.values()}
+    held = {"lora", "micro_batch", "checkpoint_every"}
+    updates = {config.training.model_dump_json(exclude=held) for config in configs.values()}
     assert len(updates) == 1
     for name, config in configs.items():
         lora = name not in ("8x80gb", "1x24gb_offload")
@@ -79,6 +80,27 @@ def test_hardware_leaves_the_update_as_it_is(setup: str) -> None:
         assert config.generator.precision == "bf16"
         assert config.training.gradient_checkpointing
         check_run(config)
+
+
+# Bytes of fp32 weights: parameters as published.
+@pytest.mark.parametrize(("name", "whole"), [("flux_paper", 47.6e9), ("qwen_image", 81.7e9)])
+def test_a_job_has_the_memory_that_reading_a_network_takes(name: str, whole: float) -> None:
+    """By each of its processes, in fp32 at first; not where the network is no hardware's."""
+    fits = {"8x80gb", "8x80gb_lora", "1x80gb"} if name == "flux_paper" else {"8x80gb_lora", "1x80gb"}
+    for hardware in sorted(fits):
+        cluster = load_config(
+            ["experiment=ablation", f"setup={name}", "prompts.source=p.txt", f"hardware={hardware}"]
+        ).cluster
+        for asked in (cluster.train, cluster.evaluate):
+            assert asked.memory_mb * 2**20 > whole * int(hardware[0]), hardware
+
+
+def test_one_gpu_is_told_to_stop_in_time_and_writes_checkpoints_often() -> None:
+    """An update of Wan's is five minutes there; whatever the experiment says for its own eight GPUs."""
+    for hardware in HARDWARE:
+        config = load_config(["experiment=wan_videoalign", "prompts.source=p.txt", f"hardware={hardware}"])
+        few = hardware.startswith("1x")
+        assert (config.cluster.stop_seconds, config.training.checkpoint_every) == ((1200, 5) if few else (300, 25))
 
 
 # Recipes are planned on their own hardware, 8x80gb, below.

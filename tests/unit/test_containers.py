@@ -57,6 +57,11 @@ def test_transformers_with_zeros_for_tied_embeddings_is_not_allowed() -> None:
     assert tuple(map(int, locked.groups())) >= (5, 17)
 
 
+def test_what_triton_builds_with_is_there() -> None:
+    (install,) = [command for command in _all("RUN") if "apt-get install" in command]
+    assert {"gcc", "libc6-dev", "libpython3-dev"} <= set(install.split())
+
+
 def test_no_cache_stays_in_a_layer() -> None:
     for command in _all("RUN"):
         if "apt-get install" in command:

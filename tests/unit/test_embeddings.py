@@ -1,5 +1,6 @@
 """Embeddings in files: the same bytes however they came about, and no more of them in memory than are asked for."""
 
+import contextlib
 import hashlib
 import json
 import weakref
@@ -13,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vipo.config.compose import load_config
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import Generator, GeneratorError
 from vipo.generators.embeddings import Embeddings, check_embeddings, load_embeddings, stack_conditioning
 from vipo.generators.encoding import encode_prompt_file
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
+from vipo.stages import inputs
 
 
 class Reader(Generator):
@@ -108,6 +111,28 @@ def _bytes(files: Sequence[Path]) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("fresh")
+def test_a_device_is_free_again_when_prompts_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the first of the ranks that this process is going to launch beside itself."""
+    alive: list[weakref.ref[Tensor]] = []
+    freed: list[bool] = []
+
+    def encode(*_: Any) -> list[Path]:
+        held = [torch.ones(1)]
+        # As the modules of a network hold each other.
+        held.append(held)  # type: ignore[arg-type]
+        alive.append(weakref.ref(held[0]))
+        return []
+
+    monkeypatch.setattr("vipo.generators.encoding.encode_prompt_file", encode)
+    monkeypatch.setattr("vipo.generators.starting.checkpoint_inputs", lambda *_: [])
+    monkeypatch.setattr(inputs, "record_stage", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(all(each() is None for each in alive)))
+    inputs.encode_stage(load_config(["experiment=demo", "generator.device=cuda"]), tmp_path, tmp_path)
+    assert len(alive) == 2
+    assert freed
+    assert all(freed)
+
+
 def test_several_files_hold_what_one_does(tmp_path: Path) -> None:
     (one,), prompts = _encode(tmp_path / "one", 10)
     several, _ = _encode(tmp_path / "several", 10, per_file=4)

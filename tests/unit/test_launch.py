@@ -128,8 +128,21 @@ open(r"{tmp_path}/outlived", "w").close()
     assert not (tmp_path / "outlived").exists()
     shown = capfd.readouterr().err
     assert shown.startswith("[rank 1] my own trouble\n")
-    with pytest.raises(TrainingError, match=r"was killed by SIGKILL, often by a memory limit: raise cluster\.train\.m"):
-        launch(_program("os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)"), TWO)
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ("train", "train.memory_mb, or set distribution.strategy=fsdp; the other ranks were stopped. The newest"),
+        ("evaluate", "evaluate.memory_mb, or lower distribution.processes; the other ranks were stopped. What is"),
+    ],
+)
+def test_a_rank_that_is_killed_is_told_with_what_its_stage_reads(stage: str, told: str) -> None:
+    ended: queue.Queue[tuple[int, int]] = queue.Queue()
+    ended.put((0, -signal.SIGKILL))
+    ranks: Any = {0: SimpleNamespace(pid=7)}
+    with pytest.raises(TrainingError, match=rf"by SIGKILL, often by a memory limit: raise cluster\.{re.escape(told)}"):
+        _wait(ranks, queue.Queue(), ended, 0, [], OtherNodes({}, TWO), stage)
 
 
 def test_no_rank_is_left_when_the_launcher_ends(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+from vipo.config.compose import load_config
 from vipo.config.training import DistributionConfig
+from vipo.stages import evaluation
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.launch import rendezvous
@@ -102,3 +106,45 @@ def test_a_launcher_s_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nodes_whose_environment_is_not_whole_are_told(environment: dict[str, str], told: str) -> None:
     with pytest.raises(TrainingError, match=told):
         rendezvous(DistributionConfig(nodes=2), environment)
+
+
+class _Stop(Exception):
+    """Where a test looks no further."""
+
+
+@pytest.mark.parametrize(("there", "launched"), [(8, 8), (3, 3), (1, None), (0, None)])
+def test_an_evaluation_is_as_many_processes_as_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: int, launched: int | None
+) -> None:
+    found: list[int] = []
+
+    def launch(words: Any, config: Any, results: Any, wait: Any, distribution: DistributionConfig) -> None:
+        assert distribution.nodes == 1
+        found.append(distribution.processes)
+        raise _Stop
+
+    def alone(*_: Any) -> None:
+        raise _Stop
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(evaluation, "launch_ranks", launch)
+    monkeypatch.setattr("vipo.determinism.prepare_process", alone)
+    monkeypatch.setattr("vipo.generators.configured.check_device", lambda _: None)
+    config = load_config(["experiment=demo", "generator.device=cuda", "distribution={processes: 8, nodes: 2}"])
+    with pytest.raises(_Stop):
+        evaluation._evaluate("sample", alone, config, tmp_path, tmp_path, 0, None, 8)
+    assert found == ([] if launched is None else [launched])
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of another launcher, in training and in an evaluation."""
+    for name, value in SECOND.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("vipo.generators.configured.check_device", lambda _: None)
+    config = load_config(["experiment=demo", "generator.device=cuda", "distribution.processes=2"])
+    told = "LOCAL_RANK 1: this node has 1 CUDA devices, and each process takes one; lower distribution.processes"
+    with pytest.raises(TrainingError, match=told):
+        Distribution(config.distribution, "cuda")
+    with pytest.raises(TrainingError, match=told):
+        evaluation._evaluate("sample", lambda *_: None, config, tmp_path, tmp_path, 0, None, 2)

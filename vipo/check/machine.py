@@ -69,6 +69,8 @@ def machine_lines(config: Config, present: list[Gpu]) -> Iterator[Line]:
     else:
         yield ok("GPUs", f"{wanted} wanted on each node, {len(present)} here: {present[0].name}")
     yield _driver(present)
+    if config.generator.compile != "none":
+        yield _compiler(config)
     if several:
         yield _nccl()
         yield from _interface(config)
@@ -91,6 +93,17 @@ def _driver(present: list[Gpu]) -> Line:
             "driver", f"{written} is older than {needed}, which CUDA {cuda} of the lock needs; update the driver"
         )
     return ok("driver", f"{written}, CUDA {cuda} of the lock needs {needed}")
+
+
+def _compiler(config: Config) -> Line:
+    from vipo.generators.base import GeneratorError
+    from vipo.generators.compiler import check_compiler
+
+    try:
+        check_compiler(config.generator)
+    except GeneratorError as error:
+        return to_do("compiler", str(error))
+    return ok("compiler", "a C compiler and Python.h, for generator.compile")
 
 
 def _built_with() -> str | None:

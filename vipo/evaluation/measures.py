@@ -4,7 +4,6 @@ One network is in memory at a time: what measures goes over all pictures before 
 """
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.demo.scenes import foreground
 from vipo.evaluation.held_out import HeldOut, sample_name
+from vipo.memory import free
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts.vbench import is_measured
 from vipo.rewards import identities, in_use, load_reward, score, weight_files
@@ -181,12 +181,3 @@ def tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict
         del reward
         free(device)
     return found, processes
-
-
-def free(device: str) -> None:
-    """Give back the memory of what was just let go of."""
-    gc.collect()
-    # What is alive between two networks is what was imported, and stays: the next collection does not look at it again.
-    gc.freeze()
-    if device != "cpu":
-        torch.cuda.empty_cache()

@@ -26,9 +26,10 @@ from vipo.evaluation.held_out import (
     samples_folder,
 )
 from vipo.evaluation.left_out import told
-from vipo.evaluation.measures import Batch, Measure, Measured, free, measures_of, tried
+from vipo.evaluation.measures import Batch, Measure, Measured, measures_of, tried
 from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
+from vipo.memory import free
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.provenance.parts import load_tensors, save_tensors

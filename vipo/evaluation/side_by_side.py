@@ -16,6 +16,7 @@ from vipo.determinism import prepare_process
 from vipo.evaluation.held_out import HeldOut, save_sample
 from vipo.evaluation.sample import draw, evaluation_chain, trained_weights
 from vipo.generators import Generator, load_generator
+from vipo.generators.compiler import check_compiler
 from vipo.generators.configured import check_device
 from vipo.generators.embeddings import encode_prompts
 from vipo.generators.lora import check_adapted
@@ -58,6 +59,7 @@ def draw_side_by_side(
     changed = {key: value for key, value in (("seed", seed), ("steps", steps)) if value is not None}
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=changed)})
     check_device(config.generator)
+    check_compiler(config.generator)
     prompts = _prompts(texts)
     folder = list(trained_weights(config, run, root).values())[-1]
     prepare_process(config.generator.device, config.training.threads)

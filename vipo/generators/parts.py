@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, is_offline_mode
 from safetensors import safe_open
 
 from vipo.config.generator import GeneratorConfig
@@ -134,6 +134,8 @@ def load_part(
             "output_loading_info": True,
             # Told below, by name: the libraries fill such a tensor at random, or leave it without storage.
             "ignore_mismatched_sizes": True,
+            # Told HF_HUB_OFFLINE alone, diffusers asks the hub about weights in several files, and is refused.
+            "local_files_only": is_offline_mode(),
         }
         if (variant := variant_of(location, part)) is not None:
             options["variant"] = variant

@@ -42,6 +42,7 @@ def credit_stage(
     from vipo.credit.meter.gradients import MeterError
     from vipo.credit.meter.table import table
     from vipo.evaluation.meter import measure_credit, write_result
+    from vipo.generators.compiler import check_compiler
     from vipo.generators.configured import check_device
     from vipo.memory import memory_errors
     from vipo.provenance.files import atomic_file
@@ -52,6 +53,7 @@ def credit_stage(
     check_comparable(configs)
     config = next(iter(configs.values()))
     check_device(config.generator)
+    check_compiler(config.generator)
     experiment = experiment_folder(config, results)
     make_missing(config, root, results, wait)
     for split in ("train", "eval"):

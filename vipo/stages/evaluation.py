@@ -153,21 +153,26 @@ def _evaluate(
 ) -> None:
     from vipo.determinism import prepare_process
     from vipo.evaluation.shares import Share
+    from vipo.generators.compiler import check_compiler
     from vipo.generators.configured import check_device
     from vipo.memory import memory_errors
     from vipo.training.launch import stop_with_launcher
-    from vipo.training.ranks import is_rank, own_place
+    from vipo.training.ranks import check_own_gpu, is_rank, own_place
 
     check_device(config.generator)
+    check_compiler(config.generator)
     experiment = experiment_folder(config, results)
     own, local = None if share is None else Share.parse(share), 0
     if processes > 1:
         if not is_rank():
             part = [] if share is None else ["--share", share]
-            launch_ranks(["evaluate", "--only", stage, *part], config, results, wait, nodes=1)
+            here = config.distribution.model_copy(update={"nodes": 1, "processes": _one_a_gpu(config, processes)})
+            if here.processes > 1:
+                launch_ranks(["evaluate", "--only", stage, *part], config, results, wait, here)
         else:
             stop_with_launcher()
             place = own_place(os.environ)
+            check_own_gpu(place, config.generator.device)
             own = (own or Share()).split(place.rank, place.size)
             local = place.local_rank
     prepare_process(config.generator.device, config.training.threads, local)
@@ -177,3 +182,16 @@ def _evaluate(
             folder = experiment / ("samples" if stage == "sample" else "evaluation") / config.run_name
             locked.enter_context(run_lock(folder, wait_seconds=wait))
         run(config, root, experiment, own, wait)
+
+
+def _one_a_gpu(config: Config, processes: int) -> int:
+    """As many of the `processes` as this node has GPUs for: the files are the same of any number."""
+    import torch
+
+    if config.generator.device != "cuda" or processes <= (there := torch.cuda.device_count()):
+        return processes
+    log.info(
+        "%s: CUDA devices here: %d, so as many processes, not distribution.processes %d",
+        config.run_name, there, processes,
+    )  # fmt: skip
+    return there

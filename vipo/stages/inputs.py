@@ -68,7 +68,7 @@ def _encode(config: Config, root: Path, results: Path) -> None:
 
     from vipo.generators.encoding import encode_prompt_file
     from vipo.generators.starting import checkpoint_inputs
-    from vipo.memory import memory_errors
+    from vipo.memory import free, memory_errors
 
     torch.set_num_threads(config.training.threads)
     experiment = experiment_folder(config, results)
@@ -91,6 +91,8 @@ def _encode(config: Config, root: Path, results: Path) -> None:
             source, output = prompts / f"{split}.jsonl", folder / f"{split}.safetensors"
             identity, processes = config.embeddings_identity(), config.distribution.processes
             files += encode_prompt_file(config.generator, root, source, output, identity, processes)
+            # A launcher goes on beside its ranks, the first of which takes the same GPU.
+            free(config.generator.device)
 
 
 def make_missing(config: Config, root: Path, results: Path, wait: float) -> None:

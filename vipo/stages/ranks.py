@@ -7,10 +7,13 @@ from pathlib import Path
 
 from vipo.config.compose import dump_config
 from vipo.config.run import Config
+from vipo.config.training import DistributionConfig
 
 
-def launch_ranks(words: Sequence[str], config: Config, results: Path, wait: float, nodes: int) -> None:
-    """Run a command, such as ``train`` or ``evaluate --only sample``, as this node's ranks, of `nodes`."""
+def launch_ranks(
+    words: Sequence[str], config: Config, results: Path, wait: float, distribution: DistributionConfig
+) -> None:
+    """Run a command, such as ``train`` or ``evaluate --only sample``, as this node's ranks of `distribution`."""
     from vipo.training.launch import launch
 
     # A file of their own: one in the results would be another job's as well.
@@ -20,4 +23,4 @@ def launch_ranks(words: Sequence[str], config: Config, results: Path, wait: floa
         files = ["--config", str(resolved), "--results", str(results), "--wait", str(wait)]
         # -P, for the working directory may hold another vipo.
         command = [sys.executable, "-P", "-m", "vipo.cli", *words, *files]
-        launch(command, config.distribution.model_copy(update={"nodes": nodes}), config.training.threads)
+        launch(command, distribution, config.training.threads, words[0])

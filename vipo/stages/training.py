@@ -59,12 +59,14 @@ def train_stage(config: Config, root: Path, results: Path, wait: float = 0) -> N
 
 
 def _train(config: Config, root: Path, results: Path, wait: float) -> None:
+    from vipo.generators.compiler import check_compiler
     from vipo.generators.configured import check_device
     from vipo.training.launch import stop_with_launcher
     from vipo.training.ranks import is_rank
     from vipo.training.recorded import train_run
 
     check_device(config.generator)
+    check_compiler(config.generator)
     experiment = experiment_folder(config, results)
     told = is_rank() or not (experiment / "prompts/manifest.json").is_file()
     make_missing(config, root, results, wait)
@@ -75,4 +77,4 @@ def _train(config: Config, root: Path, results: Path, wait: float) -> None:
         stop_with_launcher()
         train_run(config, root, experiment, wait)
         return
-    launch_ranks(["train"], config, results, wait, config.distribution.nodes)
+    launch_ranks(["train"], config, results, wait, config.distribution)

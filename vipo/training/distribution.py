@@ -14,20 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from vipo.config.training import DistributionConfig
 from vipo.training.errors import TrainingError
-from vipo.training.ranks import drop_foreign, own_place
+from vipo.training.ranks import check_own_gpu, drop_foreign, own_place
 from vipo.training.sharding import fill, group_backend, join_alone, shard, whole_state
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
 # Seconds within which healthy processes notice that another one does not come.
 _NOTICE = 10.0
+# The name of a parameter that no call uses.
+_UNUSED = "never_used"
 
 
 class Distribution:
@@ -61,11 +63,8 @@ class Distribution:
             raise TrainingError(
                 f"generator.device {device!r}: several processes take one GPU each; set generator.device=cuda"
             )
-        if launched > 1 and device == "cuda" and place.local_rank >= torch.cuda.device_count():
-            raise TrainingError(
-                f"LOCAL_RANK {place.local_rank}: this node has {torch.cuda.device_count()} CUDA devices, and each "
-                "process takes one; lower distribution.processes, or look at CUDA_VISIBLE_DEVICES"
-            )
+        if launched > 1:
+            check_own_gpu(place, device)
         self.config = config
         self._store: Store | None = None
         self._meetings = 0
@@ -73,7 +72,10 @@ class Distribution:
             self._store = self._join(device)
         # Precision is generator.precision, whatever `accelerate launch` puts into the environment.
         drop_foreign(place)
-        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        # DDP that looks for unused parameters keeps its first buckets. Else it lays them out anew after its first sums,
+        # and places in a bucket decide in which order three terms are added: a run that goes on would do otherwise.
+        kept = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[kept])
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
         if self.shards and launched == 1:
             join_alone(self.device)
@@ -141,10 +143,13 @@ class Distribution:
             precision: ``generator.precision``.
         """
         if not self.shards:
-            if self.processes == 1:
+            if self.processes == 1 or not any(value.requires_grad for value in network.parameters()):
                 return network
-            trained = any(value.requires_grad for value in network.parameters())
-            return self._accelerator.prepare_model(network, evaluation_mode=False).eval() if trained else network
+            # With none unused DDP would warn at each start, past Python. The network itself does not keep it.
+            network.register_parameter(_UNUSED, nn.Parameter(torch.zeros(1, device=self.device)))
+            replicated: nn.Module = self._accelerator.prepare_model(network, evaluation_mode=False).eval()
+            delattr(network, _UNUSED)
+            return replicated
         empty = any(value.is_meta for value in network.parameters())
         some_empty = any(self.everyones(empty))
         whole = dict(network.state_dict()) if some_empty and self.is_main else {}

@@ -42,6 +42,12 @@ _DELAY = 0.2
 _POLL, _CONNECT, _GRACE = 0.5, 10.0, 20.0
 _ENDED = "vipo/ended"
 _STOPPED = "stopped"
+# Of each stage that is launched: what lowers the memory of a rank or of all, and what an end leaves.
+_REMEDIES = {"train": "set distribution.strategy=fsdp", "evaluate": "lower distribution.processes"}
+_LEFT = {
+    "train": "The newest checkpoint is the last good state; start the same command again to go on from it",
+    "evaluate": "What is done stays; start the same command again to go on with the rest",
+}
 
 
 def stop_with_launcher() -> None:
@@ -118,7 +124,7 @@ class OtherNodes:
         return first
 
 
-def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1) -> None:
+def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1, stage: str = "train") -> None:
     """Run `command` as this node's ranks until all have ended well, or one has not.
 
     Standard error of rank 0 passes through, lines of the others get their rank. SIGTERM, SIGUSR1 and SIGINT reach
@@ -130,6 +136,7 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
             what this process was started as (`command_line`) and where it imports from.
         config: section `distribution`.
         threads: of each rank, where OMP_NUM_THREADS does not say how many the libraries may start.
+        stage: what the ranks do, by its name in section `cluster`: ``train`` or ``evaluate``; for messages.
 
     Raises:
         Preempted: the ranks stopped because a signal asked them, or one of them, to.
@@ -196,7 +203,7 @@ def launch(command: Sequence[str], config: DistributionConfig, threads: int = 1)
         followers = [threading.Thread(target=follow, args=item, daemon=True) for item in ranks.items()]
         for thread in followers:
             thread.start()
-        _wait(ranks, said, ended, first, asked, OtherNodes(meeting, config))
+        _wait(ranks, said, ended, first, asked, OtherNodes(meeting, config), stage)
         for thread in followers:
             thread.join()
 
@@ -208,6 +215,7 @@ def _wait(
     first: int,
     asked: Sequence[int],
     nodes: OtherNodes,
+    stage: str = "train",
 ) -> None:
     left, stopped, failure = set(ranks), False, ""
     # When ranks that outlive one that has stopped are no longer waited for.
@@ -232,7 +240,7 @@ def _wait(
         if nodes.told == _STOPPED and not stopped:
             _ask_to_stop(ranks.values())
             stopped = True
-        here = "" if bad is None else _described(bad, ranks)
+        here = "" if bad is None else _described(bad, ranks, stage)
         if stopped or (asked and (here or nodes.told)):
             # Whoever loses a partner that has stopped dies of that: it is no failure, unless none has stopped.
             failure = failure or here or nodes.told or ""
@@ -243,7 +251,7 @@ def _wait(
             if bad is not None and cause == here:
                 _show([piece for piece in pieces if piece[0] == bad[0]], first)
                 pieces = [piece for piece in pieces if piece[0] != bad[0]]
-            error = _failed(cause)
+            error = _failed(cause, stage)
             if pieces:
                 log.error("%s\nWhat the other ranks said then:", error)
                 _show(pieces, first)
@@ -252,9 +260,9 @@ def _wait(
     _show([said.get() for _ in range(said.qsize())], first)
     # Of several nodes, it may be another one's rank that has stopped.
     if stopped or (failure and nodes.several):
-        raise Preempted("all ranks have stopped; start the same command again to go on from the newest checkpoint")
+        raise Preempted(f"all ranks have stopped. {_LEFT[stage]}")
     if failure:
-        raise _failed(failure)
+        raise _failed(failure, stage)
 
 
 def _ask_to_stop(processes: Iterable[subprocess.Popen[bytes]], number: int = signal.SIGTERM) -> None:
@@ -263,19 +271,16 @@ def _ask_to_stop(processes: Iterable[subprocess.Popen[bytes]], number: int = sig
             process.send_signal(number)
 
 
-def _described(bad: tuple[int, int], ranks: Mapping[int, subprocess.Popen[bytes]]) -> str:
+def _described(bad: tuple[int, int], ranks: Mapping[int, subprocess.Popen[bytes]], stage: str) -> str:
     rank, status = bad
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     if status == -signal.SIGKILL:
-        how += ", often by a memory limit: raise cluster.train.memory_mb, or set distribution.strategy=fsdp"
+        how += f", often by a memory limit: raise cluster.{stage}.memory_mb, or {_REMEDIES[stage]}"
     return f"rank {rank} (process {ranks[rank].pid} on {socket.gethostname()}) {how}"
 
 
-def _failed(cause: str | None) -> TrainingError:
-    return TrainingError(
-        f"{cause}; the other ranks were stopped. The newest checkpoint is the last good state; start the same command "
-        "again to go on from it"
-    )
+def _failed(cause: str | None, stage: str) -> TrainingError:
+    return TrainingError(f"{cause}; the other ranks were stopped. {_LEFT[stage]}")
 
 
 def _show(pieces: Sequence[tuple[int, bytes]], first: int) -> None:

@@ -66,6 +66,26 @@ def own_place(environment: Mapping[str, str]) -> Place:
     return Place(rank, size, _number(environment, "LOCAL_RANK"))
 
 
+def check_own_gpu(place: Place, device: str) -> None:
+    """Refuse a place on a node that has no GPU for it.
+
+    Args:
+        place: of one process of several.
+        device: ``generator.device``.
+
+    Raises:
+        TrainingError: each would take one GPU and there are fewer.
+    """
+    # Whoever asks for its place alone, as a command's end does, does not import it.
+    import torch
+
+    if device == "cuda" and place.local_rank >= (there := torch.cuda.device_count()):
+        raise TrainingError(
+            f"LOCAL_RANK {place.local_rank}: this node has {there} CUDA devices, and each process takes one; lower "
+            "distribution.processes, or look at CUDA_VISIBLE_DEVICES"
+        )
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment[name]
     if not (value.isascii() and value.isdecimal() and len(value) < 10):
