@@ -20,6 +20,7 @@ from vipo.config.meter import measured_weights, measurement_label
 from vipo.evaluation.comparison import holm
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROVENANCE
+from vipo.reporting.drawing import INK, WIDTH, Arms, Plot, add_legend, as_plot, bare_rows, new_row
 
 RUN = ("experiment=meter_demo", "seed=300")
 #: By directional gains alone: `scene` has no gradient, so more steps are taken along fewer kinds of direction.
@@ -34,6 +35,8 @@ REWARDS: Mapping[str, tuple[str, ...]] = {
     "small": ("prompts=small",),
     "scene": ("reward=scene", "prompts=pairs", *_NO_GRADIENT),
 }
+#: What a step is taken along, as the picture names it.
+_DRAWN: Mapping[str, str] = {"sgd": "ratio along the gradient", "optimizer": "ratio along the optimizer's step"}
 #: As in `experiment.meter.checkpoints`; those of the run grpo-s300 are trained first.
 CHECKPOINTS: Mapping[str, str] = {"base": "base", "u6": "grpo-s300@6", "u12": "grpo-s300"}
 #: One at a time from object_redness at the base, whose updates are 2 groups of 8 and whose maps are of 96 pixels.
@@ -178,13 +181,37 @@ def predictions(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(holm=lambda frame: holm(frame["p"].tolist()))
 
 
+def picture(found: pd.DataFrame) -> Plot:
+    """Pathwise ratios with their intervals, a row a cell; cells whose GRPO cannot be told from zero are left out."""
+    told = found[(found["estimator"] == "pathwise") & found["grpo_told"] & (found["source"] != found["source"].iloc[0])]
+    names, sources = list(dict.fromkeys(told["cell"])), list(dict.fromkeys(told["source"]))
+    arms = Arms([str(found["source"].iloc[0]), *sources])
+    figure, panels = new_row(len(_DRAWN), 0.8 + 0.34 * len(names), 2.2 * WIDTH)
+    for axes, (kind, label) in zip(panels, _DRAWN.items(), strict=True):
+        for row in told[told["direction"] == kind].to_dict("records"):
+            place = names.index(row["cell"]) + 0.15 * (sources.index(row["source"]) - (len(sources) - 1) / 2)
+            colour = arms.color(row["source"])
+            axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1.2, solid_capstyle="round")
+            axes.plot(row["ratio"], place, marker=arms.marker(row["source"]), color=colour, markersize=3.2)
+        axes.axvline(1, color=INK, linewidth=0.8, alpha=0.55, dashes=(3, 2))
+        axes.set_xlabel(label)
+        bare_rows(axes)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    add_legend(figure, arms.handles(sources))
+    title = "Cosine with the reward's gradient, over GRPO's, by cell and source of credit"
+    return as_plot(figure, "meter_demo", "registered", title, "95% jackknife intervals", title)
+
+
 def write(found: pd.DataFrame, output: Path) -> None:
-    """``meter_demo.csv``, and where every cell is measured ``meter_demo_predictions.csv``."""
+    """``meter_demo.csv``, and where every cell is measured ``meter_demo_predictions.csv`` and ``meter_demo.svg``."""
     output.mkdir(parents=True, exist_ok=True)
     found.to_csv(output / "meter_demo.csv", index=False, lineterminator="\n", float_format="%.6g")
     if set(found["cell"]) == {cell.name for cell in cells()}:
         told = predictions(found)
         told.to_csv(output / "meter_demo_predictions.csv", index=False, lineterminator="\n", float_format="%.6g")
+        with atomic_file(output / "meter_demo.svg") as path:
+            path.write_text(picture(found).standalone(), encoding="utf-8")
         print(told.to_string(index=False))
 
 

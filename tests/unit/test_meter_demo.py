@@ -65,6 +65,8 @@ def test_the_table_and_the_predictions(tmp_path: Path) -> None:
     assert told["holm"].min() == pytest.approx(min(1, len(raw) * min(raw.values())))
     write(found, tmp_path / "out")
     assert (tmp_path / "out/meter_demo_predictions.csv").is_file()
+    drawn = (tmp_path / "out/meter_demo.svg").read_text()
+    assert all((f">{cell.name}<" in drawn) == (cell.folder != "scene") for cell in every)
     # Where GRPO's own value cannot be told from zero the cell says nothing, of predictions too.
     group_4 = next(cell for cell in every if cell.name == "group_4")
     kept(group_4, tmp_path).write_text(_result(group_4, 9.0, low=-0.01))

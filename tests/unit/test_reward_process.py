@@ -690,7 +690,8 @@ def test_a_reward_is_scored_beside_its_original(bare: Path, tmp_path: Path) -> N
             score_beside("redness", own, {**original, **theirs}, files, ["a"])
     with pytest.raises(RewardError, match="unknown key"):
         score_beside("hpsv2", {"pth": 1}, {"environment": "envs/hpsv2"}, files, ["a"])
-    assert "there is no" in score_beside("flicker", {}, {}, files, ["a"]).skipped
+    nowhere = {"environment": str(tmp_path / "no")}
+    assert "there is no" in score_beside("flicker", {}, nowhere, files, ["a"]).skipped
     for wrong_json in ("[1]", '"a"'):
         with pytest.raises(ConfigError, match="objects of JSON"):
             commands.score_beside("hpsv2", files, ["a"], None, None, wrong_json, "{}", "cpu")
