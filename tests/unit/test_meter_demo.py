@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy import stats
 
-from vipo.config.compose import load_config
+from vipo.config.compose import load_config, repository_root
 from workflow import meter_demo
 from workflow.meter_demo import PREDICTIONS, RUN, Cell, cells, kept, measure, predictions, table, write
+
+ROOT = repository_root()
 
 
 def _result(cell: Cell, ratio: float, low: float = 0.01) -> str:
@@ -99,3 +103,36 @@ def test_a_cell_is_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pyte
     kept(cell, tmp_path / "out").write_text(json.dumps(told | {"overrides": ["prompts=large"]}))
     with pytest.raises(ValueError, match=f"{cell.name}.json: was measured with other overrides"):
         measure(cell, tmp_path / "results", tmp_path / "out")
+
+
+def test_the_page_tells_what_was_measured(tmp_path: Path) -> None:
+    registered = ROOT / "docs/registered"
+    found = table(registered)
+    write(found, tmp_path)
+    for name in ("meter_demo.csv", "meter_demo_predictions.csv"):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / name), pd.read_csv(registered / name), rtol=1e-4)
+    page = (ROOT / "docs/registered.md").read_text(encoding="utf-8")
+    result = " ".join(page.partition("## `meter_demo`")[2].partition("\n## ")[0].partition("**Result**")[2].split())
+    sgd = found[(found["estimator"] == "pathwise") & (found["direction"] == "sgd")]
+    ratios = sgd.set_index(["cell", "source"])["ratio"]
+    predicted = predictions(found)
+    rows = re.findall(r"\| ([a-z ]+) \| `(\w+)` \| `(\w+)` ([\d.]+)[^|]* \| `(\w+)` ([\d.]+) \| ([^|]+) \|", result)
+    assert [row[0] for row in rows] == predicted["prediction"].tolist()
+    for row, (_, told) in zip(rows, predicted.iterrows(), strict=True):
+        assert (row[1], row[2], row[4]) == (told["source"], told["larger"], told["smaller"])
+        for cell, value in (row[2:4], row[4:6]):
+            assert f"{ratios[cell, row[1]]:.2f}" == value
+        tested = f"{told['log_ratio']:+.2f} ({told['error']:.2f})".replace("0.", ".", 2)
+        assert row[6] == (tested if told["p"] < 1 else "not tested")
+    able = sgd[sgd["grpo_told"]]
+    assert (able["cell"].nunique(), sgd["cell"].nunique()) == (16, 17)
+    ranges = re.findall(r"`(\w+)` (\d\.\d+) to (\d\.\d+), (\d+)", result)
+    assert [source for source, *_ in ranges] == ["contrast", "oracle", "product", "vipo"]
+    for source, low, high, above in ranges:
+        own = able[able["source"] == source]
+        assert (f"{own['ratio'].min():.2f}", f"{own['ratio'].max():.2f}") == (low, high), source
+        assert (own["low"] > 1).sum() == int(above), source
+    control = able[able["source"] == "shuffled_contrast"]
+    assert ((control["high"] < 1).sum(), (control["low"] > 1).sum()) == (10, 0)
+    directional = found[(found["estimator"] == "directional") & (found["source"] == "grpo")]
+    assert f"in {(~directional['grpo_told']).sum()} of {len(directional)} places" in result
