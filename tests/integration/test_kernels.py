@@ -194,7 +194,7 @@ def test_a_gpu_s_blocks_want_a_c_compiler_before_anything_is_encoded(
     if headers:
         (tmp_path / "Python.h").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
     monkeypatch.setattr("vipo.generators.configured.check_device", lambda _: None)
 
     def encoding(*_: Any) -> None:

@@ -110,7 +110,6 @@ def _bytes(files: Sequence[Path]) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.usefixtures("fresh")
 def test_a_device_is_free_again_when_prompts_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the first of the ranks that this process is going to launch beside itself."""
     alive: list[weakref.ref[Tensor]] = []
@@ -133,6 +132,7 @@ def test_a_device_is_free_again_when_prompts_are_encoded(tmp_path: Path, monkeyp
     assert all(freed)
 
 
+@pytest.mark.usefixtures("fresh")
 def test_several_files_hold_what_one_does(tmp_path: Path) -> None:
     (one,), prompts = _encode(tmp_path / "one", 10)
     several, _ = _encode(tmp_path / "several", 10, per_file=4)

@@ -312,7 +312,7 @@ def test_of_ends_seen_together_a_killed_rank_is_the_cause() -> None:
         ended.put(end)
     ranks: Any = {rank: SimpleNamespace(pid=100 + rank) for rank in range(3)}
     with pytest.raises(TrainingError, match=r"^rank 1 \(process 101 .* was killed by SIGKILL"):
-        _wait(ranks, queue.Queue(), ended, 0, [], OtherNodes({}, TWO))
+        _wait(ranks, queue.Queue(), ended, 0, [], OtherNodes({}, TWO), "train")
 
 
 def test_one_node_has_nobody_to_tell() -> None:

@@ -1,5 +1,6 @@
 """Rewards by their authors' own packages: what is handed to a package and what is read of its answer, by stand-ins."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -21,15 +22,23 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[dict[str
     weights, calls = tmp_path / "cache" / "net.pth", []
     weights.parent.mkdir()
     weights.write_bytes(b"weights")
+    (weights.parent / "token").write_text("hf_secret")
+    (weights.parent / "of_the_hub.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(weights.parent)
+    monkeypatch.delitem(sys.modules, "of_the_hub", raising=False)
 
     def compute(listed: str, device: Any, parts: Any) -> tuple[float, list[dict[str, Any]]]:
         assert Path(parts["path"]).read_bytes() == b"weights"
+        # As who asks a hub: whose token it is changes nothing, and code is read but once.
+        (weights.parent / "token").read_bytes()
+        importlib.import_module("of_the_hub")
         rows = json.loads(Path(listed).read_text())
         calls.append(rows)
-        clips = [clip for row in rows for clip in row["video_list"]]
-        assert all(Path(clip).is_file() for clip in clips)
+        clips = [(row["prompt_en"], clip) for row in rows for clip in row["video_list"]]
+        assert all(Path(clip).is_file() for _, clip in clips)
         # As the package does: not in the order that was asked, and a clip it cannot read is missing.
-        told = [{"video_path": clip, "video_results": 50 + n} for n, clip in enumerate(clips) if "unread" not in clip]
+        known = [(number, clip) for number, (text, clip) in enumerate(clips) if text != "unread"]
+        told = [{"video_path": clip, "video_results": 50 + number} for number, clip in known]
         return 0.5, told[::-1]
 
     utils = ModuleType("vbench.utils")
@@ -44,13 +53,15 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[dict[str
     return calls
 
 
-@pytest.mark.parametrize(("dimension", "scale"), [("imaging_quality", 100), ("motion_smoothness", 1)])
+@pytest.mark.parametrize(
+    ("dimension", "scale"), [("imaging_quality", 100), ("motion_smoothness", 1), ("human_action", 1)]
+)
 def test_scores_are_of_the_clips_in_order_and_in_the_units_of_the_total(
     dimension: str, scale: int, asked: list[list[dict[str, Any]]]
 ) -> None:
     reward = VBench("cpu", dimension)
     # The same prompt twice, one with a slash, one too long for a file's name.
-    texts = ["a/b", "a/b", "unread", "é" * 300]
+    texts = ["a/b\0", "a/b\0", "unread", "é" * 300]
     found = reward([CLIP] * 4, texts, [{}] * 4)
     assert found[2] != found[2]
     assert [found[place] for place in (0, 1, 3)] == [value / scale for value in (50.0, 51.0, 53.0)]
@@ -69,7 +80,8 @@ def test_an_action_is_looked_for_by_the_clip_s_name(asked: list[list[dict[str, A
 def test_what_a_dimension_reads_is_told_and_another_dimension_refused(
     asked: list[list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    assert VBench("cpu", "aesthetic_quality").weight_files == [tmp_path / "cache" / "net.pth"]
+    for _ in range(2):
+        assert VBench("cpu", "aesthetic_quality").weight_files == [tmp_path / "cache" / "net.pth"]
     with pytest.raises(
         ValueError, match=r"dimension 'object_class': its package can be asked for subject_consistency, "
     ):

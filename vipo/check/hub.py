@@ -147,11 +147,11 @@ class Told:
 
     def parts_of_variants(self, item: Wanted) -> list[str]:
         """Subfolders of a pipeline whose weights are variants alone."""
-        from vipo.generators.parts import VARIANTS
+        from vipo.generators.parts import variant_in
 
         named = [name.split("/") for name in self.sizes if _any(name, ("*/model*", "*/diffusion_pytorch_model*"))]
         weights = [(part, file[0]) for part, *file in named if len(file) == 1 and file[0].endswith(".safetensors")]
-        plain = {part for part, file in weights if not _any(file, VARIANTS)}
+        plain = {part for part, file in weights if variant_in(file) is None}
         return sorted({part for part, _ in weights} - plain - {*_UNREAD, *item.replaced})
 
 

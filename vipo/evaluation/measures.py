@@ -155,11 +155,11 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
     return result
 
 
-def tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict[str, dict[str, Any]]]:
+def tried(config: Config, root: Path, samples: Sequence[HeldOut]) -> tuple[list[Path], dict[str, dict[str, Any]]]:
     """Files that the measures read their networks from, and what rewards elsewhere tell of themselves.
 
-    One after the other is loaded, tried on a blank, and gone again, before a picture is read: the last one may be the
-    one that cannot be run.
+    One after the other is loaded, tried on a blank of the first of the `samples` that it is asked about, and gone
+    again, before a picture is read: the last one may be the one that cannot be run.
 
     Raises:
         PerceptionError, RewardError: that one.
@@ -176,8 +176,10 @@ def tried(config: Config, root: Path, sample: HeldOut) -> tuple[list[Path], dict
         reward = load_reward(spec.name, device, spec.options)
         found += weight_files(reward)
         processes |= identities({spec.label: reward})
+        every = [sample.prompt for sample in samples]
+        prompt = next((prompt for prompt in every if is_measured(spec.label, prompt.metadata)), every[0])
         with in_use(reward):
-            score(spec.label, reward, blank, [sample.prompt.text], [sample.prompt.metadata])
+            score(spec.label, reward, blank, [prompt.text], [prompt.metadata])
         del reward
         free(device)
     return found, processes

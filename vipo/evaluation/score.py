@@ -30,6 +30,7 @@ from vipo.evaluation.measures import Batch, Measure, Measured, measures_of, trie
 from vipo.evaluation.shares import Share, Work
 from vipo.evaluation.summary import summarize
 from vipo.memory import free
+from vipo.prompts.vbench import is_measured
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.provenance.parts import load_tensors, save_tensors
@@ -63,7 +64,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     batches = held_out_batches(prompts, config)
     found = [prompts, *dict.fromkeys(folder / name for folder in (pictures, reference) for name in (FACTS, "pictures"))]
     measures = measures_of(config, root, facts, batches)
-    files, processes = tried(config, root, batches[0][0])
+    files, processes = tried(config, root, [sample for batch in batches for sample in batch])
     if processes and not config.is_base:
         record = experiment / "runs" / config.run_name / PROVENANCE
         check_identities(read_processes(record), processes, record)
@@ -100,7 +101,7 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
         with work.shared(Share(), wait):
             _measure_missing(config, measures, read, work, Share())
         scores = _table(config, facts["updates"], batches, measures[1:], work)
-        _tell_left_out(config, scores, measures[1:], work)
+        _tell_left_out(config, scores, batches, measures[1:], work)
         maps = _together(measures[0], work)
         with atomic_file(output / "maps.safetensors") as path:
             groups = facts["frame_groups"]
@@ -180,20 +181,29 @@ def _opened(path: Path, holds: Mapping[str, int | None]) -> None:
             raise ValueError(f"its {name!r} is not finite")
 
 
-def _tell_left_out(config: Config, scores: pd.DataFrame, measures: Sequence[Measure], work: Work) -> None:
+def _tell_left_out(
+    config: Config,
+    scores: pd.DataFrame,
+    batches: Sequence[Sequence[HeldOut]],
+    measures: Sequence[Measure],
+    work: Work,
+) -> None:
     """Warn of samples that a reward has no score of, and refuse one that has none at all.
 
     Raises:
         EvaluationError: that one; its parts are measured again the next time.
     """
     without: list[str] = []
+    metadata = {sample.prompt.id: sample.prompt.metadata for batch in batches for sample in batch}
     for measure in measures:
         for column in measure.holds(*measure.parts[0]):
             if bool(scores[column].isna().all()):
                 without.append(repr(column.removeprefix("reward/")))
                 for part in measure.parts:
                     (work.parts / measure.file(*part)).unlink(missing_ok=True)
-            elif note := told(scores, column):
+                continue
+            asked = [is_measured(column.removeprefix("reward/"), metadata[id_]) for id_ in scores["prompt_id"]]
+            if note := told(scores[asked], column):
                 log.warning("%s: %s: %s", config.run_name, column, note)
     if without:
         raise EvaluationError(

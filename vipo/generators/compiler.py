@@ -19,10 +19,12 @@ def check_compiler(config: GeneratorConfig) -> None:
     if config.compile == "none" or not config.device.startswith("cuda"):
         return
     missing = {}
-    # As Triton looks for one.
+    # As Triton looks for both.
     if not any(shutil.which(name) for name in ([os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
         missing["a C compiler (gcc or clang; or what CC names)"] = "gcc libc6-dev"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    if not (Path(headers) / "Python.h").is_file():
         missing["Python.h"] = f"python{sysconfig.get_python_version()}-dev"
     if missing:
         raise GeneratorError(

@@ -183,9 +183,15 @@ def weight_files(folder: Path) -> dict[str | None, list[Path]]:
     """A part's safetensors files by their variant; None: the plain ones."""
     found: dict[str | None, list[Path]] = {None: []}
     for path in sorted(folder.glob("*.safetensors")):
-        if match := _WEIGHTS.match(path.name):
-            found.setdefault(match["before"] or match["after"], []).append(path)
+        if _WEIGHTS.match(path.name):
+            found.setdefault(variant_in(path.name), []).append(path)
     return found
+
+
+def variant_in(name: str) -> str | None:
+    """The variant that the name of a part's weights tells, such as ``fp16``; None: they are the plain ones."""
+    match = _WEIGHTS.match(name)
+    return None if match is None else match["before"] or match["after"]
 
 
 def variant_of(location: Path | str, part: str) -> str | None:

@@ -190,7 +190,7 @@ def _warn_of_other_tokens(file: Path, read: Sequence[str], ids: Sequence[list[in
         ids: what transformers made of them.
         texts: the prompts in them, for the message.
     """
-    if not file.is_file():
+    if not read or not file.is_file():
         return
     written = Tokenizer.from_file(str(file))
     written.no_truncation()
@@ -199,9 +199,9 @@ def _warn_of_other_tokens(file: Path, read: Sequence[str], ids: Sequence[list[in
     other = [text for text, found, own in zip(texts, ids, made, strict=True) if found != own.ids]
     if other:
         log.warning(
-            "%s: transformers makes other tokens of %d of %d prompts than this file, first of %s; so does the stock "
-            "pipeline beside it, but the encoder may have learnt the file's (another version of transformers may "
-            "read it as it stands)",
+            "%s: transformers makes other tokens (special ones counted) of %d of %d prompts than this file, first of "
+            "%s; so does the stock pipeline beside it, but the encoder may have learnt the file's (another version of "
+            "transformers may read it as it stands)",
             file,
             len(other),
             len(texts),

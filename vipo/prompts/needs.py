@@ -43,14 +43,15 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
         _need("credit source 'oracle'", ("objects",), source, train)
     for term in () if config.is_base else config.reward.terms:
         _need_of(term, f"reward.terms: reward {term.name!r}", source, train)
+    asked = sorted(held_out, key=lambda prompt: prompt.id)[: evaluation.prompts]
     for reward in evaluation.rewards:
         _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", held_source, held_out)
-        asked = sorted(held_out, key=lambda prompt: prompt.id)[: evaluation.prompts]
-        if asked and not any(is_measured(reward.label, prompt.metadata) for prompt in asked):
+        measured = sum(is_measured(reward.label, prompt.metadata) for prompt in asked)
+        if asked and measured < LEAST_HELD_OUT:
             raise PromptError(
                 f"{held_source}: evaluation.rewards: reward {reward.label!r} is VBench's measure on the prompts whose "
-                f"'dimension' names it, and none of the {len(asked)} that evaluation.prompts takes does; leave it out, "
-                "or evaluate more prompts"
+                f"'dimension' names it, which {measured} of the {len(asked)} that evaluation.prompts takes do, and "
+                f"intervals need {LEAST_HELD_OUT}; leave it out, or evaluate more prompts"
             )
 
 

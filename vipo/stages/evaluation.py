@@ -160,7 +160,8 @@ def _evaluate(
     from vipo.training.ranks import check_own_gpu, is_rank, own_place
 
     check_device(config.generator)
-    check_compiler(config.generator)
+    if stage == "sample":
+        check_compiler(config.generator)
     experiment = experiment_folder(config, results)
     own, local = None if share is None else Share.parse(share), 0
     if processes > 1:

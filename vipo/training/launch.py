@@ -215,7 +215,7 @@ def _wait(
     first: int,
     asked: Sequence[int],
     nodes: OtherNodes,
-    stage: str = "train",
+    stage: str,
 ) -> None:
     left, stopped, failure = set(ranks), False, ""
     # When ranks that outlive one that has stopped are no longer waited for.

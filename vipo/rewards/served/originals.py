@@ -115,6 +115,8 @@ DIMENSIONS = (
     "overall_consistency",
 )  # fmt: skip
 _AUXILIARY = ("scene", "appearance_style")
+#: Weights, and what texts are read by. Not a hub's token, and not code, of which a second start reads the bytecode.
+_READ = (".bin", ".ckpt", ".gz", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")
 
 
 class VBench:
@@ -153,8 +155,9 @@ class VBench:
         with tempfile.TemporaryDirectory() as place:
             asked, clips = [], []
             for number, (clip, text, row) in enumerate(zip(pictures, prompts, metadata)):
-                # The action that is looked for is read from the file's name.
-                name = text.replace("/", " ").encode()[:200].decode(errors="ignore")
+                # One dimension reads the action that it looks for from the file's name; no other name is a prompt's.
+                named = text.replace("/", " ").replace("\0", " ") if self._dimension == "human_action" else "clip"
+                name = named.encode()[:200].decode(errors="ignore")
                 clips.append(str(Path(place) / f"{name}-{number}.mp4"))
                 _write_clip(clip, clips[-1], self._rate)
                 one = {"prompt_en": text, "dimension": [self._dimension], "video_list": [clips[-1]]}
@@ -189,8 +192,8 @@ def _reading(work: Callable[[], Any]) -> tuple[Any, list[Path]]:
         given = work()
     finally:
         listens = False
-    there = [path for path in found if path.is_file() and not str(path.resolve()).startswith(elsewhere)]
-    return given, sorted(path for path in there if path.suffix not in (".lock", ".pyc"))
+    there = [path for path in found if path.suffix in _READ and path.is_file()]
+    return given, sorted(path for path in there if not str(path.resolve()).startswith(elsewhere))
 
 
 def _write_clip(frames: list[Any], path: str, rate: int) -> None:
