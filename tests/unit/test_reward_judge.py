@@ -6,8 +6,10 @@ import io
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,11 +40,12 @@ def endpoint(
             assert self.path == "/v1/chat/completions"
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(request | {"authorization": self.headers["Authorization"]})
-            self.say(answer(request))
+            found = answer(request)
+            self.say(*(found if isinstance(found, tuple) else (found,)))
 
-        def say(self, found: Any) -> None:
+        def say(self, found: Any, status: int = 200) -> None:
             body = json.dumps(found).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -287,3 +290,13 @@ def test_another_word_is_worth_nothing() -> None:
 def test_the_number_of_what_is_written(answer: Any, wanted: float | None) -> None:
     (found,) = asked_of(answer, reads="number", tokens=64)
     assert math.isnan(found) if wanted is None else found == wanted
+
+
+def test_an_error_of_the_service_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    answers = [({"error": {"message": "The server had an error"}}, 500), likely(Yes=0.9)]
+    with endpoint(lambda _: answers.pop(0)) as (url, _):
+        found = score("judge", judge(url, retries=1), pictures(1, 3, 4, 4), ["x"], [{}])
+    assert found.tolist() == pytest.approx([0.9])
+    assert pauses == [0.5]

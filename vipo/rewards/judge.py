@@ -16,7 +16,7 @@ from vipo.rewards.ahead import Ahead, key_of
 from vipo.rewards.completion import Read, likelihood, written
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import eight_bit
-from vipo.rewards.wire import Endpoint, encoded
+from vipo.rewards.wire import AGAIN, Endpoint, encoded
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class Judge:
 
     def __init__(self, device: str, options: JudgeOptions) -> None:
         self._options = options
-        self._endpoint = Endpoint(options.url, options, f"judge {options.model!r}")
+        # Of a reward process, 500 is an error of the reward, which comes again; of such a service it passes.
+        self._endpoint = Endpoint(options.url, options, f"judge {options.model!r}", again=AGAIN | {500})
         self.identity = self._served()
         self._ahead: Ahead[Read] = Ahead(options.concurrency)
         self._heard: set[str] = set()
