@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_judge import JudgeOptions
+from vipo.config.reward_process import WHERE_IT_RUNS
 from vipo.rewards import RewardError, begin, identities, load_reward, score
 
 MODELS = {"data": [{"id": "vlm", "root": "org/vlm", "created": 5}, {"id": "other"}]}
@@ -181,6 +182,7 @@ def test_another_model_is_refused() -> None:
         ({"reads": "number"}, "raise tokens"),
         ({"reads": "number", "tokens": 9, "combine": "geometric"}, "take mean"),
         ({"url": "http://key@host/v1"}, "holds no user"),
+        ({"request": {"stream": True}}, "stream: is not for request to set"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], told: str) -> None:
@@ -194,6 +196,20 @@ def test_its_address_is_no_part_of_the_identity() -> None:
     )
     assert first == second
     assert first["options"]["seed"] == 0
+
+
+def test_what_is_asked_beside_is_asked_and_belongs_to_the_identity() -> None:
+    asking = {"max_tokens": None, "max_completion_tokens": 64, "temperature": None, "kwargs": {"think": False}}
+    with endpoint(lambda _: writes("7")) as (url, asked):
+        reward = judge(url, reads="number", tokens=64, request=asking)
+        score("judge", reward, pictures(1, 3, 4, 4), ["x"], [{}])
+    assert not {"max_tokens", "temperature"} & asked[0].keys()
+    assert (asked[0]["max_completion_tokens"], asked[0]["kwargs"], asked[0]["seed"]) == (64, {"think": False}, 0)
+    where = {"url": "http://a", "model": "m"}
+    plain, own = (RewardSpec(name="judge", options=where | more).deciding for more in ({}, {"request": {"a": 1}}))
+    assert own["options"]["request"] == {"a": 1}
+    # As before there was such an option.
+    assert plain["options"].keys() == JudgeOptions.model_fields.keys() - WHERE_IT_RUNS - {"request"}
 
 
 def asked_of(answer: Any, row: dict[str, Any] | None = None, samples: int = 1, **options: Any) -> list[float]:

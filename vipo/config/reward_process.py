@@ -143,5 +143,9 @@ WHERE_IT_RUNS = frozenset({"environment", "url", "device", "start_timeout", *Rem
 
 
 def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of such options that decide a score."""
-    return {name: value for name, value in options.items() if name not in WHERE_IT_RUNS}
+    """Those of such options that decide a score.
+
+    Without a judge's empty `request`, which it had not before: what was scored then keeps its identity.
+    """
+    found = {name: value for name, value in options.items() if name not in WHERE_IT_RUNS}
+    return found if found.get("request") != {} else {name: found[name] for name in found if name != "request"}

@@ -123,7 +123,7 @@ class Judge:
         options = self._options
         urls = [f"data:image/png;base64,{encoded(frame)}" for frame in frames]
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        request = {
+        request: dict[str, Any] = {
             "model": options.model,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
             "temperature": 0.0,
@@ -134,6 +134,7 @@ class Judge:
         }
         if options.reads == "answer":
             request |= {"logprobs": True, "top_logprobs": options.alternatives}
+        request = {name: value for name, value in (request | options.request).items() if value is not None}
         most = 2**16 + _MOST_OF_TOKEN * options.tokens * (options.alternatives if options.reads == "answer" else 1)
         found = self._endpoint.ask("/chat/completions", request, most)
         try:
