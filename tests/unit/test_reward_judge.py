@@ -170,9 +170,19 @@ def test_what_is_no_answer_is_told(answer: Any, told: str) -> None:
 
 
 def test_another_model_is_refused() -> None:
-    for models, told in ((MODELS, "it serves vlm, other"), ({}, "it serves none"), ({"data": [1]}, "it serves none")):
+    for models, told in (
+        (MODELS, "it serves vlm, other"),
+        ({}, "it serves none"),
+        ({"data": [1]}, "it serves none"),
+        (MODELS["data"], "vlm, other"),
+    ):
         with endpoint(lambda _: {}, models) as (url, _), pytest.raises(RewardError, match=told):
             judge(url, model="absent")
+
+
+def test_a_bare_list_of_models_is_one() -> None:
+    with endpoint(lambda _: likely(Yes=0.9), MODELS["data"]) as (url, _):
+        assert identities({"j": judge(url)})["j"]["model"] == {"id": "vlm", "root": "org/vlm"}
 
 
 @pytest.mark.parametrize(

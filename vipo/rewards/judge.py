@@ -148,7 +148,8 @@ class Judge:
             )
 
     def _served(self) -> dict[str, Any]:
-        listed = self._endpoint.ask("/models", None, 2**22).get("data")
+        # Some services tell the list alone.
+        listed = self._endpoint.ask("/models", None, 2**22, bare="data").get("data")
         models = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
         own = next((model for model in models if model.get("id") == self._options.model), None)
         if own is None:

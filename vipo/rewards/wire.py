@@ -76,13 +76,14 @@ class Endpoint:
                 raise RewardError(f"{self.called}: the token holds what a header cannot; give it without line ends")
             self._headers["Authorization"] = f"Bearer {token}"
 
-    def ask(self, path: str, question: Mapping[str, Any] | None, most: int) -> dict[str, Any]:
+    def ask(self, path: str, question: Mapping[str, Any] | None, most: int, bare: str | None = None) -> dict[str, Any]:
         """What the server answers: a JSON object.
 
         Args:
             path: below the address.
             question: posted as JSON; None: nothing is posted.
             most: bytes of an answer, at most.
+            bare: name under which a list is returned that is the whole answer; None: that is refused.
 
         Raises:
             RewardError: it cannot be reached, took too long, refused, or said something else than a JSON object.
@@ -90,7 +91,7 @@ class Endpoint:
         body = None if question is None else json.dumps(question, allow_nan=False).encode()
         for number in range(self._options.retries + 1):
             try:
-                return self._object(*self._once(path, body, most))
+                return self._object(*self._once(path, body, most), bare)
             except _Failed as failure:
                 if (how := self._gone()) is not None:
                     raise RewardError(f"{self.called}: its process ended ({how})") from failure
@@ -173,7 +174,7 @@ class Endpoint:
             raise _Failed(f"the answer ended {response.length} bytes early")
         return bytes(found)
 
-    def _object(self, status: int, body: bytes) -> dict[str, Any]:
+    def _object(self, status: int, body: bytes, bare: str | None) -> dict[str, Any]:
         if 300 <= status < 400:
             self._refuse(f"it redirects (status {status}), which is not followed; give the address itself")
         try:
@@ -181,6 +182,8 @@ class Endpoint:
         except (ValueError, RecursionError) as error:
             start = one_line(repr(body[:80]), _SHOWN)
             self._refuse(f"status {status}, and the answer is no JSON ({type(error).__name__}): {start}")
+        if bare is not None and isinstance(found, list):
+            found = {bare: found}
         if not isinstance(found, dict):
             self._refuse(f"status {status}, and the answer is a {type(found).__name__}, not an object")
         if status != 200:
