@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What starts a container tells a run of it; the tests tell it themselves.
 os.environ.pop("VIPO_GIT_COMMIT", None)
 os.environ.pop("VIPO_IMAGE_DIGEST", None)
+os.environ.pop("VIPO_IMAGE_FILE", None)
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.environ.get("TMPDIR", "/tmp") + "/hypothesis")
 
 # A script's shell starts what it puts in the background with SIGINT ignored, and with it all that tests start.

@@ -71,6 +71,7 @@ def test_every_stage_runs_in_the_image_and_records_its_digest(
     records = [read_provenance(path) for path in sorted((project / "results/demo").glob("**/provenance.json"))]
     assert {record["stage"] for record in records} == set(stages) - {"crate"}
     assert {record["container_digest"] for record in records} == {digest}
+    assert {record["container_file"] for record in records} == {"containers/vipo.sif"}
     scores = pd.read_parquet(project / "results/demo/evaluation/grpo-s0/scores.parquet")
     assert scores["reward/served"].notna().all()
     assert any("served" in record.get("reward_processes", {}) for record in records)

@@ -166,6 +166,17 @@ def test_runs_are_actions_with_inputs_parameters_outputs_and_software(root: Path
     requirements = {entities[i]["name"]: entities[i]["softwareVersion"] for i in _ids(software["softwareRequirements"])}
     assert requirements["torch"] == record["versions"]["torch"]
     assert entities[action["containerImage"]["@id"]]["sha256"] == "0123"
+    assert entities[action["containerImage"]["@id"]]["additionalType"]["@id"].endswith("#DockerImage")
+
+
+def test_apptainer_s_file_is_a_sif_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIPO_IMAGE_FILE", "containers/vipo.sif")
+    monkeypatch.setenv("VIPO_IMAGE_DIGEST", "sha256:4567")
+    _train(root, "vipo", 1e-5)
+    entities = _entities(write_crate(root / "results" / "demo", root))
+    images = [entity for entity in entities.values() if entity["@type"] == "ContainerImage"]
+    told = {image["sha256"]: (image["additionalType"]["@id"].rpartition("#")[2], image["name"]) for image in images}
+    assert told == {"0123": ("DockerImage", "sha256:0123"), "4567": ("SIFImage", "containers/vipo.sif")}
 
 
 def test_the_experiment_is_a_run_of_its_workflow(root: Path) -> None:

@@ -183,3 +183,18 @@ def test_s3_through_the_command_line(
         assert ": 1 files sent and read back; 2 were there (read back)" in capsys.readouterr().out
     finally:
         server.stop()
+
+
+def test_a_store_that_is_not_aws_s_is_told_of_checksums(
+    folder: Path, tmp_path: Path, memory: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError("x-amz-checksum-crc32 is not implemented")
+
+    monkeypatch.setattr("vipo.provenance.upload._store", lambda _: (memory, "/bucket/demo"))
+    monkeypatch.setattr(memory, "pipe_file", refuses)
+    with pytest.raises(UploadError, match=r"not implemented; .*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+        upload_folder(folder, "s3://bucket/demo", tmp_path)
+    with pytest.raises(UploadError) as error:
+        upload_folder(folder, "memory://bucket/demo", tmp_path)
+    assert "CHECKSUM" not in str(error.value)

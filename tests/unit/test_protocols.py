@@ -68,6 +68,11 @@ def test_a_judge_that_is_not_asked_is_named() -> None:
     ("name", "judge", "told"),
     [
         ("geneval2", f"judge, options: {{{SOFT}}}", "options.combine of 'judge' 'geometric', is 'mean'"),
+        (
+            "geneval2",
+            f"judge, options: {{{SOFT}, combine: geometric, request: {{a: 1}}}}",
+            "options.request of 'judge' {}",
+        ),
         ("geneval2", f"judge, options: {{{SOFT.replace('8B', '4B')}, combine: geometric}}", "options.model of 'judge'"),
         ("geneval", "geneval, options: {score: claims}", "options.score of 'geneval' 'strict', is 'claims'"),
     ],

@@ -6,8 +6,10 @@ import io
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from pydantic import ValidationError
 
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_judge import JudgeOptions
+from vipo.config.reward_process import WHERE_IT_RUNS
 from vipo.rewards import RewardError, begin, identities, load_reward, score
 
 MODELS = {"data": [{"id": "vlm", "root": "org/vlm", "created": 5}, {"id": "other"}]}
@@ -38,11 +41,12 @@ def endpoint(
             assert self.path == "/v1/chat/completions"
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(request | {"authorization": self.headers["Authorization"]})
-            self.say(answer(request))
+            found = answer(request)
+            self.say(*(found if isinstance(found, tuple) else (found,)))
 
-        def say(self, found: Any) -> None:
+        def say(self, found: Any, status: int = 200) -> None:
             body = json.dumps(found).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -69,6 +73,18 @@ def likely(**words: float) -> dict[str, Any]:
     """A completion whose first word has these probabilities."""
     told = [{"token": word, "logprob": math.log(p)} for word, p in words.items()]
     return {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": told}]}}]}
+
+
+def lmdeploy(chosen: str, probability: float, **others: float) -> dict[str, Any]:
+    """As LMDeploy answers: the chosen piece beside the others, all as the tokenizer writes them."""
+    top = [{"token": piece, "bytes": [], "logprob": math.log(p)} for piece, p in others.items()]
+    told = {"token": chosen, "bytes": [], "logprob": math.log(probability), "top_logprobs": top}
+    message = {"role": "assistant", "content": "Yes", "reasoning_content": None}
+    return {"choices": [{"finish_reason": "length", "message": message, "logprobs": {"content": [told]}}]}
+
+
+def writes(text: str | None, finish: str = "stop", **beside: Any) -> dict[str, Any]:
+    return {"choices": [{"finish_reason": finish, "message": {"content": text, **beside}}]}
 
 
 def shown(request: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
@@ -154,9 +170,19 @@ def test_what_is_no_answer_is_told(answer: Any, told: str) -> None:
 
 
 def test_another_model_is_refused() -> None:
-    for models, told in ((MODELS, "it serves vlm, other"), ({}, "it serves none"), ({"data": [1]}, "it serves none")):
+    for models, told in (
+        (MODELS, "it serves vlm, other"),
+        ({}, "it serves none"),
+        ({"data": [1]}, "it serves none"),
+        (MODELS["data"], "vlm, other"),
+    ):
         with endpoint(lambda _: {}, models) as (url, _), pytest.raises(RewardError, match=told):
             judge(url, model="absent")
+
+
+def test_a_bare_list_of_models_is_one() -> None:
+    with endpoint(lambda _: likely(Yes=0.9), MODELS["data"]) as (url, _):
+        assert identities({"j": judge(url)})["j"]["model"] == {"id": "vlm", "root": "org/vlm"}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +192,7 @@ def test_another_model_is_refused() -> None:
         ({"reads": "number"}, "raise tokens"),
         ({"reads": "number", "tokens": 9, "combine": "geometric"}, "take mean"),
         ({"url": "http://key@host/v1"}, "holds no user"),
+        ({"request": {"stream": True}}, "stream: is not for request to set"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], told: str) -> None:
@@ -179,3 +206,123 @@ def test_its_address_is_no_part_of_the_identity() -> None:
     )
     assert first == second
     assert first["options"]["seed"] == 0
+
+
+def test_what_is_asked_beside_is_asked_and_belongs_to_the_identity() -> None:
+    asking = {"max_tokens": None, "max_completion_tokens": 64, "temperature": None, "kwargs": {"think": False}}
+    with endpoint(lambda _: writes("7")) as (url, asked):
+        reward = judge(url, reads="number", tokens=64, request=asking)
+        score("judge", reward, pictures(1, 3, 4, 4), ["x"], [{}])
+    assert not {"max_tokens", "temperature"} & asked[0].keys()
+    assert (asked[0]["max_completion_tokens"], asked[0]["kwargs"], asked[0]["seed"]) == (64, {"think": False}, 0)
+    where = {"url": "http://a", "model": "m"}
+    plain, own = (RewardSpec(name="judge", options=where | more).deciding for more in ({}, {"request": {"a": 1}}))
+    assert own["options"]["request"] == {"a": 1}
+    # As before there was such an option.
+    assert plain["options"].keys() == JudgeOptions.model_fields.keys() - WHERE_IT_RUNS - {"request"}
+
+
+def asked_of(answer: Any, row: dict[str, Any] | None = None, samples: int = 1, **options: Any) -> list[float]:
+    with endpoint(lambda _: answer) as (url, _):
+        reward, images = judge(url, **options), pictures(samples, 3, 4, 4)
+        return [float(score("judge", reward, image[None], ["x"], [row or {}])) for image in images]
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        (lmdeploy("Yes", 0.9, No=0.09, yes=0.004), 0.904),
+        (lmdeploy("No", 0.6, Yes=0.35), 0.35),
+        (lmdeploy("\u0120Yes", 0.85, No=0.1), 0.85),
+        (lmdeploy("No", 0.1, **{"\u2581yes": 0.5, "\u010aYes": 0.25}), 0.75),
+        # As vLLM and OpenAI answer, the chosen one is among the others.
+        (lmdeploy("Yes", 0.7, Yes=0.7, No=0.2), 0.7),
+    ],
+)
+def test_the_chosen_word_counts_wherever_a_server_tells_it(answer: Any, wanted: float) -> None:
+    assert asked_of(answer) == pytest.approx([wanted])
+
+
+def test_a_server_without_alternatives_and_a_model_that_thinks_are_refused() -> None:
+    with pytest.raises(RewardError, match=r"judge 'vlm' at http.*lists no alternatives"):
+        asked_of(lmdeploy("Yes", 1.0))
+    for key in ("reasoning", "reasoning_content"):
+        answer = likely(The=0.9, Yes=0.1)
+        answer["choices"][0]["message"] = {"content": None, key: "The"}
+        with pytest.raises(RewardError, match="thinks before it answers"):
+            asked_of(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "row", "told"),
+    [
+        (likely(**{"<think>": 0.99, "Yes": 0.001}), {"q": ["Is it?"]}, "'<think>', neither yes nor no"),
+        (likely(gir=0.98, dog=0.01), {"q": [["What?", "giraffe"]]}, "first token is 'gir': the answer takes several"),
+        (likely(**{"1": 0.98}), {"q": [["How many?", "10"]]}, "first token is '1': the answer takes several"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_no_score_and_a_judge_without_any_is_an_error(
+    answer: Any, row: Any, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert all(map(math.isnan, asked_of(answer, row, 7, key="q", combine="geometric")))
+    assert [told in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(RewardError, match=f"none of 8 answers could be read as .*{told}"):
+        asked_of(answer, row, 8, key="q")
+
+
+def test_one_odd_answer_leaves_out_its_sample_alone() -> None:
+    answers = [likely(Yes=0.75, No=0.2), *[likely(Maybe=0.9)] * 10, likely(No=0.9, Yes=0.0625)]
+    with endpoint(lambda _: answers.pop(0)) as (url, _):
+        reward = judge(url, concurrency=1)
+        found = score("judge", reward, pictures(12, 3, 4, 4), ["x"] * 12, [{}] * 12)
+    assert found[[0, 11]].tolist() == pytest.approx([0.75, 0.0625])
+    assert found[1:11].isnan().all()
+
+
+def test_a_question_without_an_answer_leaves_no_score_of_the_prompt_whatever_the_others_say() -> None:
+    row = {"q": [["What?", "cat"], "Is it?"]}
+    for combine in ("mean", "geometric"):
+        for questions in (row["q"], row["q"][::-1]):
+            assert math.isnan(asked_of(likely(Maybe=0.9), {"q": questions}, key="q", combine=combine)[0])
+
+
+def test_another_word_is_worth_nothing() -> None:
+    # The figure of "one" begins "10", the word does not begin "ten".
+    for word, wanted in (("dog", "giraffe"), ("one", "ten"), ("giraffes", "giraffe")):
+        assert asked_of(likely(**{word: 0.9}), {"q": [["What?", wanted]]}, key="q") == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        (writes("Final Score: 4/5"), 4.0),
+        (writes("Score: 8 out of 10."), 8.0),
+        (writes("3.5 of 5"), 3.5),
+        (writes("4, on a scale of 1-5"), 4.0),
+        (writes("On a scale of 1-5: I cannot say"), None),
+        (writes("1\u20135: I cannot say"), None),
+        (writes("Score: -2.5"), -2.5),
+        (writes("GPT-4"), 4.0),
+        (writes("<think>1024 wide, maybe 7</think>Score: 3"), 3.0),
+        (writes("1024 wide, maybe 7</think>Score: 3"), 3.0),
+        (writes("<think>1024 wide, maybe 7"), None),
+        (writes("<think>The picture is 1024 wide, I count 7", "length"), None),
+        (writes("It is 1024 wide, I count 7", "length"), None),
+        (writes(None, "length", reasoning="The picture"), None),
+        (writes(None, refusal="I can't"), None),
+        (writes("3", reasoning_content="7 of them"), 3.0),
+    ],
+)
+def test_the_number_of_what_is_written(answer: Any, wanted: float | None) -> None:
+    (found,) = asked_of(answer, reads="number", tokens=64)
+    assert math.isnan(found) if wanted is None else found == wanted
+
+
+def test_an_error_of_the_service_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    answers = [({"error": {"message": "The server had an error"}}, 500), likely(Yes=0.9)]
+    with endpoint(lambda _: answers.pop(0)) as (url, _):
+        found = score("judge", judge(url, retries=1), pictures(1, 3, 4, 4), ["x"], [{}])
+    assert found.tolist() == pytest.approx([0.9])
+    assert pauses == [0.5]

@@ -542,6 +542,33 @@ def test_what_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
             reward(pictures(1, 3, 4, 4), [""], [{}])
 
 
+def test_a_server_that_asks_for_time_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic))
+    limit = b'{"error": {"message": "Rate limit\\nreached"}}'
+    waits = ["20", "0.1", "9" * 9, "-1", "nan", "Fri, 01 Jan 2027 00:00:00 GMT", "1e3"]
+    answers = [message(limit, "429 Slow", Retry_After=wait) for wait in waits]
+    with raw(lambda client: client.sendall(answers.pop(0))) as url:
+        reward = process(None, "a:b", url=url, retries=6, timeout=40.0)
+        with pytest.raises(RewardError, match=r"no answer in 7 tries, the last one: status 429: .*Rate limit") as error:
+            reward(pictures(1, 3, 4, 4), [""], [{}])
+    assert pauses == [20.0, 1.0, 40.0, 4.0, 8.0, 16.0]
+    assert str(error.value).isprintable()
+
+
+def test_what_passes_of_a_service_is_an_error_of_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vipo.rewards.wire.time", SimpleNamespace(sleep=lambda _: None, monotonic=time.monotonic))
+    for status in (408, 409, 500, 520, 524, 529):
+        answers = [message(b'{"error": "mine"}', f"{status} Once"), message(b'{"scores": [4]}')]
+        with raw(lambda client, answers=answers: client.sendall(answers.pop(0))) as url:  # type: ignore[misc]
+            reward = process(None, "a:b", url=url, retries=1)
+            if status == 500:
+                with pytest.raises(RewardError, match="status 500: mine"):
+                    reward(pictures(1, 3, 4, 4), [""], [{}])
+            else:
+                assert reward(pictures(1, 3, 4, 4), [""], [{}]).tolist() == [4]
+
+
 def test_maps_of_two_sizes_are_refused() -> None:
     answers = [where([2, 1, 1], b"\0" * 8), where([2, 2, 1], b"\0" * 16)]
     with raw(lambda client: client.sendall(answers.pop(0))) as url:

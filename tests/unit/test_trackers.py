@@ -24,6 +24,7 @@ from vipo.config.registries import TRACKERS
 from vipo.config.run import Config
 from vipo.config.tracking import TrackingConfig
 from vipo.config.validation import ConfigError
+from vipo.errors import Preempted
 from vipo.imports import check_imports
 from vipo.tracking.rows import Rows, TrackingError
 from vipo.tracking.tracker import Row, TrackedRun
@@ -138,6 +139,54 @@ def _history(folder: Path) -> list[tuple[int, float]]:
             items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
             rows.append((record.history.step.num, json.loads(items["reward/mean"])))
     return rows
+
+
+def _fails(folder: Path, name: str, error: BaseException) -> None:
+    def train() -> None:
+        with Rows(folder, 0) as rows, Trackers(_config(name), folder, rows.history()) as trackers:
+            trackers.log(1, {"reward/mean": 1.0})
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError(), "FAILED"), (Preempted(), "KILLED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_mlflow_shows_how_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str
+) -> None:
+    _fails(tmp_path, "mlflow", error)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(tmp_path / "trackers" / "mlflow").as_uri())
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == status
+
+
+def test_wandb_shows_that_a_run_failed(tmp_path: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    def exit_code(folder: Path) -> int:
+        (path,) = (folder / "trackers" / "wandb").glob("offline-run-*/*.wandb")
+        for data in _records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "exit":
+                return int(record.exit.exit_code)
+        raise AssertionError
+
+    _run(tmp_path / "whole", _config("wandb"), 0, 1, 1.0)
+    _fails(tmp_path / "failed", "wandb", RuntimeError())
+    assert (exit_code(tmp_path / "whole"), exit_code(tmp_path / "failed")) == (0, 1)
+
+
+def test_a_tracker_without_a_word_for_failures_is_closed_as_ever(notes: str, tmp_path: Path) -> None:
+    _fails(tmp_path, notes, RuntimeError())
+    assert (tmp_path / "trackers" / "my_trackers.Notes" / "notes.txt").read_text() == "1 1.000\n"
 
 
 def _records(log: bytes) -> Iterator[bytes]:
@@ -270,7 +319,7 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_is_computed(
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(TrackingError, match=r"^tracker 'wandb': .* pip install 'vipo\[wandb\]'"):
+    with pytest.raises(TrackingError, match=r"^tracker 'wandb': .* uv pip install 'vipo\[wandb\]'"):
         check_tracker("wandb")
 
 

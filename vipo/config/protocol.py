@@ -71,6 +71,9 @@ class ProtocolConfig(Section):
 
     def _asked_otherwise(self, options: Mapping[str, Any]) -> list[str]:
         found = [(key, repr(wanted), value) for key, wanted, value in _differing("", self.judge_options, options)]
+        # What a judge is asked beside what is pinned could undo it.
+        if "request" not in self.judge_options and options.get("request"):
+            found.append(("request", "{}", options["request"]))
         for key, names in self.judge_weights.items():
             known, name = {_last(each) for each in names}, options.get(key)
             if not isinstance(name, str) or _last(name) not in known:

@@ -1,11 +1,13 @@
 """Options of the reward `judge`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from vipo.config.reward_process import RemoteOptions, checked_url
-from vipo.config.section import WithPrompt
+from vipo.config.section import WithPrompt, check_saved
+
+_FIXED = frozenset({"model", "messages", "n", "stream"})
 
 
 class JudgeOptions(RemoteOptions):
@@ -37,6 +39,11 @@ class JudgeOptions(RemoteOptions):
         20, description="First words whose log-probabilities are asked for; what is not among them counts as 0."
     )
     tokens: Annotated[int, Field(ge=1, le=2**15)] = Field(1, description="Of an answer, at most.")
+    request: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Added to the body of each request, by name, in the place of what stands there; null takes a name "
+        "out of it.",
+    )
     frames: Annotated[int, Field(ge=1, le=1000)] = Field(8, description="Of a clip, evenly spaced ones that are shown.")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description="Of the endpoint's sampler.")
 
@@ -44,6 +51,14 @@ class JudgeOptions(RemoteOptions):
     @classmethod
     def _address(cls, value: str) -> str:
         return checked_url(value)
+
+    @field_validator("request")
+    @classmethod
+    def _own(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_saved(value)
+        if fixed := _FIXED & value.keys():
+            raise ValueError(f"{', '.join(sorted(fixed))}: is not for request to set; an answer could not be read then")
+        return value
 
     @model_validator(mode="after")
     def _means(self) -> Self:

@@ -42,7 +42,9 @@ class RemoteOptions(Section):
 
     timeout: Seconds = Field(300.0, description="Seconds that one request may take, all of it.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(
-        3, description="Further tries of a request whose connection failed, after 0.5, 1, 2, ... seconds."
+        3,
+        description="Further tries of a request whose connection failed, or that the server puts off, after 0.5, 1, 2, "
+        "... seconds or as many as it asks for.",
     )
     concurrency: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Requests under way at once, at most.")
     token_env: str | None = Field(
@@ -141,5 +143,9 @@ WHERE_IT_RUNS = frozenset({"environment", "url", "device", "start_timeout", *Rem
 
 
 def deciding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of such options that decide a score."""
-    return {name: value for name, value in options.items() if name not in WHERE_IT_RUNS}
+    """Those of such options that decide a score.
+
+    Without a judge's empty `request`, which it had not before: what was scored then keeps its identity.
+    """
+    found = {name: value for name, value in options.items() if name not in WHERE_IT_RUNS}
+    return found if found.get("request") != {} else {name: found[name] for name in found if name != "request"}

@@ -108,7 +108,7 @@ class CrateDescription:
             environment=[self._value("hardware", name, value) for name, value in record["hardware"].items()],
         )
         if record["container_digest"] is not None:
-            action["containerImage"] = self._container(record["container_digest"])
+            action["containerImage"] = self._container(record["container_digest"], record.get("container_file"))
         self._files[f"{place}/{PROVENANCE}"]["about"] = action
         self._inputs |= {entity.id: entity for entity in inputs if entity.type == "CreativeWork"}
         self._actions.append(action)
@@ -259,11 +259,12 @@ class CrateDescription:
         key = hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:12]
         return self._context(f"#{kind}/{name}/{key}", "PropertyValue", name=name, value=plain)
 
-    def _container(self, digest: str) -> "Entity":
+    def _container(self, digest: str, file: str | None) -> "Entity":
         return self._context(
             f"#container/{digest}",
             "ContainerImage",
-            additionalType={"@id": f"{_TERMS}#DockerImage"},
+            additionalType={"@id": f"{_TERMS}#{'DockerImage' if file is None else 'SIFImage'}"},
+            name=digest if file is None else file,
             sha256=digest.removeprefix("sha256:"),
         )
 

@@ -111,6 +111,8 @@ def record_stage(
         "lock_sha256": lock_sha256(),
         "installed_sha256": installed_sha256(),
         "container_digest": os.environ.get("VIPO_IMAGE_DIGEST"),
+        # The digest is then that of the file, not of an image in a registry.
+        **({"container_file": file} if (file := os.environ.get("VIPO_IMAGE_FILE")) else {}),
         "hardware": hardware(),
         "versions": versions(),
         "started": _now(),

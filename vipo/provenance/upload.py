@@ -14,6 +14,12 @@ from vipo.provenance.records import PROVENANCE, absolute_path, entry_files, file
 
 MANIFEST = "SHA256SUMS"
 
+# What botocore sends beside a file by default, not every store with S3's interface takes.
+_OTHER_S3 = (
+    "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required where the "
+    "store is not AWS's own, "
+)
+
 
 class UploadError(VipoError):
     """What cannot be uploaded as it is; the message names the file or address and the fix."""
@@ -92,7 +98,7 @@ def upload_folder(folder: Path, url: str, root: Path, *, read_back: bool = False
     except Exception as error:
         raise UploadError(
             f"{url}: {error or type(error).__name__}; check address, credentials and permission to write, "
-            "and upload again"
+            f"{_OTHER_S3 if url.startswith('s3://') else ''}and upload again"
         ) from error
     return Uploaded(changed, kept)
 

@@ -1,7 +1,8 @@
 """A judge: a model behind an OpenAI-compatible endpoint that is asked about each picture."""
 
+import logging
 import math
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -12,28 +13,26 @@ from torch import Tensor
 from vipo.config.reward_judge import JudgeOptions
 from vipo.prompts.needs import own_questions
 from vipo.rewards.ahead import Ahead, key_of
+from vipo.rewards.completion import Read, likelihood, written
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import eight_bit
-from vipo.rewards.wire import Endpoint, encoded, finite_number
+from vipo.rewards.wire import AGAIN, Endpoint, encoded
+
+log = logging.getLogger(__name__)
 
 _MOST_OF_TOKEN = 2**14
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+# Answers of one kind, none of which can be read, until the judge is taken for one that does not give them.
+_PATIENCE = 8
 
-_COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-_Call = tuple[bytes, "partial[float]"]
-
-
-def _word(text: str) -> str:
-    word = text.strip().lower()
-    return str(_COUNTED.index(word)) if word in _COUNTED else word
+_Call = tuple[bytes, "partial[Read]"]
 
 
 class Judge:
     """How likely the right answers are, by the endpoint's own log-probabilities, or the number that it writes.
 
     A question's likelihood is the sum over the first word's alternatives that are the answer, whatever their case and
-    blanks; a number up to ten may be a word or a figure. Sampling is off: temperature 0, one answer, a fixed seed;
+    blanks; a number up to ten may be a word or a figure. A sample of which an answer cannot be read has no score, and a
+    judge of which none can is an error. Sampling is off: temperature 0, one answer, a fixed seed;
     whether an endpoint then repeats itself is its own matter.
 
     Source: soft questions as of GenEval2 (Kamath et al., arXiv 2512.16853), over atoms by `combine`; a written score as
@@ -51,9 +50,12 @@ class Judge:
 
     def __init__(self, device: str, options: JudgeOptions) -> None:
         self._options = options
-        self._endpoint = Endpoint(options.url, options, f"judge {options.model!r}")
+        # Of a reward process, 500 is an error of the reward, which comes again; of such a service it passes.
+        self._endpoint = Endpoint(options.url, options, f"judge {options.model!r}", again=AGAIN | {500})
         self.identity = self._served()
-        self._ahead: Ahead[float] = Ahead(options.concurrency)
+        self._ahead: Ahead[Read] = Ahead(options.concurrency)
+        self._heard: set[str] = set()
+        self._unread: Counter[str] = Counter()
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Ask about what will be scored, and return at once."""
@@ -62,16 +64,33 @@ class Judge:
                 self._ahead.begin(key, call)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Scores ``(B,)`` of pictures ``(B, 3, H, W)`` or clips ``(B, T, 3, H, W)`` in [0, 1].
+        """Scores ``(B,)`` of pictures ``(B, 3, H, W)`` or clips ``(B, T, 3, H, W)`` in [0, 1]; NaN where it has
+        none.
 
         Raises:
-            RewardError: no answer, one that cannot be read, or a prompt has no questions.
+            RewardError: no answer, none that can be read, or a prompt has no questions.
         """
         calls = list(self._calls(images, prompts, metadata))
         values = iter(self._ahead.answers(call for sample in calls for call in sample))
-        return torch.tensor([self._combined([next(values) for _ in sample]) for sample in calls], dtype=torch.float64)
+        scores = [self._combined([self._value(next(values)) for _ in sample]) for sample in calls]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def _value(self, read: Read) -> float:
+        if read.heard:
+            self._heard.add(read.wanted)
+        elif math.isnan(read.value) and read.wanted not in self._heard:
+            self._unread[read.wanted] += 1
+            if self._unread[read.wanted] == _PATIENCE:
+                self._refuse(
+                    f"none of {_PATIENCE} answers could be read as {read.wanted[:80]!r}, of the last one: {read.why}"
+                )
+            if self._unread[read.wanted] == 1:
+                log.warning("%s: a sample has no score: %s", self._endpoint.called, read.why)
+        return read.value
 
     def _combined(self, values: list[float]) -> float:
+        if any(map(math.isnan, values)):
+            return math.nan
         if self._options.combine == "geometric":
             return 0.0 if min(values) <= 0 else math.exp(sum(map(math.log, values)) / len(values))
         return sum(values) / len(values)
@@ -100,11 +119,11 @@ class Judge:
             )
         return [(self._options.each.replace("{}", question), answer) for question, answer in pairs]
 
-    def _ask(self, frames: Any, question: str, answer: str) -> float:
+    def _ask(self, frames: Any, question: str, answer: str) -> Read:
         options = self._options
         urls = [f"data:image/png;base64,{encoded(frame)}" for frame in frames]
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        request = {
+        request: dict[str, Any] = {
             "model": options.model,
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
             "temperature": 0.0,
@@ -115,36 +134,22 @@ class Judge:
         }
         if options.reads == "answer":
             request |= {"logprobs": True, "top_logprobs": options.alternatives}
+        request = {name: value for name, value in (request | options.request).items() if value is not None}
         most = 2**16 + _MOST_OF_TOKEN * options.tokens * (options.alternatives if options.reads == "answer" else 1)
         found = self._endpoint.ask("/chat/completions", request, most)
         try:
             choice = found["choices"][0]
-            if options.reads == "number":
-                return self._written(choice["message"]["content"])
-            return self._likelihood(choice["logprobs"]["content"][0]["top_logprobs"], answer)
+            return written(choice) if options.reads == "number" else likelihood(choice, answer)
+        except RewardError as error:
+            self._refuse(str(error))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             self._refuse(
                 f"the answer is no chat completion{' with logprobs' * (options.reads == 'answer')} ({error!r})"
             )
 
-    def _likelihood(self, alternatives: Any, answer: str) -> float:
-        total = 0.0
-        for alternative in alternatives:
-            told = finite_number(alternative["logprob"])
-            if told is None or told > 1e-3:
-                self._refuse(f"{str(alternative['logprob'])[:80]!r} is no log-probability")
-            if _word(alternative["token"]) == _word(answer):
-                total += math.exp(told)
-        return min(total, 1.0)
-
-    def _written(self, text: Any) -> float:
-        numbers = _NUMBER.findall(text)
-        value = finite_number(float(numbers[-1])) if numbers else None
-        # A judge that writes none has no score for this sample, which is then left out and counted.
-        return math.nan if value is None else value
-
     def _served(self) -> dict[str, Any]:
-        listed = self._endpoint.ask("/models", None, 2**22).get("data")
+        # Some services tell the list alone.
+        listed = self._endpoint.ask("/models", None, 2**22, bare="data").get("data")
         models = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
         own = next((model for model in models if model.get("id") == self._options.model), None)
         if own is None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import ssl
 import threading
@@ -25,13 +26,15 @@ from vipo.text import one_line
 
 _BLOCK = 2**20
 _SHOWN = 300
-# What may pass: a gateway that is restarted, or too many at once.
-_AGAIN = frozenset({429, 502, 503, 504})
+AGAIN = frozenset({408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+"""Statuses that may pass: a gateway that is restarted, or too many at once."""
 _LONGEST_PAUSE = 30.0
 
 
 class _Failed(VipoError):
-    """The connection failed: it may be tried again."""
+    """The connection failed: it may be tried again, after `pause` seconds or more."""
+
+    pause = 0.0
 
 
 class Endpoint:
@@ -43,6 +46,7 @@ class Endpoint:
         called: begins each message.
         token: sent with each request; None: the value of the environment's ``token_env``, if that is set.
         gone: whether, and how, the server has ended for good: nothing is tried again then.
+        again: statuses after which a request is tried again.
 
     Raises:
         RewardError: the environment has no such variable, or no token that a header can hold.
@@ -55,10 +59,11 @@ class Endpoint:
         called: str,
         token: str | None = None,
         gone: Callable[[], str | None] = lambda: None,
+        again: frozenset[int] = AGAIN,
     ) -> None:
         self.called = f"{called} at {url}"
         self._parts = urlsplit(url)
-        self._options, self._gone = options, gone
+        self._options, self._gone, self._again = options, gone, again
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         # No compressed answer: a small one could become any number of bytes.
         self._headers["Accept-Encoding"] = "identity"
@@ -71,13 +76,14 @@ class Endpoint:
                 raise RewardError(f"{self.called}: the token holds what a header cannot; give it without line ends")
             self._headers["Authorization"] = f"Bearer {token}"
 
-    def ask(self, path: str, question: Mapping[str, Any] | None, most: int) -> dict[str, Any]:
+    def ask(self, path: str, question: Mapping[str, Any] | None, most: int, bare: str | None = None) -> dict[str, Any]:
         """What the server answers: a JSON object.
 
         Args:
             path: below the address.
             question: posted as JSON; None: nothing is posted.
             most: bytes of an answer, at most.
+            bare: name under which a list is returned that is the whole answer; None: that is refused.
 
         Raises:
             RewardError: it cannot be reached, took too long, refused, or said something else than a JSON object.
@@ -85,7 +91,7 @@ class Endpoint:
         body = None if question is None else json.dumps(question, allow_nan=False).encode()
         for number in range(self._options.retries + 1):
             try:
-                return self._object(*self._once(path, body, most))
+                return self._object(*self._once(path, body, most), bare)
             except _Failed as failure:
                 if (how := self._gone()) is not None:
                     raise RewardError(f"{self.called}: its process ended ({how})") from failure
@@ -95,7 +101,8 @@ class Endpoint:
                         f"{self.called}: no answer in {tries}, the last one: {failure}; see whether it runs, or raise "
                         "timeout or retries"
                     ) from failure
-            time.sleep(min(0.5 * 2**number, _LONGEST_PAUSE))
+                pause = max(min(0.5 * 2**number, _LONGEST_PAUSE), min(failure.pause, self._options.timeout))
+            time.sleep(pause)
         raise AssertionError
 
     def _once(self, path: str, body: bytes | None, most: int) -> tuple[int, bytes]:
@@ -131,8 +138,10 @@ class Endpoint:
             response = connection.getresponse()
             found = self._read(response, most, late)
             self._in_time(late)
-            if response.status in _AGAIN:
-                raise _Failed(f"status {response.status}")
+            if response.status in self._again:
+                failed = _Failed(f"status {response.status}{_said(found)}")
+                failed.pause = _seconds(response.headers.get("Retry-After"))
+                raise failed
             return response.status, found
         except (OSError, http.client.HTTPException, ValueError, _Failed) as error:
             if late.is_set() or isinstance(error, TimeoutError):
@@ -165,7 +174,7 @@ class Endpoint:
             raise _Failed(f"the answer ended {response.length} bytes early")
         return bytes(found)
 
-    def _object(self, status: int, body: bytes) -> dict[str, Any]:
+    def _object(self, status: int, body: bytes, bare: str | None) -> dict[str, Any]:
         if 300 <= status < 400:
             self._refuse(f"it redirects (status {status}), which is not followed; give the address itself")
         try:
@@ -173,15 +182,31 @@ class Endpoint:
         except (ValueError, RecursionError) as error:
             start = one_line(repr(body[:80]), _SHOWN)
             self._refuse(f"status {status}, and the answer is no JSON ({type(error).__name__}): {start}")
+        if bare is not None and isinstance(found, list):
+            found = {bare: found}
         if not isinstance(found, dict):
             self._refuse(f"status {status}, and the answer is a {type(found).__name__}, not an object")
         if status != 200:
-            told = found.get("error", found)
-            self._refuse(f"status {status}: {one_line(str(told), _SHOWN)}")
+            self._refuse(f"status {status}{_said(body)}")
         return found
 
     def _refuse(self, why: str) -> NoReturn:
         raise RewardError(f"{self.called}: {why}")
+
+
+def _said(body: bytes) -> str:
+    """The error that a server tells, after a colon; nothing where it tells none."""
+    found: Any = body.decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(found)
+        found = found.get("error", found) if isinstance(found, dict) else found
+    told = one_line(str(found), _SHOWN)
+    return f": {told}" if told else ""
+
+
+def _seconds(told: str | None) -> float:
+    """Those of a header Retry-After; 0 where it holds none, or a date."""
+    return float(told) if told is not None and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", told) else 0.0
 
 
 def _connected(host: str, port: int, seconds: float) -> socket.socket:

@@ -27,7 +27,7 @@ class MLflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        self._metric = Metric
+        self._metric, self._status = Metric, "FINISHED"
         self._client = MlflowClient(tracking_uri=run.folder.resolve().as_uri())
         experiment = self._client.create_experiment(run.experiment)
         self._run = self._client.create_run(experiment, run_name=run.name).info.run_id
@@ -46,6 +46,10 @@ class MLflow:
             with Image.open(path) as picture:
                 self._client.log_image(self._run, picture, key=name, step=row.update, synchronous=True)
 
+    def ended_early(self, stopped: bool) -> None:
+        """The run failed, or was stopped."""
+        self._status = "KILLED" if stopped else "FAILED"
+
     def close(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self._run)
+        """Mark the run as ended."""
+        self._client.set_terminated(self._run, self._status)

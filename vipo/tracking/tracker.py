@@ -47,6 +47,9 @@ class Tracker(Protocol):
 
     Once made, it shows the rows of `TrackedRun.history` and no others: a process that was killed may have told of
     updates that the resumed one makes again. What it raises is told once; then the run goes on without it.
+
+    One that has a method ``ended_early(stopped: bool)`` is told, before it is closed, that the run failed or, with
+    ``stopped``, was asked to stop and may go on.
     """
 
     def log(self, row: Row) -> None:

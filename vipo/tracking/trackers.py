@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from vipo.config.registries import TRACKERS
 from vipo.config.run import Config
+from vipo.errors import Interrupted, Preempted
 from vipo.foreign import foreign, is_import_path, resolve
 from vipo.tracking.rows import TrackingError
 from vipo.tracking.tracker import Row, TrackedRun, Tracker
@@ -31,8 +32,8 @@ def check_tracker(name: str) -> None:
     spec = find_spec(name)
     if spec is None or spec.origin is None:
         raise TrackingError(
-            f"{_called(name)}: its package is not installed: pip install 'vipo[{name}]', or leave it out of "
-            "tracking.trackers"
+            f"{_called(name)}: its package is not installed: uv pip install 'vipo[{name}]' (without uv: pip "
+            "install), or leave it out of tracking.trackers"
         )
 
 
@@ -97,6 +98,12 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:
+            stopped = issubclass(kind, Preempted | Interrupted | KeyboardInterrupt)
+            for name, tracker in list(self._open.items()):
+                with self._failing_alone(name), foreign(TrackingError, _called(name), _path(name)):
+                    if callable(tell := getattr(tracker, "ended_early", None)):
+                        tell(stopped)
         self.close()
 
     @contextmanager

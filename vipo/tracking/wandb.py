@@ -24,7 +24,7 @@ class WeightsAndBiases:
             os.environ[place] = str(run.folder / "own")
         import wandb
 
-        self._picture = wandb.Image
+        self._picture, self._exit_code = wandb.Image, 0
         self._run = wandb.init(
             mode="offline",
             # It makes a folder `wandb` there.
@@ -60,6 +60,10 @@ class WeightsAndBiases:
         pictures = {name: self._picture(str(path)) for name, path in row.pictures.items()}
         self._run.log({**row.values, **pictures}, step=row.update, commit=True)
 
+    def ended_early(self, stopped: bool) -> None:
+        """The run failed, or was stopped, which W&B does not tell apart."""
+        self._exit_code = 1
+
     def close(self) -> None:
         """Write the run's end."""
-        self._run.finish()
+        self._run.finish(exit_code=self._exit_code)

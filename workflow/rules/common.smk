@@ -245,6 +245,7 @@ def export_image_digest(image):
         if not Path(image).is_file():
             raise WorkflowError(f"{image}: is missing; `make sif` builds it")
         os.environ[variable] = f"sha256:{file_sha256(Path(image))}"
+        os.environ["APPTAINERENV_VIPO_IMAGE_FILE"] = image
 
 
 def wake_when_something_ended():

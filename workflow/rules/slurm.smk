@@ -41,17 +41,24 @@ def requeue_preempted_jobs():
     async def query_and_requeue(command, logger):
         states, seconds = await query(command, logger)
         known = states or {}
+        # sacct says "CANCELLED by UID".
+        known.update({job: state.partition(" ")[0] for job, state in known.items()})
         ended = {
             job for job, state in known.items() if state in ("FAILED", "PREEMPTED")
         } - failed
         if ended:
             # sacct may be late; this is what Slurm's controller says.
-            ask = ["squeue", "--noheader", "--states=FAILED,PREEMPTED"]
-            ask += [f"--jobs={','.join(ended)}", "--Format=JobID:20,PreemptTime:20"]
-            told = subprocess.run(ask, capture_output=True, text=True).stdout
-            for job, preempted in (line.split() for line in told.splitlines()):
+            ask = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(ended)}"]
+            ask.append("--Format=JobID:20,State:20,PreemptTime:20")
+            told = subprocess.run(ask, capture_output=True, text=True)
+            if told.returncode == 0 or "Invalid job id" in told.stderr:
+                # What it has forgotten can come back no more.
+                known.update(dict.fromkeys(ended, "FAILED"))
+            for job, state, preempted in map(str.split, told.stdout.splitlines()):
                 requeue = ["scontrol", "requeue", job]
-                if preempted != "N/A" and subprocess.run(requeue).returncode == 0:
+                if state not in ("FAILED", "PREEMPTED"):
+                    known[job] = state
+                elif preempted != "N/A" and subprocess.run(requeue).returncode == 0:
                     known[job] = "PENDING"
                     logger.info(f"Slurm job {job} was pre-empted and is queued again.")
                 else:
