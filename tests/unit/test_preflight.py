@@ -40,6 +40,8 @@ def machine(tmp_path: Path) -> Machine:
             usual | {name.replace("_", "-").replace("3-", "3."): text for name, text in code.items()}
         ).items():
             if text is not None:
+                # What is written through a link is the machine's own program.
+                (programs / name).unlink(missing_ok=True)
                 (programs / name).write_text(f"#!/bin/sh\n{text}\n")
                 (programs / name).chmod(0o755)
         return subprocess.run(
