@@ -117,6 +117,7 @@ def export_run(
             pipeline_class=base.pipeline_class,
             hub_id=base.hub_id,
             revision=base.revision,
+            loras=sorted(_handed_over(run)),
             comfyui=written,
         )
         if written is None:
