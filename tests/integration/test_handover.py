@@ -353,6 +353,11 @@ def test_what_is_not_as_recorded_is_refused(
 
 def test_runs_and_folders_that_cannot_be_used(copied: Path, tmp_path: Path) -> None:
     _refused(copied / "runs" / "base-s0", tmp_path / "export", "the base is the generator as it was")
+    config = copied / "runs/vipo-s1/config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("start: null", "start: lora.safetensors"))
+    _refused(copied / "runs" / "vipo-s1", tmp_path / "export", r"a LoRA, trained on what generator\.start made")
+    config.write_text(before)
     for wrong in (copied / "runs" / "vipo-s7", copied / "evaluation" / "vipo-s0", copied, Path("/")):
         _refused(wrong, tmp_path / "export", "no run is there")
     (copied / "runs/vipo-s0/provenance.json").unlink()

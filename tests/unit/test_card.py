@@ -194,3 +194,10 @@ def test_for_comfyui_the_card_says_which_file_is_for_which_model() -> None:
     text = _card("a fox", comfyui=ComfyFiles(names, levels, "models/loras", 4, 4)).text
     assert "\n`a.safetensors` is for the high-noise model.\n`b.safetensors` is for the low-noise model.\n" in text
     assert "-noise model" not in _card("a fox", comfyui=ComfyFiles(names[:1], (), "models/loras", 4, 4)).text
+
+
+def test_the_card_names_what_training_started_from() -> None:
+    generator = CONFIG.generator.model_copy(update={"start": "results/a/runs/b-s0", "file": "one.safetensors"})
+    text = _card("a fox", config=CONFIG.model_copy(update={"generator": generator})).text
+    assert "| Started from | results/a/runs/b-s0 |\n| Network's file before | one.safetensors |\n| Reward" in text
+    assert "Started" not in _card("a fox").text

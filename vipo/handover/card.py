@@ -300,7 +300,7 @@ def _lora_line(name: str, part: str, loads: bool) -> str:
 
 
 def _facts(config: Config) -> dict[str, str]:
-    training, terms = config.training, config.reward.terms
+    generator, training, terms = config.generator, config.training, config.reward.terms
     lora = training.lora
     mean = f", their mean with decay {training.ema_decay:g}" if config.evaluation.weights == "ema" else ""
     return {
@@ -308,6 +308,15 @@ def _facts(config: Config) -> dict[str, str]:
         "Seed": str(config.seed),
         "Trained": ("all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}")
         + mean,
+        **{
+            name: str(value)
+            for name, value in (
+                ("Started from", generator.start),
+                ("Network's file before", generator.file),
+                ("Second network's file before", generator.file_2),
+            )
+            if value is not None
+        },
         "Reward": " + ".join(term.title if len(terms) == 1 else f"{term.weight:g} {term.title}" for term in terms),
         "Updates": f"{training.updates}, each {training.prompts_per_update} prompts × {training.group_size} samples",
         "Optimizer": f"{config.optimizer.title}, learning rate {config.optimizer.learning_rate:g}",
