@@ -6,6 +6,7 @@ from typing import Any
 
 from vipo.config.generator import GeneratorConfig
 from vipo.config.resolved import read_mapping
+from vipo.config.training import EMA
 from vipo.config.validation import ConfigError, validate_section
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.lora import lora_file
@@ -52,7 +53,7 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
             if path.suffix != ".safetensors":
                 raise GeneratorError(f"generator.start {config.start!r}: is no .safetensors file, and no folder")
             return [Start(path, config.start_scale), *found]
-        run = path.parent if path.name == "weights" else path.parent.parent if path.parent.name == "updates" else path
+        run = _run_of(path)
         weights = path / "weights" if run == path else path
         if not (run / _RUN).is_file() and any(path.glob("pytorch_lora_weights*.safetensors")):
             return [Start(path, config.start_scale), *found]
@@ -81,6 +82,14 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
                 return found
         config = trained
     return found
+
+
+def _run_of(path: Path) -> Path:
+    """The run that a folder of weights, or of their mean, is in; of any other folder itself."""
+    folder = path.parent if path.name == EMA else path
+    if folder.name == "weights":
+        return folder.parent
+    return folder.parent.parent if folder.parent.name == "updates" else path
 
 
 def _trained(file: Path) -> GeneratorConfig:
