@@ -200,4 +200,6 @@ def test_the_card_names_what_training_started_from() -> None:
     generator = CONFIG.generator.model_copy(update={"start": "results/a/runs/b-s0", "file": "one.safetensors"})
     text = _card("a fox", config=CONFIG.model_copy(update={"generator": generator})).text
     assert "| Started from | results/a/runs/b-s0 |\n| Network's file before | one.safetensors |\n| Reward" in text
+    assert "and from this model.\nThe base is here what training started from, not " in text
     assert "Started" not in _card("a fox").text
+    assert "training started from" not in _card("a fox").text
