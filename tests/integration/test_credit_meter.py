@@ -157,7 +157,7 @@ def test_a_runs_weights_are_a_checkpoint_of_their_own(results: Path, tiny_overri
     generator.save_network(adapter)
     with pytest.raises(MeterError, match=r"holds a LoRA, which a run without training\.lora does not train"):
         _measure(results, tiny_overrides, *cheap, weights=adapter)
-    with pytest.raises(MeterError, match="no such folder"):
+    with pytest.raises(ConfigError, match="no such folder"):
         _measure(results, tiny_overrides, *cheap, weights=tmp_path / "none")
     assert not (results / "demo/credit/none").exists()
     assert checkpoint_label(Path("results/demo/runs/vipo-s1/weights")) == "vipo-s1"

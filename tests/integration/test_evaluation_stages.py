@@ -20,15 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
+from vipo.config.meter import MeterConfig
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.evaluation import measures, sample, score
 from vipo.evaluation.compare import TABLES, compare_runs, write_tables
 from vipo.evaluation.held_out import EvaluationError
 from vipo.evaluation.shares import Share, ShareError
+from vipo.generators.lora import LORA_FILE
 from vipo.prompts import read_prompts
 from vipo.provenance.parts import load_tensors, save_tensors
-from vipo.stages import compare_stage, evaluate_stage, evaluation, sample_stage, score_stage, train_stage
+from vipo.stages import compare_stage, credit_stage, evaluate_stage, evaluation, sample_stage, score_stage, train_stage
 
 ROOT = repository_root()
 VIPO = Path(sys.executable).with_name("vipo")
@@ -227,7 +229,7 @@ def test_other_weights_take_no_run_s_place_and_no_other_s_of_their_name(tmp_path
     config, names = load_config(["experiment=demo", "arm=vipo"]), []
     for number, place in enumerate(("a/vipo", "b/vipo", "c/base", "d")):
         (tmp_path / place).mkdir(parents=True)
-        save_file({"x": torch.full((1,), float(number % 3))}, tmp_path / place / "adapter.safetensors")
+        save_file({"x": torch.full((1,), float(number % 3))}, tmp_path / place / LORA_FILE)
         names.append(evaluation._of_weights(config, tmp_path / place).run_name)
     assert all(
         re.fullmatch(rf"{name}_[0-9a-f]{{8}}-s0", own)
@@ -239,6 +241,13 @@ def test_other_weights_take_no_run_s_place_and_no_other_s_of_their_name(tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no safetensors"):
         evaluation._of_weights(config, tmp_path / "empty")
+    # A LoRA under other names is read by the stock pipeline alone.
+    (tmp_path / "d" / LORA_FILE).rename(tmp_path / "d" / "adapter.safetensors")
+    told = rf"--weights .*d: holds neither {LORA_FILE} nor transformer/, .* arm=base generator\.start=FILE"
+    with pytest.raises(ConfigError, match=told):
+        evaluation._of_weights(config, tmp_path / "d")
+    with pytest.raises(ConfigError, match=told):
+        credit_stage({"vipo": config}, MeterConfig(), ROOT, tmp_path, weights=tmp_path / "d")
     for name in ("vipo_00000000-s0", "../runs/vipo-s0"):
         with pytest.raises(ConfigError, match=r"--also .*: is not evaluated in .*demo; there are: "):
             compare_stage(config, ROOT, tmp_path, also=[name])

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkpoints import write_wan22_a14b
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -353,6 +354,11 @@ def test_what_is_not_as_recorded_is_refused(
 
 def test_runs_and_folders_that_cannot_be_used(copied: Path, tmp_path: Path) -> None:
     _refused(copied / "runs" / "base-s0", tmp_path / "export", "the base is the generator as it was")
+    config = copied / "runs/vipo-s1/config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("start: null", "start: lora.safetensors"))
+    _refused(copied / "runs" / "vipo-s1", tmp_path / "export", r"a LoRA, trained on what generator\.start made")
+    config.write_text(before)
     for wrong in (copied / "runs" / "vipo-s7", copied / "evaluation" / "vipo-s0", copied, Path("/")):
         _refused(wrong, tmp_path / "export", "no run is there")
     (copied / "runs/vipo-s0/provenance.json").unlink()
@@ -391,16 +397,22 @@ def test_the_commands_of_the_documentation(
     ("family", "extra"),
     [
         ("wan", ["generator.frames=9", "generator.max_sequence_length=8", LORA]),
+        (
+            "wan22_a14b",
+            ["generator.frames=9", "generator.max_sequence_length=8", "generator.experts=low_noise", LORA],
+        ),
         ("sd", ["sampling.transition=ddim"]),
         ("ltx2", ["generator.frames=9", "generator.max_sequence_length=16", "generator.width=64", LORA]),
     ],
-    ids=["wan-lora", "sd-full", "ltx2-lora"],
+    ids=["wan-lora", "a14b-lora", "sd-full", "ltx2-lora"],
 )
 def test_other_families(
     family: str, extra: list[str], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family == "ltx2":
         base = write_ltx2(tmp_path / "ltx2")
+    elif family == "wan22_a14b":
+        base = write_wan22_a14b(tmp_path / "pair")
     else:
         base = request.getfixturevalue({"wan": "tiny_wan", "sd": "tiny_stable_diffusion"}[family])
     (tmp_path / "prompts.txt").write_text("a fox\nan owl\na hen\na bee\nan elk\na cat\na dog\nrain\n")
@@ -429,12 +441,13 @@ def test_other_families(
     with Image.open(next(folder.glob("sample.*"))) as drawn:
         assert drawn.size == (config.generator.width, 32)
         assert getattr(drawn, "n_frames", 1) == (config.generator.frames or 1)
-    network = getattr(names["pipeline"], "unet" if family == "sd" else "transformer")
-    stock = getattr(DiffusionPipeline.from_pretrained(base), "unet" if family == "sd" else "transformer")
+    part = {"sd": "unet", "wan22_a14b": "transformer_2"}.get(family, "transformer")
+    network, stock = (getattr(of, part) for of in (names["pipeline"], DiffusionPipeline.from_pretrained(base)))
     # With the example's own line, and there alone, the network is called without its sound.
     assert len(network._forward_pre_hooks) == (family == "ltx2")
     if config.training.lora is not None:
-        assert network.peft_config
+        adapted = [name for name, of in names["pipeline"].components.items() if getattr(of, "peft_config", None)]
+        assert adapted == [part]
     else:
         assert any(
             not torch.equal(value, other) for value, other in zip(network.parameters(), stock.parameters(), strict=True)

@@ -226,7 +226,7 @@ def test_a_lora_is_merged_with_its_scale(alpha: float | None, tiny_wan: Path, tm
 def test_a_lora_that_does_not_fit_is_named(tiny_wan: Path, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     for name, message in {
-        "text_encoder.block.0.q": r"lora.safetensors: adapts text encoders too \(text_encoder.block.0.q.lora_A",
+        "text_encoder.block.0.q": r"lora.safetensors: adapts text encoders too, .*\(text_encoder.block.0.q.lora_A",
         "transformer.blocks.7.attn1.to_q": r"lora.safetensors: (cannot be merged|adapts no module)",
     }.items():
         _lora(file, {"x": name})
@@ -311,6 +311,32 @@ def test_a_run_is_the_base_of_another_and_so_on(tiny_wan: Path, tmp_path: Path) 
     other = shutil.copytree(tiny_wan, tmp_path / "other")
     with pytest.raises(GeneratorError, match=r"that run trained generator\.path '.*', not '.*other'"):
         _load(other, start=str(third))
+
+
+@pytest.mark.parametrize("kept", ["weights", "updates/000002"])
+def test_a_mean_belongs_to_its_run_too(kept: str, tiny_wan: Path, tmp_path: Path) -> None:
+    """Its run started from another one, and trained this checkpoint; the run's own name stands for the last weights."""
+    first, second = tmp_path / "lora-s0", tmp_path / "again-s0"
+    _run(first, generator_config("wan", tiny_wan), "lora", 0.02)
+    two = _run(second, generator_config("wan", tiny_wan, start=str(first)), "lora", 0.03)["prediction"]
+    mean = second / kept / "ema"
+    mean.mkdir(parents=True)
+    [file] = (second / "weights").glob("*.safetensors")
+    shutil.copyfile(file, mean / file.name)
+    assert checkpoint_inputs(generator_config("wan", tiny_wan, start=str(mean)), ROOT) == [
+        tiny_wan,
+        first / "weights",
+        mean,
+    ]
+    torch.testing.assert_close(_prediction(_load(tiny_wan, start=str(mean))), two, atol=1e-5, rtol=0)
+    assert checkpoint_inputs(generator_config("wan", tiny_wan, start=str(second)), ROOT)[-1] == second / "weights"
+    other = shutil.copytree(tiny_wan, tmp_path / "other")
+    with pytest.raises(GeneratorError, match=r"that run trained generator\.path '.*', not '.*other'"):
+        _load(other, start=str(mean))
+    # Of whole weights, too.
+    three = _run(tmp_path / "full-s0", generator_config("wan", tiny_wan), "full", 0.01)["prediction"]
+    whole = shutil.copytree(tmp_path / "full-s0/weights", tmp_path / "full-s0" / kept / "ema", dirs_exist_ok=True)
+    assert torch.equal(_prediction(_load(tiny_wan, start=str(whole))), three)
 
 
 def test_sharded_and_bf16_weights_are_read_in_fp32(tiny_wan: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.sharded import blocks
 from vipo.generators.starting import checkpoint_inputs
 from vipo.generators.wan import Wan22PairGenerator
+from vipo.handover.card import _usage
+from vipo.handover.comfyui import write_comfyui
 from vipo.training.plan import plan
 from vipo.training.sharding import join_alone, shard
 
@@ -257,3 +260,51 @@ def test_each_network_may_be_in_a_file_of_its_own(folder: Path, tmp_path: Path) 
         _load(copy, file=files["file"], file_2="absent.safetensors")
     with pytest.raises(ValidationError, match="set file, the first one's, too"):
         generator_config("wan22_a14b", copy, frames=5, file_2=files["file_2"])
+
+
+@pytest.mark.parametrize("experts", ["both", "low_noise", "high_noise"])
+def test_the_cards_lines_give_each_expert_its_own_lora(
+    experts: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock pipeline itself: of several files it takes any one, and for the first network, where none is named."""
+    generator = _load(folder, experts=experts)
+    lora = LoraConfig(rank=2, alpha=4.0)
+    generator.add_lora(lora, seed=0)
+    with torch.no_grad():
+        for number, network in enumerate(generator.networks.values(), 1):
+            for name, value in network.named_parameters():
+                if ".lora_" in name:
+                    value.add_(0.02 * number)
+    generator.save_network(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    config = load_config(["experiment=demo", "arm=vipo"])
+    training = config.training.model_copy(update={"lora": lora})
+    config = config.model_copy(update={"generator": generator.config, "training": training})
+    code = _usage(config, "a fox", "WanPipeline", str(folder), None, files)
+    monkeypatch.chdir(tmp_path)
+    named: dict[str, Any] = {}
+    exec(code.split("sample =")[0], named)
+    for name in ("transformer", "transformer_2"):
+        own, loaded = (getattr(of, name).state_dict() for of in (generator.network, named["pipeline"]))
+        adapted = {key.replace(".default_0.", ".default."): value for key, value in loaded.items() if ".lora_" in key}
+        assert adapted.keys() == {key for key in own if ".lora_" in key}
+        for key, value in adapted.items():
+            # The file's B holds the scale.
+            torch.testing.assert_close(value, own[key] * (2 if ".lora_B." in key else 1))
+
+
+@pytest.mark.parametrize("experts", ["both", "low_noise", "high_noise"])
+def test_for_comfyui_each_file_names_its_model(experts: str, folder: Path, tmp_path: Path) -> None:
+    generator = _load(folder, experts=experts)
+    lora = LoraConfig(rank=2)
+    generator.add_lora(lora, seed=0)
+    generator.save_network(tmp_path / "weights")
+    config = load_config(["experiment=demo", "arm=vipo"])
+    training = config.training.model_copy(update={"lora": lora})
+    config = config.model_copy(update={"generator": generator.config, "training": training})
+    written = write_comfyui(config, tmp_path / "weights", tmp_path, ROOT)
+    named = {"both": ("high-noise", "low-noise"), "low_noise": ("low-noise",), "high_noise": ("high-noise",)}
+    assert written.levels == named[experts]
+    assert [name.endswith("_2.safetensors") for name in written.names] == [
+        level == "low-noise" for level in written.levels
+    ]

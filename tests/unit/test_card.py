@@ -16,6 +16,7 @@ from vipo.config.run import Config
 from vipo.config.training import LoraConfig
 from vipo.evaluation.statistics import Interval
 from vipo.handover.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
+from vipo.handover.comfyui import ComfyFiles
 from vipo.prompts.prompt import clean_text
 from vipo.text import visible
 
@@ -97,7 +98,7 @@ def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
         (
             "hunyuan_video",
             "HunyuanVideo15Pipeline",
-            'pipeline.transformer.load_lora_adapter(folder, prefix="transformer"',
+            'pipeline.transformer.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors", prefix="tr',
         ),
         (
             "hunyuan_video",
@@ -186,3 +187,19 @@ def test_a_base_of_the_hub_is_named_with_its_revision() -> None:
     card = _card("a fox", hub_id="acme/base", revision="0123abc")
     assert (card.data.base_model, card.data["base_model_relation"]) == ("acme/base", "finetune")
     assert "acme/base at revision 0123abc" in card.text
+
+
+def test_for_comfyui_the_card_says_which_file_is_for_which_model() -> None:
+    names, levels = ("a.safetensors", "b.safetensors"), ("high-noise", "low-noise")
+    text = _card("a fox", comfyui=ComfyFiles(names, levels, "models/loras", 4, 4)).text
+    assert "\n`a.safetensors` is for the high-noise model.\n`b.safetensors` is for the low-noise model.\n" in text
+    assert "-noise model" not in _card("a fox", comfyui=ComfyFiles(names[:1], (), "models/loras", 4, 4)).text
+
+
+def test_the_card_names_what_training_started_from() -> None:
+    generator = CONFIG.generator.model_copy(update={"start": "results/a/runs/b-s0", "file": "one.safetensors"})
+    text = _card("a fox", config=CONFIG.model_copy(update={"generator": generator})).text
+    assert "| Started from | results/a/runs/b-s0 |\n| Network's file before | one.safetensors |\n| Reward" in text
+    assert "and from this model.\nThe base is here what training started from, not " in text
+    assert "Started" not in _card("a fox").text
+    assert "training started from" not in _card("a fox").text

@@ -105,4 +105,7 @@ def check_file(file: Path, network: Any, prefix: str) -> None:
 
 
 def _fault(file: Path, kind: str, name: str) -> GeneratorError:
-    return GeneratorError(f"{file}: trained weights cannot be loaded: {kind}: {name}; train the run again")
+    return GeneratorError(
+        f"{file}: trained weights cannot be loaded: {kind}: {name}; train the run again; a LoRA that no run made "
+        "is generator.start"
+    )

@@ -1,30 +1,19 @@
 """What a policy starts from beside a pipeline's folder: a network in one file, a LoRA, a trained run."""
 
-import inspect
-import logging
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-
 from vipo.config.generator import GeneratorConfig
 from vipo.config.resolved import read_mapping
+from vipo.config.training import EMA
 from vipo.config.validation import ConfigError, validate_section
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.lora import lora_file
+from vipo.generators.merging import merge_lora
 from vipo.generators.one_file import load_network_file, readable
-from vipo.generators.parts import load_part, not_floating, stored_dtypes
-from vipo.text import cause, listed
+from vipo.generators.parts import load_part
 
-log = logging.getLogger(__name__)
-
-_TEXT_ENCODERS = re.compile(r"(text_encoder|lora_te|conditioner|cond_stage)")
-_NAMED = 2
 _RUN = "config.yaml"
 
 
@@ -64,7 +53,7 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
             if path.suffix != ".safetensors":
                 raise GeneratorError(f"generator.start {config.start!r}: is no .safetensors file, and no folder")
             return [Start(path, config.start_scale), *found]
-        run = path.parent if path.name == "weights" else path.parent.parent if path.parent.name == "updates" else path
+        run = _run_of(path)
         weights = path / "weights" if run == path else path
         if not (run / _RUN).is_file() and any(path.glob("pytorch_lora_weights*.safetensors")):
             return [Start(path, config.start_scale), *found]
@@ -93,6 +82,14 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
                 return found
         config = trained
     return found
+
+
+def _run_of(path: Path) -> Path:
+    """The run that a folder of weights, or of their mean, is in; of any other folder itself."""
+    folder = path.parent if path.name == EMA else path
+    if folder.name == "weights":
+        return folder.parent
+    return folder.parent.parent if folder.parent.name == "updates" else path
 
 
 def _trained(file: Path) -> GeneratorConfig:
@@ -187,68 +184,3 @@ def load_started(
         if (file := start.lora(part)) is not None:
             merge_lora(pipeline_class, part, network, file, start.scale)
     return network
-
-
-def _noting(network: Any) -> list[str]:
-    """Names of the LoRA tensors that the network is going to be given, once, converted."""
-    given: list[str] = []
-
-    def load(state: Mapping[str, Any], *others: Any, **more: Any) -> Any:
-        given.extend(state)
-        del network.load_lora_adapter
-        return network.load_lora_adapter(state, *others, **more)
-
-    network.load_lora_adapter = load
-    return given
-
-
-def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: float) -> None:
-    """Add a LoRA to a network's weights, as the stock pipeline reads it: in any naming it knows, with its alpha.
-
-    Args:
-        pipeline_class: the stock pipeline.
-        part: subfolder of the network.
-        network: in fp32, without an adapter; changed in place.
-        file: safetensors.
-        scale: beside the file's own.
-
-    Raises:
-        GeneratorError: the file is damaged, adapts text encoders, or fits no module.
-    """
-    try:
-        with safe_open(file, framework="pt") as stream:
-            names = list(stream.keys())
-        if texts := [name for name in names if _TEXT_ENCODERS.match(name)]:
-            raise GeneratorError(
-                f"{file}: adapts text encoders too ({texts[0]}), which vipo does not; give the file without them"
-            )
-        if whole := not_floating(stored_dtypes([file]), ("alpha",)):
-            raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
-        given = _noting(network)
-        if hasattr(pipeline_class, "load_lora_weights"):
-            parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
-            # The files of a second network name the first one.
-            pipeline = pipeline_class(**parts | {part.removesuffix("_2"): network})
-            pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, local_files_only=True)
-        else:
-            network.load_lora_adapter(load_file(file), prefix=part)
-        adapted = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
-        if not adapted:
-            raise GeneratorError(f"{file}: adapts no module of {type(network).__name__} ({names[0]}, …)")
-        held = sum(".lora_" in name for name, _ in network.named_parameters())
-        if held != len(given):
-            # diffusers goes on without those that fit nothing, and draws those that are missing.
-            strange = [name for name in given if not any(f".{module}." in f".{name}" for module in adapted)]
-            raise GeneratorError(
-                f"{file}: holds {len(given)} LoRA tensors, and {type(network).__name__} takes {held} of such modules"
-                + (f"; it has no module for {listed(strange, _NAMED)}" if strange else "")
-            )
-        network.fuse_lora(lora_scale=scale, safe_fusing=True)
-        network.unload_lora()
-    except GeneratorError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise GeneratorError(f"{file}: cannot be read: {error}") from error
-    except Exception as error:
-        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({cause(error)})") from error
-    log.info("%s: merged into %d modules of the %s, scale %g", file, len(adapted), part, scale)

@@ -16,6 +16,7 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
 from vipo.generators.configured import resolve_class
+from vipo.generators.lora import LORA_FILE, lora_file
 from vipo.handover.comfyui import ComfyFiles
 from vipo.provenance import package_sha256
 from vipo.reporting.wording import describe, label
@@ -116,6 +117,7 @@ def model_card(
     pipeline_class: str,
     hub_id: str | None,
     revision: str | None,
+    loras: Sequence[str] = (LORA_FILE,),
     comfyui: ComfyFiles | None = None,
 ) -> ModelCard:
     """The card of a run. Every text of the configuration or of a prompt is escaped.
@@ -130,6 +132,7 @@ def model_card(
         pipeline_class: name in diffusers.
         hub_id: of the base; None: it is known by its folder alone.
         revision: of `hub_id`.
+        loras: names of the LoRA files that are handed over for diffusers; of all weights none is read.
         comfyui: the file under original names, where the weights are handed over so.
 
     Raises:
@@ -159,7 +162,7 @@ def model_card(
         config=config,
         flow=config.sampling.transition != "ddim",
         comfyui=comfyui,
-        code=None if comfyui else Markup(_usage(config, samples[0].text, pipeline_class, base, revision)),
+        code=None if comfyui else Markup(_usage(config, samples[0].text, pipeline_class, base, revision, loras)),
         counts=counts,
         confidence=f"{config.evaluation.confidence:.0%}",
         scores=scores,
@@ -239,7 +242,9 @@ def _metadata(
     )
 
 
-def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision: str | None) -> str:
+def _usage(
+    config: Config, prompt: str, pipeline_class: str, base: str, revision: str | None, loras: Sequence[str]
+) -> str:
     """Python that loads the exported folder and draws one sample with the evaluation's settings."""
     generator = config.evaluated
     adapter = resolve_class(generator)
@@ -266,11 +271,7 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
         pinned = "" if revision is None else f", revision={revision!r}"
         lines += [f"pipeline = DiffusionPipeline.from_pretrained({base!r}{pinned})"]
         loads = hasattr(getattr(diffusers, pipeline_class), "load_lora_weights")
-        lines += [
-            "pipeline.load_lora_weights(folder)"
-            if loads
-            else f'pipeline.{part}.load_lora_adapter(folder, prefix="{part}", use_safetensors=True)'
-        ]
+        lines += [_lora_line(name, part, loads) for name in loras]
     if (guidance := adapter.stock_guidance(generator)) is not None:
         lines[1] += ", ClassifierFreeGuidance"
         lines += [f"pipeline.guider = ClassifierFreeGuidance(guidance_scale={guidance!r})"]
@@ -289,8 +290,17 @@ def _usage(config: Config, prompt: str, pipeline_class: str, base: str, revision
     return "\n".join(lines)
 
 
+def _lora_line(name: str, part: str, loads: bool) -> str:
+    """The call for one file: unnamed, diffusers takes any one of several, and for the first network."""
+    if loads:
+        second = ", load_into_transformer_2=True" if name == lora_file(f"{part}_2") else ""
+        return f'pipeline.load_lora_weights(folder, weight_name="{name}"{second})'
+    given = f'weight_name="{name}", prefix="{part}", use_safetensors=True'
+    return f"pipeline.{part}.load_lora_adapter(folder, {given})"
+
+
 def _facts(config: Config) -> dict[str, str]:
-    training, terms = config.training, config.reward.terms
+    generator, training, terms = config.generator, config.training, config.reward.terms
     lora = training.lora
     mean = f", their mean with decay {training.ema_decay:g}" if config.evaluation.weights == "ema" else ""
     return {
@@ -298,6 +308,15 @@ def _facts(config: Config) -> dict[str, str]:
         "Seed": str(config.seed),
         "Trained": ("all weights of the network" if lora is None else f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}")
         + mean,
+        **{
+            name: str(value)
+            for name, value in (
+                ("Started from", generator.start),
+                ("Network's file before", generator.file),
+                ("Second network's file before", generator.file_2),
+            )
+            if value is not None
+        },
         "Reward": " + ".join(term.title if len(terms) == 1 else f"{term.weight:g} {term.title}" for term in terms),
         "Updates": f"{training.updates}, each {training.prompts_per_update} prompts × {training.group_size} samples",
         "Optimizer": f"{config.optimizer.title}, learning rate {config.optimizer.learning_rate:g}",

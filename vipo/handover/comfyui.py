@@ -25,6 +25,7 @@ class ComfyFiles:
 
     Attributes:
         names: of the files, one a trained network.
+        levels: of a family with two networks, which one each file is for, "high-noise" or "low-noise"; else empty.
         folder: of ComfyUI that they belong into, below its own.
         held: layers of ours that they hold under original names: those that were adapted, or of all weights every
             tensor; none is left out, or nothing is written.
@@ -32,6 +33,7 @@ class ComfyFiles:
     """
 
     names: tuple[str, ...]
+    levels: tuple[str, ...]
     folder: str
     held: int
     original: int
@@ -90,7 +92,9 @@ def write_comfyui(config: Config, weights: Path, folder: Path, root: Path) -> Co
         names.append(f"{config.experiment.name}-{config.run_name}{behind}.safetensors")
         save_file(found, folder / names[-1], metadata={"format": "pt"})
         held, original = held + count, original + len(found) // (2 if lora else 1)
-    return ComfyFiles(tuple(names), "models/loras" if lora else "models/diffusion_models", held, original)
+    levels = ("low-noise" if own == adapter.second_folder else "high-noise" for own in trained)
+    place = "models/loras" if lora else "models/diffusion_models"
+    return ComfyFiles(tuple(names), tuple(levels) if adapter.second_folder else (), place, held, original)
 
 
 def _rules(config: Config) -> tuple[type[PipelineGenerator], Rules]:

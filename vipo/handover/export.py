@@ -83,7 +83,8 @@ def export_run(
 
     Raises:
         ExportError: the run or the base is not trained, not evaluated, not recorded here or not as recorded, the
-            licence is not known, the base changed since, or `output` is in use.
+            licence is not known, the base changed since, `output` is in use, or the trained weights belong to others
+            than the base's own.
         ReportError, ConfigError, ProvenanceError: no run is there, or its files are damaged.
         NamesError: for ComfyUI, a family or a layer has no original name.
         GeneratorError: the base cannot be found, or the weights are not finite.
@@ -95,6 +96,7 @@ def export_run(
         raise ExportError(f"{target}: exists; remove it or choose another folder with --output")
     if run.config.is_base:
         raise ExportError(f"{path}: the base is the generator as it was; export a trained run")
+    _check_whole(run.config)
     if comfyui:
         check_comfyui(run.config, root)
     reference = _checked(run, root)
@@ -117,6 +119,7 @@ def export_run(
             pipeline_class=base.pipeline_class,
             hub_id=base.hub_id,
             revision=base.revision,
+            loras=sorted(_handed_over(run)),
             comfyui=written,
         )
         if written is None:
@@ -135,6 +138,21 @@ def export_run(
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_whole(config: Config) -> None:
+    """Refuse weights that are the trained policy only on top of others than those of the base that the card names."""
+    generator, lora = config.generator, config.training.lora is not None
+    keys = [f"generator.{key}" for key in ("start", "file", "file_2") if getattr(generator, key) is not None]
+    one = generator.experts != "both"
+    if keys and (lora or one):
+        held = "a LoRA" if lora else f"one transformer (generator.experts={generator.experts})"
+        whole = "training.lora=null" + (" and generator.experts=both" if one else "")
+        raise ExportError(
+            f"{config.run_name}: {held}, trained on what {' and '.join(keys)} made of the base: with the base's own "
+            f"weights it is another model than the evaluated one. Train all weights ({whole}), or write these into the "
+            "folder of generator.path (diffusers: fuse_lora, save_pretrained) and train on that"
+        )
 
 
 def _checked(run: RunRecords, root: Path) -> RunRecords:

@@ -7,7 +7,7 @@ from vipo.config.comparable import check_comparable
 from vipo.config.meter import MeterConfig
 from vipo.config.run import Config
 from vipo.provenance import record_stage, run_lock
-from vipo.stages.inputs import check_shared, make_missing
+from vipo.stages.inputs import check_shared, check_weights, make_missing
 from vipo.stages.names import checkpoint_label, experiment_folder
 
 #: In a measurement's folder: what it is resumed from.
@@ -39,7 +39,6 @@ def credit_stage(
         ConfigError, MeterError: what cannot be measured as asked.
         Others: as of training.
     """
-    from vipo.credit.meter.gradients import MeterError
     from vipo.credit.meter.table import table
     from vipo.evaluation.meter import measure_credit, write_result
     from vipo.generators.compiler import check_compiler
@@ -48,10 +47,10 @@ def credit_stage(
     from vipo.provenance.files import atomic_file
     from vipo.reporting.credit import draw_credit
 
-    if weights is not None and not weights.is_dir():
-        raise MeterError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
     check_comparable(configs)
     config = next(iter(configs.values()))
+    if weights is not None:
+        check_weights(config, weights)
     check_device(config.generator)
     check_compiler(config.generator)
     experiment = experiment_folder(config, results)

@@ -14,7 +14,7 @@ from vipo.config.section import LONGEST_NAME
 from vipo.config.validation import ConfigError
 from vipo.prompts import check_prompts
 from vipo.provenance import record_stage, run_lock
-from vipo.stages.inputs import check_shared
+from vipo.stages.inputs import check_shared, check_weights
 from vipo.stages.names import checkpoint_label, experiment_folder, run_names
 from vipo.stages.ranks import launch_ranks
 from vipo.text import listed, one_line
@@ -124,12 +124,7 @@ def _of_weights(config: Config, weights: Path) -> Config:
     """A run that is these weights alone."""
     from vipo.training.state import content_hash
 
-    if not weights.is_dir():
-        raise ConfigError(
-            f"--weights {weights}: no such folder; give a run's weights/, one of its updates/, or a LoRA's"
-        )
-    if not any(weights.rglob("*.safetensors")):
-        raise ConfigError(f"--weights {weights}: holds no safetensors; give a run's weights/, an update's, or a LoRA's")
+    check_weights(config, weights)
     digits = content_hash(weights)[:_DIGITS]
     label = re.sub(r"[^a-z0-9]+", "_", checkpoint_label(weights).lower()).strip("_") or "weights"
     arm = f"{label[: LONGEST_NAME - _DIGITS - 1]}_{digits}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vipo.config.experiment import check_run
 from vipo.config.run import Config
+from vipo.config.validation import ConfigError
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts, told_split
 from vipo.provenance import ProvenanceError, record_stage, run_lock
 from vipo.stages.names import experiment_folder
@@ -130,3 +131,29 @@ def check_shared(config: Config, root: Path, experiment: Path, split: str) -> di
         encoder_hashes(config.generator, root),
     )
     return counts
+
+
+def check_weights(config: Config, weights: Path) -> None:
+    """Refuse a folder that does not hold weights as a run's `save_network` names them, before anything is loaded.
+
+    Raises:
+        ConfigError: naming what it lacks.
+    """
+    from vipo.generators.configured import resolve_class
+    from vipo.generators.lora import lora_file
+    from vipo.generators.pipeline import PipelineGenerator
+
+    if not weights.is_dir():
+        raise ConfigError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
+    if not any(weights.rglob("*.safetensors")):
+        raise ConfigError(f"--weights {weights}: holds no safetensors; give a run's weights/, or one of its updates/")
+    adapter = resolve_class(config.generator)
+    # Others save under names of their own.
+    if issubclass(adapter, PipelineGenerator):
+        parts = [part for part in (adapter.network_folder, adapter.second_folder) if part is not None]
+        if not any((weights / lora_file(part)).is_file() or (weights / part).is_dir() for part in parts):
+            raise ConfigError(
+                f"--weights {weights}: holds neither {lora_file(parts[0])} nor {parts[0]}/, as the weights of a run of "
+                f"family {config.generator.family!r} do; give a run's weights/, or one of its updates/. A LoRA under "
+                "other names is evaluated with arm=base generator.start=FILE"
+            )

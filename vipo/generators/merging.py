@@ -1,0 +1,141 @@
+"""A LoRA merged into a network's weights: read by the stock pipeline, and refused where that would lose a part."""
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vipo.generators.base import GeneratorError
+from vipo.generators.parts import not_floating, stored_dtypes
+from vipo.text import cause, listed
+
+log = logging.getLogger(__name__)
+
+# Beside the network: its text encoders, and what LTX-2 has between them and it.
+_TEXTS = re.compile(
+    r"(text_encoder|lora_te|conditioner|cond_stage|(diffusion_model\.)?text_embedding_projection|connectors)"
+)
+# How the tensors of a LoRA end, in every naming; of others diffusers leaves out some without an error.
+_UP = re.compile(r".*(lora_B(\.default)?\.weight|lora(_linear_layer|[12])?[._]up\.weight)\Z")
+_LORA = re.compile(
+    r".*(lora_[AB](\.default)?\.weight|lora(_linear_layer|[12])?[._](down|up)\.weight|\.alpha|\.lora_B\.bias"
+    r"|\.lora_magnitude_vector(\.weight)?)\Z"
+)
+# Full differences beside a LoRA: of weights and of biases.
+_DIFFERENCES = (".diff", ".diff_b")
+_NAMED = 2
+
+
+def _noting(network: Any) -> dict[str, Tensor]:
+    """The LoRA tensors that the network is going to be given, once, converted."""
+    given: dict[str, Tensor] = {}
+
+    def load(state: Mapping[str, Any], *others: Any, **more: Any) -> Any:
+        given.update(state)
+        del network.load_lora_adapter
+        return network.load_lora_adapter(state, *others, **more)
+
+    network.load_lora_adapter = load
+    return given
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what diffusers would leave out, or merge at another strength."""
+    if texts := [name for name in tensors if _TEXTS.match(name)]:
+        raise GeneratorError(
+            f"{file}: adapts text encoders too, or what connects them ({texts[0]}), which vipo does not; give the file "
+            "without"
+        )
+    if strange := [name for name in tensors if not _LORA.match(name) and not name.endswith(_DIFFERENCES)]:
+        raise GeneratorError(
+            f"{file}: is more than a LoRA, or none ({listed(strange, _NAMED)}): DoRA's dora_scale, LoKr, LoHa and "
+            "whole weights are not merged here; merge it with the program that made it and give generator.file"
+        )
+    adapter = file.name == "adapter_model.safetensors" or (file.parent / "adapter_config.json").is_file()
+    if adapter and (own := [name for name in tensors if name.startswith("base_model.model.")]):
+        raise GeneratorError(
+            f"{file}: is an adapter as peft saves it ({own[0]}): its strength stands in adapter_config.json, which the "
+            "stock pipeline does not read; save it with the pipeline's save_lora_weights"
+        )
+
+
+def _check_handed_on(file: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse a file of which diffusers' conversion left something out: it tells only a log of it."""
+    differences = [name for name in tensors if name.endswith(_DIFFERENCES) and tensors[name].any()]
+    if lost := [name for name in differences if not any(_same(tensors[name], own) for own in given.values())]:
+        raise GeneratorError(
+            f"{file}: changes weights beside its LoRA that the stock pipeline leaves out ({listed(lost, _NAMED)}); "
+            "merge it with the program that made it and give generator.file"
+        )
+    # Conversions split what one layer is of several here, and scale; the rows stay.
+    held, read = (sum(len(of[name]) for name in of if _UP.match(name)) for of in (tensors, given))
+    if read < held:
+        raise GeneratorError(
+            f"{file}: of {held} rows of its LoRA the stock pipeline reads {read}: it leaves out names that it does not "
+            "know, and those of another naming than most; give a file of one naming"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: float) -> None:
+    """Add a LoRA to a network's weights, as the stock pipeline reads it: in any naming it knows, with its alpha.
+
+    Args:
+        pipeline_class: the stock pipeline.
+        part: subfolder of the network.
+        network: in fp32, without an adapter; changed in place.
+        file: safetensors.
+        scale: beside the file's own.
+
+    Raises:
+        GeneratorError: the file is damaged, adapts text encoders, or fits no module.
+    """
+    try:
+        tensors = load_file(file)
+        _check_tensors(file, tensors)
+        if whole := not_floating(stored_dtypes([file]), ("alpha",)):
+            raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
+        if hasattr(pipeline_class, "load_lora_weights"):
+            given = _noting(network)
+            parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
+            # The files of a second network name the first one.
+            pipeline = pipeline_class(**parts | {part.removesuffix("_2"): network})
+            pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, local_files_only=True)
+        else:
+            given = tensors
+            # From the file, whose metadata may hold alpha.
+            network.load_lora_adapter(
+                file.parent, weight_name=file.name, prefix=part, use_safetensors=True, local_files_only=True
+            )
+        _check_handed_on(file, tensors, given)
+        adapted = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
+        if not adapted:
+            raise GeneratorError(f"{file}: adapts no module of {type(network).__name__} ({next(iter(tensors))}, …)")
+        held = sum(".lora_" in name for name, _ in network.named_parameters())
+        if held != len(given):
+            # diffusers goes on without those that fit nothing, and draws those that are missing.
+            strange = [name for name in given if not any(f".{module}." in f".{name}" for module in adapted)]
+            raise GeneratorError(
+                f"{file}: holds {len(given)} LoRA tensors, and {type(network).__name__} takes {held} of such modules"
+                + (f"; it has no module for {listed(strange, _NAMED)}" if strange else "")
+            )
+        network.fuse_lora(lora_scale=scale, safe_fusing=True)
+        network.unload_lora()
+    except GeneratorError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise GeneratorError(f"{file}: cannot be read: {error}") from error
+    except Exception as error:
+        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({cause(error)})") from error
+    log.info("%s: merged into %d modules of the %s, scale %g", file, len(adapted), part, scale)
