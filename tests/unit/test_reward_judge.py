@@ -270,6 +270,12 @@ def test_an_answer_that_cannot_be_read_is_no_score_and_a_judge_without_any_is_an
         asked_of(answer, row, 8, key="q")
 
 
+def test_another_spelling_far_behind_is_no_answer_and_a_refusal_is_none() -> None:
+    row = {"q": [["What?", "giraffe"]]}
+    assert math.isnan(asked_of(likely(gir=0.99, giraffe=0.001), row, key="q")[0])
+    assert math.isnan(asked_of(writes(None, refusal="I can't"), key=None)[0])
+
+
 def test_one_odd_answer_leaves_out_its_sample_alone() -> None:
     answers = [likely(Yes=0.75, No=0.2), *[likely(Maybe=0.9)] * 10, likely(No=0.9, Yes=0.0625)]
     with endpoint(lambda _: answers.pop(0)) as (url, _):
@@ -302,6 +308,10 @@ def test_another_word_is_worth_nothing() -> None:
         (writes("On a scale of 1-5: I cannot say"), None),
         (writes("1\u20135: I cannot say"), None),
         (writes("Score: -2.5"), -2.5),
+        (writes("Scores:\n- 4\n- 5"), 5.0),
+        (writes("Score 1: 3\n- 2"), 2.0),
+        (writes("**4**/5"), 4.0),
+        (writes("4 (out of 5)"), 4.0),
         (writes("GPT-4"), 4.0),
         (writes("<think>1024 wide, maybe 7</think>Score: 3"), 3.0),
         (writes("1024 wide, maybe 7</think>Score: 3"), 3.0),

@@ -15,8 +15,8 @@ _RAW_BLANKS = "\u0120\u2581\u010a"
 _FIGURE = r"\d+(?:\.\d+)?"
 # A range, which is no score, or a number with what it is out of.
 _NUMBER = re.compile(
-    rf"(?P<range>{_FIGURE}\s?[-\u2013]\s?{_FIGURE})"
-    rf"|(?P<number>(?:(?<![^\W_])-)?{_FIGURE})(?:\s*(?:/|(?:out )?of\b)\s*{_FIGURE})?"
+    rf"(?P<range>{_FIGURE}[ \t]?[-\u2013][ \t]?{_FIGURE})"
+    rf"|(?P<number>(?:(?<![^\W_])-)?{_FIGURE})(?:[\s*_(]*(?:/|(?:out )?of\b)[\s*_]*{_FIGURE})?"
 )
 
 
@@ -49,6 +49,8 @@ def likelihood(choice: Any, answer: str) -> Read:
     message = choice.get("message") or {}
     if message.get("reasoning") or message.get("reasoning_content"):
         raise RewardError("the model thinks before it answers; switch that off (option request), or take reads: number")
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        return Read(answer, math.nan, "it refused to answer", heard=False)
     first = choice["logprobs"]["content"][0]
     alternatives = [(each["token"], _probability(each["logprob"])) for each in first["top_logprobs"]]
     if not alternatives:
@@ -63,7 +65,8 @@ def likelihood(choice: Any, answer: str) -> Read:
     if wanted in _EITHER:
         if sum(probability for token, probability in alternatives if _word(token) in _EITHER) < 0.5:
             return Read(answer, math.nan, f"the first word is {top[:80]!r}, neither yes nor no", heard=False)
-    elif not total and top and any(text != top and text.startswith(top) for text in (_text(answer), wanted)):
+    # Another spelling of the whole word may be listed far behind.
+    elif total < 0.01 and any(text != top and text.startswith(top) for text in (_text(answer), wanted)):
         why = (
             f"the first token is {top[:80]!r}: the answer takes several tokens, or is another; ask for one of one token"
         )
