@@ -244,7 +244,12 @@ def export_image_digest(image):
     if workflow.is_main_process or variable not in os.environ:
         if not Path(image).is_file():
             raise WorkflowError(f"{image}: is missing; `make sif` builds it")
-        os.environ.update({variable: f"sha256:{file_sha256(Path(image))}", "APPTAINERENV_VIPO_IMAGE_FILE": image})
+        os.environ.update(
+            {
+                variable: f"sha256:{file_sha256(Path(image))}",
+                "APPTAINERENV_VIPO_IMAGE_FILE": image,
+            }
+        )
 
 
 def wake_when_something_ended():
