@@ -219,7 +219,7 @@ def test_tokens_that_transformers_makes_otherwise_than_the_file_are_told(
     tokens.save(str(file))
     _encode(generator_config("wan", folder), tmp_path, prompt)
     # The negative prompt is one of them.
-    told = f"other tokens of {count} of 2 prompts than this file, first of {prompt!a}"
+    told = f"other tokens (special ones counted) of {count} of 2 prompts than this file, first of {prompt!a}"
     assert len(_warnings(caplog)) == count
     assert all(told in text for text in _warnings(caplog))
 

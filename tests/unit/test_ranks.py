@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from vipo.config.compose import load_config
 from vipo.config.training import DistributionConfig
 from vipo.stages import evaluation
-from vipo.training.distribution import Distribution
+from vipo.training.distribution import Distribution, _collective
 from vipo.training.errors import TrainingError
 from vipo.training.launch import rendezvous
 from vipo.training.ranks import Place, drop_foreign, is_rank, own_place
@@ -148,3 +148,16 @@ def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch
         Distribution(config.distribution, "cuda")
     with pytest.raises(TrainingError, match=told):
         evaluation._evaluate("sample", lambda *_: None, config, tmp_path, tmp_path, 0, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("told", "of_partners"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 10000ms", True),
+        # What a second sum says where the first one's wait has closed the connection.
+        ("Application timeout caused pair closure", True),
+        ("shapes cannot be multiplied", False),
+    ],
+)
+def test_a_partner_that_does_not_come_is_told_from_other_errors(told: str, of_partners: bool) -> None:
+    assert _collective(RuntimeError(told)) == of_partners

@@ -294,5 +294,6 @@ class Distribution:
 
 
 def _collective(error: BaseException) -> bool:
-    # gloo's errors have no type of their own.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    # gloo's errors have no type of their own, and the second one of a lost connection does not even name it.
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in ("gloo", "caused pair closure"))
+    return told or isinstance(error, dist.DistError)
