@@ -15,6 +15,7 @@ from vipo.config.compose import load_config
 from vipo.config.run import Config
 from vipo.config.training import LoraConfig
 from vipo.evaluation.statistics import Interval
+from vipo.generators.lora import LORA_FILE
 from vipo.handover.card import CardSample, Licence, ScoreRow, escape_markdown, model_card
 from vipo.handover.comfyui import ComfyFiles
 from vipo.prompts.prompt import clean_text
@@ -80,6 +81,7 @@ def _card(prompt: str, licence: Licence = APACHE, config: Config = CONFIG, **cha
     ]
     samples = [CardSample(prompt, "samples/base-0a-0.png", "samples/0a-0.png", Path(), Path())]
     arguments = {"counts": (40, 2), "pipeline_class": "FluxPipeline", "hub_id": None, "revision": None}
+    arguments |= {"loras": (LORA_FILE,)}
     return model_card(config, RECORD, scores, samples, licence, **(arguments | changes))
 
 

@@ -113,3 +113,6 @@ def test_a_checkpoint_is_read_once_a_prompt(monkeypatch: pytest.MonkeyPatch, tmp
     reward = HPSv2("cpu", checkpoint=str(tmp_path / "c.pt"))
     assert reward([1, 2, 3, 4], ["a", "b", "a", "b"], [{}] * 4) == [1, 2, 3, 4]
     assert calls == [([1, 3], "a"), ([2, 4], "b")]
+    module.score = lambda *_, **__: [1.0]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="expected 2 scores of 'a', got 1"):
+        reward([1, 2], ["a", "a"], [{}] * 2)

@@ -307,6 +307,7 @@ def test_another_word_is_worth_nothing() -> None:
         (writes("4, on a scale of 1-5"), 4.0),
         (writes("On a scale of 1-5: I cannot say"), None),
         (writes("1\u20135: I cannot say"), None),
+        (writes("7-8/10"), None),
         (writes("Score: -2.5"), -2.5),
         (writes("Scores:\n- 4\n- 5"), 5.0),
         (writes("Score 1: 3\n- 2"), 2.0),

@@ -62,7 +62,6 @@ def check_experiment(
     yield from found("reward processes", lambda: asked_lines(configs, root))
     if any(packaged_backbone(config) for config in configs):
         yield from found("backbone", _packaged)
-    # Last, for it loads torch.
     yield from found("memory and disk", lambda: _planned(first, configs, root, experiment, present))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.prompts import Prompt, read_prompts
+from vipo.prompts.needs import evaluated
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: Beside the pictures: what they are, for whoever reads them without the generator.
@@ -58,8 +59,8 @@ class HeldOut:
 
 def held_out_samples(prompts: Sequence[Prompt], config: Config) -> list[HeldOut]:
     """The samples of the evaluation, prompt by prompt, the same for every arm and seed."""
-    chosen = sorted(prompts, key=lambda prompt: prompt.id)[: config.evaluation.prompts]
-    return [HeldOut(prompt, number) for prompt in chosen for number in range(config.evaluation.samples_per_prompt)]
+    numbers = range(config.evaluation.samples_per_prompt)
+    return [HeldOut(prompt, number) for prompt in evaluated(prompts, config) for number in numbers]
 
 
 def held_out_batches(prompts: Path, config: Config) -> list[list[HeldOut]]:

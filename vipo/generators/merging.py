@@ -99,7 +99,8 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
         scale: beside the file's own.
 
     Raises:
-        GeneratorError: the file is damaged, adapts text encoders, or fits no module.
+        GeneratorError: the file is damaged, fits no module, or holds what the stock pipeline would leave out or scale
+            otherwise.
     """
     try:
         tensors = load_file(file)

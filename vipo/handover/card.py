@@ -16,7 +16,7 @@ from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
 from vipo.generators.configured import resolve_class
-from vipo.generators.lora import LORA_FILE, lora_file
+from vipo.generators.lora import lora_file
 from vipo.handover.comfyui import ComfyFiles
 from vipo.provenance import package_sha256
 from vipo.reporting.wording import describe, label
@@ -117,7 +117,7 @@ def model_card(
     pipeline_class: str,
     hub_id: str | None,
     revision: str | None,
-    loras: Sequence[str] = (LORA_FILE,),
+    loras: Sequence[str],
     comfyui: ComfyFiles | None = None,
 ) -> ModelCard:
     """The card of a run. Every text of the configuration or of a prompt is escaped.

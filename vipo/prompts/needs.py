@@ -43,7 +43,7 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
         _need("credit source 'oracle'", ("objects",), source, train)
     for term in () if config.is_base else config.reward.terms:
         _need_of(term, f"reward.terms: reward {term.name!r}", source, train)
-    asked = sorted(held_out, key=lambda prompt: prompt.id)[: evaluation.prompts]
+    asked = evaluated(held_out, config)
     for reward in evaluation.rewards:
         _need_of(reward, f"evaluation.rewards: reward {reward.name!r}", held_source, held_out)
         measured = sum(is_measured(reward.label, prompt.metadata) for prompt in asked)
@@ -53,6 +53,11 @@ def check_needs(config: Config, train: Sequence[Prompt], held_out: Sequence[Prom
                 f"'dimension' names it, which {measured} of the {len(asked)} that evaluation.prompts takes do, and "
                 f"intervals need {LEAST_HELD_OUT}; leave it out, or evaluate more prompts"
             )
+
+
+def evaluated(held_out: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """Those of the held-out prompts that the evaluation takes, whatever the order of their file."""
+    return sorted(held_out, key=lambda prompt: prompt.id)[: config.evaluation.prompts]
 
 
 def told_split(config: Config, train: int, held_out: int) -> str:

@@ -14,6 +14,7 @@ from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.means import mean_scores
 from vipo.evaluation.totals import vbench_parts, vbench_totals
 from vipo.prompts import read_prompts
+from vipo.prompts.vbench import VBENCH
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import read_run
 from vipo.text import visible
@@ -107,7 +108,7 @@ def with_totals(means: Mapping[Any, Any], final: pd.DataFrame, experiment: Path)
     Raises:
         PromptError: there are scores of VBench's dimensions, and the prompts cannot be read.
     """
-    if not any(str(name).startswith("reward/vbench_") for name in final):
+    if not any(str(name).startswith(f"reward/{VBENCH}") for name in final):
         return dict(means)
     return {**means, **{name: 100 * value for name, value in vbench_totals(final, _metadata(experiment)).items()}}
 

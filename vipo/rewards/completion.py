@@ -13,10 +13,10 @@ _EITHER = frozenset({"yes", "no"})
 _RAW_BLANKS = "\u0120\u2581\u010a"
 
 _FIGURE = r"\d+(?:\.\d+)?"
-# A range, which is no score, or a number with what it is out of.
+# A range, which is no score, or a number, each with what it is out of.
 _NUMBER = re.compile(
-    rf"(?P<range>{_FIGURE}[ \t]?[-\u2013][ \t]?{_FIGURE})"
-    rf"|(?P<number>(?:(?<![^\W_])-)?{_FIGURE})(?:[\s*_(]*(?:/|(?:out )?of\b)[\s*_]*{_FIGURE})?"
+    rf"(?:{_FIGURE}[ \t]?[-\u2013][ \t]?{_FIGURE}|(?P<number>(?:(?<![^\W_])-)?{_FIGURE}))"
+    rf"(?:[\s*_(]*(?:/|(?:out )?of\b)[\s*_]*{_FIGURE})?"
 )
 
 

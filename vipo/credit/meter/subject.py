@@ -161,7 +161,11 @@ def drawn_prompts(prompts: Sequence[Prompt], seed: int, purpose: str, first: int
 def chain_rewards(subject: Subject, batches: Sequence[Chains]) -> dict[str, Tensor]:
     """Each term of the reward, ``(N,)`` float32 on the CPU; not finite where a sample has none."""
     values: dict[str, list[Tensor]] = {name: [] for name in subject.rewards}
+    # Those without a network need no use of their own: one decoding serves them all.
+    groups: dict[int, dict[str, Any]] = {}
     for group in by_network(subject.rewards):
+        groups.setdefault(id(getattr(next(iter(group.values())), "resident", None)), {}).update(group)
+    for group in groups.values():
         with in_use(next(iter(group.values()))):
             for batch in batches:
                 # Of one batch at a time: those of all may be gigabytes.

@@ -49,6 +49,8 @@ class HPSv2:
             places = [place for place, prompt in enumerate(prompts) if prompt == text]
             own = [pictures[place] for place in places]
             scores = self._module.score(own, text, cp=self._checkpoint, hps_version=self._version)
+            if len(scores) != len(own):
+                raise ValueError(f"expected {len(own)} scores of {text[:80]!r}, got {len(scores)}")
             for place, score in zip(places, scores):
                 found[place] = float(score)
         return found
@@ -69,9 +71,8 @@ class ImageReward:
         checkpoint = checkpoint or hf_hub_download("THUDM/ImageReward", "ImageReward.pt")
         med_config = med_config or hf_hub_download("THUDM/ImageReward", "med_config.json")
         # Of the tokenizer too, which it fetches under a name of its own.
-        self._model, self.weight_files = _reading(
-            lambda: package.load(checkpoint, device=device, med_config=med_config)
-        )
+        self._model, read = _reading(lambda: package.load(checkpoint, device=device, med_config=med_config))
+        self.weight_files = sorted({*read, Path(checkpoint).absolute(), Path(med_config).absolute()})
 
     def __call__(self, pictures: list[Any], prompts: list[str], metadata: Rows) -> list[float]:
         """A score each."""
