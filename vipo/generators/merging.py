@@ -1,4 +1,4 @@
-"""A LoRA merged into a network's weights: read by the stock pipeline, and refused where that would lose a part."""
+"""A LoRA merged into a network's weights: its names are the stock pipeline's to read, and no part of it is lost."""
 
 import inspect
 import logging
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vipo.generators.base import GeneratorError
+from vipo.generators.lora_layers import held_once, in_weights
 from vipo.generators.parts import not_floating, stored_dtypes
 from vipo.text import cause, listed
 
@@ -32,23 +33,30 @@ _LORA = re.compile(
 # Full differences beside a LoRA: of weights and of biases.
 _DIFFERENCES = (".diff", ".diff_b")
 _NAMED = 2
+# What diffusers and peft say of a LoRA's strength in a file's header.
+_METADATA = "lora_adapter_metadata"
+# The halves of this layer's rows are the other way around in diffusers, where it is `norm_out.linear`.
+_TURNED = re.compile(r".*final_layer[._]adaLN_modulation[._]1\.lora_(B|up)\.weight\Z")
 
 
 def _noting(network: Any) -> dict[str, Tensor]:
     """The LoRA tensors that the network is going to be given, once, converted."""
     given: dict[str, Tensor] = {}
+    layers = {name for name, _ in network.named_modules()}
 
-    def load(state: Mapping[str, Any], *others: Any, **more: Any) -> Any:
-        given.update(state)
+    def load(state: Mapping[str, Any], prefix: str = "transformer", **more: Any) -> Any:
+        # FLUX.1's conversion leaves the prefix out of what stands outside of the blocks, and what has none is dropped.
+        named = {f"{prefix}.{name}" if name.split(".lora_")[0] in layers else name: state[name] for name in state}
+        given.update(named)
         del network.load_lora_adapter
-        return network.load_lora_adapter(state, *others, **more)
+        return network.load_lora_adapter(named, prefix=prefix, **more)
 
     network.load_lora_adapter = load
     return given
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what diffusers would leave out, or merge at another strength."""
+    """Refuse what diffusers would leave out, and whose strength stands elsewhere."""
     if texts := [name for name in tensors if _TEXTS.match(name)]:
         raise GeneratorError(
             f"{file}: adapts text encoders too, or what connects them ({texts[0]}), which vipo does not; give the file "
@@ -67,6 +75,15 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def _check_header(file: Path) -> None:
+    with safe_open(file, framework="pt") as stream:
+        if _METADATA in (stream.metadata() or {}):
+            raise GeneratorError(
+                f"{file}: its tensors say how strong it is, or hold a layer twice, and its header has {_METADATA} "
+                "too; give the file without one of them"
+            )
+
+
 def _check_handed_on(file: Path, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Refuse a file of which diffusers' conversion left something out: it tells only a log of it."""
     differences = [name for name in tensors if name.endswith(_DIFFERENCES) and tensors[name].any()]
@@ -82,6 +99,12 @@ def _check_handed_on(file: Path, tensors: Mapping[str, Tensor], given: Mapping[s
             f"{file}: of {held} rows of its LoRA the stock pipeline reads {read}: it leaves out names that it does not "
             "know, and those of another naming than most; give a file of one naming"
         )
+    outs = [value for name, value in given.items() if name.endswith("norm_out.linear.lora_B.weight")]
+    if turned := [name for name in tensors if _TURNED.match(name) and any(_same(tensors[name], out) for out in outs)]:
+        raise GeneratorError(
+            f"{file}: {turned[0]}: the stock pipeline adds its shift to the scale and its scale to the shift; give the "
+            "file without that layer"
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -89,7 +112,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: float) -> None:
-    """Add a LoRA to a network's weights, as the stock pipeline reads it: in any naming it knows, with its alpha.
+    """Add a LoRA to a network's weights, in any naming that the stock pipeline reads, each layer with its own alpha.
 
     Args:
         pipeline_class: the stock pipeline.
@@ -107,20 +130,25 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
         _check_tensors(file, tensors)
         if whole := not_floating(stored_dtypes([file]), ("alpha",)):
             raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
+        state = in_weights(file, held_once(file, tensors), part)
+        # By itself, a file brings what its header says.
+        source: Any = file.parent
+        options: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+        if state is not tensors:
+            _check_header(file)
+            source, options = dict(state), {}
         if hasattr(pipeline_class, "load_lora_weights"):
             given = _noting(network)
             parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
             # The files of a second network name the first one.
             pipeline = pipeline_class(**parts | {part.removesuffix("_2"): network})
-            pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, local_files_only=True)
+            pipeline.load_lora_weights(source, **options)
         else:
-            given = tensors
-            # From the file, whose metadata may hold alpha.
-            network.load_lora_adapter(
-                file.parent, weight_name=file.name, prefix=part, use_safetensors=True, local_files_only=True
-            )
-        _check_handed_on(file, tensors, given)
-        adapted = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
+            given = dict(state)
+            network.load_lora_adapter(source, prefix=part, **options)
+        _check_handed_on(file, state, given)
+        layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+        adapted = list(layers)
         if not adapted:
             raise GeneratorError(f"{file}: adapts no module of {type(network).__name__} ({next(iter(tensors))}, …)")
         held = sum(".lora_" in name for name, _ in network.named_parameters())
@@ -131,6 +159,9 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
                 f"{file}: holds {len(given)} LoRA tensors, and {type(network).__name__} takes {held} of such modules"
                 + (f"; it has no module for {listed(strange, _NAMED)}" if strange else "")
             )
+        if state is not tensors:
+            for layer in layers.values():
+                layer.scaling = dict.fromkeys(layer.scaling, 1.0)
         network.fuse_lora(lora_scale=scale, safe_fusing=True)
         network.unload_lora()
     except GeneratorError:
@@ -138,5 +169,8 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
     except (SafetensorError, OSError) as error:
         raise GeneratorError(f"{file}: cannot be read: {error}") from error
     except Exception as error:
-        raise GeneratorError(f"{file}: cannot be merged into {type(network).__name__} ({cause(error)})") from error
+        raise GeneratorError(
+            f"{file}: cannot be merged into {type(network).__name__} by its names ({next(iter(tensors))}, …): "
+            f"{cause(error)}"
+        ) from error
     log.info("%s: merged into %d modules of the %s, scale %g", file, len(adapted), part, scale)
