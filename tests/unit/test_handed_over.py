@@ -1,14 +1,21 @@
 """Of a run with a mean of its weights, what is handed over is what was evaluated."""
 
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from vipo.config.compose import load_config
 from vipo.config.run import Config
-from vipo.handover.export import ExportError, _check_whole, _handed_over
+from vipo.handover.base import Base, copy_parts
+from vipo.handover.errors import ExportError
+from vipo.handover.export import _check_whole, _handed_over
 from vipo.stages import checkpoint_label
 
 
@@ -51,3 +58,29 @@ def test_weights_that_belong_to_others_than_the_bases_are_refused(key: str, lora
     with pytest.raises(ExportError, match=r"another model .* \(training\.lora=null and generator\.experts=both\)"):
         _check_whole(_config(lora=lora, experts="low_noise", **given))
     _check_whole(_config(lora=lora, experts="low_noise"))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_that_the_base_has_as_variants_alone_are_called_plainly(
+    legacy: bool, tiny_stable_diffusion: Path, tmp_path: Path
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "export"
+    shutil.copytree(tiny_stable_diffusion, base)
+    text = CLIPTextModel.from_pretrained(base / "text_encoder")
+    for file in base.glob("*/*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    # In several files, as either of two versions of diffusers calls them.
+    (base / "text_encoder/model.fp16.safetensors").unlink()
+    text.save_pretrained(base / "text_encoder", max_shard_size="20KB", variant="fp16")
+    if legacy:
+        [index] = base.glob("text_encoder/*.index.fp16.json")
+        for shard in base.glob("text_encoder/*-of-*.safetensors"):
+            shard.rename(shard.with_name(re.sub(r"\.fp16(-.*)\.", r"\1.fp16.", shard.name)))
+        index.write_text(re.sub(r"\.fp16(-[-\w]*)\.", r"\1.fp16.", index.read_text()))
+    names = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+    copy_parts(Base(base, "StableDiffusionPipeline", names, None, None), folder)
+    assert not list(folder.rglob("*fp16*"))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion)
+    for part in ("text_encoder", "unet", "vae"):
+        torch.testing.assert_close(getattr(pipeline, part).state_dict(), getattr(stock, part).state_dict())

@@ -7,56 +7,26 @@ the base's licence files, ``samples/``, ``provenance/`` and ``SHA256SUMS``.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from vipo.config.compose import dump_config
 from vipo.config.run import Config
 from vipo.config.training import EMA
-from vipo.errors import VipoError
 from vipo.evaluation.left_out import left_out, on_common_samples
 from vipo.evaluation.means import mean_score
-from vipo.generators.base import checkpoint_location
 from vipo.generators.finite import check_finite
-from vipo.generators.parts import VARIANTS, model_index
-from vipo.handover.card import LICENCE_IDENTIFIER, CardSample, Licence, ScoreRow, model_card
+from vipo.handover.base import base_licence, copy_file, copy_parts, find_base
+from vipo.handover.card import CardSample, ScoreRow, model_card
 from vipo.handover.comfyui import check_comfyui, write_comfyui
+from vipo.handover.errors import ExportError
 from vipo.provenance import atomic_folder, file_sha256, read_provenance, verify_outputs
 from vipo.provenance.records import PROVENANCE, absolute_path
 from vipo.reporting.inputs import read_scores
 from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
-
-#: What a pipeline's parts consist of. Pickles and code are never copied, nor are weights in a second precision.
-_PARTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-_TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")
-
-
-class ExportError(VipoError):
-    """A run that cannot be handed over; the message names what is missing or wrong and the fix."""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The generator that the run started from.
-
-    `parts` are those beside the trained network that a whole pipeline needs, none for LoRA; `hub_id` and `revision`
-    are None where it has none.
-    """
-
-    folder: Path
-    pipeline_class: str
-    parts: tuple[str, ...]
-    hub_id: str | None
-    revision: str | None
 
 
 def export_run(
@@ -100,8 +70,10 @@ def export_run(
     if comfyui:
         check_comfyui(run.config, root)
     reference = _checked(run, root)
-    base = _base(run, root, base_model, whole=run.config.training.lora is None and not comfyui)
-    licence = _licence(base, license_id)
+    trained = {name.split("/", 1)[0] for name in _handed_over(run)}
+    whole = run.config.training.lora is None and not comfyui
+    base = find_base(run.config.generator, root, base_model, trained if whole else None)
+    licence = base_licence(base, license_id)
     final, others = _finals(run, reference)
     samples = _samples(run, reference, final)
     scores = _scores(run.config, final, others)
@@ -123,12 +95,14 @@ def export_run(
             comfyui=written,
         )
         if written is None:
-            _copy_weights(run, base, folder)
+            for name, place in _handed_over(run).items():
+                copy_file(run.folder / "weights" / place, folder / name)
+            copy_parts(base, folder)
         for name in licence.files:
-            _copy(base.folder / name, folder / name)
+            copy_file(base.folder / name, folder / name)
         for sample in samples:
-            _copy(sample.base_file, folder / sample.base)
-            _copy(sample.file, folder / sample.mine)
+            copy_file(sample.base_file, folder / sample.base)
+            copy_file(sample.file, folder / sample.mine)
         _write_provenance(run, reference, scores, folder / "provenance")
         card.save(folder / "README.md")
         files = sorted(item for item in folder.rglob("*") if item.is_file())
@@ -215,67 +189,6 @@ def _sampling(config: Config) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key not in ("kept", "perception")}
 
 
-def _base(run: RunRecords, root: Path, base_model: str | None, *, whole: bool) -> _Base:
-    config = run.config.generator
-    location = checkpoint_location(config, root)
-    hub_id = base_model
-    if isinstance(location, str):
-        if base_model not in (None, location):
-            raise ExportError(f"--base-model {base_model!r}: the run was trained on {location!r}, which the card names")
-        hub_id = location
-    if hub_id is not None:
-        try:
-            validate_repo_id(hub_id)
-        except HFValidationError as error:
-            raise ExportError(f"--base-model {hub_id!r}: {error}") from error
-    index = model_index(location, config.revision)
-    if not isinstance(index.get("_class_name"), str):
-        raise ExportError(f"{location}/model_index.json: names no class of diffusers; its own code is not handed over")
-    parts: tuple[str, ...] = ()
-    if whole:
-        trained = {name.split("/", 1)[0] for name in _handed_over(run)}
-        parts = tuple(
-            name for name, entry in index.items() if isinstance(entry, list) and entry[-1] and name not in trained
-        )
-    if isinstance(location, Path):
-        return _Base(location, index["_class_name"], parts, hub_id, None)
-    wanted = ["*.md", "model_index.json", *_TERMS, *(f"{part}/{kind}" for part in parts for kind in _PARTS)]
-    try:
-        folder = snapshot_download(
-            location, revision=config.revision, allow_patterns=wanted, ignore_patterns=list(VARIANTS)
-        )
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{location}: cannot be downloaded or read from the cache ({error})") from error
-    return _Base(Path(folder), index["_class_name"], parts, hub_id, config.revision)
-
-
-def _licence(base: _Base, chosen: str | None) -> Licence:
-    card = base.folder / "README.md"
-    try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ExportError(f"{card}: its metadata cannot be read ({' '.join(str(error).split())}); mend it") from error
-    stated, name, link = ((data or {}).get(key) for key in ("license", "license_name", "license_link"))
-    if not isinstance(stated, str) or stated == "unknown" or (stated == "other" and not name):
-        stated = None
-    if chosen is not None and (not LICENCE_IDENTIFIER.match(chosen) or chosen in ("other", "unknown")):
-        raise ExportError(
-            f"--license {chosen!r}: give an identifier of the Hub, such as apache-2.0; for a licence that has none, "
-            f"state license: other, license_name and license_link in {card} and leave --license out"
-        )
-    if chosen is None and stated is None:
-        raise ExportError(
-            f"{card}: states no licence of the base; find out which one it is under and name it with --license, "
-            "such as --license apache-2.0"
-        )
-    files = sorted({item.name for pattern in _TERMS for item in base.folder.glob(pattern) if item.is_file()})
-    if chosen is None and isinstance(link, str) and "://" not in link:
-        if Path(link).name != link or not (base.folder / link).is_file():
-            raise ExportError(f"{card}: license_link {link!r} is no file beside it; put the licence's text there")
-        files = sorted({*files, link})
-    return Licence(chosen, stated, name, link, tuple(files))
-
-
 # ---- content -----------------------------------------------------------------------------------------------------
 
 
@@ -318,21 +231,6 @@ def _samples(run: RunRecords, reference: RunRecords, final: pd.DataFrame) -> lis
     return found
 
 
-def _copy_weights(run: RunRecords, base: _Base, folder: Path) -> None:
-    for name, place in _handed_over(run).items():
-        _copy(run.folder / "weights" / place, folder / name)
-    if base.parts:
-        _copy(base.folder / "model_index.json", folder / "model_index.json")
-    for part in base.parts:
-        names = list(_part_files(base.folder / part))
-        if not names:
-            raise ExportError(f"{base.folder / part}: missing, but model_index.json names it; copy the base again")
-        if "config.json" in names and not any(name.endswith(".safetensors") for name in names):
-            raise ExportError(f"{base.folder / part}: has no safetensors weights, and pickles are not handed over")
-        for name in names:
-            _copy(base.folder / part / name, folder / part / name)
-
-
 def _handed_over(run: RunRecords) -> dict[str, str]:
     """Files of the weights that were evaluated, for the scores are theirs: their places below ``weights/``, by name."""
     mean = run.config.evaluation.weights == EMA
@@ -340,22 +238,11 @@ def _handed_over(run: RunRecords) -> dict[str, str]:
     return {name: place for place, name in below.items() if (place != name) == mean}
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Content alone: neither links, such as those of the Hub's cache, nor permissions.
-    shutil.copyfile(source, target)
-
-
-def _part_files(folder: Path) -> Iterator[str]:
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    yield from filter_repo_objects(names, allow_patterns=list(_PARTS), ignore_patterns=list(VARIANTS))
-
-
 def _write_provenance(run: RunRecords, reference: RunRecords, scores: Sequence[ScoreRow], folder: Path) -> None:
-    _copy(run.folder / PROVENANCE, folder / "train.json")
+    copy_file(run.folder / PROVENANCE, folder / "train.json")
     for own, suffix in ((run, ""), (reference, "-base")):
-        _copy(own.pictures.parent / PROVENANCE, folder / f"sample{suffix}.json")
-        _copy(own.evaluated / PROVENANCE, folder / f"score{suffix}.json")
+        copy_file(own.pictures.parent / PROVENANCE, folder / f"sample{suffix}.json")
+        copy_file(own.evaluated / PROVENANCE, folder / f"score{suffix}.json")
     (folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
     text = json.dumps([row.as_json() for row in scores], indent=1, allow_nan=False)
     (folder / "scores.json").write_text(text + "\n")
