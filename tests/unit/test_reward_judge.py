@@ -270,6 +270,28 @@ def test_an_answer_that_cannot_be_read_is_no_score_and_a_judge_without_any_is_an
         asked_of(answer, row, 8, key="q")
 
 
+@pytest.mark.parametrize("heard", [None, "yes", "dog"])
+def test_a_judge_that_can_be_read_of_no_word_among_many_is_an_error(heard: str | None) -> None:
+    words = [f"word{number}" for number in range(64)]
+    questions: list[Any] = [["What?", word] for word in ([] if heard is None else [heard]) + words]
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        return likely(**{heard: 0.9}) if heard is not None and len(asked) == 1 else likely(word=0.9)
+
+    with endpoint(answer) as (url, asked):
+        reward = judge(url, key="q", concurrency=1)
+        if heard == "dog":
+            assert score("judge", reward, pictures(1, 3, 4, 4), ["x"], [{"q": questions}]).isnan().all()
+            return
+        told = (
+            "none of 64 answers could be read as any of 64 words, of the last one, 'word63': the first token is 'word'"
+        )
+        with pytest.raises(RewardError, match=told):
+            score("judge", reward, pictures(1, 3, 4, 4), ["x"], [{"q": questions}])
+        fewer = [{"q": [["What?", word] for word in words[:-1]]}]
+        assert score("judge", judge(url, key="q"), pictures(1, 3, 4, 4), ["x"], fewer).isnan().all()
+
+
 def test_another_spelling_far_behind_is_no_answer_and_a_refusal_is_none() -> None:
     row = {"q": [["What?", "giraffe"]]}
     assert math.isnan(asked_of(likely(gir=0.99, giraffe=0.001), row, key="q")[0])

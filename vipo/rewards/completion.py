@@ -95,6 +95,11 @@ def written(choice: Any) -> Read:
     return _unwritten(f"it wrote {text[:80]!r}") if value is None else Read("a number", value)
 
 
+def is_either(answer: str) -> bool:
+    """Whether an answer is yes or no."""
+    return _word(answer) in _EITHER
+
+
 def _unwritten(why: str) -> Read:
     return Read("a number", math.nan, why, heard=False)
 

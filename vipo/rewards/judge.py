@@ -13,7 +13,7 @@ from torch import Tensor
 from vipo.config.reward_judge import JudgeOptions
 from vipo.prompts.needs import own_questions
 from vipo.rewards.ahead import Ahead, key_of
-from vipo.rewards.completion import Read, likelihood, written
+from vipo.rewards.completion import Read, is_either, likelihood, written
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import eight_bit
 from vipo.rewards.wire import AGAIN, Endpoint, encoded
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _MOST_OF_TOKEN = 2**14
 # Answers of one kind, none of which can be read, until the judge is taken for one that does not give them.
 _PATIENCE = 8
+# And of all kinds, where the answers are words of any number.
+_PATIENCE_OF_ALL = 64
 
 _Call = tuple[bytes, "partial[Read]"]
 
@@ -83,6 +85,12 @@ class Judge:
             if self._unread[read.wanted] == _PATIENCE:
                 self._refuse(
                     f"none of {_PATIENCE} answers could be read as {read.wanted[:80]!r}, of the last one: {read.why}"
+                )
+            # That it says yes and no tells nothing of other words.
+            if self._unread.total() == _PATIENCE_OF_ALL and all(map(is_either, self._heard)):
+                self._refuse(
+                    f"none of {_PATIENCE_OF_ALL} answers could be read as any of {len(self._unread)} words, of the "
+                    f"last one, {read.wanted[:80]!r}: {read.why}"
                 )
             if self._unread[read.wanted] == 1:
                 log.warning("%s: a sample has no score: %s", self._endpoint.called, read.why)
