@@ -32,7 +32,7 @@ from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.perception import PerceptionConfig
 from vipo.perception import Backbone, PerceptualStructuring
-from vipo.perception.backbones import _TimmFeatures
+from vipo.perception.loading import TimmFeatures
 from vipo.sampling.noise import keyed_generator
 from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import set_up
@@ -77,7 +77,7 @@ def compare(pixels: int, repeats: int, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True)
     backbone = Backbone(
-        _TimmFeatures(model, len(model.blocks) - 1),
+        TimmFeatures(model, len(model.blocks) - 1),
         feature_width=model.num_features,
         orientation="border",
         input_size=pixels,

@@ -25,7 +25,7 @@ def check_imports(config: Config) -> None:
 
         resolve_class(config.generator)
     if is_import_path(config.perception.backbone):
-        from vipo.perception.backbones import find_backbone
+        from vipo.perception.loading import find_backbone
 
         find_backbone(config.perception.backbone)
     if any(is_import_path(name) for name in config.credit.names):

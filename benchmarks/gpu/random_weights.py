@@ -21,7 +21,8 @@ from vipo.generators.flux import FluxGenerator
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.stable_diffusion_3 import StableDiffusion3Generator
 from vipo.generators.wan import WanGenerator
-from vipo.perception.backbones import Backbone, _TimmFeatures
+from vipo.perception.backbone import Backbone
+from vipo.perception.loading import TimmFeatures
 
 _DTYPE = "dtype_of_network"
 _CLIP_TOKENS = 77
@@ -145,7 +146,7 @@ def _dinov2(name: str, config: PerceptionConfig) -> Backbone:
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=0, dynamic_img_size=True)
     return Backbone(
-        _TimmFeatures(model, len(model.blocks) - 1),
+        TimmFeatures(model, len(model.blocks) - 1),
         feature_width=model.num_features,
         orientation="border",
         input_size=config.input_size or 518,

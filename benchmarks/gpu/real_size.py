@@ -24,7 +24,7 @@ from vipo.credit import Context, load_sources
 from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
 from vipo.objectives import load_objective
-from vipo.perception.backbones import Backbone
+from vipo.perception.backbone import Backbone
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob

@@ -20,7 +20,8 @@ from vipo.config.compose import load_config
 from vipo.config.perception import PerceptionConfig
 from vipo.maps.scoring import drawn_scenes, score_orientations
 from vipo.perception import Backbone, PerceptionError, PerceptualStructuring, load_backbone
-from vipo.perception.backbones import NOT_MEASURED, backbone_without_weights, registered_evidence
+from vipo.perception.backbones import NOT_MEASURED, registered_evidence
+from vipo.perception.loading import backbone_without_weights
 from vipo.perception.weights import packaged_weights
 from vipo.sampling.noise import keyed_generator
 

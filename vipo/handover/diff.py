@@ -6,16 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pandas as pd
-
 from vipo.config.run import Config
 from vipo.config.values import flattened
-from vipo.evaluation.left_out import left_out, on_common_samples
-from vipo.evaluation.means import mean_score
-from vipo.evaluation.statistics import Better, independent_difference, wording
+from vipo.handover.diff_outcome import Evaluation, Training, compare_evaluation, compare_training
 from vipo.provenance.records import PROVENANCE
-from vipo.reporting.inputs import read_rows, read_scores
-from vipo.reporting.runs import RunRecords, configured_difference, measured_columns, read_run, trained_direction
+from vipo.reporting.runs import RunRecords, read_run
 
 Decides = Literal["training", "evaluation", "nothing"]
 
@@ -45,71 +40,6 @@ class Difference:
     stages: tuple[str, ...]
     a: Any
     b: Any
-
-
-@dataclass(frozen=True)
-class MetricDifference:
-    """A training metric at each run's last update; None where a run does not have it."""
-
-    metric: str
-    a: float | None
-    b: float | None
-
-
-@dataclass(frozen=True)
-class Training:
-    """Both training curves.
-
-    Attributes:
-        updates: of each run.
-        equal_updates: leading updates in which all metrics that both have are equal to the last bit.
-        same_weights: whether the final weights are; None where a run has none here.
-        metrics: of the last update.
-    """
-
-    updates: tuple[int, int]
-    equal_updates: int
-    same_weights: bool | None
-    metrics: tuple[MetricDifference, ...]
-
-
-@dataclass(frozen=True)
-class ScoreDifference:
-    """Means of a held-out score and B minus A with its interval.
-
-    Attributes:
-        better: the direction in which it was trained.
-        left_out: samples that one of them has no score of.
-    """
-
-    column: str
-    a: float
-    b: float
-    difference: float
-    low: float
-    high: float
-    better: Better | None
-    verdict: str
-    left_out: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out scores of the final weights.
-
-    Attributes:
-        unpaired: why samples cannot be paired; None where both runs drew the same prompts and noise.
-        confidence: of the intervals, A's.
-        note: what the intervals are conditional on.
-        scores: one per score that both runs have.
-        missing: scores that one run alone has, or that fewer than two prompts have of both.
-    """
-
-    unpaired: str | None
-    confidence: float
-    note: str
-    scores: tuple[ScoreDifference, ...]
-    missing: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -156,13 +86,10 @@ def diff_runs(a: Path, b: Path) -> RunDiff:
         code=_recorded(left, right, _code),
         environment=_recorded(left, right, _environment),
         data=_recorded(left, right, _data),
-        training=_training(left, right),
-        evaluation=_evaluation(left, right),
+        training=compare_training(left, right),
+        evaluation=compare_evaluation(left, right),
         notes=tuple(note for run in (left, right) for note in _notes(run)),
     )
-
-
-# ---- what differs ------------------------------------------------------------------------------------------------
 
 
 def _config(a: Config, b: Config) -> tuple[ConfigDifference, ...]:
@@ -234,81 +161,6 @@ def _data(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             role = "generator" if "model_index.json" in entry.get("files", {}) else "backbone"
             files = entry.get("files", {Path(entry["path"]).name: entry})
             yield from ((f"{role}: {name}", file["sha256"]) for name, file in files.items())
-
-
-# ---- what came of it ---------------------------------------------------------------------------------------------
-
-
-def _training(a: RunRecords, b: RunRecords) -> Training | None:
-    paths = [run.folder / "metrics.jsonl" for run in (a, b)]
-    if not all(path.is_file() for path in paths):
-        return None
-    left, right = (read_rows(path).to_dict("records") for path in paths)
-    pairs = [(_values(row), _values(other)) for row, other in zip(left, right, strict=False)]
-    equal = next((number for number, (row, other) in enumerate(pairs) if _disagree(row, other)), len(pairs))
-    ends = [_values(rows[-1]) for rows in (left, right)]
-    names = [name for name in dict.fromkeys([*ends[0], *ends[1]]) if name != "update"]
-    metrics = tuple(MetricDifference(name, ends[0].get(name), ends[1].get(name)) for name in names)
-    weights = [run.weights for run in (a, b)]
-    same = weights[0] == weights[1] if all(weights) else None
-    return Training((len(left), len(right)), equal, same, metrics)
-
-
-def _values(row: Mapping[Any, Any]) -> dict[str, float]:
-    # A metric that a run has in some updates only is missing in the others.
-    return {str(name): float(value) for name, value in row.items() if not pd.isna(value)}
-
-
-def _disagree(row: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    return any(row[name] != other[name] for name in row.keys() & other.keys())
-
-
-def _evaluation(a: RunRecords, b: RunRecords) -> Evaluation | None:
-    if not (a.is_evaluated and b.is_evaluated):
-        return None
-    tables = [read_scores(run.evaluated / "scores.parquet", run.config) for run in (a, b)]
-    finals = [table[table["final"]] for table in tables]
-    # Both sides may be of one run's name.
-    both, lost = on_common_samples(pd.concat(finals, keys=("a", "b"), join="inner"))
-    left, right = (both[both.index.get_level_values(0) == side] for side in ("a", "b"))
-    unpaired = _unpaired(a.config, b.config, left, right)
-    settings = a.config.evaluation
-    columns = [set(measured_columns(table)) for table in finals]
-    rows, note = [], ""
-    for column in measured_columns(both):
-        if unpaired is None:
-            interval = configured_difference(right, left, column, settings)
-        else:
-            interval = independent_difference(right, left, column, confidence=settings.confidence)
-        better, note = trained_direction(column, a.config, b.config), interval.note
-        rows.append(
-            ScoreDifference(
-                column,
-                mean_score(left, column),
-                mean_score(right, column),
-                interval.estimate,
-                interval.low,
-                interval.high,
-                better,
-                wording(interval, better),
-                left_out(both, column),
-            )
-        )
-    missing = tuple(sorted((columns[0] ^ columns[1]) | set(lost)))
-    return Evaluation(unpaired, settings.confidence, note, tuple(rows), missing)
-
-
-def _unpaired(a: Config, b: Config, left: pd.DataFrame, right: pd.DataFrame) -> str | None:
-    pairs = [set(zip(table["prompt_id"], table["sample"], strict=True)) for table in (left, right)]
-    if pairs[0] != pairs[1]:
-        return (
-            f"other prompts or samples: {len(pairs[0])} in A, {len(pairs[1])} in B, {len(pairs[0] & pairs[1])} in both"
-        )
-    if a.evaluation.seed != b.evaluation.seed:
-        return f"other noise: evaluation.seed {a.evaluation.seed} in A, {b.evaluation.seed} in B"
-    if (a.generator.family, a.evaluated.sample_shape) != (b.generator.family, b.evaluated.sample_shape):
-        return "other noise: the generators' family or size differs"
-    return None
 
 
 def _notes(run: RunRecords) -> Iterator[str]:

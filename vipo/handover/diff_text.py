@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from vipo.evaluation.statistics import decimals
-from vipo.handover.diff import Evaluation, RunDiff, Training
+from vipo.handover.diff import RunDiff
+from vipo.handover.diff_outcome import Evaluation, Training
 
 _DIGEST = re.compile(r"[0-9a-f]{40,}\Z")
 _DIGEST_SHOWN = 12

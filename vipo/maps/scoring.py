@@ -14,7 +14,8 @@ from vipo.config.perception import PerceptionConfig
 from vipo.demo.scenes import Scene, draw, object_mask, sample_scene
 from vipo.maps.pictures import map_size
 from vipo.perception.allocator import allocate
-from vipo.perception.backbones import Backbone, load_backbone
+from vipo.perception.backbone import Backbone
+from vipo.perception.loading import load_backbone
 from vipo.perception.orientation import Orientation, is_blind
 from vipo.perception.structuring import PerceptualStructuring
 

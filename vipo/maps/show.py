@@ -18,9 +18,9 @@ from vipo.config.perception import PerceptionConfig
 from vipo.maps.pictures import Clip, find_pictures, map_size, read_clip
 from vipo.maps.render import Style, as_image, contoured, enlarged, overlaid, sheet, side_by_side, with_note
 from vipo.perception.allocator import minmax
-from vipo.perception.backbones import load_backbone
 from vipo.perception.components import principal_components
 from vipo.perception.errors import PerceptionError
+from vipo.perception.loading import load_backbone
 from vipo.perception.orientation import orientation_scores
 from vipo.perception.structuring import PerceptualStructuring
 

@@ -1,9 +1,10 @@
 """The Perceptual Structuring Module (PSM): a frozen backbone and the allocation maps drawn from its features."""
 
 from vipo.perception.allocator import AllocationMaps, allocate
-from vipo.perception.backbones import Backbone, load_backbone
+from vipo.perception.backbone import Backbone
 from vipo.perception.components import PrincipalComponents, principal_components
 from vipo.perception.errors import PerceptionError
+from vipo.perception.loading import load_backbone
 from vipo.perception.orientation import orient
 from vipo.perception.structuring import PerceptualStructuring
 from vipo.perception.temporal import consecutive_correlation

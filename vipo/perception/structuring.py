@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vipo.config.perception import PerceptionConfig
 from vipo.perception.allocator import NO_RANGE, AllocationMaps, allocate, combine, finish, minmax
-from vipo.perception.backbones import CHOSEN, Backbone
+from vipo.perception.backbone import Backbone
+from vipo.perception.backbones import CHOSEN
 from vipo.perception.components import principal_components
 from vipo.perception.errors import PerceptionError
 from vipo.perception.orientation import Orientation, is_blind, orientation_scores

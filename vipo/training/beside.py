@@ -16,8 +16,8 @@ from vipo.foreign import is_import_path
 from vipo.generators.outline import without_data
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.perception import PerceptualStructuring
-from vipo.perception.backbones import backbone_without_weights
 from vipo.perception.errors import PerceptionError
+from vipo.perception.loading import backbone_without_weights
 from vipo.rewards import Reward, RewardError, by_network, load_rewards
 from vipo.rewards.networks import network_bytes
 from vipo.rewards.weights import at_hand
