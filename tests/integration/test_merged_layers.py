@@ -183,6 +183,22 @@ def test_layers_without_an_alpha_are_not_given_that_of_others(tmp_path: Path) ->
         torch.testing.assert_close(change, ratio * _product(held, theirs, _KOHYA), atol=2e-6, rtol=1e-5)
 
 
+def test_alphas_count_in_the_file_of_a_second_network(tmp_path: Path) -> None:
+    folder, start = FAMILIES["wan22_a14b"].write(tmp_path / "pair"), tmp_path / "start"
+    start.mkdir()
+    before, layer = _network("wan22_a14b", folder), "blocks.0.attn1.to_q"
+    files = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
+    for number, name in enumerate(files):
+        held = _layer(f"transformer.{layer}", (24, 24), 2, _PEFT, number)
+        save_file(held | {f"transformer.{layer}.alpha": torch.tensor(3.0 + number)}, start / name)
+    after = _network("wan22_a14b", folder, start=str(start))
+    for number, part in enumerate(("transformer", "transformer_2")):
+        held = _layer(f"transformer.{layer}", (24, 24), 2, _PEFT, number)
+        change = after[f"{part}.{layer}.weight"] - before[f"{part}.{layer}.weight"]
+        expected = (3 + number) / 2 * _product(held, f"transformer.{layer}", _PEFT)
+        torch.testing.assert_close(change, expected, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("added", "metadata", "told"),
     [

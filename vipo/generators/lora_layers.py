@@ -23,13 +23,13 @@ _ORIGINAL = re.compile(r"(?P<block>.+_attention)_(?P<layer>qkv|out)\Z")
 _ROUNDING = 1e-2
 
 
-def in_weights(file: Path, tensors: Mapping[str, Tensor], part: str) -> Mapping[str, Tensor]:
+def in_weights(file: Path, tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
     """A LoRA whose alpha is in its weights: conversions lose it in places, and add some layers at that of others.
 
     Args:
         file: for the message.
         tensors: of the file; returned as they are where none is an alpha.
-        part: subfolder of the network, which names may begin with.
+        prefix: which names of diffusers begin with.
 
     Returns:
         The same product at strength 1. Where conversions ask for an alpha it is the rank.
@@ -50,7 +50,7 @@ def in_weights(file: Path, tensors: Mapping[str, Tensor], part: str) -> Mapping[
             if name in tensors:
                 found[name] = tensors[name] * (_number(file, alpha, tensors[alpha]) / rank)
         found[alpha] = torch.tensor(float(rank))
-        if alpha.startswith((f"{part}.", *_PREFIXES)):
+        if alpha.startswith((f"{prefix}.", *_PREFIXES)):
             del found[alpha]
     if lost := sorted(alphas - {layer + _ALPHA for layer, _, _ in _layers(tensors)}):
         raise GeneratorError(f"{file}: {lost[0]} is the strength of no layer of its LoRA; give the file without")

@@ -130,7 +130,9 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
         _check_tensors(file, tensors)
         if whole := not_floating(stored_dtypes([file]), ("alpha",)):
             raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
-        state = in_weights(file, held_once(file, tensors), part)
+        # The files of a second network name the first one.
+        named = part.removesuffix("_2")
+        state = in_weights(file, held_once(file, tensors), named)
         # By itself, a file brings what its header says.
         source: Any = file.parent
         options: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
@@ -140,8 +142,7 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
         if hasattr(pipeline_class, "load_lora_weights"):
             given = _noting(network)
             parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
-            # The files of a second network name the first one.
-            pipeline = pipeline_class(**parts | {part.removesuffix("_2"): network})
+            pipeline = pipeline_class(**parts | {named: network})
             pipeline.load_lora_weights(source, **options)
         else:
             given = dict(state)
