@@ -24,7 +24,7 @@ def count_plans(record: Record, sizes: Mapping[str, Size]) -> None:
     failed: list[str] = []
     for name, size in sizes.items():
         with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder:
-            config = load_config(family_overrides(size, Path(folder), "cpu"))
+            config = load_config(family_overrides(size, Path(folder), "cuda"))
             found = plan(config, repository_root(), config.training.prompts_per_update)
             held = sum(found.held.values())
             for part, phase in _PHASES.items():

@@ -16,9 +16,11 @@ from checkpoints import edit_json, edit_tensors, faulty
 from diffusers.models import attention_dispatch
 from families import FAMILIES
 from family import Family
+from on_cuda import pretend_autocast, tensors_made
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from vipo.config.generator import GeneratorConfig
@@ -28,10 +30,11 @@ from vipo.conformance.subject import PROMPTS, Mode, Subject, subject
 from vipo.conformance.table import CHECKS
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.configured import resolve_class
+from vipo.generators.counted import counted_on
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.encoding import encode_prompt_file
 from vipo.generators.experts import Experts
-from vipo.generators.outline import longest_conditioning, outline
+from vipo.generators.outline import longest_conditioning, outline, without_data
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.sharded import blocks
 from vipo.prompts import Prompt
@@ -155,7 +158,11 @@ def _makes_as_much(mode: Mode, case: Case) -> None:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     outlined = outline(case.config, ROOT, fake, lora)
     kinds = [
-        [(name, value.shape, value.dtype, value.requires_grad) for name, value in each.network.named_parameters()]
+        [
+            (name, value.shape, value.dtype, value.requires_grad)
+            for part in (each.network, each.vae)
+            for name, value in (*part.named_parameters(), *part.named_buffers())
+        ]
         for each in (generator, outlined)
     ]
     assert kinds[0] == kinds[1]
@@ -188,6 +195,27 @@ def test_gathered_weights_are_planned_in_bf16(case: Case) -> None:
             latents, times = torch.empty_like(case.subject.noise), torch.empty(2)
         most.append(_most_alive(fake, outlined, latents, times, given)[0])
     assert most[1] < most[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_call_is_counted_as_a_gpu_makes_it(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `vipo plan` counts on a CPU: the tensors that CUDA's autocast and kernels make of the same call."""
+    pretend_autocast(monkeypatch)
+    fake, config = FakeTensorMode(allow_non_fake_inputs=True), case.config.model_copy(update={"precision": precision})
+    outlined, found = outline(config, ROOT, fake, None), []
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        with fake, device:
+            outlined.device = device
+            for name, value in vars(outlined).items():
+                setattr(outlined, name, tree_map_only(Tensor, lambda each: torch.empty_like(each, device=device), value))
+            without_data(outlined.network)
+            given = {name: torch.empty(value.shape) for name, value in case.subject.conditioning.items()}
+            latents, times = torch.empty(case.subject.noise.shape), torch.empty(2)
+        with fake, contextlib.nullcontext() if device.type == "cuda" else counted_on("cuda:1"):
+            # Rotary angles are made once and kept.
+            made = [tensors_made(lambda: outlined.predict(latents, times, given)) for _ in range(2)]  # noqa: B023
+            found.append(made[1])
+    assert found[0] == found[1]
 
 
 def test_sharded_in_bf16_it_predicts_as_well_as_whole(case: Case) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from reward_checkpoints import write_clip
 from safetensors.torch import load_file
 
@@ -70,6 +71,32 @@ def test_what_saves_memory_is_counted(tiny_overrides: list[str]) -> None:
     assert of("credit.steps=ode")["evaluations"] - plain["evaluations"] == samples * steps * (steps - 1) // 2
     sharded = of("distribution={strategy: fsdp, processes: 2}")
     assert sharded["AdamW"] == plain["AdamW"] // 2
+
+
+def test_buffers_are_counted(tmp_path: Path, tiny_overrides: list[str]) -> None:
+    """Of SD3 the positions of the largest picture: each process has them whole, and a reference has its own."""
+    folder = FAMILIES["sd3"].write(tmp_path / "sd3")
+    chosen = [*tiny_overrides, "arm=vipo", "generator.family=sd3", f"generator.path={folder}"]
+    found = [
+        plan(load_config([*chosen, *more]), ROOT, prompts=2)
+        for more in ([], ["objective.kl_weight=0.1"], ["distribution={strategy: fsdp, processes: 2}"])
+    ]
+    settings = json.loads((folder / "transformer/config.json").read_text())
+    positions = settings["pos_embed_max_size"] ** 2 * settings["num_attention_heads"] * settings["attention_head_dim"]
+    assert [each.held["network's buffers"] for each in found] == [4 * positions, 8 * positions, 4 * positions]
+
+
+def test_activations_are_those_of_the_device(tiny_overrides: list[str]) -> None:
+    """Autocast on CUDA computes norms in fp32, also where blocks are computed again; on a CPU it does not."""
+    chosen = [*tiny_overrides, "arm=grpo", "generator.precision=bf16"]
+    for more in ([], ["training.gradient_checkpointing=true"]):
+        on_cpu, on_gpu = (
+            plan(load_config([*chosen, *more, f"generator.device={device}"]), ROOT, prompts=2)
+            for device in ("cpu", "cuda")
+        )
+        assert on_gpu.phases["learns"] > on_cpu.phases["learns"]
+        assert on_gpu.phases["rolls out"] > on_cpu.phases["rolls out"]
+        assert on_gpu.held == on_cpu.held
 
 
 def test_policies_that_an_objective_keeps_are_counted(tiny_overrides: list[str]) -> None:

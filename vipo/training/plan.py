@@ -1,9 +1,8 @@
 """`vipo plan`: what a run will hold, compute and write, counted before it is started. No weights are read.
 
 The policy is made of the checkpoint's configurations with tensors that have shapes and no data, and called as an update
-calls it: what autograd keeps for the backward pass is what the same code keeps there, but for rounding up by a device's
-allocator and for kernels that another device has. Of rewards the networks are counted, of credit the backbone;
-whatever else is there is named.
+calls it: what autograd keeps for the backward pass is what the same code keeps there. Of rewards the networks are
+counted, of credit the backbone; whatever else is there is named.
 """
 
 import math
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vipo.config.run import Config
 from vipo.credit.steps import step_costs
 from vipo.generators.base import GeneratorError
+from vipo.generators.counted import backward, counted_on
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.objectives import load_objective
@@ -142,6 +142,11 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     """
     if config.is_base:
         raise TrainingError("arm 'base' is the generator as it is: there is nothing to plan; choose another arm")
+    with counted_on(config.generator.device):
+        return _counted(config, root, prompts)
+
+
+def _counted(config: Config, root: Path, prompts: int) -> Plan:
     training, objective = config.training, load_objective(config.objective)
     keeps = checked_keeps(config.objective.name, objective.keeps)
     mode, distribution = FakeTensorMode(allow_non_fake_inputs=True), config.distribution
@@ -158,7 +163,7 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
         clean = torch.empty(training.decode_batch or size, *generator.latent_shape)
 
     def lesson() -> None:
-        learning.predict().square().mean().backward()
+        backward(learning.predict().square().mean())
 
     # Of two networks in shards, the one that a sample of any process needs acts in all of them.
     shards = distribution.world_size if distribution.shards else 1
@@ -196,6 +201,8 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     lessons = kept * training.trained_transitions * training.epochs
     parameters = list(generator.network.parameters())
     weights = _FP32 * sum(value.numel() for value in parameters) if cast else _bytes(parameters)
+    # Tables of positions and the like, which each process has whole.
+    buffers = _bytes(generator.network.buffers())
     trained = sum(value.numel() for value in parameters if value.requires_grad)
     gradients = _FP32 * trained // shards
     gathered, reduced = _gathered(generator.network, cast=cast) if distribution.shards else (0, 0)
@@ -212,8 +219,9 @@ def plan(config: Config, root: Path, prompts: int) -> Plan:
     }
     held = {
         **({} if distribution.offload else sharded),
+        "network's buffers": buffers * (1 + copied),
         "gathered weights": gathered,
-        "autoencoder": _bytes(generator.vae.parameters()),
+        "autoencoder": _bytes([*generator.vae.parameters(), *generator.vae.buffers()]),
         "embeddings": own * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
         **others.held,
@@ -252,7 +260,7 @@ def _evaluation(config: Config, root: Path) -> int:
             peak_bytes(mode, (generator.network, generator.vae), calls.given, call)
             for call in (calls.predict, lambda: generator.pictures(calls.latents))
         ]
-    parts = (*generator.network.parameters(), *generator.vae.parameters())
+    parts = [value for part in (generator.network, generator.vae) for value in (*part.parameters(), *part.buffers())]
     return _bytes([*parts, *calls.given]) + max(found)
 
 
