@@ -1,4 +1,4 @@
-"""What CUDA's own autocast and kernels make of a call, asked without a GPU: of tensors that have a device and no data."""
+"""What CUDA's own autocast and kernels make of a call, asked without a GPU, of tensors with a device and no data."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -57,8 +57,9 @@ class _AsOnCuda(TorchFunctionMode):
             elif name in _MIXED:
                 with torch.autocast("cpu", enabled=False):
                     return func(*args, **given)
-        fused = name == "rms_norm" and isinstance(first, FakeTensor)
-        return _rms_norm(*args, **given) if fused else func(*args, **given)
+        if name == "rms_norm" and isinstance(first, FakeTensor):
+            return _rms_norm(*args, **given)
+        return func(*args, **given)
 
 
 def _is_half(value: object) -> bool:
@@ -70,7 +71,10 @@ def _fp32(value: Tensor) -> Tensor:
 
 
 def _rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,  # noqa: A002
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     if weight is not None and weight.dtype != input.dtype:
         return torch.rms_norm(input, normalized_shape, weight, eps)

@@ -88,7 +88,7 @@ def _empty(value: Tensor) -> Tensor:
 def longest_conditioning(
     generator: PipelineGenerator, root: Path, batch: int, mode: FakeTensorMode
 ) -> dict[str, Tensor]:
-    """Conditioning of a batch of prompts with `generator.max_sequence_length` tokens, whatever CLIP reads.
+    """Conditioning of a batch of the longest prompts.
 
     Masks hold data, for adapters read lengths off them.
 
@@ -99,7 +99,7 @@ def longest_conditioning(
         mode: the outline's.
     """
     config, kind = generator.config, type(generator)
-    length, widths = config.max_sequence_length, kind.conditioning_widths(config, root)
+    length, widths = kind.conditioning_tokens(config), kind.conditioning_widths(config, root)
     shapes = {name: (batch, width) if name in _POOLED else (batch, length, width) for name, width in widths.items()}
     given = {name: torch.ones(batch, length) for name in kind.masks}
     with mode:

@@ -203,6 +203,11 @@ class PipelineGenerator(TrainedNetworks):
         return {name: width for name, width in found.items() if isinstance(width, int)}
 
     @classmethod
+    def conditioning_tokens(cls, config: GeneratorConfig) -> int:
+        """The most tokens that a prompt's conditioning has, for `vipo plan`."""
+        return config.max_sequence_length
+
+    @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
         """Refuse a network that needs more than the adapter gives it, or an autoencoder that does not fit it.
 

@@ -15,7 +15,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, Prediction, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, rows, with_negative
+from vipo.generators.texts import CLIP_TOKENS, load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import SD
 
@@ -52,6 +52,10 @@ class StableDiffusionGenerator(PipelineGenerator):
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         super().__init__(config, network, vae)
         self.use_picture_grid(network.config.in_channels)
+
+    @classmethod
+    def conditioning_tokens(cls, config: GeneratorConfig) -> int:
+        return CLIP_TOKENS
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:

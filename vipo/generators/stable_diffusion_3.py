@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_settings
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, rows, token_ids, with_negative
+from vipo.generators.texts import CLIP_TOKENS, load_text_encoder, rows, token_ids, with_negative
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import SD3
 
@@ -44,6 +44,10 @@ class StableDiffusion3Generator(PipelineGenerator):
                     f"generator.{key} {getattr(config, key)}: the network has positions for {pixels} pixels a side "
                     "(pos_embed_max_size); lower it"
                 )
+
+    @classmethod
+    def conditioning_tokens(cls, config: GeneratorConfig) -> int:
+        return CLIP_TOKENS + config.max_sequence_length
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:

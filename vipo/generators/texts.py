@@ -16,6 +16,9 @@ from vipo.generators.parts import load_part, snapshot
 
 log = logging.getLogger(__name__)
 
+CLIP_TOKENS = 77
+"""What CLIP's text encoders read of any prompt, padding included."""
+
 _SHOWN_CHARACTERS = 80
 
 

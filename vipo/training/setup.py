@@ -183,7 +183,7 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         weight_inputs,
         Timer(device),
     )
-    _check_resources(setup)
+    _check_memory(setup)
     if config.generator.chooses_kernels:
         size = config.training.micro_batch * config.training.joined_transitions
         try_kernels(generator, stack_conditioning(embeddings, [prompts[0].id] * size), chain)
@@ -241,11 +241,14 @@ def _prepare_network(
     return None if reference is None else distribution.wrap(reference, precision)
 
 
-def _check_resources(setup: Setup) -> None:
-    config, folder = setup.config, setup.folder
-    count = sum(value.numel() for value in setup.trainable.values())
-    kept = len(setup.kept)
-    needed = run_bytes(config, count, kept)
+def check_disk(setup: Setup) -> None:
+    """Before a run begins to write.
+
+    Raises:
+        TrainingError: there is no room for its checkpoints and weights.
+    """
+    folder, count = setup.folder, sum(value.numel() for value in setup.trainable.values())
+    needed = run_bytes(setup.config, count, len(setup.kept))
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -253,6 +256,11 @@ def _check_resources(setup: Setup) -> None:
             f"{folder}: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} MiB are needed; "
             "free space or lower training.keep_checkpoints"
         )
+
+
+def _check_memory(setup: Setup) -> None:
+    config, kept = setup.config, len(setup.kept)
+    count = sum(value.numel() for value in setup.trainable.values())
     if setup.device.type == "cuda" and not config.distribution.offload:
         total = torch.cuda.get_device_properties(setup.device).total_memory
         frozen = 0 if setup.reference is None else sum(value.numel() for value in setup.reference.parameters())

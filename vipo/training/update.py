@@ -146,6 +146,8 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
             # One tensor from the start: to join them afterwards would need them twice.
             pictures = shown.new_empty(len(starts) * size, *shown.shape[1:])
         pictures[first * size : first * size + len(chunk)] = shown
+        # Else they would be there twice while the next ones are drawn.
+        del shown
     groups = torch.tensor([sample.group for sample in samples])
     return Rollouts(number, samples, groups, batches, pictures, seen, stochastic)
 
