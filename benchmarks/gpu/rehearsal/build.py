@@ -1,0 +1,109 @@
+"""Builds the rehearsal's libraries for this environment's PyTorch, once, and prints the folder that holds them."""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+
+_NATIVE = Path(__file__).resolve().parent / "native"
+ROOT = _NATIVE.parents[3]
+_COMPILER = "g++"
+_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra")
+_AT_ONCE = 2
+# By library. The first one is loaded before all others, so that its CUDA and NCCL are found and not the real ones.
+_SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "librehearsal.so": ("runtime", "memory", "collectives", "group", "refused"),
+        "libcuda.so.1": ("driver",),
+        "operators.so": ("operators", "exchange", "kernels", "ghosts"),
+    }
+)
+_TORCH = ("torch_cpu", "torch_cuda", "c10", "c10_cuda")
+
+
+def build(folder: Path) -> Path:
+    """The folder below `folder` with the libraries of these sources, this PyTorch and this compiler; made if need be.
+
+    Raises:
+        RuntimeError: there is no compiler, or PyTorch is without CUDA, or a source does not compile; says which.
+    """
+    # Importing torch takes seconds, and every rehearsed command would pay them.
+    torch = Path(str(importlib.metadata.distribution("torch").locate_file("torch")))
+    built = folder / _identity()
+    if built.is_dir():
+        return built
+    if not (torch / "lib" / "libtorch_cuda.so").is_file():
+        raise RuntimeError(f"the PyTorch in {torch} is built without CUDA, which is what is rehearsed")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        compiled = functools.partial(_compiled, objects=Path(name), includes=_includes(torch))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            # The longest first.
+            sources = [source for library in reversed(_SOURCES) for source in _SOURCES[library]]
+            objects = dict(zip(sources, pool.map(compiled, sources), strict=True))
+        for library, parts in _SOURCES.items():
+            needs = [f"-l{each}" for each in _TORCH] if library == "operators.so" else []
+            linked = [f"-L{torch / 'lib'}", *needs]
+            _run("-shared", *(str(objects[part]) for part in parts), "-o", str(made / library), *linked)
+        try:
+            made.rename(built)
+        except OSError:
+            # Another process was sooner, with the same.
+            if not built.is_dir():
+                raise
+    return built
+
+
+def _identity() -> str:
+    """Of what the libraries are made from."""
+    read = hashlib.sha256()
+    for path in sorted(path for path in _NATIVE.rglob("*") if path.is_file()):
+        read.update(path.read_bytes())
+    read.update(repr((_FLAGS, dict(_SOURCES), _run("--version"), importlib.metadata.version("torch"))).encode())
+    return read.hexdigest()[:16]
+
+
+def _includes(torch: Path) -> list[str]:
+    """Options for the headers of PyTorch, CUDA and NCCL, as their wheels bring them."""
+    found = [_NATIVE / "include", torch / "include", torch / "include/torch/csrc/api/include"]
+    for header in ("cuda_runtime_api.h", "nccl.h", "cccl/nv/target"):
+        there = sorted(torch.parent.glob(f"nvidia/*/include/{header}"))
+        if not there:
+            raise RuntimeError(f"no {header} below {torch.parent / 'nvidia'}: PyTorch's wheels for CUDA bring it")
+        found.append(there[-1].parents[header.count("/") - 1] if "/" in header else there[-1].parent)
+    # Others' warnings are not ours.
+    return [f"-isystem{path}" for path in found]
+
+
+def _compiled(source: str, objects: Path, includes: list[str]) -> Path:
+    made = objects / f"{source}.o"
+    _run(*_FLAGS, *includes, "-c", str(_NATIVE / f"{source}.cpp"), "-o", str(made))
+    return made
+
+
+def _run(*arguments: str) -> str:
+    # Within a rehearsal the compiler itself is not rehearsed.
+    env = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "LD_LIBRARY_PATH")}
+    try:
+        done = subprocess.run([_COMPILER, *arguments], capture_output=True, text=True, check=False, env=env)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"{_COMPILER} is not installed, which compiles the rehearsal (Debian: g++)") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"{_COMPILER} {' '.join(arguments[-3:])} failed:\n{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    try:
+        print(build(ROOT / ".rehearsal"))
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
