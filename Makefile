@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
 export PYTHON TORCH
 
-.PHONY: help axe screenshots env demo docs docs-run gpu meter-demo study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root \
+.PHONY: help axe screenshots env demo docs docs-run gpu rehearse meter-demo study schemas dvc-yaml dvc-commit dvc-import test lint types unit test-browser test-root \
   test-slurm image reward-env reward-locks sif test-image test-fresh lock clean
 
 help:  ## this list
@@ -57,6 +57,10 @@ meter-demo: env  ## the registered measurement of when a map helps: 20 cells (ab
 
 gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: benchmarks/gpu/README.md
 	benchmarks/gpu/run.sh
+
+rehearse: env  ## all that `make gpu` does, in miniature and without a GPU: benchmarks/gpu/README.md (needs g++)
+	REHEARSAL_GPUS=2 benchmarks/gpu/rehearsal/rehearse.sh benchmarks/gpu/run.sh results/rehearsal/two_devices --tiny --only processes
+	benchmarks/gpu/rehearsal/rehearse.sh benchmarks/gpu/run.sh results/rehearsal --tiny --device cuda
 
 docs: env  ## the documentation site, results/site/index.html; broken links stop it
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
@@ -151,4 +155,4 @@ lock: | $(UV)  ## resolve requirements.lock again
 	  --no-annotate --no-header --quiet --output-file containers/installer.lock
 
 clean:  ## results and caches, not the environment
-	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache
+	rm -rf results .rehearsal .snakemake .pytest_cache .mypy_cache .ruff_cache

@@ -20,6 +20,7 @@ from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.credit import CreditConfig
+from vipo.config.run import Config
 from vipo.credit import Context, load_sources
 from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
@@ -65,16 +66,21 @@ def measure_family(
         planned: bytes by part, as `vipo plan` counts them.
     """
     record.put("setting", size.setting)
-    root = repository_root()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = load_config(family_overrides(size, folder, device))
-        prepare_stage(config, root, folder)
-        encode_stage(config, root, folder)
+        config = prepared_config(size, folder, device)
         start = time.perf_counter()
-        setup = set_up(config, root, folder / config.experiment.name)
+        setup = set_up(config, repository_root(), folder / config.experiment.name)
         record.put("set_up_seconds", round(time.perf_counter() - start, 2))
         _measure(record, setup, matmul_tflops, planned)
+
+
+def prepared_config(size: Size, folder: Path, device: str) -> Config:
+    """Of a run of `size`; its weights' layout, prompts and embeddings are written below `folder`."""
+    config, root = load_config(family_overrides(size, folder, device)), repository_root()
+    prepare_stage(config, root, folder)
+    encode_stage(config, root, folder)
+    return config
 
 
 def note_update(record: Record, setup: Setup, prefix: str = "") -> tuple[float, dict[str, float]]:

@@ -48,7 +48,7 @@ def build(folder: Path) -> Path:
         compiled = functools.partial(_compiled, objects=Path(name), includes=_includes(torch))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             # The longest first.
-            sources = [source for library in reversed(_SOURCES) for source in _SOURCES[library]]
+            sources = [source for parts in reversed(list(_SOURCES.values())) for source in parts]
             objects = dict(zip(sources, pool.map(compiled, sources), strict=True))
         for library, parts in _SOURCES.items():
             needs = [f"-l{each}" for each in _TORCH] if library == "operators.so" else []
@@ -75,11 +75,11 @@ def _identity() -> str:
 def _includes(torch: Path) -> list[str]:
     """Options for the headers of PyTorch, CUDA and NCCL, as their wheels bring them."""
     found = [_NATIVE / "include", torch / "include", torch / "include/torch/csrc/api/include"]
-    for header in ("cuda_runtime_api.h", "nccl.h", "cccl/nv/target"):
-        there = sorted(torch.parent.glob(f"nvidia/*/include/{header}"))
+    for header in ("cuda_runtime_api.h", "nccl.h", "nv/target"):
+        there = sorted(torch.parent.glob(f"nvidia/*/include/**/{header}"))
         if not there:
             raise RuntimeError(f"no {header} below {torch.parent / 'nvidia'}: PyTorch's wheels for CUDA bring it")
-        found.append(there[-1].parents[header.count("/") - 1] if "/" in header else there[-1].parent)
+        found.append(there[-1].parents[header.count("/")])
     # Others' warnings are not ours.
     return [f"-isystem{path}" for path in found]
 

@@ -1,4 +1,4 @@
-"""Every interpreter below ``rehearse.sh`` reads this at its start: torch, once imported, gets the rehearsal's operators.
+"""Every interpreter below ``rehearse.sh`` starts with this: torch, once imported, gets the rehearsal's operators.
 
 torch is not imported here: commands that do without it start as they always do.
 """
