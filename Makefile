@@ -59,8 +59,9 @@ gpu:  ## prove and measure everything on one NVIDIA GPU, in at most 8 minutes: b
 	benchmarks/gpu/run.sh
 
 rehearse: env  ## all that `make gpu` does, in miniature and without a GPU: benchmarks/gpu/README.md (needs g++)
-	REHEARSAL_GPUS=2 benchmarks/gpu/rehearsal/rehearse.sh benchmarks/gpu/run.sh results/rehearsal/two_devices --tiny --only processes
-	benchmarks/gpu/rehearsal/rehearse.sh benchmarks/gpu/run.sh results/rehearsal --tiny --device cuda
+	benchmarks/gpu/rehearsal/rehearse.sh benchmarks/gpu/run.sh results/rehearsal --tiny --device cuda --budget 4650
+	REHEARSAL_GPUS=2 benchmarks/gpu/rehearsal/rehearse.sh \
+	  benchmarks/gpu/run.sh results/rehearsal/two_devices --tiny --device cuda --budget 4650 --only processes
 
 docs: env  ## the documentation site, results/site/index.html; broken links stop it
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet

@@ -4,6 +4,7 @@ import itertools
 import json
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +81,24 @@ def test_what_a_step_noted_stays_however_it_ends(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in output.iterdir()) == ["gpu.json", "gpu.md", "logs.tar.gz"]
     with tarfile.open(output / "logs.tar.gz") as archive:
         assert {"./machine.jsonl", "./machine.log"} <= set(archive.getnames())
+
+
+@pytest.mark.parametrize(("budget", "limit"), [(BUDGET / 2, 60), (BUDGET * 10, 600)])
+def test_a_longer_budget_lengthens_a_step_s_limit(
+    budget: float, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    class Noted(supervise.Running):
+        def __init__(self, step: Step, command: Sequence[str], folder: Path, seconds: float) -> None:
+            limits.append(seconds)
+            super().__init__(step, command, folder, seconds)
+
+    monkeypatch.setattr(gpu, "STEPS", (Step("machine", 60, ""),))
+    monkeypatch.setattr(gpu, "Running", Noted)
+    _stand_in(monkeypatch, tmp_path, "exit 0")
+    gpu.run(tmp_path / "output", tmp_path, "cuda", True, budget, ["machine"])
+    assert limits == [limit]
 
 
 def test_whoever_stops_the_whole_finds_what_was_noted_and_no_step_goes_on(

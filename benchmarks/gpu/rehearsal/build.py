@@ -17,12 +17,13 @@ ROOT = _NATIVE.parents[3]
 _COMPILER = "g++"
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra")
 _AT_ONCE = 2
-# By library. The first one is loaded before all others, so that its CUDA and NCCL are found and not the real ones.
+# By library, the longest first. librehearsal.so is loaded before all others, so that its CUDA and NCCL are found and
+# not the real ones.
 _SOURCES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        "operators.so": ("together",),
         "librehearsal.so": ("runtime", "memory", "collectives", "group", "refused"),
         "libcuda.so.1": ("driver",),
-        "operators.so": ("operators", "exchange", "kernels", "ghosts"),
     }
 )
 _TORCH = ("torch_cpu", "torch_cuda", "c10", "c10_cuda")
@@ -45,15 +46,9 @@ def build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         made = Path(name) / "made"
         made.mkdir()
-        compiled = functools.partial(_compiled, objects=Path(name), includes=_includes(torch))
+        compiled = functools.partial(_compile, made, torch, _includes(torch))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            # The longest first.
-            sources = [source for parts in reversed(list(_SOURCES.values())) for source in parts]
-            objects = dict(zip(sources, pool.map(compiled, sources), strict=True))
-        for library, parts in _SOURCES.items():
-            needs = [f"-l{each}" for each in _TORCH] if library == "operators.so" else []
-            linked = [f"-L{torch / 'lib'}", *needs]
-            _run("-shared", *(str(objects[part]) for part in parts), "-o", str(made / library), *linked)
+            list(pool.map(compiled, _SOURCES))
         try:
             made.rename(built)
         except OSError:
@@ -84,10 +79,10 @@ def _includes(torch: Path) -> list[str]:
     return [f"-isystem{path}" for path in found]
 
 
-def _compiled(source: str, objects: Path, includes: list[str]) -> Path:
-    made = objects / f"{source}.o"
-    _run(*_FLAGS, *includes, "-c", str(_NATIVE / f"{source}.cpp"), "-o", str(made))
-    return made
+def _compile(folder: Path, torch: Path, includes: list[str], library: str) -> None:
+    sources = [str(_NATIVE / f"{source}.cpp") for source in _SOURCES[library]]
+    needs = [f"-L{torch / 'lib'}", *(f"-l{each}" for each in _TORCH)] if library == "operators.so" else []
+    _run(*_FLAGS, *includes, "-shared", *sources, "-o", str(folder / library), *needs)
 
 
 def _run(*arguments: str) -> str:
@@ -98,7 +93,7 @@ def _run(*arguments: str) -> str:
     except FileNotFoundError as error:
         raise RuntimeError(f"{_COMPILER} is not installed, which compiles the rehearsal (Debian: g++)") from error
     if done.returncode != 0:
-        raise RuntimeError(f"{_COMPILER} {' '.join(arguments[-3:])} failed:\n{done.stderr}")
+        raise RuntimeError(f"{_COMPILER} {' '.join(arguments[-3:])} failed:\n{done.stderr[:4000]}")
     return done.stdout
 
 

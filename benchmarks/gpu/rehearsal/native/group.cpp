@@ -74,7 +74,7 @@ bool Group::meet() {
   while (shared_->turn.load() == turn) {
     if (shared_->gone.load()) return false;
     if (std::chrono::steady_clock::now() > end) refuse("another process has not come to a collective for 10 minutes");
-    usleep(20);
+    usleep(200);
   }
   return true;
 }

@@ -1,0 +1,174 @@
+"""Without a GPU, the script for one is rehearsed: what torch's CUDA front end does to vipo, and that it can fail."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu.rehearsal.build import ROOT, build
+from vipo.config.compose import repository_root
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed, which the rehearsal needs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """Once, where `make rehearse` has it too; git sees nothing of it."""
+    assert repository_root() == ROOT
+    build(ROOT / ".rehearsal")
+    seen = subprocess.run(["git", "status", "--porcelain", ".rehearsal"], cwd=ROOT, capture_output=True, text=True)
+    assert seen.stdout == ""
+
+
+def rehearsed(code: str, *arguments: str | Path, **variables: str) -> str:
+    """What a Python program prints on a machine that pretends to have GPUs."""
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    command = [ROOT / "benchmarks/gpu/rehearsal/rehearse.sh", sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def figures(path: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line["key"]: line["value"] for line in lines}
+
+
+_FAULTS = """
+import sys
+assert "torch" not in sys.modules
+import torch
+def fails(call):
+    try:
+        return str(call())
+    except RuntimeError as error:
+        return str(error)
+there, here = torch.ones(3, device="cuda"), torch.ones(3)
+own = torch.Generator("cuda")
+drawn = [torch.randn(3, device="cuda", generator=own.manual_seed(seed)).tolist() for seed in (1, 1, 2)]
+state = own.get_state()
+again = [torch.randn(3, device="cuda", generator=own.set_state(state)).tolist() for _ in range(2)]
+later = torch.randn(3, device="cuda", generator=own).tolist()
+print(torch.cuda.device_count(), torch.cuda.get_device_name())
+print((there * 2).sum().item(), (there * 2).device)
+# More than the allocator has in hand from before.
+print(torch.empty(2**20, device="cuda").isnan().all().item())
+print(drawn[0] == drawn[1] != drawn[2], again[0] == again[1] != later)
+print(fails(lambda: there + here))
+print(fails(lambda: there + there.to("cuda:1")))
+print(fails(lambda: torch.randn(3, device="cuda", generator=torch.Generator())))
+print(fails(lambda: torch.empty(2**40, device="cuda")))
+torch.cuda.set_sync_debug_mode("error")
+print(fails(lambda: there[there > 0]))
+print(fails(lambda: there.cpu()))
+print(there.sum().device)
+"""
+
+
+def test_it_fails_where_a_gpu_does() -> None:
+    found = rehearsed(_FAULTS, REHEARSAL_GPUS="2").splitlines()
+    assert found[:4] == ["2 Rehearsal", "6.0 cuda:0", "True", "True True"]
+    mixed, two_devices, generator, memory, *waited, sound = found[4:]
+    assert mixed.startswith("Expected all tensors to be on the same device")
+    assert two_devices.endswith("of tensors on cuda:0 and cuda:1")
+    assert generator == "Expected a 'cuda' device type for generator but found 'cpu'"
+    assert memory.startswith("CUDA out of memory. Tried to allocate 4096.00 GiB")
+    assert waited == ["called a synchronizing CUDA operation"] * 2
+    assert sound == "cuda:0"
+
+
+_NOT_THERE = """
+import ctypes, torch
+assert torch.ones(1, device="cuda").item() == 1
+ctypes.CDLL(None).ncclSend()
+"""
+
+
+def test_what_it_has_not_got_it_says() -> None:
+    with pytest.raises(AssertionError, match="rehearsal: ncclSend is not in the rehearsal"):
+        rehearsed(_NOT_THERE)
+
+
+_STEPS = """
+import sys
+from pathlib import Path
+from benchmarks.gpu.correct import measure_agreement
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.waits import measure_waits
+from vipo.runtime import settle_runtime
+settle_runtime()
+record = Record(Path(sys.argv[1]))
+measure_agreement(record, "cuda", ["demo", "sd"])
+measure_waits(record, "cuda")
+"""
+
+
+def test_it_computes_what_the_cpu_does_and_counts_the_waits(tmp_path: Path) -> None:
+    rehearsed(_STEPS, tmp_path / "figures")
+    found = figures(tmp_path / "figures")
+    for family in ("demo", "sd"):
+        apart = found[f"{family}.relative_differences"]
+        assert {key for key, value in apart.items() if value} <= {"update"}
+        # A device's maps are by another algorithm than the CPU's.
+        assert apart["update"] < 1e-3
+        assert found[f"{family}.fp32.max_log_ratio"] == found[f"{family}.bf16.max_log_ratio"] == 0
+    # A change here is a host that waits more often, or less: look at `host_waits.*.lines`.
+    assert found["host_waits.2_micro_batches"] == 52
+    assert found["host_waits.4_micro_batches"] == 80
+    assert found["host_waits.a_micro_batch"] == 14
+
+
+_TWO = """
+import sys
+from pathlib import Path
+from benchmarks.gpu import processes
+from benchmarks.gpu.correct import prepare
+from benchmarks.gpu.record import Record
+from vipo.config.compose import repository_root
+from vipo.runtime import settle_runtime
+from vipo.training.setup import set_up
+settle_runtime()
+results, chosen = Path(sys.argv[1]) / "results", processes.overrides(2, "cuda")
+experiment = prepare(results, chosen)
+setup = set_up(processes.small(chosen), repository_root(), experiment)
+before = {name: value.detach().cpu().clone() for name, value in setup.trainable.items()}
+expected, _ = processes.trained(setup)
+record = Record(Path(sys.argv[1]) / "figures")
+record.put("moved", max(float((expected[name] - value).abs().max()) for name, value in before.items()))
+processes.measure_several(record, "ddp", 2, chosen, results, expected)
+"""
+
+
+def test_two_devices_learn_over_nccl_what_one_does(tmp_path: Path) -> None:
+    rehearsed(_TWO, tmp_path, REHEARSAL_GPUS="2")
+    found = figures(tmp_path / "figures")
+    assert found["several.ddp.processes"] == 2
+    assert found["several.ddp.largest_weight_difference"] < 1e-3 * found["moved"]
+
+
+# One block of Stable Diffusion 3.5 medium, in its own width, and its autoencoder.
+_BLOCK = """
+import json
+from dataclasses import replace
+from benchmarks.gpu.planned import over_plan
+from benchmarks.gpu.rehearsal.peaks import counted_bytes, measured_peaks
+from benchmarks.gpu.sizes import REAL
+size = REAL["sd3_lora"]
+network = {**size.parts["transformer"], "num_layers": 1, "dual_attention_layers": [0]}
+few = ("sampling.steps=2", "training.trained_transitions=1", "training.group_size=2", "training.micro_batch=2")
+size = replace(size, parts={**size.parts, "transformer": network}, overrides=(*size.overrides, *few))
+planned = counted_bytes("block", {"block": size})
+peaks, beside = measured_peaks(size)
+print(json.dumps(over_plan(peaks, planned, beside)))
+"""
+
+
+def test_the_memory_of_a_real_size_is_what_was_planned() -> None:
+    over = json.loads(rehearsed(_BLOCK, REHEARSAL_GHOST="300000").splitlines()[-1])
+    assert over.keys() == {"rollout", "decode", "learn"}
+    assert {part: ratio for part, ratio in over.items() if not 0.98 < ratio < 1.02} == {}
