@@ -169,9 +169,7 @@ def _makes_as_much(mode: Mode, case: Case) -> None:
     assert kinds[0] == kinds[1]
     longest = longest_conditioning(outlined, ROOT, 2, fake)
     wanted = {n: v for n, v in case.subject.conditioning.items() if not n.startswith("negative_") or n in longest}
-    assert {name: (value.ndim, value.shape[-1] if value.ndim == 3 else 0) for name, value in longest.items()} == {
-        name: (value.ndim, value.shape[-1] if value.ndim == 3 else 0) for name, value in wanted.items()
-    }
+    assert {name: value.shape for name, value in longest.items()} == {n: value.shape for n, value in wanted.items()}
     with fake:
         like = {name: torch.empty_like(value) for name, value in case.subject.conditioning.items()}
         given = (torch.empty_like(case.subject.noise), torch.empty(2), like)

@@ -22,12 +22,13 @@ def built() -> None:
     assert repository_root() == ROOT
     build(ROOT / ".rehearsal")
     seen = subprocess.run(["git", "status", "--porcelain", ".rehearsal"], cwd=ROOT, capture_output=True, text=True)
-    assert seen.stdout == ""
+    assert (seen.returncode, seen.stdout) == (0, "")
 
 
 def rehearsed(code: str, *arguments: str | Path, **variables: str) -> str:
     """What a Python program prints on a machine that pretends to have GPUs."""
-    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    given = {name: value for name, value in os.environ.items() if not name.startswith("REHEARSAL_")}
+    env = given | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     command = [ROOT / "benchmarks/gpu/rehearsal/rehearse.sh", sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,8 +41,10 @@ def figures(path: Path) -> dict[str, Any]:
 
 
 _FAULTS = """
-import sys
+import importlib.util, sys
 assert "torch" not in sys.modules
+# As libraries ask whether it is there.
+assert importlib.util.find_spec("torch") is not None
 import torch
 def fails(call):
     try:
@@ -63,6 +66,11 @@ print(fails(lambda: there + here))
 print(fails(lambda: there + there.to("cuda:1")))
 print(fails(lambda: torch.randn(3, device="cuda", generator=torch.Generator())))
 print(fails(lambda: torch.empty(2**40, device="cuda")))
+torch.use_deterministic_algorithms(True)
+print(fails(lambda: there.cumsum(0)))
+small = torch.ones(1, 1, 2, 2, device="cuda", requires_grad=True)
+enlarged = torch.nn.functional.interpolate(small, size=3, mode="bicubic", antialias=True)
+print(fails(lambda: enlarged.sum().backward()))
 torch.cuda.set_sync_debug_mode("error")
 print(fails(lambda: there[there > 0]))
 print(fails(lambda: there.cpu()))
@@ -73,11 +81,13 @@ print(there.sum().device)
 def test_it_fails_where_a_gpu_does() -> None:
     found = rehearsed(_FAULTS, REHEARSAL_GPUS="2").splitlines()
     assert found[:4] == ["2 Rehearsal", "6.0 cuda:0", "True", "True True"]
-    mixed, two_devices, generator, memory, *waited, sound = found[4:]
+    mixed, two_devices, generator, memory, summed, resized, *waited, sound = found[4:]
     assert mixed.startswith("Expected all tensors to be on the same device")
     assert two_devices.endswith("of tensors on cuda:0 and cuda:1")
     assert generator == "Expected a 'cuda' device type for generator but found 'cpu'"
     assert memory.startswith("CUDA out of memory. Tried to allocate 4096.00 GiB")
+    for told, name in ((summed, "cumsum"), (resized, "_upsample_bicubic2d_aa_backward")):
+        assert told.startswith(f"aten::{name} on CUDA does not have a deterministic implementation")
     assert waited == ["called a synchronizing CUDA operation"] * 2
     assert sound == "cuda:0"
 

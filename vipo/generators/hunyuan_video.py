@@ -37,6 +37,8 @@ _NEEDS: Mapping[str, str] = MappingProxyType({"use_meanflow": "takes a second ti
 _GUIDER: Mapping[str, object] = MappingProxyType(
     {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
 )
+# Tokens of the words in quotes, to which the stock pipeline pads.
+_GLYPHS = 256
 _NAMES = ("encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2")
 
 
@@ -116,6 +118,10 @@ class HunyuanVideo15Generator(PipelineGenerator):
     def stock_guidance(cls, config: GeneratorConfig) -> float | None:
         # Below 1, the guider would draw towards the negative prompt.
         return max(config.guidance_scale, cls.neutral_guidance)
+
+    @classmethod
+    def conditioning_lengths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
+        return dict.fromkeys(_NAMES[2:], _GLYPHS)
 
     def read_no_values(self, *, one_time: bool) -> None:
         self._lengths = _AllWords()

@@ -99,9 +99,10 @@ def longest_conditioning(
         mode: the outline's.
     """
     config, kind = generator.config, type(generator)
-    length, widths = kind.conditioning_tokens(config), kind.conditioning_widths(config, root)
-    shapes = {name: (batch, width) if name in _POOLED else (batch, length, width) for name, width in widths.items()}
-    given = {name: torch.ones(batch, length) for name in kind.masks}
+    widths, lengths = kind.conditioning_widths(config, root), kind.conditioning_lengths(config, root)
+    tokens = {name: lengths.get(name, config.max_sequence_length) for name in (*widths, *kind.masks)}
+    shapes = {n: (batch, width) if n in _POOLED else (batch, tokens[n], width) for n, width in widths.items()}
+    given = {name: torch.ones(batch, tokens[name]) for name in kind.masks}
     with mode:
         given |= {name: torch.empty(shape) for name, shape in shapes.items()}
     guided = kind.guides and config.guidance_scale > kind.neutral_guidance

@@ -203,9 +203,9 @@ class PipelineGenerator(TrainedNetworks):
         return {name: width for name, width in found.items() if isinstance(width, int)}
 
     @classmethod
-    def conditioning_tokens(cls, config: GeneratorConfig) -> int:
-        """The most tokens that a prompt's conditioning has, for `vipo plan`."""
-        return config.max_sequence_length
+    def conditioning_lengths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
+        """Tokens of those conditioning tensors that have not ``generator.max_sequence_length``, for `vipo plan`."""
+        return {}
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:

@@ -15,7 +15,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, Prediction, checkpoint_location
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import CLIP_TOKENS, load_text_encoder, rows, with_negative
+from vipo.generators.texts import clip_length, load_text_encoder, rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import SD
 
@@ -54,8 +54,8 @@ class StableDiffusionGenerator(PipelineGenerator):
         self.use_picture_grid(network.config.in_channels)
 
     @classmethod
-    def conditioning_tokens(cls, config: GeneratorConfig) -> int:
-        return CLIP_TOKENS
+    def conditioning_lengths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
+        return {"encoder_hidden_states": clip_length(checkpoint_location(config, root), config)}
 
     @classmethod
     def check(cls, config: GeneratorConfig, root: Path) -> None:

@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.parts import model_index, part_settings
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import CLIP_TOKENS, load_text_encoder, rows, token_ids, with_negative
+from vipo.generators.texts import clip_length, load_text_encoder, rows, token_ids, with_negative
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import SD3
 
@@ -46,8 +46,9 @@ class StableDiffusion3Generator(PipelineGenerator):
                 )
 
     @classmethod
-    def conditioning_tokens(cls, config: GeneratorConfig) -> int:
-        return CLIP_TOKENS + config.max_sequence_length
+    def conditioning_lengths(cls, config: GeneratorConfig, root: Path) -> Mapping[str, int]:
+        clip = clip_length(checkpoint_location(config, root), config)
+        return {"encoder_hidden_states": clip + config.max_sequence_length}
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:

@@ -1,5 +1,6 @@
 """Tokenizers and text encoders: loaded together, and what of a prompt they do not read is told."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,27 @@ from vipo.generators.parts import load_part, snapshot
 
 log = logging.getLogger(__name__)
 
-CLIP_TOKENS = 77
-"""What CLIP's text encoders read of any prompt, padding included."""
-
+# Tokens of CLIP's text encoders, which are padded to them.
+_CLIP = 77
+# Above it, tokenizer_config.json says that there is no limit.
+_NO_LIMIT = 10**6
 _SHOWN_CHARACTERS = 80
+
+
+def clip_length(location: Path | str, config: GeneratorConfig) -> int:
+    """How many tokens a checkpoint's first CLIP makes of any prompt; no more than its tokenizer's settings are read.
+
+    Raises:
+        GeneratorError: the tokenizer's settings cannot be read.
+    """
+    path = snapshot(location, config.revision) / "tokenizer" / "tokenizer_config.json"
+    if not path.is_file():
+        return _CLIP
+    try:
+        limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length", _CLIP)
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise GeneratorError(f"{path}: cannot be read ({error}); copy or download the checkpoint again") from error
+    return limit if isinstance(limit, int) and 0 < limit < _NO_LIMIT else _CLIP
 
 
 def load_text_encoder(

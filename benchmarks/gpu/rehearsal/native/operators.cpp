@@ -42,6 +42,32 @@ const Names WAITS = {
     "aten::unique_consecutive",  "aten::unique_dim",
 };
 
+// Those whose kernel adds up in no fixed order and has no other: "torch.use_deterministic_algorithms" lists them.
+const Names UNORDERED = {
+    "aten::_adaptive_avg_pool2d_backward",
+    "aten::_adaptive_avg_pool3d_backward",
+    "aten::_upsample_bicubic2d_aa_backward",
+    "aten::_upsample_bilinear2d_aa_backward",
+    "aten::adaptive_max_pool2d_backward",
+    "aten::adaptive_max_pool3d_backward",
+    "aten::avg_pool3d_backward",
+    "aten::grid_sampler_2d_backward",
+    "aten::grid_sampler_3d_backward",
+    "aten::histc",
+    "aten::kthvalue",
+    "aten::max_pool3d_with_indices_backward",
+    "aten::reflection_pad1d_backward",
+    "aten::reflection_pad2d_backward",
+    "aten::reflection_pad3d_backward",
+    "aten::replication_pad1d_backward",
+    "aten::replication_pad2d_backward",
+    "aten::replication_pad3d_backward",
+    "aten::upsample_bicubic2d_backward",
+    "aten::upsample_bilinear2d_backward",
+    "aten::upsample_linear1d_backward",
+    "aten::upsample_trilinear3d_backward",
+};
+
 const Names INDEXED = {"aten::_index_put_impl_", "aten::_unsafe_index", "aten::index", "aten::index_put_"};
 
 // A generator of the CPU at the place where the device's is, which then goes on, as it does after a kernel.
@@ -97,8 +123,19 @@ bool waits(const std::string& name, const Exchange& call) {
   return false;
 }
 
+// Whether the device's kernel would refuse to be repeatable. Sums along a dimension are so of whole numbers alone.
+bool unordered(const std::string& name, const Stack& stack, size_t arguments) {
+  if (name != "aten::cumsum") return UNORDERED.count(name) > 0;
+  const c10::IValue& summed = stack[stack.size() - arguments];
+  return summed.isTensor() && summed.toTensor().is_floating_point();
+}
+
 void compute(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   at::AutoDispatchBelowAutograd below;
+  const auto& schema = op.schema();
+  if (unordered(schema.name(), *stack, schema.arguments().size())) {
+    at::globalContext().alertNotDeterministic(schema.name() + " on CUDA");
+  }
   if (ghosts::large(op, stack)) return ghosts::compute(op, stack);
   static const Exchange::StandIns by{at::kCPU, on_cpu, drawing};
   Exchange call(op, stack, by);

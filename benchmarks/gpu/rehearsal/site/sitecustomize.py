@@ -15,7 +15,6 @@ class _AfterTorch(MetaPathFinder):
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname != "torch":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname)
         if spec is None or (loader := spec.loader) is None:
             return None
@@ -23,6 +22,7 @@ class _AfterTorch(MetaPathFinder):
 
         def executed(module: ModuleType) -> None:
             sound(module)
+            sys.meta_path.remove(self)
             ctypes.CDLL(os.path.join(os.environ["REHEARSAL_BUILT"], "operators.so")).rehearsal_take_over()  # noqa: PTH118
             # Convolutions are the CPU's, and cuDNN is not loaded.
             module.backends.cudnn.enabled = False
