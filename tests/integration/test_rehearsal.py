@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FAMILIES
 
 from benchmarks.gpu.rehearsal.build import ROOT, build
 from vipo.config.compose import repository_root
@@ -131,6 +132,30 @@ def test_it_computes_what_the_cpu_does_and_counts_the_waits(tmp_path: Path) -> N
     assert found["host_waits.2_micro_batches"] == 52
     assert found["host_waits.4_micro_batches"] == 80
     assert found["host_waits.a_micro_batch"] == 14
+
+
+_GRADIENTS = """
+import sys
+from pathlib import Path
+import torch
+from families import FAMILIES
+from vipo.config.compose import repository_root
+from vipo.determinism import deterministic_algorithms
+from vipo.generators import load_generator
+deterministic_algorithms()
+for name, row in FAMILIES.items():
+    config = row.config(row.write(Path(sys.argv[1]) / name), device="cuda")
+    generator = load_generator(config, repository_root())
+    latents = torch.zeros(1, *generator.latent_shape, device="cuda", requires_grad=True)
+    (gradient,) = torch.autograd.grad(generator.pictures(latents, gradient=True).sum(), latents)
+    print(name, gradient.isfinite().all().item())
+"""
+
+
+def test_gradients_through_every_autoencoder_are_repeatable(tmp_path: Path) -> None:
+    """LTX-2's pads by reflection, of which CUDA has no repeatable backward pass."""
+    found = rehearsed(_GRADIENTS, tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}").splitlines()
+    assert [line for line in found if line.endswith((" True", " False"))] == [f"{name} True" for name in FAMILIES]
 
 
 _TWO = """

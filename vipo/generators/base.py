@@ -17,6 +17,7 @@ from vipo.config.registries import FAMILIES
 from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.generators.attention import TextAttention
+from vipo.generators.reflection import RepeatableReflection
 from vipo.text import cause
 
 Prediction = Literal["velocity", "noise", "v"]
@@ -167,7 +168,8 @@ class Generator(ABC):
                 its latents.
         """
         written = latents._version
-        with torch.set_grad_enabled(gradient), self._named("its autoencoder decodes no latents"):
+        repeatable = RepeatableReflection() if gradient else contextlib.nullcontext()
+        with torch.set_grad_enabled(gradient), repeatable, self._named("its autoencoder decodes no latents"):
             decoded = self.decode(latents)
         self._check_unwritten("decode", {"latents": latents}, {"latents": written})
         expected = (len(latents), *self.config.sample_shape)
