@@ -186,7 +186,7 @@ def test_a_plan_is_counted_and_compared_and_other_sizes_are_drawn(tmp_path: Path
     with pytest.raises(RuntimeError, match="failed: nowhere"):
         count_plans(record, {"nowhere": replace(TINY["flux"], family="benchmarks:nothing"), "own": TINY["sd3_lora"]})
     found = planned_bytes(read_figures(figures), "own")
-    config = load_config(family_overrides(TINY["sd3_lora"], tmp_path / "sd3_lora", "cpu"))
+    config = load_config(family_overrides(TINY["sd3_lora"], tmp_path / "sd3_lora", "cuda"))
     expected = plan(config, repository_root(), 1)
     assert found["evaluation"] == expected.evaluation > 0
     assert max(found[part] for part in ("rollout", "decode", "learn")) == expected.peak
