@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.record import Record, others_go_on
 from vipo.config.compose import load_config, repository_root
 from vipo.generators.embeddings import stack_conditioning
@@ -22,7 +23,6 @@ from vipo.sampling.chain import stochastic_steps
 from vipo.sampling.noise import Key, keyed_normal
 from vipo.sampling.rollout import Trajectory, rollout
 from vipo.sampling.transitions import position_log_prob
-from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import Setup, set_up
 from vipo.training.update import update
 
@@ -79,10 +79,7 @@ def _family_overrides(family: str, folder: Path) -> list[str]:
 
 def prepare(results: Path, overrides: Sequence[str]) -> Path:
     """Prompts and embeddings of a small run; gives the folder of its experiment."""
-    config, root = load_config([*SMALL, *overrides]), repository_root()
-    prepare_stage(config, root, results)
-    encode_stage(config, root, results)
-    return results / config.experiment.name
+    return results / prepared_config([*SMALL, *overrides], results).experiment.name
 
 
 def prepared_setup(results: Path, overrides: Sequence[str]) -> Setup:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.planned import over_plan
+from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.real_size import GIB
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Size, family_overrides
@@ -19,7 +20,6 @@ from vipo.evaluation.sample import draw, evaluation_chain
 from vipo.generators import load_generator
 from vipo.generators.embeddings import load_embeddings
 from vipo.prompts import read_prompts
-from vipo.stages import encode_stage, prepare_stage
 
 _SAME = ("evaluation.height=null", "evaluation.width=null")
 
@@ -41,8 +41,7 @@ def measure_evaluation(record: Record, size: Size, device: str, planned: Mapping
         experiment = folder / cases["at_its_own_size"].experiment.name
         # As the stage does: other kernels have other seconds and other memory.
         prepare_process(device, cases["at_its_own_size"].training.threads)
-        prepare_stage(cases["at_its_own_size"], root, folder)
-        encode_stage(cases["at_its_own_size"], root, folder)
+        prepared_config(overrides, folder)
         for case, config in cases.items():
             peak = _draw(record, case, config, root, experiment)
     for share in over_plan({} if peak is None else {"evaluation": peak}, planned, 0).values():

@@ -10,13 +10,13 @@ from types import MappingProxyType
 
 import torch
 
+from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.real_size import GIB, note_update
 from benchmarks.gpu.record import Record, others_go_on
 from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError
-from vipo.stages import encode_stage, prepare_stage
 from vipo.training.setup import set_up
 from vipo.training.update import update
 
@@ -60,15 +60,13 @@ def measure_options(record: Record, size: Size, device: str, cases: Mapping[str,
         RuntimeError: a case failed, beyond a configuration that this device refuses; the others were measured.
     """
     record.put("setting", size.setting)
-    root, failed = repository_root(), list[str]()
+    failed = list[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # As for the first start on a machine.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
         overrides = family_overrides(size, folder, device)
-        config = load_config(overrides)
-        prepare_stage(config, root, folder)
-        encode_stage(config, root, folder)
+        prepared_config(overrides, folder)
         for case, chosen in cases.items():
             with others_go_on(record, case, failed):
                 try:
@@ -87,7 +85,7 @@ def _measure_case(record: Record, case: str, overrides: list[str], folder: Path,
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(target)
     start = time.perf_counter()
-    setup = set_up(config, repository_root(), folder / config.experiment.name)
+    setup = set_up(config, repository_root(), folder / config.experiment.name, writes=False)
     record.put(f"{case}.set_up_seconds", round(time.perf_counter() - start, 2))
     record.put(f"{case}.first_update_seconds", round(seconds_of(lambda: update(setup, 1), target), 2))
     note_update(record, setup, f"{case}.")

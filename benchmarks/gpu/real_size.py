@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.planned import over_plan
+from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Size, family_overrides
 from benchmarks.timing import seconds_of
-from vipo.config.compose import load_config, repository_root
+from vipo.config.compose import repository_root
 from vipo.config.credit import CreditConfig
-from vipo.config.run import Config
 from vipo.credit import Context, load_sources
 from vipo.credit.backbone import BackboneCredit
 from vipo.generators.embeddings import stack_conditioning
@@ -29,7 +29,6 @@ from vipo.perception.backbone import Backbone
 from vipo.sampling.noise import keyed_normal
 from vipo.sampling.rollout import rollout
 from vipo.sampling.transitions import position_log_prob
-from vipo.stages import encode_stage, prepare_stage
 from vipo.tracking.timer import Timer
 from vipo.training.rollouts import Rollouts
 from vipo.training.setup import Setup, set_up
@@ -68,19 +67,11 @@ def measure_family(
     record.put("setting", size.setting)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = prepared_config(size, folder, device)
+        config = prepared_config(family_overrides(size, folder, device), folder)
         start = time.perf_counter()
-        setup = set_up(config, repository_root(), folder / config.experiment.name)
+        setup = set_up(config, repository_root(), folder / config.experiment.name, writes=False)
         record.put("set_up_seconds", round(time.perf_counter() - start, 2))
         _measure(record, setup, matmul_tflops, planned)
-
-
-def prepared_config(size: Size, folder: Path, device: str) -> Config:
-    """Of a run of `size`; its weights' layout, prompts and embeddings are written below `folder`."""
-    config, root = load_config(family_overrides(size, folder, device)), repository_root()
-    prepare_stage(config, root, folder)
-    encode_stage(config, root, folder)
-    return config
 
 
 def note_update(record: Record, setup: Setup, prefix: str = "") -> tuple[float, dict[str, float]]:

@@ -64,6 +64,9 @@ print((there * 2).sum().item(), (there * 2).device)
 print(torch.empty(2**20, device="cuda").isnan().all().item())
 print(drawn[0] == drawn[1] != drawn[2], again[0] == again[1] != later)
 print(fails(lambda: there + here))
+print(fails(lambda: here[there.long() - 1]))
+print(fails(lambda: there.clone().index_put_((here.long() - 1,), here)))
+print(there[here.long() - 1].tolist())
 print(fails(lambda: there + there.to("cuda:1")))
 print(fails(lambda: torch.randn(3, device="cuda", generator=torch.Generator())))
 print(fails(lambda: torch.empty(2**40, device="cuda")))
@@ -82,8 +85,11 @@ print(there.sum().device)
 def test_it_fails_where_a_gpu_does() -> None:
     found = rehearsed(_FAULTS, REHEARSAL_GPUS="2").splitlines()
     assert found[:4] == ["2 Rehearsal", "6.0 cuda:0", "True", "True True"]
-    mixed, two_devices, generator, memory, summed, resized, *waited, sound = found[4:]
-    assert mixed.startswith("Expected all tensors to be on the same device")
+    mixed, indexed, put, taken, two_devices, generator, memory, summed, resized, *waited, sound = found[4:]
+    for told in (mixed, indexed, put):
+        assert told.startswith("Expected all tensors to be on the same device")
+    # Indices alone may be the CPU's.
+    assert taken == "[1.0, 1.0, 1.0]"
     assert two_devices.endswith("of tensors on cuda:0 and cuda:1")
     assert generator == "Expected a 'cuda' device type for generator but found 'cpu'"
     assert memory.startswith("CUDA out of memory. Tried to allocate 4096.00 GiB")

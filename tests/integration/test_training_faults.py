@@ -150,3 +150,17 @@ def _wrapped(error: Exception) -> None:
         raise error
     except Exception as cause:
         raise RewardError("reward 'x' raised") from cause
+
+
+def test_a_disk_without_room_is_refused_where_the_run_writes(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is computed; an update that is only measured needs none."""
+    results = shutil.copytree(prepared, tmp_path / "results")
+    config = load_config([*tiny_overrides, "arm=vipo"])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=2**10))
+    with pytest.raises(TrainingError, match=r"vipo-s0: 0 MiB free, about \d+ MiB are needed; free space"):
+        train_run(config, ROOT, results / "demo")
+    assert not (results / RUN / "metrics.jsonl").exists()
+    set_up(config, ROOT, results / "demo", writes=False)

@@ -7,7 +7,7 @@ from vipo.memory import memory_errors
 from vipo.provenance import code_identity, record_stage, run_lock
 from vipo.rewards import identities
 from vipo.training.run import packages, train
-from vipo.training.setup import Setup, check_disk, embeddings_path, prompts_path, set_up
+from vipo.training.setup import Setup, embeddings_path, prompts_path, set_up
 from vipo.training.state import run_identity, set_aside_other
 
 _STATE_REMEDY = (
@@ -34,7 +34,6 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
     # An update tells of its own.
     with memory_errors(f"{config.run_name}, outside of its updates", _STATE_REMEDY):
         setup = set_up(config, root, experiment)
-        check_disk(setup)
         if setup.distribution.is_main:
             _train_recorded(setup, root, wait)
         else:

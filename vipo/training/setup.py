@@ -102,13 +102,14 @@ def embeddings_path(experiment: Path) -> Path:
     return experiment / "embeddings" / "train.safetensors"
 
 
-def set_up(config: Config, root: Path, experiment: Path) -> Setup:
+def set_up(config: Config, root: Path, experiment: Path, *, writes: bool = True) -> Setup:
     """Load a run and check it.
 
     Args:
         config: the run.
         root: repository root, for relative paths.
         experiment: ``results/<experiment>`` with prompts and embeddings.
+        writes: whether the run is written, so that there has to be room for it; not where its updates are measured.
 
     Raises:
         ConfigError, TrainingError, GeneratorError, RewardError, CreditError, ObjectiveError, PerceptionError,
@@ -183,6 +184,8 @@ def set_up(config: Config, root: Path, experiment: Path) -> Setup:
         weight_inputs,
         Timer(device),
     )
+    if writes:
+        _check_disk(setup)
     _check_memory(setup)
     if config.generator.chooses_kernels:
         size = config.training.micro_batch * config.training.joined_transitions
@@ -241,12 +244,7 @@ def _prepare_network(
     return None if reference is None else distribution.wrap(reference, precision)
 
 
-def check_disk(setup: Setup) -> None:
-    """Before a run begins to write.
-
-    Raises:
-        TrainingError: there is no room for its checkpoints and weights.
-    """
+def _check_disk(setup: Setup) -> None:
     folder, count = setup.folder, sum(value.numel() for value in setup.trainable.values())
     needed = run_bytes(setup.config, count, len(setup.kept))
     folder.mkdir(parents=True, exist_ok=True)

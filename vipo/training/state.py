@@ -168,7 +168,7 @@ def _begin(setup: Setup, newest: Checkpoint | None) -> None:
         # Kept weights of a run that was cut off before its first checkpoint are not this one's.
         shutil.rmtree(folder / "updates", ignore_errors=True)
     # An output of every run, whether or not training.save_at fills it.
-    (folder / "updates").mkdir(parents=True, exist_ok=True)
+    (folder / "updates").mkdir(exist_ok=True)
     with atomic_file(folder / "metrics.jsonl") as path:
         path.write_text("" if newest is None else newest.state["metrics"], encoding="utf-8")
     with atomic_file(folder / "config.yaml") as path:

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.planned import count_plans, over_plan, planned_bytes
-from benchmarks.gpu.real_size import GIB, MemoryTimer, backbone_bytes, prepared_config
+from benchmarks.gpu.prepared import prepared_config
+from benchmarks.gpu.real_size import GIB, MemoryTimer, backbone_bytes
 from benchmarks.gpu.record import Record, read_figures
-from benchmarks.gpu.sizes import REAL, Size
+from benchmarks.gpu.sizes import REAL, Size, family_overrides
 from vipo.config.compose import repository_root
 from vipo.runtime import settle_runtime
 from vipo.training.setup import set_up
@@ -24,8 +25,9 @@ from vipo.training.update import update
 def measured_peaks(size: Size) -> tuple[dict[str, int], int]:
     """Bytes by part of the second update, which has the optimizer's state, and those of the backbone's weights."""
     with tempfile.TemporaryDirectory() as name:
-        config = prepared_config(size, Path(name), "cuda")
-        setup = set_up(config, repository_root(), Path(name) / config.experiment.name)
+        folder = Path(name)
+        config = prepared_config(family_overrides(size, folder, "cuda"), folder)
+        setup = set_up(config, repository_root(), folder / config.experiment.name, writes=False)
         timer = MemoryTimer(setup.device)
         setup = replace(setup, timer=timer)
         update(setup, 1)

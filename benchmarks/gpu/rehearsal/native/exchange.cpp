@@ -10,13 +10,14 @@ namespace rehearsal {
 
 namespace {
 
-// Operators that take a tensor of the CPU beside one of a GPU: copies, and indices.
-bool takes_both(const std::string& name) {
-  static const std::set<std::string> names = {
-      "aten::_copy_from", "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put",
-      "aten::copy_",      "aten::index",            "aten::index_put_",
+// Whether an argument may be on the CPU beside one on a GPU: what is copied, and indices.
+bool takes_both(const c10::FunctionSchema& schema, size_t argument) {
+  static const std::set<std::string> copies = {"aten::_copy_from", "aten::copy_"};
+  static const std::set<std::string> indexed = {
+      "aten::_index_put_impl_", "aten::_unsafe_index", "aten::_unsafe_index_put", "aten::index", "aten::index_put_",
   };
-  return names.count(name) > 0;
+  if (indexed.count(schema.name())) return schema.arguments()[argument].name() == "indices";
+  return copies.count(schema.name()) > 0;
 }
 
 }  // namespace
@@ -34,7 +35,7 @@ Tensor Exchange::replaced(const Tensor& given, size_t argument) {
                 schema_.name(), " of tensors on ", *device_, " and ", given.device());
     device_ = given.device();
   } else if (given.defined() && given.is_cpu() && given.dim() != 0) {
-    TORCH_CHECK(takes_both(schema_.name()), "Expected all tensors to be on the same device: ", schema_.name(),
+    TORCH_CHECK(takes_both(schema_, argument), "Expected all tensors to be on the same device: ", schema_.name(),
                 " of a tensor on cpu, of sizes ", given.sizes(), ", beside one on cuda");
   }
   of_[argument].push_back(pairs_.size());

@@ -9,6 +9,8 @@
 #include <set>
 #include <sys/mman.h>
 
+#include "refuse.h"
+
 namespace rehearsal::ghosts {
 
 namespace {
@@ -24,8 +26,12 @@ const std::set<std::string> COMPUTED = {
 
 // None: nothing is a ghost.
 int64_t threshold() {
-  static const char* text = getenv("REHEARSAL_GHOST");
-  static const int64_t values = text ? atoll(text) : -1;
+  static const int64_t values = [] {
+    const char* text = getenv("REHEARSAL_GHOST");
+    const int64_t asked = text ? atoll(text) : -1;
+    if (text && asked <= 0) refuse("REHEARSAL_GHOST is no whole number above 0");
+    return asked;
+  }();
   return values;
 }
 

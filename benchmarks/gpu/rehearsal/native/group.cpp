@@ -1,6 +1,7 @@
 // Processes of one machine that meet, and read what the others hand over.
 #include "group.h"
 
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -49,11 +50,15 @@ Group* Group::join(const std::string& name, int ranks, int rank, int device) {
   if (ranks > MOST_RANKS) refuse("a group of more than 16 processes is not in the rehearsal");
   std::string path = "/dev/shm/rehearsal_" + name;
   int file = open(path.c_str(), O_RDWR | O_CREAT, 0600);
-  if (file < 0) return nullptr;
-  bool sized = ftruncate(file, bytes(ranks)) == 0;
-  void* memory = sized ? mmap(nullptr, bytes(ranks), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) : MAP_FAILED;
-  close(file);
-  if (memory == MAP_FAILED) return nullptr;
+  // Its memory is taken at once: to write where there is none would end the process without a word.
+  int error = file < 0 ? errno : posix_fallocate(file, 0, bytes(ranks));
+  void* memory = MAP_FAILED;
+  if (!error) {
+    memory = mmap(nullptr, bytes(ranks), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory == MAP_FAILED) error = errno;
+  }
+  if (file >= 0) close(file);
+  if (error) refuse((path + ", through which processes talk: " + strerror(error)).c_str());
   auto group = new Group(ranks, rank, device, memory);
   bool all = group->meet();
   // All have it open: the name is no longer needed, and nothing stays behind.

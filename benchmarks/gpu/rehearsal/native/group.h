@@ -21,7 +21,7 @@ class Group {
   /// Bytes that a process can hand over at once.
   static constexpr size_t SLOT = 8u << 20;
 
-  /// Gives none where the file cannot be made. Waits for all `ranks` processes.
+  /// Waits for all `ranks` processes; gives none where one has left. Ends the process where the file cannot be made.
   static Group* join(const std::string& name, int ranks, int rank, int device);
   ~Group();
 

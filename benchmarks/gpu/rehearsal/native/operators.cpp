@@ -40,6 +40,8 @@ const Names WAITS = {
     "aten::_local_scalar_dense", "aten::_unique",       "aten::_unique2", "aten::bincount",
     "aten::equal",               "aten::masked_select", "aten::nonzero",  "aten::repeat_interleave",
     "aten::unique_consecutive",  "aten::unique_dim",
+    // Of decompositions, whether they came to an end.
+    "aten::_linalg_eigh",        "aten::_linalg_svd",   "aten::linalg_lstsq",
 };
 
 // Those whose kernel adds up in no fixed order and has no other: "torch.use_deterministic_algorithms" lists them.

@@ -23,6 +23,10 @@ class _AfterTorch(MetaPathFinder):
         def executed(module: ModuleType) -> None:
             sound(module)
             sys.meta_path.remove(self)
+            if not hasattr(ctypes.CDLL(None), "rehearsal_runtime"):
+                sys.exit(
+                    "error: LD_PRELOAD did not load the rehearsal; is there a space or a colon in the checkout's path?"
+                )
             ctypes.CDLL(os.path.join(os.environ["REHEARSAL_BUILT"], "operators.so")).rehearsal_take_over()  # noqa: PTH118
             # Convolutions are the CPU's, and cuDNN is not loaded.
             module.backends.cudnn.enabled = False
