@@ -145,9 +145,12 @@ import sys
 from pathlib import Path
 import torch
 from families import FAMILIES
+from safetensors.torch import save_file
+from torchvision.models.optical_flow import raft_large
 from vipo.config.compose import repository_root
 from vipo.determinism import deterministic_algorithms
 from vipo.generators import load_generator
+from vipo.rewards import in_use, load_reward
 deterministic_algorithms()
 for name, row in FAMILIES.items():
     config = row.config(row.write(Path(sys.argv[1]) / name), device="cuda")
@@ -155,13 +158,22 @@ for name, row in FAMILIES.items():
     latents = torch.zeros(1, *generator.latent_shape, device="cuda", requires_grad=True)
     (gradient,) = torch.autograd.grad(generator.pictures(latents, gradient=True).sum(), latents)
     print(name, gradient.isfinite().all().item())
+weights = Path(sys.argv[1]) / "raft.safetensors"
+save_file(raft_large(weights=None).state_dict(), weights)
+reward = load_reward("motion", "cuda", {"path": str(weights)})
+clips = torch.rand(1, 2, 3, 32, 48, device="cuda", requires_grad=True)
+with in_use(reward):
+    (gradient,) = torch.autograd.grad(reward(clips, ["a"], [{}]).scores.sum(), clips)
+print("motion", gradient.isfinite().all().item())
 """
 
 
-def test_gradients_through_every_autoencoder_are_repeatable(tmp_path: Path) -> None:
-    """LTX-2's pads by reflection, of which CUDA has no repeatable backward pass."""
+def test_gradients_through_autoencoders_and_optical_flow_are_repeatable(tmp_path: Path) -> None:
+    """LTX-2's pads by reflection, RAFT samples between pixels: CUDA's backward passes of both are not."""
     found = rehearsed(_GRADIENTS, tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}").splitlines()
-    assert [line for line in found if line.endswith((" True", " False"))] == [f"{name} True" for name in FAMILIES]
+    assert [line for line in found if line.endswith((" True", " False"))] == [
+        f"{name} True" for name in (*FAMILIES, "motion")
+    ]
 
 
 _TWO = """

@@ -17,7 +17,7 @@ from vipo.config.registries import FAMILIES
 from vipo.config.training import LoraConfig
 from vipo.errors import VipoError
 from vipo.generators.attention import TextAttention
-from vipo.generators.reflection import RepeatableReflection
+from vipo.repeatable import RepeatableGradients
 from vipo.text import cause
 
 Prediction = Literal["velocity", "noise", "v"]
@@ -168,8 +168,7 @@ class Generator(ABC):
                 its latents.
         """
         written = latents._version
-        repeatable = RepeatableReflection() if gradient else contextlib.nullcontext()
-        with torch.set_grad_enabled(gradient), repeatable, self._named("its autoencoder decodes no latents"):
+        with torch.set_grad_enabled(gradient), RepeatableGradients(), self._named("its autoencoder decodes no latents"):
             decoded = self.decode(latents)
         self._check_unwritten("decode", {"latents": latents}, {"latents": written})
         expected = (len(latents), *self.config.sample_shape)

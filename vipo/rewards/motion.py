@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vipo.config.reward_options import MotionOptions
+from vipo.repeatable import RepeatableGradients
 from vipo.rewards.flicker import need_clips, of_frames
 from vipo.rewards.registry import Scored
 from vipo.rewards.resident import Resident
@@ -72,7 +73,7 @@ class Motion:
         over = (sides[1] - width, sides[0] - height)
         around = (over[0] // 2, over[0] - over[0] // 2, over[1] // 2, over[1] - over[1] // 2)
         padded = (F.pad(2 * frame - 1, around, mode="replicate").to(DTYPES[self._dtype]) for frame in (first, second))
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False), RepeatableGradients():
             flow: Tensor = network(*padded, num_flow_updates=20)[-1]
         return flow[..., around[2] : around[2] + height, around[0] : around[0] + width].float()
 
