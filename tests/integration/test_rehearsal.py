@@ -204,6 +204,54 @@ def test_two_devices_learn_over_nccl_what_one_does(tmp_path: Path) -> None:
     assert found["several.ddp.largest_weight_difference"] < 1e-3 * found["moved"]
 
 
+_RANK = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.gpu import processes
+from vipo.config.compose import repository_root
+from vipo.ending import end_plainly
+from vipo.training import learn
+from vipo.training.recorded import train_run
+sound, calls = learn.outcomes_of, iter(range(1, 100))
+def hanging(*arguments):
+    if next(calls) == 4:
+        time.sleep(10_000)
+    return sound(*arguments)
+if os.environ["RANK"] == "1":
+    learn.outcomes_of = hanging
+config = processes.small(sys.argv[2:])
+end_plainly(lambda: train_run(config, repository_root(), Path(sys.argv[1]) / config.experiment.name))
+"""
+_HANGING = """
+import os, subprocess, sys
+from pathlib import Path
+from benchmarks.gpu import processes
+from benchmarks.gpu.correct import prepare
+from vipo.training.rendezvous import rendezvous
+results, rank_program, strategy = Path(sys.argv[1]) / "results", *sys.argv[2:]
+chosen = [*processes.overrides(2, "cuda"), f"distribution.strategy={strategy}"]
+prepare(results, chosen)
+chosen += ["distribution.processes=2", "distribution.timeout_seconds=10"]
+meeting = rendezvous(processes.small(chosen).distribution, {})
+ranks = []
+for rank in ("0", "1"):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", rank_program, results, *chosen]
+    ranks.append(subprocess.Popen(command, env=os.environ | meeting | place, stderr=subprocess.PIPE, text=True))
+told = ranks[0].communicate()[1]
+ranks[1].kill()
+print(ranks[0].returncode, told.splitlines()[-1], ranks[1].communicate()[1][-300:])
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_process_that_hangs_is_named_though_nccl_waits_for_it(tmp_path: Path, strategy: str) -> None:
+    """The others wait in a driver, where no exception reaches them; of eight calls it is the fourth."""
+    found = rehearsed(_HANGING, tmp_path, _RANK, strategy, REHEARSAL_GPUS="2")
+    named = "rank 1 did not come within distribution.timeout_seconds 10: it hangs, or its node is gone"
+    assert f"1 error: {named} (last seen at update 1, optimizer step 1, call 4)" in found
+
+
 # One block of Stable Diffusion 3.5 medium, in its own width, and its autoencoder.
 _BLOCK = """
 import json

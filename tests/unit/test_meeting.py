@@ -2,8 +2,9 @@
 
 import os
 import socket
+import time
+from collections.abc import Callable
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from vipo.config.training import DistributionConfig
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
+from vipo.training.meetings import Meetings
 
 TWO = DistributionConfig(processes=2, timeout_seconds=2)
 
@@ -42,12 +44,52 @@ def test_a_partner_that_does_not_come_is_told(port: socket.socket, monkeypatch: 
 
 def test_a_first_process_that_has_left_is_told() -> None:
     store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), False)
-    left: Any = object.__new__(Distribution)
-    left.config, left._meetings = TWO, 0
-    left._accelerator = SimpleNamespace(num_processes=2, process_index=1)
-    left._store = TCPStore("127.0.0.1", store.port, None, False, timedelta(seconds=60), False)
+    left = Meetings(TCPStore("127.0.0.1", store.port, None, False, timedelta(seconds=60), False), 1, 2, 2)
     with pytest.raises(TrainingError, match=r"rank 0 did not come within distribution\.timeout_seconds 2:"):
         left.meet()
     del store
     with pytest.raises(TrainingError, match="rank 0, through which the processes find each other, is gone"):
         left.meet()
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+    """What processes that ended by themselves have said; here they go on."""
+    monkeypatch.setattr("os._exit", lambda status: os.write(2, f"status {status}\n".encode()))
+    return lambda: capfd.readouterr().err.splitlines()
+
+
+class _Counted:
+    """Two processes whose collectives are the device's, and how many each has asked for."""
+
+    def __init__(self, seconds: float) -> None:
+        self._store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), False)
+        self.asked = [0, 0]
+        stores = [self._store.clone() for _ in self.asked]
+        self.meetings = [Meetings(s, r, 2, seconds, lambda r=r: self.asked[r]) for r, s in enumerate(stores)]
+
+
+def test_who_has_not_asked_for_a_collective_is_named_by_who_has(ended: Callable[[], list[str]]) -> None:
+    both = _Counted(seconds=1)
+    first, second = both.meetings
+    with first.named_hangs(), second.named_hangs():
+        second.at(3, 1, 2)
+        both.asked[:] = [5, 4]
+        time.sleep(2)
+    told = "rank 1 did not come within distribution.timeout_seconds 1: it hangs, or its node is gone (last seen at "
+    assert {*ended()} == {f"error: {told}update 3, optimizer step 1, call 2); look at its own messages", "status 1"}
+
+
+def test_who_asks_in_time_or_has_done_all_is_not_named(ended: Callable[[], list[str]]) -> None:
+    both = _Counted(seconds=1)
+    first, second = both.meetings
+    with first.named_hangs():
+        with second.named_hangs():
+            for number in range(1, 8):
+                both.asked[0] = number
+                time.sleep(0.3)
+                both.asked[1] = number
+            # The last look has not seen these.
+            both.asked[:] = [8, 8]
+        time.sleep(2)
+    assert ended() == []

@@ -90,12 +90,12 @@ def save_checkpoint(
         name = f"tensors-{distribution.rank:05d}-of-{distribution.processes:05d}.safetensors"
         if distribution.is_main:
             with atomic_folder(target) as folder:
-                distribution.meet()
+                distribution.meetings.meet()
                 mine = _write_tensors(folder / name, tensors)
                 hashes = {file: value for found in distribution.everyones(mine) for file, value in found.items()}
                 _write_state(folder, state, hashes)
         else:
-            distribution.meet()
+            distribution.meetings.meet()
             own = {key: value for key, value in tensors.items() if isinstance(value, DTensor)}
             with named_write_errors(target):
                 mine = _write_tensors(partial_path(target) / name, own)

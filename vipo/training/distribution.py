@@ -6,9 +6,8 @@ because accelerate offers it on GPUs alone. Samples are spread over the data-par
 """
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,13 +20,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from vipo.config.training import DistributionConfig
 from vipo.training.errors import TrainingError
+from vipo.training.meetings import NOTICE, Meetings
 from vipo.training.ranks import check_own_gpu, drop_foreign, own_place
 from vipo.training.sharding import fill, group_backend, join_alone, shard, whole_state
 
-# What the numbers of a place in training count.
-_PLACES = ("update", "optimizer step", "call")
-# Seconds within which healthy processes notice that another one does not come.
-_NOTICE = 10.0
 # The name of a parameter that no call uses.
 _UNUSED = "never_used"
 
@@ -38,6 +34,7 @@ class Distribution:
     Attributes:
         config: section `distribution`.
         device: of this process; the configured one, or with several processes on GPUs the one of its local rank.
+        meetings: where the processes wait for each other.
     """
 
     def __init__(self, config: DistributionConfig, device: str) -> None:
@@ -66,10 +63,7 @@ class Distribution:
         if launched > 1:
             check_own_gpu(place, device)
         self.config = config
-        self._store: Store | None = None
-        self._meetings = 0
-        if launched > 1:
-            self._store = self._join(device)
+        store = self._join(device) if launched > 1 else None
         # Precision is generator.precision, whatever `accelerate launch` puts into the environment.
         drop_foreign(place)
         # DDP that looks for unused parameters keeps its first buckets. Else it lays them out anew after its first sums,
@@ -77,6 +71,8 @@ class Distribution:
         kept = DistributedDataParallelKwargs(find_unused_parameters=True)
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[kept])
         self.device = self._accelerator.device if launched > 1 else torch.device(device)
+        asked = _collectives(self.device) if launched > 1 and self.device.type == "cuda" else None
+        self.meetings = Meetings(store, place.rank, launched, config.timeout_seconds, asked)
         if self.shards and launched == 1:
             join_alone(self.device)
 
@@ -84,7 +80,8 @@ class Distribution:
         seconds, meeting = self.config.timeout_seconds, "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-            wait = timedelta(seconds=seconds)
+            # NCCL's own watchdog ends whoever waits, without a word of the one that does not come: `Meetings` is first.
+            wait = timedelta(seconds=seconds + (3 * NOTICE if device == "cuda" else 0))
             dist.init_process_group(group_backend(device), store=store, rank=rank, world_size=size, timeout=wait)
         except dist.DistError as error:
             if "EADDRINUSE" in str(error):
@@ -182,7 +179,7 @@ class Distribution:
         """Values ``(n, ...)`` of this process's samples `rows`, gathered to ``(N, ...)`` in the order of all."""
         if self.processes == 1:
             return local
-        self.meet()
+        self.meetings.meet()
         order = self._accelerator.gather(torch.tensor(rows, device=self.device)).argsort()
         return self._accelerator.gather(local.to(self.device).contiguous())[order]
 
@@ -190,14 +187,14 @@ class Distribution:
         """The sum of `values` over the processes, on each of them."""
         if self.processes == 1:
             return values
-        self.meet()
+        self.meetings.meet()
         return self._accelerator.reduce(values)
 
     def largest(self, value: float) -> float:
         """The largest of the processes' values."""
         if self.processes == 1:
             return value
-        self.meet()
+        self.meetings.meet()
         found = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return float(found)
@@ -206,84 +203,10 @@ class Distribution:
         """A JSON-like value of each process, by rank."""
         if self.processes == 1:
             return [value]
-        self.meet()
+        self.meetings.meet()
         values = [None] * self.processes
         dist.all_gather_object(values, value)
         return values
-
-    def meet(self, longer: float = 0) -> None:
-        """Wait until every process is here, for ``timeout_seconds`` and `longer` seconds more.
-
-        Through the store in which the processes found each other, not by a collective: it can say who is missing, and
-        it does not wait for the partner that hangs.
-
-        Raises:
-            TrainingError: some did not come in that time, the message names them; or the first one is gone.
-        """
-        if self._store is None:
-            return
-        self._meetings += 1
-        keys = [f"meeting/{self._meetings}/{rank}" for rank in range(self.processes)]
-        try:
-            self._store.set(keys[self.rank], "")
-            self._store.wait(keys, timedelta(seconds=self.config.timeout_seconds + longer))
-            if self._meetings > 2:
-                # Whoever is here has left the meeting before the last one.
-                self._store.delete_key(f"meeting/{self._meetings - 2}/{self.rank}")
-        except dist.DistError as error:
-            raise self._missing(keys, error) from error
-
-    def at(self, *place: int) -> None:
-        """Tell the others how far this process is: numbers that grow, of `_PLACES`."""
-        if self._store is not None:
-            self._store.set(f"place/{self.rank}", json.dumps(place))
-
-    @contextlib.contextmanager
-    def named_hangs(self) -> Iterator[None]:
-        """Around work whose collectives wait for the other processes without `meet`, as a backward pass does.
-
-        Raises:
-            TrainingError: a collective failed; the message names the processes that did not come.
-        """
-        try:
-            yield
-        except Exception as error:
-            # A plug-in's boundary wraps what is raised inside it: a sharded network gathers in the adapter's call.
-            cause: BaseException | None = error
-            while cause is not None and not _collective(cause):
-                cause = cause.__cause__
-            if self._store is None or cause is None:
-                raise
-            # Whoever waited too notices at nearly the same time.
-            keys = [f"failed/{rank}" for rank in range(self.processes)]
-            with contextlib.suppress(dist.DistError):
-                self._store.set(keys[self.rank], "")
-                self._store.wait(keys, timedelta(seconds=min(_NOTICE, self.config.timeout_seconds)))
-            raise self._missing(keys, error) from error
-
-    def _missing(self, keys: Sequence[str], error: Exception) -> TrainingError:
-        assert self._store is not None
-        try:
-            missing = {rank: self._place(rank) for rank, key in enumerate(keys) if not self._store.check([key])}
-        except dist.DistError:
-            return TrainingError(
-                f"rank 0, through which the processes find each other, is gone ({error}); look at its own messages"
-            )
-        if not missing:
-            return TrainingError(f"the processes lost each other ({error}); look at the network between the nodes")
-        # Of those, some may only have waited for another a little less long.
-        behind = {rank: place for rank, place in missing.items() if place == min(missing.values())}
-        place = ", ".join(f"{name} {number}" for name, number in zip(_PLACES, min(missing.values()), strict=False))
-        return TrainingError(
-            f"rank {', '.join(map(str, behind))} did not come within distribution.timeout_seconds "
-            f"{self.config.timeout_seconds:g}: it hangs, or its node is gone ({place and 'last seen at '}"
-            f"{place or 'not seen in an update'}); look at its own messages"
-        )
-
-    def _place(self, rank: int) -> list[int]:
-        assert self._store is not None
-        key = f"place/{rank}"
-        return list(json.loads(self._store.get(key))) if self._store.check([key]) else []
 
     def leave(self) -> None:
         """Give the group back; nothing may be gathered any more."""
@@ -293,7 +216,8 @@ class Distribution:
             dist.destroy_process_group()
 
 
-def _collective(error: BaseException) -> bool:
-    # gloo's errors have no type of their own, and the second one of a lost connection does not even name it.
-    told = isinstance(error, RuntimeError) and any(text in str(error) for text in ("gloo", "caused pair closure"))
-    return told or isinstance(error, dist.DistError)
+def _collectives(device: torch.device) -> Callable[[], int]:
+    """How many collectives this process has asked NCCL for by now."""
+    backend = dist.distributed_c10d._get_default_group()._get_backend(device)
+    # PyTorch's stubs have it of a whole group alone, which answers for one of its backends.
+    return lambda: int(backend._get_sequence_number_for_group())  # type: ignore[attr-defined]

@@ -81,7 +81,7 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
         calls: list[Call] = []
         losses = sum(map(len, own))
         for number, joined in enumerate(own):
-            setup.distribution.at(lesson.number, step + 1, number + 1)
+            setup.distribution.meetings.at(lesson.number, step + 1, number + 1)
             batch = lesson.batches[joined[0].batch]
             with setup.distribution.gradients(setup.generator.network, number == len(own) - 1):
                 parts = []

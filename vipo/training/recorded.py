@@ -38,7 +38,7 @@ def train_run(config: Config, root: Path, experiment: Path, wait: float = 0) -> 
             _train_recorded(setup, root, wait)
         else:
             # The main process may be waiting for another job's lock.
-            setup.distribution.meet(wait)
+            setup.distribution.meetings.meet(wait)
             train(setup, run_identity(setup))
             setup.distribution.leave()
 
@@ -53,7 +53,7 @@ def _train_recorded(setup: Setup, root: Path, wait: float) -> None:
         return [folder / "config.yaml", folder / "metrics.jsonl", *kept]
 
     with run_lock(folder, wait_seconds=wait):
-        setup.distribution.meet(wait)
+        setup.distribution.meetings.meet(wait)
         # Now, as the record does: the code on disk may be another one when the run ends.
         ours = packages([code_identity()])
         identity = run_identity(setup)

@@ -49,9 +49,9 @@ def train(setup: Setup, identity: str) -> list[dict[str, Any]]:
     code = code_identity() if main else UNKNOWN_CODE
     with contextlib.ExitStack() as stack:
         stack.enter_context(handled(stop.remember, signal.SIGTERM, signal.SIGUSR1))
-        stack.enter_context(setup.distribution.named_hangs())
+        stack.enter_context(setup.distribution.meetings.named_hangs())
         # The main process may be setting another configuration's run aside.
-        setup.distribution.meet()
+        setup.distribution.meetings.meet()
         newest = resume(setup, identity)
         done = saved = 0 if newest is None else newest.update
         # A checkpoint of an earlier format does not tell.

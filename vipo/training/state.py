@@ -196,7 +196,7 @@ def save_state(setup: Setup, update: int, state: dict[str, Any]) -> None:
         if setup.distribution.is_main:
             prune_checkpoints(checkpoints_folder(setup), update, setup.config.training.keep_checkpoints)
         # A process that ends before the checkpoint is there might be taken for a failure that ends the others.
-        setup.distribution.meet()
+        setup.distribution.meetings.meet()
 
 
 def check_weights(setup: Setup, number: int) -> None:

@@ -73,7 +73,7 @@ def update(
         CreditError, ObjectiveError: a part that the configuration names raised, or gave what cannot be used.
         TrainingError: the policy is not the one that sampled, or a gradient is not finite.
     """
-    setup.distribution.at(number)
+    setup.distribution.meetings.at(number)
     with sampling_policy(setup):
         rollouts = roll_out(setup, number, stop_if_asked)
     with setup.timer("reward"):
