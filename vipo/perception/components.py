@@ -1,6 +1,5 @@
 """Principal components of patch features, image by image: batched, float64, without waiting for an accelerator."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -147,21 +146,40 @@ def _jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     matrix = F.pad(matrix, (0, size % 2, 0, size % 2))
     half = (size + 1) // 2
     vectors = torch.eye(2 * half, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    pairs, turn = _pairs(half, matrix), _turn(half, matrix)
     for _ in range(_JACOBI_SWEEPS * (2 * half - 1)):
-        first, second, between = (
-            block.diagonal(dim1=1, dim2=2)
-            for block in (matrix[:, :half, :half], matrix[:, half:, half:], matrix[:, :half, half:])
-        )
-        angle = 0.5 * torch.atan2(2 * between, first - second)
-        angle = torch.where(angle.abs() > math.pi / 4, angle - angle.sign() * (math.pi / 2), angle)
-        cosine, sine = angle.cos().diag_embed(), angle.sin().diag_embed()
-        top, bottom = torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)
-        seats = [top[:, :, :1], bottom[:, :, :1], top[:, :, 1:-1], bottom[:, :, 1:], top[:, :, 1:][:, :, -1:]]
-        rotation = torch.cat(seats, dim=2)
-        matrix, vectors = rotation.mT @ matrix @ rotation, vectors @ rotation
+        twice_between, apart = (matrix.flatten(1) @ pairs).chunk(2, dim=1)
+        # 0 / 0 is a pair that needs none.
+        angle = 0.5 * (twice_between / apart).nan_to_num().atan()
+        rotation = (torch.cat([angle.cos(), angle.sin()], dim=1) @ turn).view_as(matrix)
+        matrix, vectors = rotation.mT.bmm(matrix).bmm(rotation), vectors.bmm(rotation)
     values = matrix.diagonal(dim1=1, dim2=2)
     if size % 2:
         # After whole sweeps every position is back in its seat.
         values, vectors = values[:, :-1], vectors[:, :-1, :-1]
     values, order = values.sort(dim=1, descending=True)
     return values, vectors.gather(2, order[:, None].expand_as(vectors))
+
+
+# Rounds by hundreds, each of few kernels, are what a map costs an accelerator's host beside the backbone: what a round
+# reads, and what it makes of its angles, are products with matrices of 0, 1 and -1, and so exact.
+
+
+def _pairs(half: int, like: Tensor) -> Tensor:
+    """``(n * n, 2 * half)``: takes of a matrix, for each pair, twice what is between and how far its values differ."""
+    each = torch.eye(half, dtype=like.dtype, device=like.device).diag_embed()
+    none = torch.zeros_like(each)
+    between = torch.cat([torch.cat([none, 2 * each], dim=2), torch.cat([none, none], dim=2)], dim=1)
+    apart = torch.cat([torch.cat([each, none], dim=2), torch.cat([none, -each], dim=2)], dim=1)
+    return torch.cat([between, apart]).flatten(1).mT
+
+
+def _turn(half: int, like: Tensor) -> Tensor:
+    """``(2 * half, n * n)``: makes of the cosines and sines of a round its rotation, and the move of all positions but
+    the first to their next seats."""
+    each = torch.eye(half, dtype=like.dtype, device=like.device).diag_embed()
+    none = torch.zeros_like(each)
+    cosine, sine = torch.cat([each, none]), torch.cat([none, each])
+    top, bottom = torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)
+    seats = [top[:, :, :1], bottom[:, :, :1], top[:, :, 1:-1], bottom[:, :, 1:], top[:, :, 1:][:, :, -1:]]
+    return torch.cat(seats, dim=2).flatten(1)

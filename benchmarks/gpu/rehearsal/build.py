@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,8 @@ def _identity() -> str:
     read = hashlib.sha256()
     for path in sorted(path for path in _NATIVE.rglob("*") if path.is_file()):
         read.update(path.read_bytes())
-    read.update(repr((_FLAGS, dict(_SOURCES), _run("--version"), importlib.metadata.version("torch"))).encode())
+    made_for = _run("--version"), platform.machine(), importlib.metadata.version("torch")
+    read.update(repr((_FLAGS, dict(_SOURCES), made_for)).encode())
     return read.hexdigest()[:16]
 
 
