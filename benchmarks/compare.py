@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.finished import finished_experiment, with_prompts
 from benchmarks.gpu.waits import HostReads
+from benchmarks.operations import operations_beside_networks
 from benchmarks.update_share import command_seconds, loaded, measure, watched
 from vipo.audit import audit_experiment
 from vipo.config.compose import dump_config, load_config, repository_root
@@ -59,7 +60,7 @@ def count_update(overrides: Sequence[str]) -> dict[str, float]:
 
     Returns:
         ``update.<part>``: calls of network, decoder, backbone and rewards; backward passes; values that the host reads
-        of tensors; bytes that it reads of files and does not map.
+        of tensors; operators called beside the networks; bytes that it reads of files and does not map.
     """
     with loaded(load_config(list(overrides))) as setup:
         update(setup, 1)
@@ -69,7 +70,9 @@ def count_update(overrides: Sequence[str]) -> dict[str, float]:
             read = _bytes_read() - before
         with HostReads() as waits:
             update(setup, 3)
+        beside = operations_beside_networks(setup, 4)
     found = {f"update.{name}": float(number) for name, number in sorted(calls.counts.items())}
+    found["update.operations_beside_networks"] = float(beside["all"])
     found["update.values_read_by_the_host"] = float(sum(waits.lines.values()))
     found["update.bytes_read"] = float(read)
     return found

@@ -65,6 +65,11 @@ class Calls:
 
         return timed
 
+    @property
+    def inside(self) -> bool:
+        """Whether a wrapped call is being made."""
+        return self._depth > 0
+
     def start(self) -> None:
         """Count from zero."""
         self.seconds, self.counts = 0.0, Counter()

@@ -1,4 +1,4 @@
-"""How often the host waits for the device."""
+"""How often the host waits for the device, and what it asks it for beside the networks."""
 
 import sys
 import tempfile
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vipo
 from benchmarks.gpu.correct import prepared_setup
 from benchmarks.gpu.record import Record
+from benchmarks.operations import operations_beside_networks
 from vipo.training.update import update
 
 _PACKAGE = str(Path(vipo.__file__).parent) + "/"
@@ -94,8 +95,10 @@ def _counted(device: str) -> Iterator[Counter[str]]:
 
 
 def measure_waits(record: Record, device: str) -> None:
-    """Calls that make the host wait, of one update with two and with four micro-batches; on a CPU those that read."""
+    """Calls that make the host wait, of one update with two and with four micro-batches; on a CPU those that read.
+    And all calls of operators beside the networks'."""
     found: dict[int, int] = {}
+    beside: dict[int, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as name:
         for batches in (2, 4):
             overrides = [
@@ -110,4 +113,9 @@ def measure_waits(record: Record, device: str) -> None:
             found[batches] = sum(lines.values())
             record.put(f"host_waits.{batches}_micro_batches", found[batches])
             record.put(f"host_waits.{batches}_micro_batches.lines", dict(lines.most_common()))
+            beside[batches] = operations_beside_networks(setup, 3)
+            record.put(f"host_operations.{batches}_micro_batches", beside[batches])
     record.put("host_waits.a_micro_batch", (found[4] - found[2]) / 2)
+    record.put(
+        "host_operations.a_micro_batch", {part: (count - beside[2][part]) / 2 for part, count in beside[4].items()}
+    )

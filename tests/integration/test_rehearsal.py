@@ -138,6 +138,9 @@ def test_it_computes_what_the_cpu_does_and_counts_the_waits(tmp_path: Path) -> N
     assert found["host_waits.2_micro_batches"] == 52
     assert found["host_waits.4_micro_batches"] == 80
     assert found["host_waits.a_micro_batch"] == 14
+    # Most are the maps', whose small eigenproblem is rounds of few numbers.
+    assert found["host_operations.a_micro_batch"]["map"] <= 2116
+    assert found["host_operations.a_micro_batch"]["all"] <= 2599
 
 
 _GRADIENTS = """
