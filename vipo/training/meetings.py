@@ -21,9 +21,8 @@ from vipo.training.errors import TrainingError
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
-# Seconds within which healthy processes notice that another one does not come, and how often one looks.
+# Seconds within which healthy processes notice that another one does not come.
 NOTICE = 10.0
-_LOOK = 2.0
 
 
 class Meetings:
@@ -111,10 +110,11 @@ class Meetings:
         def look() -> None:
             with contextlib.suppress(dist.DistError):
                 # Without the store, which is rank 0's, the launcher ends this process.
-                while not done.wait(min(_LOOK, self._seconds / 4)):
+                while not done.wait(min(NOTICE, self._seconds / 4)):
                     due = before.see(time.monotonic(), tell())
-                    there = [int(store.get(key)) if store.check([key]) else 0 for key in keys]
-                    behind = [rank for rank, number in enumerate(there) if number < due]
+                    # Who has not come this far is waited for in a meeting.
+                    there = store.multi_get(keys) if store.check(keys) else []
+                    behind = [rank for rank, number in enumerate(there) if int(number) < due]
                     if behind:
                         told = _hanging({rank: _place(store, rank) for rank in behind}, self._seconds)
                         # The main thread waits in a driver, where nothing reaches it.
