@@ -140,7 +140,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def judged(found: dict[str, float], baseline: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     """What is found beyond its margin, or is not in the baseline: name, value, reviewed value, largest one allowed.
 
-    Counts have no margin; the others have the baseline's `margins`, by their name or its first part.
+    Margins are the baseline's `margins`, by a figure's name or its first part; without one it may not be dearer at all.
     """
     dearer = []
     for name, value in found.items():

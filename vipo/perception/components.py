@@ -162,7 +162,7 @@ def _jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Rounds by hundreds, each of few kernels, are what a map costs an accelerator's host beside the backbone: what a round
-# reads, and what it makes of its angles, are products with matrices of 0, 1 and -1, and so exact.
+# reads, and what it makes of its angles, are products with matrices of 0, 2 and +-1, and so exact.
 
 
 def _pairs(half: int, like: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class Distribution:
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
             # NCCL's own watchdog ends whoever waits, without a word of the one that does not come: `Meetings` is first.
-            wait = timedelta(seconds=seconds + (3 * NOTICE if device == "cuda" else 0))
+            # Both backends of a group have one time.
+            wait = timedelta(seconds=seconds + (4 * NOTICE if device == "cuda" else 0))
             dist.init_process_group(group_backend(device), store=store, rank=rank, world_size=size, timeout=wait)
         except dist.DistError as error:
             if "EADDRINUSE" in str(error):

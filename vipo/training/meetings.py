@@ -6,6 +6,7 @@ does not wait for the one that hangs.
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -18,6 +19,8 @@ from torch.distributed.distributed_c10d import Store
 
 from vipo.text import message
 from vipo.training.errors import TrainingError
+
+log = logging.getLogger(__name__)
 
 # What the numbers of a place in training count.
 _PLACES = ("update", "optimizer step", "call")
@@ -71,15 +74,17 @@ class Meetings:
     def named_hangs(self) -> Iterator[None]:
         """Around work whose collectives wait for the other processes without `meet`, as a backward pass does.
 
-        Where a collective is the device's, no exception ends the wait for it. Then a thread looks at how many each
-        process has asked for, and ends this one, with the message and status 1, where another has not asked for what
-        this one asked for ``timeout_seconds`` ago.
+        Where a collective is the device's, no exception ends the wait for it: see `_Watch`.
 
         Raises:
             TrainingError: a collective failed; the message names the processes that did not come.
         """
         try:
-            with contextlib.nullcontext() if self._store is None or self._asked is None else self._watch(self._asked):
+            with contextlib.ExitStack() as stack:
+                if self._store is not None and self._asked is not None:
+                    watch = _Watch(self._store, self._rank, self._processes, self._seconds, self._asked)
+                    watch.start()
+                    stack.callback(watch.end)
                 yield
         except Exception as error:
             # A plug-in's boundary wraps what is raised inside it: a sharded network gathers in the adapter's call.
@@ -95,43 +100,6 @@ class Meetings:
                 self._store.wait(keys, timedelta(seconds=min(NOTICE, self._seconds)))
             raise self._missing(keys, error) from error
 
-    @contextlib.contextmanager
-    def _watch(self, asked: Callable[[], int]) -> Iterator[None]:
-        assert self._store is not None
-        # The other one is locked for as long as a meeting waits.
-        store, done, before = self._store.clone(), threading.Event(), _Before(self._seconds)
-        keys = [f"asked/{rank}" for rank in range(self._processes)]
-
-        def tell() -> int:
-            number = asked()
-            store.set(keys[self._rank], str(number))
-            return number
-
-        def look() -> None:
-            with contextlib.suppress(dist.DistError):
-                # Without the store, which is rank 0's, the launcher ends this process.
-                while not done.wait(min(NOTICE, self._seconds / 4)):
-                    due = before.see(time.monotonic(), tell())
-                    # Who has not come this far is waited for in a meeting.
-                    there = store.multi_get(keys) if store.check(keys) else []
-                    behind = [rank for rank, number in enumerate(there) if int(number) < due]
-                    if behind:
-                        told = _hanging({rank: _place(store, rank) for rank in behind}, self._seconds)
-                        # The main thread waits in a driver, where nothing reaches it.
-                        os.write(2, f"error: {message(str(told))}\n".encode())
-                        os._exit(1)
-
-        thread = threading.Thread(target=look, name="hangs", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            # What the others see from now on, who may go on for longer than they would wait.
-            with contextlib.suppress(dist.DistError):
-                tell()
-
     def _missing(self, keys: Sequence[str], error: Exception) -> TrainingError:
         assert self._store is not None
         try:
@@ -143,6 +111,66 @@ class Meetings:
         if not missing:
             return TrainingError(f"the processes lost each other ({error}); look at the network between the nodes")
         return _hanging(missing, self._seconds)
+
+
+class _Watch(threading.Thread):
+    """Ends this process, with the message and status 1, where another one has not asked its device for a collective
+    that this one asked for ``timeout_seconds`` ago: the main thread waits in a driver then, where nothing reaches it.
+    """
+
+    def __init__(self, store: Store, rank: int, processes: int, seconds: float, asked: Callable[[], int]) -> None:
+        """Of process `rank` of `processes`.
+
+        Args:
+            store: where they tell each other how many they have asked for.
+            seconds: ``distribution.timeout_seconds``.
+            asked: how many this one has. A group that does not count says so here.
+        """
+        super().__init__(name="hangs", daemon=True)
+        asked()
+        self._store, self._seconds, self._asked = store, seconds, asked
+        self._keys, self._own = [f"asked/{each}" for each in range(processes)], f"asked/{rank}"
+        self._pause = min(NOTICE, seconds / 4)
+        # What another process has told may be that much older than what it has asked for.
+        self._before = _Before(seconds + self._pause)
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Tell, and look at what the others tell, until `end`."""
+        store: Store | None = None
+        while not self._done.wait(self._pause):
+            try:
+                # The main thread's is locked for as long as a meeting waits.
+                store = store or self._store.clone()
+                self._look(store)
+            except dist.DistError as error:
+                # A connection that was lost is made anew; of a store that is gone, launchers and meetings tell.
+                log.debug("how far the processes are cannot be told: %s", error)
+                store = None
+
+    def _look(self, store: Store) -> None:
+        number = self._asked()
+        store.set(self._own, str(number))
+        due = self._before.see(time.monotonic(), number)
+        # Who has not come as far as this is waited for in a meeting.
+        if not store.check(self._keys):
+            return
+        counts = [int(told) for told in store.multi_get(self._keys)]
+        # Others may wait for those who asked for the fewest, too.
+        fewest = min(counts)
+        if fewest < due:
+            behind = {rank: _place(store, rank) for rank, count in enumerate(counts) if count == fewest}
+            with contextlib.suppress(OSError):
+                # A progress bar may stand on the line.
+                os.write(2, f"\nerror: {message(str(_hanging(behind, self._seconds)))}\n".encode())
+            os._exit(1)
+
+    def end(self) -> None:
+        """Look no more. Others may go on for longer than they wait: the last number is told."""
+        self._done.set()
+        self.join(NOTICE)
+        with contextlib.suppress(dist.DistError):
+            self._store.set(self._own, str(self._asked()))
 
 
 class _Before:
