@@ -12,9 +12,10 @@ from accelerate.state import AcceleratorState, PartialState
 from vipo.config.compose import load_config
 from vipo.config.training import DistributionConfig
 from vipo.stages import evaluation
-from vipo.training.distribution import Distribution, _collective
+from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.launch import rendezvous
+from vipo.training.meetings import _collective
 from vipo.training.ranks import Place, drop_foreign, is_rank, own_place
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
