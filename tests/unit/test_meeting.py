@@ -120,7 +120,7 @@ def test_who_asks_in_time_or_has_done_all_is_not_named(ended: Callable[[], list[
 
 def test_a_lost_connection_is_made_anew(ended: Callable[[], list[str]]) -> None:
     """Else a healthy process would tell no more, and the others name it."""
-    them = _Counted(processes=2, seconds=1)
+    them = _Counted(processes=2, seconds=2)
 
     class Losing:
         """A store whose first clone loses its connection once."""
@@ -138,9 +138,9 @@ def test_a_lost_connection_is_made_anew(ended: Callable[[], list[str]]) -> None:
             return getattr(them.stores[1], name)
 
     losing: Any = Losing()
-    second = Meetings(losing, 1, 2, 1, lambda: them.asked[1])
+    second = Meetings(losing, 1, 2, 2, lambda: them.asked[1])
     with them.meetings[0].named_hangs(), second.named_hangs():
-        for number in range(10):
+        for number in range(15):
             them.asked[:] = [number, number]
             time.sleep(0.3)
     assert losing.clones == 2
