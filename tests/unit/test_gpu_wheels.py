@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 from vipo.config.compose import repository_root
 
-# What such a machine has (benchmarks/gpu/README.md), and by them what they need.
+# What such a machine is taken to have, and by them what they need.
 THERE = ("torch", "torchvision", "transformers", "timm", "accelerate", "peft", "safetensors", "tensorboard", "typer")
 
 

@@ -161,8 +161,8 @@ def _jacobi(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors.gather(2, order[:, None].expand_as(vectors))
 
 
-# Rounds by hundreds, each of few kernels, are what a map costs an accelerator's host beside the backbone: what a round
-# reads, and what it makes of its angles, are products with matrices of 0, 2 and +-1, and so exact.
+# Some eighty rounds are most of what a map asks an accelerator's host for beside the backbone, so a round has few
+# kernels: what it reads, and what it makes of its angles, are products with matrices of 0, 2 and +-1, and so exact.
 
 
 def _pairs(half: int, like: Tensor) -> Tensor:
