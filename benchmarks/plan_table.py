@@ -103,6 +103,7 @@ GENERATORS: Mapping[str, Published] = {
     ),
     "flux2_dev": Published(scheduler=_DYNAMIC),
     "qwen_image": Published(scheduler=_DYNAMIC),
+    "qwen_image_21": Published(scheduler=_DYNAMIC),
     "z_image": Published(vae=_FLUX_VAE),
     "sana": Published(
         vae={

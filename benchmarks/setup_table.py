@@ -22,6 +22,7 @@ SETUPS: Mapping[str, str] = {
     "sd35_medium": "sd35_medium",
     "flux2_klein": "flux2_klein",
     "qwen_image": "qwen_image",
+    "qwen_image_21": "qwen_image_21",
 }
 """Generators of `configs/generator/` by the setups that have them."""
 

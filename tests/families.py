@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 from checkpoints import write_stable_diffusion, write_wan, write_wan22_a14b, write_wan22_ti2v
 from family import Family
-from language_checkpoints import write_flux2_dev, write_flux2_klein, write_qwen_image, write_sana, write_z_image
+from language_checkpoints import write_flux2_dev, write_flux2_klein, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
+from qwen_checkpoints import write_qwen_image, write_qwen_image_21
 from video_checkpoints import write_cogvideox, write_hunyuan_video, write_ltx2
 
 _GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": "blurry"})
@@ -349,6 +350,23 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("vae/config.json", {"z_dim": 16}, "vae: z_dim 16, but the transformer's in_channels are 16"),
                 (_INDEX, {"_class_name": "QwenImageEditPipeline"}, "'QwenImageEditPipeline'; family 'qwen_image'"),
             ),
+        ),
+        "qwen_image_21": Family(
+            "qwen_image_21",
+            write_qwen_image_21,
+            ("text_encoder", "transformer", "vae"),
+            {**_GUIDED, "max_sequence_length": 80, "width": 64},
+            gives_levels=True,
+            refused=(
+                (_NETWORK, {"patch_size": 2}, "patch_size 2; Qwen-Image 2.1 has 1"),
+                (_NETWORK, {"causal_condition": False}, "causal_condition False: its words would be modulated"),
+                (_NETWORK, {"in_channels": 16}, "in_channels 16 and out_channels 8, as in checkpoints that take a"),
+                ("vae/config.json", {"z_dim": 16}, "vae: z_dim 16, but the transformer's in_channels are 8"),
+                ("vae/config.json", {"out_channels": 3}, "out_channels 3: .* red, green, blue and transparency"),
+                ("vae/config.json", {"dim_mult": [1, 1, 1, 1]}, "a latent pixel has 8 pixels a side"),
+                (_INDEX, {"_class_name": "QwenImagePipeline"}, "'QwenImagePipeline'; family 'qwen_image_21' holds"),
+            ),
+            misfits=(({"width": 48}, "generator.width 48 is not a multiple of 32"),),
         ),
         "z_image": Family(
             "z_image",

@@ -8,13 +8,10 @@ from checkpoints import picture_autoencoder
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     ZImagePipeline,
@@ -32,8 +29,6 @@ from transformers import (
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -89,54 +84,6 @@ def write_z_image(folder: Path) -> Path:
         text_encoder=Qwen3Model(_qwen3(2)),
         tokenizer=qwen_tokenizer(),
         transformer=network,
-    ).save_pretrained(folder)
-    return folder
-
-
-def write_qwen_image(folder: Path) -> Path:
-    """Qwen-Image: pictures with sides in multiples of 16, levels shifted by the number of tokens."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    text = {
-        "vocab_size": 264,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "fullatt_block_indexes": [0],
-    }
-    QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02
-        ),
-        vae=AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1] * 4,
-            num_res_blocks=1,
-            latents_mean=torch.randn(4, generator=generator).tolist(),
-            latents_std=(1 + torch.rand(4, generator=generator)).tolist(),
-        ),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
-        tokenizer=qwen_tokenizer(),
-        transformer=QwenImageTransformer2DModel(
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            axes_dims_rope=(4, 6, 6),
-        ),
     ).save_pretrained(folder)
     return folder
 

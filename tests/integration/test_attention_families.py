@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The text of these is mixed before the attention is called: what one word changes is found in others' keys as well.
 MIXED = ("z_image", "hunyuan_video")
 NAMES = [
-    "flux", "sd3", "qwen_image", "flux2_klein", "flux2_dev", "z_image", "cogvideox", "hunyuan_video",
+    "flux", "sd3", "qwen_image", "qwen_image_21", "flux2_klein", "flux2_dev", "z_image", "cogvideox", "hunyuan_video",
     "sd", "sdxl", "sana", "wan", "ltx2",
 ]  # fmt: skip
 

@@ -57,6 +57,7 @@ BLOCKS = (
     "sd3",
     "flux2_klein",
     "qwen_image",
+    "qwen_image_21",
     "z_image",
     "wan22_a14b",
 )
@@ -68,6 +69,7 @@ DISPATCHED = (
     "hunyuan_video",
     "ltx2",
     "qwen_image",
+    "qwen_image_21",
     "wan",
     "wan22_a14b",
     "wan22_ti2v",

@@ -17,6 +17,8 @@ JOBS = {
     "cogvideox": "fsdp",
     # Half of it is not trained.
     "ltx2": "fsdp",
+    # Called by a forward pass of vipo's own.
+    "qwen_image_21": "fsdp",
     # The first process's sample needs one of its networks, the second's the other.
     "wan22_a14b": "ddp",
 }

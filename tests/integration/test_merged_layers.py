@@ -128,6 +128,12 @@ def _product(file: Mapping[str, Tensor], layer: str, sides: tuple[str, str]) -> 
             _KOHYA,
         ),
         ("qwen_image", {"diffusion_model.proj_out": "proj_out"}, _PEFT),
+        ("qwen_image_21", {"lora_unet_transformer_blocks_0_attn_to_q": "transformer_blocks.0.attn.to_q"}, _KOHYA),
+        (
+            "qwen_image_21",
+            {f"diffusion_model.{x}": x for x in ("transformer_blocks.1.img_mlp.gate_layer", "img_in", "proj_out")},
+            _PEFT,
+        ),
         (
             "z_image",
             {

@@ -34,6 +34,7 @@ SETUPS = {
     "sd35_medium": "sd3",
     "flux2_klein": "flux2_klein",
     "qwen_image": "qwen_image",
+    "qwen_image_21": "qwen_image_21",
 }
 RECIPES = {
     "flux_hps": "flux",
@@ -49,6 +50,7 @@ TINY: Mapping[str, Mapping[str, int]] = {
     "sd3": {},
     "flux2_klein": {"max_sequence_length": 60},
     "qwen_image": {"width": 48},
+    "qwen_image_21": {"max_sequence_length": 80},
 }
 """Families, and the sizes that their tiny checkpoints take."""
 

@@ -16,7 +16,18 @@ from vipo.generators.wan import WanGenerator
 
 ROOT = Path(__file__).resolve().parents[2]
 # One a class of autoencoder.
-TILED = ("flux", "flux2_klein", "qwen_image", "sana", "wan", "wan22_ti2v", "hunyuan_video", "cogvideox", "ltx2")
+TILED = (
+    "flux",
+    "flux2_klein",
+    "qwen_image",
+    "qwen_image_21",
+    "sana",
+    "wan",
+    "wan22_ti2v",
+    "hunyuan_video",
+    "cogvideox",
+    "ltx2",
+)
 
 
 def _shrink(vae: Any, latents: int, scale: int) -> None:

@@ -96,6 +96,7 @@ def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
     ("family", "pipeline", "line"),
     [
         ("qwen_image", "QwenImagePipeline", "    true_cfg_scale=3.5,\n"),
+        ("qwen_image_21", "QwenImage21Pipeline", "    true_cfg_scale=3.5,\n"),
         ("sana", "SanaPipeline", "    use_resolution_binning=False,\n"),
         (
             "hunyuan_video",

@@ -308,6 +308,7 @@ def test_the_paper_s_settings_are_a_setup(name: str) -> None:
         ("flux2_klein", 64),
         ("flux2_dev", 64),
         ("qwen_image", 64),
+        ("qwen_image_21", 32),
         ("z_image", 64),
         ("sana", 32),
         ("hunyuan_video", (16 * 30 * 52) ** 0.5),

@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     LTX2VideoTransformer3DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -69,6 +70,9 @@ NETWORKS: Mapping[str, Callable[[], Any]] = {
     ),
     "QwenImageTransformer2DModel": lambda: QwenImageTransformer2DModel(
         num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
+    ),
+    "QwenImage21Transformer2DModel": lambda: QwenImage21Transformer2DModel(
+        num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=24, axes_dims_rope=(4, 6, 6)
     ),
     "UNet2DConditionModel": lambda: UNet2DConditionModel(
         layers_per_block=2,
@@ -143,6 +147,9 @@ BACK: Mapping[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
     "ZImageTransformer2DModel": lambda state, _: utils.convert_z_image_transformer_checkpoint_to_diffusers(state),
     "SanaTransformer2DModel": _sana_back,
     "QwenImageTransformer2DModel": lambda state, _: state,
+    "QwenImage21Transformer2DModel": lambda state, _: utils.convert_qwen_image21_transformer_checkpoint_to_diffusers(
+        state
+    ),
     "UNet2DConditionModel": _unet_back,
     "HunyuanVideo15Transformer3DModel": _hunyuan_back,
     "CogVideoXTransformer3DModel": lambda state, _: cogvideox_from_comfyui(state),

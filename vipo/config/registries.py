@@ -16,6 +16,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "hunyuan_video": "vipo.generators.hunyuan_video:HunyuanVideo15Generator",
         "ltx2": "vipo.generators.ltx2:LTX2Generator",
         "qwen_image": "vipo.generators.qwen_image:QwenImageGenerator",
+        "qwen_image_21": "vipo.generators.qwen_image_21:QwenImage21Generator",
         "z_image": "vipo.generators.z_image:ZImageGenerator",
         "sana": "vipo.generators.sana:SanaGenerator",
         "sdxl": "vipo.generators.stable_diffusion_xl:StableDiffusionXLGenerator",

@@ -143,6 +143,8 @@ def sample_stock(
 ) -> Sampled:
     """What the stock pipeline makes of `noise`, and what its first scheduler step is given.
 
+    Of a family whose stock pipeline draws a prompt otherwise beside others, each is drawn alone.
+
     Args:
         pipeline: as `stock_pipeline` gives it.
         kind: the adapter.
@@ -154,6 +156,13 @@ def sample_stock(
     Raises:
         GeneratorError: it raised.
     """
+    if not kind.stock_joins_prompts and len(prompts) > 1:
+        drawn = [
+            sample_stock(pipeline, kind, config, [prompt], noise[row : row + 1], steps)
+            for row, prompt in enumerate(prompts)
+        ]
+        predictions, pictures = (torch.cat([getattr(one, key) for one in drawn]) for key in ("prediction", "pictures"))
+        return Sampled(predictions, drawn[0].time, pictures, pipeline.scheduler)
     seen: list[tuple[Tensor, float]] = []
 
     def record(scheduler: Any, prediction: Tensor, time: Any, *args: object, **options: object) -> Any:
@@ -187,7 +196,7 @@ def sample_stock(
     finally:
         del pipeline.scheduler.step
     prediction, time = seen[0]
-    pictures = made.images if config.frames is None else made.frames
+    pictures = kind.opaque(made.images) if config.frames is None else made.frames
     return Sampled(kind.from_stock(prediction, noise.shape), time, pictures, pipeline.scheduler)
 
 

@@ -208,8 +208,10 @@ class _Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if func is scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | options
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        named = dict(zip(names, args, strict=False)) | options
+        # A picture sees all of itself: what looks back alone is the text's.
+        if func is scaled_dot_product_attention and not named.get("is_causal"):
             # In fp32, whatever the network runs in.
             with torch.no_grad(), torch.autocast(named["query"].device.type, enabled=False):
                 self._note(named["query"], named["key"], named.get("attn_mask"), named.get("scale"))
@@ -255,8 +257,10 @@ def words_attention(
     longest = max(place for own in words for place in own)
     if text + longest >= (keys if where.keys != "first" else picture):
         return None
-    if where.keys != "cross" and queries != keys:
+    if where.keys != "cross" and queries not in (keys, count):
         return None
+    # Those of joint attention are all tokens', or the picture's alone.
+    picture = picture if queries == keys else 0
     own = slice(batch - len(words), None)
     q, k = query[own, :, picture : picture + count].float(), key[own].float()
     chosen = torch.zeros(len(words), keys)

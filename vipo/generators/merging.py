@@ -141,8 +141,9 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
             source, options = dict(state), {}
         if hasattr(pipeline_class, "load_lora_weights"):
             given = _noting(network)
-            parts = dict.fromkeys(inspect.signature(pipeline_class).parameters)
-            pipeline = pipeline_class(**parts | {named: network})
+            # Without its constructor, which may read a tokenizer.
+            pipeline = pipeline_class.__new__(pipeline_class)
+            pipeline.register_modules(**dict.fromkeys(inspect.signature(pipeline_class).parameters) | {named: network})
             pipeline.load_lora_weights(source, **options)
         else:
             given = dict(state)

@@ -100,6 +100,14 @@ def _as_here(config: Any) -> list[Rule]:
     return [Rule(r"(.+)", r"\1")]
 
 
+def _qwen_image_21(config: Any) -> list[Rule]:
+    """Qwen-Image 2.1: as here, but for two layers of each block that ComfyUI has as one."""
+    return [
+        *joined(r"(transformer_blocks\.\d+\.img_mlp)\.", ("gate_layer", "proj"), r"\1.gate_up"),
+        Rule(r"(.+)", r"\1"),
+    ]
+
+
 _RESNET = (
     ("norm1", "in_layers.0"),
     ("conv1", "in_layers.2"),
@@ -159,6 +167,7 @@ NAMES: Mapping[str, Rules] = MappingProxyType(
         "ZImageTransformer2DModel": _z_image,
         "SanaTransformer2DModel": _sana,
         "QwenImageTransformer2DModel": _as_here,
+        "QwenImage21Transformer2DModel": _qwen_image_21,
         "HunyuanVideo15Transformer3DModel": hunyuan_video,
         "CogVideoXTransformer3DModel": cogvideox,
         "LTX2VideoTransformer3DModel": ltx2,

@@ -48,6 +48,8 @@ class PipelineGenerator(TrainedNetworks):
         widths: of each conditioning tensor, the setting of the network that names its last dimension.
         masks: conditioning tensors that tell which of the tokens are the prompt's.
         folded: whether `out_channels` of an autoencoder with a `patch_size` counts the pixels of a patch.
+        decoded_channels: that the autoencoder makes; with transparency, `opaque` says what is shown.
+        stock_joins_prompts: whether the stock pipeline makes of several prompts what it makes of each alone.
     """
 
     vae: Any
@@ -62,6 +64,8 @@ class PipelineGenerator(TrainedNetworks):
     widths: ClassVar[Mapping[str, str]] = MappingProxyType({})
     masks: ClassVar[tuple[str, ...]] = ()
     folded: ClassVar[bool] = True
+    decoded_channels: ClassVar[int] = 3
+    stock_joins_prompts: ClassVar[bool] = True
 
     def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
         """Take loaded parts.
@@ -176,8 +180,9 @@ class PipelineGenerator(TrainedNetworks):
         else:
             noise_schedule(location, index, config, cls.ddim)
         made, patch = getattr(vae, "out_channels", 3), getattr(vae, "patch_size", None)
-        if made != 3 * (patch if cls.folded and isinstance(patch, int) else 1) ** 2:
-            raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of red, green and blue")
+        if made != cls.decoded_channels * (patch if cls.folded and isinstance(patch, int) else 1) ** 2:
+            told = "red, green and blue" if cls.decoded_channels == 3 else "red, green, blue and transparency"
+            raise GeneratorError(f"{location}/vae: out_channels {made}: it makes no pictures of {told}")
         check_scales(location, vae)
         # What encoding and training read.
         cls.conditioning_widths(config, root)
@@ -240,6 +245,11 @@ class PipelineGenerator(TrainedNetworks):
     def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
         """What the stock pipeline gives its scheduler, as `predict` has it: ``(B, *latent_shape)``, here `shape`."""
         return stepped
+
+    @classmethod
+    def opaque(cls, pictures: Tensor) -> Tensor:
+        """What is shown of decoded pictures ``(B, decoded_channels, H, W)`` in [0, 1]: ``(B, 3, H, W)``."""
+        return pictures
 
     def checkpoint_shift(self, location: Path | str) -> float | Callable[[int], float]:
         """What `flow_shift` is, by the checkpoint's scheduler; it may be overridden."""

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import HunyuanVideo15Pipeline, QwenImagePipeline
+from diffusers import HunyuanVideo15Pipeline, QwenImage21Pipeline, QwenImagePipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import format_text_input
 
@@ -22,6 +22,17 @@ def qwen_image() -> tuple[Template, int]:
     """Qwen-Image's, and how many tokens at its start are dropped once the encoder has read them."""
     blank = QwenImagePipeline(None, None, None, None, None)
     return lambda _, text: str(blank.prompt_template_encode.format(text)), blank.prompt_template_encode_start_idx
+
+
+def qwen_image_21(processor: Any) -> tuple[Template, int]:
+    """Qwen-Image 2.1's, and how many tokens at its start are dropped once the encoder has read them.
+
+    Args:
+        processor: a checkpoint's own.
+    """
+    blank = QwenImage21Pipeline(None, None, None, processor, None)
+    # It has no token for an empty prompt.
+    return lambda _, text: str(blank.prompt_template_t2i.format(text or " ")), blank._drop_idx
 
 
 def hunyuan_video() -> tuple[Template, int]:

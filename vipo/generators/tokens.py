@@ -19,12 +19,12 @@ def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
     from transformers import AutoTokenizer
 
     location = checkpoint_location(config, root)
+    names = resolve_class(config).prompt_tokenizers or ("tokenizer*",)
     try:
         if not isinstance(location, Path):
-            location = Path(snapshot_download(location, revision=config.revision, allow_patterns=["tokenizer*/*"]))
-        folders = sorted(path for path in location.iterdir() if path.is_dir() and path.name.startswith("tokenizer"))
-        if (read := resolve_class(config).prompt_tokenizers) is not None:
-            folders = [path for path in folders if path.name in read]
+            patterns = [f"{name}/*" for name in names]
+            location = Path(snapshot_download(location, revision=config.revision, allow_patterns=patterns))
+        folders = sorted(path for name in names for path in location.glob(name) if path.is_dir())
         tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
     except (OSError, ValueError) as error:
         raise GeneratorError(f"{config.path}: its tokenizers cannot be loaded ({error})") from error

@@ -74,6 +74,10 @@ def refuse_channels(
         )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def check_scales(location: Path | str, vae: Any) -> None:
     """Refuse an autoencoder whose scales of latents are none: they are read after a rollout.
 
@@ -86,14 +90,20 @@ def check_scales(location: Path | str, vae: Any) -> None:
     """
     for key, needed in (("scaling_factor", True), ("shift_factor", False), ("batch_norm_eps", True)):
         value = getattr(vae, key, 1.0)
-        if not (isinstance(value, int | float) and math.isfinite(value)) and (needed or value is not None):
+        if not _is_number(value) and (needed or value is not None):
             raise GeneratorError(
                 f"{location}/vae: {key} {value!r} is no number; give the autoencoder's own config.json"
             )
     channels = getattr(vae, "z_dim", getattr(vae, "latent_channels", None))
     for key in ("latents_mean", "latents_std"):
         values = getattr(vae, key, None)
-        if isinstance(values, list) and len(values) != channels:
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
+            raise GeneratorError(
+                f"{location}/vae: {key} {values!a:.80} is no list of numbers; give the autoencoder's own config.json"
+            )
+        if len(values) != channels:
             raise GeneratorError(f"{location}/vae: {key} has {len(values)} numbers for {channels} latent channels")
 
 

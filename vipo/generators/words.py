@@ -12,13 +12,20 @@ from typing import Any
 from diffusers import HunyuanVideo15Pipeline, SanaPipeline
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from transformers import AutoTokenizer, ByT5Tokenizer, CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3VLProcessor,
+    T5TokenizerFast,
+)
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention, Words
 from vipo.generators.base import GeneratorError, checkpoint_location
-from vipo.generators.parts import model_index
+from vipo.generators.parts import load_part, model_index
 from vipo.generators.templates import Template
 from vipo.generators.texts import load_tokenizer
 
@@ -107,6 +114,14 @@ def _qwen_image_words(config: GeneratorConfig, root: Path, texts: Sequence[str])
     return [_read(tokenizer, text, limit, template).among_valid(dropped) for text in texts]
 
 
+def _qwen_image_21_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
+    location = checkpoint_location(config, root)
+    processor = load_part(Qwen3VLProcessor.from_pretrained, location, "processor", config, weights=False)
+    template, dropped = templates.qwen_image_21(processor)
+    limit = config.max_sequence_length + dropped
+    return [_read(processor.tokenizer, text, limit, template).among_valid(dropped) for text in texts]
+
+
 def _z_image_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
     tokenizer = load_tokenizer(Qwen2Tokenizer, checkpoint_location(config, root), "tokenizer", config)
     limit = config.max_sequence_length
@@ -165,6 +180,7 @@ FLUX2_DEV = TextAttention(
 )
 FLUX2_KLEIN = TextAttention(_STREAMS, "first", _tokens(Qwen2Tokenizer, template=templates.FLUX2_KLEIN), patch=2)
 QWEN_IMAGE = TextAttention(_BLOCKS, "first", _qwen_image_words, patch=2)
+QWEN_IMAGE_21 = TextAttention(_BLOCKS, "first", _qwen_image_21_words)
 COGVIDEOX = TextAttention((r"transformer_blocks\.\d+\.attn1",), "first", _tokens(T5TokenizerFast), patch=2)
 SD3 = TextAttention(_BLOCKS, "last", _sd3_words, patch=2)
 Z_IMAGE = TextAttention((r"layers\.\d+\.attention",), "last", _z_image_words, patch=2, multiple=32)

@@ -1,0 +1,152 @@
+"""Qwen-Image 2.1 (`QwenImage21Transformer2DModel`): text and picture as one sequence, decoded with transparency."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline, QwenImage21Transformer2DModel
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from vipo.config.generator import GeneratorConfig
+from vipo.generators import templates
+from vipo.generators.attention import TextAttention
+from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.parts import load_part
+from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.qwen_image_21_forward import as_text_to_picture
+from vipo.generators.texts import load_text_encoder, padded, shown, with_negative
+from vipo.generators.variants import refuse_channels
+from vipo.generators.words import QWEN_IMAGE_21
+
+log = logging.getLogger(__name__)
+
+_SEQUENCE = "encoder_hidden_states"
+# Pixels a side of a latent pixel, as the stock pipeline has it whatever the autoencoder says; it takes pairs of them.
+_SCALE = 16
+
+
+class QwenImage21Generator(PipelineGenerator):
+    """Qwen-Image 2.1, text to picture; `generator.guidance_scale` is the stock pipeline's ``true_cfg_scale``.
+
+    Its pictures are shown on white, where they are transparent.
+    """
+
+    text_attention: ClassVar[TextAttention | None] = QWEN_IMAGE_21
+    prompt_tokenizers: ClassVar[Sequence[str] | None] = ("processor",)
+    pipeline_class: ClassVar[Any] = QwenImage21Pipeline
+    network_class: ClassVar[Any] = QwenImage21Transformer2DModel
+    autoencoders: ClassVar[Mapping[str, Any]] = MappingProxyType({"AutoencoderKLQwenImage21": AutoencoderKLQwenImage21})
+    decoded_channels: ClassVar[int] = 4
+    stock_joins_prompts: ClassVar[bool] = False
+    token_side: ClassVar[int | None] = 1
+    widths: ClassVar[Mapping[str, str]] = MappingProxyType({_SEQUENCE: "context_in_dim"})
+    masks: ClassVar[tuple[str, ...]] = (f"{_SEQUENCE}_mask",)
+
+    def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
+        super().__init__(config, network, vae)
+        self.check_size(2 * _SCALE)
+        self.latent_shape = (network.config.in_channels, config.height // _SCALE, config.width // _SCALE)
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(-1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+
+    def placed(self, network: Any) -> Any:
+        return as_text_to_picture(super().placed(network))
+
+    @classmethod
+    def to_stock(cls, latents: Tensor) -> Tensor:
+        return latents.flatten(2).transpose(1, 2)
+
+    @classmethod
+    def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
+        return stepped.transpose(1, 2).reshape(shape)
+
+    @classmethod
+    def opaque(cls, pictures: Tensor) -> Tensor:
+        colours, alpha = pictures.split([3, 1], dim=1)
+        return colours * alpha + (1 - alpha)
+
+    @classmethod
+    def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
+        if own := index.get("sample_sigmas"):
+            log.warning(
+                "%s/model_index.json: sample_sigmas: the stock pipeline goes through these %d noise levels whatever it "
+                "is asked for; vipo's are those of sampling.steps and sampling.shift",
+                location,
+                len(own),
+            )
+
+    @classmethod
+    def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:
+        latent = ("z_dim", vae.z_dim)
+        refuse_channels(location, "transformer", network, latent, "checkpoints that take a condition")
+        if network.patch_size != 1:
+            raise GeneratorError(f"{location}/transformer: patch_size {network.patch_size}; Qwen-Image 2.1 has 1")
+        if network.causal_condition is not True:
+            raise GeneratorError(
+                f"{location}/transformer: causal_condition {network.causal_condition!r}: its words would be modulated "
+                "by the picture's noise; Qwen-Image 2.1 has true"
+            )
+        if (scale := 2 ** (len(vae.dim_mult) - 1)) != _SCALE:
+            raise GeneratorError(
+                f"{location}/vae: dim_mult {vae.dim_mult}: a latent pixel has {scale} pixels a side; Qwen-Image 2.1 "
+                f"has {_SCALE}"
+            )
+
+    @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        # Without a negative prompt, the stock pipeline is not guided.
+        return {
+            "guidance_scale": None,
+            "true_cfg_scale": config.guidance_scale,
+            "negative_prompt": config.negative_prompt,
+        }
+
+    @classmethod
+    @torch.no_grad()
+    def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        location, length = checkpoint_location(config, root), config.max_sequence_length
+        processor = load_part(Qwen3VLProcessor.from_pretrained, location, "processor", config, weights=False)
+        template, dropped = templates.qwen_image_21(processor)
+        read = [*texts, config.negative_prompt]
+        tokenizer, encoder = load_text_encoder(
+            config,
+            location,
+            (Qwen2Tokenizer, "processor"),
+            (Qwen3VLForConditionalGeneration, "text_encoder"),
+            read,
+            template=template,
+        )
+        for text in read:
+            # The stock pipeline cuts nothing off.
+            if (needed := len(tokenizer(template(tokenizer, text)).input_ids) - dropped) > length:
+                raise GeneratorError(
+                    f"generator.max_sequence_length {length}: the prompt {shown(text)} has {needed} tokens with what "
+                    "stands around it, and Qwen-Image 2.1 reads prompts whole; raise it, or leave such prompts out "
+                    "(prompts.filters.max_tokens)"
+                )
+        pipeline = QwenImage21Pipeline(None, None, encoder, processor, None)
+
+        def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
+            found, mask, _ = pipeline.encode_prompt(prompts, device=torch.device(config.device))
+            # No mask where none is shorter than the longest.
+            lengths = [found.shape[1]] * len(found) if mask is None else mask.sum(dim=1).tolist()
+            return [padded(one[:own], length, _SEQUENCE) for one, own in zip(found, lengths, strict=True)]
+
+        return with_negative(encode, texts, config)
+
+    def _predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        def call(x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
+            velocity: Tensor = self.network(latents=x, sigma=sigma, **given)[0]
+            return velocity
+
+        return self.guided(call, latents, time, conditioning)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pictures = self.vae.decode((latents * self._std + self._mean).unsqueeze(2), return_dict=False)[0][:, :, 0]
+        return self.opaque((pictures.float() / 2 + 0.5).clamp(0, 1))
