@@ -18,7 +18,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.gpu.sizes import TINY, family_overrides
+from benchmarks.gpu.miniatures import TINY
+from benchmarks.gpu.size import family_overrides
 from benchmarks.update_share import command_seconds, loaded, measure
 from vipo.config.compose import load_config
 from vipo.reporting.drawing import ARM_COLORS, as_plot, report_style

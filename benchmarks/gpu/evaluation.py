@@ -10,7 +10,7 @@ from benchmarks.gpu.planned import over_plan
 from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.real_size import GIB
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sizes import Size, family_overrides
+from benchmarks.gpu.size import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.real_size import GIB, note_update
 from benchmarks.gpu.record import Record, others_go_on
-from benchmarks.gpu.sizes import Size, family_overrides
+from benchmarks.gpu.size import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import load_config, repository_root
 from vipo.config.validation import ConfigError

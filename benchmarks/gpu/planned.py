@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import Record, others_go_on
-from benchmarks.gpu.sizes import Size, family_overrides
+from benchmarks.gpu.size import Size, family_overrides
 from vipo.config.compose import load_config, repository_root
 from vipo.training.plan import plan
 

@@ -19,6 +19,7 @@ from vipo.config.perception import PerceptionConfig
 from vipo.generators.base import NEGATIVE
 from vipo.generators.flux import FluxGenerator
 from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.qwen_image_21 import QwenImage21Generator
 from vipo.generators.stable_diffusion_3 import StableDiffusion3Generator
 from vipo.generators.wan import WanGenerator
 from vipo.perception.backbone import Backbone
@@ -82,11 +83,16 @@ class RandomWeights(PipelineGenerator):
         settings = json.loads((root / config.path / cls.network_folder / "config.json").read_text())
         generator = torch.Generator().manual_seed(0)
         shapes = cls.embedding_shapes(settings, config.max_sequence_length)
-        negative = {NEGATIVE + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        guided = negative if cls.guides else {}
-        return [
-            {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | guided for _ in texts
-        ]
+
+        def drawn() -> dict[str, Tensor]:
+            return {
+                # Each prompt as long as a prompt may be.
+                name: torch.ones(shape) if name in cls.masks else torch.randn(shape, generator=generator)
+                for name, shape in shapes.items()
+            }
+
+        guided = {NEGATIVE + name: value for name, value in drawn().items()} if cls.guides else {}
+        return [drawn() | guided for _ in texts]
 
     @classmethod
     def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
@@ -127,6 +133,19 @@ class RandomStableDiffusion3(RandomWeights, StableDiffusion3Generator):
         return {
             "pooled_projections": (settings["pooled_projection_dim"],),
             "encoder_hidden_states": (_CLIP_TOKENS + length, settings["joint_attention_dim"]),
+        }
+
+
+class RandomQwenImage21(RandomWeights, QwenImage21Generator):
+    """Qwen-Image 2.1."""
+
+    autoencoder_class: ClassVar[Any] = "AutoencoderKLQwenImage21"
+
+    @classmethod
+    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "encoder_hidden_states": (length, settings["context_in_dim"]),
+            "encoder_hidden_states_mask": (length,),
         }
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu.planned import over_plan
 from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sizes import Size, family_overrides
+from benchmarks.gpu.size import Size, family_overrides
 from benchmarks.timing import seconds_of
 from vipo.config.compose import repository_root
 from vipo.config.credit import CreditConfig

@@ -1,14 +1,9 @@
-"""What is measured: families at real size, and the same in miniature for the test on a CPU."""
+"""What is measured: families at real size."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-from benchmarks.gpu.random_weights import write_layout
-
-_HERE = "benchmarks.gpu.random_weights"
+from benchmarks.gpu.size import FULL, HERE, LORA, Size, evaluated, update_of, window
 
 _PICTURE_BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 _FLUX_AUTOENCODER = {
@@ -24,77 +19,7 @@ _FLUX_AUTOENCODER = {
 }
 
 
-@dataclass(frozen=True)
-class Size:
-    """One row of the table: a family at one size.
-
-    Attributes:
-        family: import path of its class with random weights.
-        parts: configurations of network and autoencoder.
-        dtype: of the network's weights.
-        overrides: Hydra overrides; one prompt, few samples, one optimizer step.
-        setting: what stands in the table.
-    """
-
-    family: str
-    parts: Mapping[str, Mapping[str, Any]]
-    dtype: str
-    overrides: tuple[str, ...]
-    setting: str
-
-
-def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
-    """Hydra overrides of a run of `size` on `device`; its layout and prompts are written below `folder`."""
-    layout = write_layout(folder / "generator", size.parts, size.dtype)
-    (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
-    return [
-        "experiment=demo",
-        "arm=vipo",
-        "prompts=file",
-        "reward=redness",
-        "perception.layer=null",
-        "perception.orientation=border",
-        "training.save_at=[]",
-        "evaluation.rewards=[redness]",
-        "evaluation.prompts=2",
-        f"prompts.source={folder / 'prompts.txt'}",
-        f"generator.family='{size.family}'",
-        f"generator.path={layout}",
-        f"generator.device={device}",
-        *size.overrides,
-    ]
-
-
-def _update(transitions: int, micro_batch: int) -> tuple[str, ...]:
-    return (
-        "training.updates=2",
-        "training.prompts_per_update=1",
-        "training.group_size=4",
-        "training.optimizer_steps_per_update=1",
-        f"training.trained_transitions={transitions}",
-        f"training.micro_batch={micro_batch}",
-        # What is measured is not refused: the figure stands beside the tolerance.
-        "training.log_ratio_tolerance=1e9",
-    )
-
-
-def _evaluated(side: int, steps: int) -> tuple[str, ...]:
-    """Samples of two prompts, in one batch."""
-    return (f"evaluation.height={side}", f"evaluation.width={side}", f"evaluation.steps={steps}")
-
-
-def _window(samples: int) -> tuple[str, ...]:
-    return (
-        "sampling.window={size: 2}",
-        "training.trained_transitions=2",
-        f"training.group_size={samples}",
-        f"training.micro_batch={samples}",
-    )
-
-
-_FULL = ("training.gradient_checkpointing=true", "generator.precision=bf16")
-_LORA = ("training.lora={rank: 16, alpha: 16}", "generator.weights=bf16", *_FULL)
-_DINO = f"perception.backbone='{_HERE}:dinov2_large'"
+_DINO = f"perception.backbone='{HERE}:dinov2_large'"
 
 _SD35_MEDIUM = {
     "transformer": {
@@ -113,11 +38,11 @@ _SD35_MEDIUM = {
 
 def _sd35_medium(dtype: str, training: tuple[str, ...], setting: str, learned: str = "4 trained, 4 samples") -> Size:
     return Size(
-        family=f"{_HERE}:RandomStableDiffusion3",
+        family=f"{HERE}:RandomStableDiffusion3",
         parts=_SD35_MEDIUM,
         dtype=dtype,
         overrides=(
-            *_update(4, 4),
+            *update_of(4, 4),
             *training,
             _DINO,
             "generator.height=512",
@@ -137,10 +62,10 @@ REAL: Mapping[str, Size] = MappingProxyType(
     {
         # What is compared with others' images per GPU-hour.
         "sd3_window": _sd35_medium(
-            "bfloat16", (*_LORA, *_window(8)), "LoRA 16, frozen weights bf16", "a window of 2 trained, 8 samples"
+            "bfloat16", (*LORA, *window(8)), "LoRA 16, frozen weights bf16", "a window of 2 trained, 8 samples"
         ),
         "flux": Size(
-            family=f"{_HERE}:RandomFlux",
+            family=f"{HERE}:RandomFlux",
             # The class's own defaults are FLUX.1's.
             parts={
                 "transformer": {"guidance_embeds": True, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
@@ -148,8 +73,8 @@ REAL: Mapping[str, Size] = MappingProxyType(
             },
             dtype="bfloat16",
             overrides=(
-                *_update(4, 4),
-                *_LORA,
+                *update_of(4, 4),
+                *LORA,
                 _DINO,
                 "generator.height=512",
                 "generator.width=512",
@@ -160,7 +85,7 @@ REAL: Mapping[str, Size] = MappingProxyType(
             setting="FLUX.1-dev, 12 B, LoRA 16, frozen weights bf16, 512 x 512, 8 steps, 4 trained, 4 samples",
         ),
         "wan": Size(
-            family=f"{_HERE}:RandomWan",
+            family=f"{HERE}:RandomWan",
             parts={
                 "transformer": {
                     "num_attention_heads": 12,
@@ -173,10 +98,10 @@ REAL: Mapping[str, Size] = MappingProxyType(
             },
             dtype="bfloat16",
             overrides=(
-                *_update(9, 1),
+                *update_of(9, 1),
                 # Of twice as many, two updates and what they are compared with would be longer than a step may take.
                 "training.group_size=2",
-                *_LORA,
+                *LORA,
                 _DINO,
                 "generator.height=240",
                 "generator.width=416",
@@ -188,112 +113,28 @@ REAL: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 1.3 B, LoRA 16, frozen weights bf16, 240 x 416 x 53, CFG, 16 steps, 9 trained, 2 samples",
         ),
-        "sd3_full": _sd35_medium("float32", _FULL, "all weights, fp32"),
-        "sd3_lora": _sd35_medium("bfloat16", (*_LORA, *_evaluated(1024, 20)), "LoRA 16, frozen weights bf16"),
-    }
-)
-
-_SMALL = (
-    f"perception.backbone='{_HERE}:dinov2_small'",
-    "perception.input_size=56",
-    "generator.height=32",
-    "generator.width=32",
-    "generator.max_sequence_length=8",
-    "sampling.steps=3",
-)
-
-_SMALL_AUTOENCODER = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "shift_factor": 0.1,
-}
-
-
-def _small_sd3(dtype: str, training: tuple[str, ...]) -> Size:
-    return Size(
-        family=f"{_HERE}:RandomStableDiffusion3",
-        parts={
-            "transformer": {
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 2,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": 32,
-                "caption_projection_dim": 32,
-                "pooled_projection_dim": 32,
-                "pos_embed_max_size": 24,
-                "dual_attention_layers": [0],
-                "qk_norm": "rms_norm",
-            },
-            "vae": _SMALL_AUTOENCODER,
-        },
-        dtype=dtype,
-        overrides=(
-            *_update(2, 4),
-            *training,
-            *_SMALL,
-            "generator.guidance_scale=4",
-        ),
-        setting="Stable Diffusion 3.5 in miniature",
-    )
-
-
-TINY: Mapping[str, Size] = MappingProxyType(
-    {
-        "flux": Size(
-            family=f"{_HERE}:RandomFlux",
-            parts={
-                "transformer": {
-                    "in_channels": 16,
-                    "num_layers": 1,
-                    "num_single_layers": 1,
-                    "attention_head_dim": 16,
-                    "num_attention_heads": 2,
-                    "joint_attention_dim": 32,
-                    "pooled_projection_dim": 32,
-                    "guidance_embeds": True,
-                    "axes_dims_rope": [4, 6, 6],
-                },
-                "vae": _SMALL_AUTOENCODER,
-            },
+        "sd3_full": _sd35_medium("float32", FULL, "all weights, fp32"),
+        "sd3_lora": _sd35_medium("bfloat16", (*LORA, *evaluated(1024, 20)), "LoRA 16, frozen weights bf16"),
+        "qwen_image_21": Size(
+            family=f"{HERE}:RandomQwenImage21",
+            # The classes' own defaults are Qwen-Image 2.1's.
+            parts={"transformer": {"context_in_dim": 4096}, "vae": {}},
             dtype="bfloat16",
             overrides=(
-                *_update(2, 4),
-                *_LORA,
-                *_SMALL,
+                *update_of(2, 8),
+                *LORA,
+                *window(8),
+                _DINO,
+                "generator.height=512",
+                "generator.width=512",
+                "generator.max_sequence_length=256",
+                "generator.guidance_scale=1",
+                "sampling.steps=10",
+                "sampling.shift=3",
+                "sampling.eta=0.3",
             ),
-            setting="FLUX.1 in miniature",
+            setting="Qwen-Image 2.1, 7 B, LoRA 16, frozen weights bf16, 512 x 512, no guidance, 10 steps, "
+            "a window of 2 trained, 8 samples",
         ),
-        "wan": Size(
-            family=f"{_HERE}:RandomWan",
-            parts={
-                "transformer": {
-                    "num_attention_heads": 2,
-                    "attention_head_dim": 12,
-                    "text_dim": 32,
-                    "freq_dim": 32,
-                    "ffn_dim": 32,
-                    "num_layers": 1,
-                    "rope_max_seq_len": 64,
-                },
-                "vae": {"base_dim": 4, "z_dim": 16, "dim_mult": [1] * 4, "num_res_blocks": 1},
-            },
-            dtype="bfloat16",
-            overrides=(
-                *_update(1, 2),
-                *_LORA,
-                *_SMALL,
-                "generator.frames=5",
-                "generator.guidance_scale=5",
-            ),
-            setting="Wan 2.1 in miniature",
-        ),
-        "sd3_lora": _small_sd3("bfloat16", (*_LORA, *_evaluated(48, 2))),
-        "sd3_full": _small_sd3("float32", _FULL),
-        "sd3_window": _small_sd3("bfloat16", (*_LORA, *_window(4))),
     }
 )

@@ -62,6 +62,7 @@ STEPS = (
     Step("adamw_options", 45, "AdamW in one kernel and by lists of tensors, at sd3_full's size"),
     Step("evaluation", 30, "Stable Diffusion 3.5 medium evaluated at 1024 x 1024, trained at 512 x 512"),
     Step("sd3_lora", 50, "Stable Diffusion 3.5 medium at its real size, LoRA, 4 trained steps"),
+    Step("qwen_image_21", 65, "Qwen-Image 2.1 at its real size: a window of 2 trained steps, without guidance"),
 )
 
 
@@ -94,8 +95,9 @@ def run_step(name: str, folder: Path, device: str, tiny: bool) -> None:
 
 
 def _measure_sizes(name: str, record: Record, folder: Path, device: str, tiny: bool) -> None:
+    from benchmarks.gpu.miniatures import TINY
     from benchmarks.gpu.planned import planned_bytes
-    from benchmarks.gpu.sizes import REAL, TINY
+    from benchmarks.gpu.sizes import REAL
 
     sizes, counted = TINY if tiny else REAL, read_figures(figures_file(folder, "plan"))
     if name == "plan":

@@ -15,11 +15,13 @@ from benchmarks.gpu import correct, families, processes
 from benchmarks.gpu.correct import measure_agreement, measure_bytes, prepare
 from benchmarks.gpu.evaluation import measure_evaluation
 from benchmarks.gpu.families import measure_families
+from benchmarks.gpu.miniatures import TINY
 from benchmarks.gpu.options import OPTIONS, measure_options
 from benchmarks.gpu.planned import count_plans, over_plan, planned_bytes
 from benchmarks.gpu.real_size import measure_family
 from benchmarks.gpu.record import Record, read_figures
-from benchmarks.gpu.sizes import REAL, TINY, family_overrides
+from benchmarks.gpu.size import family_overrides
+from benchmarks.gpu.sizes import REAL
 from benchmarks.gpu.waits import host_waits, measure_waits
 from vipo.config.compose import load_config, repository_root
 from vipo.conformance.checks import EXACT, finding

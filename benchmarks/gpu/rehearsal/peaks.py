@@ -15,7 +15,8 @@ from benchmarks.gpu.planned import count_plans, over_plan, planned_bytes
 from benchmarks.gpu.prepared import prepared_config
 from benchmarks.gpu.real_size import GIB, MemoryTimer, backbone_bytes
 from benchmarks.gpu.record import Record, read_figures
-from benchmarks.gpu.sizes import REAL, Size, family_overrides
+from benchmarks.gpu.size import Size, family_overrides
+from benchmarks.gpu.sizes import REAL
 from vipo.config.compose import repository_root
 from vipo.runtime import settle_runtime
 from vipo.training.setup import set_up

@@ -1,5 +1,6 @@
 #include "ghosts.h"
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -23,6 +24,9 @@ const std::set<std::string> COMPUTED = {
     "aten::linalg_eigh",  "aten::logical_and",         "aten::logical_not",  "aten::logical_or",  "aten::lt",
     "aten::masked_select", "aten::ne",                 "aten::nonzero",
 };
+
+// Whose result may be larger than anything that they are given.
+const std::set<std::string> BROADCAST = {"aten::add", "aten::div", "aten::mul", "aten::sub", "aten::where"};
 
 // None: nothing is a ghost.
 int64_t threshold() {
@@ -73,12 +77,14 @@ bool large(const c10::OperatorHandle& op, Stack* stack) {
   const bool sized = name.find("size") != std::string::npos;
   const size_t begin = stack->size() - op.schema().arguments().size();
   int64_t most = 0;
+  std::vector<int64_t> together;
   for (size_t i = begin; i < stack->size(); i++) {
     const c10::IValue& value = (*stack)[i];
     if (value.isTensor() && value.toTensor().defined()) {
       const Tensor& given = value.toTensor();
       if (given.scalar_type() == at::kBool && name != "aten::where") return false;
       most = std::max(most, given.numel());
+      if (BROADCAST.count(name)) together = at::infer_size(together, given.sizes());
     } else if (value.isTensorList()) {
       for (const Tensor& given : value.toTensorVector()) {
         if (given.defined()) most = std::max(most, given.numel());
@@ -87,7 +93,7 @@ bool large(const c10::OperatorHandle& op, Stack* stack) {
       most = std::max(most, product(value.toIntVector()));
     }
   }
-  return most > threshold();
+  return std::max(most, product(together)) > threshold();
 }
 
 void compute(const c10::OperatorHandle& op, Stack* stack) {
