@@ -42,11 +42,11 @@ _CHAT = (
 )
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte, and a chat template as Qwen3 has it."""
+def qwen_tokenizer(*marks: str) -> Qwen2Tokenizer:
+    """One token a byte, and one for each of `marks`; and a chat template as Qwen3 has it."""
     vocab = {letter: row for row, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=_CHAT, model_max_length=512)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *marks]})
     return tokenizer
 
 

@@ -66,11 +66,8 @@ def write_qwen_image(folder: Path) -> Path:
 def write_qwen_image_21(folder: Path) -> Path:
     """Qwen-Image 2.1: pictures with sides in multiples of 32, and with transparency."""
     torch.manual_seed(0)
-    tokenizer = qwen_tokenizer()
     marks = {name: f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(marks.values())}, replace_extra_special_tokens=False
-    )
+    tokenizer = qwen_tokenizer(*marks.values())
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
     text = {**_TEXT, "vocab_size": 264, "head_dim": 8}
     vision = {**_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}

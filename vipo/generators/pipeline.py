@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from torch import Tensor
 
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE, Conditioning, GeneratorError, checkpoint_location
+from vipo.generators.base import GeneratorError, checkpoint_location
+from vipo.generators.guidance import GuidedNetworks
 from vipo.generators.kernels import use_kernels
 from vipo.generators.parts import load_part, model_index, odd_settings, part_class, part_settings, part_without_weights
 from vipo.generators.schedules import check_levels, flow_shift, noise_schedule
 from vipo.generators.starting import check_start, load_started
 from vipo.generators.tiles import decode_in_tiles
-from vipo.generators.trained import TrainedNetworks
 from vipo.generators.variants import check_options, check_pair, check_scales, not_held
 from vipo.rounding import hold_in_bf16
 
@@ -28,7 +28,7 @@ PICTURE_AUTOENCODERS: Mapping[str, Any] = MappingProxyType(
 log = logging.getLogger(__name__)
 
 
-class PipelineGenerator(TrainedNetworks):
+class PipelineGenerator(GuidedNetworks):
     """The network of a diffusers pipeline, or two by noise level, and its autoencoder.
 
     A family gives the class attributes, sets `latent_shape` (videos: `frame_groups` too), and writes `encode_prompts`,
@@ -39,8 +39,6 @@ class PipelineGenerator(TrainedNetworks):
         pipeline_class: the stock pipeline.
         second_folder: subfolder of a second network of the same class, which acts at low noise.
         autoencoders: autoencoder classes by name.
-        guides: whether the family is guided away from `negative_prompt`.
-        neutral_guidance: the `guidance_scale` at which, and below, the stock pipeline guides no more.
         token_side: where the stock pipeline shifts the noise levels by the number of tokens, how many latent pixels a
             side a token has.
         ddim: where noise or v is predicted, the scheduler whose chain is the family's.
@@ -56,8 +54,6 @@ class PipelineGenerator(TrainedNetworks):
     pipeline_class: ClassVar[Any]
     second_folder: ClassVar[str | None] = None
     autoencoders: ClassVar[Mapping[str, Any]] = PICTURE_AUTOENCODERS
-    guides: ClassVar[bool] = True
-    neutral_guidance: ClassVar[float] = 1.0
     token_side: ClassVar[int | None] = None
     longest_sequence: ClassVar[int | None] = None
     ddim: ClassVar[Any] = DDIMScheduler
@@ -283,39 +279,6 @@ class PipelineGenerator(TrainedNetworks):
                 raise GeneratorError(
                     f"generator.{key} {value} is not a multiple of {multiple} (autoencoder x patches of the network)"
                 )
-
-    def guided(
-        self,
-        call: Callable[[Tensor, Tensor, Conditioning], Tensor],
-        latents: Tensor,
-        time: Tensor,
-        conditioning: Conditioning,
-    ) -> Tensor:
-        """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): `combined` of the negative and the positive
-        prediction. As in the stock pipelines, there is none at `neutral_guidance` or below.
-
-        Both branches share one network call, in the rollout and in the update alike: the wrapper that trains on several
-        devices writes the network's buffers at every call, which a second call before the backward pass would undo.
-
-        Args:
-            call: predicts from latents, time and conditioning of one batch.
-            latents, time, conditioning: as in `predict`; every name has a counterpart that begins with `NEGATIVE`.
-        """
-        positive = {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
-        above = self.config.guidance_scale - self.neutral_guidance
-        if above <= 0:
-            return call(latents, time, positive)
-        both = {name: torch.cat([conditioning[NEGATIVE + name], value]) for name, value in positive.items()}
-        without, wanted = call(torch.cat([latents] * 2), torch.cat([time] * 2), both).float().chunk(2)
-        return self.combined(without, wanted, 1 + self.guidance_at(time) - self.neutral_guidance)
-
-    def guidance_at(self, time: Tensor) -> Any:
-        """The guidance scale at each sample's time, a number or what broadcasts with latents."""
-        return self.config.guidance_scale
-
-    def combined(self, without: Tensor, wanted: Tensor, scale: Any) -> Tensor:
-        """``n + scale (p - n)`` of the negative and the positive prediction, both as the network gives them."""
-        return without + scale * (wanted - without)
 
     def decode(self, latents: Tensor) -> Tensor:
         settings = self.vae.config
