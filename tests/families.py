@@ -10,7 +10,7 @@ from checkpoints import write_stable_diffusion, write_wan, write_wan22_a14b, wri
 from family import Family
 from language_checkpoints import write_flux2_dev, write_flux2_klein, write_sana, write_z_image
 from picture_checkpoints import write_flux, write_stable_diffusion_3, write_stable_diffusion_xl
-from qwen_checkpoints import write_qwen_image, write_qwen_image_21
+from qwen_image_checkpoints import write_qwen_image, write_qwen_image_21
 from video_checkpoints import write_cogvideox, write_hunyuan_video, write_ltx2
 
 _GUIDED = MappingProxyType({"guidance_scale": 4.0, "negative_prompt": "blurry"})

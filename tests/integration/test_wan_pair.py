@@ -29,8 +29,8 @@ from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.sharded import blocks
 from vipo.generators.starting import checkpoint_inputs
 from vipo.generators.wan import Wan22PairGenerator
-from vipo.handover.card import _usage
 from vipo.handover.comfyui import write_comfyui
+from vipo.handover.usage import usage_example
 from vipo.training.plan import plan
 from vipo.training.sharding import join_alone, shard
 
@@ -280,7 +280,7 @@ def test_the_cards_lines_give_each_expert_its_own_lora(
     config = load_config(["experiment=demo", "arm=vipo"])
     training = config.training.model_copy(update={"lora": lora})
     config = config.model_copy(update={"generator": generator.config, "training": training})
-    code = _usage(config, "a fox", "WanPipeline", str(folder), None, files)
+    code = usage_example(config, "a fox", "WanPipeline", str(folder), None, files)
     monkeypatch.chdir(tmp_path)
     named: dict[str, Any] = {}
     exec(code.split("sample =")[0], named)

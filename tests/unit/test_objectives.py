@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vipo.config.objective import NoGateConfig, PpoGateConfig, SymmetricGateConfig
 from vipo.credit.controls import controlled
-from vipo.demo.scenes import IMAGE_SIZE, object_coverage
+from vipo.demo.scenes import IMAGE_SIZE
+from vipo.demo.seen import object_coverage
 from vipo.objectives import Moved, allocate_advantages, group_advantages, load_gate
 from vipo.objectives.surrogate import GatedLoss, gated_surrogate, normalized_log_ratio
 from vipo.sampling.transitions import position_kl, position_log_prob

@@ -19,20 +19,17 @@ from vipo.demo.scenes import (
     CaptionParts,
     Scene,
     SceneObject,
-    border_color,
     caption,
-    check,
     draw,
-    foreground,
     is_held_out,
     object_mask,
     one_object_captions,
     outline_distance,
-    read_scenes,
     sample_scene,
     scene_metadata,
     two_object_captions,
 )
+from vipo.demo.seen import border_color, check, foreground, read_scenes
 
 ALL_WORDS = CaptionParts()
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from vipo.standing import Standing, read_error, read_standing
 from vipo.tracking.progress import progress_bar
-from vipo.workflow_log import Standing, WorkflowLog, read_error, read_standing
+from vipo.workflow_log import WorkflowLog
 
 AGAIN = "make demo"
 # Where the handler in whose place the log is comes from, as Snakemake's own messages do.

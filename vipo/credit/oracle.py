@@ -4,7 +4,7 @@ import torch
 
 from vipo.config.credit import OracleCreditConfig
 from vipo.credit.source import Context, CreditError, CreditSource, Samples, Weights
-from vipo.demo.scenes import object_coverage
+from vipo.demo.seen import object_coverage
 from vipo.perception.allocator import finish
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
-from vipo.demo.scenes import foreground
+from vipo.demo.seen import foreground
 from vipo.evaluation.held_out import HeldOut, sample_name
 from vipo.memory import free
 from vipo.perception import PerceptualStructuring, load_backbone

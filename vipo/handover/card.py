@@ -1,13 +1,11 @@
 """The model card of an exported run: metadata as the Hub reads it, and a page in Markdown."""
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,9 +13,8 @@ from markupsafe import Markup
 from vipo.config.run import Config
 from vipo.errors import VipoError
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
-from vipo.generators.configured import resolve_class
-from vipo.generators.lora import lora_file
 from vipo.handover.comfyui import ComfyFiles
+from vipo.handover.usage import usage_example
 from vipo.provenance import package_sha256
 from vipo.reporting.wording import describe, label
 from vipo.text import visible
@@ -162,7 +159,7 @@ def model_card(
         config=config,
         flow=config.sampling.transition != "ddim",
         comfyui=comfyui,
-        code=None if comfyui else Markup(_usage(config, samples[0].text, pipeline_class, base, revision, loras)),
+        code=None if comfyui else Markup(usage_example(config, samples[0].text, pipeline_class, base, revision, loras)),
         counts=counts,
         confidence=f"{config.evaluation.confidence:.0%}",
         scores=scores,
@@ -240,63 +237,6 @@ def _metadata(
         eval_results=results,
         widget=[{"text": sample.text, "output": {"url": sample.mine}} for sample in samples],
     )
-
-
-def _usage(
-    config: Config, prompt: str, pipeline_class: str, base: str, revision: str | None, loras: Sequence[str]
-) -> str:
-    """Python that loads the exported folder and draws one sample with the evaluation's settings."""
-    generator = config.evaluated
-    adapter = resolve_class(generator)
-    settings: dict[str, Any] = {
-        "height": generator.height,
-        "width": generator.width,
-        "num_frames": generator.frames,
-        "num_inference_steps": config.evaluation.steps,
-        "guidance_scale": generator.guidance_scale,
-        "max_sequence_length": generator.max_sequence_length,
-        "negative_prompt": generator.negative_prompt or None,
-        "output_type": None if generator.frames is None else "pil",
-        **adapter.stock_arguments(generator),
-    }
-    taken = inspect.signature(getattr(diffusers, pipeline_class).__call__).parameters
-    given = "".join(f"    {key}={value!r},\n" for key, value in settings.items() if key in taken and value is not None)
-    lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    video, part = generator.frames is not None, adapter.network_folder
-    lines += ["from diffusers.utils import export_to_gif"] if video else []
-    lines += ["", 'folder = "."  # where this card is: a folder, or the id on the Hub']
-    if config.training.lora is None:
-        lines += ["pipeline = DiffusionPipeline.from_pretrained(folder)"]
-    else:
-        pinned = "" if revision is None else f", revision={revision!r}"
-        lines += [f"pipeline = DiffusionPipeline.from_pretrained({base!r}{pinned})"]
-        loads = hasattr(getattr(diffusers, pipeline_class), "load_lora_weights")
-        lines += [_lora_line(name, part, loads) for name in loras]
-    if (guidance := adapter.stock_guidance(generator)) is not None:
-        lines[1] += ", ClassifierFreeGuidance"
-        lines += [f"pipeline.guider = ClassifierFreeGuidance(guidance_scale={guidance!r})"]
-    if forced := dict(adapter.stock_forced):
-        lines += [
-            f"forced = {forced!r}  # in every call of the network, whatever the pipeline gives it",
-            f"pipeline.{part}.register_forward_pre_hook(",
-            "    lambda _, args, given: (args, given | forced), with_kwargs=True",
-            ")",
-        ]
-    lines += [f"sample = pipeline(\n    prompt={prompt!r},\n{given}    generator=torch.Generator().manual_seed(0),"]
-    if video:
-        lines += [").frames[0]", f'export_to_gif(sample, "sample.gif", fps={adapter.frame_rate})']
-    else:
-        lines += [").images[0]", 'sample.save("sample.png")']
-    return "\n".join(lines)
-
-
-def _lora_line(name: str, part: str, loads: bool) -> str:
-    """The call for one file: unnamed, diffusers takes any one of several, and for the first network."""
-    if loads:
-        second = ", load_into_transformer_2=True" if name == lora_file(f"{part}_2") else ""
-        return f'pipeline.load_lora_weights(folder, weight_name="{name}"{second})'
-    given = f'weight_name="{name}", prefix="{part}", use_safetensors=True'
-    return f"pipeline.{part}.load_lora_adapter(folder, {given})"
 
 
 def _facts(config: Config) -> dict[str, str]:

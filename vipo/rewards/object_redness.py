@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vipo.demo.scenes import foreground
+from vipo.demo.seen import foreground
 from vipo.rewards.pixels import need_pictures
 from vipo.rewards.redness import redness_map
 from vipo.rewards.registry import Scored

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vipo.demo.scenes import check, read_scenes
+from vipo.demo.seen import check, read_scenes
 from vipo.prompts.needs import is_scene
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import need_pictures
 
 
 def scene(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Share of the caption's claims that hold, ``(B,)`` in [0, 1]. Claims are as in `vipo.demo.scenes.check`."""
+    """Share of the caption's claims that hold, ``(B,)`` in [0, 1]. Claims are as in `vipo.demo.seen.check`."""
     return torch.tensor([sum(claims.values()) / len(claims) for claims in _claims(images, metadata)])
 
 
