@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.gpu.record import Record, others_go_on
 from benchmarks.gpu.size import Size, family_overrides
 from vipo.config.compose import load_config, repository_root
+from vipo.config.run import Config
 from vipo.training.plan import plan
 
 # The plan's phases by the parts that an update is timed in.
@@ -24,15 +25,18 @@ def count_plans(record: Record, sizes: Mapping[str, Size]) -> None:
     failed: list[str] = []
     for name, size in sizes.items():
         with others_go_on(record, name, failed), tempfile.TemporaryDirectory() as folder:
-            config = load_config(family_overrides(size, Path(folder), "cuda"))
-            found = plan(config, repository_root(), config.training.prompts_per_update)
-            held = sum(found.held.values())
-            for part, phase in _PHASES.items():
-                record.put(_key(name, part), held + found.phases[phase])
-            if found.evaluation:
-                record.put(_key(name, _EVALUATION), found.evaluation)
+            for part, size_of in parts_planned(load_config(family_overrides(size, Path(folder), "cuda"))).items():
+                record.put(_key(name, part), size_of)
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def parts_planned(config: Config) -> dict[str, int]:
+    """Bytes of a run by the parts that an update is timed in, as `vipo plan` counts them; of its evaluation too."""
+    found = plan(config, repository_root(), config.training.prompts_per_update)
+    held = sum(found.held.values())
+    parts = {part: held + found.phases[phase] for part, phase in _PHASES.items()}
+    return parts | ({_EVALUATION: found.evaluation} if found.evaluation else {})
 
 
 def _key(name: str, part: str) -> str:

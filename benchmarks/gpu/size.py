@@ -1,6 +1,6 @@
 """What a size is: a family's configurations, and the overrides of a run that measures it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,19 @@ class Size:
 def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
     """Hydra overrides of a run of `size` on `device`; its layout and prompts are written below `folder`."""
     layout = write_layout(folder / "generator", size.parts, size.dtype)
+    return run_overrides(size.family, layout, folder, device, size.overrides)
+
+
+def run_overrides(family: str, layout: Path, folder: Path, device: str, overrides: Sequence[str]) -> list[str]:
+    """Hydra overrides of a run whose prompts are written into `folder`.
+
+    Args:
+        family: import path.
+        layout: the checkpoint's configurations.
+        folder: exists.
+        device: of the run.
+        overrides: what is the size's own.
+    """
     (folder / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(24)))
     return [
         "experiment=demo",
@@ -45,10 +58,10 @@ def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
         "evaluation.rewards=[redness]",
         "evaluation.prompts=2",
         f"prompts.source={folder / 'prompts.txt'}",
-        f"generator.family='{size.family}'",
+        f"generator.family='{family}'",
         f"generator.path={layout}",
         f"generator.device={device}",
-        *size.overrides,
+        *overrides,
     ]
 
 

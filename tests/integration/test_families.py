@@ -37,12 +37,12 @@ from vipo.generators.encoding import encode_prompt_file
 from vipo.generators.experts import Experts
 from vipo.generators.outline import longest_conditioning, outline, without_data
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.sharded import blocks
+from vipo.generators.sharded import blocks, load_to_shard
 from vipo.prompts import Prompt
 from vipo.prompts.prompt import prompt_id
 from vipo.sampling.chain import sampling_chain
 from vipo.training.peak import peak_bytes
-from vipo.training.sharding import join_alone, shard
+from vipo.training.sharding import fill, join_alone, shard
 
 ROOT = Path(__file__).resolve().parents[2]
 # What LoRA leaves out is no matter of the family: all of its weights are counted for one of each kind of network.
@@ -234,6 +234,22 @@ def test_sharded_in_bf16_it_predicts_as_well_as_whole(case: Case) -> None:
     dist.destroy_process_group()
     plain, found = (float((other - right).square().mean().sqrt()) for other in others)
     assert 0 < found < 2 * plain
+
+
+def test_a_network_that_is_loaded_to_be_sharded_predicts_the_same(case: Case) -> None:
+    """As a process of FSDP2 has it, without weights until it is given the first process's."""
+    device, levels = torch.device("cpu"), case.subject.sampled.times(case.load())
+    whole = load_to_shard(case.config, ROOT, whole=True).network.state_dict()
+    sharded = load_to_shard(case.config, ROOT, whole=False)
+    join_alone(device)
+    shard(sharded.network, device, 1, "fp32", offload=False)
+    fill(sharded.network, device, whole, offload=False)
+    with torch.no_grad():
+        right, found = (
+            each.predict(case.subject.noise, levels, case.subject.conditioning) for each in (case.load(), sharded)
+        )
+    dist.destroy_process_group()
+    torch.testing.assert_close(found, right, **EXACT)
 
 
 def _most_alive(

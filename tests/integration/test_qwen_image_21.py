@@ -1,21 +1,26 @@
 """Qwen-Image 2.1 by vipo's own forward pass: what it does otherwise than the stock one, and what is shown of it."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json
+from checkpoints import edit_json, edit_tensors
 from families import FAMILIES
 from torch import Tensor
+from transformers import Qwen3VLForConditionalGeneration
 
+from vipo.check.hub import missing_files
+from vipo.check.wanted import Wanted
 from vipo.conformance.stock import sample_stock
 from vipo.conformance.subject import PROMPTS, Subject, subject
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.embeddings import encoder_hashes
 from vipo.generators.qwen_image_21 import QwenImage21Generator
 from vipo.generators.tokens import token_counter
+from vipo.handover.base import find_base
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = FAMILIES["qwen_image_21"]
@@ -92,16 +97,46 @@ def test_transparent_pictures_are_shown_on_white(drawn: tuple[Path, Subject], mo
     torch.testing.assert_close(shown, torch.tensor([[1, 1, 1], [0.5, 0.75, 1], [0, 0.5, 1]]))
 
 
-def test_a_prompt_is_read_whole_or_refused(drawn: tuple[Path, Subject]) -> None:
+def test_a_prompt_is_read_whole_or_refused(drawn: tuple[Path, Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its words and the tokens around it: as many as are counted here are needed."""
     folder, compared = drawn
     needed = int(compared.conditioning["encoder_hidden_states_mask"][0].sum())
     encode = QwenImage21Generator.encode_prompts
     assert len(encode(ROW.config(folder, max_sequence_length=needed), ROOT, PROMPTS[:1])) == 1
-    with pytest.raises(
-        GeneratorError, match=rf"max_sequence_length {needed - 1}: the prompt '{PROMPTS[0]}' has {needed} tokens with"
-    ):
-        encode(ROW.config(folder, max_sequence_length=needed - 1), ROOT, PROMPTS[:1])
+    short, read = ROW.config(folder, max_sequence_length=needed - 1), []
+    monkeypatch.setattr(Qwen3VLForConditionalGeneration, "from_pretrained", lambda *_, **__: read.append(1))
+    told = rf"max_sequence_length {needed - 1}: prompt '{PROMPTS[0]}' has {needed} tokens with .*max_tokens"
+    with pytest.raises(GeneratorError, match=told):
+        encode(short, ROOT, PROMPTS[:1])
+    negative = short.model_copy(update={"negative_prompt": "b" * needed})
+    with pytest.raises(GeneratorError, match=r"generator\.negative_prompt 'bb.*; raise it, or shorten it"):
+        encode(negative, ROOT, [])
+    with pytest.raises(GeneratorError, match=r"prompt 'a <\|image_pad\|> fox': <\|image_pad\|> stands for a picture"):
+        encode(ROW.config(folder), ROOT, ["a <|image_pad|> fox"])
+    assert not read
+
+
+@pytest.mark.parametrize("template", [None, "{% for message in %}"])
+def test_a_processor_without_its_chat_template_is_named(template: str | None, tmp_path: Path) -> None:
+    folder = ROW.write(tmp_path / "qwen")
+    file = folder / "processor/chat_template.jinja"
+    file.unlink()
+    if template is not None:
+        file.write_text(template, encoding="utf-8")
+    with pytest.raises(GeneratorError, match="processor: its chat template cannot be applied"):
+        QwenImage21Generator.encode_prompts(ROW.config(folder), ROOT, PROMPTS)
+
+
+def test_a_text_encoder_needs_no_head(drawn: tuple[Path, Subject], tmp_path: Path) -> None:
+    """Which nothing reads: a checkpoint may be saved without."""
+    folder = shutil.copytree(drawn[0], tmp_path / "qwen")
+    edit_json(folder / "text_encoder/config.json", tie_word_embeddings=False)
+    edit_tensors(folder / "text_encoder", lambda tensors: tensors.pop("lm_head.weight", None))
+    before, after = (
+        QwenImage21Generator.encode_prompts(ROW.config(path), ROOT, PROMPTS) for path in (drawn[0], folder)
+    )
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_the_tokenizer_of_the_processor_counts_and_is_part_of_the_embeddings_origin(
@@ -125,6 +160,13 @@ def test_levels_of_the_checkpoints_own_are_told(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         load_generator(ROW.config(folder), ROOT)
     assert "sample_sigmas: the stock pipeline goes through these 4 noise levels" in caplog.text
-    # It is compared over them.
+    # It is compared over them, and they are no part to be copied or looked for.
     compared = subject(ROW.config(folder), ROOT, steps=3)
     assert len(compared.sampled.scheduler.timesteps) == 4
+    edit_json(folder / "model_index.json", sample_sigmas=[1.0, 0.5])
+    base = find_base(ROW.config(folder), ROOT, None, {"transformer"})
+    assert sorted(base.parts) == ["processor", "scheduler", "text_encoder", "vae"]
+    assert missing_files(Wanted("generator", "path", str(folder), "generator.path", None, None, None), folder) == []
+    edit_json(folder / "model_index.json", sample_sigmas=[1.0, "x"])
+    with pytest.raises(GeneratorError, match=r"sample_sigmas \[1\.0, 'x'\] is no list of noise levels"):
+        load_generator(ROW.config(folder), ROOT)

@@ -248,15 +248,18 @@ def test_two_devices_learn_over_nccl_what_one_does_and_one_that_hangs_is_named(t
 _BLOCK = """
 import json
 from dataclasses import replace
+from functools import partial
 from benchmarks.gpu.planned import over_plan
 from benchmarks.gpu.rehearsal.peaks import counted_bytes, measured_peaks
+from benchmarks.gpu.size import family_overrides
 from benchmarks.gpu.sizes import REAL
 size = REAL["sd3_lora"]
 network = {**size.parts["transformer"], "num_layers": 1, "dual_attention_layers": [0]}
 few = ("sampling.steps=2", "training.trained_transitions=1", "training.group_size=2", "training.micro_batch=2")
 size = replace(size, parts={**size.parts, "transformer": network}, overrides=(*size.overrides, *few))
-planned = counted_bytes("block", {"block": size})
-peaks, beside = measured_peaks(size)
+overrides = partial(family_overrides, size, device="cuda")
+planned = counted_bytes(overrides)
+peaks, beside = measured_peaks(overrides)
 print(json.dumps(over_plan(peaks, planned, beside)))
 """
 

@@ -68,15 +68,14 @@ def missing_files(item: Wanted, place: Path, *, cached: bool = False) -> list[st
 
 def _missing_parts(folder: Path, replaced: Sequence[str], cached: bool) -> Iterator[str]:
     # Only here, for it loads torch.
-    from vipo.generators.parts import variant_of
+    from vipo.generators.parts import named_parts, variant_of
 
     index = folder / "model_index.json"
     if not index.is_file():
         yield index.name
         return
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    for name, entry in parts.items():
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]) or name in _UNREAD:
+    for name in named_parts(json.loads(index.read_text(encoding="utf-8"))):
+        if name in _UNREAD:
             continue
         part = folder / name
         if not part.is_dir() or not any(part.iterdir()):

@@ -99,11 +99,25 @@ def longest_conditioning(
         mode: the outline's.
     """
     config, kind = generator.config, type(generator)
-    widths, lengths = kind.conditioning_widths(config, root), kind.conditioning_lengths(config, root)
-    tokens = {name: lengths.get(name, config.max_sequence_length) for name in (*widths, *kind.masks)}
-    shapes = {n: (batch, width) if n in _POOLED else (batch, tokens[n], width) for n, width in widths.items()}
-    given = {name: torch.ones(batch, tokens[name]) for name in kind.masks}
+    shapes = conditioning_shapes(kind, config, root)
+    given = {name: torch.ones(batch, *shapes[name]) for name in kind.masks}
     with mode:
-        given |= {name: torch.empty(shape) for name, shape in shapes.items()}
+        given |= {name: torch.empty(batch, *shape) for name, shape in shapes.items() if name not in given}
     guided = kind.guides and config.guidance_scale > kind.neutral_guidance
     return given | ({NEGATIVE + name: value for name, value in given.items()} if guided else {})
+
+
+def conditioning_shapes(
+    kind: type[PipelineGenerator], config: GeneratorConfig, root: Path
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the longest prompt's conditioning, by name, masks among them.
+
+    Args:
+        kind: the adapter.
+        config: section `generator`.
+        root: repository root.
+    """
+    widths, lengths = kind.conditioning_widths(config, root), kind.conditioning_lengths(config, root)
+    tokens = {name: lengths.get(name, config.max_sequence_length) for name in (*widths, *kind.masks)}
+    shapes: dict[str, tuple[int, ...]] = {name: (tokens[name],) for name in kind.masks}
+    return shapes | {name: (width,) if name in _POOLED else (tokens[name], width) for name, width in widths.items()}

@@ -4,14 +4,14 @@ import contextlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
 from safetensors import safe_open
 
 from vipo.config.generator import GeneratorConfig
@@ -49,11 +49,36 @@ def model_index(location: Path | str, revision: str | None) -> dict[str, Any]:
     return index
 
 
+def named_parts(index: Mapping[str, Any]) -> list[str]:
+    """The subfolders that a ``model_index.json`` names, of all that it says."""
+    return [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(each, str) for each in entry)
+    ]
+
+
 def snapshot(location: Path | str, revision: str | None) -> Path:
     """The local folder of a checkpoint; of a hub id the cache's, with those of its files that were fetched."""
     if isinstance(location, Path):
         return location
     return Path(hf_hub_download(location, "model_index.json", revision=revision)).parent
+
+
+def fetched(location: Path | str, part: str, config: GeneratorConfig) -> Path:
+    """The local folder of a checkpoint; of a hub id the cache's, with a part without weights in it.
+
+    transformers' own loading by a hub id asks for files that are not there, which a cache cannot know.
+
+    Raises:
+        GeneratorError: it is not in the cache, and cannot be fetched.
+    """
+    if isinstance(location, Path):
+        return location
+    try:
+        return Path(snapshot_download(location, revision=config.revision, allow_patterns=[f"{part}/*"]))
+    except (OSError, ValueError) as error:
+        raise GeneratorError(f"{location}/{part}: cannot be fetched ({cause(error)})") from error
 
 
 def part_class(location: Path | str, index: Mapping[str, Any], part: str, known: Mapping[str, Any]) -> Any:
@@ -108,6 +133,7 @@ def load_part(
     weights: bool = True,
     dtype: torch.dtype = torch.float32,
     remedy: str = AGAIN,
+    unread: Collection[str] = (),
 ) -> T:
     """One part of a checkpoint by its class's `from_pretrained`; weights only from safetensors.
 
@@ -121,6 +147,7 @@ def load_part(
         weights: whether the part has any.
         dtype: of the weights. A step on bf16 weights rounds small updates away: what is trained has fp32.
         remedy: what to do, for the message.
+        unread: tensors that may be missing, for nothing reads them.
 
     Raises:
         GeneratorError: the part is missing or damaged, or a tensor is missing, extra, of another shape, not of
@@ -155,7 +182,7 @@ def load_part(
         return part_without_weights
     model, told = loaded
     files = weight_files(snapshot(location, config.revision) / part)[options.get("variant")]
-    if faults := _faults(model, told, files):
+    if faults := _faults(model, told, files, unread):
         raise GeneratorError(f"{location}/{part}: does not hold what {type(model).__name__} takes: {faults}; {remedy}")
     found: T = model
     return found
@@ -214,13 +241,13 @@ def variant_of(location: Path | str, part: str) -> str | None:
     return "fp16" if "fp16" in variants else variants[0]
 
 
-def _faults(model: Any, told: Mapping[str, Any], files: Sequence[Path]) -> str:
+def _faults(model: Any, told: Mapping[str, Any], files: Sequence[Path], unread: Collection[str]) -> str:
     stored = stored_dtypes(files)
     # Old files hold the positions of a text encoder, which are no weights.
     counters = {name.split(".")[-1] for name, value in model.named_buffers() if not value.is_floating_point()}
     silent = getattr(model, "get_output_embeddings", lambda: model)() is None
     kinds = {
-        "missing": told["missing_keys"],
+        "missing": (name for name in told["missing_keys"] if name not in unread),
         "extra": (name for name in told["unexpected_keys"] if not (silent and _SPEAKS.fullmatch(name))),
         "of another shape": (
             f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in told["mismatched_keys"]

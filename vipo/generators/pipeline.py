@@ -74,7 +74,7 @@ class PipelineGenerator(GuidedNetworks):
             raise GeneratorError(f"generator.frames {config.frames}: family {config.family!r} makes {what}")
         self.config = config
         self.device = torch.device(config.device)
-        self.network = self.placed(network).requires_grad_(False).eval()
+        self.network = self.prepared(self.placed(network)).requires_grad_(False).eval()
         use_kernels(self.network, config)
         self.vae = vae.to(self.device).requires_grad_(False).eval()
         if config.decoding == "tiled":

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline, QwenImage21Transformer2DModel
 from torch import Tensor
-from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
-from vipo.generators.parts import load_part
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.qwen_image_21_forward import as_text_to_picture
 from vipo.generators.texts import load_text_encoder, padded, shown, with_negative
@@ -55,8 +54,9 @@ class QwenImage21Generator(PipelineGenerator):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
 
-    def placed(self, network: Any) -> Any:
-        return as_text_to_picture(super().placed(network))
+    @classmethod
+    def prepared(cls, network: Any) -> Any:
+        return as_text_to_picture(network)
 
     @classmethod
     def to_stock(cls, latents: Tensor) -> Tensor:
@@ -73,7 +73,13 @@ class QwenImage21Generator(PipelineGenerator):
 
     @classmethod
     def check_index(cls, location: Path | str, index: Mapping[str, Any]) -> None:
-        if own := index.get("sample_sigmas"):
+        own = index.get("sample_sigmas")
+        if own is not None and not (isinstance(own, list) and all(isinstance(each, int | float) for each in own)):
+            raise GeneratorError(
+                f"{location}/model_index.json: sample_sigmas {own!a:.80} is no list of noise levels; set it to null, "
+                "or copy or download generator.path again"
+            )
+        if own:
             log.warning(
                 "%s/model_index.json: sample_sigmas: the stock pipeline goes through these %d noise levels whatever it "
                 "is asked for; vipo's are those of sampling.steps and sampling.shift",
@@ -111,25 +117,17 @@ class QwenImage21Generator(PipelineGenerator):
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, length = checkpoint_location(config, root), config.max_sequence_length
-        processor = load_part(Qwen3VLProcessor.from_pretrained, location, "processor", config, weights=False)
-        template, dropped = templates.qwen_image_21(processor)
-        read = [*texts, config.negative_prompt]
-        tokenizer, encoder = load_text_encoder(
+        processor, template, dropped = templates.qwen_image_21(location, config)
+        for key, text in (*(("prompt", text) for text in texts), ("generator.negative_prompt", config.negative_prompt)):
+            _check_prompt(key, text, processor, template(None, text), dropped, config)
+        _, encoder = load_text_encoder(
             config,
             location,
             (Qwen2Tokenizer, "processor"),
             (Qwen3VLForConditionalGeneration, "text_encoder"),
-            read,
+            [*texts, config.negative_prompt],
             template=template,
         )
-        for text in read:
-            # The stock pipeline cuts nothing off.
-            if (needed := len(tokenizer(template(tokenizer, text)).input_ids) - dropped) > length:
-                raise GeneratorError(
-                    f"generator.max_sequence_length {length}: the prompt {shown(text)} has {needed} tokens with what "
-                    "stands around it, and Qwen-Image 2.1 reads prompts whole; raise it, or leave such prompts out "
-                    "(prompts.filters.max_tokens)"
-                )
         pipeline = QwenImage21Pipeline(None, None, encoder, processor, None)
 
         def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
@@ -150,3 +148,17 @@ class QwenImage21Generator(PipelineGenerator):
     def decode(self, latents: Tensor) -> Tensor:
         pictures = self.vae.decode((latents * self._std + self._mean).unsqueeze(2), return_dict=False)[0][:, :, 0]
         return self.opaque((pictures.float() / 2 + 0.5).clamp(0, 1))
+
+
+def _check_prompt(key: str, text: str, processor: Any, read: str, dropped: int, config: GeneratorConfig) -> None:
+    """Refuse what the stock pipeline would read otherwise: it cuts nothing off, and puts pictures where they stand."""
+    ids = processor.tokenizer(read).input_ids
+    if marks := {processor.image_token_id, processor.video_token_id} & set(ids):
+        named = ", ".join(map(str, processor.tokenizer.convert_ids_to_tokens(sorted(marks))))
+        raise GeneratorError(f"{key} {shown(text)}: {named} stands for a picture or a video, of which there is none")
+    if (needed := len(ids) - dropped) > config.max_sequence_length:
+        other = "shorten it" if key.startswith("generator.") else "leave such out (prompts.filters.max_tokens)"
+        raise GeneratorError(
+            f"generator.max_sequence_length {config.max_sequence_length}: {key} {shown(text)} has {needed} tokens with "
+            f"what stands around it, and Qwen-Image 2.1 reads prompts whole; raise it, or {other}"
+        )

@@ -6,7 +6,6 @@ a call. Here each sample's picture stands where its own prompt ends, as in the s
 and nothing is read.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,53 +18,53 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def as_text_to_picture(network: QwenImage21Transformer2DModel) -> QwenImage21Transformer2DModel:
-    """Let a network be called as `forward` says; its class, weights and file stay what they are."""
+    """Let a network be called as `_TextToPicture` says; its weights, its file and the name of its class stay."""
     network.set_attn_processor(PrefixAttention())
-    network.forward = MethodType(forward, network)
+    network.__class__ = _TextToPicture
     return network
 
 
-def forward(
-    network: QwenImage21Transformer2DModel,
-    latents: Tensor,
-    sigma: Tensor,
-    encoder_hidden_states: Tensor,
-    encoder_hidden_states_mask: Tensor,
-) -> tuple[Tensor]:
-    """The velocity of a picture, by its prompt.
+class _TextToPicture(QwenImage21Transformer2DModel):
+    def forward(
+        self, latents: Tensor, sigma: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor
+    ) -> tuple[Tensor]:
+        """The velocity of a picture, by its prompt.
 
-    Text and picture are one sequence. A word attends to the words before it, the picture to its own words and to itself
-    whole. Words are modulated as at noise level 0, so that they have no part in the picture's.
+        Text and picture are one sequence. A word attends to the words before it, the picture to its own words and to
+        itself whole. Words are modulated as at noise level 0, so that they have no part in the picture's.
 
-    Args:
-        network: the stock one.
-        latents: ``(B, C, H, W)``; a latent pixel is a token.
-        sigma: ``(B,)``, noise level.
-        encoder_hidden_states: ``(B, L, D)``.
-        encoder_hidden_states_mask: ``(B, L)``, 1 where a token is the prompt's, then 0.
+        Args:
+            latents: ``(B, C, H, W)``; a latent pixel is a token.
+            sigma: ``(B,)``, noise level.
+            encoder_hidden_states: ``(B, L, D)``.
+            encoder_hidden_states_mask: ``(B, L)``, 1 where a token is the prompt's, then 0.
 
-    Returns:
-        ``(B, C, H, W)``, alone in a tuple.
-    """
-    height, width = latents.shape[-2:]
-    text = network.txt_in(encoder_hidden_states)
-    picture = network.img_in(latents.flatten(2).transpose(1, 2))
-    words, tokens = text.shape[1], picture.shape[1]
-    joint = torch.cat([text, picture], dim=1)
-    # The last row is that of the words, at noise level 0.
-    embedded = network.time_text_embed(torch.cat([sigma, sigma.new_zeros(1)]), joint)
-    modulation = network.modulation(embedded)
-    of_picture = torch.arange(words + tokens, device=joint.device) >= words
-    valid = torch.nn.functional.pad(encoder_hidden_states_mask.bool(), (0, tokens), value=True)
-    rotation = _rotation(network, encoder_hidden_states_mask.sum(dim=1), words, (height, width))
-    for block in network.transformer_blocks:
-        given = (joint, modulation, rotation, None, of_picture, None, None, None, [(0, words, True)], valid)
-        if network.gradient_checkpointing and torch.is_grad_enabled():
-            joint = network._gradient_checkpointing_func(block, *given)
-        else:
-            joint = block(*given)
-    velocity = network.proj_out(network.norm_out(joint[:, words:], embedded[:-1]))
-    return (velocity.transpose(1, 2).unflatten(2, (height, width)),)
+        Returns:
+            ``(B, C, H, W)``, alone in a tuple.
+        """
+        height, width = latents.shape[-2:]
+        text = self.txt_in(encoder_hidden_states)
+        picture = self.img_in(latents.flatten(2).transpose(1, 2))
+        words, tokens = text.shape[1], picture.shape[1]
+        joint = torch.cat([text, picture], dim=1)
+        # The last row is that of the words, at noise level 0.
+        embedded = self.time_text_embed(torch.cat([sigma, sigma.new_zeros(1)]), joint)
+        modulation = self.modulation(embedded)
+        of_picture = torch.arange(words + tokens, device=joint.device) >= words
+        valid = torch.nn.functional.pad(encoder_hidden_states_mask.bool(), (0, tokens), value=True)
+        rotation = _rotation(self, encoder_hidden_states_mask.sum(dim=1), words, (height, width))
+        for block in self.transformer_blocks:
+            given = (joint, modulation, rotation, None, of_picture, None, None, None, [(0, words, True)], valid)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                joint = self._gradient_checkpointing_func(block, *given)
+            else:
+                joint = block(*given)
+        velocity = self.proj_out(self.norm_out(joint[:, words:], embedded[:-1]))
+        return (velocity.transpose(1, 2).unflatten(2, (height, width)),)
+
+
+# As it stands in files.
+_TextToPicture.__name__ = QwenImage21Transformer2DModel.__name__
 
 
 def _rotation(network: Any, lengths: Tensor, words: int, size: tuple[int, int]) -> Rotation:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import NEGATIVE, GeneratorError
-from vipo.generators.parts import load_part, snapshot
+from vipo.generators.parts import fetched, load_part, snapshot
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,9 @@ def load_text_encoder(
     words = load_tokenizer(tokenizer[0], location, tokenizer[1], config)
     place = f"{location}/{tokenizer[1]}"
     dtype = torch.bfloat16 if config.encoders == "bf16" else torch.float32
-    model = load_part(encoder[0].from_pretrained, location, encoder[1], config, dtype=dtype)
+    # Of a language model's head, which gives it words back, no prompt's states are made.
+    head = ("lm_head.weight",)
+    model = load_part(encoder[0].from_pretrained, location, encoder[1], config, dtype=dtype, unread=head)
     rows = model.get_input_embeddings().weight.shape[0]
     if without := sorted((row, token) for token, row in words.get_vocab().items() if row >= rows):
         raise GeneratorError(
@@ -166,7 +168,12 @@ def padded(sequence: Tensor, length: int, name: str) -> dict[str, Tensor]:
 
     Returns:
         `name`, ``(length, D)`` float32 on the CPU, zeros after the prompt; ``<name>_mask``, ``(length,)``, 1 and 0.
+
+    Raises:
+        ValueError: it is longer.
     """
+    if len(sequence) > length:
+        raise ValueError(f"{name}: a prompt of {len(sequence)} tokens is longer than {length}")
     rest = (0, length - len(sequence))
     return {
         name: functional.pad(sequence.float().cpu(), (0, 0, *rest)),
@@ -187,7 +194,7 @@ def load_tokenizer(kind: Any, location: Path | str, part: str, config: Generator
     Raises:
         GeneratorError: it is missing, damaged or without a vocabulary.
     """
-    tokenizer = load_part(kind.from_pretrained, location, part, config, weights=False)
+    tokenizer = load_part(kind.from_pretrained, fetched(location, part, config), part, config, weights=False)
     # transformers makes an empty tokenizer of a folder without a vocabulary: all prompts would read alike.
     if tokenizer("a").input_ids == tokenizer("b").input_ids:
         raise GeneratorError(

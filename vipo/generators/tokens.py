@@ -19,7 +19,8 @@ def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
     from transformers import AutoTokenizer
 
     location = checkpoint_location(config, root)
-    names = resolve_class(config).prompt_tokenizers or ("tokenizer*",)
+    named = resolve_class(config).prompt_tokenizers
+    names = ("tokenizer*",) if named is None else named
     try:
         if not isinstance(location, Path):
             patterns = [f"{name}/*" for name in names]

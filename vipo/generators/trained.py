@@ -40,6 +40,11 @@ class TrainedNetworks(Generator):
         """A network where it is used, on the generator's device."""
         return network.to(self.device)
 
+    @classmethod
+    def prepared(cls, network: Any) -> Any:
+        """A network as the family calls it, wherever it is; its weights and their names stay what they are."""
+        return network
+
     def replace_network(self, part: str, loaded: Any) -> None:
         """Take another network for one of `networks`."""
         self.network = loaded
@@ -115,7 +120,7 @@ class TrainedNetworks(Generator):
                 network.to("meta")
                 remedy = "train the run again"
                 loaded = load_part(self.network_class.from_pretrained, folder, part, self.config, remedy=remedy)
-                placed = self.placed(loaded).requires_grad_(False).eval()
+                placed = self.prepared(self.placed(loaded)).requires_grad_(False).eval()
                 use_kernels(placed, self.config)
                 self.replace_network(part, placed)
             else:

@@ -17,7 +17,6 @@ from transformers import (
     ByT5Tokenizer,
     CLIPTokenizer,
     Qwen2Tokenizer,
-    Qwen3VLProcessor,
     T5TokenizerFast,
 )
 
@@ -25,7 +24,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention, Words
 from vipo.generators.base import GeneratorError, checkpoint_location
-from vipo.generators.parts import load_part, model_index
+from vipo.generators.parts import model_index
 from vipo.generators.templates import Template
 from vipo.generators.texts import load_tokenizer
 
@@ -115,9 +114,7 @@ def _qwen_image_words(config: GeneratorConfig, root: Path, texts: Sequence[str])
 
 
 def _qwen_image_21_words(config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[list[int]]:
-    location = checkpoint_location(config, root)
-    processor = load_part(Qwen3VLProcessor.from_pretrained, location, "processor", config, weights=False)
-    template, dropped = templates.qwen_image_21(processor)
+    processor, template, dropped = templates.qwen_image_21(checkpoint_location(config, root), config)
     limit = config.max_sequence_length + dropped
     return [_read(processor.tokenizer, text, limit, template).among_valid(dropped) for text in texts]
 

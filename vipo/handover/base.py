@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import checkpoint_location
-from vipo.generators.parts import VARIANTS, model_index, variant_of
+from vipo.generators.parts import VARIANTS, model_index, named_parts, variant_of
 from vipo.handover.card import LICENCE_IDENTIFIER, Licence
 from vipo.handover.errors import ExportError
 
@@ -68,13 +68,7 @@ def find_base(config: GeneratorConfig, root: Path, base_model: str | None, train
     index = model_index(location, config.revision)
     if not isinstance(index.get("_class_name"), str):
         raise ExportError(f"{location}/model_index.json: names no class of diffusers; its own code is not handed over")
-    parts = (
-        ()
-        if trained is None
-        else tuple(
-            name for name, entry in index.items() if isinstance(entry, list) and entry[-1] and name not in trained
-        )
-    )
+    parts = () if trained is None else tuple(name for name in named_parts(index) if name not in trained)
     if isinstance(location, Path):
         return Base(location, index["_class_name"], parts, hub_id, None)
     wanted = ["*.md", "model_index.json", *_TERMS, *(f"{part}/{kind}" for part in parts for kind in _PARTS)]
