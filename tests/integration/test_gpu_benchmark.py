@@ -20,12 +20,14 @@ from benchmarks.gpu.options import OPTIONS, measure_options
 from benchmarks.gpu.planned import count_plans, over_plan, planned_bytes
 from benchmarks.gpu.real_size import measure_family
 from benchmarks.gpu.record import Record, read_figures
+from benchmarks.gpu.rehearsal.unloaded import unloaded_overrides
 from benchmarks.gpu.size import family_overrides
 from benchmarks.gpu.sizes import REAL
 from benchmarks.gpu.waits import host_waits, measure_waits
 from vipo.config.compose import load_config, repository_root
 from vipo.conformance.checks import EXACT, finding
 from vipo.conformance.table import CHECKS
+from vipo.generators.configured import resolve_class
 from vipo.tracking.timer import Timer
 from vipo.training.plan import plan
 from vipo.training.setup import set_up
@@ -240,3 +242,15 @@ def test_groups_of_one_and_of_two_learn_what_one_process_learns(tmp_path: Path) 
     # AdamW's first steps make much of a gradient that is nearly nothing, whatever its sign.
     assert {key: value for key, value in apart.items() if not value < 0.1 * moved} == {}
     assert figures["ddp.max_log_ratio_before_first_step"] == figures["fsdp.max_log_ratio_before_first_step"] == 0
+
+
+@pytest.mark.parametrize("name", ["sdxl", "qwen_image_21", "wan22_a14b"])
+def test_a_generators_memory_at_real_size_can_be_rehearsed(name: str, tmp_path: Path) -> None:
+    """Its run composes, and its prompts are what its network takes; the run itself takes a minute."""
+    config = load_config(unloaded_overrides(name, tmp_path, "cpu"))
+    adapter, root = resolve_class(config.generator), repository_root()
+    adapter.check(config.generator, root)
+    [row] = adapter.encode_prompts(config.generator, root, ["a fox"])
+    widths = adapter.conditioning_widths(config.generator, root)
+    assert {key: row[key].shape[-1] for key in widths} == widths
+    assert all(row[mask].min() == 1 for mask in adapter.masks)
