@@ -11,7 +11,7 @@ from vipo.commands.evaluation import compare, credit, evaluate, sample
 from vipo.commands.results import audit, crate, diff, export, published, registered, report, study, summarize, upload
 from vipo.commands.rewards import score_beside, serve_reward
 from vipo.commands.runs import base, check, check_generator, config, encode, plan, prepare, train
-from vipo.ending import Commands, end_plainly
+from vipo.ending import Commands, end_plainly, end_process
 from vipo.maps.commands import map_command, orientation
 from vipo.runtime import settle_runtime
 
@@ -49,5 +49,15 @@ def main() -> None:
     end_plainly(lambda: app([_expanded(argument) for argument in sys.argv[1:]]))
 
 
+def command() -> None:
+    """`main` of a process that has nothing else to do: it ends with it."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+        end_process()
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -55,6 +55,8 @@ def unloaded_overrides(name: str, folder: Path, device: str) -> list[str]:
             f"perception.backbone='{_DINO}'",
             "sampling.steps=3",
             *(("sampling.transition=ddim",) if noise else ()),
+            # Its guidance divides by the prediction's norm, and a ghost's is zero.
+            *(("generator.guidance_scale=1",) if name == "qwen_image" else ()),
             f"generator.family='{__name__}:{name}'",
             f"generator.path={folder / 'checkpoint'}",
             f"generator.device={device}",
