@@ -24,7 +24,7 @@ _SMALL_AUTOENCODER = {
 }
 
 
-def _small_sd3(dtype: str, training: tuple[str, ...]) -> Size:
+def _small_sd3(training: tuple[str, ...]) -> Size:
     return Size(
         family=f"{HERE}:RandomStableDiffusion3",
         parts={
@@ -43,7 +43,6 @@ def _small_sd3(dtype: str, training: tuple[str, ...]) -> Size:
             },
             "vae": _SMALL_AUTOENCODER,
         },
-        dtype=dtype,
         overrides=(
             *update_of(2, 4),
             *training,
@@ -72,7 +71,6 @@ TINY: Mapping[str, Size] = MappingProxyType(
                 },
                 "vae": _SMALL_AUTOENCODER,
             },
-            dtype="bfloat16",
             overrides=(
                 *update_of(2, 4),
                 *LORA,
@@ -94,7 +92,6 @@ TINY: Mapping[str, Size] = MappingProxyType(
                 },
                 "vae": {"base_dim": 4, "z_dim": 16, "dim_mult": [1] * 4, "num_res_blocks": 1},
             },
-            dtype="bfloat16",
             overrides=(
                 *update_of(1, 2),
                 *LORA,
@@ -104,9 +101,9 @@ TINY: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 in miniature",
         ),
-        "sd3_lora": _small_sd3("bfloat16", (*LORA, *evaluated(48, 2))),
-        "sd3_full": _small_sd3("float32", FULL),
-        "sd3_window": _small_sd3("bfloat16", (*LORA, *window(4))),
+        "sd3_lora": _small_sd3((*LORA, *evaluated(48, 2))),
+        "sd3_full": _small_sd3(FULL),
+        "sd3_window": _small_sd3((*LORA, *window(4))),
         "qwen_image_21": Size(
             family=f"{HERE}:RandomQwenImage21",
             parts={
@@ -124,7 +121,6 @@ TINY: Mapping[str, Size] = MappingProxyType(
                     **{"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
                 },
             },
-            dtype="bfloat16",
             overrides=(*update_of(2, 4), *LORA, *window(4), *_SMALL),
             setting="Qwen-Image 2.1 in miniature",
         ),

@@ -5,8 +5,7 @@ They are extensions by import path like any user's: ``generator.family=benchmark
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,35 +23,23 @@ from vipo.generators.stable_diffusion_3 import StableDiffusion3Generator
 from vipo.generators.wan import WanGenerator
 from vipo.perception.backbone import Backbone
 from vipo.perception.loading import TimmFeatures
+from vipo.rounding import hold_in_bf16
 
-_DTYPE = "dtype_of_network"
 _CLIP_TOKENS = 77
 
 
-def write_layout(folder: Path, parts: Mapping[str, Mapping[str, Any]], dtype: str) -> Path:
+def write_layout(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> Path:
     """A checkpoint's configurations without its weights.
 
     Args:
         folder: to be made.
         parts: by subfolder, the configuration of each part; what it leaves out is the class's default.
-        dtype: of the network's weights, such as ``bfloat16``.
     """
     for part, settings in parts.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(settings))
-    (folder / "model_index.json").write_text(json.dumps({_DTYPE: dtype}))
+    (folder / "model_index.json").write_text("{}")
     return folder
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, new floating point tensors are of `dtype`."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class RandomWeights(PipelineGenerator):
@@ -66,17 +53,18 @@ class RandomWeights(PipelineGenerator):
 
     @classmethod
     def load(cls, config: GeneratorConfig, root: Path) -> Self:
-        folder = root / config.path
-        index = json.loads((folder / "model_index.json").read_text())
-        dtypes = {cls.network_folder: getattr(torch, index[_DTYPE]), "vae": torch.float32}
         kinds = {cls.network_folder: cls.network_class, "vae": cls.autoencoders[cls.autoencoder_class]}
         parts = []
         for part, kind in kinds.items():
-            settings = json.loads((folder / part / "config.json").read_text())
-            with torch.random.fork_rng(), torch.device(config.device), default_dtype(dtypes[part]):
+            settings = json.loads((root / config.path / part / "config.json").read_text())
+            with torch.random.fork_rng(), torch.device(config.device):
                 torch.manual_seed(0)
                 parts.append(kind(**settings))
-        return cls(config, *parts)
+        network, vae = parts
+        # As a checkpoint's is: its norms and tables stay fp32, and decide what its blocks add up in.
+        if config.weights == "bf16":
+            hold_in_bf16(network)
+        return cls(config, network, vae)
 
     @classmethod
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -18,21 +18,19 @@ class Size:
     Attributes:
         family: import path of its class with random weights.
         parts: configurations of network and autoencoder.
-        dtype: of the network's weights.
         overrides: Hydra overrides; one prompt, few samples, one optimizer step.
         setting: what stands in the table.
     """
 
     family: str
     parts: Mapping[str, Mapping[str, Any]]
-    dtype: str
     overrides: tuple[str, ...]
     setting: str
 
 
 def family_overrides(size: Size, folder: Path, device: str) -> list[str]:
     """Hydra overrides of a run of `size` on `device`; its layout and prompts are written below `folder`."""
-    layout = write_layout(folder / "generator", size.parts, size.dtype)
+    layout = write_layout(folder / "generator", size.parts)
     return run_overrides(size.family, layout, folder, device, size.overrides)
 
 

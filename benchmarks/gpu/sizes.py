@@ -36,11 +36,10 @@ _SD35_MEDIUM = {
 }
 
 
-def _sd35_medium(dtype: str, training: tuple[str, ...], setting: str, learned: str = "4 trained, 4 samples") -> Size:
+def _sd35_medium(training: tuple[str, ...], setting: str, learned: str = "4 trained, 4 samples") -> Size:
     return Size(
         family=f"{HERE}:RandomStableDiffusion3",
         parts=_SD35_MEDIUM,
-        dtype=dtype,
         overrides=(
             *update_of(4, 4),
             *training,
@@ -62,7 +61,7 @@ REAL: Mapping[str, Size] = MappingProxyType(
     {
         # What is compared with others' images per GPU-hour.
         "sd3_window": _sd35_medium(
-            "bfloat16", (*LORA, *window(8)), "LoRA 16, frozen weights bf16", "a window of 2 trained, 8 samples"
+            (*LORA, *window(8)), "LoRA 16, frozen weights bf16", "a window of 2 trained, 8 samples"
         ),
         "flux": Size(
             family=f"{HERE}:RandomFlux",
@@ -71,7 +70,6 @@ REAL: Mapping[str, Size] = MappingProxyType(
                 "transformer": {"guidance_embeds": True, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
                 "vae": _FLUX_AUTOENCODER,
             },
-            dtype="bfloat16",
             overrides=(
                 *update_of(4, 4),
                 *LORA,
@@ -96,7 +94,6 @@ REAL: Mapping[str, Size] = MappingProxyType(
                 },
                 "vae": {},
             },
-            dtype="bfloat16",
             overrides=(
                 *update_of(9, 1),
                 # Of twice as many, two updates and what they are compared with would be longer than a step may take.
@@ -113,13 +110,12 @@ REAL: Mapping[str, Size] = MappingProxyType(
             ),
             setting="Wan 2.1 1.3 B, LoRA 16, frozen weights bf16, 240 x 416 x 53, CFG, 16 steps, 9 trained, 2 samples",
         ),
-        "sd3_full": _sd35_medium("float32", FULL, "all weights, fp32"),
-        "sd3_lora": _sd35_medium("bfloat16", (*LORA, *evaluated(1024, 20)), "LoRA 16, frozen weights bf16"),
+        "sd3_full": _sd35_medium(FULL, "all weights, fp32"),
+        "sd3_lora": _sd35_medium((*LORA, *evaluated(1024, 20)), "LoRA 16, frozen weights bf16"),
         "qwen_image_21": Size(
             family=f"{HERE}:RandomQwenImage21",
             # The classes' own defaults are Qwen-Image 2.1's.
             parts={"transformer": {"context_in_dim": 4096}, "vae": {}},
-            dtype="bfloat16",
             overrides=(
                 *update_of(2, 8),
                 *LORA,

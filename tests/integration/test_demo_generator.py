@@ -13,6 +13,7 @@ from tiny import TINY_PRETRAIN
 from vipo.config.compose import load_config, repository_root
 from vipo.config.pretrain import PretrainConfig
 from vipo.demo import scenes
+from vipo.demo.seen import check, read_scenes
 from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.generators.flux import FluxGenerator
@@ -48,8 +49,8 @@ def test_quality_on_held_out_captions() -> None:
         noise = keyed_normal([(0, "quality", number) for number, _, _ in part], generator.latent_shape)
         conditioning = stack_conditioning(encoded, [text for _, text, _ in part])
         clean = sample_ode(generator, conditioning, chain, noise)
-        for seen, (_, _, claim) in zip(scenes.read_scenes(generator.decode(clean)), part, strict=True):
-            checks = scenes.check(seen, claim)
+        for seen, (_, _, claim) in zip(read_scenes(generator.decode(clean)), part, strict=True):
+            checks = check(seen, claim)
             for kind in ("shape", "color", "background"):
                 right[kind] += checks[kind]
             right["all"] += checks["shape"] and checks["color"] and checks["background"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vipo.config.compose import load_config, repository_root
 from vipo.demo import motion, scenes
+from vipo.demo.seen import check, foreground, read_scenes
 from vipo.generators import load_generator
 from vipo.generators.embeddings import stack_conditioning
 from vipo.generators.wan import WanGenerator
@@ -23,10 +24,10 @@ KINDS = ("shape", "color", "background", "direction")
 
 def read(clip: Tensor, claim: motion.MovingShape) -> list[bool]:
     """Whether a clip ``(9, 3, 32, 32)`` shows in its first, middle and last frame what it should, and moves there."""
-    seen = scenes.read_scenes(F.interpolate(clip[list(FRAMES)], scale_factor=2, mode="bilinear"))
+    seen = read_scenes(F.interpolate(clip[list(FRAMES)], scale_factor=2, mode="bilinear"))
     wanted = {"objects": [{"shape": claim.shape, "color": claim.color}], "background": claim.background}
-    checks = [scenes.check(frame, wanted) for frame in seen]
-    mask = scenes.foreground(clip).float()
+    checks = [check(frame, wanted) for frame in seen]
+    mask = foreground(clip).float()
     axis = torch.arange(float(motion.SIZE))
     across, along = ((mask.sum(dim=dim) @ axis / mask.sum(dim=(1, 2))) for dim in (1, 2))
     way = np.array([across[-1] - across[0], along[-1] - along[0]])

@@ -359,6 +359,8 @@ def test_configurations_of_another_kind_are_told(
     told = r"a setting .* is not of the kind .*\(Type"
     if isinstance(content, str):
         told = "its configuration holds no mapping"
+    elif "latents_mean" in content:
+        told = "latents_mean 'x' is no list of numbers"
     with pytest.raises(GeneratorError, match=f"{folder}.*: {told}"):
         load_generator(generator_config("wan", folder), ROOT)
 

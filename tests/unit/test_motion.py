@@ -6,6 +6,7 @@ import torch
 
 from vipo.config.pretrain import PretrainConfig
 from vipo.demo import motion, scenes
+from vipo.demo.seen import foreground
 from vipo.generators.frames import causal_frame_groups
 from vipo.rewards import score
 from vipo.rewards.errors import RewardError
@@ -27,7 +28,7 @@ def test_the_shape_moves_as_its_caption_says(direction: str, step: tuple[int, in
     frames = _clip(direction)
     assert frames.shape == (motion.FRAMES, 3, motion.SIZE, motion.SIZE)
     places = []
-    for mask in scenes.foreground(frames):
+    for mask in foreground(frames):
         rows, columns = mask.nonzero(as_tuple=True)
         places.append([float(columns.double().mean()), float(rows.double().mean())])
     moved = np.diff(np.array(places), axis=0)
@@ -35,7 +36,7 @@ def test_the_shape_moves_as_its_caption_says(direction: str, step: tuple[int, in
     assert moved.mean(axis=0) == pytest.approx([1.25 * step[0], 1.25 * step[1]], abs=0.05)
     # The middle frame has it in the middle, and it never leaves the picture.
     assert places[motion.FRAMES // 2] == pytest.approx([15.5, 15.5], abs=0.01)
-    assert not scenes.foreground(frames)[:, :2].any()
+    assert not foreground(frames)[:, :2].any()
 
 
 def test_captions_name_shape_direction_and_background() -> None:
@@ -77,7 +78,7 @@ def test_late_redness_reads_the_later_half_alone() -> None:
     assert found.where.shape == (4, 9, 32, 32)
     assert causal_frame_groups(9)[-1] == range(5, 9)
     assert not found.where[:, :5].any()
-    assert torch.equal(found.where[0, 5:].bool(), scenes.foreground(red[5:]))
+    assert torch.equal(found.where[0, 5:].bool(), foreground(red[5:]))
 
 
 def test_late_redness_takes_clips() -> None:

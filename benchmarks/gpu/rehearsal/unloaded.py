@@ -4,15 +4,13 @@ Its parts are made on the device from their configurations, and its prompts are 
 numbers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.random_weights import default_dtype
 from benchmarks.gpu.size import run_overrides, update_of
 from benchmarks.plan_table import GENERATORS, write_checkpoint
 from vipo.config.compose import load_generator_sections
@@ -67,18 +65,12 @@ def unloaded_overrides(name: str, folder: Path, device: str) -> list[str]:
 def _made(
     cls: type[PipelineGenerator], config: GeneratorConfig, root: Path, location: Path | str, kinds: Mapping[str, Any]
 ) -> list[Any]:
-    return [
-        part_without_weights(kind, location, part, config, _random(config, of_network=part != "vae"))
-        for part, kind in kinds.items()
-    ]
-
-
-@contextmanager
-def _random(config: GeneratorConfig, *, of_network: bool) -> Iterator[None]:
-    dtype = torch.bfloat16 if of_network and config.weights == "bf16" else torch.float32
-    with torch.random.fork_rng(), torch.device(config.device), default_dtype(dtype):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        yield
+        return [
+            part_without_weights(kind, location, part, config, torch.device(config.device))
+            for part, kind in kinds.items()
+        ]
 
 
 def _drawn(
