@@ -17,6 +17,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.config.perception import PerceptionConfig
 from vipo.generators.base import NEGATIVE
 from vipo.generators.flux import FluxGenerator
+from vipo.generators.outline import conditioning_shapes
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.qwen_image_21 import QwenImage21Generator
 from vipo.generators.stable_diffusion_3 import StableDiffusion3Generator
@@ -24,8 +25,6 @@ from vipo.generators.wan import WanGenerator
 from vipo.perception.backbone import Backbone
 from vipo.perception.loading import TimmFeatures
 from vipo.rounding import hold_in_bf16
-
-_CLIP_TOKENS = 77
 
 
 def write_layout(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -68,24 +67,23 @@ class RandomWeights(PipelineGenerator):
 
     @classmethod
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        settings = json.loads((root / config.path / cls.network_folder / "config.json").read_text())
-        generator = torch.Generator().manual_seed(0)
-        shapes = cls.embedding_shapes(settings, config.max_sequence_length)
+        return random_conditioning(cls, config, root, texts)
 
-        def drawn() -> dict[str, Tensor]:
-            return {
-                # Each prompt as long as a prompt may be.
-                name: torch.ones(shape) if name in cls.masks else torch.randn(shape, generator=generator)
-                for name, shape in shapes.items()
-            }
 
-        guided = {NEGATIVE + name: value for name, value in drawn().items()} if cls.guides else {}
-        return [drawn() | guided for _ in texts]
+def random_conditioning(
+    kind: type[PipelineGenerator], config: GeneratorConfig, root: Path, texts: Sequence[str]
+) -> list[dict[str, Tensor]]:
+    """Conditioning of prompts, each as long as a prompt may be, of random numbers."""
+    generator, shapes = torch.Generator().manual_seed(0), conditioning_shapes(kind, config, root)
 
-    @classmethod
-    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
-        """Shape by name of what a prompt is encoded to, from the network's configuration."""
-        raise NotImplementedError
+    def drawn() -> dict[str, Tensor]:
+        return {
+            name: torch.ones(shape) if name in kind.masks else torch.randn(shape, generator=generator)
+            for name, shape in shapes.items()
+        }
+
+    negative = {NEGATIVE + name: value for name, value in drawn().items()} if kind.guides else {}
+    return [drawn() | negative for _ in texts]
 
 
 class RandomFlux(RandomWeights, FluxGenerator):
@@ -93,22 +91,11 @@ class RandomFlux(RandomWeights, FluxGenerator):
 
     autoencoder_class: ClassVar[Any] = "AutoencoderKL"
 
-    @classmethod
-    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "pooled_projections": (settings["pooled_projection_dim"],),
-            "encoder_hidden_states": (length, settings["joint_attention_dim"]),
-        }
-
 
 class RandomWan(RandomWeights, WanGenerator):
     """Wan 2.1."""
 
     autoencoder_class: ClassVar[Any] = "AutoencoderKLWan"
-
-    @classmethod
-    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (length, settings["text_dim"])}
 
 
 class RandomStableDiffusion3(RandomWeights, StableDiffusion3Generator):
@@ -116,25 +103,11 @@ class RandomStableDiffusion3(RandomWeights, StableDiffusion3Generator):
 
     autoencoder_class: ClassVar[Any] = "AutoencoderKL"
 
-    @classmethod
-    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "pooled_projections": (settings["pooled_projection_dim"],),
-            "encoder_hidden_states": (_CLIP_TOKENS + length, settings["joint_attention_dim"]),
-        }
-
 
 class RandomQwenImage21(RandomWeights, QwenImage21Generator):
     """Qwen-Image 2.1."""
 
     autoencoder_class: ClassVar[Any] = "AutoencoderKLQwenImage21"
-
-    @classmethod
-    def embedding_shapes(cls, settings: Mapping[str, Any], length: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "encoder_hidden_states": (length, settings["context_in_dim"]),
-            "encoder_hidden_states_mask": (length,),
-        }
 
 
 def dinov2_large(config: PerceptionConfig) -> Backbone:

@@ -208,13 +208,14 @@ class _Listener(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        named = dict(zip(names, args, strict=False)) | options
-        # A picture sees all of itself: what looks back alone is the text's.
-        if func is scaled_dot_product_attention and not named.get("is_causal"):
-            # In fp32, whatever the network runs in.
-            with torch.no_grad(), torch.autocast(named["query"].device.type, enabled=False):
-                self._note(named["query"], named["key"], named.get("attn_mask"), named.get("scale"))
+        if func is scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            named = dict(zip(names, args, strict=False)) | options
+            # A picture sees all of itself: what looks back alone is the text's.
+            if not named.get("is_causal"):
+                # In fp32, whatever the network runs in.
+                with torch.no_grad(), torch.autocast(named["query"].device.type, enabled=False):
+                    self._note(named["query"], named["key"], named.get("attn_mask"), named.get("scale"))
         return func(*args, **options)
 
 

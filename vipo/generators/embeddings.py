@@ -74,9 +74,8 @@ def encoder_hashes(config: GeneratorConfig, root: Path) -> dict[str, str]:
     if not isinstance(location, Path):
         return {}
     found, named = {}, resolve_class(config).prompt_tokenizers or ()
-    for folder in sorted(path for path in location.iterdir() if path.is_dir()):
-        if not folder.name.startswith(_ENCODERS) and folder.name not in named:
-            continue
+    read = (path for path in location.iterdir() if path.name.startswith(_ENCODERS) or path.name in named)
+    for folder in sorted(path for path in read if path.is_dir()):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         listed = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         found[folder.name] = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

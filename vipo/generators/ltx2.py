@@ -16,6 +16,7 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
 from vipo.generators.frames import configured_frame_groups
+from vipo.generators.packing import flat_tokens, from_flat_tokens
 from vipo.generators.parts import load_part, part_settings
 from vipo.generators.pipeline import PipelineGenerator
 from vipo.generators.texts import load_text_encoder, rows, with_negative
@@ -121,11 +122,11 @@ class LTX2Generator(PipelineGenerator):
 
     @classmethod
     def to_stock(cls, latents: Tensor) -> Tensor:
-        return latents.flatten(2).transpose(1, 2)
+        return flat_tokens(latents)
 
     @classmethod
     def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
-        return stepped.transpose(1, 2).reshape(shape)
+        return from_flat_tokens(stepped, shape)
 
     @classmethod
     @torch.no_grad()

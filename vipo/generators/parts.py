@@ -70,6 +70,11 @@ def fetched(location: Path | str, part: str, config: GeneratorConfig) -> Path:
 
     transformers' own loading by a hub id asks for files that are not there, which a cache cannot know.
 
+    Args:
+        location: folder or hub id.
+        part: its subfolder, or a pattern of several.
+        config: section `generator`.
+
     Raises:
         GeneratorError: it is not in the cache, and cannot be fetched.
     """

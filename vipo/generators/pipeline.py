@@ -268,6 +268,14 @@ class PipelineGenerator(GuidedNetworks):
         self.check_size(scale * patch)
         self.latent_shape = (channels, self.config.height // scale, self.config.width // scale)
 
+    def latent_scales(self, sides: int) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels that the autoencoder names, ``(C, 1, ...)`` with `sides` ones."""
+        mean, std = (
+            torch.tensor(values, device=self.device).view(-1, *[1] * sides)
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        return mean, std
+
     def check_size(self, multiple: int) -> None:
         """Refuse a height or width in pixels that is no multiple.
 

@@ -16,7 +16,7 @@ from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, checkpoint_location
 from vipo.generators.packing import pack_latents, unpack_latents
 from vipo.generators.pipeline import PipelineGenerator
-from vipo.generators.texts import load_text_encoder, padded, with_negative
+from vipo.generators.texts import load_text_encoder, padded_rows, with_negative
 from vipo.generators.variants import refuse_channels, refuse_settings
 from vipo.generators.words import QWEN_IMAGE
 
@@ -31,8 +31,29 @@ _NEEDS: Mapping[str, str] = MappingProxyType(
 _SEQUENCE = "encoder_hidden_states"
 
 
-class QwenImageGenerator(PipelineGenerator):
-    """Qwen-Image; `generator.guidance_scale` is the stock pipeline's ``true_cfg_scale``."""
+class QwenGenerator(PipelineGenerator):
+    """What Qwen-Image and 2.1 share; `generator.guidance_scale` is the stock pipelines' ``true_cfg_scale``."""
+
+    def __init__(self, config: GeneratorConfig, network: Any, vae: Any) -> None:
+        super().__init__(config, network, vae)
+        self._mean, self._std = self.latent_scales(2)
+
+    @classmethod
+    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
+        # Without a negative prompt, the stock pipeline is not guided.
+        return {
+            "guidance_scale": None,
+            "true_cfg_scale": config.guidance_scale,
+            "negative_prompt": config.negative_prompt,
+        }
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pictures = self.vae.decode((latents * self._std + self._mean).unsqueeze(2), return_dict=False)[0][:, :, 0]
+        return self.opaque((pictures.float() / 2 + 0.5).clamp(0, 1))
+
+
+class QwenImageGenerator(QwenGenerator):
+    """Qwen-Image."""
 
     text_attention: ClassVar[TextAttention | None] = QWEN_IMAGE
     pipeline_class: ClassVar[Any] = QwenImagePipeline
@@ -48,10 +69,6 @@ class QwenImageGenerator(PipelineGenerator):
         scale = 2 ** len(vae.config.temperal_downsample)
         self.check_size(2 * scale)
         self.latent_shape = (network.config.in_channels // 4, config.height // scale, config.width // scale)
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
 
     @classmethod
     def to_stock(cls, latents: Tensor) -> Tensor:
@@ -71,15 +88,6 @@ class QwenImageGenerator(PipelineGenerator):
         )
 
     @classmethod
-    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
-        # Without a negative prompt, the stock pipeline is not guided.
-        return {
-            "guidance_scale": None,
-            "true_cfg_scale": config.guidance_scale,
-            "negative_prompt": config.negative_prompt,
-        }
-
-    @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, length = checkpoint_location(config, root), config.max_sequence_length
@@ -97,9 +105,7 @@ class QwenImageGenerator(PipelineGenerator):
 
         def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             found, mask = pipeline.encode_prompt(prompts, config.device, max_sequence_length=length)
-            # No mask where none is shorter than the longest.
-            lengths = [found.shape[1]] * len(found) if mask is None else mask.sum(dim=1).tolist()
-            return [padded(one[:own], length, _SEQUENCE) for one, own in zip(found, lengths, strict=True)]
+            return padded_rows(found, mask, length, _SEQUENCE)
 
         return with_negative(encode, texts, config)
 
@@ -121,7 +127,3 @@ class QwenImageGenerator(PipelineGenerator):
     def combined(self, without: Tensor, wanted: Tensor, scale: float) -> Tensor:
         found = super().combined(without, wanted, scale)
         return found * (wanted.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        pictures = self.vae.decode((latents * self._std + self._mean).unsqueeze(2), return_dict=False)[0][:, :, 0]
-        return (pictures.float() / 2 + 0.5).clamp(0, 1)

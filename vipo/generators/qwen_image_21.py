@@ -15,9 +15,10 @@ from vipo.config.generator import GeneratorConfig
 from vipo.generators import templates
 from vipo.generators.attention import TextAttention
 from vipo.generators.base import Conditioning, GeneratorError, checkpoint_location
-from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.packing import flat_tokens, from_flat_tokens
+from vipo.generators.qwen_image import QwenGenerator
 from vipo.generators.qwen_image_21_forward import as_text_to_picture
-from vipo.generators.texts import load_text_encoder, padded, shown, with_negative
+from vipo.generators.texts import load_text_encoder, padded_rows, shown, with_negative
 from vipo.generators.variants import refuse_channels
 from vipo.generators.words import QWEN_IMAGE_21
 
@@ -28,11 +29,8 @@ _SEQUENCE = "encoder_hidden_states"
 _SCALE = 16
 
 
-class QwenImage21Generator(PipelineGenerator):
-    """Qwen-Image 2.1, text to picture; `generator.guidance_scale` is the stock pipeline's ``true_cfg_scale``.
-
-    Its pictures are shown on white, where they are transparent.
-    """
+class QwenImage21Generator(QwenGenerator):
+    """Qwen-Image 2.1, text to picture; where its pictures are transparent, they are shown on white."""
 
     text_attention: ClassVar[TextAttention | None] = QWEN_IMAGE_21
     prompt_tokenizers: ClassVar[Sequence[str] | None] = ("processor",)
@@ -49,10 +47,6 @@ class QwenImage21Generator(PipelineGenerator):
         super().__init__(config, network, vae)
         self.check_size(2 * _SCALE)
         self.latent_shape = (network.config.in_channels, config.height // _SCALE, config.width // _SCALE)
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
 
     @classmethod
     def prepared(cls, network: Any) -> Any:
@@ -60,11 +54,11 @@ class QwenImage21Generator(PipelineGenerator):
 
     @classmethod
     def to_stock(cls, latents: Tensor) -> Tensor:
-        return latents.flatten(2).transpose(1, 2)
+        return flat_tokens(latents)
 
     @classmethod
     def from_stock(cls, stepped: Tensor, shape: torch.Size) -> Tensor:
-        return stepped.transpose(1, 2).reshape(shape)
+        return from_flat_tokens(stepped, shape)
 
     @classmethod
     def opaque(cls, pictures: Tensor) -> Tensor:
@@ -105,15 +99,6 @@ class QwenImage21Generator(PipelineGenerator):
             )
 
     @classmethod
-    def stock_arguments(cls, config: GeneratorConfig) -> Mapping[str, object]:
-        # Without a negative prompt, the stock pipeline is not guided.
-        return {
-            "guidance_scale": None,
-            "true_cfg_scale": config.guidance_scale,
-            "negative_prompt": config.negative_prompt,
-        }
-
-    @classmethod
     @torch.no_grad()
     def encode_prompts(cls, config: GeneratorConfig, root: Path, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         location, length = checkpoint_location(config, root), config.max_sequence_length
@@ -126,15 +111,14 @@ class QwenImage21Generator(PipelineGenerator):
             (Qwen2Tokenizer, "processor"),
             (Qwen3VLForConditionalGeneration, "text_encoder"),
             [*texts, config.negative_prompt],
-            template=template,
+            length + dropped,
+            template,
         )
         pipeline = QwenImage21Pipeline(None, None, encoder, processor, None)
 
         def encode(prompts: list[str]) -> list[dict[str, Tensor]]:
             found, mask, _ = pipeline.encode_prompt(prompts, device=torch.device(config.device))
-            # No mask where none is shorter than the longest.
-            lengths = [found.shape[1]] * len(found) if mask is None else mask.sum(dim=1).tolist()
-            return [padded(one[:own], length, _SEQUENCE) for one, own in zip(found, lengths, strict=True)]
+            return padded_rows(found, mask, length, _SEQUENCE)
 
         return with_negative(encode, texts, config)
 
@@ -144,10 +128,6 @@ class QwenImage21Generator(PipelineGenerator):
             return velocity
 
         return self.guided(call, latents, time, conditioning)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        pictures = self.vae.decode((latents * self._std + self._mean).unsqueeze(2), return_dict=False)[0][:, :, 0]
-        return self.opaque((pictures.float() / 2 + 0.5).clamp(0, 1))
 
 
 def _check_prompt(key: str, text: str, processor: Any, read: str, dropped: int, config: GeneratorConfig) -> None:

@@ -13,6 +13,8 @@ from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
+from vipo.generators.packing import flat_tokens, from_flat_tokens
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, ``(B, S, 1, d / 2)``, of what each token's pairs of channels are turned by."""
 
@@ -44,7 +46,7 @@ class _TextToPicture(QwenImage21Transformer2DModel):
         """
         height, width = latents.shape[-2:]
         text = self.txt_in(encoder_hidden_states)
-        picture = self.img_in(latents.flatten(2).transpose(1, 2))
+        picture = self.img_in(flat_tokens(latents))
         words, tokens = text.shape[1], picture.shape[1]
         joint = torch.cat([text, picture], dim=1)
         # The last row is that of the words, at noise level 0.
@@ -60,7 +62,7 @@ class _TextToPicture(QwenImage21Transformer2DModel):
             else:
                 joint = block(*given)
         velocity = self.proj_out(self.norm_out(joint[:, words:], embedded[:-1]))
-        return (velocity.transpose(1, 2).unflatten(2, (height, width)),)
+        return (from_flat_tokens(velocity, (*velocity.shape[::2], height, width)),)
 
 
 # As it stands in files.

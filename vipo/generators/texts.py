@@ -181,6 +181,12 @@ def padded(sequence: Tensor, length: int, name: str) -> dict[str, Tensor]:
     }
 
 
+def padded_rows(sequences: Tensor, mask: Tensor | None, length: int, name: str) -> list[dict[str, Tensor]]:
+    """Of each prompt of a batch ``(B, L, D)``, as `padded`; without a mask, all are as long as the longest."""
+    lengths = [sequences.shape[1]] * len(sequences) if mask is None else mask.sum(dim=1).tolist()
+    return [padded(one[:own], length, name) for one, own in zip(sequences, lengths, strict=True)]
+
+
 def token_ids(tokenizer: Any, texts: Sequence[str], limit: int, device: str) -> Tensor:
     """Tokens of prompts, cut or padded to `limit`: ``(B, limit)`` int64 on `device`."""
     read = tokenizer(list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from vipo.config.generator import GeneratorConfig
 from vipo.generators.base import GeneratorError, checkpoint_location
 from vipo.generators.configured import resolve_class
+from vipo.generators.parts import fetched
 
 
 def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
@@ -22,10 +21,8 @@ def token_counter(config: GeneratorConfig, root: Path) -> Callable[[str], int]:
     named = resolve_class(config).prompt_tokenizers
     names = ("tokenizer*",) if named is None else named
     try:
-        if not isinstance(location, Path):
-            patterns = [f"{name}/*" for name in names]
-            location = Path(snapshot_download(location, revision=config.revision, allow_patterns=patterns))
-        folders = sorted(path for name in names for path in location.glob(name) if path.is_dir())
+        found = (path for name in names for path in fetched(location, name, config).glob(name))
+        folders = sorted(path for path in found if path.is_dir())
         tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
     except (OSError, ValueError) as error:
         raise GeneratorError(f"{config.path}: its tokenizers cannot be loaded ({error})") from error

@@ -57,10 +57,7 @@ class WanGenerator(PipelineGenerator):
         self.latent_shape = (channels, len(self.frame_groups), config.height // space, config.width // space)
         patches = zip(self.latent_shape[1:], network.config.patch_size, strict=True)
         self._tokens = math.prod(side // patch for side, patch in patches)
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-            for values in (settings.latents_mean, settings.latents_std)
-        )
+        self._mean, self._std = self.latent_scales(3)
 
     @classmethod
     def check_parts(cls, location: Path | str, network: Any, vae: Any) -> None:

@@ -4,20 +4,18 @@ Its parts are made on the device from their configurations, and its prompts are 
 numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.gpu.random_weights import random_conditioning
 from benchmarks.gpu.size import run_overrides, update_of
 from benchmarks.plan_table import GENERATORS, write_checkpoint
 from vipo.config.compose import load_generator_sections
 from vipo.config.generator import GeneratorConfig
-from vipo.generators.base import NEGATIVE
 from vipo.generators.configured import resolve_class
-from vipo.generators.outline import conditioning_shapes
 from vipo.generators.parts import part_without_weights
 from vipo.generators.pipeline import PipelineGenerator
 
@@ -28,7 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in GENERATORS:
         raise AttributeError(name)
     adapter = resolve_class(load_generator_sections([f"generator={name}"])[0])
-    own = {"load_parts": classmethod(_made), "encode_prompts": classmethod(_drawn)}
+    own = {"load_parts": classmethod(_made), "encode_prompts": classmethod(random_conditioning)}
     return type(adapter.__name__, (adapter,), own)
 
 
@@ -71,19 +69,3 @@ def _made(
             part_without_weights(kind, location, part, config, torch.device(config.device))
             for part, kind in kinds.items()
         ]
-
-
-def _drawn(
-    cls: type[PipelineGenerator], config: GeneratorConfig, root: Path, texts: Sequence[str]
-) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = conditioning_shapes(cls, config, root)
-
-    def drawn() -> dict[str, Tensor]:
-        return {
-            name: torch.ones(shape) if name in cls.masks else torch.randn(shape, generator=generator)
-            for name, shape in shapes.items()
-        }
-
-    negative = {NEGATIVE + name: value for name, value in drawn().items()} if cls.guides else {}
-    return [drawn() | negative for _ in texts]
