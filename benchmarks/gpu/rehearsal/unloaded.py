@@ -53,9 +53,6 @@ def unloaded_overrides(name: str, folder: Path, device: str) -> list[str]:
             *(("sampling.transition=ddim",) if noise else ()),
             # Its guidance divides by the prediction's norm, and a ghost's is zero.
             *(("generator.guidance_scale=1",) if name == "qwen_image" else ()),
-            f"generator.family='{__name__}:{name}'",
-            f"generator.path={folder / 'checkpoint'}",
-            f"generator.device={device}",
         ),
     )
 
