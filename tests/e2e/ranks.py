@@ -4,10 +4,10 @@
 
 JOBS is a JSON list of the arguments of `train`. Beside world, results and overrides: ``stop_at`` n lets SIGTERM reach
 the last rank alone when it has made update n; ``kill_at`` n kills all ranks then; ``parts`` takes the parts of an
-update instead, and writes them to that file; ``memory`` is how many MiB a rank may take beyond what it has when it
-begins; ``hang_at`` n lets the last rank hang in the n-th call of learning until the first rank has ended; ``full_at``
-[r, n] lets the disk be full when rank r writes tensors for the n-th time. Prints the exit statuses of each job's ranks
-as a JSON line.
+update instead, and writes them to that file, and with ``alike`` grades all samples of its first prompt alike;
+``memory`` is how many MiB a rank may take beyond what it has when it begins; ``hang_at`` n lets the last rank hang in
+the n-th call of learning until the first rank has ended; ``full_at`` [r, n] lets the disk be full when rank r writes
+tensors for the n-th time. Prints the exit statuses of each job's ranks as a JSON line.
 """
 
 import errno
@@ -55,6 +55,21 @@ def parts_of_an_update(setup: Any, number: int) -> dict[str, Tensor]:
     metrics = room.update(setup, number)
     found["threads"] = torch.tensor(torch.get_num_threads())
     return found | {f"metric/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+
+
+def grade_alike(setup: Any, number: int) -> None:
+    """Let one of an update's groups have equal rewards."""
+    from vipo.training.samples import update_prompts
+
+    config = setup.config
+    first = update_prompts(setup.prompts, config.seed, number, config.training.prompts_per_update)[0].text
+    (name, sound), *_ = setup.rewards.items()
+
+    def graded(images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
+        scores = sound(images, prompts, metadata).scores
+        return scores.masked_fill(torch.tensor([text == first for text in prompts]), 0.5)
+
+    setup.rewards[name] = graded
 
 
 def hang(call: int, other: int) -> None:
@@ -108,7 +123,7 @@ def fill_disk(call: int) -> None:
     checkpoints.save_file = full
 
 
-def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -> int:
+def work(config: Any, experiment: Path, parts: str | None, memory: int | None, alike: bool) -> int:
     """What one rank does; its exit status."""
     from vipo.config.compose import repository_root
     from vipo.errors import Preempted
@@ -127,6 +142,8 @@ def work(config: Any, experiment: Path, parts: str | None, memory: int | None) -
             train_run(config, repository_root(), experiment)
         else:
             setup = set_up(config, repository_root(), experiment)
+            if alike:
+                grade_alike(setup, 1)
             found = parts_of_an_update(setup, 1)
             if setup.distribution.is_main:
                 save_file({name: value.contiguous() for name, value in found.items()}, parts)
@@ -163,7 +180,7 @@ def train(world: int, results: Path, overrides: list[str], **spec: Any) -> list[
                 signal_after(spec["kill_at"], signal.SIGKILL, children)
             if spec.get("full_at", [None])[0] == rank:
                 fill_disk(spec["full_at"][1])
-            status = work(config, results / "demo", spec.get("parts"), spec.get("memory"))
+            status = work(config, results / "demo", spec.get("parts"), spec.get("memory"), "alike" in spec)
             sys.stderr.flush()
             os._exit(status)
         children.append(child)

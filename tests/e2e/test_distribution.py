@@ -115,6 +115,7 @@ def _largest_difference(a: Path, b: Path) -> float:
 def test_an_update_is_the_same_on_any_number_of_processes(
     prepared: Path, overrides: list[str], tmp_path: Path, ranks: Ranks, options: list[str]
 ) -> None:
+    """Without options, half of the micro-batches have no gradient: of two processes both have one, of four two."""
     jobs: list[dict[str, Any]] = []
     # With the options, each number of processes and each strategy once.
     worlds = [(1, "ddp"), (2, "fsdp"), (4, "ddp")]
@@ -125,12 +126,15 @@ def test_an_update_is_the_same_on_any_number_of_processes(
         results, parts = tmp_path / f"{world}{strategy}", tmp_path / f"{world}{strategy}.safetensors"
         chosen = [*overrides, *options, f"training.threads={threads}", f"distribution.strategy={strategy}"]
         jobs.append({"world": world, "results": results, "overrides": chosen, "parts": parts})
+        if not options:
+            jobs[-1]["alike"] = True
         shutil.copytree(prepared, results)
     assert ranks(*jobs, started=not options) == [[0] * world for world, _ in worlds]
     found = {job["parts"].stem: load_file(job["parts"]) for job in jobs}
     alone = found.pop("1ddp")
     assert float(alone["latents"].std()) > 0.5
     assert sum(name.startswith("gradient/1/") for name in alone) > 5
+    assert float(alone["metric/group/zero_std_share"]) == (0 if options else 0.5)
     largest = max(float(value.abs().max()) for name, value in alone.items() if name.startswith("gradient/"))
     for parts in found.values():
         assert parts.keys() == alone.keys()

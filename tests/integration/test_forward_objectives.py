@@ -28,7 +28,7 @@ from vipo.stages import encode_stage, prepare_stage
 from vipo.training import run as run_module
 from vipo.training import update as update_module
 from vipo.training.errors import TrainingError
-from vipo.training.learn import Lesson
+from vipo.training.lesson import Lesson
 from vipo.training.run import train
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity

@@ -20,7 +20,8 @@ from vipo.imports import check_imports
 from vipo.objectives import ObjectiveError
 from vipo.training import run as run_module
 from vipo.training.errors import TrainingError
-from vipo.training.learn import Place, outcomes_of
+from vipo.training.learn import outcomes_of
+from vipo.training.lesson import Place
 from vipo.training.setup import Setup, set_up
 from vipo.training.state import run_identity
 from vipo.training.update import assign_credit, choose_lesson, form_advantages, roll_out, score_samples, update

@@ -29,7 +29,8 @@ from vipo.training import run as run_module
 from vipo.training.checkpoints import load_checkpoint
 from vipo.training.consistency import check_consistency
 from vipo.training.errors import TrainingError
-from vipo.training.learn import Lesson, Place, learn, outcomes_of, reference_predictions
+from vipo.training.learn import learn, outcomes_of, reference_predictions
+from vipo.training.lesson import Lesson, Place
 from vipo.training.recorded import train_run
 from vipo.training.samples import MicroBatch, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
@@ -115,6 +116,57 @@ def test_controls_share_the_rollout_and_differ_in_the_map(prepared: Path, tiny_o
     assert first["vipo"]["map/entropy"] < first["group_map"]["map/entropy"] < 1
     assert first["vipo_mean"]["map/mean"] == pytest.approx(1, rel=1e-5)
     assert first["oracle"]["map/mean"] != pytest.approx(first["vipo"]["map/mean"], rel=1e-3)
+
+
+# ---- what has no gradient --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["arm=vipo"],
+        ["arm=flow_grpo", "objective.kl_weight=0"],
+        ["arm=awm", "objective.kl_weight=0", "objective.anchor_weight=0"],
+    ],
+    ids=["vipo", "flow_grpo", "awm"],
+)
+@pytest.mark.parametrize("equal", [1, 2])
+def test_a_micro_batch_without_gradient_is_not_called_and_no_bit_moves(
+    prepared: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, options: list[str], equal: int
+) -> None:
+    """Of one group, or both, all rewards are equal; an optimizer step without any gradient is made as it is planned."""
+    found = []
+    for leaves_out in (True, False):
+        setup = _setup(prepared, tiny_overrides, *options, "training.micro_batch=2")
+        prompts = sorted({prompt.text for prompt in update_prompts(setup.prompts, setup.config.seed, 1, 2)})[:equal]
+
+        def graded(images: Tensor, texts: list[str], metadata: Any, alike: list[str] = prompts) -> Tensor:
+            own = torch.tensor([text in alike for text in texts])
+            return torch.where(own, 0.4, images.flatten(1).mean(dim=1))
+
+        setup.rewards["object_redness"] = graded
+        if not leaves_out:
+            monkeypatch.setattr(type(setup.objective), "only_advantages", False)
+        calls: list[int] = []
+        inner = setup.generator.predict
+
+        def counted(*arguments: Any, inner: Any = inner, calls: list[int] = calls, **more: Any) -> Tensor:
+            calls.append(int(torch.is_grad_enabled()))
+            found: Tensor = inner(*arguments, **more)
+            return found
+
+        monkeypatch.setattr(setup.generator, "predict", counted)
+        metrics = update(setup, 1)
+        assert metrics["group/zero_std_share"] == equal / 2
+        found.append((sum(calls), metrics, {name: value.detach().clone() for name, value in setup.trainable.items()}))
+    (called, first, weights), (all_calls, second, others) = found
+    assert called == (all_calls // 2 if equal == 1 else all_calls)
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert [first[name] for name in ("loss", "grad/norm")] == [second[name] for name in ("loss", "grad/norm")]
+    # Those by transition are of the transitions that were called.
+    of_all = {name for name in second if not name.startswith("clip/share_t")}
+    assert of_all == {name for name in first if not name.startswith("clip/share_t")}
+    assert (first["grad/norm"] > 0) == (equal == 1)
 
 
 # ---- KL to the generator as it was ----------------------------------------------------------------

@@ -15,6 +15,7 @@ from vipo.objectives import Advantages, best_and_worst
 from vipo.prompts import Prompt
 from vipo.sampling.rollout import Trajectory
 from vipo.training import learn
+from vipo.training.lesson import Lesson, Place
 from vipo.training.samples import (
     MicroBatch,
     TrainingError,
@@ -187,10 +188,10 @@ def test_the_advantages_of_a_loss_are_picked_by_indices_that_are_on_the_device_b
     chains = Trajectory(*(torch.zeros(2, 4, 1, 2, 2) for _ in range(2)), torch.zeros(2, 1, 2, 2))
     batches = [MicroBatch(rows, {}, chains, steps[:, None]) for rows in ((3, 1), (0, 5))]
     indexed = whole.as_subclass(_Indexed)
-    lesson = learn.Lesson(1, batches, Advantages(indexed, whole[:, 0] if by_transition else whole, indexed), [])
+    lesson = Lesson(1, batches, Advantages(indexed, whole[:, 0] if by_transition else whole, indexed), [])
     _Indexed.asked.clear()
     for _ in range(2):
-        found = learn._advantages(lesson, learn.Place(1, 0, 0), steps)
+        found = learn._advantages(lesson, Place(1, 0, 0), steps)
         expected = torch.stack([whole[0, 2], whole[5, 0]]) if by_transition else whole[[0, 5]]
         assert found.weights is not None
         assert torch.equal(found.values.as_subclass(Tensor), expected)

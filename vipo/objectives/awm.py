@@ -34,6 +34,11 @@ class Awm(ForwardObjective):
         """A slow average of the trained weights; of no weight it is not kept."""
         return {"anchor": self.options.anchor} if self.options.anchor_weight > 0 else {}
 
+    @property
+    def only_advantages(self) -> bool:
+        """Without those divergences."""
+        return not self.needs_reference and not self.keeps
+
     def __call__(self, share: Share, points: Points, predictions: Predictions, advantages: Advantages) -> Outcome:
         """The loss of one ratio a sample, and the divergences to the generator as it was and to the anchor."""
         options, new, old = self.options, predictions.new, predictions.old

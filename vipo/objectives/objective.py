@@ -115,6 +115,8 @@ class Objective(Part, ABC):
             'none', all transitions may be drawn as `Share.steps`, of the others those that draw noise.
         needs_old: whether the policy that sampled is evaluated at the points (before the first optimizer step).
         needs_reference: whether the generator as it was is, beside every call of the trained policy.
+        only_advantages: whether samples whose advantages are all 0 have no gradient, so that the network need not be
+            called for a micro-batch of them.
         keeps: policies that follow the trained one slowly, and how: 'sampler' samples, and is `Predictions.old`, in the
             trained one's place; 'anchor' is `Predictions.anchor`, evaluated before the first optimizer step.
     """
@@ -128,6 +130,11 @@ class Objective(Part, ABC):
 
     @property
     def needs_reference(self) -> bool:
+        """See the class."""
+        return False
+
+    @property
+    def only_advantages(self) -> bool:
         """See the class."""
         return False
 
@@ -159,7 +166,7 @@ def load_objective(config: ObjectiveConfig) -> Objective:
         ObjectiveError: an import path is none, or names no `Objective`.
         ConfigError: an option of an import path's objective is wrong.
     """
-    methods = ("needs_old", "needs_reference", "points", "__call__")
+    methods = ("needs_old", "needs_reference", "only_advantages", "points", "__call__")
     base: type[Objective] = Objective  # type: ignore[type-abstract]
     found = load_part(config, OBJECTIVES, base, methods, ObjectiveError, "objective", "objective")
     if found.needs not in (known := get_args(Needs)):

@@ -31,6 +31,11 @@ class Surrogate(Objective):
         """For its KL divergence."""
         return self.options.kl_weight > 0
 
+    @property
+    def only_advantages(self) -> bool:
+        """Without that divergence."""
+        return not self.needs_reference
+
     def points(self, share: Share) -> Points:
         """The state that the transition started from."""
         return Points(share.trajectory.at(share.steps)[0], share.chain.times[share.steps])

@@ -3,8 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,43 +19,11 @@ from vipo.training.consistency import check_consistency
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.joined import predict_joined
+from vipo.training.lesson import Lesson, Place, places, with_gradient
 from vipo.training.observed import Observed
 from vipo.training.optimizers import learning_rate, set_learning_rate
 from vipo.training.samples import MicroBatch, Sample, named
 from vipo.training.setup import Setup
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What an update learns from.
-
-    Attributes:
-        number: of the update.
-        batches: this process's, the first share of them for the first optimizer step, and so on.
-        advantages: of all samples, on the device.
-        samples: all N of the update.
-    """
-
-    number: int
-    batches: list[MicroBatch]
-    advantages: Advantages
-    samples: list[Sample]
-
-    @cached_property
-    def rows(self) -> list[Tensor]:
-        """Of each micro-batch, which samples it holds, ``(B,)`` on the device: the host waits for it once an update."""
-        whole = torch.tensor([row for batch in self.batches for row in batch.rows])
-        return list(whole.to(self.advantages.values.device).split([len(batch.rows) for batch in self.batches]))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which loss of an update: a micro-batch by its place in the lesson, one of its trained transitions, an epoch."""
-
-    batch: int
-    slot: int
-    epoch: int
-
 
 Call = tuple[Tensor, MicroBatch, Tensor]
 """One loss of a backward pass: its value, its micro-batch, and the transition ``(B,)`` of each sample."""
@@ -75,46 +42,33 @@ def learn(setup: Setup, lesson: Lesson) -> dict[str, float]:
     seen, config = Observed(setup.config.sampling.steps - 1, setup.device), setup.config
     rate = learning_rate(config.optimizer, lesson.number, config.training.updates)
     set_learning_rate(setup.optimizer, rate)
-    steps = places(setup, lesson)
+    planned = places(setup, lesson)
+    steps, told = with_gradient(setup, lesson, planned)
     old, anchor = old_predictions(setup, lesson, steps), anchor_predictions(setup, lesson, steps)
     for step, own in enumerate(steps):
         calls: list[Call] = []
-        losses = sum(map(len, own))
+        losses = sum(map(len, planned[step]))
         for number, joined in enumerate(own):
             setup.distribution.meetings.at(lesson.number, step + 1, number + 1)
             batch = lesson.batches[joined[0].batch]
             with setup.distribution.gradients(setup.generator.network, number == len(own) - 1):
                 parts = []
                 for place, outcome in zip(joined, outcomes_of(setup, lesson, joined, old, anchor), strict=True):
-                    which = batch.steps[:, place.slot]
+                    which, counts = batch.steps[:, place.slot], place.batch in told
                     if step == 0:
-                        seen.before_first_step(outcome, losses, _consistent(setup, lesson, outcome, batch, which))
+                        largest = _consistent(setup, lesson, outcome, batch, which)
+                        seen.before_first_step(outcome, largest, counts=counts)
                     else:
-                        seen.after_first_step(outcome, which)
-                    seen.note(outcome)
+                        seen.after_first_step(outcome, which, counts=counts)
+                    seen.note(outcome, counts=counts)
                     parts.append(outcome.loss / losses)
                     calls.append((parts[-1].detach(), batch, which))
                 sum(parts[1:], parts[0]).backward()
         total, norm = take_step(setup, lesson, calls, step)
         seen.losses.append(total)
         seen.norms.append(norm)
-    told = {} if config.optimizer.is_constant else {"optimizer/learning_rate": rate}
-    return seen.metrics(setup.distribution) | told
-
-
-def places(setup: Setup, lesson: Lesson) -> list[list[list[Place]]]:
-    """The losses of each optimizer step, in order; those whose network calls are one stand together."""
-    training = setup.config.training
-    per_step, together = len(lesson.batches) // training.optimizer_steps_per_update, training.joined_transitions
-    return [
-        [
-            [Place(batch, slot, epoch) for slot in range(first, first + together)]
-            for batch in range(step * per_step, (step + 1) * per_step)
-            for first in range(0, training.trained_transitions, together)
-        ]
-        for epoch in range(training.epochs)
-        for step in range(training.optimizer_steps_per_update)
-    ]
+    rates = {} if config.optimizer.is_constant else {"optimizer/learning_rate": rate}
+    return seen.metrics(setup.distribution) | rates
 
 
 def share_of(setup: Setup, lesson: Lesson, place: Place) -> Share:

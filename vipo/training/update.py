@@ -31,7 +31,8 @@ from vipo.sampling.noise import Key
 from vipo.sampling.rollout import rollout
 from vipo.training.alarms import alarm_metrics, picture_signs, thumbnails
 from vipo.training.errors import TrainingError
-from vipo.training.learn import Lesson, follow, learn, sampling_policy
+from vipo.training.learn import follow, learn, sampling_policy
+from vipo.training.lesson import Lesson
 from vipo.training.rollouts import Rollouts, decoded, in_order
 from vipo.training.samples import (
     MicroBatch,
@@ -242,6 +243,7 @@ def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: G
     """What is learned from: this process's samples, or its share of each group's best and worst."""
     values = advantages.values
     scalar = values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+    idle = frozenset(torch.nonzero(~values.reshape(len(values), -1).any(dim=1)).flatten().tolist())
     batches = _chosen_batches(setup, rollouts, scalar)
     values, scalar = values.to(setup.device), scalar.to(setup.device)
     own = Advantages(values, scalar)
@@ -251,7 +253,7 @@ def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: G
             # One map a sample, and an advantage a transition.
             weights = weights.unsqueeze(1).expand(-1, values.shape[1], *weights.shape[1:])
         own = Advantages(allocate_advantages(values, weights), scalar, weights)
-    return Lesson(rollouts.number, batches, own, rollouts.samples)
+    return Lesson(rollouts.number, batches, own, rollouts.samples, idle)
 
 
 def _chosen_batches(setup: Setup, rollouts: Rollouts, scalar: Tensor) -> list[MicroBatch]:
