@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -232,6 +233,25 @@ def test_lora_loads_into_the_stock_pipeline(tmp_path: Path, tiny_generator: Path
         again.load_network(tmp_path / "weights")
         with torch.no_grad():
             torch.testing.assert_close(again.predict(noise, torch.ones(1), conditioning), ours, atol=1e-5, rtol=0)
+
+
+def test_a_lora_begins_as_named_by_its_seed(tiny_generator: Path) -> None:
+    def matrices(init: Literal["uniform", "gaussian"], seed: int) -> dict[str, list[torch.Tensor]]:
+        generator = load_generator(_config(tiny_generator), ROOT)
+        generator.add_lora(LoraConfig(rank=8, init=init), seed=seed)
+        named = [(name, value.detach()) for name, value in generator.network.named_parameters() if ".lora_" in name]
+        return {side: [value for name, value in named if f".lora_{side}." in name] for side in "AB"}
+
+    drawn = matrices("gaussian", 0)
+    assert all(not value.any() for value in drawn["B"])
+    flat = torch.cat([value.flatten() for value in drawn["A"]])
+    assert float(flat.std()) == pytest.approx(1 / 8, rel=0.05)
+    assert float(flat.abs().max()) > 3 / 8
+    for one, other in zip(drawn["A"], matrices("gaussian", 0)["A"], strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(drawn["A"][0], matrices("gaussian", 1)["A"][0])
+    for value in matrices("uniform", 0)["A"]:
+        assert float(value.abs().max()) <= value.shape[1] ** -0.5
 
 
 def test_bad_checkpoints_are_named(tmp_path: Path, tiny_generator: Path) -> None:

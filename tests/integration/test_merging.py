@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import generator_config
+from diffusers import WanTransformer3DModel
 from families import FAMILIES
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vipo.generators import GeneratorError, load_generator
 from vipo.generators.pipeline import PipelineGenerator
+from vipo.generators.starting import checkpoint_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 _QUERY = "diffusion_model.blocks.0.self_attn.q"
@@ -116,16 +119,65 @@ def test_names_that_diffusers_passes_over_are_counted(
         load_generator(row.config(folder, start=str(file)), ROOT)
 
 
-def test_an_adapter_of_peft_is_refused_for_its_strength(tmp_path: Path) -> None:
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "patterns": {"rank_pattern": {"attn1.to_q": 4}, "alpha_pattern": {r"blocks\.0\.attn1\.to_q": 3.0}},
+}
+
+
+@pytest.mark.parametrize("name", _ADAPTERS)
+def test_an_adapter_of_peft_is_merged_as_peft_merges_it(name: str, tiny_wan: Path, tmp_path: Path) -> None:
+    """Its folder, or the file in it; a pipeline's trained network, wrapped and saved as Flow-GRPO does."""
+    network = WanTransformer3DModel.from_pretrained(tiny_wan / "transformer")
+    options = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_out.0"], **_ADAPTERS[name])
+    torch.manual_seed(0)
+    adapted = get_peft_model(network, options)
+    for tensor, value in adapted.named_parameters():
+        if "lora_B" in tensor:
+            torch.nn.init.normal_(value, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = dict(adapted.merge_and_unload().named_parameters())
+    for start in ("adapter", "adapter/adapter_model.safetensors"):
+        found = _wan(tiny_wan, start=str(tmp_path / start))
+        for tensor, value in found.network.named_parameters():
+            torch.testing.assert_close(value, expected[tensor], atol=1e-6, rtol=0)
+        config = generator_config("wan", tiny_wan, start=str(tmp_path / start))
+        # What says how strong it is decides the result too.
+        assert checkpoint_inputs(config, ROOT)[1:] == [tmp_path / "adapter"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"use_dora": True}, r"use_dora True: is more than a LoRA; merge it with peft's merge_and_unload"),
+        ({"bias": "all"}, r"bias 'all': is more than a LoRA"),
+        ({"modules_to_save": ["proj_out"]}, r"modules_to_save \['proj_out'\]: is more than a LoRA"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights 'pissa': .* weights that are not the checkpoint's"),
+        ({"peft_type": "LOHA"}, r"is no LoRA's \(peft_type LORA"),
+    ],
+)
+def test_an_adapter_of_peft_that_is_more_than_a_lora_is_refused(
+    changes: dict[str, Any], told: str, tiny_wan: Path, tmp_path: Path
+) -> None:
+    save_file(_pair("base_model.model.blocks.0.attn1.to_q"), tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True, "r": 2, "lora_alpha": 16}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(GeneratorError, match=rf"adapter_config\.json: {told}"):
+        _wan(tiny_wan, start=str(tmp_path))
+
+
+def test_an_adapter_of_peft_without_its_strength_is_refused(tmp_path: Path) -> None:
     """FLUX.2's stock pipeline reads its names, and not its alpha."""
     row = FAMILIES["flux2_klein"]
-    folder, file = row.write(tmp_path / "flux2"), tmp_path / "adapter" / "adapter_model.safetensors"
+    folder, file = row.write(tmp_path / "flux2"), tmp_path / "adapter" / "renamed.safetensors"
     network: Any = load_generator(row.config(folder), ROOT).network
     width = network.transformer_blocks[0].attn.to_q.in_features
     file.parent.mkdir()
     save_file(_pair("base_model.model.double_blocks.0.img_attn.proj", width), file)
     (file.parent / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 16}))
-    with pytest.raises(GeneratorError, match=r"adapter_model\.safetensors: is an adapter as peft saves it .*strength"):
+    with pytest.raises(GeneratorError, match=r"renamed\.safetensors: is an adapter as peft saves it .*strength"):
         load_generator(row.config(folder, start=str(file)), ROOT)
 
 

@@ -199,12 +199,13 @@ def test_a_window_is_always_inside_and_of_its_size(
     available: int, data: st.DataObject, move: str, every: int, stride: int, update: int
 ) -> None:
     size = data.draw(st.integers(1, available))
-    start = data.draw(st.integers(0, available - size))
-    window = WindowConfig(size=size, move=move, start=start, every=every, stride=stride)
+    within = data.draw(st.none() | st.integers(size, available))
+    start = data.draw(st.integers(0, (within or available) - size))
+    window = WindowConfig(size=size, move=move, start=start, every=every, stride=stride, within=within)
     steps = stochastic_steps(window, available, seed=3, update=update)
     assert len(steps) == size
     assert steps.start >= 0
-    assert steps.stop <= available
+    assert steps.stop <= (within or available)
     assert steps == stochastic_steps(window, available, seed=3, update=update)
     if move == "fixed":
         assert steps.start == start

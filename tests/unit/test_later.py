@@ -40,6 +40,17 @@ def test_choices_of_later_are_no_part_of_what_stays_as_it_was() -> None:
     assert changed.training_identity()["generator"]["decoding"] == "tiled"
 
 
+def test_of_one_reward_its_advantage_is_that_of_the_sum() -> None:
+    """The arm of Flow-GRPO adds rewards first, which it did not before there was a choice."""
+    identities = [
+        load_config(["experiment=demo", "arm=flow_grpo", *more]).training_identity()
+        for more in ([], ["advantages.combine=advantages"])
+    ]
+    assert identities[0] == identities[1]
+    weighted = load_config(["experiment=demo", "arm=flow_grpo", "reward.terms=[{name: redness, weight: 2}]"])
+    assert weighted.training_identity()["advantages"]["combine"] == "rewards"
+
+
 def test_a_section_may_lack_a_key_or_be_absent() -> None:
     assert without_later_choices({"generator": {"path": "a"}}) == {"generator": {"path": "a"}}
     assert without_later_choices({"seed": 1}) == {"seed": 1}

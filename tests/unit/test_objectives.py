@@ -1,6 +1,7 @@
 """Advantages, maps and the surrogate against closed forms, SciPy and finite differences."""
 
 import itertools
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from vipo.config.objective import NoGateConfig, PpoGateConfig, SymmetricGateConf
 from vipo.credit.controls import controlled
 from vipo.demo.scenes import IMAGE_SIZE
 from vipo.demo.seen import object_coverage
-from vipo.objectives import Moved, allocate_advantages, group_advantages, load_gate
+from vipo.objectives import Moved, allocate_advantages, group_advantages, load_gate, step_advantages
 from vipo.objectives.surrogate import GatedLoss, gated_surrogate, normalized_log_ratio
 from vipo.sampling.transitions import position_kl, position_log_prob
 
@@ -73,6 +74,35 @@ def test_several_rewards_are_normalised_before_they_are_weighted() -> None:
     a, b = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([500.0, 0.0, 1000.0])
     result = group_advantages({"a": a, "b": b}, {"a": 1.0, "b": 2.0}, _groups(1, 3), std_floor=0.0, clip=1e9)
     np.testing.assert_allclose(result.values, [-1 + 0, 0 - 2, 1 + 2], atol=1e-6)
+
+
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_rewards_that_are_combined_first_are_one_reward(std: Literal["group", "batch", "none"]) -> None:
+    """Flow-GRPO: a reward of a larger scale weighs more; one without a value leaves its sample out."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.rand(8, generator=generator), 30 * torch.rand(8, generator=generator)
+    b[5] = torch.nan
+    rewards, weights, rest = {"a": a, "b": b}, {"a": 0.7, "b": 0.3}, (_groups(2, 4), 1e-3, 1e9, std)
+    found = group_advantages(rewards, weights, *rest, combine="rewards")
+    one = group_advantages({"sum": 0.7 * a.double() + 0.3 * b.double()}, {"sum": 1.0}, *rest)
+    torch.testing.assert_close(found.values, one.values)
+    assert found.valid.tolist() == [row != 5 for row in range(8)]
+    total = (0.7 * a.double() + 0.3 * b.double()).numpy()
+    centred = total[:4] - total[:4].mean()
+    spread = {"group": total[:4].std(ddof=1), "batch": np.nanstd(total), "none": 1 - 1e-3}[std]
+    np.testing.assert_allclose(found.values[:4], centred / (spread + 1e-3), rtol=1e-5)
+    # Chains that won half of it in their only step.
+    chains = {name: torch.stack([reward / 2, reward], dim=1) for name, reward in rewards.items()}
+    steps = step_advantages(chains, weights, *rest, combine="rewards").values[:, 0]
+    divisor = 1 if std == "none" else spread / 2 + 1e-3
+    np.testing.assert_allclose(steps[:4], centred / 2 / divisor, rtol=1e-4)
+
+
+def test_without_a_divisor_an_advantage_is_the_difference_to_the_mean() -> None:
+    """Dr. GRPO: groups whose rewards differ more teach more; floor and spread play no part."""
+    rewards = torch.tensor([0.0, 1.0, 0.0, 4.0])
+    found = group_advantages({"r": rewards}, {"r": 2.0}, _groups(2, 2), std_floor=0.3, clip=3, std="none")
+    assert found.values.tolist() == [-1, 1, -3, 3]
 
 
 def test_advantages_are_clipped_before_the_map() -> None:
@@ -347,6 +377,20 @@ def test_ppo_side_is_the_published_minimum(ratio: str) -> None:
     rho = (new - old).exp() if ratio == "position" else (new - old).mean(dim=(1, 2)).exp()
     expected = -torch.minimum(rho * advantages, rho.clamp(1 - eps, 1 + eps) * advantages).mean()
     torch.testing.assert_close(found, expected)
+
+
+def test_the_range_above_is_its_own() -> None:
+    """DAPO's clip-higher: the minimum with ``clip(rho, 1 - eps, 1 + eps')``."""
+    new, old, advantages = _batch(3, "position")
+    unread = torch.empty(0)
+    moved = Moved(new - old, advantages, unread, unread, unread)
+    rho, found = (new - old).exp(), {}
+    for above in (None, 0.02):
+        gate = load_gate(PpoGateConfig(scope="position", range=0.004, range_above=above))
+        found[above] = gated_surrogate(new - old, advantages, gate(moved), ratio="position")
+        bound = rho.clamp(1 - 0.004, 1 + (above or 0.004))
+        torch.testing.assert_close(found[above].loss, -torch.minimum(rho * advantages, bound * advantages).mean())
+    assert float(found[0.02].clipped.sum()) < float(found[None].clipped.sum())
 
 
 def test_uniform_and_grpo_give_the_same_gradient_at_ratio_one() -> None:

@@ -50,8 +50,8 @@ class GeneratorConfig(Section):
     )
     start: UserPath | None = Field(
         None,
-        description="What training starts from: a LoRA's .safetensors file, which is merged, or the folder of a "
-        "trained run of the same checkpoint.",
+        description="What training starts from: a LoRA's .safetensors file or the folder of an adapter that peft "
+        "saved, which is merged, or the folder of a trained run of the same checkpoint.",
     )
     start_scale: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
         1.0, description="Of the LoRA in `start`, beside its own."

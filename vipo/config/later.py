@@ -6,11 +6,14 @@ from typing import Any
 
 _BEFORE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "advantages": {"combine": "advantages"},
         "generator": {"attention": "default", "compile": "none", "decoding": "whole", "file_2": None},
+        "objective.gate": {"range_above": None},
         "optimizer": {"fused": True},
         "perception": {"precision": "fp32"},
         "training": {"base_distance": False, "joined_transitions": 1},
-        "sampling.window": {"solver": "euler"},
+        "training.lora": {"init": "uniform"},
+        "sampling.window": {"solver": "euler", "within": None},
     }
 )
 """Keys by section, and as what everything was before there was a choice."""

@@ -27,6 +27,9 @@ class PpoGateConfig(RatioGateConfig):
     """One-sided: no gradient where the ratio is beyond the range in the advantage's direction."""
 
     name: Literal["ppo"] = "ppo"
+    range_above: PositiveFloat | None = Field(
+        None, description="Of ratios above 1, where it is another one (DAPO's clip-higher); null: `range`."
+    )
 
 
 class SymmetricGateConfig(RatioGateConfig):

@@ -20,6 +20,9 @@ class WindowConfig(Section):
     start: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="First stochastic step (of a window that slides: at first)."
     )
+    within: PositiveInt | None = Field(
+        None, description="Steps from the first that the window may lie in; null: all that have a density."
+    )
     every: PositiveInt = Field(25, description="Updates between two moves of a window that slides.")
     stride: PositiveInt = Field(1, description="Steps of one move; after the last place it starts again.")
     solver: Solver = Field(
@@ -75,6 +78,11 @@ class SamplingConfig(Section):
                 raise ValueError(
                     f"window: start {start} + size {self.window.size} exceeds the {self.steps - 1} steps "
                     f"with a density of steps {self.steps} (the last step is deterministic)"
+                )
+            if self.window.within is not None and not start + self.window.size <= self.window.within < self.steps:
+                raise ValueError(
+                    f"window.within {self.window.within} must be at least start {start} + size {self.window.size} and "
+                    f"at most {self.steps - 1}, the steps with a density of steps {self.steps}"
                 )
         return self
 

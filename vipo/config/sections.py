@@ -103,6 +103,9 @@ class Sections(Section):
         for volatile in ("checkpoint_every", "keep_checkpoints"):
             del data["training"][volatile]
         data["reward"]["terms"] = [term.deciding for term in self.reward.terms]
+        if [term.weight for term in self.reward.terms] == [1]:
+            # Of one reward its advantage is that of the sum.
+            data["advantages"]["combine"] = "advantages"
         return without_later_choices(data)
 
     def prompts_identity(self) -> dict[str, Any]:

@@ -18,6 +18,11 @@ class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1, le=2**13)] = 16
     alpha: PositiveFloat = 16.0
     targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1, strict=False)
+    init: Literal["uniform", "gaussian"] = Field(
+        "uniform",
+        description="Of its A matrices, B is 0: as PyTorch draws a layer (peft's own choice), or normal with standard "
+        "deviation 1 / rank (Flow-GRPO).",
+    )
 
 
 class TrainingConfig(Section):

@@ -100,10 +100,10 @@ def place_advantages(subject: Subject, arms: Mapping[str, Arm], groups: Sequence
             costs[name] += step_costs(section.steps, subject.chain.steps, len(rewards))
             if section.steps not in estimated:
                 estimated[section.steps] = _step_rewards(subject, batches, rewards, section.steps)
-            values = step_advantages(estimated[section.steps], *options).values
+            values = step_advantages(estimated[section.steps], *options, combine=config.combine).values
         else:
             credit_of = weights.cpu() if weights is not None and section.multiplies == "reward" else None
-            values = group_advantages(rewards, *options, credit_of).values
+            values = group_advantages(rewards, *options, credit_of, config.combine).values
         if (count := arm.config.training.best_of) is not None:
             values = _of_best_and_worst(values, members, count)
         values = values.to(clean.device)

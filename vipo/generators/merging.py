@@ -16,6 +16,7 @@ from torch import Tensor
 from vipo.generators.base import GeneratorError
 from vipo.generators.lora_layers import held_once, in_weights
 from vipo.generators.parts import not_floating, stored_dtypes
+from vipo.generators.peft_adapter import CONFIG, WEIGHTS, adapter_layers, is_adapter
 from vipo.text import cause, listed
 
 log = logging.getLogger(__name__)
@@ -67,11 +68,11 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{file}: is more than a LoRA, or none ({listed(strange, _NAMED)}): DoRA's dora_scale, LoKr, LoHa and "
             "whole weights are not merged here; merge it with the program that made it and give generator.file"
         )
-    adapter = file.name == "adapter_model.safetensors" or (file.parent / "adapter_config.json").is_file()
+    adapter = file.name == WEIGHTS or (file.parent / CONFIG).is_file()
     if adapter and (own := [name for name in tensors if name.startswith("base_model.model.")]):
         raise GeneratorError(
-            f"{file}: is an adapter as peft saves it ({own[0]}): its strength stands in adapter_config.json, which the "
-            "stock pipeline does not read; save it with the pipeline's save_lora_weights"
+            f"{file}: is an adapter as peft saves it ({own[0]}), whose strength stands in {CONFIG}: give a folder with "
+            f"that and the weights as {WEIGHTS}"
         )
 
 
@@ -126,13 +127,14 @@ def merge_lora(pipeline_class: Any, part: str, network: Any, file: Path, scale: 
             otherwise.
     """
     try:
-        tensors = load_file(file)
-        _check_tensors(file, tensors)
-        if whole := not_floating(stored_dtypes([file]), ("alpha",)):
-            raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
         # The files of a second network name the first one.
         named = part.removesuffix("_2")
-        state = in_weights(file, held_once(file, tensors), named)
+        tensors = load_file(file)
+        read: Mapping[str, Tensor] = adapter_layers(file, tensors, named) if is_adapter(file) else tensors
+        _check_tensors(file, read)
+        if whole := not_floating(stored_dtypes([file]), ("alpha",)):
+            raise GeneratorError(f"{file}: not of floating point: {listed(whole, _NAMED)}")
+        state = in_weights(file, held_once(file, read), named)
         # By itself, a file brings what its header says.
         source: Any = file.parent
         options: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}

@@ -13,6 +13,8 @@ from vipo.generators.lora import lora_file
 from vipo.generators.merging import merge_lora
 from vipo.generators.one_file import load_network_file, readable
 from vipo.generators.parts import load_part
+from vipo.generators.peft_adapter import WEIGHTS as ADAPTER
+from vipo.generators.peft_adapter import is_adapter
 
 _RUN = "config.yaml"
 
@@ -22,7 +24,7 @@ class Start:
     """Weights that the checkpoint's are replaced by, or that are merged into them.
 
     Attributes:
-        path: a LoRA's file, or the folder of `Generator.save_network`.
+        path: a LoRA's file, the folder of an adapter as peft saves it, or that of `Generator.save_network`.
         scale: of a LoRA.
     """
 
@@ -31,8 +33,8 @@ class Start:
 
     def lora(self, part: str) -> Path | None:
         """The LoRA's file of a network; None: there is none."""
-        file = self.path if self.path.is_file() else self.path / lora_file(part)
-        return file if file.is_file() else None
+        file = self.path / (ADAPTER if is_adapter(self.path) else lora_file(part))
+        return self.path if self.path.is_file() else file if file.is_file() else None
 
     @property
     def whole(self) -> bool:
@@ -49,6 +51,9 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
     found: list[Start] = []
     while config.start is not None:
         path = (root / config.start).resolve()
+        if is_adapter(path):
+            # Of its file alone nobody knows how strong it is.
+            return [Start(path if path.is_dir() else path.parent, config.start_scale), *found]
         if path.is_file():
             if path.suffix != ".safetensors":
                 raise GeneratorError(f"generator.start {config.start!r}: is no .safetensors file, and no folder")
@@ -60,7 +65,8 @@ def starts(config: GeneratorConfig, root: Path) -> list[Start]:
         if not (run / _RUN).is_file() or not weights.is_dir():
             raise GeneratorError(
                 f"generator.start {config.start!r}: no LoRA file, and no trained run: give "
-                "results/<experiment>/runs/<arm>-s<seed>, its weights/, or a LoRA's .safetensors file"
+                "results/<experiment>/runs/<arm>-s<seed>, its weights/, a LoRA's .safetensors file, or the folder of "
+                "an adapter that peft saved"
             )
         if any(start.path == weights for start in found):
             raise GeneratorError(f"generator.start {config.start!r}: the run started from itself")
@@ -136,9 +142,9 @@ def check_start(config: GeneratorConfig, root: Path, network_class: Any, pair: b
         GeneratorError: naming the key.
     """
     found = starts(config, root)
-    if pair and any(start.path.is_file() for start in found):
+    if pair and any(start.path.is_file() or is_adapter(start.path) for start in found):
         raise GeneratorError(
-            f"generator.start: family {config.family!r} has two networks, and one file does not say which; give a "
+            f"generator.start: family {config.family!r} has two networks, and one LoRA does not say which; give a "
             "folder with pytorch_lora_weights.safetensors and pytorch_lora_weights_2.safetensors, or a trained run"
         )
     files = single_files(config, root)

@@ -60,7 +60,7 @@ class TrainedNetworks(Generator):
                         PeftLoraConfig(
                             r=config.rank,
                             lora_alpha=config.alpha,
-                            init_lora_weights=True,
+                            init_lora_weights="gaussian" if config.init == "gaussian" else True,
                             target_modules=list(config.targets),
                             exclude_modules=self.untrained or None,
                         )

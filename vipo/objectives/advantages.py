@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Std = Literal["group", "batch", "none"]
+Combine = Literal["advantages", "rewards"]
+
 
 @dataclass(frozen=True)
 class GroupAdvantages:
@@ -50,8 +53,9 @@ def group_advantages(
     groups: Tensor,
     std_floor: float,
     clip: float,
-    std: Literal["group", "batch"] = "group",
+    std: Std = "group",
     credit: Tensor | None = None,
+    combine: Combine = "advantages",
 ) -> GroupAdvantages:
     """Normalise each reward within its group, weight, add and clip.
 
@@ -66,16 +70,17 @@ def group_advantages(
         std_floor: added to each standard deviation.
         clip: the advantages are clipped to [-clip, clip].
         std: 'group': the sample standard deviation within the group (ddof 1; DanceGRPO, ViPO); 'batch': the
-            population's over all samples of the update (ddof 0; Flow-GRPO). The mean is the group's in both.
+            population's over all samples of the update (ddof 0; Flow-GRPO); 'none': 1, without floor (Dr. GRPO). The
+            mean is the group's in all.
         credit: ``(N, [S,] [T,] H, W)``, non-negative; multiplied into the rewards.
+        combine: 'rewards': they are weighted and added first, and normalised as one (Flow-GRPO).
 
     Raises:
         ValueError: names or shapes disagree, or credit is negative.
 
-    Source: DanceGRPO (arXiv 2505.07818), equation of the group advantage; ViPO keeps it.
+    Source: DanceGRPO (arXiv 2505.07818), equation of the group advantage; ViPO keeps it. Dr. GRPO (arXiv 2503.20783).
     """
-    if rewards.keys() != weights.keys():
-        raise ValueError(f"weights: expected the rewards {sorted(rewards)}, got {sorted(weights)}")
+    rewards, weights = _combined(rewards, weights, combine)
     for name, reward in rewards.items():
         if reward.shape != groups.shape:
             raise ValueError(
@@ -101,9 +106,27 @@ def group_advantages(
         group_std[group] = total[members].std(dim=0).mean()
         for name in told:
             own = placed[name][members]
-            spread = own.std(dim=0) if std == "group" else placed[name][valid].std(dim=0, correction=0)
-            values[members] += weights[name] * (own - own.mean(dim=0)) / (spread + std_floor)
+            values[members] += (
+                weights[name] * (own - own.mean(dim=0)) / _divisor(own, placed[name][valid], std, std_floor)
+            )
     return GroupAdvantages(values.clamp(-clip, clip).float(), valid, group_std.float(), zero_std)
+
+
+def _combined(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], combine: Combine
+) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+    if rewards.keys() != weights.keys():
+        raise ValueError(f"weights: expected the rewards {sorted(rewards)}, got {sorted(weights)}")
+    if combine == "advantages":
+        return rewards, weights
+    total = torch.stack([weights[name] * values.double() for name, values in rewards.items()]).sum(dim=0)
+    return {"all rewards": total}, {"all rewards": 1.0}
+
+
+def _divisor(own: Tensor, everyones: Tensor, std: Std, floor: float) -> Tensor:
+    if std == "none":
+        return torch.ones((), dtype=own.dtype)
+    return (own.std(dim=0) if std == "group" else everyones.std(dim=0, correction=0)) + floor
 
 
 def step_advantages(
@@ -112,7 +135,8 @@ def step_advantages(
     groups: Tensor,
     std_floor: float,
     clip: float,
-    std: Literal["group", "batch"] = "group",
+    std: Std = "group",
+    combine: Combine = "advantages",
 ) -> GroupAdvantages:
     """Signed advantages of transitions: what each gained of every reward, as `group_advantages` has it of samples.
 
@@ -123,7 +147,7 @@ def step_advantages(
     Args:
         rewards: ``(N, S + 1)`` per reward name, of the estimates of x0 before each transition and of the sample; a
             sample with a value that is not finite is left out.
-        weights, groups, std_floor, clip, std: as of `group_advantages`.
+        weights, groups, std_floor, clip, std, combine: as of `group_advantages`.
 
     Returns:
         ``(N, S)``; all else as of the samples' own rewards.
@@ -137,6 +161,7 @@ def step_advantages(
     for name, reward in rewards.items():
         if reward.ndim != 2 or reward.shape[1] < 2:
             raise ValueError(f"rewards[{name!r}]: expected (N, S + 1), got {tuple(reward.shape)}")
+    rewards, weights = _combined(rewards, weights, combine)
     sound = torch.stack([reward.isfinite().all(dim=1) for reward in rewards.values()]).all(dim=0)
     final = {name: torch.where(sound, reward[:, -1], torch.nan) for name, reward in rewards.items()}
     whole = group_advantages(final, weights, groups, std_floor, clip, std)

@@ -67,9 +67,13 @@ class _RatioGate(Gate):
     def __call__(self, moved: Moved) -> Gated:
         per_position = self.options.scope == "position"
         ratio = moved.log_ratio.exp() if per_position else moved.like_advantages(moved.sample_log_ratio.exp())
-        above, below = ratio > 1 + self.options.range, ratio < 1 - self.options.range
-        bound = ratio.clamp(1 - self.options.range, 1 + self.options.range)
-        return Gated(self.dropped(above, below, moved.advantages), bound)
+        lower, upper = 1 - self.options.range, 1 + self.range_above
+        return Gated(self.dropped(ratio > upper, ratio < lower, moved.advantages), ratio.clamp(lower, upper))
+
+    @property
+    def range_above(self) -> float:
+        """Of ratios above 1."""
+        return self.options.range
 
     @abstractmethod
     def dropped(self, above: Tensor, below: Tensor, advantages: Tensor) -> Tensor:
@@ -79,8 +83,16 @@ class _RatioGate(Gate):
 class PpoGate(_RatioGate):
     """One-sided: drops what has already moved beyond the range in the advantage's direction.
 
-    Source: PPO (arXiv 1707.06347), equation 7; per position it is ViPO's (arXiv 2511.18719).
+    Source: PPO (arXiv 1707.06347), equation 7; per position it is ViPO's (arXiv 2511.18719). A wider range above 1 is
+    DAPO's (arXiv 2503.14476).
     """
+
+    options: PpoGateConfig
+
+    @property
+    def range_above(self) -> float:
+        """The same as below, unless it is another one."""
+        return self.options.range if self.options.range_above is None else self.options.range_above
 
     def dropped(self, above: Tensor, below: Tensor, advantages: Tensor) -> Tensor:
         """Those of the minimum."""

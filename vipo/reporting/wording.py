@@ -109,7 +109,10 @@ def _described(objective: ObjectiveConfig) -> tuple[str, str]:
     if isinstance(gate, NoGateConfig):
         told = "no gate"
     else:
-        told = f"{gate.name} gate" + (f" {gate.range:g} per {gate.scope}" if isinstance(gate, RatioGateConfig) else "")
+        told = f"{gate.name} gate"
+        if isinstance(gate, RatioGateConfig):
+            above = getattr(gate, "range_above", None)
+            told += f" {gate.range:g}{'' if above is None else f' to {above:g}'} per {gate.scope}"
     return ("one ratio" if objective.ratio == "sample" else "ratio per position"), f"; {told}"
 
 

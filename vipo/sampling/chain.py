@@ -186,11 +186,11 @@ def stochastic_steps(window: WindowConfig | None, available: int, seed: int, upd
         available: steps that can have a density, T - 1.
         seed, update: key of a window that moves at random.
 
-    Source: MixGRPO (arXiv 2507.21802), sliding windows; Flow-GRPO-Fast, random ones.
+    Source: MixGRPO (arXiv 2507.21802), sliding windows; Flow-GRPO-Fast, random ones within the first steps.
     """
     if window is None:
         return range(available)
-    places = available - window.size + 1
+    places = (window.within or available) - window.size + 1
     if window.move == "fixed":
         start = window.start
     elif window.move == "random":

@@ -198,10 +198,10 @@ def form_advantages(setup: Setup, rollouts: Rollouts, scores: Scores, found: Cre
     weights = {term.label: term.weight for term in setup.config.reward.terms}
     options = (rollouts.groups, config.std_floor, config.clip, config.std)
     if scores.steps:
-        result = step_advantages(scores.steps, weights, *options)
+        result = step_advantages(scores.steps, weights, *options, combine=config.combine)
     else:
         credit_of = found.weights.cpu() if found.weights is not None and multiplied == "reward" else None
-        result = group_advantages(scores.rewards, weights, *options, credit_of)
+        result = group_advantages(scores.rewards, weights, *options, credit_of, config.combine)
     if not bool(result.valid.any()):
         raise RewardError(
             f"update {rollouts.number}: no sample has a finite reward; check the rewards {', '.join(scores.rewards)}"
