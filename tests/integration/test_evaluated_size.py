@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 from checkpoints import generator_config
-from picture_checkpoints import write_flux
+from picture_checkpoints import write_flux, write_stable_diffusion_3
 from PIL import Image
+from tiny import OTHER_FAMILY
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.generators import load_generator
 from vipo.generators.base import GeneratorError
-from vipo.stages import sample_stage, score_stage
+from vipo.stages import encode_stage, prepare_stage, sample_stage, score_stage
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.fit import require_fit
@@ -63,7 +64,7 @@ def test_base_samples_are_those_of_a_generator_of_that_size(
 
 def test_no_training_depends_on_it(tiny_overrides: list[str]) -> None:
     plain = _config(tiny_overrides, "arm=vipo")
-    for change in ("evaluation.height=32", "evaluation.shift=5"):
+    for change in ("evaluation.height=32", "evaluation.shift=5", "evaluation.guidance_scale=2"):
         other = _config(tiny_overrides, "arm=vipo", change)
         assert other.training_identity() == plain.training_identity()
         assert other.embeddings_identity() == plain.embeddings_identity()
@@ -72,6 +73,25 @@ def test_no_training_depends_on_it(tiny_overrides: list[str]) -> None:
     same = _config(tiny_overrides, "arm=vipo", f"evaluation.height={plain.generator.height}")
     assert same.evaluation_identity() == plain.evaluation_identity()
     assert "height" not in plain.evaluation_identity()["evaluation"]
+
+
+def test_a_run_that_trains_without_guidance_is_compared_with_the_guided_base(tmp_path: Path) -> None:
+    """Base and arm draw with the evaluation's; what the arm trains with is its own."""
+    folder = write_stable_diffusion_3(tmp_path / "sd3")
+    chosen = [*OTHER_FAMILY, "generator.family=sd3", f"generator.path={folder}", "evaluation.samples_per_prompt=1"]
+    chosen += ["prompts.source=data/prompts/small.jsonl", "sampling.transition=dance", "generator.guidance_scale=1"]
+    free = load_config([*chosen, "arm=grpo", "evaluation.guidance_scale=4"])
+    base = load_config([*chosen, "arm=base", "generator.guidance_scale=4"])
+    assert free.generator.guidance_scale == 1
+    assert free.sampling_identity()["generator"] == base.sampling_identity()["generator"]
+    results, drawn = tmp_path / "results", []
+    prepare_stage(base, ROOT, results)
+    encode_stage(base, ROOT, results)
+    for number, more in enumerate((["generator.guidance_scale=4"], ["evaluation.guidance_scale=4"], [])):
+        own = Path(shutil.copytree(results, tmp_path / str(number)))
+        sample_stage(load_config([*chosen, "arm=base", *more]), ROOT, own)
+        drawn.append([path.read_bytes() for path in sorted((own / "demo/samples/base-s0/pictures").iterdir())])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_what_it_cannot_make_is_refused_before_training(tiny_overrides: list[str]) -> None:
@@ -83,7 +103,7 @@ def test_what_it_cannot_make_is_refused_before_training(tiny_overrides: list[str
             _config(tiny_overrides, change)
     config = _config(tiny_overrides, "arm=vipo", "evaluation.height=34")
     generator, alone = load_generator(config.generator, ROOT), Distribution(config.distribution, "cpu")
-    with pytest.raises(GeneratorError, match=r"evaluation\.height, width, frames: generator\.height 34 is not a mult"):
+    with pytest.raises(GeneratorError, match=r"section evaluation, .*: generator\.height 34 is not a mult"):
         load_chain(config, ROOT, generator, alone)
 
 

@@ -9,8 +9,11 @@ from vipo.config.reward import RewardSpec, check_labels
 from vipo.config.sampling import SamplingConfig
 from vipo.config.section import MOST_EVALUATED, PositiveInt, Section, Seed
 
-SIZE = frozenset({"height", "width", "frames", "shift"})
-"""What of section `evaluation` takes the place of another section's keys."""
+GENERATOR = ("height", "width", "frames", "guidance_scale", "guidance_scale_2")
+"""What of section `evaluation` takes the place of section `generator`'s keys, where it is not null."""
+
+INSTEAD = frozenset({*GENERATOR, "shift"})
+"""What of it takes the place of another section's keys."""
 
 REPORTED = frozenset({"bootstrap", "confidence", "shown_prompts"})
 """What of section `evaluation` the report alone reads: it changes no sample and no score."""
@@ -30,6 +33,14 @@ class EvaluationConfig(Section):
     )
     width: Annotated[int, Field(ge=1, le=2**14)] | None = Field(None, description="As height.")
     frames: Annotated[int, Field(ge=1, le=2**14)] | None = Field(None, description="As height, of videos.")
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Of the evaluated samples; null: generator.guidance_scale. A run may train without classifier-free "
+        "guidance, at half the cost, and be judged with it.",
+    )
+    guidance_scale_2: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = Field(
+        None, description="As guidance_scale, of the network for low noise, where a family has two."
+    )
     shift: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = Field(
         None,
         description="Time shift of the evaluated chain; null: sampling.shift. A checkpoint may shift another size "
@@ -66,15 +77,15 @@ class EvaluationConfig(Section):
         return self
 
     def generator_of(self, trained: GeneratorConfig) -> GeneratorConfig:
-        """Section `generator` at the size that is evaluated.
+        """Section `generator` at the size, and with the guidance, that is evaluated.
 
         Raises:
             ValueError: such a sample is too large, or a picture has no frames.
         """
         if self.frames is not None and trained.frames is None:
             raise ValueError(f"evaluation.frames {self.frames}: the generator makes pictures; set it to null")
-        size = {key: value for key in ("height", "width", "frames") if (value := getattr(self, key)) is not None}
-        return GeneratorConfig.model_validate({**trained.model_dump(), **size}) if size else trained
+        own = {key: value for key in GENERATOR if (value := getattr(self, key)) is not None}
+        return GeneratorConfig.model_validate({**trained.model_dump(), **own}) if own else trained
 
     def sampling_of(self, trained: SamplingConfig) -> SamplingConfig:
         """Section `sampling` with the shift that is evaluated."""

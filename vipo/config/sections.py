@@ -8,7 +8,7 @@ from vipo.config.advantages import AdvantagesConfig
 from vipo.config.alarms import AlarmsConfig
 from vipo.config.arms import ExperimentConfig, check_arm_name
 from vipo.config.credit import CreditConfig
-from vipo.config.evaluation import REPORTED, SIZE, EvaluationConfig
+from vipo.config.evaluation import INSTEAD, REPORTED, EvaluationConfig
 from vipo.config.generator import GeneratorConfig
 from vipo.config.later import without_later_choices
 from vipo.config.objective import ObjectiveConfig, SurrogateConfig
@@ -56,7 +56,7 @@ class Sections(Section):
 
     @property
     def evaluated(self) -> GeneratorConfig:
-        """Section `generator` at the size that is evaluated."""
+        """Section `generator` at the size, and with the guidance, that is evaluated."""
         return self.evaluation.generator_of(self.generator)
 
     @property
@@ -132,7 +132,7 @@ class Sections(Section):
             "generator": self.evaluated.model_dump(mode="json"),
             "perception": self.perception.model_dump(mode="json"),
             "evaluation": {
-                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED | SIZE)),
+                **self.evaluation.model_dump(mode="json", exclude=set(REPORTED | INSTEAD)),
                 "rewards": [reward.deciding for reward in self.evaluation.rewards],
             },
             "shift": self.evaluation.sampling_of(self.sampling).shift,

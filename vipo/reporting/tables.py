@@ -33,6 +33,15 @@ def summarize_time(experiment: Experiment) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _evaluated(config: Config) -> str:
+    """Where an evaluation's samples are made otherwise than those of training."""
+    trained, own = config.generator, config.evaluated
+    told = [f"at {_size(own)}"] if own.sample_shape != trained.sample_shape else []
+    if own.guidance_scale != trained.guidance_scale:
+        told.append(f"with guidance {own.guidance_scale:g}")
+    return f", evaluated {' '.join(told)}" if told else ""
+
+
 def _size(generator: GeneratorConfig) -> str:
     frames = "" if generator.frames is None else f", {generator.frames} frames"
     return f"{generator.width} × {generator.height} pixels{frames}"
@@ -54,8 +63,7 @@ def facts(experiment: Experiment) -> dict[str, str]:
     )
     base = experiment.scores[experiment.scores["arm"] == "base"]
     return {
-        "Generator": f"{config.generator.family}, {_size(config.generator)}"
-        + ("" if config.evaluated == config.generator else f", evaluated at {_size(config.evaluated)}"),
+        "Generator": f"{config.generator.family}, {_size(config.generator)}{_evaluated(config)}",
         "Checkpoint": config.generator.path,
         **({} if config.protocol_title is None else {"Protocol": config.protocol_title}),
         "Trained reward": rewards,

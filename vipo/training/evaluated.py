@@ -1,4 +1,4 @@
-"""What an evaluation at a size of its own would refuse, before anything is trained."""
+"""What an evaluation at a size, or with a guidance, of its own would refuse, before anything is trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,4 +31,4 @@ def evaluated_shift(config: Config, root: Path, generator: Generator) -> float |
     try:
         return outline(config.evaluated, root, FakeTensorMode(allow_non_fake_inputs=True), None).flow_shift
     except GeneratorError as error:
-        raise GeneratorError(f"evaluation.height, width, frames: {error}") from error
+        raise GeneratorError(f"section evaluation, what it sets of section generator: {error}") from error
