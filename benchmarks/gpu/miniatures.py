@@ -45,8 +45,8 @@ def _small_sd3(training: tuple[str, ...]) -> Size:
         },
         overrides=(
             *update_of(2, 4),
-            *training,
             *_SMALL,
+            *training,
             "generator.guidance_scale=4",
         ),
         setting="Stable Diffusion 3.5 in miniature",
@@ -103,7 +103,8 @@ TINY: Mapping[str, Size] = MappingProxyType(
         ),
         "sd3_lora": _small_sd3((*LORA, *evaluated(48, 2))),
         "sd3_full": _small_sd3(FULL),
-        "sd3_window": _small_sd3((*LORA, *window(4))),
+        # As many steps as the latest window among the options ends with.
+        "sd3_window": _small_sd3((*LORA, *window(4), "sampling.steps=7")),
         "qwen_image_21": Size(
             family=f"{HERE}:RandomQwenImage21",
             parts={

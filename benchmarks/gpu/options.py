@@ -31,6 +31,7 @@ OPTIONS: Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]] = MappingProxyT
             {
                 "without_recomputation": _WITHOUT_RECOMPUTATION,
                 "compiled_without_recomputation": (*_COMPILED, *_WITHOUT_RECOMPUTATION),
+                "shared_start": ("sampling.window={size: 2, move: fixed, start: 4, shared_start: true}",),
                 "joined": ("training.joined_transitions=2",),
                 "second_order": ("sampling.window.solver=dpm2",),
                 "larger_rollout": ("training.micro_batch=4", "training.rollout_batch=8"),

@@ -107,8 +107,9 @@ def _largest_difference(a: Path, b: Path) -> float:
             [
                 *("training.lora={rank: 2, alpha: 4.0}", "objective.kl_weight=0.01"),
                 *("training.gradient_checkpointing=true", "training.joined_transitions=2"),
+                "sampling.window={size: 2, move: fixed, start: 1, shared_start: true}",
             ],
-            id="lora-checkpointing-and-joined",
+            id="lora-checkpointing-joined-and-shared",
         ),
     ],
 )

@@ -51,7 +51,10 @@ def test_a_family_is_measured_by_part(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "tried"),
     [
-        ("sd3_options", ("without_recomputation", "compiled", "joined", "larger_rollout", "second_order")),
+        (
+            "sd3_options",
+            ("without_recomputation", "compiled", "shared_start", "joined", "larger_rollout", "second_order"),
+        ),
         ("flux_options", ("native_flash", "native_efficient")),
         ("adamw_options", ("fused", "lists")),
     ],

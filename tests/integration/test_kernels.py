@@ -264,6 +264,17 @@ def test_an_attention_backend_is_what_the_run_computes_with(
         (["generator.attention=_native_flash", "generator.device=cuda"], "for bf16 alone on CUDA devices"),
         (["generator.compile=blocks", "arm=attention"], "it listens to calls inside the network"),
         (["training.rollout_batch=16", "arm=attention"], "attention': it watches the rollout of each micro-batch"),
+        (
+            ["sampling.window={size: 1, shared_start: true}", "training.trained_transitions=1", "arm=attention"],
+            "shared_start true and credit source 'attention'",
+        ),
+        (
+            [
+                *("sampling.window={size: 1, shared_start: true}", "sampling.same_initial_noise=false"),
+                "training.trained_transitions=1",
+            ],
+            "shared_start needs same_initial_noise true",
+        ),
         (["optimizer=adamw_8bit", "+optimizer.fused=true"], "fused"),
     ],
 )

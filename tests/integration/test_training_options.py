@@ -31,6 +31,7 @@ from vipo.training.consistency import check_consistency
 from vipo.training.errors import TrainingError
 from vipo.training.learn import learn, outcomes_of, reference_predictions
 from vipo.training.lesson import Lesson, Place
+from vipo.training.plan import plan
 from vipo.training.recorded import train_run
 from vipo.training.samples import MicroBatch, arrange_samples, update_prompts
 from vipo.training.setup import Setup, set_up
@@ -55,6 +56,7 @@ COMBINATIONS: dict[str, list[str]] = {
     "flow": ["arm=vipo", "sampling.transition=flow"],
     "cps-unscaled": ["arm=vipo", "sampling.transition=cps", "objective.density=squared_error"],
     "window-random": ["arm=vipo", "sampling.window={size: 2, move: random}"],
+    "window-shared": ["arm=vipo", "sampling.window={size: 2, move: random, shared_start: true}"],
     "window-dpm2": ["arm=vipo", "sampling.window={size: 2, move: random, solver: dpm2}"],
     "guard-sum": ["arm=vipo", "objective.ratio_norm=guard", "objective.channels=sum"],
     "guard-grpo-flow": ["arm=grpo", "objective.ratio_norm=guard", "sampling.transition=flow"],
@@ -295,6 +297,41 @@ def test_other_batches_in_rollout_decoding_and_rewards(prepared: Path, tiny_over
     assert first["log_ratio/max_before_first_step"] == 0 <= second["log_ratio/max_before_first_step"] <= 1e-3
     with pytest.raises(ConfigError, match="rollout_batch 3 is not a multiple of micro_batch 2"):
         load_config([*tiny_overrides, *chosen, "training.rollout_batch=3"])
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm2"])
+def test_the_steps_before_a_window_are_drawn_once_for_a_group(
+    prepared: Path, tiny_overrides: list[str], solver: str
+) -> None:
+    """The chains of before but for rounding; what is trained begins at states that are stored, so the ratio is 1."""
+    chosen = ["arm=vipo", "sampling.steps=6", "training.micro_batch=2", "training.group_size=4"]
+    trajectories, calls, ratios = [], [], []
+    for shared in ("false", "true"):
+        window = f"sampling.window={{size: 2, move: fixed, start: 3, solver: {solver}, shared_start: {shared}}}"
+        setup = _setup(prepared, tiny_overrides, *chosen, window)
+        sizes: list[int] = []
+        inner = setup.generator.predict
+
+        def counted(latents: Tensor, *rest: Any, inner: Any = inner, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(len(latents))
+            found: Tensor = inner(latents, *rest)
+            return found
+
+        setattr(setup.generator, "predict", counted)  # noqa: B010 (of an instance)
+        rollouts = roll_out(setup, 1)
+        trajectories.append(torch.cat([batch.trajectory.latents for batch in rollouts.batches]))
+        calls.append(sum(sizes))
+        planned = plan(setup.config, ROOT, 8)
+        assert planned.evaluations["rollouts"] == calls[-1]
+        assert (planned.held["shared starts"] > 0) == (shared == "true")
+        ratios.append(update(setup, 1)["log_ratio/max_before_first_step"])
+    # Of 8 samples in two groups, 3 steps of 6.
+    assert calls == [8 * 6, 8 * 3 + 2 * 3]
+    torch.testing.assert_close(trajectories[0], trajectories[1], atol=1e-4, rtol=1e-4)
+    for group in range(2):
+        own = trajectories[1][rollouts.groups == group, :4]
+        assert all(torch.equal(chain, own[0]) for chain in own)
+    assert ratios == [0, 0]
 
 
 # ---- resume ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ _BEFORE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "perception": {"precision": "fp32"},
         "training": {"base_distance": False, "joined_transitions": 1},
         "training.lora": {"init": "uniform"},
-        "sampling.window": {"solver": "euler", "within": None},
+        "sampling.window": {"shared_start": False, "solver": "euler", "within": None},
     }
 )
 """Keys by section, and as what everything was before there was a choice."""

@@ -91,6 +91,12 @@ class Config(Sections):
                 f"training.rollout_batch {own.rollout_batch} and credit source 'attention': it watches the rollout of "
                 "each micro-batch; set training.rollout_batch=null, or take another source"
             )
+        window = self.sampling.window
+        if "attention" in self.credit.names and window is not None and window.shared_start:
+            raise ValueError(
+                "sampling.window.shared_start true and credit source 'attention': it watches the rollout of each "
+                "micro-batch; set it to false, or take another source"
+            )
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,11 @@ class WindowConfig(Section):
     )
     every: PositiveInt = Field(25, description="Updates between two moves of a window that slides.")
     stride: PositiveInt = Field(1, description="Steps of one move; after the last place it starts again.")
+    shared_start: bool = Field(
+        False,
+        description="Whether the steps before the window are drawn once for a group instead of once for each of its "
+        "samples, which begin alike (same_initial_noise).",
+    )
     solver: Solver = Field(
         "euler",
         description="Of the steps outside the window: Euler's, or DPM-Solver++ 2M's, whose first step after the window "
@@ -68,6 +73,8 @@ class SamplingConfig(Section):
                 if found:
                     raise ValueError(f"{key} does not go with ode {self.ode!r}: {fix}")
         if self.window is not None:
+            if self.window.shared_start and not self.same_initial_noise:
+                raise ValueError("window.shared_start needs same_initial_noise true: else no two samples begin alike")
             if self.window.solver != "euler" and self.transition == "ddim":
                 raise ValueError(
                     f"window.solver {self.window.solver!r} is one of flow matching, transition 'ddim' is for networks "

@@ -55,6 +55,7 @@ def rollout(
     initial_keys: Sequence[Key],
     step_keys: Sequence[Key],
     solver: Solver = "euler",
+    begun: Tensor | None = None,
 ) -> Trajectory:
     """Sample one batch by the chain; every draw is keyed by its sample.
 
@@ -66,16 +67,22 @@ def rollout(
         initial_keys: one key per sample for the initial noise.
         step_keys: one key per sample; the step index is appended.
         solver: of the ODE.
+        begun: ``(B, S + 1, C, [T_lat,] H, W)``, the states up to the first stochastic step S, where they are known:
+            the chains go on from there.
 
     Raises:
-        ValueError: the number of keys differs from the batch.
+        ValueError: the number of keys differs from the batch, or what is begun ends elsewhere.
     """
     if len(initial_keys) != len(step_keys):
         raise ValueError(f"step_keys: expected {len(initial_keys)} keys as initial_keys, got {len(step_keys)}")
+    if begun is not None and begun.shape[:2] != (len(step_keys), stochastic.start + 1):
+        raise ValueError(
+            f"begun: expected {len(step_keys)} chains of {stochastic.start + 1} states, got {tuple(begun.shape[:2])}"
+        )
     device = chain.levels.device
-    x = keyed_normal(initial_keys, generator.latent_shape, device)
-    states, means, ode = [x], [], OdeSolver(chain, solver)
-    for step in chain.trainable:
+    states = [keyed_normal(initial_keys, generator.latent_shape, device)] if begun is None else list(begun.unbind(1))
+    x, means, ode = states[-1], states[1:], OdeSolver(chain, solver)
+    for step in chain.trainable[len(means) :]:
         prediction = generator.predict(x, chain.times[step].expand(len(x)), conditioning)
         if step in stochastic:
             mean, std = chain.gaussian(x, prediction, torch.full((len(x),), step, device=device))
@@ -88,6 +95,29 @@ def rollout(
     last = chain.steps - 1
     clean = ode.step(x, generator.predict(x, chain.times[last].expand(len(x)), conditioning), last)
     return Trajectory(torch.stack(states, dim=1), torch.stack(means, dim=1), clean)
+
+
+@torch.no_grad()
+def ode_states(
+    generator: Generator,
+    conditioning: Conditioning,
+    chain: Chain,
+    until: int,
+    initial_keys: Sequence[Key],
+    solver: Solver = "euler",
+) -> Tensor:
+    """The first states of chains that draw no noise before step `until`, ``(B, until + 1, C, [T_lat,] H, W)``.
+
+    Args:
+        generator, conditioning, chain, initial_keys, solver: as of `rollout`.
+        until: the step that the last state is at.
+    """
+    x = keyed_normal(initial_keys, generator.latent_shape, chain.levels.device)
+    states, ode = [x], OdeSolver(chain, solver)
+    for step in range(until):
+        x = ode.step(x, generator.predict(x, chain.times[step].expand(len(x)), conditioning), step)
+        states.append(x)
+    return torch.stack(states, dim=1)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from vipo.training.errors import TrainingError
 from vipo.training.joined import check_joined
 from vipo.training.peak import peak_bytes
 from vipo.training.sharding import gathered_values
+from vipo.training.shared_starts import saved_evaluations
 
 _NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 _FP32 = 4
@@ -193,6 +194,8 @@ def _counted(config: Config, root: Path, prompts: int) -> Plan:
     others = beside(config, root, generator, mode)
 
     samples = training.prompts_per_update * training.group_size
+    spared, start = saved_evaluations(config)
+    rollouts = samples * steps - spared
     own = samples // distribution.world_size
     kept = training.prompts_per_update * (training.best_of or training.group_size)
     policies = len(keeps) + (training.ema_decay is not None)
@@ -224,6 +227,7 @@ def _counted(config: Config, root: Path, prompts: int) -> Plan:
         "autoencoder": _bytes([*generator.vae.parameters(), *generator.vae.buffers()]),
         "embeddings": own * a_prompt,
         "trajectories": own * 2 * steps * math.prod(generator.latent_shape) * _FP32,
+        "shared starts": training.prompts_per_update * start * math.prod(generator.latent_shape) * _FP32,
         **others.held,
     }
     there = 0 if distribution.offload else gradients
@@ -238,8 +242,8 @@ def _counted(config: Config, root: Path, prompts: int) -> Plan:
             "learns": learns,
         },
         trained=trained,
-        evaluations={"rollouts": samples * steps, "learning": lessons, "comparing": lessons * compared} | credited,
-        flops=drawn.get_total_flops() * (samples * steps + lessons * compared + sum(credited.values())) // rolled
+        evaluations={"rollouts": rollouts, "learning": lessons, "comparing": lessons * compared} | credited,
+        flops=drawn.get_total_flops() * (rollouts + lessons * compared + sum(credited.values())) // rolled
         + learned.get_total_flops() * lessons // joined,
         disk=run_bytes(config, trained, policies),
         embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),

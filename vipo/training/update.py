@@ -44,6 +44,7 @@ from vipo.training.samples import (
 )
 from vipo.training.scores import Scores, score_samples, score_transitions
 from vipo.training.setup import Setup
+from vipo.training.shared_starts import begun, shared_starts
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,8 @@ def update(
 def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = lambda finished: None) -> Rollouts:
     """Sample this process's share of the update, and decode it."""
     config, size = setup.config, setup.config.training.micro_batch
-    samples = arrange_samples(
-        update_prompts(setup.prompts, config.seed, number, config.training.prompts_per_update),
-        config.training.group_size,
-        config.training.optimizer_steps_per_update,
-    )
+    prompts = update_prompts(setup.prompts, config.seed, number, config.training.prompts_per_update)
+    samples = arrange_samples(prompts, config.training.group_size, config.training.optimizer_steps_per_update)
     stochastic = (
         stochastic_steps(config.sampling.window, len(setup.chain.trainable), config.seed, number)
         if config.sampling.ode is None
@@ -113,6 +111,8 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
     transitions = chosen_transitions(samples, config.training, trained, config.seed, number).to(setup.device)
     starts = range(0, len(samples), size)[setup.distribution.data_rank :: setup.distribution.data_processes]
     together = (config.training.rollout_batch or size) // size
+    with setup.timer("rollout"):
+        shared = shared_starts(setup, number, prompts, stochastic.start)
     batches: list[MicroBatch] = []
     seen: dict[str, list[Any]] = {name: [] for name in setup.sources}
     pictures = torch.empty(0)
@@ -129,16 +129,13 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
         for source in setup.sources.values():
             source.before_rollout(setup.generator, [sample.prompt for sample in chunk])
         with setup.timer("rollout"):
-            trajectory = rollout(
-                setup.generator, conditioning, setup.chain, stochastic, initial, steps, config.sampling.solver
-            )
+            begins, solver = begun(shared, [sample.prompt for sample in chunk]), config.sampling.solver
+            trajectory = rollout(setup.generator, conditioning, setup.chain, stochastic, initial, steps, solver, begins)
         for name, source in setup.sources.items():
             seen[name].append(source.after_rollout(setup.generator))
-            if together > 1 and seen[name][-1] is not None:
-                raise TrainingError(
-                    f"training.rollout_batch {config.training.rollout_batch}: credit source {name!r} watches the "
-                    "rollout of each micro-batch; set training.rollout_batch=null"
-                )
+            if seen[name][-1] is not None and (together > 1 or shared):
+                fix = "training.rollout_batch=null" if together > 1 else "sampling.window.shared_start=false"
+                raise TrainingError(f"credit source {name!r} watches the rollout of each micro-batch; set {fix}")
         batches += MicroBatch(tuple(rows), conditioning, trajectory, transitions[rows]).split(size)
         with setup.timer("decode"):
             shown = decoded(setup, trajectory.clean)
