@@ -41,6 +41,7 @@ RECIPES = {
     "wan_videoalign": "wan",
     "sd35_pickscore": "sd3",
     "sd35_ocr": "sd3",
+    "sd35_flow_grpo": "sd3",
     "paper_flux": "flux",
     "paper_wan": "wan",
 }
@@ -127,7 +128,9 @@ def test_recipes_and_setups_are_looked_at(name: str, checkpoints: dict[str, Path
     prompts.write_text("a fox\nan owl\n" * 20)
     whole = [f"experiment={name}"] if name in RECIPES else ["experiment=ablation", f"setup={name}"]
     given = [*whole, *_tiny((RECIPES | SETUPS)[name], checkpoints), f"prompts.source={prompts}"]
-    arms = ("base", "grpo", "vipo") if name in RECIPES else ("vipo",)
+    arms = ("vipo",)
+    if name in RECIPES:
+        arms = ("base", "flow_grpo" if name == "sd35_flow_grpo" else "grpo", "vipo")
     runs = {arm: load_config([*given, f"arm={arm}"]) for arm in arms}
     lines = {line.subject: line for line in check_experiment(runs, ROOT, tmp_path)}
     assert lines["configuration"].verdict == "ok", lines["configuration"]
