@@ -7,9 +7,11 @@ from pathlib import Path
 from vipo.config.compose import load_config_file
 from vipo.config.generator import GeneratorConfig
 from vipo.config.registries import CLIP_REWARDS, PICTURE_REWARDS, SCENE_REWARDS
+from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.config.values import divisors
+from vipo.foreign import is_import_path
 
 # What a report compares arms on.
 _SHARED = ("reward", "evaluation")
@@ -131,13 +133,20 @@ def check_pictures(config: Config) -> None:
     video = config.generator.frames is not None
     if "oracle" in config.credit.names and video:
         raise ConfigError("credit.sources: 'oracle' needs drawn pictures; generator.frames asks for videos")
-    named: Sequence[tuple[str, str, GeneratorConfig]] = [
-        *(("reward.terms", term.name, config.generator) for term in config.reward.terms),
-        *(("evaluation.rewards", reward.name, config.evaluated) for reward in config.evaluation.rewards),
+    named: Sequence[tuple[str, RewardSpec, GeneratorConfig]] = [
+        *(("reward.terms", term.spec, config.generator) for term in config.reward.terms),
+        *(("evaluation.rewards", reward, config.evaluated) for reward in config.evaluation.rewards),
     ]
-    for key, name, generator in named:
-        if name in PICTURE_REWARDS and video:
-            raise ConfigError(f"{key}: reward {name!r} takes pictures, generator.frames asks for videos")
+    for key, reward, generator in named:
+        name = reward.name
+        if name in PICTURE_REWARDS and video and reward.frames is None:
+            raise ConfigError(
+                f"{key}: reward {name!r} takes pictures, generator.frames asks for videos; set the reward's frames, "
+                "say to 4, for the mean over so many of them"
+            )
+        if reward.frames is not None and not (video and (name in PICTURE_REWARDS or is_import_path(name))):
+            why = "takes no frames of its own" if video else "scores pictures, generator.frames is null"
+            raise ConfigError(f"{key}: reward {name!r} {why}; leave its frames out")
         if name in CLIP_REWARDS and (generator.frames or 1) < 2:
             raise ConfigError(f"{key}: reward {name!r} takes videos of two frames or more; generator.frames makes them")
         if name in SCENE_REWARDS and (video or (generator.height, generator.width) != (64, 64)):

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     Field,
@@ -37,6 +37,11 @@ class RewardSpec(Section):
     options: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="The reward's own arguments (docs/rewards.md). A registered reward's defaults are filled in.",
+    )
+    frames: Annotated[int, Field(ge=1, le=2**14)] | None = Field(
+        None,
+        description="Of a reward of pictures, where clips are made: how many evenly spread frames of each it scores; "
+        "theirs is the mean.",
     )
 
     @model_validator(mode="before")
@@ -89,6 +94,8 @@ class RewardSpec(Section):
             del data["label"]
         if not self.options:
             del data["options"]
+        if self.frames is None:
+            del data["frames"]
         return data["name"] if list(data) == ["name"] else data
 
     @classmethod
@@ -108,9 +115,9 @@ class RewardSpec(Section):
         return self.model_copy(update={"options": deciding(self.options)}).model_dump(mode="json")
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        """Name, label and options: equal where two terms are the same measurement."""
-        return self.name, self.label, json.dumps(self.options, sort_keys=True)
+    def identity(self) -> tuple[str, str, str, int | None]:
+        """Name, label, options and frames: equal where two terms are the same measurement."""
+        return self.name, self.label, json.dumps(self.options, sort_keys=True), self.frames
 
 
 class RewardTerm(RewardSpec):
@@ -121,7 +128,7 @@ class RewardTerm(RewardSpec):
     @property
     def spec(self) -> RewardSpec:
         """The reward without its weight."""
-        return RewardSpec(name=self.name, label=self.label, options=self.options)
+        return RewardSpec(name=self.name, label=self.label, options=self.options, frames=self.frames)
 
 
 class RewardConfig(Section):

@@ -22,7 +22,7 @@ from vipo.evaluation.held_out import HeldOut, sample_name
 from vipo.memory import free
 from vipo.perception import PerceptualStructuring, load_backbone
 from vipo.prompts.vbench import is_measured
-from vipo.rewards import identities, in_use, load_reward, score, weight_files
+from vipo.rewards import identities, in_use, load_spec, score, weight_files
 
 # In the order of the table.
 _CHANGES = ("change/total", "change/foreground", "change/background")
@@ -114,7 +114,7 @@ def _maps(config: Config, root: Path, facts: dict[str, Any]) -> Iterator[Callabl
 @contextlib.contextmanager
 def _reward(spec: RewardSpec, config: Config) -> Iterator[Callable[[Batch], Measured]]:
     device = config.generator.device
-    reward = load_reward(spec.name, device, spec.options)
+    reward = load_spec(spec, device)
 
     def measure(batch: Batch) -> Measured:
         found = torch.full((len(batch.samples),), math.nan)
@@ -173,7 +173,7 @@ def tried(config: Config, root: Path, samples: Sequence[HeldOut]) -> tuple[list[
     processes: dict[str, dict[str, Any]] = {}
     blank = torch.zeros(1, *generator.sample_shape, device=device)
     for spec in config.evaluation.rewards:
-        reward = load_reward(spec.name, device, spec.options)
+        reward = load_spec(spec, device)
         found += weight_files(reward)
         processes |= identities({spec.label: reward})
         every = [sample.prompt for sample in samples]

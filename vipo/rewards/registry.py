@@ -15,6 +15,7 @@ from vipo.config.reward import RewardSpec
 from vipo.config.validation import ConfigError, validate_section
 from vipo.foreign import foreign, resolve
 from vipo.rewards.errors import RewardError
+from vipo.rewards.frames import OfFrames
 from vipo.text import listed
 
 _TOLD = 5
@@ -104,6 +105,19 @@ def load_reward(name: str, device: str = "cpu", options: Mapping[str, Any] | Non
     return reward
 
 
+def load_spec(spec: RewardSpec, device: str = "cpu") -> Reward:
+    """The reward of a configuration, with its options, of frames where it says so.
+
+    Raises:
+        RewardError: as of `load_reward`.
+    """
+    return _of_frames(load_reward(spec.name, device, spec.options), spec)
+
+
+def _of_frames(reward: Reward, spec: RewardSpec) -> Reward:
+    return reward if spec.frames is None else OfFrames(reward, spec.frames)
+
+
 def load_rewards(specs: Iterable[RewardSpec], device: str = "cpu") -> dict[str, Reward]:
     """The rewards of a configuration by label, each with its options.
 
@@ -113,13 +127,13 @@ def load_rewards(specs: Iterable[RewardSpec], device: str = "cpu") -> dict[str, 
     loaded: dict[str, Reward] = {}
     for spec in specs:
         twin = _twin(loaded.values(), spec)
-        loaded[spec.label] = load_reward(spec.name, device, spec.options) if twin is None else twin
+        loaded[spec.label] = load_spec(spec, device) if twin is None else _of_frames(twin, spec)
     return loaded
 
 
 def _twin(loaded: Iterable[Reward], spec: RewardSpec) -> Reward | None:
     """One of vipo's own on a network that is loaded already."""
-    for other in loaded:
+    for other in map(_own_part, loaded):
         if spec.name in REWARDS and (sharing := _own(other, "sharing")) is not None:
             found, options = find_reward(spec.name, spec.options)
             if type(other) is found and (twin := sharing(options)) is not None:
@@ -136,7 +150,12 @@ def weight_files(reward: Reward) -> list[Path]:
 
 def _own(reward: Reward, name: str, missing: Any = None) -> Any:
     """An attribute of a reward of vipo's; of another one it could mean anything."""
-    return getattr(reward, name, missing) if type(reward).__module__.startswith("vipo.") else missing
+    return getattr(reward, name, missing) if type(_own_part(reward)).__module__.startswith("vipo.") else missing
+
+
+def _own_part(reward: Reward) -> Reward:
+    """What scores: of frames, the reward of pictures."""
+    return reward.inner if isinstance(reward, OfFrames) else reward
 
 
 def begin(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
@@ -188,7 +207,7 @@ def _differing(before: Any, now: Any) -> list[str]:
 
 def _import_path(name: str, reward: Reward) -> str:
     """What tells `foreign` whose code it is: behind a label, the module that the reward is of."""
-    module = getattr(reward, "__module__", None)
+    module = getattr(_own_part(reward), "__module__", None)
     known = ":" in name or not isinstance(module, str) or module.startswith("vipo.")
     return name if known else f"{module}:{name}"
 
