@@ -288,15 +288,35 @@ def test_shares_of_samples_and_scores_are_jobs_and_all_arms_share_one_base(proje
     assert "change how samples are drawn" in result.stdout + result.stderr
 
 
-def test_what_decides_a_result_is_read_by_its_job_through_links_too(project: Path, overrides: list[str]) -> None:
-    linked = project / "linked"
-    linked.mkdir()
+def test_what_decides_a_result_is_read_by_its_job_through_links_too(
+    project: Path, overrides: list[str], tmp_path: Path
+) -> None:
     for path in (project / "generator").iterdir():
-        (linked / path.name).symlink_to(path)
-    read = _inputs(project, [*overrides, "experiment.name=linked", "generator.path=linked"])
-    wanted = {"linked/model_index.json", *(f"linked/{name}/config.json" for name in ("transformer", "vae"))}
+        (tmp_path / path.name).symlink_to(path)
+    read = _inputs(project, [*overrides, "experiment.name=linked", f"generator.path={tmp_path}"])
+    names = ("model_index.json", "transformer/config.json", "vae/config.json")
+    wanted = {str(tmp_path / name) for name in names}
     for job in ("encode", "train vipo-s0", "sample base-s0"):
         assert wanted < read[job]
+
+
+def test_local_weights_of_rewards_and_backbone_are_read_by_what_they_decide(
+    project: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    clip = {str(tmp_path / "clip" / name) for name in ("config.json", "model.safetensors")}
+    head, net = {str(tmp_path / "head.pth")}, {str(tmp_path / "net.safetensors")}
+    (tmp_path / "clip").mkdir()
+    for name in (*clip, *head, *net, "clip/notes.md"):
+        (tmp_path / name).touch()
+    chosen = [text for text in overrides if text != REWARD]
+    chosen += ["experiment.name=weights", f"perception.weights={tmp_path}/net.safetensors"]
+    chosen.append(f"reward.terms=[{{name: clipscore, options: {{path: {tmp_path}/clip}}}}]")
+    chosen.append(f"evaluation.rewards=[{{name: aesthetic, options: {{path: no/such, head: {tmp_path}/head.pth}}}}]")
+    read = _inputs(project, [*chosen, "experiment.meter.arms=[grpo,vipo]"])
+    found = {job: {name for name in names if name.startswith(str(tmp_path))} for job, names in read.items()}
+    assert found["train vipo-s0"] == found["credit"] == clip | net
+    assert found["score vipo-s0"] == found["score base-s0"] == clip | head | net
+    assert not found["sample vipo-s0"]
 
 
 def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_overrides: list[str]) -> None:

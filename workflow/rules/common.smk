@@ -22,6 +22,7 @@ from vipo.errors import VipoError
 from vipo.imports import check_imports
 from vipo.provenance.files import file_sha256
 from vipo.provenance.records import checkpoint_files
+from vipo.provenance.reward_files import local_files
 from vipo.text import message
 
 ROOT = repository_root()
@@ -169,6 +170,11 @@ def backbone_files(run):
     )
 
 
+def reward_files(rewards):
+    """Files on this machine that rewards are read from."""
+    return sorted(map(as_input, local_files(rewards, ROOT)))
+
+
 def prompt_files():
     """What prompts are made of where it is a file; a callable and a published set have none."""
     prompts = RUNS[FIRST].prompts
@@ -204,6 +210,7 @@ def scored_from(wildcards):
         "prompts": f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
         "manifest": f"{EXPERIMENT_DIR}/prompts/manifest.json",
         "backbone": backbone_files(wildcards.run),
+        "rewards": reward_files(RUNS[wildcards.run].evaluation.rewards),
         "samples": [
             f"{folder}/{name}"
             for folder in dict.fromkeys(samples)
