@@ -55,20 +55,26 @@ def _snakemake(project: Path, overrides: list[str], *arguments: str) -> subproce
     return subprocess.run(command, cwd=project, env=_environment(), text=True, capture_output=True)
 
 
-def _planned(project: Path, overrides: list[str]) -> set[str]:
-    """Jobs that a dry run would do, as ``rule`` or ``rule run``."""
+def _inputs(project: Path, overrides: list[str]) -> dict[str, set[str]]:
+    """What each job reads that a dry run would do, by ``rule`` or ``rule run``."""
     result = _snakemake(project, overrides, "--dry-run")
     assert result.returncode == 0, result.stdout + result.stderr
     text = result.stdout + result.stderr
-    jobs = set()
+    jobs = {}
     for block in re.split(r"\n(?=(?:local)?rule )", text):
         name = re.match(r"(?:local)?rule (\w+):", block)
         if name and name[1] != "all":
             run = re.search(r"wildcards: run=([\w-]+)", block)
-            jobs.add(f"{name[1]} {run[1]}" if run else name[1])
+            read = re.search(r"^ +input: (.*)$", block, re.MULTILINE)
+            jobs[f"{name[1]} {run[1]}" if run else name[1]] = set() if read is None else set(read[1].split(", "))
     if not jobs:
         assert "Nothing to be done" in text
     return jobs
+
+
+def _planned(project: Path, overrides: list[str]) -> set[str]:
+    """Jobs that a dry run would do, as ``rule`` or ``rule run``."""
+    return set(_inputs(project, overrides))
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +286,37 @@ def test_shares_of_samples_and_scores_are_jobs_and_all_arms_share_one_base(proje
     result = _snakemake(project, changed, "--dry-run")
     assert result.returncode != 0
     assert "change how samples are drawn" in result.stdout + result.stderr
+
+
+def test_what_decides_a_result_is_read_by_its_job_through_links_too(
+    project: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    for path in (project / "generator").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    read = _inputs(project, [*overrides, "experiment.name=linked", f"generator.path={tmp_path}"])
+    names = ("model_index.json", "transformer/config.json", "vae/config.json")
+    wanted = {str(tmp_path / name) for name in names}
+    for job in ("encode", "train vipo-s0", "sample base-s0"):
+        assert wanted < read[job]
+
+
+def test_local_weights_of_rewards_and_backbone_are_read_by_what_they_decide(
+    project: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    clip = {str(tmp_path / "clip" / name) for name in ("config.json", "model.safetensors")}
+    head, net = {str(tmp_path / "head.pth")}, {str(tmp_path / "net.safetensors")}
+    (tmp_path / "clip").mkdir()
+    for name in (*clip, *head, *net, "clip/notes.md"):
+        (tmp_path / name).touch()
+    chosen = [text for text in overrides if text != REWARD]
+    chosen += ["experiment.name=weights", f"perception.weights={tmp_path}/net.safetensors"]
+    chosen.append(f"reward.terms=[{{name: clipscore, options: {{path: {tmp_path}/clip}}}}]")
+    chosen.append(f"evaluation.rewards=[{{name: aesthetic, options: {{path: no/such, head: {tmp_path}/head.pth}}}}]")
+    read = _inputs(project, [*chosen, "experiment.meter.arms=[grpo,vipo]"])
+    found = {job: {name for name in names if name.startswith(str(tmp_path))} for job, names in read.items()}
+    assert found["train vipo-s0"] == found["credit"] == clip | net
+    assert found["score vipo-s0"] == found["score base-s0"] == clip | head | net
+    assert not found["sample vipo-s0"]
 
 
 def test_an_arm_cannot_ask_for_other_jobs_than_the_rest(project: Path, tiny_overrides: list[str]) -> None:

@@ -346,6 +346,31 @@ def test_pulled_weights_that_were_evaluated_here(experiment: Path) -> None:
     assert note.endswith("was made with other weights than vipo-s0 has now; evaluate it again")
 
 
+def test_scores_of_the_trained_weights_are_not_those_of_their_mean(experiment: Path) -> None:
+    """As an earlier vipo scored them."""
+    trained = {f"weights/{place}a.safetensors": f"{number}" * 64 for number, place in enumerate(("", "ema/"))}
+    entries = [
+        {"path": f"results/demo/runs/vipo-s0/{place}", "bytes": 1, "sha256": sha256}
+        for place, sha256 in trained.items()
+    ]
+    _edit(experiment / "runs/vipo-s0/provenance.json", lambda record: record.update(outputs=entries))
+    path = experiment / "evaluation/vipo-s0/config.yaml"
+    text = path.read_text().replace("ema_decay: null", "ema_decay: 0.9")
+    # Where the trained ones were drawn, their mean lies below and is recorded too.
+    for evaluated, read, told in (
+        ("trained", entries, None),
+        ("ema", entries[1:], None),
+        ("ema", entries, "was made with the weights 'trained', evaluation.weights is 'ema'; evaluate it again"),
+        ("trained", entries[1:], "was made with the weights 'ema', evaluation.weights is 'trained'; evaluate it again"),
+    ):
+        assert "weights: trained" in text
+        path.write_text(text.replace("weights: trained", f"weights: {evaluated}"))
+        _record_evaluation(experiment, "vipo-s0")
+        _edit(path.with_name("provenance.json"), lambda record, new=read: record["inputs"].extend(new))
+        notes = _diff(experiment, "grpo-s0", "vipo-s0").notes
+        assert [note.partition("vipo-s0: ")[2] for note in notes] == ([] if told is None else [told])
+
+
 def test_an_evaluation_of_another_configuration_is_said(experiment: Path) -> None:
     path = experiment / "evaluation/vipo-s0/provenance.json"
     _edit(path, lambda record: record.update(config_sha256="00" * 32))

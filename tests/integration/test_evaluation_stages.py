@@ -342,6 +342,18 @@ def test_an_arm_that_draws_otherwise_is_refused(trained: tuple[Path, list[str]],
         score_stage(config, ROOT, place)
 
 
+def test_samples_of_other_weights_are_not_scored(tmp_path: Path) -> None:
+    chosen = ["experiment=demo", "arm=vipo", "training.ema_decay=0.9"]
+    kept, mean = (load_config([*chosen, f"evaluation.weights={name}"]) for name in ("trained", "ema"))
+    facts = {"sampling": kept.sampling_identity(), "updates": [1], "grid": [8, 8], "frame_groups": None}
+    place = tmp_path / "samples/vipo-s0/samples.json"
+    place.parent.mkdir(parents=True)
+    for drawn, asked in ((kept, mean), (mean, kept)):
+        place.write_text(json.dumps({**facts, "sampling": drawn.sampling_identity()}))
+        with pytest.raises(EvaluationError, match=r"vipo-s0: drawn with another configuration \(evaluation changed\)"):
+            score.score_run(asked, ROOT, tmp_path)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
 def test_shares_are_all_parts_once(count: int) -> None:
     parts = list(range(7))

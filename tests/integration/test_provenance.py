@@ -174,6 +174,45 @@ def test_what_another_process_scored_is_other_work(root: Path) -> None:
     assert (aside.read_text(), (folder / "scores.parquet").read_text()) == ("1", "2")
 
 
+def test_the_same_bytes_in_another_place_are_the_same_work(root: Path, tmp_path: Path) -> None:
+    """As the hub's cache of another user has them."""
+    folder, experiment = root / "results/demo/evaluation/vipo-s0", root / "results/demo"
+    caches = [tmp_path / user / "hub/snapshots/1" for user in ("ann", "ben", "eve")]
+    for cache, content in zip(caches, ("weights", "weights", "others"), strict=True):
+        cache.mkdir(parents=True)
+        (cache / "model.safetensors").write_text(content)
+        (cache / "config.json").write_text("{}")
+
+    def read(cache: Path) -> list[dict[str, Any]]:
+        files = [cache / "config.json", cache / "model.safetensors"]
+        return hashed("score", [root / "prompts.txt", root / "generator", *files], root)
+
+    def score(cache: Path) -> None:
+        with record_stage(
+            "score",
+            folder,
+            inputs=read(cache),
+            outputs=[folder / "scores.parquet"],
+            config={"a": 1},
+            root=root,
+            experiment=experiment,
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "scores.parquet").write_text("1")
+
+    score(caches[0])
+    made = [is_made("score", folder, read(cache), {"a": 1}, root) for cache in caches]
+    assert made == [True, True, False]
+    # Two files that changed places are other inputs.
+    swapped = read(caches[0])
+    swapped[2:] = swapped[:1:-1]
+    assert not is_made("score", folder, swapped, {"a": 1}, root)
+    score(caches[1])
+    assert not (experiment / ".superseded").exists()
+    score(caches[2])
+    assert (experiment / ".superseded").is_dir()
+
+
 def test_a_record_outlives_a_failure_where_its_outputs_do(root: Path) -> None:
     with _stage(root) as folder:
         pass

@@ -13,8 +13,10 @@ import torch
 from hypothesis import given
 from safetensors.torch import save_file
 
+from vipo.config.values import config_hash
 from vipo.provenance import StorageError, atomic_file, atomic_folder
 from vipo.provenance.files import file_sha256
+from vipo.provenance.records import PROVENANCE, files_below
 from vipo.training import checkpoints
 from vipo.training.checkpoints import (
     CheckpointError,
@@ -28,6 +30,7 @@ from vipo.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
+from vipo.training.state import content_hash
 
 
 def _save(root: Path, update: int) -> Path:
@@ -286,3 +289,25 @@ def test_a_step_after_restore_equals_a_step_without(tmp_path: Path) -> None:
     for number in (4, 5):
         _step(without, fresh, number)
     assert not torch.equal(without.weight, model.weight), "the optimizer's state must matter for this test"
+
+
+def test_weights_behind_a_link_are_part_of_a_folder(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "generator", tmp_path / "elsewhere"
+    for name in ("vae/config.json", "vae-2/config.json", "vae.json", "note.txt", PROVENANCE, "vae/deep/er.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    listed = ["vae/config.json", "vae/deep/er.safetensors", "vae-2/config.json", "vae.json"]
+    # In this order, as before links were followed: a finished run keeps its identity.
+    plain = config_hash([[name, file_sha256(folder / name)] for name in listed])
+    assert content_hash(folder) == plain
+    elsewhere.mkdir()
+    (elsewhere / "model.safetensors").write_text("weights")
+    (folder / "transformer").symlink_to(elsewhere)
+    # Without an end, and without what is not there.
+    (elsewhere / "again").symlink_to(folder)
+    (elsewhere / "lost.json").symlink_to(tmp_path / "nowhere")
+    assert "transformer/again" in files_below(folder)
+    linked = content_hash(folder)
+    assert linked != plain
+    (elsewhere / "model.safetensors").write_text("others")
+    assert content_hash(folder) not in (plain, linked)

@@ -217,6 +217,51 @@ def test_runs_that_another_process_scored_are_not_compared(tmp_path: Path) -> No
         compare_runs(config, tmp_path, ["base-s0", "grpo-s0"])
 
 
+CLIP = {"clip/config.json": "c", "clip/model.safetensors": "w"}
+
+
+@pytest.mark.parametrize(
+    ("told", "files"),
+    [
+        # As an earlier vipo recorded them, which did not say whose a file is.
+        ("before", {**CLIP, "clip/model.safetensors": "x"}),
+        ("now", {**CLIP, "clip/model.safetensors": "x"}),
+        ("now", {"clip/config.json": "c", "clip/pytorch_model.bin": "x"}),
+        ("now", {"clip/config.json": "d", "clip/model.safetensors": "w"}),
+        ("now", {"clip/config.json": "c"}),
+    ],
+)
+def test_runs_that_other_weights_scored_are_not_compared(told: str, files: dict[str, str], tmp_path: Path) -> None:
+    def write(run: str, backbone: str, read: dict[str, str], told: str = told) -> None:
+        record = tmp_path / "evaluation" / run / "provenance.json"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        own = {"of": "reward clipscore"} if told == "now" else {}
+        mine = [
+            ("prompts/eval.jsonl", "p", {}),
+            (f"samples/{run}/pictures", run, {}),
+            ("net.safetensors", backbone, {}),
+        ]
+        mine += [(path, sha256, own) for path, sha256 in read.items()]
+        inputs = [{"path": path, "bytes": 1, "sha256": sha256, **more} for path, sha256, more in mine]
+        perception = {"backbone": "resnet50.a1_in1k", "weights": None}
+        config = {"perception": perception}
+        record.write_text(json.dumps({"stage": "score", "config": config, "inputs": inputs, "outputs": []}))
+
+    config = load_config(["experiment=demo", "arm=base"])
+    runs = ["base-s0", "grpo-s0", "vipo-s0"]
+    write("base-s0", "n", CLIP)
+    # Another backbone scores nothing, and another cache may hold more of a tokenizer.
+    write("grpo-s0", "m", {**CLIP, "clip/vocab.json": "v"}, "now")
+    write("vipo-s0", "n", files)
+    one, other = ("base-s0", "vipo-s0") if len(files) == 1 else ("vipo-s0", "base-s0")
+    message = rf"^clip/\S+: rewards of {one} were read from it, and those of {other} .* evaluate both by the same files"
+    with pytest.raises(EvaluationError, match=message):
+        compare_runs(config, tmp_path, runs)
+    write("vipo-s0", "n", CLIP)
+    with pytest.raises(PromptError, match=r"eval\.jsonl"):
+        compare_runs(config, tmp_path, runs)
+
+
 def test_runs_of_two_titles_are_not_put_into_one_table(tmp_path: Path) -> None:
     config = load_config(["experiment=demo", "arm=base"])
     (tmp_path / "prompts").mkdir()

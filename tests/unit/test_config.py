@@ -824,6 +824,15 @@ def test_training_identity_follows_what_decides_the_result_and_nothing_else(demo
         assert config_hash(_as(demo, key, value).training_identity()) == base, key
 
 
+def test_other_weights_are_other_samples_but_of_the_base(demo: Config) -> None:
+    kept = _as(demo, "training.ema_decay", 0.9)
+    mean = _as(kept, "evaluation.weights", "ema")
+    assert "weights" not in kept.sampling_identity()["evaluation"]
+    assert mean.sampling_identity() != kept.sampling_identity()
+    # The base has no other weights: it is drawn once for both.
+    assert mean.as_base().sampling_identity() == kept.as_base().sampling_identity()
+
+
 def test_config_hash_ignores_order_and_refuses_nan() -> None:
     assert config_hash({"a": 1, "b": [2.5]}) == config_hash(json.loads('{"b": [2.5], "a": 1}'))
     assert config_hash({"a": 1}) != config_hash({"a": 2})

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from vipo.config.compose import dump_config, load_config, load_config_file
 from vipo.config.experiment import check_run
+from vipo.config.reward import RewardTerm
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
+from vipo.provenance.reward_files import local_files
 from vipo.rewards import RewardError
 from vipo.rewards.beside import _read
 from vipo.rewards.weights import fill, local_path, located
@@ -62,6 +64,24 @@ def test_arguments_decide_both_identities() -> None:
     measured = load_config([DEMO, "evaluation.rewards=[{name: clipscore, label: clip, options: {batch: 8}}]"])
     assert measured.training_identity() == load_config([DEMO]).training_identity()
     assert measured.evaluation.rewards[0].options["batch"] == 8
+
+
+def test_files_on_this_machine_are_those_that_rewards_are_read_from(tmp_path: Path) -> None:
+    for name in ("clip/model.safetensors", "clip/config.json", "clip/README.md", "head.pth", "env/bin/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clip = [tmp_path / "clip/config.json", tmp_path / "clip/model.safetensors"]
+
+    def found(*terms: dict[str, Any]) -> list[Path]:
+        return local_files([RewardTerm.model_validate(term) for term in terms], tmp_path)
+
+    served = {"reward": "aesthetic", "arguments": {"path": "clip", "head": "head.pth"}}
+    # Of hub ids, of others' code and of another host there are none.
+    assert found({"name": "clipscore"}, {"name": "redness"}, {"name": "a:B", "options": {"path": "clip"}}) == []
+    assert found({"name": "process", "options": {**served, "url": "http://h"}}) == []
+    assert found({"name": "process", "options": {**served, "environment": "env"}}) == [*clip, tmp_path / "head.pth"]
+    twice = ({"name": "clipscore", "label": label, "options": {"path": "clip"}} for label in ("one", "two"))
+    assert found(*twice) == clip
 
 
 def test_an_import_path_s_arguments_are_kept_as_they_are() -> None:

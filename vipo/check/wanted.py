@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vipo.config.perception import PACKAGED
 from vipo.config.reward import RewardSpec
 from vipo.config.reward_options import places
 from vipo.config.run import Config
@@ -24,7 +25,6 @@ _NETWORKS = ("transformer", "transformer_2", "unet")
 _FILE = ("*.safetensors",)
 # A finished run, one of its weights, or a LoRA's folder.
 _STARTS = ("weights", *_NETWORKS, "*.safetensors")
-_PACKAGED = "efficientnet_lite0"
 _HUB = "hf-hub:"
 
 
@@ -95,7 +95,7 @@ def wanted(config: Config, root: Path) -> Iterator[Wanted]:
 def packaged_backbone(config: Config) -> bool:
     """Whether maps are made by the backbone whose weights a Python package brings."""
     own = config.perception
-    return config.credit.reads_backbone and own.backbone == _PACKAGED and own.weights is None
+    return config.credit.reads_backbone and own.backbone == PACKAGED and own.weights is None
 
 
 def _of_reward(reward: RewardSpec) -> Iterator[Wanted]:

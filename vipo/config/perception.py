@@ -6,12 +6,15 @@ from pydantic import Field
 
 from vipo.config.section import Commit, Section, UserPath
 
+PACKAGED = "efficientnet_lite0"
+"""The backbone whose weights a Python package brings."""
+
 
 class PerceptionConfig(Section):
     """The Perceptual Structuring Module: backbone, allocation map and its orientation."""
 
     backbone: str = Field(
-        "efficientnet_lite0",
+        PACKAGED,
         description="'efficientnet_lite0' (packaged weights), any timm name, 'hf-hub:owner/name', or an import path.",
     )
     weights: UserPath | None = Field(

@@ -147,6 +147,9 @@ class Sections(Section):
         identity = self.evaluation_identity()
         drawn = ("prompts", "samples_per_prompt", "steps", "batch", "seed")
         evaluation = {key: identity["evaluation"][key] for key in drawn}
+        # The base has no other weights, and what was drawn before there was a choice keeps its identity.
+        if not self.is_base and self.evaluation.weights != "trained":
+            evaluation["weights"] = self.evaluation.weights
         return {
             **{key: value for key, value in identity.items() if key not in ("perception", "protocol")},
             "evaluation": evaluation,

@@ -14,7 +14,8 @@ from vipo.evaluation.titles import other_title, titles
 from vipo.evaluation.totals import set_totals
 from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
-from vipo.provenance.records import PROVENANCE, differing_processes, read_processes
+from vipo.provenance.records import PROCESSES, PROVENANCE, differing_processes, read_provenance, whole_record
+from vipo.provenance.reward_files import differing_files, recorded_files
 
 TABLES = ("categories", "win_rates", "metrics", "totals", "diversity")
 
@@ -28,8 +29,8 @@ def compare_runs(config: Config, experiment: Path, runs: Sequence[str]) -> dict[
         runs: names of scored runs, the base's among them.
 
     Raises:
-        EvaluationError: a run is not scored, its samples are not there, or another process or protocol scored it than
-            the others.
+        EvaluationError: a run is not scored, its samples are not there, or another process, other weights or another
+            protocol scored it than the others.
         ScoresError: runs were not evaluated on the same prompts and samples.
     """
     _check_one_measure(experiment, runs)
@@ -91,12 +92,22 @@ def write_tables(tables: dict[str, pd.DataFrame], output: Path) -> list[Path]:
 
 
 def _check_one_measure(experiment: Path, runs: Sequence[str]) -> None:
-    records = {run: experiment / "evaluation" / run / PROVENANCE for run in runs}
-    for label, run, other in differing_processes({run: read_processes(path) for run, path in records.items()}):
+    paths = {run: experiment / "evaluation" / run / PROVENANCE for run in runs}
+    records = {run: read_provenance(path) for run, path in paths.items() if path.is_file()}
+    for label, run, other in differing_processes({run: record.get(PROCESSES, {}) for run, record in records.items()}):
         raise EvaluationError(
-            f"reward {label!r}: another process scored {run} than {other} ({records[run]} and that run's tell which "
+            f"reward {label!r}: another process scored {run} than {other} ({paths[run]} and that run's tell which "
             "packages and weights), so they cannot be compared; evaluate both by one: vipo evaluate does it again "
             "where the process is another one"
+        )
+    read = {}
+    for run, record in records.items():
+        with whole_record(paths[run]):
+            read[run] = recorded_files(record)
+    for path, run, other in differing_files(read):
+        raise EvaluationError(
+            f"{path}: rewards of {run} were read from it, and those of {other} from none of these bytes, so they "
+            "cannot be compared; evaluate both by the same files: vipo evaluate does it again where they are others"
         )
 
 

@@ -155,8 +155,23 @@ def image_change(images: Tensor, base: Tensor, scene: bool) -> dict[str, Tensor]
     return result
 
 
-def tried(config: Config, root: Path, samples: Sequence[HeldOut]) -> tuple[list[Path], dict[str, dict[str, Any]]]:
-    """Files that the measures read their networks from, and what rewards elsewhere tell of themselves.
+@dataclass(frozen=True)
+class Tried:
+    """What the measures are.
+
+    Attributes:
+        backbone: what it is read from.
+        rewards: what each is read from, by label.
+        processes: what rewards elsewhere tell of themselves, by label.
+    """
+
+    backbone: list[Path]
+    rewards: dict[str, list[Path]]
+    processes: dict[str, dict[str, Any]]
+
+
+def tried(config: Config, root: Path, samples: Sequence[HeldOut]) -> Tried:
+    """What the measures read their networks from.
 
     One after the other is loaded, tried on a blank of the first of the `samples` that it is asked about, and gone
     again, before a picture is read: the last one may be the one that cannot be run.
@@ -167,19 +182,18 @@ def tried(config: Config, root: Path, samples: Sequence[HeldOut]) -> tuple[list[
     generator, device = config.evaluated, config.generator.device
     structuring = PerceptualStructuring(load_backbone(config.perception, device, root), config.perception)
     structuring.preflight((generator.height, generator.width))
-    found = [] if structuring.backbone.source is None else [structuring.backbone.source]
+    found = Tried([] if structuring.backbone.source is None else [structuring.backbone.source], {}, {})
     del structuring
     free(device)
-    processes: dict[str, dict[str, Any]] = {}
     blank = torch.zeros(1, *generator.sample_shape, device=device)
     for spec in config.evaluation.rewards:
         reward = load_spec(spec, device)
-        found += weight_files(reward)
-        processes |= identities({spec.label: reward})
+        found.rewards[spec.label] = weight_files(reward)
+        found.processes.update(identities({spec.label: reward}))
         every = [sample.prompt for sample in samples]
         prompt = next((prompt for prompt in every if is_measured(spec.label, prompt.metadata)), every[0])
         with in_use(reward):
             score(spec.label, reward, blank, [prompt.text], [prompt.metadata])
         del reward
         free(device)
-    return found, processes
+    return found

@@ -35,6 +35,7 @@ from vipo.generators.starting import checkpoint_inputs
 from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.provenance.parts import load_json, save_json
+from vipo.provenance.records import checkpoint_files
 from vipo.rewards.early import check_found
 from vipo.sampling.chain import Chain, sampling_chain
 from vipo.sampling.noise import Key, keyed_normal
@@ -114,7 +115,7 @@ def sample_run(
     folder, identity = samples_folder(experiment, config.run_name), config.sampling_identity()
     trained = _weights(config, experiment / "runs" / config.run_name, root, weights)
     drawn: dict[int, Path | None] = {**trained} or {0: None}
-    files = [path for kept in trained.values() for path in sorted(kept.rglob("*.safetensors"))]
+    files = [path for kept in trained.values() for path in checkpoint_files(kept, (".safetensors",))]
     inputs = hashed("sample", [prompts, embeddings, *checkpoint_inputs(config.generator, root), *files], root)
     if is_made("sample", folder, inputs, identity, root):
         log.info("%s: its samples are drawn already, in %s", config.run_name, folder)

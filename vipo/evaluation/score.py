@@ -35,6 +35,7 @@ from vipo.provenance import hashed, is_made, record_stage, verify_outputs
 from vipo.provenance.files import atomic_file
 from vipo.provenance.parts import load_tensors, save_tensors
 from vipo.provenance.records import PROVENANCE, read_processes
+from vipo.provenance.reward_files import OF
 from vipo.rewards import check_identities
 from vipo.tracking.progress import progress_bar
 
@@ -64,11 +65,14 @@ def score_run(config: Config, root: Path, experiment: Path, share: Share | None 
     batches = held_out_batches(prompts, config)
     found = [prompts, *dict.fromkeys(folder / name for folder in (pictures, reference) for name in (FACTS, "pictures"))]
     measures = measures_of(config, root, facts, batches)
-    files, processes = tried(config, root, [sample for batch in batches for sample in batch])
+    measured = tried(config, root, [sample for batch in batches for sample in batch])
+    processes = measured.processes
     if processes and not config.is_base:
         record = experiment / "runs" / config.run_name / PROVENANCE
         check_identities(read_processes(record), processes, record)
-    inputs = hashed("score", [*found, *files], root)
+    inputs = hashed("score", [*found, *measured.backbone], root)
+    for label, files in measured.rewards.items():
+        inputs += [{**entry, OF: f"reward {label}"} for entry in hashed("score", files, root)]
     if is_made("score", output, inputs, identity, root, processes):
         log.info("%s: its samples are scored already, in %s", config.run_name, output)
         return

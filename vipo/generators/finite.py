@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from vipo.generators.base import GeneratorError
+from vipo.provenance.records import checkpoint_files
 
 
 def check_finite(folder: Path) -> None:
@@ -13,7 +14,7 @@ def check_finite(folder: Path) -> None:
     Raises:
         GeneratorError: a file cannot be read, or a tensor holds a value that is not finite; the message names both.
     """
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in checkpoint_files(folder, (".safetensors",)):
         try:
             with safe_open(file, "pt") as stored:
                 for name in stored.keys():  # noqa: SIM118

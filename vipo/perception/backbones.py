@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from vipo.config.perception import PerceptionConfig
+from vipo.config.perception import PACKAGED, PerceptionConfig
 from vipo.foreign import is_import_path
 from vipo.perception.orientation import Orientation
-from vipo.perception.weights import PACKAGED
 
 NOT_MEASURED = "not measured here"
 CHOSEN = "chosen in the configuration"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vipo.config.perception import PerceptionConfig
+from vipo.config.perception import PACKAGED, PerceptionConfig
 from vipo.foreign import foreign, is_import_path, resolve
 from vipo.perception import dinov2
 from vipo.perception.backbone import Backbone, called
@@ -18,7 +18,6 @@ from vipo.perception.backbones import defaults_of, measured
 from vipo.perception.errors import PerceptionError
 from vipo.perception.weights import (
     HUB,
-    PACKAGED,
     filled_model,
     hub_file,
     named_architecture,

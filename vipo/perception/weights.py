@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vipo.config.perception import PACKAGED
 from vipo.perception import dinov2
 from vipo.perception.errors import PerceptionError
 from vipo.provenance.files import file_sha256
 
-PACKAGED = "efficientnet_lite0"
 HUB = "hf-hub:"
 
 

@@ -117,7 +117,7 @@ def record_stage(
         "versions": versions(),
         "started": _now(),
     }
-    replaces = experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record, folder, root)
+    replaces = experiment is not None and is_finished(folder, stage) and not _same_work(earlier, record)
     with _made_way(experiment if replaces else None, folder), _without_record(folder, earlier, root):
         yield facts
         _finish(stage, folder, outputs, record, facts, {DIFF: diff, CHECKOUT_DIFF: checkout_diff}, root)
@@ -150,11 +150,7 @@ def is_made(
     try:
         record = read_provenance(folder / PROVENANCE)
         wanted = {"config_sha256": config_hash(dict(config)), "inputs": inputs, PROCESSES: processes or {}}
-        return (
-            record["stage"] == stage
-            and _same_work(record, wanted, folder, root)
-            and not verify_outputs(folder / PROVENANCE, root)
-        )
+        return record["stage"] == stage and _same_work(record, wanted) and not verify_outputs(folder / PROVENANCE, root)
     # No record, or one that was edited into something else: making it again mends it.
     except (ProvenanceError, LookupError, TypeError, ValueError, AttributeError):
         return False
@@ -229,17 +225,17 @@ def command_line() -> list[str]:
     return json.loads(given) if given else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def _same_work(earlier: Mapping[str, Any] | None, record: Mapping[str, Any], folder: Path, root: Path) -> bool:
+def _same_work(earlier: Mapping[str, Any] | None, record: Mapping[str, Any]) -> bool:
     """Whether a record names the configuration, the inputs and the reward processes of another; what came without one
-    may be anything."""
+    may be anything.
+
+    An input is its bytes and its place among the others: where it lies, the configuration says, or a cache decides.
+    """
     if earlier is None or earlier.get("config_sha256") != record["config_sha256"]:
         return False
     if earlier.get(PROCESSES, {}) != record.get(PROCESSES, {}):
         return False
-    before, now = (
-        [(entry["path"], entry["sha256"]) for entry in inputs]
-        for inputs in (located(earlier, folder, root)["inputs"], record["inputs"])
-    )
+    before, now = ([entry["sha256"] for entry in each["inputs"]] for each in (earlier, record))
     return before == now
 
 

@@ -182,6 +182,17 @@ def files_below(folder: Path) -> list[str]:
     return [name for name in _walk(folder) if not _OF_TOOLS.fullmatch(name)]
 
 
+def checkpoint_files(place: Path, ends: tuple[str, ...] = (".safetensors", ".json")) -> list[Path]:
+    """A file itself; of a folder its weights and configurations, sorted, but for the record of its making.
+
+    Links to folders are followed: what is read through them decides results, too.
+    """
+    if place.is_file():
+        return [place]
+    found = (place / name for name in files_below(place) if name.endswith(ends))
+    return sorted(path for path in found if path.is_file() and path != place / PROVENANCE)
+
+
 def experiment_files(experiment_dir: Path) -> list[str]:
     """Files of an experiment, relative to it, sorted.
 
@@ -194,12 +205,14 @@ def experiment_files(experiment_dir: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> list[str]:
-    found = []
+    found, above = [], dict[Path, tuple[Path, ...]]()
     for base, folders, files in os.walk(folder, followlinks=True):
         place = Path(base)
-        # A link to a folder that holds it has no end: it is listed itself.
-        loops = [name for name in folders if place.resolve().is_relative_to((place / name).resolve())]
+        own = (*above.pop(place, ()), place.resolve())
+        # A link to a folder that holds it, if only through another link, has no end: it is listed itself.
+        loops = [name for name in folders if any(p.is_relative_to((place / name).resolve()) for p in own)]
         folders[:] = [name for name in folders if name not in loops]
+        above |= {place / name: own for name in folders}
         found += [(place / name).relative_to(folder).as_posix() for name in (*files, *loops)]
     return sorted(found)
 

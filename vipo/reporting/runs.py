@@ -10,6 +10,7 @@ import pandas as pd
 from vipo.config.compose import load_config_file
 from vipo.config.evaluation import EvaluationConfig
 from vipo.config.run import Config
+from vipo.config.training import EMA
 from vipo.config.values import config_hash
 from vipo.evaluation.statistics import Better, Interval, paired_difference
 from vipo.provenance.files import file_sha256
@@ -159,7 +160,7 @@ def read_run(path: Path) -> RunRecords:
     stale: str | None = f"{evaluated.parent}: was made with another configuration; evaluate {name} again"
     if own:
         config = config.model_copy(update={"evaluation": own[0].evaluation})
-        stale = None if evaluation is None else _other_weights(experiment, name, training, sampling or evaluation)
+        stale = None if evaluation is None else _other_weights(experiment, config, training, sampling or evaluation)
     return RunRecords(experiment, config, training, sampling, evaluation, stale)
 
 
@@ -171,17 +172,24 @@ def recorded_files(record: Mapping[str, Any] | None, part: str) -> Iterator[tupl
 
 
 def _other_weights(
-    experiment: Path, name: str, training: Mapping[str, Any] | None, sampling: Mapping[str, Any]
+    experiment: Path, config: Config, training: Mapping[str, Any] | None, sampling: Mapping[str, Any]
 ) -> str | None:
+    name = config.run_name
     folder = experiment / "runs" / name
     trained = {_below(path, name): sha256 for path, sha256 in recorded_files(training, "outputs")}
     read = {_below(path, name): sha256 for path, sha256 in recorded_files(sampling, "inputs") if _below(path, name)}
     if training is None:
         # Weights that were pulled and evaluated here; what is not here contradicts nothing.
         trained = {place: file_sha256(folder / place) if (folder / place).is_file() else read[place] for place in read}
-    if all(trained.get(place) == sha256 for place, sha256 in read.items()):
-        return None
-    return f"{experiment / 'evaluation' / name}: was made with other weights than {name} has now; evaluate it again"
+    told = f"{experiment / 'evaluation' / name}: was made with"
+    if any(trained.get(place) != sha256 for place, sha256 in read.items()):
+        return f"{told} other weights than {name} has now; evaluate it again"
+    # An earlier vipo scored what it found drawn, of whichever weights.
+    final = [place for place in read if place.startswith("weights/")]
+    drawn = EMA if all(place.startswith(f"weights/{EMA}/") for place in final) else "trained"
+    if final and drawn != config.evaluation.weights:
+        return f"{told} the weights {drawn!r}, evaluation.weights is {config.evaluation.weights!r}; evaluate it again"
+    return None
 
 
 def _below(path: str, name: str) -> str:

@@ -9,6 +9,7 @@ from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.prompts import Prompt, check_needs, check_prompts, prepare_prompts, told_split
 from vipo.provenance import ProvenanceError, record_stage, run_lock
+from vipo.provenance.records import checkpoint_files
 from vipo.stages.names import experiment_folder
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def check_weights(config: Config, weights: Path) -> None:
 
     if not weights.is_dir():
         raise ConfigError(f"--weights {weights}: no such folder; give a run's weights/, or one of its updates/")
-    if not any(weights.rglob("*.safetensors")):
+    if not checkpoint_files(weights, (".safetensors",)):
         raise ConfigError(f"--weights {weights}: holds no safetensors; give a run's weights/, or one of its updates/")
     adapter = resolve_class(config.generator)
     # Others save under names of their own.

@@ -13,7 +13,7 @@ from vipo.config.compose import dump_config
 from vipo.config.training import EMA
 from vipo.config.values import config_hash
 from vipo.provenance.files import atomic_file, atomic_folder, file_sha256, text_lines
-from vipo.provenance.records import PROVENANCE
+from vipo.provenance.records import checkpoint_files
 from vipo.provenance.superseded import is_finished, set_aside
 from vipo.rewards import identities
 from vipo.training.checkpoints import (
@@ -54,10 +54,7 @@ def content_hash(path: Path) -> str:
     """Hash of a file, or of the weights and configurations of a folder."""
     # Configurations too: a scheduler's or an autoencoder's numbers decide the chain and the pictures. How the folder
     # was made decides nothing.
-    files = [path] if path.is_file() else sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")])
-    return config_hash(
-        [[str(file.relative_to(path)), file_sha256(file)] for file in files if file != path / PROVENANCE]
-    )
+    return config_hash([[str(file.relative_to(path)), file_sha256(file)] for file in checkpoint_files(path)])
 
 
 def checkpoints_folder(setup: Setup) -> Path:

@@ -21,7 +21,8 @@ from vipo.config.workflow import read_workflow_config
 from vipo.errors import VipoError
 from vipo.imports import check_imports
 from vipo.provenance.files import file_sha256
-from vipo.provenance.records import PROVENANCE
+from vipo.provenance.records import checkpoint_files
+from vipo.provenance.reward_files import local_files
 from vipo.text import message
 
 ROOT = repository_root()
@@ -155,30 +156,23 @@ def generator_files():
         *(path / "weights" if (path / "weights").is_dir() else path for path in beside),
     ]
     return sorted(
-        as_input(path)
-        for place in folders
-        for path in (
-            [place]
-            if place.is_file()
-            else [*place.rglob("*.safetensors"), *place.rglob("*.json")]
-        )
-        if path != folder / PROVENANCE
+        as_input(path) for place in folders for path in checkpoint_files(place)
     )
 
 
 def backbone_files(run):
     """Local weights of the backbone, where the configuration names some."""
     weights = RUNS[run].perception.weights
-    path = ROOT / weights if weights else None
     return (
-        []
-        if path is None
-        else (
-            [as_input(path)]
-            if path.is_file()
-            else sorted(map(as_input, path.rglob("*.safetensors")))
-        )
+        sorted(map(as_input, checkpoint_files(ROOT / weights, (".safetensors",))))
+        if weights
+        else []
     )
+
+
+def reward_files(rewards):
+    """Files on this machine that rewards are read from."""
+    return sorted(map(as_input, local_files(rewards, ROOT)))
 
 
 def prompt_files():
@@ -216,6 +210,7 @@ def scored_from(wildcards):
         "prompts": f"{EXPERIMENT_DIR}/prompts/eval.jsonl",
         "manifest": f"{EXPERIMENT_DIR}/prompts/manifest.json",
         "backbone": backbone_files(wildcards.run),
+        "rewards": reward_files(RUNS[wildcards.run].evaluation.rewards),
         "samples": [
             f"{folder}/{name}"
             for folder in dict.fromkeys(samples)

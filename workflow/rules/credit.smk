@@ -9,6 +9,8 @@ if absent := [arm for arm in METER.arms if arm not in ARMS]:
         f"experiment {EXPERIMENT}: experiment.meter.arms: {', '.join(absent)}: not among experiment.arms; add them there"
     )
 COMPARED = {arm: RUNS[f"{arm}-s{ARMS[arm].seeds[0]}"] for arm in METER.arms}
+# All arms are measured by the networks of the first.
+MEASURING = COMPARED[METER.arms[0]]
 try:
     check_checkpoints(METER, {run: RUNS[run].training.save_at for run in TRAINED})
     # `vipo credit` measures all arms at the first run's seed.
@@ -48,6 +50,8 @@ rule credit:
         prompts=rules.prepare.output,
         embeddings=rules.encode.output,
         generator=generator_files(),
+        backbone=backbone_files(MEASURING.run_name),
+        rewards=reward_files(MEASURING.reward.terms),
         run=measured_run,
     output:
         data=f"{EXPERIMENT_DIR}/credit/{{checkpoint}}/credit.json",

@@ -6,6 +6,7 @@ rule train:
         embeddings=rules.encode.output.train,
         generator=generator_files(),
         backbone=lambda wildcards: backbone_files(wildcards.run),
+        rewards=lambda wildcards: reward_files(RUNS[wildcards.run].reward.terms),
     output:
         config=f"{EXPERIMENT_DIR}/runs/{{run}}/config.yaml",
         metrics=f"{EXPERIMENT_DIR}/runs/{{run}}/metrics.jsonl",
