@@ -36,7 +36,8 @@ READ: dict[str, tuple[str, ...]] = {
     "train": _LEARNING,
     "credit": _LEARNING,
     "sample": ("generator", "sampling", "training", "evaluation"),
-    "score": ("generator", "perception", "sampling", "training", "evaluation"),
+    # The terms that are trained on are scored too, whether section `evaluation` names them or not.
+    "score": ("generator", "reward", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),
     "compare": ("experiment", "reward", "evaluation"),
 }

@@ -167,6 +167,9 @@ def test_dvc_yaml_is_current(written: str) -> None:
         keys = [key for entry in stage["params"] for key in entry.get(EXPERIMENT) or ()]
         if rule in ("train", "sample", "score"):
             assert f"experiment.arms.{run.rpartition('-')[0]}" in keys, name
+        # What is trained on is scored as well, of the base too.
+        rewards = [file for entry in stage["params"] for file in entry if file.startswith("configs/reward/")]
+        assert bool(rewards) is (rule in ("train", "credit", "score", "compare", "summarize")), name
     # What Snakemake derives from them is no dependency.
     dependencies = {file for stage in stages.values() for file in stage["deps"]}
     assert not any("/configs/" in file for file in dependencies)
