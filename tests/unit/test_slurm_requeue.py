@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import snakemake_executor_plugin_slurm as executor
+from snakemake.exceptions import WorkflowError
 
 from vipo.config.compose import repository_root
 
@@ -98,3 +101,12 @@ def test_jobs_left_behind_are_those_of_the_same_results(
     own: dict[str, Any] = {"Path": Path, "EXPERIMENT": experiment, "EXPERIMENT_DIR": f"results/{name}"}
     exec(RULES.read_text(), own)
     assert sorted(own["jobs_left_behind"]()) == sorted([*ours, "unreadable"])
+
+
+def test_a_python_that_no_job_could_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    workflow = SimpleNamespace(executor_plugin=SimpleNamespace(name="slurm"))
+    own: dict[str, Any] = {"workflow": workflow, "WorkflowError": WorkflowError, "OVERRIDES": []}
+    exec(RULES.read_text(), own)
+    monkeypatch.setattr(sys, "executable", "/my checkout/.venv/bin/python")
+    with pytest.raises(WorkflowError, match="its path holds a space"):
+        own["check_cluster"]()

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 
 from vipo.config.compose import load_config
 from vipo.config.validation import ConfigError
@@ -90,6 +91,11 @@ def requeue_preempted_jobs():
 def check_cluster():
     """Where jobs go to Slurm: refuse what does not get there, and an earlier snakemake's jobs."""
     if workflow.executor_plugin.name == "slurm":
+        if re.search(r"\s", sys.executable):
+            raise WorkflowError(
+                f"{sys.executable}: a Slurm job cannot start this Python, for its path holds a space and Snakemake does "
+                "not quote it; move the checkout, or its environment, to a path without one"
+            )
         # Snakemake hands them to its jobs through two shells.
         if quoted := [text for text in OVERRIDES if re.search(r"[\"'\\$`]", text)]:
             raise WorkflowError(
