@@ -114,11 +114,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(checkout: Path) -> str:
-    """dvc.yaml as the tool writes it for the repository as it is, with the record that a rebuilt generator has."""
-    record = checkout / "data/demo-generator/provenance.json"
-    record.write_text("{}")
+    """dvc.yaml as the tool writes it for the repository as it is, with the record that a rebuilt generator has.
+
+    And with a configuration of an earlier start, which is not read, and which the tool's dry run leaves alone.
+    """
+    record, earlier = checkout / "data/demo-generator/provenance.json", checkout / "results/demo/configs/base-s0.yaml"
+    earlier.parent.mkdir(parents=True)
+    for file in (record, earlier):
+        file.write_text("{}")
     _run(checkout, "python", "workflow/dvc_yaml.py")
-    record.unlink()
+    assert earlier.read_text() == "{}"
+    for file in (record, earlier):
+        file.unlink()
     return (checkout / "dvc.yaml").read_text()
 
 
