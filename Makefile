@@ -3,13 +3,16 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
+# Relative, for the checkout's path may hold a space, at which make divides names.
 VENV := .venv
-BIN := $(abspath $(VENV))/bin
-UV := $(or $(shell command -v uv),$(abspath .uv)/bin/uv)
+BIN := $(VENV)/bin
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+# Where uv is not installed; what is may have a space in its path too, and is nothing to be made.
+INSTALLER := $(filter .uv/bin/uv,$(UV))
 EXPERIMENT ?= demo
 # One thread a process, as the configuration says; test workers and jobs run side by side.
 export OMP_NUM_THREADS := 1
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 # make env PYTHON=/path/to/python3.12: another interpreter than the first fitting one.
 export PYTHON TORCH
 
@@ -24,14 +27,14 @@ env: $(VENV)/.complete  ## .venv from the hash-locked requirements (about 7 GB w
 # Looks first at all that is needed, and says in one message what is missing. Bytecode, or every start of a command compiles
 # what it imports anew where PYTHONDONTWRITEBYTECODE is set, as in many containers (CHANGELOG.md has what that took).
 $(VENV)/.complete: requirements.lock pyproject.toml
-	@if [ -x $(UV) ]; then UV=$(UV) workflow/preflight.sh; else $(MAKE) --no-print-directory $(UV); fi
-	[ -x $(BIN)/python ] || $(UV) venv --clear --python "$$(workflow/preflight.sh --python)" $(VENV)
-	$(UV) pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
-	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@if [ -x "$(UV)" ]; then UV="$(UV)" workflow/preflight.sh; else $(MAKE) --no-print-directory "$(UV)"; fi
+	[ -x $(BIN)/python ] || "$(UV)" venv --clear --python "$$(workflow/preflight.sh --python)" $(VENV)
+	"$(UV)" pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
+	"$(UV)" pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(abspath .uv)/bin/uv:
-	@UV=$(UV) workflow/preflight.sh
+.uv/bin/uv:
+	@UV="$(UV)" workflow/preflight.sh
 	"$$(workflow/preflight.sh --python)" -m venv .uv
 	.uv/bin/python -m pip install --disable-pip-version-check --require-hashes --requirement containers/installer.lock
 
@@ -134,25 +137,25 @@ IMPORTED_imagereward := ImageReward
 IMPORTED_hpsv3 := hpsv3
 IMPORTED_vbench := vbench.human_action, vbench.aesthetic_quality, vbench.imaging_quality, vbench.scene
 
-reward-env: | $(UV)  ## envs/NAME, another package's own reward: make reward-env NAME=hpsv2
+reward-env: | $(INSTALLER)  ## envs/NAME, another package's own reward: make reward-env NAME=hpsv2
 	[ -f containers/rewards/$(NAME).lock ] || { echo "error: NAME=$(NAME): one of $$(cd containers/rewards; echo *.lock)" >&2; exit 1; }
-	$(UV) venv --clear --python 3.10 envs/$(NAME)
-	$(UV) pip sync --python envs/$(NAME)/bin/python --require-hashes containers/rewards/$(NAME).lock
+	"$(UV)" venv --clear --python 3.10 envs/$(NAME)
+	"$(UV)" pip sync --python envs/$(NAME)/bin/python --require-hashes containers/rewards/$(NAME).lock
 	envs/$(NAME)/bin/python -c "import $(IMPORTED_$(NAME))"
 
-reward-locks: | $(UV)  ## resolve the locks of those again
+reward-locks: | $(INSTALLER)  ## resolve the locks of those again
 	for name in hpsv2 imagereward hpsv3 vbench; do \
-	  $(UV) pip compile containers/rewards/$$name.in --generate-hashes --python-version 3.10 \
+	  "$(UV)" pip compile containers/rewards/$$name.in --generate-hashes --python-version 3.10 \
 	    --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet --output-file containers/rewards/$$name.lock; \
 	done
 
 # Not adamw_8bit: where bitsandbytes is installed, peft imports it at each start (.8 s), whoever needs it or not.
 LOCKED := workflow cloud wandb mlflow dev
 
-lock: | $(UV)  ## resolve requirements.lock again
-	$(UV) pip compile pyproject.toml $(LOCKED:%=--extra %) --generate-hashes --universal --python-version 3.11 \
+lock: | $(INSTALLER)  ## resolve requirements.lock again
+	"$(UV)" pip compile pyproject.toml $(LOCKED:%=--extra %) --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file requirements.lock
-	echo uv | $(UV) pip compile - --generate-hashes --universal --python-version 3.11 \
+	echo uv | "$(UV)" pip compile - --generate-hashes --universal --python-version 3.11 \
 	  --no-annotate --no-header --quiet --output-file containers/installer.lock
 
 clean:  ## results and caches, not the environment

@@ -22,6 +22,7 @@ container: IMAGE
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/configurations.smk"
 include: "workflow/rules/slurm.smk"
 include: "workflow/rules/finished.smk"
 
@@ -33,6 +34,7 @@ if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
 onstart:
     check_cluster()
     keep_finished_results()
+    write_configurations()
     wake_when_something_ended()
 
 

@@ -272,10 +272,14 @@ class WorkflowLog(logging.Handler):
     def _draw(self) -> None:
         if self._terminal and self._running:
             self._erase()
-            width = os.get_terminal_size(self._own.stream.fileno()).columns
+            try:
+                width = os.get_terminal_size(self._own.stream.fileno()).columns
+            except OSError:
+                self._terminal = False
+                return
             lines = [line[: width - 1] for line in self._standings()]
-            self._write("\n".join(lines))
             self._drawn = len(lines)
+            self._write("\n".join(lines))
 
     def _erase(self) -> None:
         if self._drawn:
@@ -283,10 +287,12 @@ class WorkflowLog(logging.Handler):
             self._drawn = 0
 
     def _write(self, text: str, end: str = "\n") -> None:
-        # Whoever read may have been killed with the terminal; the jobs go on.
-        with contextlib.suppress(BrokenPipeError):
+        # The terminal may be closed, its reader killed, a log's disk full: the jobs go on, and nothing is drawn over.
+        try:
             self._own.stream.write(text + end)
             self._own.stream.flush()
+        except OSError:
+            self._terminal, self._drawn = False, 0
 
 
 def show_plainly(settings: Any) -> None:

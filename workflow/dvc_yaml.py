@@ -7,6 +7,7 @@ of the tracked configuration files a stage depends on, and which files are metri
 import logging
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from snakemake.api import ConfigSettings, DAGSettings, OutputSettings, ResourceS
 from snakemake.settings.enums import Quietness
 from snakemake_interface_logger_plugins.common import LogEvent
 
-from vipo.config.compose import load_config_file, repository_root
+from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 
 EXPERIMENT = "demo"
@@ -36,7 +37,8 @@ READ: dict[str, tuple[str, ...]] = {
     "train": _LEARNING,
     "credit": _LEARNING,
     "sample": ("generator", "sampling", "training", "evaluation"),
-    "score": ("generator", "perception", "sampling", "training", "evaluation"),
+    # The terms that are trained on are scored too, whether section `evaluation` names them or not.
+    "score": ("generator", "reward", "perception", "sampling", "training", "evaluation"),
     "summarize": ("experiment", "reward", "evaluation"),
     "compare": ("experiment", "reward", "evaluation"),
 }
@@ -74,6 +76,12 @@ def planned_jobs() -> list[dict[str, Any]]:
     return planned.jobs
 
 
+@cache
+def run_config(arm: str, seed: str) -> Config:
+    """The configuration of a run as the tracked files have it."""
+    return load_config([f"experiment={EXPERIMENT}", f"arm={arm}", f"seed={seed}"])
+
+
 def pipeline(root: Path) -> dict[str, Any]:
     """The content of dvc.yaml. `root` is the repository and the working directory."""
     stages: dict[str, Any] = {}
@@ -82,7 +90,9 @@ def pipeline(root: Path) -> dict[str, Any]:
     jobs = [job for job in planned_jobs() if job["rule_name"] in READ]
     for job in sorted(jobs, key=lambda job: (order.index(job["rule_name"]), job["shellcmd"])):
         rule, (words, file) = job["rule_name"], _command(job["shellcmd"])
-        config = load_config_file(Path(file))
+        # The file itself may be of an earlier start with overrides.
+        arm, _, seed = Path(file).stem.rpartition("-s")
+        config = run_config(arm, seed)
         # Derived from the tracked files, which are named as parameters.
         deps = [_relative(path, root) for path in job["input"] if path != file]
         # DVC would delete what does not persist before the stage starts, in its cache or not: the stages themselves

@@ -114,11 +114,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(checkout: Path) -> str:
-    """dvc.yaml as the tool writes it for the repository as it is, with the record that a rebuilt generator has."""
-    record = checkout / "data/demo-generator/provenance.json"
-    record.write_text("{}")
+    """dvc.yaml as the tool writes it for the repository as it is, with the record that a rebuilt generator has.
+
+    And with a configuration of an earlier start, which is not read, and which the tool's dry run leaves alone.
+    """
+    record, earlier = checkout / "data/demo-generator/provenance.json", checkout / "results/demo/configs/base-s0.yaml"
+    earlier.parent.mkdir(parents=True)
+    for file in (record, earlier):
+        file.write_text("{}")
     _run(checkout, "python", "workflow/dvc_yaml.py")
-    record.unlink()
+    assert earlier.read_text() == "{}"
+    for file in (record, earlier):
+        file.unlink()
     return (checkout / "dvc.yaml").read_text()
 
 
@@ -167,6 +174,9 @@ def test_dvc_yaml_is_current(written: str) -> None:
         keys = [key for entry in stage["params"] for key in entry.get(EXPERIMENT) or ()]
         if rule in ("train", "sample", "score"):
             assert f"experiment.arms.{run.rpartition('-')[0]}" in keys, name
+        # What is trained on is scored as well, of the base too.
+        rewards = [file for entry in stage["params"] for file in entry if file.startswith("configs/reward/")]
+        assert bool(rewards) is (rule in ("train", "credit", "score", "compare", "summarize")), name
     # What Snakemake derives from them is no dependency.
     dependencies = {file for stage in stages.values() for file in stage["deps"]}
     assert not any("/configs/" in file for file in dependencies)

@@ -148,6 +148,7 @@ def test_dag_runs_once_and_reruns_what_changed(
         ".snakemake",
     }  # fmt: skip
 
+    configurations = _bytes(experiment / "configs")
     # A finished experiment: nothing to do, whatever comment is added to a configuration.
     demo = project / "configs/experiment/demo.yaml"
     demo.write_text(demo.read_text() + "\n# A comment changes nothing.\n")
@@ -164,6 +165,8 @@ def test_dag_runs_once_and_reruns_what_changed(
     assert _planned(project, [*overrides, *moved]) == set()
     eta = _planned(project, [*overrides, "sampling.eta=0.5"])
     assert eta == {*(f"{stage} {run}" for stage in ("train", "sample", "score") for run in trained), *REPORTS}
+    # What only plans leaves alone what jobs of a running workflow read.
+    assert _bytes(experiment / "configs") == configurations
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:

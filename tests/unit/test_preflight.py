@@ -146,15 +146,18 @@ def test_a_home_without_a_cache_is_not_counted(machine: Machine, tmp_path: Path)
 
 @pytest.fixture
 def make(tmp_path: Path) -> Machine:
-    """Runs make in a checkout without environment and installer, as on a fresh machine."""
+    """Runs make in a checkout without environment and installer, as on a fresh machine, in a path with a space.
+
+    Programs in `tmp_path` / "my tools" come before the machine's.
+    """
+    checkout = tmp_path / "my checkout"
     for name in ("Makefile", "requirements.lock", "pyproject.toml", "workflow/preflight.sh", "containers/rewards"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, checkout / name)
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            ["make", *arguments], cwd=tmp_path, text=True, capture_output=True, env={"PATH": "/usr/bin:/bin"}
-        )
+        environment = {"PATH": f"{tmp_path}/my tools:/usr/bin:/bin", "DISK_GB": "0", "HOME": str(tmp_path)}
+        return subprocess.run(["make", *arguments], cwd=checkout, text=True, capture_output=True, env=environment)
 
     return run
 
@@ -174,3 +177,24 @@ def test_make_env_shows_how_far_uv_is(make: Machine) -> None:
     assert "workflow/preflight.sh" in shown.splitlines()[0]
     assert "pip sync" in shown
     assert "--quiet" not in shown
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["uv is installed", "uv is made here"])
+def test_an_environment_is_made_in_a_path_with_a_space(make: Machine, tmp_path: Path, installed: bool) -> None:
+    tools, given = tmp_path / "my tools", tmp_path / "given"
+    tools.mkdir()
+    python = f"""case "$2" in *version_info*) echo 3.12 ;; *ensurepip*) ;; pip) cp "{tools}/installer" .uv/bin/uv ;;
+    venv) mkdir -p .uv/bin; cp "$0" .uv/bin/python ;; esac"""
+    uv = f"""echo "$@" >> "{given}"; [ "$1" != venv ] || {{ mkdir -p .venv/bin; cp "$4" .venv/bin/python; }}"""
+    for name, text in {"python3": python, "git": "exit 0", "uv" if installed else "installer": uv}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    made = make("env")
+    assert made.returncode == 0, made.stderr
+    checkout = tmp_path / "my checkout"
+    assert (checkout / ".venv/.complete").is_file()
+    assert (checkout / ".uv/bin/uv").is_file() is not installed
+    words = [line.split()[:2] for line in given.read_text().splitlines()]
+    assert words == [["venv", "--clear"], ["pip", "sync"], ["pip", "install"]]
+    # Once.
+    assert "uv" not in make("env").stdout

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -226,6 +227,26 @@ def test_others_messages_are_shown_and_snakemakes_own_are_not(terminal: Terminal
     terminal.say(None, "a warning", level=logging.WARNING, path=LIBRARY)
     terminal.say(None, "Slurm job 7 was pre-empted and is queued again.")
     assert terminal.stream.getvalue().splitlines() == ["a warning", "Slurm job 7 was pre-empted and is queued again."]
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["while jobs run", "before any"])
+def test_a_terminal_that_is_closed_stops_no_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    reader, tty = os.openpty()
+    # Unbuffered: what cannot be written is not tried again by closing.
+    with io.TextIOWrapper(io.FileIO(tty, "w"), write_through=True) as stream:
+        terminal = Terminal(tmp_path)
+        terminal.log.close()
+        terminal.log = WorkflowLog(logging.StreamHandler(stream), AGAIN, False, lambda: terminal.seconds)
+        terminal.begin(train=2)
+        if begun:
+            terminal.start(1, "train", "grpo-s0")
+            assert terminal.log._drawn
+        os.close(reader)
+        terminal.start(2, "train", "vipo-s0")
+        terminal.finish(2)
+        terminal.log.close()
+        assert not terminal.log._terminal
 
 
 def test_a_dry_run_stays_snakemakes(tmp_path: Path) -> None:

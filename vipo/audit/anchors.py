@@ -40,7 +40,7 @@ def check_crate(examination: Examination, allowed_signers: Path | None) -> Ancho
             examination.broken(name, "bytes", "missing, the crate names it", _CRATE_AGAIN)
         elif found != entity.get("sha256"):
             message = f"changed: SHA-256 {short(found)}, the crate says {short(str(entity.get('sha256')))}"
-            # A workflow that is only planned writes configurations too; what decides in them is compared by sections.
+            # A start that makes no crate writes configurations too; what decides in them is compared by sections.
             derived = signer is None and name.startswith("configs/")
             (examination.remark if derived else examination.broken)(name, "bytes", message, _CRATE_AGAIN)
     for name in crate_files(examination.folder):

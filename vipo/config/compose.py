@@ -159,6 +159,17 @@ def write_if_changed(path: Path, text: str) -> bool:
     return True
 
 
+def write_if_missing(path: Path, text: str) -> bool:
+    """Write `text` unless there is a file, whatever it holds and whoever makes it meanwhile; True if written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     folder = repository_root() / "configs"

@@ -27,7 +27,7 @@ class StageResources(Section):
 
 
 class ClusterConfig(Section):
-    """What the jobs of `snakemake --profile slurm` ask for; outside every identity, so a change reruns nothing."""
+    """What the jobs of `snakemake --profile slurm` ask for; outside every identity. Of its keys, `shares` reruns."""
 
     account: _Word | None = Field(None, description="Charged for all jobs; null: none is named (no accounting).")
     stop_seconds: Annotated[int, Field(ge=0, le=65535)] = Field(
@@ -36,7 +36,9 @@ class ClusterConfig(Section):
         "an update takes. Slurm may do so a minute earlier. 0: not at all.",
     )
     shares: Annotated[int, Field(ge=1, le=1000)] = Field(
-        1, description="Jobs that share the samples of one run, and then their scores; the results are the same."
+        1,
+        description="Jobs that share the samples of one run, and then their scores. The results are the same, but the "
+        "workflow plans finished ones again with another number (docs/cluster.md).",
     )
     prepare: StageResources = StageResources()
     encode: StageResources = StageResources()

@@ -1,4 +1,4 @@
-"""Configurations of all runs, resolved and written (only when changed) before any rule runs."""
+"""Configurations of all runs, resolved before any rule runs, and what rules read of them."""
 
 import json
 import os
@@ -8,12 +8,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from vipo.config.cluster import job_resources
-from vipo.config.compose import (
-    dump_config,
-    load_config,
-    repository_root,
-    write_if_changed,
-)
+from vipo.config.compose import load_config, repository_root
 from vipo.config.experiment import check_runs
 from vipo.config.meter import measured_weights, measurement_label
 from vipo.config.validation import ConfigError
@@ -94,23 +89,6 @@ MEASURED = [
     f"{EXPERIMENT_DIR}/credit/{measurement_label(name)}/credit.json"
     for name in (METER.checkpoints if METER else ())
 ]
-
-# What stood there before, for a start that is refused.
-EARLIER = {}
-for run, resolved in RUNS.items():
-    file = Path(EXPERIMENT_DIR, "configs", f"{run}.yaml")
-    EARLIER[file] = file.read_bytes() if file.is_file() else None
-    write_if_changed(file, dump_config(resolved))
-
-
-def restore_configurations():
-    """Put the configurations back that were there before this file was read."""
-    for file, content in EARLIER.items():
-        if content is None:
-            file.unlink()
-        else:
-            file.write_bytes(content)
-
 
 try:
     for resolved in RUNS.values():

@@ -66,7 +66,7 @@ def keep_finished_results():
     try:
         aside = make_way(folder, planned, consent=SET_ASIDE, how=consenting_command())
     except VipoError as error:
-        restore_configurations()
+        remove_added_configurations()
         raise WorkflowError(str(error)) from None
     if aside is not None:
         logger.info(f"{folder}: what is made again was set aside as {aside}.")

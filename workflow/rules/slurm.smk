@@ -2,13 +2,30 @@
 
 import re
 import subprocess
+import sys
+
+from vipo.config.compose import load_config
+from vipo.config.validation import ConfigError
+
+
+def results_of(script):
+    """The name below results/ that a Slurm job works in, by its batch script; None where that tells none."""
+    if found := re.search(r"\bresults/(\w+)/configs/", script):
+        return found[1]
+    # A job that waits for more than twenty files has their names in a file of their own, which goes with its snakemake.
+    if named := re.findall(r"\bexperiment\.name=(\w+)", script):
+        return named[-1]
+    chosen = re.search(r"(?<![\w.])experiment=([\w./-]+)", script)
+    try:
+        return load_config([chosen[0]]).experiment.name if chosen else None
+    except ConfigError:
+        return None
 
 
 def jobs_left_behind():
-    """Queued and running Slurm jobs that an earlier snakemake submitted for this experiment, ids with their comments.
+    """Queued and running Slurm jobs that an earlier snakemake submitted for these results, ids with their comments.
 
-    A job's batch script tells the experiment on its command line. One that tells none, or that another user submitted
-    and nobody else may read, counts as this experiment's.
+    A job that tells no results, or that another user submitted and nobody else may read, counts as one.
     """
     queue = ["squeue", "--noheader", "--states=PD,CF,R,S,CG", "--format=%A|%Z|%k"]
     lines = subprocess.run(
@@ -20,8 +37,7 @@ def jobs_left_behind():
             continue
         read = ["scontrol", "write", "batch_script", job, "-"]
         script = subprocess.run(read, capture_output=True, text=True).stdout
-        told = re.findall(r"\bexperiment=(\w+)", script)
-        if not told or EXPERIMENT in told:
+        if results_of(script) in (None, Path(EXPERIMENT_DIR).name):
             found[job] = comment
     return found
 
@@ -75,6 +91,11 @@ def requeue_preempted_jobs():
 def check_cluster():
     """Where jobs go to Slurm: refuse what does not get there, and an earlier snakemake's jobs."""
     if workflow.executor_plugin.name == "slurm":
+        if re.search(r"\s", sys.executable):
+            raise WorkflowError(
+                f"{sys.executable}: a Slurm job cannot start this Python, for its path holds a space and Snakemake does "
+                "not quote it; move the checkout, or its environment, to a path without one"
+            )
         # Snakemake hands them to its jobs through two shells.
         if quoted := [text for text in OVERRIDES if re.search(r"[\"'\\$`]", text)]:
             raise WorkflowError(
