@@ -174,6 +174,7 @@ _UPDATE = (
     "prompts.source=prompts.txt",
     "reward=redness",
     "evaluation.rewards=[redness]",
+    "evaluation.batch=1",
     "training.prompts_per_update=8",
     "training.group_size=8",
     "training.optimizer_steps_per_update=2",
@@ -237,6 +238,7 @@ def row(name: str, mode: str) -> dict[str, Any]:
         "mode": mode,
         "gpus": gpus,
         "bytes": found.peak,
+        "evaluation": found.evaluation,
         "flops": found.flops,
     }
 
@@ -244,15 +246,16 @@ def row(name: str, mode: str) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """As docs/generators.md shows it."""
     lines = [
-        "| generator | parameters | sample | trained | GPUs | GiB a GPU (computed) | PFLOP an update (computed) | "
-        "seconds an update (computed) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| generator | parameters | sample | trained | GPUs | GiB a GPU (computed) | GiB of an evaluation (computed) "
+        "| PFLOP an update (computed) | seconds an update (computed) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:
         seconds = each["flops"] / each["gpus"] / _TFLOPS / 1e12
         lines.append(
             f"| `{each['generator']}` | {each['parameters'] / 1e9:.1f} B | {each['size']} | {each['mode']} | "
-            f"{each['gpus']} | {each['bytes'] / 2**30:.0f} | {each['flops'] / 1e15:,.0f} | {seconds:,.0f} |"
+            f"{each['gpus']} | {each['bytes'] / 2**30:.0f} | {each['evaluation'] / 2**30:.0f} "
+            f"| {each['flops'] / 1e15:,.0f} | {seconds:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -55,6 +55,7 @@ def cell(setup: str, hardware: str) -> dict[str, Any]:
         "setup": setup,
         "hardware": own,
         "bytes": found.peak,
+        "evaluation": found.evaluation,
         "trained": found.trained,
         "prompt": found.embeddings // prompts,
     }
@@ -63,20 +64,26 @@ def cell(setup: str, hardware: str) -> dict[str, Any]:
 def table(cells: list[dict[str, Any]]) -> str:
     """As docs/hardware.md shows it."""
     lines = [
-        f"| setup | trained (8x80gb) | {' | '.join(f'`{name}`' for name in HARDWARE)} | an embedded prompt |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| setup | trained (8x80gb) | {' | '.join(f'`{name}`' for name in HARDWARE)} "
+        "| an evaluation: LoRA, all weights | an embedded prompt |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for setup in SETUPS:
         row = {each["hardware"].removesuffix("_lora"): each for each in cells if each["setup"] == setup}
         last = row["8x80gb"]
         lora = last["hardware"] != "8x80gb"
         shown = [
-            f"{row[name]['bytes'] / 2**30:.1f}{': refused' * (row[name]['bytes'] > there)}"
+            f"{row[name]['bytes'] / 2**30:.1f}"
+            f"{': refused' * (max(row[name]['bytes'], row[name]['evaluation']) > there)}"
             for name, there in HARDWARE.items()
         ]
         shown[-1] += f" (`{last['hardware']}`)" * lora
         trained = "LoRA" if lora else f"{last['trained'] / 1e9:.1f} B"
-        lines.append(f"| `{setup}` | {trained} | {' | '.join(shown)} | {last['prompt'] / 2**20:.0f} MiB |")
+        evaluated = [f"{row[name]['evaluation'] / 2**30:.1f}" for name in ("1x80gb", *["8x80gb"][lora:])]
+        lines.append(
+            f"| `{setup}` | {trained} | {' | '.join(shown)} | {', '.join(evaluated)} "
+            f"| {last['prompt'] / 2**20:.0f} MiB |"
+        )
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def parts_planned(config: Config) -> dict[str, int]:
     found = plan(config, repository_root(), config.training.prompts_per_update)
     held = sum(found.held.values())
     parts = {part: held + found.phases[phase] for part, phase in _PHASES.items()}
-    return parts | ({_EVALUATION: found.evaluation} if found.evaluation else {})
+    return parts | {_EVALUATION: found.evaluation}
 
 
 def _key(name: str, part: str) -> str:

@@ -26,7 +26,7 @@ from vipo.generators.sharded import blocks
 from vipo.training import run as run_module
 from vipo.training import sharding
 from vipo.training.fit import require_fit
-from vipo.training.plan import plan
+from vipo.training.plan import evaluation_bytes, plan
 from vipo.training.recorded import train_run
 from vipo.training.setup import Setup, set_up
 from vipo.training.sharding import Gathered, gathered_values
@@ -188,3 +188,31 @@ def test_the_plan_moves_it_and_offers_it(tiny_overrides: list[str], tiny_generat
         require_fit(config, ROOT, 2, plain, moved.peak)
     with pytest.raises(VipoError, match=r"raise distribution\.processes"):
         require_fit(load_config([*chosen, OFFLOADED]), ROOT, 2, moved, 0)
+
+
+def test_what_training_shards_is_whole_in_an_evaluation(
+    tiny_overrides: list[str], tiny_generator: Path, tmp_path: Path
+) -> None:
+    """Where the weights alone are more than there is, no batch helps."""
+    deep = shutil.copytree(tiny_generator, tmp_path / "deep", ignore=shutil.ignore_patterns("*.safetensors"))
+    edit_json(deep / "transformer" / "config.json", num_single_layers=32)
+    chosen = [*tiny_overrides, "arm=grpo", "training.gradient_checkpointing=true", "training.micro_batch=1"]
+    chosen += ["training.group_size=2", "generator.precision=bf16", f"generator.path={deep}"]
+    whole, config = load_config(chosen), load_config([*chosen, OFFLOADED])
+    plain, moved = (plan(each, ROOT, 2) for each in (whole, config))
+    weights = plain.held["network"]
+    assert moved.evaluation == plain.evaluation == evaluation_bytes(config, ROOT) > weights > moved.peak
+    require_fit(config, ROOT, 2, moved, moved.evaluation)
+    with pytest.raises(VipoError, match=r"an evaluation at .* lower evaluation\.batch 16, or the size"):
+        require_fit(config, ROOT, 2, moved, moved.evaluation - 1)
+    with pytest.raises(VipoError, match=r"an evaluation at .* for it holds the whole network in fp32: run the sample"):
+        require_fit(config, ROOT, 2, moved, weights)
+    # Of no weight that is rounded a copy stays.
+    alone = load_config([*chosen, "evaluation.batch=1"])
+    assert evaluation_bytes(alone, ROOT) < 1.3 * weights
+    lora = load_config([*chosen, "training.lora={rank: 2, alpha: 2}", "generator.weights=bf16", "evaluation.batch=1"])
+    found = plan(lora, ROOT, 2)
+    assert found.evaluation < 0.8 * weights
+    # It would be trained where it is sharded, and not drawn from.
+    with pytest.raises(VipoError, match=r"be slower, with .*distribution\.offload=true .* But an evaluation at "):
+        require_fit(lora, ROOT, 2, found, plan(load_config([*chosen, OFFLOADED]), ROOT, 2).peak)

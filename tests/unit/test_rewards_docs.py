@@ -92,7 +92,7 @@ def test_the_arguments_of_the_page_are_those_of_the_rewards() -> None:
     data = OmegaConf.to_container(OmegaConf.create(block))
     config = RewardConfig.model_validate(data["reward"])
     assert [term.label for term in config.terms] == ["hpsv2", "depicts", "plain"]
-    commands = [shlex.split(line) for line in re.findall(r"^vipo config .*$", PAGE, re.MULTILINE)]
+    commands = [shlex.split(line) for line in re.findall(r"^vipo config .*reward.*$", PAGE, re.MULTILINE)]
     first, second = (load_config(command[2:]) for command in commands)
     assert first.reward.terms[0].options["template"] == "A photo depicts {}"
     assert [reward.label for reward in second.evaluation.rewards] == ["pickscore", "redness", "hpsv2"]

@@ -163,7 +163,7 @@ def _planned(config: Config, configs: list[Config], root: Path, experiment: Path
     counted = plan(local, root, prompts)
     device = _device_memory(config, present)
     if device is None:
-        yield not_known("memory", f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}; no GPU is here")
+        yield not_known("memory", f"{_needed(config, counted)}; no GPU is here")
     else:
         yield from found("memory", partial(_memory, local, root, prompts, counted, device))
     if counted.main:
@@ -192,8 +192,12 @@ def _memory(config: Config, root: Path, prompts: int, counted: "Plan", device: f
     from vipo.training.fit import require_fit
 
     require_fit(config, root, prompts, counted, device)
-    needed = f"{counted.peak / 2**30:.1f} GiB in each process of arm {config.arm}"
-    yield ok("memory", f"{needed}, {device / 2**30:.1f} GiB are there")
+    yield ok("memory", f"{_needed(config, counted)}, {device / 2**30:.1f} GiB are there")
+
+
+def _needed(config: Config, counted: "Plan") -> str:
+    training, evaluation = (f"{size / 2**30:.1f} GiB" for size in (counted.peak, counted.evaluation))
+    return f"{training} in each process of arm {config.arm}, {evaluation} in its evaluation"
 
 
 def _main_memory(config: Config, each: int) -> Line:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vipo.config.optimizer import AdamW8bitConfig
 from vipo.config.run import Config
 from vipo.training.errors import TrainingError
-from vipo.training.plan import Plan, gib, plan
+from vipo.training.plan import Plan, evaluation_bytes, gib, plan
 
 _SAVINGS: tuple[Mapping[str, Any], ...] = (
     {"training": {"joined_transitions": 1, "rollout_batch": None}},
@@ -29,13 +29,13 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
     Raises:
         TrainingError: naming what is short, and settings with which the run would fit.
     """
-    if found.evaluation > memory:
-        raise TrainingError(
-            f"an evaluation at {' x '.join(map(str, config.evaluated.sample_shape))} needs {gib(found.evaluation)}, "
-            f"{gib(memory)} are there; lower evaluation.batch {config.evaluation.batch}, or the size"
-        )
-    if found.peak <= memory:
-        return
+    if found.peak > memory:
+        _refuse_training(config, root, prompts, found, memory)
+    if short := _evaluation_short(config, root, found, memory):
+        raise TrainingError(short)
+
+
+def _refuse_training(config: Config, root: Path, prompts: int, found: Plan, memory: float) -> NoReturn:
     data, smaller = config.model_dump(), found
     sharded = config.distribution.strategy == "fsdp"
     short = f"needs {gib(found.peak)} in each process, {gib(memory)} are there"
@@ -53,25 +53,54 @@ def require_fit(config: Config, root: Path, prompts: int, found: Plan, memory: f
             continue
         for section, key, value in fresh:
             data[section][key] = value
-        smaller = plan(Config.model_validate(data), root, prompts)
+        changed = Config.model_validate(data)
+        smaller = plan(changed, root, prompts)
         if smaller.peak <= memory:
-            raise TrainingError(f"{short}; it would fit with {_changes(config, data)} ({gib(smaller.peak)})")
+            fits = f"it would fit with {_changes(config, data)} ({gib(smaller.peak)})"
+            raise TrainingError(f"{short}; {fits}{_then(changed, root, smaller, memory)}")
     changes = _changes(config, data)
     still = f", and still {gib(smaller.peak)} with {changes}" if changes else ""
     if not config.distribution.offload and not isinstance(config.optimizer, AdamW8bitConfig):
         # Shards hold one precision, so weights are fp32 again.
         data["generator"]["weights"] = "fp32"
         data["distribution"] |= {"strategy": "fsdp", "offload": True}
-        smaller = plan(Config.model_validate(data), root, prompts)
+        changed = Config.model_validate(data)
+        smaller = plan(changed, root, prompts)
         if smaller.peak <= memory:
             raise TrainingError(
                 f"{short}{still}; it would fit, and be slower, with {_changes(config, data)} ({gib(smaller.peak)}, and "
-                f"{gib(sum(smaller.main.values()))} of main memory)"
+                f"{gib(sum(smaller.main.values()))} of main memory){_then(changed, root, smaller, memory)}"
             )
     raise TrainingError(
         f"{short}{still}; lower the generator's size, or "
         f"{'raise distribution.processes' if sharded else 'shard it: distribution.strategy=fsdp with more processes'}"
     )
+
+
+def _then(config: Config, root: Path, found: Plan, memory: float) -> str:
+    """What is to be said of a smaller run's evaluation."""
+    short = _evaluation_short(config, root, found, memory)
+    return f". But {short}" if short else ""
+
+
+def _evaluation_short(config: Config, root: Path, found: Plan, memory: float) -> str:
+    """Why samples of the trained weights cannot be drawn there, and what to do; empty where they can."""
+    if found.evaluation <= memory:
+        return ""
+    size, batch = " x ".join(map(str, config.evaluated.sample_shape)), config.evaluation.batch
+    single = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch": 1})})
+    one = evaluation_bytes(single, root) if batch > 1 else found.evaluation
+    if one <= memory:
+        advice = f"lower evaluation.batch {batch}, or the size"
+    elif config.generator.weights == "bf16":
+        advice = f"{gib(one)} with evaluation.batch=1: lower the size, or run the sample stage on a larger device"
+    else:
+        advice = (
+            f"{gib(one)} with evaluation.batch=1, for it holds the whole network in fp32: run the sample stage on a "
+            "larger device, lower the size, or train LoRA beside frozen weights in bf16 (training.lora={} "
+            "generator.precision=bf16 generator.weights=bf16 distribution.strategy=ddp)"
+        )
+    return f"an evaluation at {size} needs {gib(found.evaluation)}, {gib(memory)} are there; {advice}"
 
 
 def _changes(config: Config, data: Mapping[str, Any]) -> str:

@@ -54,7 +54,8 @@ class Plan:
         flops: an update's floating point operations in the network, of all processes.
         disk: bytes of a run's folder, at most.
         embeddings: bytes of the training prompts' embeddings, on disk.
-        evaluation: bytes of a process that evaluates, at its fullest moment; 0 where it does so at training's size.
+        evaluation: bytes of a process that draws held-out samples, at its fullest moment: the network whole, whatever
+            holds it in training.
         uncounted: what else is on the device, which these bytes are without, and why where that differs.
     """
 
@@ -66,8 +67,8 @@ class Plan:
     flops: int
     disk: int
     embeddings: int
+    evaluation: int
     gradients: int = 0
-    evaluation: int = 0
     uncounted: tuple[str, ...] = ()
 
     @property
@@ -83,7 +84,7 @@ class Plan:
         rows += [("of that gradients", gib(self.gradients))] if self.gradients else []
         rows.append((f"peak (while it {fullest})", gib(self.peak)))
         rows += [(f"in main memory: {name}", gib(size)) for name, size in self.main.items() if size]
-        rows += [("peak of an evaluation", gib(self.evaluation))] if self.evaluation else []
+        rows.append(("peak of an evaluation", gib(self.evaluation)))
         rows.append(("trained parameters", f"{self.trained:,}"))
         rows += [(f"network evaluations an update, {name}", f"{count:,}") for name, count in self.evaluations.items()]
         rows.append(("network operations an update", f"{self.flops / 1e12:,.1f} TFLOP"))
@@ -247,19 +248,25 @@ def _counted(config: Config, root: Path, prompts: int) -> Plan:
         + learned.get_total_flops() * lessons // joined,
         disk=run_bytes(config, trained, policies),
         embeddings=prompts * a_prompt // (2 if config.generator.encoders == "bf16" else 1),
-        evaluation=0 if config.evaluated == config.generator else _evaluation(config, root),
+        evaluation=evaluation_bytes(config, root),
         gradients=there,
         uncounted=tuple(others.uncounted),
     )
 
 
-def _evaluation(config: Config, root: Path) -> int:
-    """Bytes of a process that draws samples at the evaluation's size, which has the network whole."""
+def evaluation_bytes(config: Config, root: Path) -> int:
+    """Bytes of a process that draws held-out samples, at its fullest moment, without rewards.
+
+    Args:
+        config, root: as of `plan`.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    generator = outline(config.evaluated, root, mode, config.training.lora)
-    generator.read_no_values(one_time=True)
-    calls = _Calls(generator, root, mode, config.evaluation.batch)
-    with torch.no_grad():
+    with counted_on(config.generator.device), torch.no_grad():
+        generator = outline(config.evaluated, root, mode, config.training.lora)
+        # As it is loaded to evaluate: of a weight that is trained autocast would keep what it rounds.
+        generator.network.requires_grad_(False)
+        generator.read_no_values(one_time=True)
+        calls = _Calls(generator, root, mode, config.evaluation.batch)
         found = [
             peak_bytes(mode, (generator.network, generator.vae), calls.given, call)
             for call in (calls.predict, lambda: generator.pictures(calls.latents))
