@@ -4,23 +4,29 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from checkpoints import generator_config
 from picture_checkpoints import write_flux, write_stable_diffusion_3
 from PIL import Image
 from tiny import OTHER_FAMILY
+from torch import nn
 
 from vipo.config.compose import load_config, repository_root
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.generators import load_generator
 from vipo.generators.base import GeneratorError
+from vipo.generators.configured import held_to_sample
+from vipo.generators.pipeline import PipelineGenerator
 from vipo.stages import encode_stage, prepare_stage, sample_stage, score_stage
 from vipo.training.distribution import Distribution
 from vipo.training.errors import TrainingError
 from vipo.training.fit import require_fit
 from vipo.training.plan import plan
+from vipo.training.recorded import train_run
 from vipo.training.setup import load_chain
 
 ROOT = repository_root()
@@ -92,6 +98,39 @@ def test_a_run_that_trains_without_guidance_is_compared_with_the_guided_base(tmp
         sample_stage(load_config([*chosen, "arm=base", *more]), ROOT, own)
         drawn.append([path.read_bytes() for path in sorted((own / "demo/samples/base-s0/pictures").iterdir())])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_under_autocast_weights_are_held_rounded_and_no_picture_changes(
+    prepared: Path, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the checkpoint, and of all weights after a training; in fp32 nothing is rounded."""
+    chosen = [*tiny_overrides, *PLAIN, "generator.precision=bf16", "evaluation.prompts=2", "training.updates=1"]
+    trained = tmp_path / "results"
+    shutil.copytree(prepared, trained)
+    base, arm = (load_config([*chosen, f"arm={name}", "training.save_at=[]"]) for name in ("base", "grpo"))
+    train_run(arm, ROOT, trained / "demo")
+    drawn: dict[str, list[bytes]] = {}
+    for held in (held_to_sample, lambda config: config):
+        own = Path(shutil.copytree(trained, tmp_path / str(len(drawn))))
+        monkeypatch.setattr("vipo.evaluation.sample.held_to_sample", held)
+        types: set[torch.dtype] = set()
+        inner = PipelineGenerator.predict
+
+        def noted(self: Any, *rest: Any, inner: Any = inner, types: set[torch.dtype] = types) -> Any:
+            types |= {module.weight.dtype for module in self.network.modules() if isinstance(module, nn.Linear)}
+            return inner(self, *rest)
+
+        monkeypatch.setattr(PipelineGenerator, "predict", noted)
+        for config in (base, arm):
+            sample_stage(config, ROOT, own)
+        monkeypatch.setattr(PipelineGenerator, "predict", inner)
+        files = sorted((own / "demo/samples").glob("*/pictures/*.png"))
+        drawn[str(types)] = [path.read_bytes() for path in files]
+    (rounded, whole), names = drawn.values(), list(drawn)
+    assert names == ["{torch.bfloat16}", "{torch.float32}"]
+    assert len(rounded) == 4
+    assert rounded == whole
+    assert held_to_sample(load_config([*tiny_overrides, "arm=base"]).evaluated).weights == "fp32"
 
 
 def test_what_it_cannot_make_is_refused_before_training(tiny_overrides: list[str]) -> None:

@@ -28,6 +28,7 @@ from vipo.evaluation.held_out import (
 from vipo.evaluation.shares import Share, Work
 from vipo.generators import Generator, load_generator
 from vipo.generators.applied import kernel_errors
+from vipo.generators.configured import held_to_sample
 from vipo.generators.embeddings import load_embeddings, stack_conditioning
 from vipo.generators.finite import check_finite
 from vipo.generators.lora import check_adapted
@@ -169,7 +170,7 @@ def _draw_missing(
     told = share.number > 1 or FACTS in there
     if told and not wanted:
         return
-    generator = load_generator(config.evaluated, root)
+    generator = load_generator(held_to_sample(config.evaluated), root)
     if not told:
         save_json({"updates": list(weights), **_facts(generator)}, work.parts / FACTS)
     chain, device = evaluation_chain(generator, config), config.generator.device

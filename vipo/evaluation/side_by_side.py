@@ -17,7 +17,7 @@ from vipo.evaluation.held_out import HeldOut, save_sample
 from vipo.evaluation.sample import draw, evaluation_chain, trained_weights
 from vipo.generators import Generator, load_generator
 from vipo.generators.compiler import check_compiler
-from vipo.generators.configured import check_device
+from vipo.generators.configured import check_device, held_to_sample
 from vipo.generators.embeddings import encode_prompts
 from vipo.generators.lora import check_adapted
 from vipo.memory import memory_errors
@@ -68,7 +68,7 @@ def draw_side_by_side(
     with memory_errors(f"samples of {config.run_name}", "Ask for fewer prompts, or lower evaluation.batch"):
         encoded, device = encode_prompts(config.generator, root, prompts), config.generator.device
         embeddings = {key: {name: value.to(device) for name, value in row.items()} for key, row in encoded.items()}
-        generator = load_generator(config.evaluated, root)
+        generator = load_generator(held_to_sample(config.evaluated), root)
         pictures = []
         with progress_bar(total=2 * len(drawn), description=f"{config.run_name}: samples", unit="sample") as progress:
             pictures.append(_drawn(generator, drawn, embeddings, config, progress))

@@ -66,6 +66,16 @@ def load_generator(config: GeneratorConfig, root: Path, adapter: type[Generator]
     return generator
 
 
+def held_to_sample(config: GeneratorConfig) -> GeneratorConfig:
+    """Section `generator` for predictions alone: weights that autocast would round at every call are held rounded.
+
+    No bit of a prediction depends on it (`vipo check-generator` compares), and a network takes half the memory. A
+    family by import path is held as it says.
+    """
+    rounds = config.precision == "bf16" and config.family in FAMILIES
+    return config.model_copy(update={"weights": "bf16"}) if rounds else config
+
+
 def _guarded(own: Callable[[int], T], config: GeneratorConfig) -> Callable[[int], T]:
     def by_steps(steps: int) -> T:
         with foreign(GeneratorError, f"generator.family {config.family!r}", config.family):

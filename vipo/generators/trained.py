@@ -17,6 +17,7 @@ from vipo.generators.kernels import use_kernels
 from vipo.generators.lora import check_file, check_targets, lora_file
 from vipo.generators.parts import load_part
 from vipo.keys import keyed_seed
+from vipo.rounding import hold_in_bf16
 
 
 class TrainedNetworks(Generator):
@@ -120,6 +121,8 @@ class TrainedNetworks(Generator):
                 network.to("meta")
                 remedy = "train the run again"
                 loaded = load_part(self.network_class.from_pretrained, folder, part, self.config, remedy=remedy)
+                if self.config.weights == "bf16":
+                    hold_in_bf16(loaded)
                 placed = self.prepared(self.placed(loaded)).requires_grad_(False).eval()
                 use_kernels(placed, self.config)
                 self.replace_network(part, placed)

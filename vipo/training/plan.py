@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vipo.config.run import Config
 from vipo.credit.steps import step_costs
 from vipo.generators.base import GeneratorError
+from vipo.generators.configured import held_to_sample
 from vipo.generators.counted import backward, counted_on
 from vipo.generators.outline import longest_conditioning, outline
 from vipo.generators.pipeline import PipelineGenerator
@@ -262,7 +263,7 @@ def evaluation_bytes(config: Config, root: Path) -> int:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with counted_on(config.generator.device), torch.no_grad():
-        generator = outline(config.evaluated, root, mode, config.training.lora)
+        generator = outline(held_to_sample(config.evaluated), root, mode, config.training.lora)
         # As it is loaded to evaluate: of a weight that is trained autocast would keep what it rounds.
         generator.network.requires_grad_(False)
         generator.read_no_values(one_time=True)
