@@ -29,20 +29,16 @@ SETUPS: Mapping[str, str] = {
 HARDWARE: Mapping[str, int] = {"1x24gb": 24 * 2**30, "1x80gb": 80 * 2**30, "8x80gb": 80 * 2**30}
 """Bytes of a GPU by the hardware of `configs/hardware/`."""
 
-# Whose weights are too many to be trained on eight GPUs (configs/setup/qwen_image.yaml says why).
-_LORA_ALONE = ("qwen_image",)
-
 
 def cell(setup: str, hardware: str) -> dict[str, Any]:
     """What a process of a setup's run needs."""
-    own = f"{hardware}_lora" if hardware == "8x80gb" and setup in _LORA_ALONE else hardware
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(SETUPS[setup], Path(folder))
         config = load_config(
             [
                 "experiment=ablation",
                 f"setup={setup}",
-                f"hardware={own}",
+                f"hardware={hardware}",
                 f"generator.path={folder}",
                 "prompts.source=prompts.txt",
                 "reward=flicker" if setup == "wan_paper" else "reward=redness",
@@ -53,7 +49,7 @@ def cell(setup: str, hardware: str) -> dict[str, Any]:
         found = plan(config, repository_root(), prompts=prompts)
     return {
         "setup": setup,
-        "hardware": own,
+        "hardware": hardware,
         "bytes": found.peak,
         "evaluation": found.evaluation,
         "trained": found.trained,
@@ -65,23 +61,19 @@ def table(cells: list[dict[str, Any]]) -> str:
     """As docs/hardware.md shows it."""
     lines = [
         f"| setup | trained (8x80gb) | {' | '.join(f'`{name}`' for name in HARDWARE)} "
-        "| an evaluation: LoRA, all weights | an embedded prompt |",
+        "| an evaluation | an embedded prompt |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for setup in SETUPS:
-        row = {each["hardware"].removesuffix("_lora"): each for each in cells if each["setup"] == setup}
+        row = {each["hardware"]: each for each in cells if each["setup"] == setup}
         last = row["8x80gb"]
-        lora = last["hardware"] != "8x80gb"
         shown = [
             f"{row[name]['bytes'] / 2**30:.1f}"
             f"{': refused' * (max(row[name]['bytes'], row[name]['evaluation']) > there)}"
             for name, there in HARDWARE.items()
         ]
-        shown[-1] += f" (`{last['hardware']}`)" * lora
-        trained = "LoRA" if lora else f"{last['trained'] / 1e9:.1f} B"
-        evaluated = [f"{row[name]['evaluation'] / 2**30:.1f}" for name in ("1x80gb", *["8x80gb"][lora:])]
         lines.append(
-            f"| `{setup}` | {trained} | {' | '.join(shown)} | {', '.join(evaluated)} "
+            f"| `{setup}` | {last['trained'] / 1e9:.1f} B | {' | '.join(shown)} | {last['evaluation'] / 2**30:.1f} "
             f"| {last['prompt'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)

@@ -85,7 +85,8 @@ class GeneratorConfig(Section):
         "a prompt's embedding then depends on its neighbours, within rounding.",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast of the network in rollout, update and evaluation; weights stay fp32."
+        "fp32",
+        description="bf16: autocast of the network in rollout, update and evaluation; what is trained stays fp32.",
     )
     weights: Literal["fp32", "bf16"] = Field(
         "fp32",

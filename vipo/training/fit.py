@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from vipo.config.optimizer import AdamW8bitConfig
 from vipo.config.run import Config
+from vipo.generators.configured import held_to_sample
 from vipo.training.errors import TrainingError
 from vipo.training.plan import Plan, evaluation_bytes, gib, plan
 
@@ -92,13 +93,12 @@ def _evaluation_short(config: Config, root: Path, found: Plan, memory: float) ->
     one = evaluation_bytes(single, root) if batch > 1 else found.evaluation
     if one <= memory:
         advice = f"lower evaluation.batch {batch}, or the size"
-    elif config.generator.weights == "bf16":
+    elif held_to_sample(config.evaluated).weights == "bf16":
         advice = f"{gib(one)} with evaluation.batch=1: lower the size, or run the sample stage on a larger device"
     else:
         advice = (
             f"{gib(one)} with evaluation.batch=1, for it holds the whole network in fp32: run the sample stage on a "
-            "larger device, lower the size, or train LoRA beside frozen weights in bf16 (training.lora={} "
-            "generator.precision=bf16 generator.weights=bf16 distribution.strategy=ddp)"
+            "larger device, lower the size, or train with generator.precision=bf16, which holds it in half of that"
         )
     return f"an evaluation at {size} needs {gib(found.evaluation)}, {gib(memory)} are there; {advice}"
 
