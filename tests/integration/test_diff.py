@@ -97,13 +97,14 @@ def test_configuration_says_what_a_key_decides(experiment: Path) -> None:
     path.write_text(text)
     _record_evaluation(experiment, "vipo-s1")
     rows = _diff(experiment, "vipo-s0", "vipo-s1").config
-    assert [row.decides for row in rows] == ["training"] * 4 + ["evaluation"] + ["nothing"] * 2
+    assert [row.decides for row in rows] == ["training"] * 4 + ["evaluation"] + ["nothing"] * 3
     found = {row.key: row for row in rows}
     assert {key: row.decides for key, row in found.items()} == {
         "seed": "training",
         "training.lora.rank": "training",
         "training.lora.alpha": "training",
         "training.lora.targets": "training",
+        "training.lora.init": "nothing",
         "training.checkpoint_every": "nothing",
         "evaluation.steps": "evaluation",
         "evaluation.bootstrap": "nothing",

@@ -72,6 +72,7 @@ DECISIVE: dict[str, dict[str, Any]] = {
     "flow_grpo": {
         "objective.ratio": "sample",
         "credit.sources": [],
+        "advantages.combine": "rewards",
         "advantages.std": "batch",
         "objective.kl_weight": 0.04,
         "sampling.transition": "flow",
@@ -357,9 +358,12 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["sed=3"], ["sed", "unknown key", "'seed'", "evaluation"]),
         (
             ["reward.terms=[{name: redness, wieght: 2}]"],
-            ["reward.terms.0.wieght", "'weight'", "allowed: label, name, options, weight"],
+            ["reward.terms.0.wieght", "'weight'", "allowed: frames, label, name, options, weight"],
         ),
-        (["training.lora={rank: 4, alhpa: 3}"], ["training.lora.alhpa", "'alpha'", "allowed: alpha, rank, targets"]),
+        (
+            ["training.lora={rank: 4, alhpa: 3}"],
+            ["training.lora.alhpa", "'alpha'", "allowed: alpha, init, rank, targets"],
+        ),
         (["experiment.arms.vipo.seed=[3]"], ["experiment.arms.vipo.seed", "'seeds'", "overrides"]),
         # Wrong types: nothing is coerced.
         (["training.group_size=many"], ["training.group_size", "integer", "'many'"]),
@@ -383,7 +387,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         ),
         (["objective.name=surogate"], ["objective.name", "did you mean 'surrogate'"]),
         # A part's keys are its own.
-        (["objective.gate.nmae=ppo"], ["objective.gate.nmae", "'name'", "allowed: name, range, scope"]),
+        (["objective.gate.nmae=ppo"], ["objective.gate.nmae", "'name'", "allowed: name, range, range_above, scope"]),
         (["objective.gate.name=none"], ["objective.gate.range: unknown key; allowed: name"]),
         (
             ["credit.sources=[{name: uniform}, {name: oracle, flor: 0.1}]"],
@@ -438,7 +442,7 @@ def test_an_arm_s_own_overrides_hold_for_it_alone_and_yield_to_the_caller() -> N
         (["experiment.arms.product.typo=1"], ["experiment.arms.product.typo", "allowed: base, overrides, seeds"]),
         (
             ["sampling.window={size: 4, strid: 1}"],
-            ["sampling.window.strid", "'stride'", "every, move, size, solver"],
+            ["sampling.window.strid", "'stride'", "every, move, shared_start, size, solver"],
         ),
         # Numbers that no machine ends with, and no format holds.
         (["training.updates=1e400"], ["training.updates", "integer", "inf"]),

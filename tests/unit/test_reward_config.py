@@ -118,7 +118,7 @@ def test_an_import_path_s_arguments_are_kept_as_they_are() -> None:
         ),
         (
             ["evaluation.rewards=[{name: redness, lable: x}]"],
-            ["evaluation.rewards.0.lable: unknown key; did you mean 'label'?", "allowed: label, name, options"],
+            ["evaluation.rewards.0.lable: unknown key; did you mean 'label'?", "allowed: frames, label, name, options"],
         ),
         (
             [TERMS, "evaluation.rewards=[{name: clipscore, label: long}]"],

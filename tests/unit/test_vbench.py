@@ -43,7 +43,7 @@ def test_a_dimension_is_asked_of_its_own_prompts(label: str, asked: list[int], m
     spec = RewardSpec.model_validate({"name": "redness", "label": label})
     with measures._reward(spec, load_config(["experiment=demo"])) as measure:
         (found,) = measure(batch).values()
-        whole = original(label, measures.load_reward("redness", "cpu", {}), images, [""] * 3, [{}] * 3)
+        whole = original(label, measures.load_spec(spec), images, [""] * 3, [{}] * 3)
         assert found[asked].equal(whole[asked])
         assert found.isnan().sum() == 3 - len(asked)
         # A batch without any of them costs no call.

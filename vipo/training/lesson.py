@@ -71,10 +71,12 @@ def with_gradient(
     processes there are.
     """
     everything = frozenset(range(len(lesson.batches)))
-    if not setup.objective.only_advantages or setup.config.training.base_distance:
+    if not lesson.idle or not setup.objective.only_advantages or setup.config.training.base_distance:
         return planned, everything
     idle = {number for number in everything if lesson.idle.issuperset(lesson.batches[number].rows)}
-    called = setup.distribution.total(torch.tensor([float(number not in idle) for number in sorted(everything)]))
+    called = setup.distribution.total(
+        torch.tensor([float(number not in idle) for number in sorted(everything)])
+    ).tolist()
     steps, told = [], everything - idle
     for own in planned:
         kept = [joined for joined in own if called[joined[0].batch]]

@@ -45,7 +45,8 @@ def shared_starts(setup: Setup, number: int, prompts: Sequence[Prompt], until: i
         own = [prompts[place % len(prompts)].id for place in places]
         keys: list[Key] = [(config.seed, "initial", number, prompt, -1) for prompt in own]
         conditioning = stack_conditioning(setup.embeddings, own)
-        found.append(ode_states(setup.generator, conditioning, setup.chain, until, keys, config.sampling.solver))
+        with setup.timer("rollout"):
+            found.append(ode_states(setup.generator, conditioning, setup.chain, until, keys, config.sampling.solver))
         rows += places
     states = setup.distribution.in_order(torch.cat(found), rows)
     return {prompt.id: own for prompt, own in zip(prompts, states, strict=False)}

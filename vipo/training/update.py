@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,8 +112,7 @@ def roll_out(setup: Setup, number: int, stop_if_asked: Callable[[int], None] = l
     transitions = chosen_transitions(samples, config.training, trained, config.seed, number).to(setup.device)
     starts = range(0, len(samples), size)[setup.distribution.data_rank :: setup.distribution.data_processes]
     together = (config.training.rollout_batch or size) // size
-    with setup.timer("rollout"):
-        shared = shared_starts(setup, number, prompts, stochastic.start)
+    shared = shared_starts(setup, number, prompts, stochastic.start)
     batches: list[MicroBatch] = []
     seen: dict[str, list[Any]] = {name: [] for name in setup.sources}
     pictures = torch.empty(0)
@@ -240,7 +240,7 @@ def choose_lesson(setup: Setup, rollouts: Rollouts, found: Credit, advantages: G
     """What is learned from: this process's samples, or its share of each group's best and worst."""
     values = advantages.values
     scalar = values.flatten(1).mean(dim=1) if values.ndim > 1 else values
-    idle = frozenset(torch.nonzero(~values.reshape(len(values), -1).any(dim=1)).flatten().tolist())
+    idle = frozenset(np.flatnonzero(~values.numpy().reshape(len(values), -1).any(axis=1)).tolist())
     batches = _chosen_batches(setup, rollouts, scalar)
     values, scalar = values.to(setup.device), scalar.to(setup.device)
     own = Advantages(values, scalar)
