@@ -196,7 +196,7 @@ def test_what_training_shards_is_whole_in_an_evaluation(
 ) -> None:
     """Where the weights alone are more than there is, no batch helps."""
     deep = shutil.copytree(tiny_generator, tmp_path / "deep", ignore=shutil.ignore_patterns("*.safetensors"))
-    edit_json(deep / "transformer" / "config.json", num_single_layers=32)
+    edit_json(deep / "transformer" / "config.json", num_single_layers=18)
     chosen = [*tiny_overrides, "arm=grpo", "training.gradient_checkpointing=true", "training.micro_batch=1"]
     chosen += ["training.group_size=2", "generator.precision=bf16", f"generator.path={deep}"]
     whole, config = load_config(chosen), load_config([*chosen, OFFLOADED])
