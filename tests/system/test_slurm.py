@@ -326,7 +326,8 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     assert [known.id for known in cluster.jobs()] == before
 
     # Stopped with all its processes, it keeps its last update.
-    cluster.ask("scancel", *(known.id for known in cluster.queue()))
+    stopped = {known.id for known in cluster.queue()}
+    cluster.ask("scancel", *stopped)
     eventually("the cancelled job has ended", lambda: not cluster.queue())
     assert "stopped by SIGTERM after update" in workflow.log
     done = int(list_checkpoints(workflow.run / "checkpoints")[0].name)
@@ -359,7 +360,8 @@ def test_the_demo_goes_through_a_killed_snakemake_and_stopped_jobs(
     # Each share of the samples and of their scores is a job; what they make together is not put together otherwise.
     for stage in ("sample", "score"):
         for run in ("base-s0", "grpo-s0"):
-            shares = cluster.jobs(f"rule_{stage}_share_wildcards_{run}")
+            # On a slow machine one of the base's is stopped with the training, and begun again.
+            shares = [s for s in cluster.jobs(f"rule_{stage}_share_wildcards_{run}") if s.id not in stopped]
             assert [known.state for known in shares] == ["COMPLETED", "COMPLETED"], (stage, run)
             (made,) = cluster.jobs(f"rule_{stage}_wildcards_{run}")
             assert max(share.end for share in shares) <= made.start
