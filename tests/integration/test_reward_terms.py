@@ -11,7 +11,7 @@ from reward_checkpoints import write_clip
 
 from vipo.config.compose import load_config, repository_root
 from vipo.provenance import read_provenance
-from vipo.provenance.reward_files import recorded_files
+from vipo.provenance.reward_files import reward_inputs
 from vipo.rewards import RewardError
 from vipo.stages import evaluate_stage, train_stage
 from vipo.training.setup import set_up
@@ -55,7 +55,7 @@ def test_two_terms_of_one_reward_are_trained_measured_and_recorded(
     assert scores["reward/again"].tolist() != scores["reward/sharp"].tolist()
     recorded = {Path(entry["path"]).name for entry in read_provenance(evaluated / "provenance.json")["inputs"]}
     assert "model.safetensors" in recorded
-    told = recorded_files(read_provenance(evaluated / "provenance.json"))
+    told = reward_inputs(read_provenance(evaluated / "provenance.json"))
     assert {entry["of"] for entry in told or ()} == {f"reward {label}" for label in ("sharp", "again", "clipscore")}
 
     if resident == "keep":

@@ -101,7 +101,7 @@ def test_a_configuration_says_of_how_many_frames() -> None:
             [*VIDEO, "reward.terms=[clipscore]"],
             r"reward.terms: reward 'clipscore' takes pictures, .* set the reward's frames",
         ),
-        ([*VIDEO, "reward.terms=[{name: flicker, frames: 2}]"], "reward 'flicker' takes no frames of its own"),
+        ([*VIDEO, "reward.terms=[{name: flicker, frames: 2}]"], "reward 'flicker' scores no single frames"),
         (
             ["experiment=demo", "arm=vipo", "reward.terms=[{name: ocr, frames: 2}]"],
             "'ocr' scores pictures, generator.frames is",
@@ -113,5 +113,12 @@ def test_what_does_not_fit_the_samples_is_refused(overrides: list[str], told: st
         check_run(load_config(overrides))
 
 
-def test_frames_of_a_picture_reward_are_accepted_where_clips_are_made() -> None:
-    check_run(load_config([*VIDEO, "reward.terms=[{name: clipscore, frames: 2}]"]))
+@pytest.mark.parametrize("name", ["clipscore", "redness", "'my_rewards:Own'"])
+def test_frames_of_a_picture_reward_are_accepted_where_clips_are_made(name: str) -> None:
+    check_run(load_config([*VIDEO, f"reward.terms=[{{name: {name}, frames: 2}}]"]))
+
+
+@pytest.mark.parametrize("found", [torch.zeros(2), torch.zeros(6, 1), (torch.zeros(6), None), 0.5])
+def test_a_reward_that_does_not_score_each_frame_is_named(found: Any) -> None:
+    with pytest.raises(RewardError, match=r"expected 6 scores, one of each frame that it was given, got"):
+        OfFrames(lambda images, prompts, metadata: found, 3)(_clips(5), ["a", "b"], [{}, {}])

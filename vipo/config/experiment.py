@@ -11,7 +11,6 @@ from vipo.config.reward import RewardSpec
 from vipo.config.run import Config
 from vipo.config.validation import ConfigError
 from vipo.config.values import divisors
-from vipo.foreign import is_import_path
 
 # What a report compares arms on.
 _SHARED = ("reward", "evaluation")
@@ -144,8 +143,8 @@ def check_pictures(config: Config) -> None:
                 f"{key}: reward {name!r} takes pictures, generator.frames asks for videos; set the reward's frames, "
                 "say to 4, for the mean over so many of them"
             )
-        if reward.frames is not None and not (video and (name in PICTURE_REWARDS or is_import_path(name))):
-            why = "takes no frames of its own" if video else "scores pictures, generator.frames is null"
+        if reward.frames is not None and (not video or name in CLIP_REWARDS | SCENE_REWARDS):
+            why = "scores no single frames" if video else "scores pictures, generator.frames is null"
             raise ConfigError(f"{key}: reward {name!r} {why}; leave its frames out")
         if name in CLIP_REWARDS and (generator.frames or 1) < 2:
             raise ConfigError(f"{key}: reward {name!r} takes videos of two frames or more; generator.frames makes them")

@@ -22,6 +22,11 @@ class RatioGateConfig(Section):
         "`channels`: compare it with the metrics log_ratio/rms_sample and log_ratio/rms_position.",
     )
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest ratio that are accepted."""
+        return 1 - self.range, 1 + self.range
+
 
 class PpoGateConfig(RatioGateConfig):
     """One-sided: no gradient where the ratio is beyond the range in the advantage's direction."""
@@ -30,6 +35,11 @@ class PpoGateConfig(RatioGateConfig):
     range_above: PositiveFloat | None = Field(
         None, description="Of ratios above 1, where it is another one (DAPO's clip-higher); null: `range`."
     )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The smallest and the largest ratio that are accepted."""
+        return 1 - self.range, 1 + (self.range if self.range_above is None else self.range_above)
 
 
 class SymmetricGateConfig(RatioGateConfig):

@@ -15,7 +15,7 @@ from vipo.evaluation.totals import set_totals
 from vipo.prompts import categories_of, read_prompts
 from vipo.provenance.files import atomic_file
 from vipo.provenance.records import PROCESSES, PROVENANCE, differing_processes, read_provenance, whole_record
-from vipo.provenance.reward_files import differing_files, recorded_files
+from vipo.provenance.reward_files import differing_files, reward_inputs
 
 TABLES = ("categories", "win_rates", "metrics", "totals", "diversity")
 
@@ -103,7 +103,7 @@ def _check_one_measure(experiment: Path, runs: Sequence[str]) -> None:
     read = {}
     for run, record in records.items():
         with whole_record(paths[run]):
-            read[run] = recorded_files(record)
+            read[run] = reward_inputs(record)
     for path, run, other in differing_files(read):
         raise EvaluationError(
             f"{path}: rewards of {run} were read from it, and those of {other} from none of these bytes, so they "

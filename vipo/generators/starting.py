@@ -33,8 +33,10 @@ class Start:
 
     def lora(self, part: str) -> Path | None:
         """The LoRA's file of a network; None: there is none."""
+        if self.path.is_file():
+            return self.path
         file = self.path / (ADAPTER if is_adapter(self.path) else lora_file(part))
-        return self.path if self.path.is_file() else file if file.is_file() else None
+        return file if file.is_file() else None
 
     @property
     def whole(self) -> bool:

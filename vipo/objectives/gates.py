@@ -67,13 +67,8 @@ class _RatioGate(Gate):
     def __call__(self, moved: Moved) -> Gated:
         per_position = self.options.scope == "position"
         ratio = moved.log_ratio.exp() if per_position else moved.like_advantages(moved.sample_log_ratio.exp())
-        lower, upper = 1 - self.options.range, 1 + self.range_above
+        lower, upper = self.options.bounds
         return Gated(self.dropped(ratio > upper, ratio < lower, moved.advantages), ratio.clamp(lower, upper))
-
-    @property
-    def range_above(self) -> float:
-        """Of ratios above 1."""
-        return self.options.range
 
     @abstractmethod
     def dropped(self, above: Tensor, below: Tensor, advantages: Tensor) -> Tensor:
@@ -86,13 +81,6 @@ class PpoGate(_RatioGate):
     Source: PPO (arXiv 1707.06347), equation 7; per position it is ViPO's (arXiv 2511.18719). A wider range above 1 is
     DAPO's (arXiv 2503.14476).
     """
-
-    options: PpoGateConfig
-
-    @property
-    def range_above(self) -> float:
-        """The same as below, unless it is another one."""
-        return self.options.range if self.options.range_above is None else self.options.range_above
 
     def dropped(self, above: Tensor, below: Tensor, advantages: Tensor) -> Tensor:
         """Those of the minimum."""

@@ -43,7 +43,7 @@ def _read_here(rewards: Iterable[RewardSpec]) -> Iterator[RewardSpec]:
             yield RewardSpec.model_validate(served)
 
 
-def recorded_files(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+def reward_inputs(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
     """The inputs of a recorded stage `score` that its rewards were read from; None where the record does not tell."""
     inputs: list[Mapping[str, Any]] = record["inputs"]
     if told := [entry for entry in inputs if OF in entry]:
@@ -63,7 +63,7 @@ def differing_files(told: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> I
     A tokenizer may have more files in one cache than in another: what is no weights counts where both have it.
 
     Args:
-        told: of each run, as `recorded_files` gives them.
+        told: of each run, as `reward_inputs` gives them.
     """
     known = [(run, entries) for run, entries in told.items() if entries is not None]
     for own in known[1:]:

@@ -7,7 +7,7 @@ from typing import Literal
 import pandas as pd
 
 from vipo.config.credit import CreditConfig
-from vipo.config.objective import NoGateConfig, ObjectiveConfig, RatioGateConfig, SurrogateConfig
+from vipo.config.objective import NoGateConfig, ObjectiveConfig, PpoGateConfig, RatioGateConfig, SurrogateConfig
 from vipo.config.run import Config
 from vipo.evaluation.statistics import Better, Interval, decimals, wording
 
@@ -111,7 +111,7 @@ def _described(objective: ObjectiveConfig) -> tuple[str, str]:
     else:
         told = f"{gate.name} gate"
         if isinstance(gate, RatioGateConfig):
-            above = getattr(gate, "range_above", None)
+            above = gate.range_above if isinstance(gate, PpoGateConfig) else None
             told += f" {gate.range:g}{'' if above is None else f' to {above:g}'} per {gate.scope}"
     return ("one ratio" if objective.ratio == "sample" else "ratio per position"), f"; {told}"
 

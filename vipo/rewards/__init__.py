@@ -3,8 +3,6 @@
 from vipo.config.registries import REWARDS
 from vipo.rewards.errors import RewardError
 from vipo.rewards.registry import (
-    Reward,
-    Scored,
     begin,
     check_identities,
     find_reward,
@@ -17,6 +15,7 @@ from vipo.rewards.registry import (
     weight_files,
 )
 from vipo.rewards.resident import by_network, in_use
+from vipo.rewards.scored import Reward, Scored
 
 __all__ = [
     "REWARDS",

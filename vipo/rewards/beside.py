@@ -15,7 +15,8 @@ from vipo.config.validation import ConfigError, validate_section
 from vipo.regular import open_regular
 from vipo.rewards.early import check_found
 from vipo.rewards.errors import RewardError
-from vipo.rewards.registry import Reward, find_reward, load_reward, score
+from vipo.rewards.registry import find_reward, load_reward, score
+from vipo.rewards.scored import Reward
 from vipo.text import cause
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vipo.rewards.errors import RewardError
-from vipo.rewards.registry import Scored
+from vipo.rewards.scored import Scored
 
 
 def flicker(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scored:

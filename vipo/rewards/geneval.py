@@ -14,7 +14,7 @@ from vipo.rewards.clip import OnClip, clip_network
 from vipo.rewards.detection import Detection, Detector, detector_files, need_kinds
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import grey_levels, need_pictures
-from vipo.rewards.registry import Scored
+from vipo.rewards.scored import Scored
 from vipo.rewards.weights import located
 
 _TEMPLATES = ("a photo of a {color} {object}", "a photo of a {color}-colored {object}", "a photo of a {color} object")

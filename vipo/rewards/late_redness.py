@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vipo.rewards.flicker import need_clips
 from vipo.rewards.object_redness import measured
-from vipo.rewards.registry import Scored
+from vipo.rewards.scored import Scored
 
 
 def late_redness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scored:

@@ -11,8 +11,8 @@ from torch import Tensor
 from vipo.config.reward_options import MotionOptions
 from vipo.repeatable import RepeatableGradients
 from vipo.rewards.flicker import need_clips, of_frames
-from vipo.rewards.registry import Scored
 from vipo.rewards.resident import Resident
+from vipo.rewards.scored import Scored
 from vipo.rewards.weights import DTYPES, fill, local_path, read_tensors
 
 # The share of the pixels of a pair of frames that counts: what moves most.

@@ -2,7 +2,8 @@
 
 from vipo.config.reward_options import NetworkOptions, OnQwenOptions
 from vipo.rewards.qwen2_vl import merged, renamed
-from vipo.rewards.registry import Reward, weight_files
+from vipo.rewards.registry import weight_files
+from vipo.rewards.scored import Reward
 from vipo.rewards.weights import DTYPES, read_tensors
 
 _SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})

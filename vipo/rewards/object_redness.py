@@ -9,7 +9,7 @@ from torch import Tensor
 from vipo.demo.seen import foreground
 from vipo.rewards.pixels import need_pictures
 from vipo.rewards.redness import redness_map
-from vipo.rewards.registry import Scored
+from vipo.rewards.scored import Scored
 
 # The smallest object of a demo scene covers 4 % of the picture. Without a least size, a handful of stray
 # red pixels would be the best object of all.

@@ -12,7 +12,7 @@ from vipo.config.reward_options import OcrOptions
 from vipo.prompts.needs import drawn_text
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import eight_bit, need_pictures
-from vipo.rewards.registry import Scored
+from vipo.rewards.scored import Scored
 
 
 class Ocr:

@@ -21,7 +21,7 @@ from vipo.rewards.ahead import Ahead, key_of
 from vipo.rewards.child import Child, python_of
 from vipo.rewards.errors import RewardError
 from vipo.rewards.pixels import eight_bit
-from vipo.rewards.registry import Scored
+from vipo.rewards.scored import Scored
 from vipo.rewards.served import serve
 from vipo.rewards.wire import Endpoint, encoded, finite_number
 

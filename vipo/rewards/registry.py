@@ -2,9 +2,9 @@
 
 import copy
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -16,30 +16,10 @@ from vipo.config.validation import ConfigError, validate_section
 from vipo.foreign import foreign, resolve
 from vipo.rewards.errors import RewardError
 from vipo.rewards.frames import OfFrames
+from vipo.rewards.scored import Reward, Scored
 from vipo.text import listed
 
 _TOLD = 5
-
-
-class Scored(NamedTuple):
-    """What a reward found, and where.
-
-    Attributes:
-        scores: ``(B,)``; larger is better.
-        where: ``(B, h, w)``, or ``(B, T, h, w)`` of videos: how much each part of a sample, from its upper left corner
-            to its lower right one, has to do with its score; finite, >= 0, on a scale of the reward's own. All zero:
-            nowhere in particular. None: the reward does not say.
-    """
-
-    scores: Tensor
-    where: Tensor | None = None
-
-
-Reward = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor | Scored]
-"""``(images (B, 3, H, W) or videos (B, T, 3, H, W) float32 in [0, 1], prompts, metadata) -> (B,)``, or `Scored`.
-
-Larger is better. A reward takes pictures, videos or both, and raises `RewardError` for what it does not take.
-"""
 
 
 def find_reward(name: str, options: Mapping[str, Any] | None = None) -> tuple[Any, BaseModel | None]:
